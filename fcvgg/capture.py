@@ -1,0 +1,300 @@
+"""Read a model's computation as a graph whose every value has a known shape.
+
+`capture` traces with `torch.fx` while it computes every value's shape on the meta device at one
+input size, so that Python code which asks for shapes gets numbers, branches on shapes are taken
+as they are at that size, and nothing is computed. The model is not touched: a twin without data
+is traced in its place.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from fcvgg.errors import CaptureError, InputSizeError
+
+BATCH = 2
+"""Images in the traced batch. Two, so that a reshape that moves pixels into the batch shows."""
+
+
+class FollowsTraining(int):
+    """Stands for ``self.training`` while a model is traced: false, and recognisable as an argument.
+
+    Functional dropout and batch norm receive the mode as a plain bool; this lets the converted
+    network pass its own mode on instead of the one at the time of conversion.
+    """
+
+
+class Captured:
+    """A traced model: its graph, with every node's value on the meta device, and its constants."""
+
+    def __init__(self, graph: fx.Graph, root: nn.Module, size: tuple[int, int], channels: int):
+        self.graph = graph
+        self.root = root
+        self.size = size
+        self.channels = channels
+
+    def failure(self) -> fx.Node | None:
+        """The first node that does not run at the captured size."""
+        return next((node for node in self.graph.nodes if "error" in node.meta), None)
+
+    def require_success(self) -> None:
+        node = self.failure()
+        if node is not None:
+            height, width = self.size
+            raise InputSizeError(
+                f"the model does not run at input size ({height}, {width}): {describe(node)} fails "
+                f"with '{one_line(node.meta['error'])}'; pass the model's native size as input_size"
+            )
+
+
+def capture(
+    model: nn.Module,
+    size: tuple[int, int],
+    is_leaf: Callable[[nn.Module], bool],
+    channels: int | None = None,
+) -> Captured:
+    """Trace `model` for images of `size` ``(H, W)``.
+
+    A node that fails at this size keeps its error in ``node.meta["error"]`` and no value; tracing
+    goes on while Python needs no shape of what is unknown.
+
+    Args:
+        is_leaf: whether a module has a rule of its own and is not looked into.
+        channels: the image's channels; read off the first convolution when None.
+
+    Raises:
+        CaptureError: if the model branches on values or cannot be traced for another reason.
+    """
+    channels = channels or input_channels(model)
+    twin = _without_data(model, is_leaf)
+    tracer = _ShapeTracer(is_leaf, (BATCH, channels, *size), dtype_of(model))
+    try:
+        graph = tracer.trace(twin)
+    except _ShapeUnknown as stop:
+        graph = stop.graph
+    except CaptureError:
+        raise
+    except Exception as error:
+        raise CaptureError(
+            f"the model's forward cannot be traced with torch.fx: {one_line(error)}; "
+            "it must be a function of one image batch without control flow on values"
+        ) from error
+    return Captured(graph, tracer.root, size, channels)
+
+
+def input_channels(model: nn.Module) -> int:
+    """Channels of the first convolution in the order of definition; 3 if there is none."""
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            return module.in_channels
+    return next((p.shape[1] for p in model.parameters() if p.ndim == 4), 3)
+
+
+def dtype_of(model: nn.Module) -> torch.dtype:
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+
+
+def device_of(model: nn.Module) -> torch.device:
+    return next((p.device for p in model.parameters()), torch.device("cpu"))
+
+
+def describe(node: fx.Node) -> str:
+    """A node as its author knows it: ``features.0 (Conv2d)`` or ``flatten (in classifier)``."""
+    if node.op == "call_module":
+        return f"{node.target} ({node.meta['module_type']})"
+    owner = node.meta.get("owner", "")
+    return f"{node.name} ({operation_name(node)}{f' in {owner}' if owner else ''})"
+
+
+def operation_name(node: fx.Node) -> str:
+    """The name of a node's function or method: ``torch.flatten``, ``Tensor.view``."""
+    if node.op == "call_method":
+        return f"Tensor.{node.target}"
+    if node.op == "call_function":
+        return getattr(node.target, "__name__", str(node.target))
+    return str(node.target)
+
+
+def one_line(error: BaseException) -> str:
+    """The first line of an error's message."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _without_data(model: nn.Module, is_leaf: Callable[[nn.Module], bool]) -> nn.Module:
+    """A copy on the meta device, in evaluation mode, that remembers where it reads its mode."""
+    tensors = [*model.parameters(), *model.buffers()]
+    lazy = [t for t in tensors if isinstance(t, nn.parameter.UninitializedTensorMixin)]
+    if lazy:
+        raise CaptureError(
+            "the model has lazy layers whose parameters are not initialised yet; "
+            "run it once on an image of its native size first"
+        )
+    memo: dict[int, Any] = {}
+    for tensor in tensors:
+        meta = tensor.detach().to("meta")
+        is_parameter = isinstance(tensor, nn.Parameter)
+        memo[id(tensor)] = nn.Parameter(meta, tensor.requires_grad) if is_parameter else meta
+    twin = copy.deepcopy(model, memo)
+    for module in twin.modules():
+        # torch's own layers insist on a bool; only traced code can pass the mode on
+        module.training = False if is_leaf(module) else FollowsTraining(False)  # type: ignore
+    return twin
+
+
+def _known(argument: Any) -> Any:
+    if isinstance(argument, fx.Node):
+        return argument.meta["value"]
+    return bool(argument) if isinstance(argument, FollowsTraining) else argument
+
+
+_MODULE_CALL = nn.Module.__call__
+_MODULE_GETATTR = nn.Module.__getattr__
+
+
+@contextmanager
+def _plain_modules() -> Iterator[None]:
+    """Undo, for the moment, the patches by which fx records calls and parameters of modules."""
+    patched = nn.Module.__call__, nn.Module.__getattr__
+    nn.Module.__call__, nn.Module.__getattr__ = _MODULE_CALL, _MODULE_GETATTR  # type: ignore
+    try:
+        yield
+    finally:
+        nn.Module.__call__, nn.Module.__getattr__ = patched  # type: ignore
+
+
+class _ShapeUnknown(Exception):
+    """Python asked for the shape of a value that could not be computed at this size."""
+
+    def __init__(self, graph: fx.Graph):
+        super().__init__()
+        self.graph = graph
+
+
+class _ShapeTracer(fx.Tracer):
+    """Traces as fx does and computes every node's value on the meta device on the way."""
+
+    def __init__(
+        self,
+        is_leaf: Callable[[nn.Module], bool],
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+    ):
+        super().__init__()
+        self._is_leaf = is_leaf
+        self._images = torch.empty(shape, dtype=dtype, device="meta")
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return self._is_leaf(m)
+
+    def create_args_for_root(
+        self, root_fn: Any, is_module: bool, concrete_args: Any = None
+    ) -> tuple[Any, list[Any]]:
+        # Only the images are traced: further arguments of forward keep their defaults.
+        images = self.create_proxy("placeholder", "images", (), {})
+        return root_fn, [self.root, images]
+
+    def create_node(self, kind: str, target: Any, *more: Any, **names: Any) -> fx.Node:
+        node = super().create_node(kind, target, *more, **names)
+        if self.module_stack:
+            node.meta["owner"] = list(self.module_stack)[-1]
+        if kind == "call_module":
+            node.meta["module_type"] = type(self.root.get_submodule(target)).__name__
+        self._compute(node)
+        return node
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _ShapedProxy(node, self)
+
+    def _compute(self, node: fx.Node) -> None:
+        """Set ``node.meta["value"]``, or ``node.meta["error"]`` where it fails or is not known."""
+        if node.op == "output":
+            return
+        if any("value" not in fed.meta for fed in node.all_input_nodes):
+            return
+        try:
+            with torch.no_grad(), _plain_modules():
+                node.meta["value"] = self._run(node)
+        except Exception as error:
+            node.meta["error"] = error
+
+    def _run(self, node: fx.Node) -> Any:
+        if node.op == "placeholder":
+            return self._images
+        if node.op == "get_attr":
+            value: Any = self.root
+            for name in str(node.target).split("."):
+                value = getattr(value, name)
+            return value.to("meta") if isinstance(value, Tensor) else value
+        args, kwargs = fx.node.map_aggregate((node.args, node.kwargs), _known)  # type: ignore
+        if node.op == "call_module":
+            return self.root.get_submodule(str(node.target))(*args, **kwargs)
+        if node.op == "call_method":
+            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+        assert callable(node.target)
+        return node.target(*args, **kwargs)
+
+    def value_of(self, proxy: fx.Proxy) -> Any:
+        node = proxy.node
+        if "value" not in node.meta:
+            raise _ShapeUnknown(self.graph)
+        return node.meta["value"]
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        value = self.value_of(obj)
+        if isinstance(value, Tensor):
+            raise CaptureError(
+                f"control flow on values: the model branches on {describe(obj.node)}; "
+                "branches may depend on shapes and on the mode only"
+            )
+        return bool(value)
+
+    def iter(self, obj: fx.Proxy) -> Iterator[Any]:
+        value = self.value_of(obj)
+        if isinstance(value, (Tensor, tuple, list)):
+            return iter([obj[i] for i in range(len(value))])
+        raise CaptureError(f"the model iterates over {describe(obj.node)}, which is no sequence")
+
+
+class _ShapedProxy(fx.Proxy):
+    """A traced value that answers questions about its shape with numbers."""
+
+    tracer: _ShapeTracer
+
+    _CONSTANTS = frozenset({"shape", "ndim", "dtype", "is_cuda", "requires_grad"})
+    _SHAPE_METHODS = frozenset({"size", "dim", "numel", "ndimension", "nelement", "stride"})
+    _VALUE_METHODS = frozenset({"item", "tolist", "numpy"})
+
+    def __getattr__(self, name: str) -> Any:
+        if name in self._CONSTANTS:
+            return getattr(self.tracer.value_of(self), name)
+        if name in self._SHAPE_METHODS:
+            value = self.tracer.value_of(self)
+            return lambda *args, **kwargs: getattr(value, name)(*args, **kwargs)
+        if name == "device":
+            return torch.device("cpu")
+        if name in self._VALUE_METHODS:
+            raise self._depends_on_values(f"Tensor.{name}")
+        return super().__getattr__(name)
+
+    def __len__(self) -> int:
+        return len(self.tracer.value_of(self))
+
+    def __float__(self) -> float:
+        raise self._depends_on_values("float()")
+
+    def __int__(self) -> int:
+        raise self._depends_on_values("int()")
+
+    __index__ = __int__
+
+    def _depends_on_values(self, what: str) -> CaptureError:
+        return CaptureError(
+            f"control flow on values: the model turns {describe(self.node)} into a number with "
+            f"{what}; the graph may depend on shapes and on the mode only"
+        )

@@ -1,0 +1,132 @@
+"""A value of the source model as the converted network computes it: a map and a layout.
+
+At the native size the source computes a value for one image; the converted network computes the
+same numbers at every position, as a map whose window of ``(C, H, W)`` elements holds them. The
+*layout* says in which order: element j of the source's value is element ``layout.flatten()[j]`` of
+the window, counted in C, H, W order. Reshapes and permutations of the source are applied to the
+layout alone, by running them on it, so no flatten order is special.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from fcvgg.capture import BATCH
+
+Pair = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Cells:
+    """A map of the converted network and how the source's value lies in its window.
+
+    Attributes:
+        node: what computes the map ``(N, C, h, w)`` in the new graph.
+        step: the map's place in the geometry.
+        extent: ``(C, H, W)`` of the window that one source value fills.
+        layout: int64, the shape of the source's value without its batch.
+        dilation: map positions between neighbouring elements of the window.
+        activation: what the values are: logits, or what the last activation made of them.
+    """
+
+    node: fx.Node
+    step: int
+    extent: tuple[int, int, int]
+    layout: Tensor
+    dilation: Pair = (1, 1)
+    activation: str = "logits"
+
+    @property
+    def positions(self) -> int:
+        return self.extent[1] * self.extent[2]
+
+    @property
+    def elements(self) -> int:
+        return self.extent[0] * self.positions
+
+    @property
+    def is_map(self) -> bool:
+        """Whether the source's value is the window itself: ``(C, H, W)`` in order."""
+        return torch.equal(self.layout, in_order(self.extent))
+
+    @property
+    def fills_window(self) -> bool:
+        """Whether the layout holds every element of the window once, in any order."""
+        return torch.equal(self.layout.flatten().sort().values, torch.arange(self.elements))
+
+    def same_layout(self, other: Cells) -> bool:
+        return (
+            self.extent == other.extent
+            and self.dilation == other.dilation
+            and torch.equal(self.layout, other.layout)
+        )
+
+
+@dataclass(frozen=True)
+class Constant:
+    """A parameter, buffer or tensor literal of the source: its node and its value's shape."""
+
+    node: fx.Node
+    value: Tensor
+
+
+def in_order(extent: tuple[int, ...]) -> Tensor:
+    total = 1
+    for n in extent:
+        total *= n
+    return torch.arange(total).reshape(extent)
+
+
+def rearranged(cells: Cells, operation: Callable[[Tensor], Any]) -> list[Tensor] | None:
+    """The layouts after an operation that only moves elements, run on a batch of indices.
+
+    None if the operation moves elements between the images of the batch.
+    """
+    batch = torch.stack([cells.layout + i * cells.elements for i in range(BATCH)])
+    result = operation(batch)
+    layouts = []
+    for moved in result if isinstance(result, (tuple, list)) else [result]:
+        if moved.ndim == 0 or moved.shape[0] != BATCH:
+            return None
+        first, *rest = moved
+        if not first.numel() or first.min() < 0 or first.max() >= cells.elements:
+            return None
+        if any(not torch.equal(first + i * cells.elements, x) for i, x in enumerate(rest, 1)):
+            return None
+        layouts.append(first)
+    return layouts
+
+
+def channels_along(cells: Cells, axis: int) -> Tensor | None:
+    """The channel of each index along a layout's axis; None if positions change along it."""
+    rows = cells.layout.movedim(axis, 0).reshape(cells.layout.shape[axis], -1)
+    channels = rows[:, 0] // cells.positions
+    positions = rows[0] - channels[0] * cells.positions
+    within = bool((positions >= 0).all() and (positions < cells.positions).all())
+    regular = torch.equal(rows, channels[:, None] * cells.positions + positions)
+    return channels if within and regular else None
+
+
+def with_channels(cells: Cells, axis: int, channels: int, **changes: Any) -> Cells:
+    """The same positions with other channels along `axis`, all of them and in order."""
+    moved = cells.layout.movedim(axis, 0)
+    positions = moved[0] % cells.positions
+    shape = (channels,) + (1,) * positions.ndim
+    layout = torch.arange(channels).reshape(shape) * cells.positions + positions
+    extent = (channels, *cells.extent[1:])
+    return replace(cells, extent=extent, layout=layout.movedim(0, axis), **changes)
+
+
+def channels_pooled(cells: Cells, axes: tuple[int, ...]) -> bool:
+    """Whether reducing the layout's `axes` takes each channel's positions, all and nothing else."""
+    kept = [i for i in range(cells.layout.ndim) if i not in axes]
+    rows = cells.layout.permute(*kept, *axes).reshape(-1, cells.positions) if axes else None
+    if rows is None or rows.shape[0] != cells.extent[0]:
+        return False
+    expected = torch.arange(cells.elements).reshape(cells.extent[0], cells.positions)
+    return torch.equal(rows.sort(1).values, expected)

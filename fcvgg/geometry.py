@@ -1,0 +1,328 @@
+"""Where the cells of a score map lie on the image: integer arithmetic alone, no torch.
+
+One axis is described by `Axis`, a chain (or a graph, for networks with branches) of `Window` steps.
+`Geometry` holds one axis for the height and one for the width and answers in ``(h, w)`` pairs,
+``(y, x)`` points and half-open ``(top, left, bottom, right)`` boxes. Points are pixel indices: the
+middle of the first pixel is 0.0. The arithmetic follows "Computing Receptive Fields of
+Convolutional Neural Networks" (https://distill.pub/2019/computing-receptive-fields).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fcvgg.errors import GeometryError
+
+Pair = tuple[int, int]
+Box = tuple[int, int, int, int]
+
+IMAGE = -1
+"""The input of a step that reads the image itself."""
+
+_LARGEST_WINDOW = 1 << 20
+
+
+@dataclass(frozen=True)
+class Window:
+    """What one layer does along one axis: a kernel that slides over zero- or edge-padded input."""
+
+    kernel: int = 1
+    stride: int = 1
+    dilation: int = 1
+    before: int = 0
+    after: int = 0
+    ceil_mode: bool = False
+
+    @property
+    def span(self) -> int:
+        """Input positions from the first to the last that one output position reads."""
+        return (self.kernel - 1) * self.dilation + 1
+
+    @property
+    def is_identity(self) -> bool:
+        return self == Window()
+
+    def output_size(self, size: int) -> int:
+        """Output positions for `size` input positions, by torch's rule; 0 where none fits."""
+        free = size + self.before + self.after - self.span
+        if not self.ceil_mode:
+            return max(free // self.stride + 1, 0)
+        cells = -(-free // self.stride) + 1
+        # torch drops a last window that would start in the padding after the input
+        if (cells - 1) * self.stride >= size + self.before:
+            cells -= 1
+        return max(cells, 0)
+
+
+@dataclass(frozen=True)
+class Step:
+    """A window over one earlier step, or the join of several (addition, concatenation)."""
+
+    window: Window
+    inputs: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One axis of a network: its steps in order of computation, the last giving the cells.
+
+    `origin` is the image pixel at which the network's input starts (negative where an image smaller
+    than the window was padded). `context` is the extent of the source model's input that one cell
+    stands for and `context_start` where that lies for cell 0; they are the window itself unless the
+    map was padded to keep its size (``padding="same"``).
+    """
+
+    steps: tuple[Step, ...] = ()
+    origin: int = 0
+    context: int | None = None
+    context_start: int = 0
+
+    def sizes(self, size: int) -> list[int]:
+        """Positions after each step for an input of `size`; 0 from where the input vanishes."""
+        sizes: list[int] = []
+        for step in self.steps:
+            fed = [size if i == IMAGE else sizes[i] for i in step.inputs]
+            sizes.append(step.window.output_size(min(fed)) if min(fed) > 0 else 0)
+        return sizes
+
+    def cells(self, size: int) -> int:
+        """Cells for an unpadded input of `size`; 0 below the window."""
+        return self.sizes(size)[-1] if self.steps else size
+
+    def output_size(self, size: int) -> int:
+        """Cells for an image of `size`, which is padded up to the window where it is smaller."""
+        return self.cells(max(size, self.window))
+
+    @cached_property
+    def _fields(self) -> list[tuple[int, int, int]]:
+        """``(stride, first, end)`` per step: position i reads pixels i*stride + [first, end)."""
+        fields: list[tuple[int, int, int]] = []
+        for step in self.steps:
+            fed = [(1, 0, 1) if i == IMAGE else fields[i] for i in step.inputs]
+            stride = fed[0][0]
+            first = min(f for _, f, _ in fed) - step.window.before * stride
+            end = max(e for _, _, e in fed)
+            end += (step.window.span - 1 - step.window.before) * stride
+            fields.append((stride * step.window.stride, first, end))
+        return fields
+
+    @property
+    def stride(self) -> int:
+        return self._fields[-1][0] if self.steps else 1
+
+    @property
+    def receptive_field(self) -> int:
+        if not self.steps:
+            return 1
+        _, first, end = self._fields[-1]
+        return end - first
+
+    @property
+    def offset(self) -> int:
+        """First image pixel that cell 0 depends on, padding included."""
+        return self.origin + (self._fields[-1][1] if self.steps else 0)
+
+    @cached_property
+    def window(self) -> int:
+        """The smallest input extent that gives one cell."""
+        return self.smallest_input(1)
+
+    def smallest_input(self, cells: int) -> int:
+        """The smallest input extent that gives at least `cells` cells."""
+        low, high = 1, 1
+        while self.cells(high) < cells:
+            low, high = high + 1, high * 2
+            if high > _LARGEST_WINDOW:
+                raise GeometryError(
+                    f"no input up to {_LARGEST_WINDOW} pixels gives {cells} cell(s); "
+                    "check the kernel sizes and paddings of the layers"
+                )
+        while low < high:
+            middle = (low + high) // 2
+            if self.cells(middle) < cells:
+                low = middle + 1
+            else:
+                high = middle
+        return low
+
+    def span_of(self, cell: int) -> Pair:
+        """Half-open range of image pixels that a cell depends on, padding included."""
+        start = self.offset + cell * self.stride
+        return start, start + self.receptive_field
+
+    def window_of(self, cell: int) -> Pair:
+        """Half-open range of image pixels that a cell stands for: the crop of a sliding window."""
+        start = self.origin + self.context_start + cell * self.stride
+        return start, start + (self.window if self.context is None else self.context)
+
+    def centre_of(self, cell: float) -> float:
+        return self.offset + (self.receptive_field - 1) / 2 + cell * self.stride
+
+    def cell_at(self, point: float) -> int:
+        """The cell whose centre is nearest; never below cell 0."""
+        return max(round((point - self.centre_of(0)) / self.stride), 0)
+
+    def padding_for(self, size: int) -> Pair:
+        """Zeros before and after an input below the window, which is centred in it."""
+        missing = max(self.window - size, 0)
+        return missing // 2, missing - missing // 2
+
+    def placed(self, size: int) -> Axis:
+        """The axis in the pixel coordinates of an image of `size`, padded where it is smaller."""
+        return replace(self, origin=self.origin - self.padding_for(size)[0])
+
+    def touches_padding(self, size: int) -> NDArray[np.bool_]:
+        placed = self.placed(size)
+        spans = [placed.span_of(cell) for cell in range(self.output_size(size))]
+        return np.array([start < 0 or end > size for start, end in spans], dtype=bool)
+
+    def upto(self, step: int) -> Axis:
+        """The axis of an inner layer: everything up to and including `step`."""
+        return Axis(self.steps[: step + 1])
+
+    def agree(self, other: Axis) -> bool:
+        """Whether two branches give the same number of cells at every input size.
+
+        Floors of sums repeat with the stride, so one period above the larger window decides.
+        """
+        if self.stride != other.stride:
+            return False
+        start = max(self.window, other.window)
+        sizes = range(start, start + self.stride)
+        return all(self.cells(size) == other.cells(size) for size in sizes)
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """How the cells of a score map lie on the image, height first.
+
+    >>> geometry = fcvgg.convert(torchvision.models.vgg16()).geometry  # doctest: +SKIP
+    >>> geometry.window, geometry.stride, geometry.receptive_field  # doctest: +SKIP
+    ((224, 224), (32, 32), (404, 404))
+    """
+
+    height: Axis
+    width: Axis = field()
+
+    @property
+    def axes(self) -> tuple[Axis, Axis]:
+        return self.height, self.width
+
+    @property
+    def window(self) -> Pair:
+        """The smallest input extent ``(h, w)`` that gives one cell."""
+        return self.height.window, self.width.window
+
+    @property
+    def stride(self) -> Pair:
+        """Input pixels ``(h, w)`` between neighbouring cells."""
+        return self.height.stride, self.width.stride
+
+    @property
+    def receptive_field(self) -> Pair:
+        """Extent ``(h, w)`` of all input pixels that a cell depends on, padding included."""
+        return self.height.receptive_field, self.width.receptive_field
+
+    @property
+    def offset(self) -> Pair:
+        """First pixel ``(y, x)`` of cell 0's receptive field; negative where it is padding."""
+        return self.height.offset, self.width.offset
+
+    def output_size(self, size: Iterable[int] | int) -> Pair:
+        """Cells ``(h, w)`` for an image of `size` pixels ``(H, W)``.
+
+        Rows and columns past the last full cell are not seen by any cell: VGG gives 7 features, so
+        one cell, for every extent from 224 to 255. Below the window the image is padded up to it.
+
+        Raises:
+            GeometryError: if `size` is not one or two positive integers.
+        """
+        height, width = checked_size(size)
+        return self.height.output_size(height), self.width.output_size(width)
+
+    def window_of(self, row: int, col: int) -> Box:
+        """Box of pixels that a cell stands for: the crop that a sliding window would take."""
+        return _box(*(axis.window_of(cell) for axis, cell in zip(self.axes, (row, col))))
+
+    def receptive_field_of(self, row: int, col: int) -> Box:
+        """Box of pixels that a cell depends on; it leaves the image where padding is seen."""
+        return _box(*(axis.span_of(cell) for axis, cell in zip(self.axes, (row, col))))
+
+    def centre_of(self, row: float, col: float) -> tuple[float, float]:
+        """Point ``(y, x)`` in the middle of a cell's receptive field, in pixels."""
+        return self.height.centre_of(row), self.width.centre_of(col)
+
+    def cell_at(self, y: float, x: float) -> Pair:
+        """Cell ``(row, col)`` whose centre is nearest to the point; never negative."""
+        return self.height.cell_at(y), self.width.cell_at(x)
+
+    def touches_padding(self, size: Iterable[int] | int) -> NDArray[np.bool_]:
+        """Boolean map ``(h, w)`` of the cells whose receptive field leaves an image of `size`."""
+        height, width = checked_size(size)
+        rows = self.height.touches_padding(height)
+        cols = self.width.touches_padding(width)
+        return rows[:, None] | cols[None, :]
+
+    def padding_for(self, size: Iterable[int] | int) -> tuple[Pair, Pair]:
+        """Zeros ``((top, bottom), (left, right))`` around an image below the window."""
+        height, width = checked_size(size)
+        return self.height.padding_for(height), self.width.padding_for(width)
+
+    def placed(self, size: Iterable[int] | int) -> Geometry:
+        """The geometry in the pixel coordinates of an image of `size`.
+
+        It differs from the geometry itself only below the window, where the image is padded.
+        """
+        height, width = checked_size(size)
+        return Geometry(self.height.placed(height), self.width.placed(width))
+
+    def upto(self, step: int) -> Geometry:
+        """The geometry of an inner layer: everything up to and including `step`."""
+        return Geometry(self.height.upto(step), self.width.upto(step))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers and lists, for a file; `from_dict` reads them back."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Geometry:
+        return cls(*(_axis_from_dict(data[name]) for name in ("height", "width")))
+
+    def __str__(self) -> str:
+        def pair(values: Pair) -> str:
+            return f"{values[0]}" if values[0] == values[1] else f"{values[0]}x{values[1]}"
+
+        y, x = self.centre_of(0, 0)
+        return (
+            f"window {pair(self.window)}, stride {pair(self.stride)}, receptive field "
+            f"{pair(self.receptive_field)} from pixel {self.offset}, first centre ({y:g}, {x:g})"
+        )
+
+
+def checked_size(size: Iterable[int] | int) -> Pair:
+    """An image size as ``(h, w)``, from one integer or two.
+
+    Raises:
+        GeometryError: if it is not one or two positive integers.
+    """
+    values = (size, size) if isinstance(size, int) else tuple(size)
+    if len(values) != 2 or not all(
+        isinstance(v, (int, np.integer)) and not isinstance(v, bool) and v > 0 for v in values
+    ):
+        raise GeometryError(f"size {size!r} is not an image size: pass a positive int or (h, w)")
+    return int(values[0]), int(values[1])
+
+
+def _box(rows: Pair, cols: Pair) -> Box:
+    return rows[0], cols[0], rows[1], cols[1]
+
+
+def _axis_from_dict(data: dict[str, Any]) -> Axis:
+    steps = tuple(Step(Window(**s["window"]), tuple(s["inputs"])) for s in data["steps"])
+    return Axis(**{**data, "steps": steps})

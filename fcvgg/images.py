@@ -1,0 +1,193 @@
+"""Reading images: paths, PIL images, arrays and tensors, in every common mode."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Union
+
+import numpy as np
+import torch.nn.functional as F
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from fcvgg.errors import ImageError, PreprocessError
+from fcvgg.preprocessing import Preprocess, resized_to_side
+
+Pair = tuple[int, int]
+ImageLike = Union[str, "os.PathLike[str]", Image.Image, np.ndarray, Tensor]
+
+_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+
+
+@dataclass(frozen=True)
+class PreparedImage:
+    """An image on its way into a network.
+
+    Attributes:
+        size: ``(H, W)`` of the user's image, in whose pixels results are given.
+        picture: the image to look at and to preprocess, in the mode of the network's channels;
+            None for a tensor.
+        pixels: the preprocessed tensor ``(1, C, H, W)``; None until then.
+    """
+
+    size: Pair
+    picture: Image.Image | None = None
+    pixels: Tensor | None = None
+
+    def tensor(self, preprocess: Preprocess | None) -> Tensor:
+        """The network's input ``(1, C, H, W)``."""
+        if self.pixels is not None:
+            return self.pixels
+        assert self.picture is not None and preprocess is not None
+        return preprocess(self.picture)
+
+
+def prepare(image: Any, preprocess: Preprocess | None, channels: int) -> PreparedImage:
+    """Read an image for a network of `channels` input channels.
+
+    Raises:
+        ImageError: if it cannot be used as an image.
+        PreprocessError: if it is no tensor and the network's preprocessing is unknown.
+    """
+    if isinstance(image, Tensor):
+        pixels = _checked_tensor(image, channels)
+        return PreparedImage(size=(pixels.shape[2], pixels.shape[3]), pixels=pixels)
+    if preprocess is None:
+        raise PreprocessError(
+            "the network's preprocessing is unknown, so an image file or uint8 array cannot be fed "
+            "to it; pass preprocess=fcvgg.Preprocess(mean, std) to convert or load, or a tensor"
+        )
+    if preprocess.channels != channels:
+        raise PreprocessError(
+            f"the preprocessing has {preprocess.channels} channels and the network {channels}; "
+            "give mean and std one value per channel"
+        )
+    picture = in_mode(read_image(image), channels)
+    return PreparedImage(size=(picture.height, picture.width), picture=picture)
+
+
+def read_image(image: Any) -> Image.Image:
+    """An upright PIL image from a path, a PIL image or an array.
+
+    Raises:
+        ImageError: if there is no file, it is no image or a broken one, or the array is unsuitable.
+    """
+    if isinstance(image, np.ndarray):
+        return _from_array(image)
+    if isinstance(image, Image.Image):
+        return ImageOps.exif_transpose(image)
+    if isinstance(image, (str, os.PathLike)):
+        return _from_file(Path(image))
+    raise ImageError(
+        f"{type(image).__name__} is no image; expected a path, a PIL image, a uint8 array "
+        "(H, W, C) or a preprocessed tensor (C, H, W)"
+    )
+
+
+def in_mode(image: Image.Image, channels: int) -> Image.Image:
+    """The image as ``uint8`` with 1, 3 or 4 channels.
+
+    Transparent pixels are shown on white, 16-bit grey is scaled to 8 bits.
+    """
+    mode = _MODES.get(channels)
+    if mode is None:
+        raise ImageError(
+            f"the network takes {channels} channels, which no image file has; "
+            f"pass a preprocessed tensor ({channels}, H, W)"
+        )
+    if image.mode.startswith("I;16") or image.mode == "I":
+        image = _from_array(np.asarray(image).clip(0, 65535).astype(np.uint16))
+    elif image.mode == "F":
+        raise ImageError("the image holds floating-point values of unknown range; pass uint8")
+    if mode != "RGBA" and (image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info):
+        image = image.convert("RGBA")
+        canvas = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(canvas, image)
+    return image if image.mode == mode else image.convert(mode)
+
+
+def with_smallest_side(image: PreparedImage, side: int) -> PreparedImage:
+    """The image rescaled, its aspect ratio kept; results then refer to the new pixels."""
+    if not isinstance(side, int) or side < 1:
+        raise ImageError(f"scale {side!r} is no length; expected a positive number of pixels")
+    if image.picture is not None:
+        picture = resized_to_side(image.picture, side)
+        return PreparedImage(size=(picture.height, picture.width), picture=picture)
+    assert image.pixels is not None
+    factor = side / min(image.size)
+    size = [max(round(n * factor), 1) for n in image.size]
+    pixels = F.interpolate(image.pixels, size, mode="bilinear", align_corners=False, antialias=True)
+    return PreparedImage(size=(size[0], size[1]), pixels=pixels)
+
+
+def mirrored(image: PreparedImage) -> PreparedImage:
+    """The image with left and right exchanged."""
+    if image.picture is not None:
+        return replace(image, picture=ImageOps.mirror(image.picture))
+    assert image.pixels is not None
+    return replace(image, pixels=image.pixels.flip(-1))
+
+
+def _checked_tensor(image: Tensor, channels: int) -> Tensor:
+    shape = tuple(image.shape)
+    batch = image[None] if image.ndim == 3 else image
+    if batch.ndim != 4 or batch.shape[0] != 1:
+        raise ImageError(
+            f"a tensor of shape {shape} is no image; expected (C, H, W) or (1, C, H, W)"
+        )
+    if batch.shape[1] != channels:
+        raise ImageError(
+            f"the network takes {channels} channels, got a tensor of shape {shape}; "
+            "expected (C, H, W)"
+        )
+    if 0 in shape:
+        raise ImageError(f"the image {shape} has no pixels")
+    if not batch.is_floating_point():
+        raise ImageError(
+            f"a tensor is taken as preprocessed and must hold floats, got {image.dtype}; "
+            "pass uint8 pixels as a NumPy array (H, W, C)"
+        )
+    return batch
+
+
+def _from_array(array: np.ndarray[Any, Any]) -> Image.Image:
+    if array.dtype == np.uint16:
+        array = np.round(array / 257).astype(np.uint8)
+    if array.dtype != np.uint8:
+        raise ImageError(
+            f"an array of {array.dtype} has no known range; pass uint8 (H, W, C), "
+            "or a preprocessed tensor"
+        )
+    if array.ndim == 3 and array.shape[2] == 1:
+        array = array[..., 0]
+    if 0 in array.shape:
+        raise ImageError(f"the array {array.shape} has no pixels")
+    if array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4)):
+        return Image.fromarray(array)
+    raise ImageError(
+        f"an array of shape {array.shape} is no image; expected (H, W), (H, W, 3) or (H, W, 4)"
+    )
+
+
+def _from_file(path: Path) -> Image.Image:
+    if not path.exists():
+        raise ImageError(f"there is no image file {path}")
+    if path.is_dir():
+        raise ImageError(f"{path} is a folder; expected an image file")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(path) as image:
+                image.load()
+                return ImageOps.exif_transpose(image)
+    except UnidentifiedImageError as error:
+        raise ImageError(
+            f"{path} is no image that Pillow can read; expected PNG, JPEG or the like"
+        ) from error
+    except Image.DecompressionBombError as error:
+        raise ImageError(f"{path} is too large to load whole: {error}") from error
+    except (OSError, SyntaxError, ValueError) as error:
+        raise ImageError(f"{path} is a broken image: {error}") from error

@@ -1,0 +1,23 @@
+"""The registry: what every known layer and function becomes in a fully convolutional network.
+
+A rule receives the `fcvgg.rewriting.Rewriter`, the `fcvgg.rewriting.Call` in the source, and the
+call's arguments, bound to the names that torch gives them. Rules of one kind share a helper, so a
+new layer is often one line:
+
+- `elementwise.pointwise` registers what acts on each element by itself,
+- `reshaping.moves` what only moves elements,
+- a `registry.rule` in `windows` states the windows of what slides a kernel,
+- rules in `pooling` and `channels` treat what reduces positions or works along the channels,
+- `refused` names what would not stay exact, and why.
+
+What is in no table is refused by name too.
+"""
+
+from fcvgg.layers import channels, elementwise, pooling, refused, reshaping, windows
+from fcvgg.layers.elementwise import pointwise
+from fcvgg.layers.registry import is_leaf, rule, rule_for
+from fcvgg.layers.reshaping import moves
+
+__all__ = ["is_leaf", "moves", "pointwise", "rule", "rule_for"]
+
+_RULES_LOADED = (channels, elementwise, pooling, refused, reshaping, windows)

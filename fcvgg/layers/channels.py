@@ -1,0 +1,216 @@
+"""Layers that work along the channels: fully connected, normalisation, softmax, concatenation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fcvgg.cells import Cells, Constant, with_channels
+from fcvgg.errors import UnsupportedLayerError
+from fcvgg.geometry import Window
+from fcvgg.layers.elementwise import act_elementwise
+from fcvgg.layers.registry import calling, rule
+from fcvgg.modules import ChannelLayerNorm
+from fcvgg.rewriting import Call, Rewriter
+
+Pair = tuple[int, int]
+
+
+@rule(nn.Linear)
+def linear_module(build: Rewriter, call: Call, x: Any) -> Cells:
+    layer = call.module
+    assert isinstance(layer, nn.Linear)
+    if nn.utils.parametrize.is_parametrized(layer):
+        raise UnsupportedLayerError(
+            f"{call} has a parametrized weight; call torch.nn.utils.parametrize."
+            "remove_parametrizations on it first"
+        )
+    return build.linear(call, _value(call, x), layer.weight, layer.bias)
+
+
+@rule(*calling("linear"))
+def linear(build: Rewriter, call: Call, input: Any, weight: Any, bias: Any = None) -> Cells:
+    if not isinstance(weight, Constant):
+        raise UnsupportedLayerError(
+            f"{call} has weights computed from the image; expected a parameter"
+        )
+    return build.linear(call, _value(call, input), weight, bias)
+
+
+def _value(call: Call, x: Any) -> Cells:
+    if isinstance(x, Cells) and x.layout.ndim:
+        return x
+    raise UnsupportedLayerError(
+        f"{call} takes something that is no value (N, features) of the image"
+    )
+
+
+@rule(nn.BatchNorm1d, nn.BatchNorm2d)
+def batch_norm_module(build: Rewriter, call: Call, x: Any) -> Cells:
+    norm = call.module
+    assert isinstance(norm, (nn.BatchNorm1d, nn.BatchNorm2d))
+    x = build.features(call, x, 0)
+    if isinstance(norm, nn.BatchNorm2d):
+        node = build.emit(call, (x,), {})
+    else:
+        node = build.emit_module(call, _batch_norm2d(norm), x, "2d")
+    result = replace(x, node=node, activation="logits")
+    build.record(call, call.kind, (Window(), Window()), result)
+    return result
+
+
+def _batch_norm2d(norm: nn.BatchNorm1d) -> nn.BatchNorm2d:
+    twin = nn.BatchNorm2d(
+        norm.num_features,
+        norm.eps,
+        norm.momentum,
+        norm.affine,
+        norm.track_running_stats,
+        device="meta",
+    )
+    for name, parameter in norm.named_parameters(recurse=False):
+        setattr(twin, name, parameter)
+    for name, buffer in norm.named_buffers(recurse=False):
+        setattr(twin, name, buffer)
+    return twin
+
+
+@rule(*calling("batch_norm"))
+def batch_norm(build: Rewriter, call: Call, input: Any, *args: Any, **kwargs: Any) -> Cells:
+    x = build.features(call, input, 0)
+    node = build.emit(call, (x, *args), kwargs)
+    result = replace(x, node=node, activation="logits")
+    build.record(call, "BatchNorm2d", (Window(), Window()), result)
+    return result
+
+
+@rule(nn.PReLU)
+def prelu_module(build: Rewriter, call: Call, x: Any) -> Cells:
+    if call.module.num_parameters > 1:  # type: ignore[union-attr]
+        x = build.features(call, x, 0)
+    return act_elementwise(build, call, x)
+
+
+@rule(F.prelu, torch.prelu, "prelu")
+def prelu(build: Rewriter, call: Call, input: Any, weight: Constant) -> Cells:
+    x = input if weight.value.numel() == 1 else build.features(call, input, 0)
+    node = build.emit(call, (x, weight), {})
+    return replace(x, node=node, activation="logits")
+
+
+@rule(nn.LayerNorm)
+def layer_norm_module(build: Rewriter, call: Call, x: Any) -> Cells:
+    norm = call.module
+    assert isinstance(norm, nn.LayerNorm)
+    x = _last_axis(build, call, x, norm.normalized_shape)
+    twin = ChannelLayerNorm(
+        list(norm.normalized_shape), norm.eps, norm.elementwise_affine, device="meta"
+    )
+    twin.weight, twin.bias = norm.weight, norm.bias
+    result = replace(x, node=build.emit_module(call, twin, x, "channels"), activation="logits")
+    build.record(call, "LayerNorm", (Window(), Window()), result)
+    return result
+
+
+@rule(*calling("layer_norm"))
+def layer_norm(
+    build: Rewriter,
+    call: Call,
+    input: Any,
+    normalized_shape: Sequence[int],
+    weight: Any = None,
+    bias: Any = None,
+    eps: float = 1e-5,
+) -> Cells:
+    x = _last_axis(build, call, input, normalized_shape)
+    last = build.graph.call_method("movedim", (x.node, 1, -1))
+    normed = build.emit_function(
+        call, F.layer_norm, replace(x, node=last), tuple(normalized_shape), weight, bias, eps
+    )
+    node = build.graph.call_method("movedim", (normed, -1, 1))
+    return replace(x, node=node, activation="logits")
+
+
+def _last_axis(build: Rewriter, call: Call, x: Any, shape: Sequence[int]) -> Cells:
+    if len(shape) != 1:
+        raise UnsupportedLayerError(
+            f"{call} normalises over {tuple(shape)}, which mixes positions; expected the channels"
+        )
+    return build.features(call, x, -1)
+
+
+@rule(nn.LocalResponseNorm, nn.Softmax2d, *calling("local_response_norm"))
+def across_channels(build: Rewriter, call: Call, x: Any, *args: Any, **kwargs: Any) -> Cells:
+    x = build.as_map(x, call)
+    return replace(x, node=build.emit(call, (x, *args), kwargs), activation="logits")
+
+
+@rule(*calling("normalize"))
+def normalize(
+    build: Rewriter, call: Call, input: Any, p: float = 2.0, dim: int = 1, eps: float = 1e-12
+) -> Cells:
+    x = build.features(call, input, _axis(call, input, dim))
+    return replace(
+        x, node=build.emit_function(call, F.normalize, x, p, 1, eps), activation="logits"
+    )
+
+
+@rule(nn.Softmax, nn.LogSoftmax)
+def softmax_module(build: Rewriter, call: Call, x: Any) -> Cells:
+    return _softmax(build, call, x, call.module.dim, isinstance(call.module, nn.LogSoftmax))  # type: ignore
+
+
+@rule(*calling("softmax"))
+def softmax(
+    build: Rewriter, call: Call, input: Any, dim: int | None = None, *_: Any, **__: Any
+) -> Cells:
+    return _softmax(build, call, input, dim, log=False)
+
+
+@rule(*calling("log_softmax"))
+def log_softmax(
+    build: Rewriter, call: Call, input: Any, dim: int | None = None, *_: Any, **__: Any
+) -> Cells:
+    return _softmax(build, call, input, dim, log=True)
+
+
+def _softmax(build: Rewriter, call: Call, x: Any, dim: int | None, log: bool) -> Cells:
+    if dim is None and isinstance(x, Cells):  # torch's implicit choice
+        dim = 0 if x.layout.ndim in (0, 2) else 1
+    x = build.features(call, x, _axis(call, x, dim))
+    function = torch.log_softmax if log else torch.softmax
+    activation = "log_probabilities" if log else "probabilities"
+    return replace(x, node=build.emit_function(call, function, x, 1), activation=activation)
+
+
+def _axis(call: Call, x: Any, dim: Any) -> int:
+    """The layout's axis of the source's dimension `dim`."""
+    if not isinstance(x, Cells) or not isinstance(dim, int):
+        raise UnsupportedLayerError(f"{call} works along {dim!r}; expected the classes")
+    axis = dim % (x.layout.ndim + 1) - 1
+    if axis < 0:
+        raise UnsupportedLayerError(f"{call} works along dimension {dim}, the images of the batch")
+    return axis
+
+
+@rule(*calling("cat", "concat", "concatenate"))
+def cat(build: Rewriter, call: Call, tensors: Sequence[Any], dim: int = 0, **names: Any) -> Cells:
+    dim = names.get("axis", dim)
+    parts = [build.features(call, x, _axis(call, x, dim)) for x in tensors]
+    axis = _axis(call, parts[0], dim)
+    grids = {(p.extent[1:], p.dilation) for p in parts}
+    if len(grids) > 1:
+        raise UnsupportedLayerError(
+            f"{call} concatenates maps of different sizes or dilations {sorted(grids)}"
+        )
+    channels = sum(p.extent[0] for p in parts)
+    node = build.emit_function(call, torch.cat, list(parts), 1)
+    step = build.join(parts, call)
+    kinds = {p.activation for p in parts}
+    activation = kinds.pop() if len(kinds) == 1 else "logits"
+    return with_channels(parts[0], axis, channels, node=node, step=step, activation=activation)

@@ -1,0 +1,137 @@
+"""Layers that act on each element by itself, or combine values element by element."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torchvision.ops import StochasticDepth, stochastic_depth
+
+from fcvgg.cells import Cells, Constant, channels_along
+from fcvgg.errors import UnsupportedLayerError
+from fcvgg.geometry import Window
+from fcvgg.layers.registry import RULES, calling, rule
+from fcvgg.rewriting import Call, Rewriter
+
+Pair = tuple[int, int]
+
+
+def pointwise(*targets: Any) -> None:
+    """Register layers and functions that act on each element, or combine values elementwise."""
+    RULES.update(dict.fromkeys(targets, act_elementwise))
+
+
+def act_elementwise(build: Rewriter, call: Call, *args: Any, **kwargs: Any) -> Any:
+    operands: list[Cells] = []
+    fx.node.map_aggregate(
+        (args, kwargs), lambda a: operands.append(a) if isinstance(a, Cells) else a
+    )  # type: ignore
+    if not operands:
+        return Constant(build.emit(call, args, kwargs), call.node.meta["value"])
+    aligned = _on_one_grid(build, call, operands)
+    swap = {id(old): new for old, new in zip(operands, aligned)}
+    first = max(aligned, key=lambda c: c.extent[0])
+
+    def prepared(argument: Any) -> Any:
+        if isinstance(argument, Cells):
+            return swap[id(argument)]
+        if isinstance(argument, Constant):
+            return _per_channel(build, call, argument, first)
+        return argument
+
+    args, kwargs = fx.node.map_aggregate((args, kwargs), prepared)  # type: ignore
+    node = build.emit(call, args, kwargs)
+    step = build.join(aligned, call) if len(aligned) > 1 else first.step
+    result = replace(first, node=node, step=step, activation="logits")
+    if call.parameters():
+        build.record(call, call.kind, (Window(), Window()), result)
+    return result
+
+
+def _on_one_grid(build: Rewriter, call: Call, operands: Sequence[Cells]) -> Sequence[Cells]:
+    """Operands of one layout, or maps that broadcast over channels only."""
+    first = operands[0]
+    if all(first.same_layout(other) for other in operands):
+        return operands
+    extents = {cells.extent[1:] for cells in operands}
+    if len(extents) > 1:
+        if (1, 1) in extents:
+            raise UnsupportedLayerError(
+                f"{call} combines a map with a value pooled over all its positions "
+                "(squeeze-and-excitation or global attention); every cell would depend on the "
+                "whole image"
+            )
+        raise UnsupportedLayerError(
+            f"{call} combines maps of different sizes {sorted(extents)} at the native size"
+        )
+    if len({cells.dilation for cells in operands}) > 1:
+        raise UnsupportedLayerError(
+            f"{call} joins branches of different dilation; their cells do not lie on one grid"
+        )
+    ndim = operands[0].layout.ndim
+    if any(c.layout.ndim != ndim for c in operands) or ndim not in (1, 3):
+        raise UnsupportedLayerError(
+            f"{call} combines values of shapes {[('N', *c.layout.shape) for c in operands]} whose "
+            "elements were moved differently"
+        )
+    settled = [build.as_map(c, call) if ndim == 3 else build.features(call, c, 0) for c in operands]
+    if len({c.extent[0] for c in settled} - {1}) > 1:
+        raise UnsupportedLayerError(f"{call} combines maps of different numbers of channels")
+    return settled
+
+
+def _per_channel(build: Rewriter, call: Call, constant: Constant, cells: Cells) -> Constant:
+    """A parameter shaped to broadcast over the map, if it depends on nothing but the channel."""
+    shape = tuple(constant.value.shape)
+    if constant.value.numel() == 1:
+        return Constant(build.graph.call_method("reshape", (constant.node, ())), constant.value)
+    if len(shape) > cells.layout.ndim and shape[0] == 1:
+        shape = shape[1:]
+    padded = (1,) * (cells.layout.ndim - len(shape)) + shape
+    axes = [i for i, n in enumerate(padded) if n > 1]
+    if len(padded) == cells.layout.ndim and len(axes) == 1:
+        channels = channels_along(cells, axes[0])
+        if channels is not None and torch.equal(channels, torch.arange(cells.extent[0])):
+            node = build.graph.call_method("reshape", (constant.node, (-1, 1, 1)))
+            return Constant(node, constant.value)
+    raise UnsupportedLayerError(
+        f"{call} uses a parameter of shape {tuple(constant.value.shape)} that is shaped by "
+        "position; a cell's result may depend on its channel only"
+    )
+
+
+pointwise(
+    *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish),
+    *(nn.Hardswish, nn.Hardsigmoid, nn.Hardtanh, nn.Tanh, nn.Softplus, nn.Softsign, nn.LogSigmoid),
+    *(nn.RReLU, nn.Softshrink, nn.Hardshrink, nn.Tanhshrink, nn.Threshold),
+    *(nn.Dropout, nn.AlphaDropout, nn.Dropout2d, nn.FeatureAlphaDropout),
+    *calling("relu", "relu_", "relu6", "leaky_relu", "leaky_relu_", "elu", "elu_", "selu"),
+    *calling("celu", "gelu", "silu", "mish", "hardswish", "hardsigmoid", "hardtanh", "tanh"),
+    *calling("tanh_", "softplus", "softsign", "logsigmoid", "threshold", "rrelu"),
+    *calling("alpha_dropout", "dropout2d"),
+    *calling("add", "add_", "sub", "sub_", "mul", "mul_", "div", "div_", "truediv", "neg", "pos"),
+    *calling("iadd", "isub", "imul", "itruediv", "pow", "square", "sqrt", "rsqrt", "exp", "log"),
+    *calling("log1p", "abs", "clamp", "clamp_", "clip", "maximum", "minimum", "erf", "sign"),
+    *(StochasticDepth, stochastic_depth),
+    *("float", "half", "double", "bfloat16", "to", "type", "type_as"),
+)
+
+
+@rule(*calling("dropout"))
+def dropout(
+    build: Rewriter, call: Call, x: Any, p: float = 0.5, training: Any = True, inplace: bool = False
+) -> Any:
+    if training is True and p > 0:
+        raise UnsupportedLayerError(
+            f"{call} drops at random in evaluation mode too (training=True); "
+            "pass training=self.training"
+        )
+    return act_elementwise(build, call, x, p, training, inplace)
+
+
+@rule(nn.Sigmoid, *calling("sigmoid", "sigmoid_"))
+def sigmoid(build: Rewriter, call: Call, x: Any, *rest: Any, **names: Any) -> Any:
+    return replace(act_elementwise(build, call, x, *rest, **names), activation="sigmoid")

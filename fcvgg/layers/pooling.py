@@ -1,0 +1,143 @@
+"""Layers that reduce positions: adaptive and global pools, means over a map."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from fcvgg.cells import Cells, channels_pooled, with_channels
+from fcvgg.errors import UnsupportedLayerError
+from fcvgg.geometry import Window
+from fcvgg.layers.registry import calling, rule
+from fcvgg.modules import BinnedPool2d, DilatedAvgPool2d
+from fcvgg.rewriting import Call, Rewriter
+
+Pair = tuple[int, int]
+
+
+def pool_window(
+    build: Rewriter,
+    call: Call,
+    x: Cells,
+    kind: str,
+    bins: Pair,
+    divisor: int | None = None,
+) -> Cells:
+    """Adaptive pooling of the native window, applied to every window with stride 1."""
+    extent = x.extent[1:]
+    build.begin_head(x, None if bins == (1, 1) else bins, call)
+    if extent == bins:
+        return x
+    divides = all(n % o == 0 for n, o in zip(extent, bins))
+    covers = extent if not divides else (extent[0] // bins[0], extent[1] // bins[1])
+    if bins == (1, 1) or not divides:
+        x, windows = build.head_window(call, x, covers)
+    else:
+        windows = (
+            Window(covers[0], dilation=x.dilation[0]),
+            Window(covers[1], dilation=x.dilation[1]),
+        )
+    step = build.add_step(windows, (x.step,), call)
+    settings = {"stride": (1, 1), "padding": (0, 0)}
+    pool: nn.Module
+    if not divides:
+        pool = BinnedPool2d(kind, extent, bins, x.dilation)
+    elif kind == "max":
+        pool = nn.MaxPool2d(covers, dilation=x.dilation, **settings)
+    elif x.dilation == (1, 1):
+        pool = nn.AvgPool2d(covers, divisor_override=divisor, **settings)
+    else:
+        pool = DilatedAvgPool2d(covers, dilation=x.dilation, divisor_override=divisor, **settings)
+    node = build.emit_module(call, pool, x, (extent, bins, x.dilation, kind))
+    if divides:
+        dilation = tuple(d * (1 if o == 1 else k) for d, k, o in zip(x.dilation, covers, bins))
+        result = replace(
+            with_channels(_spread_over(x, bins), 0, x.extent[0]),
+            node=node,
+            step=step,
+            dilation=(dilation[0], dilation[1]),
+            activation="logits",
+        )
+    else:
+        channels = x.extent[0] * bins[0] * bins[1]
+        layout = torch.arange(channels).reshape(x.extent[0], *bins)
+        result = Cells(node, step, (channels, 1, 1), layout, x.dilation)
+    build.record(call, type(pool).__name__, windows, result)
+    return result
+
+
+def _spread_over(x: Cells, bins: Pair) -> Cells:
+    """The same channels with a window of `bins` positions."""
+    extent = (x.extent[0], *bins)
+    return replace(
+        x, extent=extent, layout=torch.arange(x.extent[0] * bins[0] * bins[1]).reshape(extent)
+    )
+
+
+@rule(nn.AdaptiveAvgPool2d)
+def adaptive_avg_pool2d_module(build: Rewriter, call: Call, x: Any) -> Cells:
+    return adaptive_avg_pool2d(build, call, x, call.module.output_size)  # type: ignore[union-attr]
+
+
+@rule(nn.AdaptiveMaxPool2d)
+def adaptive_max_pool2d_module(build: Rewriter, call: Call, x: Any) -> Cells:
+    pool = call.module
+    assert isinstance(pool, nn.AdaptiveMaxPool2d)
+    return adaptive_max_pool2d(build, call, x, pool.output_size, pool.return_indices)
+
+
+@rule(*calling("adaptive_avg_pool2d"))
+def adaptive_avg_pool2d(build: Rewriter, call: Call, input: Any, output_size: Any) -> Cells:
+    x = build.as_map(input, call)
+    return pool_window(build, call, x, "avg", _bins(x, output_size))
+
+
+@rule(*calling("adaptive_max_pool2d"))
+def adaptive_max_pool2d(
+    build: Rewriter, call: Call, input: Any, output_size: Any, return_indices: bool = False
+) -> Cells:
+    if return_indices:
+        raise UnsupportedLayerError(f"{call} returns indices, which depend on the map's size")
+    x = build.as_map(input, call)
+    return pool_window(build, call, x, "max", _bins(x, output_size))
+
+
+def _bins(x: Cells, output_size: Any) -> Pair:
+    wanted = (
+        (output_size,) * 2 if output_size is None or isinstance(output_size, int) else output_size
+    )
+    height, width = (n if o is None else o for n, o in zip(x.extent[1:], wanted))
+    return height, width
+
+
+@rule(*calling("mean", "sum", "amax"))
+def reduce_positions(
+    build: Rewriter, call: Call, input: Any, dim: Any = None, keepdim: bool = False, **names: Any
+) -> Any:
+    """A mean, sum or maximum over all positions of each channel, whatever their order."""
+    if not isinstance(input, Cells):
+        raise UnsupportedLayerError(f"{call} reduces something that is no value of the image")
+    name = call.kind.removeprefix("Tensor.")
+    ndim = input.layout.ndim + 1
+    dims = tuple(range(ndim)) if dim is None else (dim,) if isinstance(dim, int) else tuple(dim)
+    axes = tuple(sorted(d % ndim - 1 for d in dims))
+    if -1 in axes:
+        raise UnsupportedLayerError(f"{call} reduces over the images of the batch")
+    if input.positions == 1 and all(input.layout.shape[a] == 1 for a in axes):
+        pooled = input
+    elif channels_pooled(input, axes):
+        whole = replace(input, layout=torch.arange(input.elements).reshape(input.extent))
+        kind = "max" if name == "amax" else "avg"
+        pooled = pool_window(build, call, whole, kind, (1, 1), 1 if name == "sum" else None)
+    else:
+        raise UnsupportedLayerError(
+            f"{call} reduces over {dim}, which is not all positions of each channel; "
+            "only global pooling is supported"
+        )
+    shape = [n for i, n in enumerate(input.layout.shape) if i not in axes]
+    if keepdim:
+        shape = [1 if i in axes else n for i, n in enumerate(input.layout.shape)]
+    return replace(pooled, layout=torch.arange(pooled.elements).reshape(shape))

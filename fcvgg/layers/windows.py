@@ -1,0 +1,248 @@
+"""Layers that slide a kernel: convolutions, pools and paddings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+from fcvgg.cells import Cells, Constant
+from fcvgg.errors import UnsupportedLayerError
+from fcvgg.geometry import Window
+from fcvgg.layers.pooling import pool_window
+from fcvgg.layers.registry import calling, rule
+from fcvgg.modules import DilatedAvgPool2d
+from fcvgg.rewriting import Call, Rewriter, Windows
+
+Pair = tuple[int, int]
+
+
+def _pair(value: Any) -> Pair:
+    values = (value, value) if isinstance(value, int) else tuple(value)
+    return (values[0], values[-1])
+
+
+def _windows(
+    kernel: Any, stride: Any, padding: Any, dilation: Any = 1, ceil_mode: bool = False
+) -> Windows:
+    """Windows of both axes from torch's arguments, where one number stands for both."""
+    kernel, dilation = _pair(kernel), _pair(dilation)
+    stride = _pair(stride) if stride not in (None, (), []) else kernel
+    if isinstance(padding, str):
+        total = [d * (k - 1) if padding == "same" else 0 for k, d in zip(kernel, dilation)]
+        pads = [(n // 2, n - n // 2) for n in total]
+    else:
+        pads = [(p, p) for p in _pair(padding)]
+    height, width = (
+        Window(kernel[i], stride[i], dilation[i], *pads[i], ceil_mode=ceil_mode) for i in (0, 1)
+    )
+    return height, width
+
+
+def _settings(windows: Windows) -> dict[str, Pair]:
+    """Torch's arguments of windows with equal padding on both sides."""
+    height, width = windows
+    return {
+        "stride": (height.stride, width.stride),
+        "padding": (height.before, width.before),
+        "dilation": (height.dilation, width.dilation),
+    }
+
+
+def _padded_apart(build: Rewriter, x: fx.Node, windows: Windows, value: float) -> fx.Node:
+    height, width = windows
+    pads = (width.before, width.after, height.before, height.after)
+    return build.graph.call_function(F.pad, (x, pads, "constant", value)) if any(pads) else x
+
+
+@rule(nn.Conv2d)
+def conv2d_module(build: Rewriter, call: Call, x: Any) -> Cells:
+    conv = call.module
+    assert isinstance(conv, nn.Conv2d)
+    x = build.as_map(x, call)
+    if conv.padding_mode == "circular":
+        raise UnsupportedLayerError(
+            f"{call} pads circularly: cells at one border would see the opposite one"
+        )
+    windows = _windows(conv.kernel_size, conv.stride, conv.padding, conv.dilation)
+
+    def emit(dense: Windows, changed: bool) -> fx.Node:
+        if not changed:
+            return build.emit(call, (x,), {})
+        if conv.padding_mode != "zeros" or dense[0].before != dense[0].after:
+            raise UnsupportedLayerError(
+                f"{call} pads by {conv.padding_mode!r}, which has no dilated form; "
+                "convert without output_stride"
+            )
+        return build.emit_module(call, _dilated_conv(conv, dense), x, dense)
+
+    products = conv.weight.numel()
+    return build.window(call, x, windows, emit, products)
+
+
+def _dilated_conv(conv: nn.Conv2d, windows: Windows) -> nn.Conv2d:
+    dilated = nn.Conv2d(
+        conv.in_channels,
+        conv.out_channels,
+        _pair(conv.kernel_size),
+        groups=conv.groups,
+        bias=conv.bias is not None,
+        device="meta",
+        **_settings(windows),
+    )
+    dilated.weight, dilated.bias = conv.weight, conv.bias
+    return dilated
+
+
+@rule(F.conv2d, torch.conv2d)
+def conv2d(
+    build: Rewriter,
+    call: Call,
+    input: Any,
+    weight: Constant,
+    bias: Constant | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> Cells:
+    x = build.as_map(input, call)
+    if not isinstance(weight, Constant):
+        raise UnsupportedLayerError(
+            f"{call} has weights computed from the image; expected a parameter"
+        )
+    windows = _windows(weight.value.shape[2:], stride, padding, dilation)
+
+    def emit(dense: Windows, changed: bool) -> fx.Node:
+        settings = _settings(dense)
+        if dense[0].before != dense[0].after or dense[1].before != dense[1].after:
+            padded = _padded_apart(build, x.node, dense, 0.0)
+            settings["padding"] = (0, 0)
+            return build.emit_function(
+                call, F.conv2d, replace(x, node=padded), weight, bias, groups=groups, **settings
+            )
+        return build.emit_function(call, F.conv2d, x, weight, bias, groups=groups, **settings)
+
+    return build.window(call, x, windows, emit, weight.value.numel(), "Conv2d")
+
+
+@rule(nn.MaxPool2d)
+def max_pool2d_module(build: Rewriter, call: Call, x: Any) -> Cells:
+    pool = call.module
+    assert isinstance(pool, nn.MaxPool2d)
+    return max_pool2d(
+        *(build, call, x, pool.kernel_size, pool.stride, pool.padding, pool.dilation),
+        *(pool.ceil_mode, pool.return_indices),
+    )
+
+
+@rule(F.max_pool2d, torch.max_pool2d)
+def max_pool2d(
+    build: Rewriter,
+    call: Call,
+    input: Any,
+    kernel_size: Any,
+    stride: Any = None,
+    padding: Any = 0,
+    dilation: Any = 1,
+    ceil_mode: bool = False,
+    return_indices: bool = False,
+) -> Cells:
+    if return_indices:
+        raise UnsupportedLayerError(f"{call} returns indices, which depend on the map's size")
+    x = build.as_map(input, call)
+    kernel = _pair(kernel_size)
+    windows = _windows(kernel, stride, padding, dilation, ceil_mode)
+
+    def emit(dense: Windows, changed: bool) -> fx.Node:
+        if not changed:
+            return build.emit(call, (x, *call.node.args[1:]), call.node.kwargs)
+        # padding of more than half a kernel, which torch's pools refuse, is applied beforehand
+        padded = _padded_apart(build, x.node, dense, -torch.inf)
+        settings = {**_settings(dense), "padding": (0, 0)}
+        return build.emit_module(
+            call, nn.MaxPool2d(kernel, **settings), replace(x, node=padded), dense
+        )
+
+    return build.window(call, x, windows, emit, kind="MaxPool2d")
+
+
+@rule(nn.AvgPool2d)
+def avg_pool2d_module(build: Rewriter, call: Call, x: Any) -> Cells:
+    pool = call.module
+    assert isinstance(pool, nn.AvgPool2d)
+    return avg_pool2d(
+        *(build, call, x, pool.kernel_size, pool.stride, pool.padding, pool.ceil_mode),
+        *(pool.count_include_pad, pool.divisor_override),
+    )
+
+
+@rule(*calling("avg_pool2d"))
+def avg_pool2d(
+    build: Rewriter,
+    call: Call,
+    input: Any,
+    kernel_size: Any,
+    stride: Any = None,
+    padding: Any = 0,
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+    divisor_override: int | None = None,
+) -> Cells:
+    x = build.as_map(input, call)
+    kernel = _pair(kernel_size)
+    if kernel == x.extent[1:] and _pair(padding) == (0, 0) and kernel != (1, 1):
+        return pool_window(build, call, x, "avg", (1, 1), divisor_override)
+    windows = _windows(kernel, stride, padding, 1, ceil_mode)
+
+    def emit(dense: Windows, changed: bool) -> fx.Node:
+        if not changed:
+            return build.emit(call, (x, *call.node.args[1:]), call.node.kwargs)
+        dilated = DilatedAvgPool2d(
+            kernel,
+            count_include_pad=count_include_pad,
+            divisor_override=divisor_override,
+            **_settings(dense),
+        )
+        return build.emit_module(call, dilated, x, dense)
+
+    return build.window(call, x, windows, emit, kind="AvgPool2d")
+
+
+@rule(nn.ZeroPad2d, nn.ConstantPad2d, nn.ReflectionPad2d, nn.ReplicationPad2d)
+def pad_module(build: Rewriter, call: Call, x: Any) -> Cells:
+    modes = {nn.ReflectionPad2d: "reflect", nn.ReplicationPad2d: "replicate"}
+    value = getattr(call.module, "value", 0.0)
+    mode = modes.get(type(call.module), "constant")
+    return pad(build, call, x, call.module.padding, mode, value)  # type: ignore[union-attr]
+
+
+@rule(F.pad)
+def pad(
+    build: Rewriter,
+    call: Call,
+    input: Any,
+    pad: Sequence[int],
+    mode: str = "constant",
+    value: float | None = None,
+) -> Cells:
+    x = build.as_map(input, call)
+    if mode == "circular" or any(pad[4:]) or len(pad) % 2:
+        raise UnsupportedLayerError(
+            f"{call} pads {mode!r} by {tuple(pad)}; expected rows and columns"
+        )
+    left, right, top, bottom = (*pad, 0, 0)[:4]
+    windows = Window(before=top, after=bottom), Window(before=left, after=right)
+
+    def emit(dense: Windows, changed: bool) -> fx.Node:
+        height, width = dense
+        if changed and mode != "constant":
+            raise UnsupportedLayerError(f"{call} pads {mode!r}, which has no dilated form")
+        amounts = (width.before, width.after, height.before, height.after)
+        return build.emit_function(call, F.pad, x, amounts, mode, value)
+
+    return build.window(call, x, windows, emit, kind="Pad")

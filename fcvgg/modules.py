@@ -1,0 +1,205 @@
+"""The layers that a converted network has in place of the source's: plain `nn.Module` classes.
+
+Each computes at every window position of a map what the source's layer computes once. They know
+tensors only; where they are put is decided in `fcvgg.conversion`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Pair = tuple[int, int]
+
+_GEMM_CELLS = 400
+"""Cells up to which windows are gathered for one matrix product; a convolution beyond.
+
+A convolution with a 7x7 kernel reorders all its weights at every call, which costs more than the
+product itself while there are few cells; gathered windows cost memory in proportion to the cells.
+"""
+
+
+class WindowLinear(nn.Conv2d):
+    """A fully connected layer applied at every position of its window.
+
+    ``(N, C, H, W) -> (N, O, h, w)`` with a weight ``(O, C, kh, kw)``: the columns of the FC weight
+    ``(O, C*kh*kw)`` in the order of the map. `column_order` gives that order, ``weight =
+    fc_weight[:, column_order]``, where the source permuted before it flattened. FC-shaped weights
+    are reshaped as they are loaded.
+    """
+
+    def __init__(
+        self,
+        weight: nn.Parameter,
+        bias: nn.Parameter | None,
+        dilation: Pair = (1, 1),
+        column_order: Tensor | None = None,
+    ):
+        out_features, in_channels, *kernel = weight.shape
+        super().__init__(
+            in_channels,
+            out_features,
+            (kernel[0], kernel[1]),
+            dilation=dilation,
+            bias=bias is not None,
+            device="meta",
+        )
+        self.weight = weight
+        self.bias = bias
+        self.column_order: Tensor | None
+        self.register_buffer("column_order", column_order, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return window_linear(x, self.weight, self.bias, self.dilation)  # type: ignore[arg-type]
+
+    def fc_weight(self) -> Tensor:
+        """The weight as the source holds it: ``(O, C*kh*kw)``, columns in the source's order."""
+        columns = self.weight.detach().flatten(1)
+        if self.column_order is None:
+            return columns
+        return torch.empty_like(columns).index_copy_(1, self.column_order, columns)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *rest: Any, **names: Any
+    ) -> None:
+        weight = state_dict.get(f"{prefix}weight")
+        if weight is not None and weight.ndim == 2 and weight.numel() == self.weight.numel():
+            if self.column_order is not None:
+                weight = weight[:, self.column_order.to(weight.device)]
+            state_dict[f"{prefix}weight"] = weight.reshape(self.weight.shape)
+        super()._load_from_state_dict(state_dict, prefix, *rest, **names)
+
+
+def window_linear(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: Pair) -> Tensor:
+    """``F.linear`` at every window position.
+
+    Args:
+        x: map ``(N, C, H, W)``.
+        weight: ``(O, C, kh, kw)``.
+        dilation: spacing of the window's elements.
+
+    Returns:
+        map ``(N, O, H - (kh-1)*dilation, W - (kw-1)*dilation)``.
+    """
+    kernel = weight.shape[2:]
+    if tuple(kernel) == (1, 1):
+        rows = x.movedim(1, -1)  # (N, h, w, C)
+        return F.linear(rows, weight.flatten(1), bias).movedim(-1, 1)
+    height, width = (n - (k - 1) * d for n, k, d in zip(x.shape[2:], kernel, dilation))
+    if height == width == 1:
+        row = x[..., :: dilation[0], :: dilation[1]].flatten(1)  # (N, C*kh*kw)
+        return F.linear(row, weight.flatten(1), bias)[..., None, None]
+    if x.shape[0] * height * width > _GEMM_CELLS:
+        return F.conv2d(x, weight, bias, dilation=dilation)
+    rows = F.unfold(x, (kernel[0], kernel[1]), dilation).movedim(1, -1)  # (N, h*w, C*kh*kw)
+    scores = F.linear(rows, weight.flatten(1), bias)  # (N, h*w, O)
+    return scores.movedim(-1, 1).unflatten(2, (height, width))
+
+
+class BinnedPool2d(nn.Module):
+    """Adaptive pooling of every window of a fixed size: the bins become channels.
+
+    ``(N, C, H, W) -> (N, C*oh*ow, h, w)`` with stride 1: each window of `window` positions is
+    pooled to `bins` by torch's adaptive rule, where bin i covers ``floor(i*n/o)`` to
+    ``ceil((i+1)*n/o)``, and channel ``(c*oh + i)*ow + j`` holds bin (i, j) of channel c.
+    """
+
+    def __init__(self, kind: str, window: Pair, bins: Pair, dilation: Pair = (1, 1)):
+        super().__init__()
+        self.kind = kind
+        self.window = window
+        self.bins = bins
+        self.dilation = dilation
+
+    def forward(self, x: Tensor) -> Tensor:
+        for axis in (0, 1):
+            x = self._pool(x, axis)
+        return x.flatten(1, 3)
+
+    def _pool(self, x: Tensor, axis: int) -> Tensor:
+        """Pool the windows of one axis and put their bins before the last two dimensions."""
+        window, bins, dilation = (v[axis] for v in (self.window, self.bins, self.dilation))
+        dim = x.ndim - 2 + axis
+        cells = x.shape[dim] - (window - 1) * dilation
+
+        def shifted(position: int) -> Tensor:
+            return x.narrow(dim, position * dilation, cells)
+
+        pooled = []
+        for i in range(bins):
+            first, end = i * window // bins, -(-(i + 1) * window // bins)
+            total = shifted(first)
+            for position in range(first + 1, end):
+                other = shifted(position)
+                total = total + other if self.kind == "avg" else torch.maximum(total, other)
+            pooled.append(total / (end - first) if self.kind == "avg" else total)
+        return torch.stack(pooled, x.ndim - 2)
+
+    def extra_repr(self) -> str:
+        return f"{self.kind}, window={self.window}, bins={self.bins}, dilation={self.dilation}"
+
+
+class DilatedAvgPool2d(nn.Module):
+    """Average pooling whose elements lie `dilation` apart, which torch does not have.
+
+    The padding counts as zeros, or, with ``count_include_pad=False``, not at all.
+    """
+
+    def __init__(
+        self,
+        kernel_size: Pair,
+        stride: Pair,
+        padding: Pair,
+        dilation: Pair,
+        count_include_pad: bool = True,
+        divisor_override: int | None = None,
+    ):
+        super().__init__()
+        self.kernel_size = kernel_size
+        self.stride = stride
+        self.padding = padding
+        self.dilation = dilation
+        self.count_include_pad = count_include_pad
+        self.divisor_override = divisor_override
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.divisor_override is not None:
+            return self._sum(x) / self.divisor_override
+        if self.count_include_pad or self.padding == (0, 0):
+            return self._sum(x) / (self.kernel_size[0] * self.kernel_size[1])
+        return self._sum(x) / self._sum(torch.ones_like(x[:1, :1]))
+
+    def _sum(self, x: Tensor) -> Tensor:
+        top, left = self.padding
+        x = F.pad(x, (left, left, top, top))
+        for dim, kernel, stride, dilation in zip(
+            (2, 3), self.kernel_size, self.stride, self.dilation
+        ):
+            cells = x.shape[dim] - (kernel - 1) * dilation
+            shifted = [x.narrow(dim, i * dilation, cells) for i in range(kernel)]
+            x = torch.stack(shifted).sum(0)
+            x = x[:, :, ::stride] if dim == 2 else x[..., ::stride]
+        return x
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.kernel_size}, stride={self.stride}, padding={self.padding}, "
+            f"dilation={self.dilation}"
+        )
+
+
+class ChannelLayerNorm(nn.LayerNorm):
+    """Layer normalisation of each cell's features: ``(N, C, h, w)``, normalised over C."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input.movedim(1, -1)).movedim(-1, 1)
+
+
+class TrainingFlag(nn.Module):
+    """Gives the network's mode to functions that take it: ``F.dropout(x, p, training=flag())``."""
+
+    def forward(self) -> bool:
+        return self.training

@@ -1,0 +1,264 @@
+"""`FullyConvolutional`: the network that `fcvgg.convert` returns."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fcvgg.capture import device_of, dtype_of
+from fcvgg.errors import CategoryError, ImageError
+from fcvgg.geometry import Geometry
+from fcvgg.heatmap import Heatmap
+from fcvgg.images import ImageLike, PreparedImage, mirrored, prepare, with_smallest_side
+from fcvgg.preprocessing import Preprocess
+from fcvgg.probability import ACTIVATIONS
+from fcvgg.rewriting import LayerRecord, Program
+from fcvgg.score_map import ScoreMap
+
+Pair = tuple[int, int]
+
+__all__ = ["ACTIVATIONS", "FullyConvolutional"]
+
+
+class FullyConvolutional(nn.Module):
+    """A classifier as a fully convolutional network: any input size, a map of scores.
+
+    Made by `fcvgg.convert`. Calling it takes ``(N, C, H, W)`` images of any size, preprocessed, and
+    returns raw scores ``(N, K, h, w)``, with ``(h, w) == net.output_size((H, W))``; a tuple of them
+    for a model with several outputs. An image below the window is padded with zeros, centred.
+
+    Attributes:
+        network: the rewritten model, an `torch.fx.GraphModule`; `state_dict` has its keys, which
+            are the source's.
+        geometry: where the cells lie on the image.
+        input_size: the native size ``(h, w)``.
+        categories: the K class names, or None.
+        preprocess: how images become input, or None.
+        equivalence: the report of the check against the source, or None if there was none.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        *,
+        input_size: Pair,
+        preprocess: Preprocess | None = None,
+        categories: Sequence[str] | None = None,
+        activation: str | None = None,
+        source: str = "",
+    ):
+        super().__init__()
+        self.network = program.network
+        self.training = program.network.training
+        self.geometry: Geometry = program.geometry
+        self.input_size = input_size
+        self.in_channels = program.in_channels
+        self.records: tuple[LayerRecord, ...] = program.records
+        self.source = source
+        self.equivalence: Any = None
+        self._classes = program.classes
+        self._activations = program.activations if activation is None else (activation,)
+        self._aliases = program.aliases
+        self.categories = categories
+        self.preprocess = preprocess
+        self.register_load_state_dict_pre_hook(_source_keys)
+
+    # -- the map ----------------------------------------------------------------------------------
+
+    def forward(self, images: Tensor) -> Any:
+        """Score maps ``(N, K, h, w)`` of preprocessed images ``(N, C, H, W)``."""
+        self._check_images(images)
+        return self.network(self._padded(images))
+
+    def output_size(self, size: Iterable[int] | int) -> Pair:
+        """Cells ``(h, w)`` for images of ``(H, W)`` pixels.
+
+        Rows and columns past the last full cell are seen by no cell.
+        """
+        return self.geometry.output_size(size)
+
+    def _padded(self, images: Tensor) -> Tensor:
+        (top, bottom), (left, right) = self.geometry.padding_for(images.shape[2:])
+        return F.pad(images, (left, right, top, bottom)) if top + bottom + left + right else images
+
+    def _check_images(self, images: Any) -> None:
+        shape = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
+        if not isinstance(images, Tensor) or images.ndim != 4:
+            raise ImageError(
+                f"the network takes images (N, {self.in_channels}, H, W), got {shape}; "
+                "add the batch with images[None], or use net.score_map for one image"
+            )
+        if images.shape[1] != self.in_channels:
+            raise ImageError(
+                f"the network takes {self.in_channels} channels, got {images.shape[1]} in {shape}; "
+                "images are (N, C, H, W)"
+            )
+        if 0 in images.shape:
+            raise ImageError(
+                f"the batch {shape} is empty; expected at least one image of one pixel"
+            )
+
+    # -- what the scores are ----------------------------------------------------------------------
+
+    @property
+    def activation(self) -> str:
+        """What the scores of the first output are, read off the source's graph or given."""
+        return self._activations[0]
+
+    @activation.setter
+    def activation(self, value: str) -> None:
+        if value not in ACTIVATIONS:
+            raise ValueError(f"activation={value!r} is unknown; expected one of {ACTIVATIONS}")
+        self._activations = (value,)
+
+    def activation_of(self, output: int = 0) -> str:
+        return self._activations[output if len(self._activations) > 1 else 0]
+
+    @property
+    def num_classes(self) -> int:
+        return self._classes[0]
+
+    @property
+    def categories(self) -> tuple[str, ...] | None:
+        """The names of the K classes, or None."""
+        return self._categories
+
+    @categories.setter
+    def categories(self, names: Sequence[str] | None) -> None:
+        if names is not None and len(names) != self.num_classes:
+            raise CategoryError(
+                f"{len(names)} categories were given for {self.num_classes} classes; "
+                "pass one name per class, in the order of the scores"
+            )
+        self._categories = None if names is None else tuple(names)
+
+    # -- images -----------------------------------------------------------------------------------
+
+    def score_map(self, image: ImageLike, *, output: int = 0) -> ScoreMap:
+        """The score map of one image.
+
+        Args:
+            image: a path, a PIL image, a ``uint8`` array ``(H, W, C)`` or ``(H, W)``, which are
+                preprocessed; or a tensor ``(C, H, W)`` or ``(1, C, H, W)``, taken as preprocessed.
+            output: which output, for a model with several.
+
+        Raises:
+            PreprocessError: if the image needs preprocessing and the network has none.
+            ImageError: if it cannot be used as an image.
+        """
+        return self._score_map(self._prepared(image), output)
+
+    def heatmap(
+        self, image: ImageLike, target: int | str | None = None, *, output: int = 0
+    ) -> Heatmap:
+        """One class's probability over the image; the top class of the average if None."""
+        return self.score_map(image, output=output).heatmap(target)
+
+    @torch.no_grad()
+    def classify(
+        self,
+        images: Any,
+        *,
+        scales: Sequence[int] | None = None,
+        flip: bool = False,
+        average: str = "scores",
+        output: int = 0,
+    ) -> Tensor:
+        """Class probabilities by dense evaluation (VGG paper, section 3.2).
+
+        Args:
+            images: one image or a sequence of them, each as for `score_map` and of any size; or a
+                preprocessed batch ``(N, C, H, W)``.
+            scales: lengths of the smaller side to which each image is rescaled; None keeps it.
+            flip: also evaluate the mirrored image.
+            average: what is averaged over the map's cells: ``"scores"`` (logits before the softmax;
+                scores that are probabilities or their logarithms are averaged as probabilities), or
+                ``"probabilities"``. Over scales and flips probabilities are averaged.
+
+        Returns:
+            float32 ``(N, K)`` on the CPU, each row summing to 1 unless the classes are independent.
+        """
+        if average not in ("scores", "probabilities"):
+            raise ValueError(
+                f"average={average!r} is unknown; expected 'scores' or 'probabilities'"
+            )
+        rows = []
+        for image in _each(images):
+            prepared = self._prepared(image)
+            views = [with_smallest_side(prepared, n) for n in scales] if scales else [prepared]
+            views = [v for view in views for v in ((view, mirrored(view)) if flip else (view,))]
+            predictions = [self._score_map(view, output).predict(average) for view in views]
+            rows.append(torch.stack(predictions).mean(0))
+        if not rows:
+            raise ImageError("no images were given; expected at least one")
+        return torch.stack(rows).float().cpu()
+
+    def _prepared(self, image: ImageLike) -> PreparedImage:
+        return prepare(image, self.preprocess, self.in_channels)
+
+    def _score_map(self, image: PreparedImage, output: int) -> ScoreMap:
+        pixels = image.tensor(self.preprocess).to(device_of(self), dtype_of(self))
+        with torch.no_grad(), evaluating(self):
+            scores = self(pixels)
+        if isinstance(scores, tuple):
+            scores = scores[output]
+        size = (pixels.shape[2], pixels.shape[3])
+        return ScoreMap(
+            scores=scores[0],
+            geometry=self.geometry.placed(size),
+            image_size=image.size,
+            input_size=size,
+            categories=self.categories if output == 0 else None,
+            activation=self.activation_of(output),
+            image=image.picture,
+        )
+
+    # -- checkpoints ------------------------------------------------------------------------------
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+        """The parameters under the source model's keys; FC weights are shaped ``(O, C, kh, kw)``."""
+        state = self.network.state_dict(*args, **kwargs)
+        prefix = kwargs.get("prefix", args[1] if len(args) > 1 else "")
+        for key in [k for k in state if k.removeprefix(prefix).split(".")[0] in self._aliases]:
+            del state[key]
+        return state
+
+    def extra_repr(self) -> str:
+        return f"{self.source}, native size {self.input_size}, {self.geometry}"
+
+
+def _source_keys(net: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Put the source's keys where the network's modules look for them."""
+    assert isinstance(net, FullyConvolutional)
+    for key in [k for k in state if k.startswith(prefix)]:
+        name = key.removeprefix(prefix)
+        if not name.startswith("network."):
+            state[f"{prefix}network.{name}"] = state.pop(key)
+    own = net.network.state_dict(keep_vars=True)
+    for name in own:  # further instances of a layer hold the same parameters
+        if name.split(".")[0] in net._aliases:
+            state.setdefault(f"{prefix}network.{name}", own[name])
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode for a while; every module then gets its own mode back."""
+    modes = [(m, m.training) for m in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for m, mode in modes:
+            m.training = mode
+
+
+def _each(images: Any) -> Iterable[Any]:
+    """One image after the other from a batch, a sequence or a single image."""
+    if isinstance(images, Tensor):
+        return images if images.ndim == 4 else [images]
+    return images if isinstance(images, (list, tuple)) else [images]

@@ -1,0 +1,113 @@
+"""How a ``uint8`` image becomes a network's input."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from fcvgg.errors import PreprocessError
+
+Pair = tuple[int, int]
+
+INTERPOLATIONS = {
+    "nearest": Image.Resampling.NEAREST,
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "lanczos": Image.Resampling.LANCZOS,
+}
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """``(image * scale - mean) / std`` per channel, after an optional resize.
+
+    Args:
+        mean: one number per channel of the network, in its channel order and after scaling; one
+            number stands for a single grey channel.
+        std: likewise.
+        scale: factor on the ``uint8`` values; 1/255 for values in [0, 1], 1 for caffe-style models.
+        channel_order: ``"RGB"``, or ``"BGR"`` for caffe-style models.
+        resize: None keeps the image's size (dense use); an int is the length of the smaller side;
+            ``(h, w)`` is the size itself.
+        interpolation: ``"bilinear"``, ``"bicubic"``, ``"nearest"`` or ``"lanczos"``.
+
+    >>> Preprocess.imagenet()
+    Preprocess(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), ...)
+    """
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    scale: float = 1 / 255
+    channel_order: str = "RGB"
+    resize: int | Pair | None = None
+    interpolation: str = "bilinear"
+
+    def __post_init__(self) -> None:
+        for name in ("mean", "std"):
+            value = getattr(self, name)
+            numbers = (value,) if isinstance(value, (int, float)) else tuple(value)
+            object.__setattr__(self, name, tuple(float(v) for v in numbers))
+        if len(self.mean) != len(self.std) or not self.mean:
+            raise PreprocessError(
+                f"mean has {len(self.mean)} values and std {len(self.std)}; "
+                "expected one of each per channel"
+            )
+        if not all(v > 0 for v in self.std):
+            raise PreprocessError(f"std is {self.std}; expected positive values")
+        if self.channel_order not in ("RGB", "BGR"):
+            raise PreprocessError(
+                f"channel_order={self.channel_order!r} is unknown; expected 'RGB' or 'BGR'"
+            )
+        if self.interpolation not in INTERPOLATIONS:
+            raise PreprocessError(
+                f"interpolation={self.interpolation!r} is unknown; "
+                f"expected one of {', '.join(INTERPOLATIONS)}"
+            )
+
+    @classmethod
+    def imagenet(cls, **changes: Any) -> Preprocess:
+        """What torchvision's ImageNet classifiers were trained with."""
+        return cls((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), **changes)
+
+    @property
+    def channels(self) -> int:
+        return len(self.mean)
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        """The input ``(1, C, H, W)`` of an image in the mode of the network's channels."""
+        return self.normalized(np.asarray(self.resized(image)))
+
+    def resized(self, image: Image.Image) -> Image.Image:
+        if self.resize is None:
+            return image
+        if isinstance(self.resize, int):
+            return resized_to_side(image, self.resize, self.interpolation)
+        height, width = self.resize
+        return image.resize((width, height), INTERPOLATIONS[self.interpolation])
+
+    def normalized(self, pixels: np.ndarray[Any, Any]) -> Tensor:
+        """The input ``(1, C, H, W)``, float32, of ``uint8`` pixels ``(H, W, C)`` or ``(H, W)``."""
+        values = torch.from_numpy(np.array(pixels)).float()
+        values = values[..., None] if values.ndim == 2 else values  # (H, W, C)
+        if self.channel_order == "BGR":
+            values = values.flip(-1)
+        values = (values * self.scale - _row(self.mean)) / _row(self.std)
+        return values.permute(2, 0, 1)[None].contiguous()  # (1, C, H, W)
+
+
+def resized_to_side(image: Image.Image, side: int, interpolation: str = "bilinear") -> Image.Image:
+    """The image with its smaller side of length `side`, the aspect ratio kept."""
+    width, height = image.size
+    factor = side / min(width, height)
+    size = (max(round(width * factor), 1), max(round(height * factor), 1))
+    return image.resize(size, INTERPOLATIONS[interpolation])
+
+
+def _row(values: Sequence[float]) -> Tensor:
+    return torch.tensor(values, dtype=torch.float32)

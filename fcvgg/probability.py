@@ -1,0 +1,27 @@
+"""From scores to probabilities, by what the scores are."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+ACTIVATIONS = ("logits", "probabilities", "log_probabilities", "sigmoid")
+"""What scores can be: before a softmax (one class: before a sigmoid), after a softmax, after a
+log-softmax, after a sigmoid for each class."""
+
+
+def to_probabilities(scores: Tensor, activation: str, dim: int = 0) -> Tensor:
+    """Probabilities of raw scores, never soft-maxed twice.
+
+    Logits of a single class go through a sigmoid, since a softmax over one class is always 1.
+    """
+    if activation == "logits":
+        return torch.sigmoid(scores) if scores.shape[dim] == 1 else torch.softmax(scores, dim)
+    return scores.exp() if activation == "log_probabilities" else scores
+
+
+def average_over_space(scores: Tensor, activation: str, average: str) -> Tensor:
+    """One prediction ``(K,)`` of a map ``(K, h, w)``, as probabilities."""
+    if average == "scores" and activation == "logits":
+        return to_probabilities(scores.mean((1, 2)), activation)
+    return to_probabilities(scores, activation).mean((1, 2))

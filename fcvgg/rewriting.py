@@ -1,0 +1,647 @@
+"""Write a captured model anew as a graph of maps.
+
+`Rewriter` walks the captured graph once. For each node it looks up the rule of that layer or
+function in `fcvgg.layers`, which asks the rewriter to emit the operation on maps; the rewriter
+keeps the new graph, the modules that it calls, the geometry step of every map and a record of
+every layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from fcvgg.capture import BATCH, Captured, FollowsTraining, describe, operation_name
+from fcvgg.cells import Cells, Constant, channels_along, in_order, with_channels
+from fcvgg.errors import (
+    ConversionError,
+    InputSizeError,
+    RefusedLayerError,
+    UnsupportedLayerError,
+)
+from fcvgg.geometry import IMAGE, Axis, Geometry, Step, Window
+from fcvgg.modules import TrainingFlag, WindowLinear, window_linear
+
+Pair = tuple[int, int]
+Windows = tuple[Window, Window]
+
+
+@dataclass(frozen=True)
+class LayerRecord:
+    """What one layer of the converted network is; `step` is its place in the geometry."""
+
+    name: str
+    kind: str
+    windows: Windows
+    step: int
+    channels: int
+    parameters: int
+    multiply_adds_per_position: int
+
+
+@dataclass(frozen=True)
+class Boundary:
+    """Where the head begins: the last map before it and the extent that the head asks for.
+
+    `wants` is ``(h, w)`` where a pool fixes it, a number of features where a fully connected layer
+    does, and None where a global pool takes any size.
+    """
+
+    cells: Cells
+    wants: Pair | int | None
+    place: str
+
+
+@dataclass(frozen=True)
+class Program:
+    """A rewritten model: what `fcvgg.network.FullyConvolutional` runs and knows of itself."""
+
+    network: fx.GraphModule
+    geometry: Geometry
+    activations: tuple[str, ...]
+    classes: tuple[int, ...]
+    in_channels: int
+    records: tuple[LayerRecord, ...]
+    aliases: frozenset[str]
+
+
+class Rewriter:
+    """Builds the graph of maps, one source node at a time.
+
+    Args:
+        captured: the source's graph at its native size.
+        modules: the tree of modules that the new graph calls, and that holds the parameters. It
+            belongs to the rewriter, which replaces layers of it.
+        output_stride: input pixels between cells that strides beyond are turned into dilation for.
+        same: pad the head's first window so that the map keeps the size of the features.
+    """
+
+    def __init__(
+        self,
+        captured: Captured,
+        modules: nn.Module,
+        output_stride: int | None = None,
+        same: bool = False,
+    ):
+        self.captured = captured
+        self.modules = modules
+        self.graph = fx.Graph()
+        self.boundary: Boundary | None = None
+        self.records: list[LayerRecord] = []
+        self._output_stride = output_stride
+        self._same = same
+        self._steps: tuple[list[Step], list[Step]] = ([], [])
+        self._strides: list[Pair] = []
+        self._places: dict[int, str] = {}
+        self._context_start: Pair = (0, 0)
+        self._values: dict[fx.Node, Any] = {}
+        self._rewritten: dict[str, list[tuple[Any, str]]] = {}
+        self._aliases: set[str] = set()
+        self._originals: dict[str, nn.Module] = {}
+        self._flag: fx.Node | None = None
+
+    # -- the walk ---------------------------------------------------------------------------------
+
+    def run(self, rule_for: Callable[[fx.Node, nn.Module | None], Any]) -> Program:
+        """Rewrite every node by its rule and check that the branches' sizes agree."""
+        outputs: Sequence[Cells] = ()
+        needed = _needed(self.captured.graph)
+        self._refuse_first(needed, rule_for)
+        for node in needed:
+            if node.op == "placeholder":
+                self._values[node] = self._image(node)
+            elif node.op == "get_attr":
+                self._values[node] = self._constant(node)
+            elif node.op == "output":
+                outputs = self._outputs(node)
+            else:
+                self._values[node] = self._rewrite(node, rule_for)
+        return self._program(outputs)
+
+    def _refuse_first(self, nodes: Iterable[fx.Node], rule_for: Callable[..., Any]) -> None:
+        """Name what breaks the equivalence before helpers of it that merely have no rule."""
+        for node in nodes:
+            if node.op.startswith("call"):
+                try:
+                    rule_for(node, self.module_of(node))
+                except RefusedLayerError:
+                    raise
+                except UnsupportedLayerError:
+                    continue
+
+    def _rewrite(self, node: fx.Node, rule_for: Callable[..., Any]) -> Any:
+        module = self.module_of(node)
+        rule = rule_for(node, module)
+        if "error" in node.meta:
+            self._note_head(node)
+            self.captured.require_success()
+        args, kwargs = fx.node.map_aggregate((node.args, node.kwargs), self._operand)  # type: ignore
+        call = Call(node, module)
+        try:
+            result = rule(self, call, *args, **kwargs)
+        except InputSizeError:
+            self._note_head(node)
+            raise
+        self._check_batch(call, result)
+        return result
+
+    def _note_head(self, node: fx.Node) -> None:
+        """A node that fails at this size: the next fully connected layer tells what is missing."""
+        x = next(
+            (v for v in map(self._values.get, node.all_input_nodes) if isinstance(v, Cells)), None
+        )
+        features = _features_wanted(node, self.captured)
+        if self.boundary is None and x is not None and features is not None:
+            self.boundary = Boundary(x, features, describe(node))
+
+    def _operand(self, argument: Any) -> Any:
+        return self._values[argument] if isinstance(argument, fx.Node) else argument
+
+    def _check_batch(self, call: Call, result: Any) -> None:
+        """The batch must stay the batch, and a rule's layout must have the source's shape."""
+        value = call.node.meta["value"]
+        if isinstance(result, Cells) and tuple(value.shape) != (BATCH, *result.layout.shape):
+            raise UnsupportedLayerError(
+                f"{call} gives shape {tuple(value.shape)} for {BATCH} images where "
+                f"{(BATCH, *result.layout.shape)} was expected: it mixes images or positions"
+            )
+
+    def _image(self, node: fx.Node) -> Cells:
+        extent = tuple(node.meta["value"].shape[1:])
+        return Cells(self.graph.placeholder("images"), IMAGE, extent, in_order(extent))
+
+    def _constant(self, node: fx.Node) -> Constant:
+        name = str(node.target)
+        value = node.meta["value"]
+        if name.startswith("_tensor_constant"):  # a literal in forward, which fx put on its root
+            self.modules.register_buffer(name, getattr(self.captured.root, name), persistent=False)
+        return Constant(self.graph.get_attr(name), value)
+
+    def _outputs(self, node: fx.Node) -> list[Cells]:
+        value = self._operand_tree(node.args[0])
+        maps = list(value) if isinstance(value, (tuple, list)) else [value]
+        if isinstance(value, dict):
+            maps = list(value.values())
+        for cells in maps:
+            if not isinstance(cells, Cells):
+                raise ConversionError(
+                    f"the model returns {type(cells).__name__} where class scores are expected; "
+                    "wrap it so that it returns one tensor (N, K), or a tuple of them"
+                )
+            if cells.positions > 1 or cells.layout.numel() != cells.extent[0]:
+                shape = ("N", *cells.layout.shape)
+                raise ConversionError(
+                    f"the model has no fully connected or global-pool head: its output is "
+                    f"{str(shape).replace(chr(39), '')}, a map; expected scores (N, K)"
+                )
+        vectors = [self.features(c, replace(c, layout=c.layout.flatten()), 0) for c in maps]
+        nodes = tuple(v.node for v in vectors)
+        self.graph.output(nodes if isinstance(value, (tuple, list, dict)) else nodes[0])
+        return vectors
+
+    def _operand_tree(self, argument: Any) -> Any:
+        return fx.node.map_aggregate(argument, self._operand)
+
+    def _program(self, outputs: Sequence[Cells]) -> Program:
+        steps = {cells.step for cells in outputs}
+        if len(steps) > 1 and len({self._window_fields(s) for s in steps}) > 1:
+            raise ConversionError(
+                "the model's outputs lie on different grids of cells; convert one head at a time"
+            )
+        geometry = self._geometry(outputs[0].step)
+        self._check_branches(geometry)
+        if self._flag is not None:
+            self.modules.add_module("training_flag", TrainingFlag().train(self.modules.training))
+        self.graph.lint()
+        return Program(
+            network=_graph_module(self.modules, self.graph),
+            geometry=geometry,
+            activations=tuple(cells.activation for cells in outputs),
+            classes=tuple(cells.extent[0] for cells in outputs),
+            in_channels=self.captured.channels,
+            records=tuple(self.records),
+            aliases=frozenset(self._aliases),
+        )
+
+    # -- geometry ---------------------------------------------------------------------------------
+
+    def _geometry(self, step: int) -> Geometry:
+        axes = [Axis(tuple(steps)).upto(step) for steps in self._steps]
+        if self._same:
+            axes = [
+                replace(axis, context=n, context_start=start)
+                for axis, n, start in zip(axes, self.captured.size, self._context_start)
+            ]
+        return Geometry(*axes)
+
+    def geometry_at(self, cells: Cells) -> Geometry:
+        """The geometry of a map inside the network."""
+        return Geometry(*(Axis(tuple(steps)).upto(cells.step) for steps in self._steps))
+
+    def _window_fields(self, step: int) -> tuple[Pair, Pair, Pair]:
+        geometry = Geometry(*(Axis(tuple(steps)).upto(step) for steps in self._steps))
+        return geometry.stride, geometry.offset, geometry.window
+
+    def add_step(self, windows: Windows, inputs: Iterable[int], call: Call) -> int:
+        """Append a step to both axes and return its place; an identity adds none."""
+        inputs = tuple(dict.fromkeys(inputs))
+        if len(inputs) == 1 and all(window.is_identity for window in windows):
+            return inputs[0]
+        for steps, window in zip(self._steps, windows):
+            steps.append(Step(window, inputs))
+        stride = self.stride_at(inputs[0])
+        self._strides.append((stride[0] * windows[0].stride, stride[1] * windows[1].stride))
+        self._places[len(self._strides) - 1] = str(call)
+        return len(self._strides) - 1
+
+    def stride_at(self, step: int) -> Pair:
+        return (1, 1) if step == IMAGE else self._strides[step]
+
+    def join(self, cells: Sequence[Cells], call: Call) -> int:
+        """The step of an operation over several maps, whose cells must lie on one grid."""
+        strides = {self.stride_at(c.step) for c in cells}
+        if len(strides) > 1:
+            raise UnsupportedLayerError(
+                f"{call} joins branches with different strides {sorted(strides)}; "
+                "branches must have the same number of input pixels between cells"
+            )
+        return self.add_step((Window(), Window()), (c.step for c in cells), call)
+
+    def _check_branches(self, geometry: Geometry) -> None:
+        """Branches must have equal sizes at every input size; one period of the stride decides."""
+        for axis in geometry.axes:
+            for size in range(axis.window, axis.window + axis.stride):
+                sizes = axis.sizes(size)
+                for i, step in enumerate(axis.steps):
+                    fed = {size if k == IMAGE else sizes[k] for k in step.inputs}
+                    if len(fed) > 1:
+                        raise UnsupportedLayerError(
+                            f"{self._places[i]} joins branches whose sizes differ for an input of "
+                            f"{size} pixels ({sorted(fed)}); pad them alike"
+                        )
+
+    # -- emitting ---------------------------------------------------------------------------------
+
+    def emit(self, call: Call, args: Any, kwargs: Any, target: Any = None) -> fx.Node:
+        """The source's own call on maps: Cells and Constants in the arguments become nodes."""
+        args, kwargs = fx.node.map_aggregate((args, kwargs), self._emitted)  # type: ignore
+        name = call.node.target if target is None else target
+        return self.graph.create_node(call.node.op, name, tuple(args), kwargs, call.node.name)
+
+    def _emitted(self, argument: Any) -> Any:
+        if isinstance(argument, (Cells, Constant)):
+            return argument.node
+        return self._training_flag() if isinstance(argument, FollowsTraining) else argument
+
+    def _training_flag(self) -> fx.Node:
+        if self._flag is None:
+            self._flag = self.graph.call_module("training_flag")
+        return self._flag
+
+    def emit_function(
+        self, call: Call, function: Callable[..., Any], *args: Any, **kw: Any
+    ) -> fx.Node:
+        args, kw = fx.node.map_aggregate((args, kw), self._emitted)  # type: ignore[assignment]
+        return self.graph.create_node("call_function", function, tuple(args), kw, call.node.name)
+
+    def emit_module(self, call: Call, module: nn.Module, x: Cells, key: Any = None) -> fx.Node:
+        """Call a layer made for this place.
+
+        One that takes over the source layer's parameters keeps its name. Where the source calls a
+        layer at several places that need different layers, the further ones get names of their own
+        (`key` tells equal ones) that stay out of checkpoints.
+        """
+        if call.module is None:
+            name = self._fresh(f"{call.node.name}_window")
+            self.modules.add_module(name, module)
+        else:
+            name = self._replace(str(call.node.target), module, key)
+        return self.graph.create_node("call_module", name, (x.node,), {}, call.node.name)
+
+    def _replace(self, name: str, module: nn.Module, key: Any) -> str:
+        versions = self._rewritten.setdefault(name, [])
+        for known, place in versions:
+            if known == key:
+                return place
+        if not versions and not self._called_unchanged(name):
+            place = name
+        else:
+            place = self._fresh(f"{name.replace('.', '_')}_call{len(versions) + 1}")
+            self._aliases.add(place)
+        parent, _, child = place.rpartition(".")
+        module.train(self._originals[name].training)
+        self.modules.get_submodule(parent).add_module(child, module)
+        versions.append((key, place))
+        return place
+
+    def _called_unchanged(self, name: str) -> bool:
+        return any(n.op == "call_module" and n.target == name for n in self.graph.nodes)
+
+    def module_of(self, node: fx.Node) -> nn.Module | None:
+        """The source's layer at a node, as it was before any rewriting."""
+        if node.op != "call_module":
+            return None
+        name = str(node.target)
+        if name not in self._originals:
+            self._originals[name] = self.modules.get_submodule(name)
+        return self._originals[name]
+
+    def _fresh(self, name: str) -> str:
+        taken = {name for name, _ in self.modules.named_modules()}
+        return name if name not in taken else f"{name}_{len(taken)}"
+
+    # -- layouts ----------------------------------------------------------------------------------
+
+    def as_map(self, cells: Any, call: Call) -> Cells:
+        """The value as a map ``(C, H, W)``; a selection of channels is emitted where needed."""
+        cells = self._expect_cells(cells, call)
+        if cells.is_map:
+            return cells
+        if cells.layout.ndim == 3:
+            settled = self.features(call, cells, 0)
+            if settled.is_map:
+                return settled
+        raise UnsupportedLayerError(
+            f"{call} needs a map (N, C, H, W), but got a value of shape "
+            f"{('N', *cells.layout.shape)} whose elements were moved; "
+            "only element-wise layers and the fully connected layer may follow such a reshape"
+        )
+
+    def features(self, call: Any, cells: Any, axis: int) -> Cells:
+        """The value with all its channels, in order, along one axis of the layout."""
+        cells = self._expect_cells(cells, call)
+        if not -cells.layout.ndim <= axis < cells.layout.ndim:
+            raise UnsupportedLayerError(f"{call} works on axis {axis}, which mixes images")
+        channels = channels_along(cells, axis)
+        if channels is None:
+            raise UnsupportedLayerError(
+                f"{call} mixes positions: along its axis the value {('N', *cells.layout.shape)} "
+                "does not run over channels; a cell of the map would not stay a cell"
+            )
+        if torch.equal(channels, torch.arange(cells.extent[0])):
+            return cells
+        first, count = int(channels[0]), len(channels)
+        node: fx.Node
+        if torch.equal(channels, torch.arange(first, first + count)):
+            node = self.graph.call_method("narrow", (cells.node, 1, first, count))
+        else:
+            node = self._select(cells.node, channels)
+        return with_channels(cells, axis, count, node=node)
+
+    def _select(self, node: fx.Node, channels: Tensor) -> fx.Node:
+        name = self._fresh_buffer("channel_order", channels)
+        return self.graph.call_function(torch.index_select, (node, 1, self.graph.get_attr(name)))
+
+    def _fresh_buffer(self, name: str, value: Tensor) -> str:
+        taken = {name for name, _ in self.modules.named_buffers()}
+        name = f"{name}_{sum(t.startswith(name) for t in taken)}"
+        device = next((p.device for p in self.modules.parameters()), None)
+        self.modules.register_buffer(name, value.to(device), persistent=False)
+        return name
+
+    def _expect_cells(self, value: Any, call: Any) -> Cells:
+        if isinstance(value, Cells):
+            return value
+        raise UnsupportedLayerError(
+            f"{call} takes {type(value).__name__.lower()} where a value computed from the image "
+            "is expected"
+        )
+
+    def begin_head(self, cells: Cells, wants: Pair | int | None, call: Call) -> None:
+        """Note the first layer that asks for a certain size of the features."""
+        if self.boundary is None:
+            self.boundary = Boundary(cells, wants, str(call))
+
+    # -- layers -----------------------------------------------------------------------------------
+
+    def record(
+        self, call: Call, kind: str, windows: Windows, result: Cells, multiply_adds: int = 0
+    ) -> None:
+        self.records.append(
+            LayerRecord(
+                name=call.name,
+                kind=kind,
+                windows=windows,
+                step=result.step,
+                channels=result.extent[0],
+                parameters=call.parameters(),
+                multiply_adds_per_position=multiply_adds,
+            )
+        )
+
+    def window(
+        self,
+        call: Call,
+        x: Cells,
+        windows: Windows,
+        emit: Callable[[Windows, bool], fx.Node],
+        multiply_adds: int = 0,
+        kind: str | None = None,
+    ) -> Cells:
+        """A layer that slides a kernel: convolution or pool.
+
+        `emit` receives the windows as they must be on this map, and whether they differ from the
+        source's because strides before it, or its own, became dilation.
+        """
+        dense, dilation = self._densified(call, x, windows)
+        node = emit(dense, dense != windows)
+        step = self.add_step(dense, (x.step,), call)
+        extent = tuple(call.node.meta["value"].shape[1:])
+        result = Cells(node, step, extent, in_order(extent), dilation)
+        self.record(call, kind or call.kind, dense, result, multiply_adds)
+        return result
+
+    def _densified(self, call: Call, x: Cells, windows: Windows) -> tuple[Windows, Pair]:
+        """The windows on a map of this dilation, with strides beyond the output stride taken out."""
+        dense, dilations = [], []
+        for window, spread, stride in zip(windows, x.dilation, self.stride_at(x.step)):
+            allowed = window.stride
+            if self._output_stride is not None:
+                allowed = max(min(window.stride, self._output_stride // stride), 1)
+            if window.stride % allowed:
+                raise ConversionError(
+                    f"output_stride={self._output_stride} cannot be reached at {call}: its stride "
+                    f"{window.stride} is no multiple of {allowed}"
+                )
+            if window.ceil_mode and (spread > 1 or allowed != window.stride):
+                raise ConversionError(
+                    f"output_stride={self._output_stride} cannot be exact at {call}: ceil_mode "
+                    "rounds the size up, which a dilated pool does not; use a larger output_stride"
+                )
+            dense.append(
+                replace(
+                    window,
+                    stride=allowed,
+                    dilation=window.dilation * spread,
+                    before=window.before * spread,
+                    after=window.after * spread,
+                )
+            )
+            dilations.append(spread * (window.stride // allowed))
+        return (dense[0], dense[1]), (dilations[0], dilations[1])
+
+    def head_window(self, call: Call, x: Cells, extent: Pair) -> tuple[Cells, Windows]:
+        """The window of the head over a map, padded first if the map is to keep its size."""
+        kernel = (
+            Window(extent[0], dilation=x.dilation[0]),
+            Window(extent[1], dilation=x.dilation[1]),
+        )
+        if not self._same:
+            return x, kernel
+        pads = [((w.span - 1) // 2, w.span - 1 - (w.span - 1) // 2) for w in kernel]
+        (top, bottom), (left, right) = pads
+        if not any((top, bottom, left, right)):
+            return x, kernel
+        stride = self.stride_at(x.step)
+        self._context_start = (-top * stride[0], -left * stride[1])
+        node = self.graph.call_function(
+            torch.nn.functional.pad, (x.node, (left, right, top, bottom))
+        )
+        windows = Window(before=top, after=bottom), Window(before=left, after=right)
+        return replace(x, node=node, step=self.add_step(windows, (x.step,), call)), kernel
+
+    def linear(self, call: Call, x: Cells, weight: Any, bias: Any) -> Cells:
+        """A fully connected layer: over the whole window, or over the channels of each position."""
+        whole = x.positions > 1 and x.layout.shape[-1] == x.elements and x.fills_window
+        features = weight.shape[0] if call.module is not None else weight.value.shape[0]
+        inputs = x.layout.shape[-1]
+        if whole or x.positions == 1:
+            self.begin_head(x, inputs, call)
+        if whole:
+            order = x.layout.flatten()
+            x, windows = self.head_window(call, x, x.extent[1:])
+            point = replace(x, extent=(1, 1, 1), layout=torch.zeros_like(x.layout[..., :1]))
+            target = with_channels(point, -1, features)
+        else:
+            x = self.features(call, x, -1)
+            order = torch.arange(x.extent[0])
+            windows = Window(), Window()
+            target = with_channels(x, -1, features)
+        kernel = (windows[0].kernel, windows[1].kernel)
+        dilation = (windows[0].dilation, windows[1].dilation)
+        if call.module is not None:
+            layer = _window_linear_layer(weight, bias, kernel, order, dilation)
+            key = (kernel, dilation, tuple(order.tolist()))
+            node = self.emit_module(call, layer, x, key)
+        else:
+            node = self._functional_linear(call, x, weight, bias, kernel, order, dilation)
+        step = self.add_step(windows, (x.step,), call)
+        result = replace(target, node=node, step=step, activation="logits")
+        self.record(call, "Linear", windows, result, features * inputs)
+        return result
+
+    def _functional_linear(
+        self,
+        call: Call,
+        x: Cells,
+        weight: Constant,
+        bias: Constant | None,
+        kernel: Pair,
+        order: Tensor,
+        dilation: Pair,
+    ) -> fx.Node:
+        """``F.linear`` with a parameter of the source's, which keeps its name and its shape."""
+        columns = weight.node
+        if not torch.equal(order, torch.arange(len(order))):
+            columns = self._select(columns, order.argsort())
+        shape = (weight.value.shape[0], -1, *kernel)
+        columns = self.graph.call_method("reshape", (columns, *shape))
+        return self.emit_function(
+            call, window_linear, x, Constant(columns, weight.value), bias, dilation
+        )
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call in the source: its node, and its module as the converted network holds it."""
+
+    node: fx.Node
+    module: nn.Module | None
+
+    @property
+    def name(self) -> str:
+        return str(self.node.target) if self.module is not None else self.node.name
+
+    @property
+    def kind(self) -> str:
+        if self.module is not None:
+            return type(self.module).__name__
+        return operation_name(self.node)
+
+    def parameters(self) -> int:
+        if self.module is not None:
+            return sum(p.numel() for p in self.module.parameters())
+        fed = (n for n in self.node.all_input_nodes if n.op == "get_attr")
+        return sum(n.meta["value"].numel() for n in fed)
+
+    def __str__(self) -> str:
+        return describe(self.node)
+
+
+def _window_linear_layer(
+    weight: nn.Parameter, bias: nn.Parameter | None, kernel: Pair, order: Tensor, dilation: Pair
+) -> WindowLinear:
+    """The FC layer's parameters as a window's: a view, or a copy where the order differs.
+
+    `order[j]` is the window's element that column j of the FC weight multiplies.
+    """
+    columns = weight.detach()
+    column_order = None
+    if not torch.equal(order, torch.arange(len(order))):
+        column_order = order.argsort().to(columns.device)
+        columns = columns[:, column_order]
+    shaped = nn.Parameter(columns.view(len(columns), -1, *kernel), weight.requires_grad)
+    return WindowLinear(shaped, bias, dilation, column_order)
+
+
+def _graph_module(modules: nn.Module, graph: fx.Graph) -> fx.GraphModule:
+    """The graph as a module that owns the whole tree, also layers it does not call.
+
+    fx would drop those, and checkpoints would lose their keys.
+    """
+    network = fx.GraphModule(modules, graph, class_name="Network")
+    for name, child in modules.named_children():
+        network.add_module(name, child)
+    for name, parameter in modules.named_parameters(recurse=False):
+        network.register_parameter(name, parameter)
+    persistent = modules.state_dict().keys()
+    for name, buffer in modules.named_buffers(recurse=False):
+        network.register_buffer(name, buffer, persistent=name in persistent)
+    network.training = modules.training
+    return network
+
+
+def _needed(graph: fx.Graph) -> list[fx.Node]:
+    """The nodes that the outputs depend on; others, like unused branches, need no rule.
+
+    A graph that broke off has no output: all of its nodes may matter.
+    """
+    ends = [node for node in graph.nodes if node.op == "output"]
+    if not ends:
+        return list(graph.nodes)
+    needed: set[fx.Node] = set()
+    while ends:
+        node = ends.pop()
+        if node not in needed:
+            needed.add(node)
+            ends.extend(node.all_input_nodes)
+    return [node for node in graph.nodes if node in needed]
+
+
+def _features_wanted(node: fx.Node, captured: Captured) -> int | None:
+    """The input features of the first fully connected layer at or after a node."""
+    nodes = list(captured.graph.nodes)
+    for later in nodes[nodes.index(node) :]:
+        if later.op == "call_module":
+            module = captured.root.get_submodule(str(later.target))
+            if isinstance(module, nn.Linear):
+                return module.in_features
+        if later.op == "call_function" and later.target is nn.functional.linear:
+            weight = later.args[1] if len(later.args) > 1 else later.kwargs["weight"]
+            if isinstance(weight, fx.Node) and "value" in weight.meta:
+                return int(weight.meta["value"].shape[1])
+    return None

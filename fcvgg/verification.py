@@ -1,0 +1,201 @@
+"""Checking a converted network against its source model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fcvgg.capture import device_of, dtype_of
+from fcvgg.errors import EquivalenceError, ImageError
+from fcvgg.geometry import Axis
+from fcvgg.network import FullyConvolutional, evaluating
+
+_TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+
+_TRANSLATION_FACTOR = 10
+"""Libraries choose other kernels for other sizes, so shifted maps differ by more rounding."""
+
+
+@dataclass(frozen=True)
+class Equivalence:
+    """How far a converted network is from its source model.
+
+    Attributes:
+        max_abs_error: the largest difference of a score at the native size.
+        max_rel_error: the same, relative to the largest score.
+        tolerance: what `max_rel_error` may be.
+        top1_agreement: the share of images on which both name the same class.
+        translation_error: the largest difference between the map's interior and that of the input
+            shifted by one stride, relative to the largest score; it may be 10 tolerances.
+        passed: whether all of it holds.
+        input_size: the native size ``(h, w)`` that was run.
+        images: how many images were run.
+    """
+
+    max_abs_error: float
+    max_rel_error: float
+    tolerance: float
+    top1_agreement: float
+    translation_error: float
+    passed: bool
+    input_size: tuple[int, int]
+    images: int
+
+    def __str__(self) -> str:
+        height, width = self.input_size
+        return (
+            f"{'equivalent' if self.passed else 'NOT EQUIVALENT'} at {height}x{width} on "
+            f"{self.images} images: max error {self.max_rel_error:.1e} of the largest score "
+            f"(tolerance {self.tolerance:.0e}), top-1 agreement {self.top1_agreement:.0%}, "
+            f"translation error {self.translation_error:.1e}"
+        )
+
+
+@torch.no_grad()
+def verify(
+    model: nn.Module,
+    net: FullyConvolutional,
+    images: Tensor | None = None,
+    *,
+    tolerance: float | None = None,
+    seed: int = 0,
+) -> Equivalence:
+    """Compare a converted network with its source, and with itself on a shifted input.
+
+    Args:
+        model: the source model.
+        net: what `fcvgg.convert` made of it.
+        images: preprocessed images ``(N, C, h, w)`` of the native size; two of seeded noise if None.
+        tolerance: allowed error relative to the largest score; by the dtype when None (1e-12 for
+            float64, 1e-5 for float32).
+        seed: of the noise.
+
+    Returns:
+        the report; it does not raise on a mismatch.
+    """
+    if images is None:
+        images = _noise((2, net.in_channels, *net.input_size), net, seed)
+    if images.ndim != 4 or tuple(images.shape[2:]) != tuple(net.input_size):
+        raise ImageError(
+            f"images {tuple(images.shape)} do not have the native size {net.input_size}; "
+            "expected (N, C, h, w) of that size"
+        )
+    with evaluating(model), evaluating(net):
+        expected = _outputs(model(images))
+        got = [_centre_cell(maps, net) for maps in _outputs(net(images))]
+        shifted = _translation_error(net, seed)
+    errors = [_largest(a - b) for a, b in zip(expected, got)]
+    relative = [error / _scale(a) for a, error in zip(expected, errors)]
+    agreement = [(_labels(a) == _labels(b)).double().mean().item() for a, b in zip(expected, got)]
+    tolerance = _TOLERANCES.get(dtype_of(net), 1e-5) if tolerance is None else tolerance
+    passed = max(relative) <= tolerance and shifted <= tolerance * _TRANSLATION_FACTOR
+    return Equivalence(
+        max_abs_error=max(errors),
+        max_rel_error=max(relative),
+        tolerance=tolerance,
+        top1_agreement=min(agreement),
+        translation_error=shifted,
+        passed=passed,
+        input_size=net.input_size,
+        images=len(images),
+    )
+
+
+def check(model: nn.Module, net: FullyConvolutional) -> Equivalence:
+    """The report of `verify`.
+
+    Raises:
+        EquivalenceError: if it did not pass, saying why.
+    """
+    report = verify(model, net)
+    if report.passed:
+        return report
+    if report.max_rel_error != report.max_rel_error:  # not a number
+        raise EquivalenceError(
+            f"the model's scores are not finite at the native size{_not_finite(model)}; "
+            "check the checkpoint"
+        )
+    if report.max_rel_error > report.tolerance:
+        raise EquivalenceError(
+            f"the converted network differs from the model at {report.input_size} by "
+            f"{report.max_rel_error:.1e} of the largest score, more than {report.tolerance:.0e}; "
+            "please report the model, or pass verify=False to look at the network"
+        )
+    raise EquivalenceError(
+        "the map does not move with the image: shifting the input by one stride changes its "
+        f"interior by {report.translation_error:.1e} of the largest score; some layer mixes all "
+        "positions or depends on them, and its cells would be wrong at every other size"
+    )
+
+
+def _translation_error(net: FullyConvolutional, seed: int) -> float:
+    """The largest relative difference of interior cells between an input and the same shifted.
+
+    One axis at a time, the other at its native size, since an interior cell needs a whole
+    receptive field of image.
+    """
+    errors = []
+    for dim, axis in ((2, net.geometry.height), (3, net.geometry.width)):
+        size = list(net.input_size)
+        extent, first = _interior(axis, size[dim - 2])
+        size[dim - 2] = extent + axis.stride
+        image = _noise((1, net.in_channels, *size), net, seed)
+        whole = _outputs(net(image))
+        moved = _outputs(net(image.narrow(dim, axis.stride, extent)))
+        for a, b in zip(whole, moved):
+            last = min(_last_interior(axis, extent), b.shape[dim] - 1)
+            cells = last - first + 1
+            error = _largest(a.narrow(dim, first + 1, cells) - b.narrow(dim, first, cells))
+            errors.append(error / _scale(a))
+    return max(errors)
+
+
+def _interior(axis: Axis, native: int) -> tuple[int, int]:
+    """The least input above the native size with a cell that sees no padding, and that cell."""
+    first = max(-(axis.offset // axis.stride), 0)
+    return max(axis.span_of(first)[1], native), first
+
+
+def _last_interior(axis: Axis, extent: int) -> int:
+    return (extent - axis.receptive_field - axis.offset) // axis.stride
+
+
+def _noise(shape: tuple[int, ...], net: nn.Module, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator).to(device_of(net), dtype_of(net))
+
+
+def _outputs(value: Any) -> list[Tensor]:
+    if isinstance(value, dict):
+        return list(value.values())
+    return list(value) if isinstance(value, (tuple, list)) else [value]
+
+
+def _centre_cell(maps: Tensor, net: FullyConvolutional) -> Tensor:
+    """The scores ``(N, K)`` of the cell that the native input is the window of."""
+    row, col = (
+        -axis.context_start // axis.stride if axis.context is not None else 0
+        for axis in net.geometry.axes
+    )
+    return maps[:, :, row, col]
+
+
+def _labels(scores: Tensor) -> Tensor:
+    scores = scores.reshape(len(scores), -1)
+    return scores.argmax(1) if scores.shape[1] > 1 else scores[:, 0] > 0
+
+
+def _largest(difference: Tensor) -> float:
+    return difference.double().abs().max().item()
+
+
+def _scale(scores: Tensor) -> float:
+    return max(_largest(scores), torch.finfo(torch.float32).tiny)
+
+
+def _not_finite(model: nn.Module) -> str:
+    names = [n for n, p in model.state_dict().items() if not torch.isfinite(p).all()]
+    return f": {names[0]} holds values that are not finite" if names else ""
