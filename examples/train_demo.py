@@ -15,7 +15,7 @@ import os
 import random
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,17 +32,17 @@ import fcvgg.demo
 from fcvgg.demo import CATEGORIES, MEAN, SCALES, STD, WINDOW, DemoNet, demo_photograph
 
 SEED = 20
-STEPS = 1500
+STEPS = 1200
 QUICK_STEPS = 12
 BATCH = 128
 FACE_SHARE = 0.3
-HARD_SHARE = 0.35
+HARD_SHARE = 0.5
 LEARNING_RATE = 2e-3
 WEIGHT_DECAY = 2e-3
 LABEL_SMOOTHING = 0.05
 AVERAGE_DECAY = 0.99
-MINING_INTERVAL = 60
-MINING_CANDIDATES = 1024
+MINING_INTERVAL = 40
+MINING_CANDIDATES = 1536
 MINING_KEPT = 96
 HARD_POOL = 960
 
@@ -52,6 +52,9 @@ BACKGROUND = CATEGORIES.index("background")
 MARGIN = 8
 PATCH = WINDOW + 2 * MARGIN
 """Side of a training patch: one window plus the neighbours that a dense pass would show it."""
+
+LARGEST_PATCH = PATCH + 8
+"""Side of the largest square ever cut from a background photograph."""
 
 HELD_OUT_CROPS = 20
 HELD_OUT_STRIP = 0.2
@@ -163,22 +166,25 @@ def load_tiles() -> tuple[Tiles, Tiles]:
 
 def load_backgrounds() -> tuple[Backgrounds, Backgrounds]:
     """Return the photographs' left parts to train on and their right strips, held out."""
-    kept, held_out, weights, held_out_weights = [], [], [], []
+    kept: list[tuple[Tensor, float]] = []
+    held_out: list[tuple[Tensor, float]] = []
     for name, weight in PHOTOGRAPHS.items():
         levels = [resize(part, side) for part in faceless_parts(name) for side in PHOTOGRAPH_SIDES]
         for level in levels:
             boundary = round(level.shape[2] * (1 - HELD_OUT_STRIP))
-            for part, parts, chances in (
-                (level[:, :, :boundary], kept, weights),
-                (level[:, :, boundary:], held_out, held_out_weights),
-            ):
-                if min(part.shape[1:]) >= PATCH + 8:
-                    parts.append(part)
-                    chances.append(weight / len(levels))
-    return (
-        Backgrounds(kept, torch.tensor(weights)),
-        Backgrounds(held_out, torch.tensor(held_out_weights)),
-    )
+            kept.append((level[:, :, :boundary], weight / len(levels)))
+            held_out.append((level[:, :, boundary:], weight / len(levels)))
+    return large_enough(kept), large_enough(held_out)
+
+
+def large_enough(weighted_photographs: list[tuple[Tensor, float]]) -> Backgrounds:
+    usable = [
+        (photograph, weight)
+        for photograph, weight in weighted_photographs
+        if min(photograph.shape[1:]) >= LARGEST_PATCH
+    ]
+    photographs, weights = zip(*usable, strict=True)
+    return Backgrounds(list(photographs), torch.tensor(weights))
 
 
 def faceless_parts(name: str) -> list[Image.Image]:
@@ -284,16 +290,15 @@ def blended_patches(tiles: Tiles, backgrounds: Backgrounds, count: int) -> Tenso
     offsets = uniform(count, -0.6, 0.6).reshape(-1, 1, 1)
     distances = x * angles.cos() + y * angles.sin() - offsets
     mask = (distances * uniform(count, 0.5, 20).reshape(-1, 1, 1)).sigmoid().unsqueeze(1)
-    first, second = random_patches(backgrounds, 2 * count).split(count)
+    first, second = random_patches(backgrounds, count), random_patches(backgrounds, count)
     return mask * first + (1 - mask) * second
 
 
 def symmetric_patches(tiles: Tiles, backgrounds: Backgrounds, count: int) -> Tensor:
     """Backgrounds mirrored about an upright axis, as symmetry alone makes no face."""
-    width = PATCH + 8
-    patches = random_patches(backgrounds, count, width)
-    halves = patches[..., : width // 2]
-    start = random.randint(0, width - PATCH)
+    patches = random_patches(backgrounds, count, LARGEST_PATCH)
+    halves = patches[..., : LARGEST_PATCH // 2]
+    start = random.randint(0, LARGEST_PATCH - PATCH)
     whole = torch.cat((halves, halves.flip(3)), dim=3)
     return whole[:, :, :PATCH, start : start + PATCH]
 
@@ -306,10 +311,9 @@ def cloud_patches(tiles: Tiles, backgrounds: Backgrounds, count: int) -> Tensor:
     """Faces' own spatial frequencies at random places: their blobs without their layout."""
     faces = F.interpolate(drawn(tiles.faces, count), (PATCH, PATCH), mode="bicubic")
     spectrum = torch.fft.rfft2(faces - faces.mean(dim=(2, 3), keepdim=True))
-    scrambled = spectrum.abs() * torch.exp(1j * uniform(spectrum.numel(), 0, 2 * torch.pi)).reshape(
-        spectrum.shape
-    )
-    clouds = torch.fft.irfft2(scrambled, s=(PATCH, PATCH)) + 0.45
+    phases = 2 * torch.pi * torch.rand(spectrum.shape)
+    scrambled = torch.polar(spectrum.abs(), phases)
+    clouds = torch.fft.irfft2(scrambled, s=(PATCH, PATCH)) + faces.mean(dim=(2, 3), keepdim=True)
     return tinted(clouds.expand(-1, 3, -1, -1).clamp(0, 1))
 
 
@@ -345,7 +349,7 @@ def pasted(tiles: Tensor, patches: Tensor, sizes: Tensor, shifts: Tensor) -> Ten
     x, y = place.unbind(dim=3)
     rectangle = 1 - torch.maximum(x.abs(), y.abs())
     oval = 1 - ((x / 0.92) ** 2 + (y / 1.12) ** 2).sqrt()
-    everywhere = torch.full_like(x, 1.0)
+    everywhere = torch.ones_like(x)
     edges = torch.stack((rectangle, oval, everywhere), dim=1)
     inside = edges[torch.arange(count), torch.randint(3, (count,))]
     sharpness = uniform(count, 3, 20).reshape(-1, 1, 1)
@@ -371,7 +375,7 @@ def photometric(patches: Tensor) -> Tensor:
     """Vary what light and camera would: colour, exposure, shading, sharpness and noise."""
     patches = sometimes(0.4, patches, lambda some: tinted(grey(some)))
     patches = sometimes(0.3, patches, shuffled_channels)
-    patches = sometimes(0.5, patches, lambda some: shaded(some))
+    patches = sometimes(0.5, patches, shaded)
     patches = sometimes(0.7, patches, contrasted)
     patches = sometimes(0.3, patches, lambda some: softened(some, strength=(0.2, 1.0)))
     # LFW's faces are enlarged from 25 pixels; sharpening keeps softness from standing for a face.
@@ -380,7 +384,8 @@ def photometric(patches: Tensor) -> Tensor:
     return patches.clamp(0, 1)
 
 
-def sometimes(probability: float, patches: Tensor, change) -> Tensor:
+def sometimes(probability: float, patches: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
+    """Apply the change to each patch with the given probability."""
     chosen = torch.rand(len(patches)) < probability
     if not chosen.any():
         return patches
@@ -412,9 +417,8 @@ def shaded(patches: Tensor) -> Tensor:
     """Light patches from one side."""
     ramp = torch.linspace(-1, 1, patches.shape[-1])
     slopes = 0.3 * (2 * torch.rand(2, len(patches), 1, 1, 1) - 1)
-    return (patches * (1 + slopes[0] * ramp.reshape(1, -1) + slopes[1] * ramp.reshape(-1, 1))).clamp(
-        0, 1
-    )
+    light = 1 + slopes[0] * ramp.reshape(1, -1) + slopes[1] * ramp.reshape(-1, 1)
+    return (patches * light).clamp(0, 1)
 
 
 def contrasted(patches: Tensor) -> Tensor:
@@ -431,8 +435,8 @@ def contrasted(patches: Tensor) -> Tensor:
 
 def softened(patches: Tensor, strength: tuple[float, float]) -> Tensor:
     """Mix patches with their blurred selves; a negative strength sharpens."""
-    tap = torch.tensor((1.0, 4.0, 6.0, 4.0, 1.0)) / 16
-    kernel = torch.outer(tap, tap).expand(3, 1, 5, 5)
+    taps = torch.tensor((1.0, 4.0, 6.0, 4.0, 1.0)) / 16
+    kernel = torch.outer(taps, taps).expand(3, 1, 5, 5)
     blurred = F.conv2d(F.pad(patches, (2, 2, 2, 2), mode="replicate"), kernel, groups=3)
     mix = uniform(len(patches), *strength).reshape(-1, 1, 1, 1)
     return (1 - mix) * patches + mix * blurred
@@ -463,9 +467,7 @@ def train(tiles: Tiles, backgrounds: Backgrounds, steps: int) -> DemoNet:
     # On CPUs the channels-last layout halves the time a step takes.
     model = DemoNet().train().to(memory_format=torch.channels_last)
     average = copy.deepcopy(model).eval()
-    optimiser = torch.optim.AdamW(
-        model.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY
-    )
+    optimiser = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimiser, max_lr=LEARNING_RATE, total_steps=steps, pct_start=0.1
     )
@@ -489,9 +491,7 @@ def train(tiles: Tiles, backgrounds: Backgrounds, steps: int) -> DemoNet:
     return average
 
 
-def training_batch(
-    tiles: Tiles, backgrounds: Backgrounds, hard: Tensor
-) -> tuple[Tensor, Tensor]:
+def training_batch(tiles: Tiles, backgrounds: Backgrounds, hard: Tensor) -> tuple[Tensor, Tensor]:
     """Return patches (BATCH, 3, PATCH, PATCH) in [0, 1] and their labels (BATCH,)."""
     face_count = round(BATCH * FACE_SHARE)
     rest = BATCH - face_count
@@ -594,9 +594,7 @@ def report_images() -> Iterator[tuple[str, Image.Image]]:
         yield Path(filename).name, Image.fromarray(pixels)
 
 
-def dense_peak(
-    model: DemoNet, image: Image.Image, scale: int
-) -> tuple[float, tuple[float, float]]:
+def dense_peak(model: DemoNet, image: Image.Image, scale: int) -> tuple[float, tuple[float, float]]:
     """Return the highest face probability and its window's centre (x, y) in image pixels."""
     probability = dense_face_probability(model, image, scale)
     row, column = divmod(int(probability.argmax()), probability.shape[1])
@@ -622,8 +620,8 @@ def convolutional_head(model: DemoNet) -> nn.Sequential:
             layers.append(layer)
             continue
         convolution = nn.Conv2d(layer.in_features // side**2, layer.out_features, side)
-        convolution.weight.data.copy_(layer.weight.reshape(convolution.weight.shape))
-        convolution.bias.data.copy_(layer.bias)
+        weight = layer.weight.reshape(convolution.weight.shape)
+        convolution.load_state_dict({"weight": weight, "bias": layer.bias})
         layers.append(convolution)
         side = 1
     return nn.Sequential(*layers).eval()

@@ -76,7 +76,7 @@ def capture(
     tracer = _ShapeTracer(is_leaf, (BATCH, channels, *size), dtype_of(model))
     try:
         graph = tracer.trace(twin)
-    except _ShapeUnknown as stop:
+    except _ShapeUnknownError as stop:
         graph = stop.graph
     except CaptureError:
         raise
@@ -97,10 +97,12 @@ def input_channels(model: nn.Module) -> int:
 
 
 def dtype_of(model: nn.Module) -> torch.dtype:
+    """The dtype of the first floating-point parameter."""
     return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
 
 
 def device_of(model: nn.Module) -> torch.device:
+    """The device of the first parameter."""
     return next((p.device for p in model.parameters()), torch.device("cpu"))
 
 
@@ -168,7 +170,7 @@ def _plain_modules() -> Iterator[None]:
         nn.Module.__call__, nn.Module.__getattr__ = patched  # type: ignore
 
 
-class _ShapeUnknown(Exception):
+class _ShapeUnknownError(Exception):
     """Python asked for the shape of a value that could not be computed at this size."""
 
     def __init__(self, graph: fx.Graph):
@@ -242,7 +244,7 @@ class _ShapeTracer(fx.Tracer):
     def value_of(self, proxy: fx.Proxy) -> Any:
         node = proxy.node
         if "value" not in node.meta:
-            raise _ShapeUnknown(self.graph)
+            raise _ShapeUnknownError(self.graph)
         return node.meta["value"]
 
     def to_bool(self, obj: fx.Proxy) -> bool:

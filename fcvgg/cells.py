@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from math import prod
 from typing import Any
 
 import torch
@@ -76,10 +77,8 @@ class Constant:
 
 
 def in_order(extent: tuple[int, ...]) -> Tensor:
-    total = 1
-    for n in extent:
-        total *= n
-    return torch.arange(total).reshape(extent)
+    """The layout of a value that is the window itself."""
+    return torch.arange(prod(extent)).reshape(extent)
 
 
 def rearranged(cells: Cells, operation: Callable[[Tensor], Any]) -> list[Tensor] | None:

@@ -43,7 +43,8 @@ class DemoNet(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the logits (N, 2) of normalised windows (N, 3, `WINDOW`, `WINDOW`)."""
-        return self.classifier(torch.flatten(self.features(images), 1))
+        logits: Tensor = self.classifier(torch.flatten(self.features(images), 1))
+        return logits
 
 
 def demo_model() -> DemoNet:

@@ -41,7 +41,8 @@ class PreparedImage:
         """The network's input ``(1, C, H, W)``."""
         if self.pixels is not None:
             return self.pixels
-        assert self.picture is not None and preprocess is not None
+        assert self.picture is not None
+        assert preprocess is not None
         return preprocess(self.picture)
 
 

@@ -221,7 +221,7 @@ class FullyConvolutional(nn.Module):
     # -- checkpoints ------------------------------------------------------------------------------
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
-        """The parameters under the source model's keys; FC weights are shaped ``(O, C, kh, kw)``."""
+        """The parameters under the source's keys; FC weights are shaped ``(O, C, kh, kw)``."""
         state = self.network.state_dict(*args, **kwargs)
         prefix = kwargs.get("prefix", args[1] if len(args) > 1 else "")
         for key in [k for k in state if k.removeprefix(prefix).split(".")[0] in self._aliases]:

@@ -456,7 +456,7 @@ class Rewriter:
         return result
 
     def _densified(self, call: Call, x: Cells, windows: Windows) -> tuple[Windows, Pair]:
-        """The windows on a map of this dilation, with strides beyond the output stride taken out."""
+        """The windows on this map, with strides beyond the output stride taken out."""
         dense, dilations = [], []
         for window, spread, stride in zip(windows, x.dilation, self.stride_at(x.step)):
             allowed = window.stride

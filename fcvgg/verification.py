@@ -68,7 +68,7 @@ def verify(
     Args:
         model: the source model.
         net: what `fcvgg.convert` made of it.
-        images: preprocessed images ``(N, C, h, w)`` of the native size; two of seeded noise if None.
+        images: preprocessed images ``(N, C, h, w)`` of the native size; noise if None.
         tolerance: allowed error relative to the largest score; by the dtype when None (1e-12 for
             float64, 1e-5 for float32).
         seed: of the noise.

@@ -41,7 +41,7 @@ def pool_window(
             Window(covers[1], dilation=x.dilation[1]),
         )
     step = build.add_step(windows, (x.step,), call)
-    settings = {"stride": (1, 1), "padding": (0, 0)}
+    settings: dict[str, Any] = {"stride": (1, 1), "padding": (0, 0)}
     pool: nn.Module
     if not divides:
         pool = BinnedPool2d(kind, extent, bins, x.dilation)

@@ -43,7 +43,7 @@ def _windows(
     return height, width
 
 
-def _settings(windows: Windows) -> dict[str, Pair]:
+def _settings(windows: Windows) -> dict[str, Any]:
     """Torch's arguments of windows with equal padding on both sides."""
     height, width = windows
     return {
