@@ -150,7 +150,7 @@ def receptive_fields(
     net = model if isinstance(model, FullyConvolutional) else _converted(model, input_size)
     size = net.input_size if input_size is None else checked_size(input_size)
     height, width = (axis.sizes(max(n, axis.window)) for axis, n in zip(net.geometry.axes, size))
-    return LayerTable((_row(net, record, height, width) for record in net.records), size)
+    return LayerTable((_row(net, record, height, width) for record in net.program.records), size)
 
 
 def _converted(model: nn.Module, input_size: int | Iterable[int] | None) -> FullyConvolutional:

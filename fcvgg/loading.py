@@ -12,11 +12,13 @@ import torchvision
 from torch import Tensor, nn
 
 from fcvgg import checkpoints, demo
+from fcvgg.bundle import decoded_preprocess, read_bundle
 from fcvgg.capture import one_line
 from fcvgg.conversion import convert
 from fcvgg.errors import LoadError
 from fcvgg.network import FullyConvolutional
 from fcvgg.preprocessing import Preprocess
+from fcvgg.verification import Equivalence
 
 DEFAULT_WEIGHTS = "DEFAULT"
 
@@ -35,7 +37,7 @@ def load(
 
     Args:
         source: ``"demo"``, the small face detector that the package ships; a torchvision name such
-            as ``"vgg16"``; or a checkpoint ``.pt``, ``.pth`` or ``.safetensors``, with `arch`.
+            as ``"vgg16"``; a bundle that ``net.save`` wrote; or a checkpoint ``.pt``, ``.pth`` or ``.safetensors``, with `arch`.
         arch: the torchvision name of a checkpoint's architecture. The number of classes is read
             from the file.
         weights: for a name: ``"DEFAULT"`` or another name of torchvision's weights, which it
@@ -50,6 +52,9 @@ def load(
         ConversionError: if the model cannot be converted.
     """
     name = str(source)
+    if Path(source).is_dir():
+        unused = {"input_size": input_size, **options}
+        return _from_bundle(Path(source), preprocess, categories, unused)
     model: nn.Module
     if name == "demo":
         model, found = demo.demo_model(), _demo_settings()
@@ -63,6 +68,34 @@ def load(
     settings = {"preprocess": preprocess, "categories": categories, "input_size": input_size}
     found.update({key: value for key, value in settings.items() if value is not None})
     return convert(model, **{**found, **options})
+
+
+def _from_bundle(
+    path: Path,
+    preprocess: Preprocess | None,
+    categories: Sequence[str] | None,
+    unused: dict[str, Any],
+) -> FullyConvolutional:
+    """The network of a bundle, as it was saved: nothing is converted, and the report is kept."""
+    given = [name for name, value in unused.items() if value is not None]
+    if given:
+        raise LoadError(
+            f"{path} is a converted network, to which {', '.join(given)} cannot be applied; "
+            "convert its source model anew"
+        )
+    program, saved = read_bundle(path)
+    net = FullyConvolutional(
+        program,
+        input_size=tuple(saved["input_size"]),
+        preprocess=preprocess or decoded_preprocess(saved["preprocess"]),
+        categories=categories or saved["categories"],
+        activation=saved["activation"],
+        source=saved["source"],
+    )
+    if saved["equivalence"] is not None:
+        report = {**saved["equivalence"], "input_size": tuple(saved["input_size"])}
+        net.equivalence = Equivalence(**report)
+    return net
 
 
 def _demo_settings() -> dict[str, Any]:

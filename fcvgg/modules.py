@@ -31,25 +31,21 @@ class WindowLinear(nn.Conv2d):
     are reshaped as they are loaded.
     """
 
+    column_order: Tensor | None
+
     def __init__(
         self,
-        weight: nn.Parameter,
-        bias: nn.Parameter | None,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Pair,
         dilation: Pair = (1, 1),
+        bias: bool = True,
         column_order: Tensor | None = None,
+        device: Any = None,
     ):
-        out_features, in_channels, *kernel = weight.shape
         super().__init__(
-            in_channels,
-            out_features,
-            (kernel[0], kernel[1]),
-            dilation=dilation,
-            bias=bias is not None,
-            device="meta",
+            in_channels, out_channels, kernel_size, dilation=dilation, bias=bias, device=device
         )
-        self.weight = weight
-        self.bias = bias
-        self.column_order: Tensor | None
         self.register_buffer("column_order", column_order, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:

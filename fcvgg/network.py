@@ -4,20 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fcvgg.bundle import encoded_preprocess, write_bundle
 from fcvgg.capture import device_of, dtype_of
 from fcvgg.errors import CategoryError, ImageError
 from fcvgg.geometry import Geometry
 from fcvgg.heatmap import Heatmap
 from fcvgg.images import ImageLike, PreparedImage, mirrored, prepare, with_smallest_side
+from fcvgg.modules import WindowLinear
 from fcvgg.preprocessing import Preprocess
 from fcvgg.probability import ACTIVATIONS
-from fcvgg.rewriting import LayerRecord, Program
+from fcvgg.rewriting import Program
 from fcvgg.score_map import ScoreMap
 
 Pair = tuple[int, int]
@@ -53,20 +57,26 @@ class FullyConvolutional(nn.Module):
         source: str = "",
     ):
         super().__init__()
+        self.program = program
         self.network = program.network
         self.training = program.network.training
-        self.geometry: Geometry = program.geometry
         self.input_size = input_size
-        self.in_channels = program.in_channels
-        self.records: tuple[LayerRecord, ...] = program.records
         self.source = source
         self.equivalence: Any = None
-        self._classes = program.classes
         self._activations = program.activations if activation is None else (activation,)
-        self._aliases = program.aliases
         self.categories = categories
         self.preprocess = preprocess
         self.register_load_state_dict_pre_hook(_source_keys)
+
+    @property
+    def geometry(self) -> Geometry:
+        """Where the cells lie on the image."""
+        return self.program.geometry
+
+    @property
+    def in_channels(self) -> int:
+        """The channels of the images."""
+        return self.program.in_channels
 
     # -- the map ----------------------------------------------------------------------------------
 
@@ -121,7 +131,7 @@ class FullyConvolutional(nn.Module):
 
     @property
     def num_classes(self) -> int:
-        return self._classes[0]
+        return self.program.classes[0]
 
     @property
     def categories(self) -> tuple[str, ...] | None:
@@ -218,15 +228,52 @@ class FullyConvolutional(nn.Module):
             image=image.picture,
         )
 
-    # -- checkpoints ------------------------------------------------------------------------------
+    # -- files ------------------------------------------------------------------------------
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """The parameters under the source's keys; FC weights are shaped ``(O, C, kh, kw)``."""
         state = self.network.state_dict(*args, **kwargs)
         prefix = kwargs.get("prefix", args[1] if len(args) > 1 else "")
-        for key in [k for k in state if k.removeprefix(prefix).split(".")[0] in self._aliases]:
+        for key in [
+            k for k in state if k.removeprefix(prefix).split(".")[0] in self.program.aliases
+        ]:
             del state[key]
         return state
+
+    def classifier_state_dict(self) -> dict[str, Tensor]:
+        """The parameters as the source model holds them: FC-shaped, in the source's order.
+
+        ``source.load_state_dict(net.classifier_state_dict())`` is the way back.
+        """
+        state = self.state_dict()
+        for name, module in self.network.named_modules():
+            if isinstance(module, WindowLinear) and f"{name}.weight" in state:
+                state[f"{name}.weight"] = module.fc_weight()
+        return state
+
+    def save(self, path: str | Path) -> Path:
+        """Write a bundle, a folder that `fcvgg.load` reads back bit for bit.
+
+        It holds the parameters (``model.safetensors``) and, in ``config.json``, the graph, geometry,
+        preprocessing, categories and the equivalence report. It is written whole or not at all.
+
+        Raises:
+            FcvggError: if `path` is something else than a bundle, or cannot be written.
+        """
+        path = Path(path)
+        write_bundle(
+            path,
+            self.program,
+            {
+                "source": self.source,
+                "input_size": list(self.input_size),
+                "activation": self.activation,
+                "categories": self.categories,
+                "preprocess": encoded_preprocess(self.preprocess),
+                "equivalence": None if self.equivalence is None else asdict(self.equivalence),
+            },
+        )
+        return path
 
     def extra_repr(self) -> str:
         return f"{self.source}, native size {self.input_size}, {self.geometry}"
@@ -241,7 +288,7 @@ def _source_keys(net: nn.Module, state: dict[str, Any], prefix: str, *_: Any) ->
             state[f"{prefix}network.{name}"] = state.pop(key)
     own = net.network.state_dict(keep_vars=True)
     for name in own:  # further instances of a layer hold the same parameters
-        if name.split(".")[0] in net._aliases:
+        if name.split(".")[0] in net.program.aliases:
             state.setdefault(f"{prefix}network.{name}", own[name])
 
 

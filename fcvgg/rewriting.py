@@ -218,7 +218,7 @@ class Rewriter:
             self.modules.add_module("training_flag", TrainingFlag().train(self.modules.training))
         self.graph.lint()
         return Program(
-            network=_graph_module(self.modules, self.graph),
+            network=graph_module(self.modules, self.graph),
             geometry=geometry,
             activations=tuple(cells.activation for cells in outputs),
             classes=tuple(cells.extent[0] for cells in outputs),
@@ -595,10 +595,15 @@ def _window_linear_layer(
         column_order = order.argsort().to(columns.device)
         columns = columns[:, column_order]
     shaped = nn.Parameter(columns.view(len(columns), -1, *kernel), weight.requires_grad)
-    return WindowLinear(shaped, bias, dilation, column_order)
+    channels = shaped.shape[1]
+    layer = WindowLinear(
+        channels, len(shaped), kernel, dilation, bias is not None, column_order, device="meta"
+    )
+    layer.weight, layer.bias = shaped, bias
+    return layer
 
 
-def _graph_module(modules: nn.Module, graph: fx.Graph) -> fx.GraphModule:
+def graph_module(modules: nn.Module, graph: fx.Graph) -> fx.GraphModule:
     """The graph as a module that owns the whole tree, also layers it does not call.
 
     fx would drop those, and checkpoints would lose their keys.
