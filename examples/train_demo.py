@@ -32,11 +32,13 @@ import fcvgg.demo
 from fcvgg.demo import CATEGORIES, MEAN, SCALES, STD, WINDOW, DemoNet, demo_photograph
 
 SEED = 20
-STEPS = 1200
-QUICK_STEPS = 12
+STEPS = 1500
+QUICK_STEPS = 5
+QUICK_SCALES = SCALES[:3]
 BATCH = 128
 FACE_SHARE = 0.3
 HARD_SHARE = 0.5
+FAINT_SHARE = 0.15
 LEARNING_RATE = 2e-3
 WEIGHT_DECAY = 2e-3
 LABEL_SMOOTHING = 0.05
@@ -85,7 +87,7 @@ PHOTOGRAPHS: dict[str, float] = {
 PHOTOGRAPH_SIDES = (56, 64, 80, 100, 125, 156, 195, 244, 305, 380)
 """Smaller sides, in pixels, at which background photographs are sampled."""
 
-CAMERA_MAN_HEAD = (slice(50, 180), slice(180, 330))
+CAMERA_MAN_HEAD = (slice(50, 205), slice(140, 290))
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,7 @@ def main() -> None:
     print(f"trained {arguments.steps} steps in {time.perf_counter() - started:.0f} s")
 
     report_held_out_crops(model, held_out_tiles, held_out_backgrounds)
-    report_photographs(model)
+    report_photographs(model, QUICK_SCALES if arguments.quick else SCALES)
     save_atomically(model, arguments.output)
     print(f"wrote {arguments.output} ({arguments.output.stat().st_size} bytes)")
 
@@ -188,15 +190,18 @@ def large_enough(weighted_photographs: list[tuple[Tensor, float]]) -> Background
 
 
 def faceless_parts(name: str) -> list[Image.Image]:
-    """Return a photograph of scikit-image's data folder, cut up where it shows a person's head."""
+    """Return a photograph of scikit-image's data folder, less the head of the man with a camera.
+
+    Parts do not overlap, so that none shows what another's held-out strip shows.
+    """
     photograph = Image.open(Path(skimage.data.__file__).parent / name).convert("RGB")
     if name != "camera.png":
         return [photograph]
     rows, columns = CAMERA_MAN_HEAD
     width, height = photograph.size
     return [
-        photograph.crop((0, 0, columns.start, height)),
-        photograph.crop((columns.stop, 0, width, height)),
+        photograph.crop((0, 0, columns.start, rows.stop)),
+        photograph.crop((columns.stop, 0, width, rows.stop)),
         photograph.crop((0, rows.stop, width, height)),
     ]
 
@@ -205,7 +210,7 @@ def resize(image: Image.Image, side: int) -> Tensor:
     """Return the image as (3, H, W) in [0, 1], antialiased to the given smaller side."""
     factor = side / min(image.size)
     width, height = (max(1, round(length * factor)) for length in image.size)
-    pixels = np.array(image.resize((width, height), Image.Resampling.BICUBIC, reducing_gap=3.0))
+    pixels = np.array(image.resize((width, height), Image.Resampling.BICUBIC))
     return torch.from_numpy(pixels).permute(2, 0, 1).float() / 255
 
 
@@ -276,8 +281,8 @@ def broken_face_tiles(tiles: Tiles, backgrounds: Backgrounds, count: int) -> Ten
 
 def invented_patches(tiles: Tiles, backgrounds: Backgrounds, count: int) -> Tensor:
     """Make backgrounds that no photograph shows: the few there are cover little of the world."""
-    kinds = (blended_patches, symmetric_patches, inverted_patches, cloud_patches)
-    shares = (0.3, 0.3, 0.2, 0.2)
+    kinds = (blended_patches, symmetric_patches, shape_patches, inverted_patches, cloud_patches)
+    shares = (0.2, 0.25, 0.3, 0.1, 0.15)
     counts = apportioned(count, shares)
     return torch.cat([kind(tiles, backgrounds, n) for kind, n in zip(kinds, counts, strict=True)])
 
@@ -301,6 +306,29 @@ def symmetric_patches(tiles: Tiles, backgrounds: Backgrounds, count: int) -> Ten
     start = random.randint(0, LARGEST_PATCH - PATCH)
     whole = torch.cat((halves, halves.flip(3)), dim=3)
     return whole[:, :, :PATCH, start : start + PATCH]
+
+
+def shape_patches(tiles: Tiles, backgrounds: Backgrounds, count: int) -> Tensor:
+    """Ovals and bars of any size and colour, half of them in mirrored pairs, as on badges."""
+    patches = random_patches(backgrounds, count)
+    centres = torch.arange(PATCH) + 0.5 - PATCH / 2
+    y, x = torch.meshgrid(centres, centres, indexing="ij")
+    symmetric = (torch.rand(count) < 0.5).reshape(-1, 1, 1)
+    x = torch.where(symmetric, x.abs(), x)
+    for _ in range(random.randint(2, 9)):
+        angles = uniform(count, 0, torch.pi).reshape(-1, 1, 1)
+        across, up = (uniform(count, -18, 18).reshape(-1, 1, 1) for _ in range(2))
+        along = (x - across) * angles.cos() + (y - up) * angles.sin()
+        aside = (y - up) * angles.cos() - (x - across) * angles.sin()
+        # Sizes spread evenly over their logarithm: small shapes are as likely as large ones.
+        length, breadth = (uniform(count, 0, 2.9).exp().reshape(-1, 1, 1) for _ in range(2))
+        oval = ((along / length) ** 2 + (aside / breadth) ** 2).sqrt()
+        bar = torch.maximum(along.abs() / length, aside.abs() / breadth)
+        reach = torch.where((torch.rand(count) < 0.5).reshape(-1, 1, 1), oval, bar)
+        mask = ((1 - reach) * torch.minimum(length, breadth) + 0.5).clamp(0, 1).unsqueeze(1)
+        opacity = uniform(count, 0.3, 1).reshape(-1, 1, 1, 1)
+        patches = torch.lerp(patches, torch.rand(count, 3, 1, 1), mask * opacity)
+    return patches
 
 
 def inverted_patches(tiles: Tiles, backgrounds: Backgrounds, count: int) -> Tensor:
@@ -475,8 +503,8 @@ def train(tiles: Tiles, backgrounds: Backgrounds, steps: int) -> DemoNet:
     hard = random_patches(backgrounds, MINING_KEPT)
     recent: list[float] = []
     for step in range(1, steps + 1):
-        patches, labels = training_batch(tiles, backgrounds, hard)
-        loss = criterion(window_logits(model, normalised(photometric(patches))), labels)
+        patches, targets = training_batch(tiles, backgrounds, hard)
+        loss = criterion(window_logits(model, normalised(photometric(patches))), targets)
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
@@ -492,7 +520,7 @@ def train(tiles: Tiles, backgrounds: Backgrounds, steps: int) -> DemoNet:
 
 
 def training_batch(tiles: Tiles, backgrounds: Backgrounds, hard: Tensor) -> tuple[Tensor, Tensor]:
-    """Return patches (BATCH, 3, PATCH, PATCH) in [0, 1] and their labels (BATCH,)."""
+    """Return patches (BATCH, 3, PATCH, PATCH) in [0, 1] and targets (BATCH, 2)."""
     face_count = round(BATCH * FACE_SHARE)
     rest = BATCH - face_count
     hard_count = round(rest * HARD_SHARE)
@@ -506,9 +534,15 @@ def training_batch(tiles: Tiles, backgrounds: Backgrounds, hard: Tensor) -> tupl
             random_patches(backgrounds, rest - hard_count - decoy_count - invented_count),
         )
     )
-    labels = torch.full((BATCH,), BACKGROUND)
-    labels[:face_count] = FACE
-    return patches, labels
+    face_share = torch.zeros(BATCH)
+    face_share[:face_count] = 1
+    faint_count = round(face_count * FAINT_SHARE)
+    mix = uniform(faint_count, 0.3, 1)
+    # Faces that fade into a background teach the net to be less sure rather than sure throughout.
+    veils = random_patches(backgrounds, faint_count)
+    patches[:faint_count] = torch.lerp(veils, patches[:faint_count], mix[:, None, None, None])
+    face_share[:faint_count] = mix
+    return patches, torch.stack((1 - face_share, face_share), dim=1)
 
 
 def window_logits(model: DemoNet, patches: Tensor) -> Tensor:
@@ -575,10 +609,10 @@ def report_held_out_crops(model: DemoNet, tiles: Tiles, backgrounds: Backgrounds
     )
 
 
-def report_photographs(model: DemoNet) -> None:
+def report_photographs(model: DemoNet, scales: Sequence[int]) -> None:
     """Print where the face probability peaks in photographs that training never saw."""
     for name, photograph in report_images():
-        peaks = [(*dense_peak(model, photograph, scale), scale) for scale in SCALES]
+        peaks = [(*dense_peak(model, photograph, scale), scale) for scale in scales]
         probability, centre, scale = max(peaks)
         by_scale = ", ".join(f"{scale}: {peak:.3f}" for peak, _, scale in peaks)
         print(

@@ -6,6 +6,7 @@
 
 from fcvgg.conversion import convert
 from fcvgg.errors import (
+    ArgumentError,
     CaptureError,
     CategoryError,
     ConversionError,
@@ -32,6 +33,7 @@ from fcvgg.verification import Equivalence, verify
 __version__ = "0.1.0"
 
 __all__ = [
+    "ArgumentError",
     "CaptureError",
     "CategoryError",
     "ConversionError",

@@ -103,6 +103,7 @@ def write_bundle(
         folder = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
         try:
             save_file(tensors, folder / TENSORS, {"format": "pt"})
+            (folder / TENSORS).chmod(0o644)
             (folder / CONFIG).write_text(json.dumps(config, indent=1, allow_nan=False) + "\n")
             folder.chmod(0o755)
             _take_place(folder, path)
@@ -150,8 +151,8 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise LoadError(f"{path} is not fcvgg's: expected library_name 'fcvgg'")
     if config.get("format") != _FORMAT:
         raise LoadError(
-            f"{path} has format {config.get('format')!r} and this version of fcvgg reads {_FORMAT}; "
-            "upgrade fcvgg"
+            f"{path} has format {config.get('format')!r}, and this version of fcvgg reads "
+            f"{_FORMAT}; upgrade fcvgg"
         )
     return config
 
@@ -271,8 +272,8 @@ def _called(network: fx.GraphModule) -> Iterator[tuple[str, nn.Module]]:
 def _encoded_layer(name: str, layer: nn.Module) -> dict[str, Any]:
     if nn.utils.parametrize.is_parametrized(layer):
         raise FcvggError(
-            f"{name} ({type(layer).__name__}) has parametrized weights, which a bundle cannot hold; "
-            "call torch.nn.utils.parametrize.remove_parametrizations on the model before convert"
+            f"{name} ({type(layer).__name__}) has parametrized weights, which a bundle cannot "
+            "hold; call torch.nn.utils.parametrize.remove_parametrizations before convert"
         )
     settings = {}
     for key in _settings_of(type(layer)):
@@ -298,7 +299,9 @@ def _decoded_layer(name: str, data: Mapping[str, Any]) -> nn.Module:
 def _settings_of(cls: type) -> list[str]:
     """The arguments that make a layer: torch keeps each as an attribute of the same name."""
     skipped = {"device", "dtype", "init", "column_order", "num_batches_tracked"}
-    return [name for name in inspect.signature(cls).parameters if name not in skipped]
+    named = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
+    arguments = inspect.signature(cls).parameters.values()
+    return [a.name for a in arguments if a.kind in named and a.name not in skipped]
 
 
 # -- the graph ------------------------------------------------------------------------------------
@@ -436,4 +439,4 @@ def decoded_preprocess(data: Mapping[str, Any] | None) -> Preprocess | None:
         return None
     known = {field.name for field in fields(Preprocess)}
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items() if k in known}
-    return Preprocess(**values)
+    return Preprocess(**values)  # type: ignore[arg-type]  # a broken file fails in its checks

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
+from numbers import Integral
 
 from fcvgg.errors import CategoryError
 
@@ -21,12 +22,12 @@ def class_index(target: int | str, categories: Sequence[str] | None, classes: in
     Raises:
         CategoryError: if there is none or more than one; the message lists the near ones.
     """
-    if isinstance(target, int) and not isinstance(target, bool):
+    if isinstance(target, Integral) and not isinstance(target, bool):
         if not -classes <= target < classes:
             raise CategoryError(
                 f"class {target} is out of range; the network has classes 0 to {classes - 1}"
             )
-        return target % classes
+        return int(target) % classes
     if not isinstance(target, str):
         raise CategoryError(f"target {target!r} is no class; pass an index or a category name")
     if categories is None:
@@ -52,12 +53,11 @@ def _named(target: str, categories: Sequence[str]) -> int:
                 f"category {target!r} is ambiguous: {_listed(matches, categories)}; "
                 "pass the whole name or the index"
             )
-    near = difflib.get_close_matches(wanted, folded, _LISTED, 0.5)
-    hint = (
-        f"near: {_listed([folded.index(n) for n in near], categories)}"
-        if near
-        else (f"there are {len(categories)}: {_listed(list(range(len(categories))), categories)}")
-    )
+    near = difflib.get_close_matches(wanted, dict.fromkeys(folded), _LISTED, 0.5)
+    if near:
+        hint = f"near: {_listed([folded.index(name) for name in near], categories)}"
+    else:
+        hint = f"there are {len(categories)}: {_listed(range(len(categories)), categories)}"
     raise CategoryError(f"there is no category {target!r}; {hint}")
 
 

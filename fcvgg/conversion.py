@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from fcvgg.capture import capture
-from fcvgg.errors import ConversionError, GeometryError, InputSizeError
+from fcvgg.errors import ArgumentError, ConversionError, GeometryError, InputSizeError
 from fcvgg.geometry import checked_size
 from fcvgg.layers import is_leaf, rule_for
-from fcvgg.network import ACTIVATIONS, FullyConvolutional
+from fcvgg.network import FullyConvolutional
 from fcvgg.preprocessing import Preprocess
 from fcvgg.rewriting import Boundary, Program, Rewriter
 from fcvgg.verification import check
@@ -69,7 +69,7 @@ def convert(
         ConversionError: if the model cannot be converted exactly; the message names the layer.
         EquivalenceError: if `verify` finds that the two disagree.
     """
-    _check_options(padding, activation, output_stride)
+    _check_options(padding, output_stride)
     model = _unwrapped(model)
     size = _checked_input_size(input_size) if input_size is not None else infer_input_size(model)
     program = _rewritten(model, _twin(model, copy), size, output_stride, padding == "same")
@@ -165,15 +165,11 @@ def _rewritten(
     return program
 
 
-def _check_options(padding: str, activation: str | None, output_stride: int | None) -> None:
+def _check_options(padding: str, output_stride: int | None) -> None:
     if padding not in ("valid", "same"):
-        raise ConversionError(f"padding={padding!r} is unknown; expected 'valid' or 'same'")
-    if activation is not None and activation not in ACTIVATIONS:
-        raise ConversionError(
-            f"activation={activation!r} is unknown; expected one of {', '.join(ACTIVATIONS)}"
-        )
+        raise ArgumentError(f"padding={padding!r} is unknown; expected 'valid' or 'same'")
     if output_stride is not None and (not isinstance(output_stride, int) or output_stride < 1):
-        raise ConversionError(f"output_stride={output_stride!r} is no positive integer")
+        raise ArgumentError(f"output_stride={output_stride!r} is no positive integer")
 
 
 def _checked_input_size(input_size: int | Iterable[int]) -> Pair:

@@ -39,6 +39,10 @@ class GeometryError(FcvggError, ValueError):
     """A size, point or cell index that the geometry has no answer for."""
 
 
+class ArgumentError(FcvggError, ValueError):
+    """An option whose value is not one of those accepted."""
+
+
 class ImageError(FcvggError):
     """A file, array or tensor that cannot be used as an image."""
 

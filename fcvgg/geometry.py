@@ -10,7 +10,7 @@ Convolutional Neural Networks" (https://distill.pub/2019/computing-receptive-fie
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -208,7 +208,7 @@ class Geometry:
     """
 
     height: Axis
-    width: Axis = field()
+    width: Axis
 
     @property
     def axes(self) -> tuple[Axis, Axis]:
@@ -311,11 +311,13 @@ def checked_size(size: Iterable[int] | int) -> Pair:
     Raises:
         GeometryError: if it is not one or two positive integers.
     """
-    values = (size, size) if isinstance(size, int) else tuple(size)
+    values = tuple(size) if isinstance(size, Iterable) else (size, size)
     if len(values) != 2 or not all(
         isinstance(v, (int, np.integer)) and not isinstance(v, bool) and v > 0 for v in values
     ):
-        raise GeometryError(f"size {size!r} is not an image size: pass a positive int or (h, w)")
+        raise GeometryError(
+            f"size {size!r} is not an image size; expected a positive int or (h, w)"
+        )
     return int(values[0]), int(values[1])
 
 

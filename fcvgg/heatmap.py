@@ -11,19 +11,27 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
-from fcvgg.errors import ImageError
+from fcvgg.errors import FcvggError, ImageError
 from fcvgg.files import written_whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+ALPHA = 0.75
 COLOUR_MAP = "inferno"
-"""Perceptually uniform, dark where there is nothing."""
+"""Perceptually uniform."""
+
+_LEVELS = 256
+_OPAQUE_FROM = 0.5
+"""The probability from which colours have their full opacity."""
+
+_MIDDLE_GREY = 0.5
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Heatmap:
     """One class's probability over an image.
 
@@ -38,8 +46,8 @@ class Heatmap:
         image: the image that the map speaks about, if it is known.
     """
 
-    values: np.ndarray[Any, np.dtype[np.float32]]
-    coverage: np.ndarray[Any, np.dtype[np.bool_]]
+    values: NDArray[np.float32]
+    coverage: NDArray[np.bool_]
     label: str = ""
     image: Image.Image | None = None
 
@@ -50,75 +58,78 @@ class Heatmap:
         y, x = np.unravel_index(int(inside.argmax()), inside.shape)
         return int(y), int(x)
 
-    def overlay(self, alpha: float = 0.6, cmap: str = COLOUR_MAP) -> Image.Image:
+    def overlay(self, alpha: float = ALPHA, cmap: str = COLOUR_MAP) -> Image.Image:
         """The heatmap laid on its image, of the image's size.
 
-        The opacity of the colours grows with the probability up to `alpha`, so that the image stays
-        visible where there is nothing to show. Without an image the colours stand alone.
-        """
-        if not 0 <= alpha <= 1:
-            raise ValueError(f"alpha={alpha} is no opacity; expected a value in [0, 1]")
-        colours = self._colours(cmap)
-        if self.image is None:
-            return Image.fromarray(np.round(colours * 255).astype(np.uint8))
-        picture = np.asarray(self.image.convert("RGB"), dtype=np.float32) / 255
-        opacity = alpha * np.sqrt(self.values)[..., None]
-        blended = picture * (1 - opacity) + colours * opacity
-        return Image.fromarray(np.round(blended * 255).astype(np.uint8))
+        The image is shown in grey, so that colour always means probability. Where there is nothing
+        to show it stays untouched; the colours' opacity grows with the probability and reaches
+        `alpha` at one half. Without an image the colours stand alone.
 
-    def plot(self, ax: Axes | None = None, *, cmap: str = COLOUR_MAP, alpha: float = 0.6) -> Axes:
+        Args:
+            alpha: the largest opacity, in [0, 1].
+            cmap: the name of a matplotlib colour map.
+
+        Raises:
+            FcvggError: if `alpha` or `cmap` is none.
+        """
+        levels = np.round(self.values * (_LEVELS - 1)).astype(np.uint8)
+        if self.image is None:
+            return Image.fromarray(_to_bytes(_colours(cmap))[levels])
+        grey = np.asarray(self.image.convert("RGB").convert("L"), dtype=np.float32) / 255
+        return Image.fromarray(_to_bytes(_tinted(grey, levels, alpha, cmap)))
+
+    def plot(self, ax: Axes | None = None, *, alpha: float = ALPHA, cmap: str = COLOUR_MAP) -> Axes:
         """Draw the overlay with a colour bar from 0 to 1 and a mark at the peak.
 
-        The dashed frame is the hull of the cells' centres; outside it values are held.
+        The dashed frame is the hull of the cells' centres; outside it values are held. The colour
+        bar shows the colours as they look on middle grey.
         """
         from matplotlib import pyplot as plt
         from matplotlib.cm import ScalarMappable
+        from matplotlib.colors import ListedColormap
         from matplotlib.patches import Rectangle
+        from matplotlib.patheffects import withStroke
 
         if ax is None:
             _, ax = plt.subplots(layout="constrained")
+        outlined = [withStroke(linewidth=3, foreground="black")]
         ax.imshow(self.overlay(alpha, cmap))
         rows, cols = (np.flatnonzero(self.coverage.any(axis)) for axis in (1, 0))
-        ax.add_patch(
-            Rectangle(
-                (cols[0] - 0.5, rows[0] - 0.5),
-                len(cols),
-                len(rows),
-                fill=False,
-                edgecolor="white",
-                linestyle="--",
-                linewidth=0.8,
-                alpha=0.8,
-            )
+        frame = Rectangle(
+            (cols[0] - 0.5, rows[0] - 0.5), len(cols), len(rows), fill=False, color="white"
         )
+        frame.set(
+            linestyle="--", linewidth=1, path_effects=[withStroke(linewidth=2, foreground="black")]
+        )
+        ax.add_patch(frame)
         y, x = self.peak
-        ax.plot(x, y, "+", color="white", markersize=10, markeredgewidth=1.5)
+        ax.plot(x, y, "+", color="white", ms=11, mew=1.5, path_effects=outlined)
         ax.set_title(f"{self.label}: {self.values[y, x]:.2f} at ({y}, {x})".removeprefix(": "))
         ax.set_axis_off()
-        bar = ax.figure.colorbar(ScalarMappable(cmap=cmap), ax=ax, fraction=0.046, pad=0.03)
+        levels = np.arange(_LEVELS)
+        grey = np.full(_LEVELS, _MIDDLE_GREY, np.float32)
+        shown = _colours(cmap) if self.image is None else _tinted(grey, levels, alpha, cmap)
+        bar = ax.figure.colorbar(
+            ScalarMappable(cmap=ListedColormap(shown)), ax=ax, fraction=0.046, pad=0.03
+        )
         bar.set_label("probability")
         return ax
 
     def save(self, path: str | Path) -> Path:
-        """Write the overlay as an image, or the values where the name ends in ``.npy``."""
+        """Write the overlay as an image, or the values where the name ends in ``.npy``.
+
+        Raises:
+            ImageError: if the name's ending is no image format.
+            FcvggError: if the file cannot be written.
+        """
         path = Path(path)
-        with written_whole(path) as temporary:
-            if path.suffix == ".npy":
-                with open(temporary, "wb") as file:
-                    np.save(file, self.values)
+        kind = "npy" if path.suffix.lower() == ".npy" else _image_format(path)
+        with written_whole(path) as temporary, open(temporary, "wb") as file:
+            if kind == "npy":
+                np.save(file, self.values)
             else:
-                formats = Image.registered_extensions()
-                if path.suffix.lower() not in formats:
-                    raise ImageError(
-                        f"{path.name!r} has no image format; use a name in .png, .jpg or .npy"
-                    )
-                self.overlay().save(temporary, formats[path.suffix.lower()])
+                self.overlay().save(file, kind)
         return path
-
-    def _colours(self, cmap: str) -> np.ndarray[Any, np.dtype[np.float32]]:
-        from matplotlib import colormaps
-
-        return colormaps[cmap](self.values)[..., :3].astype(np.float32)
 
     def _repr_png_(self) -> bytes:
         """The overlay, as a notebook shows it."""
@@ -132,3 +143,36 @@ class Heatmap:
         return (
             f"Heatmap({self.label!r}, {height}x{width}, peak {self.values[y, x]:.3f} at ({y}, {x}))"
         )
+
+
+def _colours(cmap: str) -> NDArray[np.float32]:
+    """The colours ``(256, 3)`` of the probabilities from 0 to 1."""
+    from matplotlib import colormaps
+
+    if cmap not in colormaps:
+        raise FcvggError(f"cmap={cmap!r} is unknown; expected a matplotlib name such as 'viridis'")
+    return colormaps[cmap](np.linspace(0, 1, _LEVELS))[:, :3].astype(np.float32)
+
+
+def _tinted(
+    grey: NDArray[np.float32], levels: NDArray[Any], alpha: float, cmap: str
+) -> NDArray[np.float32]:
+    """Colours ``(..., 3)`` of probability `levels` (0 to 255) over a picture `grey` in [0, 1]."""
+    if not 0 <= alpha <= 1:
+        raise FcvggError(f"alpha={alpha} is no opacity; expected a value in [0, 1]")
+    opacity = alpha * np.linspace(0, 1 / _OPAQUE_FROM, _LEVELS, dtype=np.float32).clip(max=1)
+    colours = opacity[:, None] * _colours(cmap)
+    return (grey * (1 - opacity)[levels])[..., None] + colours[levels]
+
+
+def _to_bytes(colours: NDArray[np.float32]) -> NDArray[np.uint8]:
+    return np.round(colours * 255).clip(0, 255).astype(np.uint8)
+
+
+def _image_format(path: Path) -> str:
+    kind = Image.registered_extensions().get(path.suffix.lower())
+    if kind is None or kind not in Image.SAVE:
+        raise ImageError(
+            f"{path.name!r} has no image format; expected a name in .png, .jpg or .npy"
+        )
+    return kind

@@ -13,8 +13,10 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from fcvgg.capture import one_line
 from fcvgg.errors import ImageError, PreprocessError
 from fcvgg.preprocessing import Preprocess, resized_to_side
+from fcvgg.probability import widened
 
 Pair = tuple[int, int]
 ImageLike = Union[str, "os.PathLike[str]", Image.Image, np.ndarray, Tensor]
@@ -31,11 +33,13 @@ class PreparedImage:
         picture: the image to look at and to preprocess, in the mode of the network's channels;
             None for a tensor.
         pixels: the preprocessed tensor ``(1, C, H, W)``; None until then.
+        rescaled: whether its size was chosen for this evaluation, so that preprocessing keeps it.
     """
 
     size: Pair
     picture: Image.Image | None = None
     pixels: Tensor | None = None
+    rescaled: bool = False
 
     def tensor(self, preprocess: Preprocess | None) -> Tensor:
         """The network's input ``(1, C, H, W)``."""
@@ -43,7 +47,11 @@ class PreparedImage:
             return self.pixels
         assert self.picture is not None
         assert preprocess is not None
-        return preprocess(self.picture)
+        return (
+            replace(preprocess, resize=None)(self.picture)
+            if self.rescaled
+            else preprocess(self.picture)
+        )
 
 
 def prepare(image: Any, preprocess: Preprocess | None, channels: int) -> PreparedImage:
@@ -79,7 +87,7 @@ def read_image(image: Any) -> Image.Image:
     if isinstance(image, np.ndarray):
         return _from_array(image)
     if isinstance(image, Image.Image):
-        return ImageOps.exif_transpose(image)
+        return _upright(image, f"the image {getattr(image, 'filename', '')}".rstrip())
     if isinstance(image, (str, os.PathLike)):
         return _from_file(Path(image))
     raise ImageError(
@@ -92,6 +100,9 @@ def in_mode(image: Image.Image, channels: int) -> Image.Image:
     """The image as ``uint8`` with 1, 3 or 4 channels.
 
     Transparent pixels are shown on white, 16-bit grey is scaled to 8 bits.
+
+    Raises:
+        ImageError: if the image has no such form.
     """
     mode = _MODES.get(channels)
     if mode is None:
@@ -99,29 +110,38 @@ def in_mode(image: Image.Image, channels: int) -> Image.Image:
             f"the network takes {channels} channels, which no image file has; "
             f"pass a preprocessed tensor ({channels}, H, W)"
         )
-    if image.mode.startswith("I;16") or image.mode == "I":
-        image = _from_array(np.asarray(image).clip(0, 65535).astype(np.uint16))
+    if image.mode.startswith("I"):
+        image = _from_array(_as_uint16(np.asarray(image)))
     elif image.mode == "F":
         raise ImageError("the image holds floating-point values of unknown range; pass uint8")
     if mode != "RGBA" and (image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info):
         image = image.convert("RGBA")
         canvas = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(canvas, image)
-    return image if image.mode == mode else image.convert(mode)
+    try:
+        return image if image.mode == mode else image.convert(mode)
+    except ValueError as error:
+        raise ImageError(
+            f"an image of mode {image.mode} cannot be shown as {mode}; convert it first"
+        ) from error
 
 
 def with_smallest_side(image: PreparedImage, side: int) -> PreparedImage:
-    """The image rescaled, its aspect ratio kept; results then refer to the new pixels."""
-    if not isinstance(side, int) or side < 1:
+    """The image rescaled, its aspect ratio kept; results then refer to the new pixels.
+
+    Preprocessing then does not resize it again.
+    """
+    if not isinstance(side, (int, np.integer)) or isinstance(side, bool) or side < 1:
         raise ImageError(f"scale {side!r} is no length; expected a positive number of pixels")
     if image.picture is not None:
-        picture = resized_to_side(image.picture, side)
-        return PreparedImage(size=(picture.height, picture.width), picture=picture)
+        picture = resized_to_side(image.picture, int(side))
+        return PreparedImage((picture.height, picture.width), picture, rescaled=True)
     assert image.pixels is not None
     factor = side / min(image.size)
     size = [max(round(n * factor), 1) for n in image.size]
-    pixels = F.interpolate(image.pixels, size, mode="bilinear", align_corners=False, antialias=True)
-    return PreparedImage(size=(size[0], size[1]), pixels=pixels)
+    wide = widened(image.pixels)  # antialiasing is not there for half precision
+    pixels = F.interpolate(wide, size, mode="bilinear", align_corners=False, antialias=True)
+    return PreparedImage((size[0], size[1]), pixels=pixels.to(image.pixels), rescaled=True)
 
 
 def mirrored(image: PreparedImage) -> PreparedImage:
@@ -173,22 +193,45 @@ def _from_array(array: np.ndarray[Any, Any]) -> Image.Image:
     )
 
 
+def _as_uint16(pixels: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    if pixels.size and (pixels.min() < 0 or pixels.max() > np.iinfo(np.uint16).max):
+        raise ImageError(
+            f"the image holds integers from {pixels.min()} to {pixels.max()}, beyond 16 bits; "
+            "pass uint8"
+        )
+    return pixels.astype(np.uint16)
+
+
 def _from_file(path: Path) -> Image.Image:
-    if not path.exists():
-        raise ImageError(f"there is no image file {path}")
-    if path.is_dir():
-        raise ImageError(f"{path} is a folder; expected an image file")
     try:
+        if path.is_dir():
+            raise ImageError(f"{path} is a folder; expected an image file")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             with Image.open(path) as image:
-                image.load()
-                return ImageOps.exif_transpose(image)
+                return _upright(image, str(path))
+    except FileNotFoundError as error:
+        raise ImageError(f"there is no image file {path}") from error
     except UnidentifiedImageError as error:
         raise ImageError(
             f"{path} is no image that Pillow can read; expected PNG, JPEG or the like"
         ) from error
     except Image.DecompressionBombError as error:
-        raise ImageError(f"{path} is too large to load whole: {error}") from error
-    except (OSError, SyntaxError, ValueError) as error:
-        raise ImageError(f"{path} is a broken image: {error}") from error
+        raise ImageError(
+            f"{path} is too large to be loaded whole: {one_line(error)}; make it smaller, or raise "
+            "PIL.Image.MAX_IMAGE_PIXELS if you trust the file"
+        ) from error
+    except (OSError, ValueError) as error:
+        raise ImageError(f"{path} cannot be read: {one_line(error)}") from error
+
+
+def _upright(image: Image.Image, origin: str) -> Image.Image:
+    """The image, loaded and turned as its EXIF entry says."""
+    try:
+        image.load()
+        image = ImageOps.exif_transpose(image)
+    except Exception as error:  # Pillow's decoders raise whatever a broken file leads to
+        raise ImageError(f"{origin} is a broken image: {one_line(error)}") from error
+    if 0 in image.size:
+        raise ImageError(f"{origin} has no pixels: its size is {image.size}")
+    return image

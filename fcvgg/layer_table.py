@@ -22,12 +22,12 @@ _COLUMNS = (
     "kind",
     "kernel",
     "stride",
-    "field",
-    "jump",
-    "first",
+    "receptive field",
+    "output stride",
+    "offset",
     "output",
-    "params",
-    "MACs",
+    "parameters",
+    "multiply-adds",
 )
 
 

@@ -37,7 +37,8 @@ def load(
 
     Args:
         source: ``"demo"``, the small face detector that the package ships; a torchvision name such
-            as ``"vgg16"``; a bundle that ``net.save`` wrote; or a checkpoint ``.pt``, ``.pth`` or ``.safetensors``, with `arch`.
+            as ``"vgg16"``; a bundle that ``net.save`` wrote; or a checkpoint ``.pt``, ``.pth`` or
+            ``.safetensors``, with `arch`.
         arch: the torchvision name of a checkpoint's architecture. The number of classes is read
             from the file.
         weights: for a name: ``"DEFAULT"`` or another name of torchvision's weights, which it

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from fcvgg.bundle import encoded_preprocess, write_bundle
 from fcvgg.capture import device_of, dtype_of
-from fcvgg.errors import CategoryError, ImageError
+from fcvgg.errors import ArgumentError, CategoryError, ImageError
+from fcvgg.exporting import export_network
 from fcvgg.geometry import Geometry
 from fcvgg.heatmap import Heatmap
 from fcvgg.images import ImageLike, PreparedImage, mirrored, prepare, with_smallest_side
@@ -25,8 +26,6 @@ from fcvgg.rewriting import Program
 from fcvgg.score_map import ScoreMap
 
 Pair = tuple[int, int]
-
-__all__ = ["ACTIVATIONS", "FullyConvolutional"]
 
 
 class FullyConvolutional(nn.Module):
@@ -63,9 +62,11 @@ class FullyConvolutional(nn.Module):
         self.input_size = input_size
         self.source = source
         self.equivalence: Any = None
-        self._activations = program.activations if activation is None else (activation,)
+        self._activations = program.activations
         self.categories = categories
         self.preprocess = preprocess
+        if activation is not None:
+            self.activation = activation
         self.register_load_state_dict_pre_hook(_source_keys)
 
     @property
@@ -123,11 +124,14 @@ class FullyConvolutional(nn.Module):
     @activation.setter
     def activation(self, value: str) -> None:
         if value not in ACTIVATIONS:
-            raise ValueError(f"activation={value!r} is unknown; expected one of {ACTIVATIONS}")
-        self._activations = (value,)
+            raise ArgumentError(
+                f"activation={value!r} is unknown; expected one of {', '.join(ACTIVATIONS)}"
+            )
+        self._activations = (value, *self._activations[1:])
 
     def activation_of(self, output: int = 0) -> str:
-        return self._activations[output if len(self._activations) > 1 else 0]
+        """What the scores of one output are."""
+        return self._activations[output]
 
     @property
     def num_classes(self) -> int:
@@ -194,7 +198,7 @@ class FullyConvolutional(nn.Module):
             float32 ``(N, K)`` on the CPU, each row summing to 1 unless the classes are independent.
         """
         if average not in ("scores", "probabilities"):
-            raise ValueError(
+            raise ArgumentError(
                 f"average={average!r} is unknown; expected 'scores' or 'probabilities'"
             )
         rows = []
@@ -255,7 +259,7 @@ class FullyConvolutional(nn.Module):
         """Write a bundle, a folder that `fcvgg.load` reads back bit for bit.
 
         It holds the parameters (``model.safetensors``) and, in ``config.json``, the graph, geometry,
-        preprocessing, categories and the equivalence report. It is written whole or not at all.
+        preprocessing, categories and equivalence report. It is written whole or not at all.
 
         Raises:
             FcvggError: if `path` is something else than a bundle, or cannot be written.
@@ -274,6 +278,38 @@ class FullyConvolutional(nn.Module):
             },
         )
         return path
+
+    def export(self, path: str | Path) -> Path:
+        """Write the network for other runtimes: ``.onnx``, or ``.pt2`` (torch.export).
+
+        The file takes preprocessed images ``(N, C, H, W)`` of any number and any size from the
+        window up, and carries stride, window, offset, preprocessing and categories as metadata
+        (``fcvgg.stride`` and so on, in JSON).
+
+        Raises:
+            FcvggError: if the ending is unknown or the file cannot be written.
+            MissingExtraError: if ONNX's packages are not installed.
+        """
+        geometry = self.geometry
+        height, width = (
+            axis.window + 3 * axis.stride * (i + 1) for i, axis in enumerate(geometry.axes)
+        )
+        return export_network(
+            Path(path),
+            self.network,
+            (2, self.in_channels, height, width),
+            {
+                "window": geometry.window,
+                "stride": geometry.stride,
+                "offset": geometry.offset,
+                "receptive_field": geometry.receptive_field,
+                "geometry": geometry.to_dict(),
+                "input_size": self.input_size,
+                "activation": self.activation,
+                "preprocess": encoded_preprocess(self.preprocess),
+                "categories": self.categories,
+            },
+        )
 
     def extra_repr(self) -> str:
         return f"{self.source}, native size {self.input_size}, {self.geometry}"

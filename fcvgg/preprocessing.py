@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from math import isfinite
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fcvgg.errors import PreprocessError
+from fcvgg.errors import GeometryError, PreprocessError
+from fcvgg.geometry import checked_size
 
 Pair = tuple[int, int]
 
@@ -51,19 +53,26 @@ class Preprocess:
     def __post_init__(self) -> None:
         for name in ("mean", "std"):
             value = getattr(self, name)
-            numbers = (value,) if isinstance(value, (int, float)) else tuple(value)
+            numbers = tuple(value) if isinstance(value, Iterable) else (value,)
             object.__setattr__(self, name, tuple(float(v) for v in numbers))
         if len(self.mean) != len(self.std) or not self.mean:
             raise PreprocessError(
                 f"mean has {len(self.mean)} values and std {len(self.std)}; "
                 "expected one of each per channel"
             )
-        if not all(v > 0 for v in self.std):
+        if not all(map(isfinite, self.mean)):
+            raise PreprocessError(f"mean is {self.mean}; expected finite values")
+        if not all(v > 0 and isfinite(v) for v in self.std):
             raise PreprocessError(f"std is {self.std}; expected positive values")
+        if not (isfinite(self.scale) and self.scale > 0):
+            raise PreprocessError(f"scale={self.scale} is no factor; expected a positive value")
         if self.channel_order not in ("RGB", "BGR"):
             raise PreprocessError(
                 f"channel_order={self.channel_order!r} is unknown; expected 'RGB' or 'BGR'"
             )
+        if self.channel_order == "BGR" and self.channels == 4:
+            raise PreprocessError("channel_order='BGR' needs 3 channels, got mean and std for 4")
+        object.__setattr__(self, "resize", _checked_resize(self.resize))
         if self.interpolation not in INTERPOLATIONS:
             raise PreprocessError(
                 f"interpolation={self.interpolation!r} is unknown; "
@@ -80,7 +89,16 @@ class Preprocess:
         return len(self.mean)
 
     def __call__(self, image: Image.Image) -> Tensor:
-        """The input ``(1, C, H, W)`` of an image in the mode of the network's channels."""
+        """The input ``(1, C, H, W)`` of an image in the mode of the network's channels.
+
+        Raises:
+            PreprocessError: if the image has other channels than `mean`.
+        """
+        if len(image.getbands()) != self.channels:
+            raise PreprocessError(
+                f"the image has mode {image.mode} and the preprocessing {self.channels} channel(s);"
+                " convert the image first"
+            )
         return self.normalized(np.asarray(self.resized(image)))
 
     def resized(self, image: Image.Image) -> Image.Image:
@@ -107,6 +125,18 @@ def resized_to_side(image: Image.Image, side: int, interpolation: str = "bilinea
     factor = side / min(width, height)
     size = (max(round(width * factor), 1), max(round(height * factor), 1))
     return image.resize(size, INTERPOLATIONS[interpolation])
+
+
+def _checked_resize(resize: Any) -> int | Pair | None:
+    if resize is None:
+        return None
+    try:
+        height, width = checked_size(resize)
+    except GeometryError as error:
+        raise PreprocessError(
+            f"resize={resize!r} is no size; expected None, a positive int or (h, w)"
+        ) from error
+    return (height, width) if isinstance(resize, Iterable) else height
 
 
 def _row(values: Sequence[float]) -> Tensor:

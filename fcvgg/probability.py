@@ -11,10 +11,11 @@ log-softmax, after a sigmoid for each class."""
 
 
 def to_probabilities(scores: Tensor, activation: str, dim: int = 0) -> Tensor:
-    """Probabilities of raw scores, never soft-maxed twice.
+    """Probabilities of raw scores, never soft-maxed twice; in float32 at least.
 
     Logits of a single class go through a sigmoid, since a softmax over one class is always 1.
     """
+    scores = widened(scores)
     if activation == "logits":
         return torch.sigmoid(scores) if scores.shape[dim] == 1 else torch.softmax(scores, dim)
     return scores.exp() if activation == "log_probabilities" else scores
@@ -23,5 +24,10 @@ def to_probabilities(scores: Tensor, activation: str, dim: int = 0) -> Tensor:
 def average_over_space(scores: Tensor, activation: str, average: str) -> Tensor:
     """One prediction ``(K,)`` of a map ``(K, h, w)``, as probabilities."""
     if average == "scores" and activation == "logits":
-        return to_probabilities(scores.mean((1, 2)), activation)
+        return to_probabilities(widened(scores).mean((1, 2)), activation)
     return to_probabilities(scores, activation).mean((1, 2))
+
+
+def widened(values: Tensor) -> Tensor:
+    """Values of half precision as float32, others as they are."""
+    return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values

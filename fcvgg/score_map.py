@@ -12,15 +12,18 @@ from torch import Tensor
 from fcvgg.categories import class_index, class_name
 from fcvgg.geometry import Axis, Geometry, checked_size
 from fcvgg.heatmap import Heatmap
-from fcvgg.probability import average_over_space, to_probabilities
+from fcvgg.probability import average_over_space, to_probabilities, widened
 
 if TYPE_CHECKING:
     from PIL import Image
 
 Pair = tuple[int, int]
 
+_ROUNDING = 1e-9
+"""In cells; a centre that lies on a pixel must count as inside."""
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, eq=False)
 class ScoreMap:
     """Raw class scores ``(K, h, w)`` of one image.
 
@@ -78,7 +81,7 @@ class ScoreMap:
         Args:
             size: pixels to cover the image with; the image's own when None.
         """
-        return self._at_pixels(self.scores, checked_size(size or self.image_size))
+        return self._at_pixels(self.scores, checked_size(self.image_size if size is None else size))
 
     def heatmap(self, target: int | str | None = None) -> Heatmap:
         """One class's probability at every pixel.
@@ -105,13 +108,14 @@ class ScoreMap:
         )
 
     def _at_pixels(self, maps: Tensor, size: Pair) -> Tensor:
+        wide = widened(maps)
         rows, cols = (
-            _interpolation(axis, cells, pixels, n).to(maps.device)
+            _interpolation(axis, cells, pixels, n).to(wide)
             for axis, cells, pixels, n in zip(
                 self.geometry.axes, maps.shape[1:], self.input_size, size
             )
         )
-        return (rows @ maps.float() @ cols.T).to(maps.dtype)  # (H, h) @ (K, h, w) @ (w, W)
+        return (rows @ wide @ cols.T).to(maps.dtype)  # (H, h) @ (K, h, w) @ (w, W)
 
 
 def _cell_coordinates(axis: Axis, input_size: int, size: int) -> Tensor:
@@ -124,14 +128,14 @@ def _interpolation(axis: Axis, cells: int, input_size: int, size: int) -> Tensor
     """Linear interpolation from cells to pixels as a matrix ``(size, cells)``."""
     place = _cell_coordinates(axis, input_size, size).clamp(0, cells - 1)
     distance = (place[:, None] - torch.arange(cells)).abs()
-    return (1 - distance).clamp(min=0).float()
+    return (1 - distance).clamp(min=0)
 
 
 def _coverage(axis: Axis, cells: int, input_size: int, size: int) -> Tensor:
     """Which pixels lie between the first and the last centre; the nearest one if none does."""
     place = _cell_coordinates(axis, input_size, size)
-    inside = (place >= 0) & (place <= cells - 1)
+    inside = (place >= -_ROUNDING) & (place <= cells - 1 + _ROUNDING)
     if not inside.any():
         middle = (place - (cells - 1) / 2).abs()
-        inside = middle <= middle.min() + 1e-9
+        inside = middle <= middle.min() + _ROUNDING
     return inside

@@ -1,0 +1,48 @@
+"""The command line ``fcvgg``.
+
+Every command is a module of this package that holds one function; torch's slow parts are imported
+inside the functions, so that help and usage errors come fast.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from fcvgg.cli import classification, conversion, demonstration, heatmaps, layers
+from fcvgg.cli.console import examples, reporting_errors, say
+
+app = typer.Typer(
+    name="fcvgg",
+    help="Trained classifiers as fully convolutional networks: any input size, "
+    "score maps, aligned heatmaps.",
+    epilog=examples("fcvgg demo", "fcvgg heatmap photo.jpg --target 'tabby'", "fcvgg info vgg16"),
+    rich_markup_mode="rich",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def main() -> None:
+    """Run the command line; the console script ``fcvgg``."""
+    app(prog_name="fcvgg")
+
+
+@app.callback()
+def _fcvgg(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    if version:
+        from fcvgg import __version__
+
+        say(f"fcvgg {__version__}")
+        raise typer.Exit
+
+
+for _module in (demonstration, heatmaps, classification, layers, conversion):
+    app.command(_module.NAME, epilog=examples(*_module.EXAMPLES))(reporting_errors(_module.run))

@@ -1,0 +1,105 @@
+"""``fcvgg classify``: class probabilities by dense evaluation."""
+
+from __future__ import annotations
+
+import json
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+
+from fcvgg.cli.console import exit_if_any_failed, for_each_image, say
+from fcvgg.cli.options import Arch, Images, Model, Weights, lengths, loaded
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from fcvgg.network import FullyConvolutional
+
+NAME = "classify"
+EXAMPLES = (
+    "fcvgg classify dog.jpg",
+    "fcvgg classify *.jpg --scales 256,384,512 --flip",
+    "fcvgg classify dog.jpg --top 1 --json",
+)
+
+
+class Average(str, Enum):
+    """What is averaged over the cells of a score map."""
+
+    scores = "scores"
+    probabilities = "probabilities"
+
+
+def run(
+    images: Images,
+    model: Model = "vgg16",
+    weights: Weights = "DEFAULT",
+    arch: Arch = None,
+    top: Annotated[
+        int, typer.Option("--top", "-k", metavar="K", min=1, help="How many classes to name.")
+    ] = 5,
+    scales: Annotated[
+        str | None,
+        typer.Option(
+            "--scales",
+            "-s",
+            metavar="N,N,...",
+            help="Smaller sides to which an image is rescaled; their probabilities are averaged.",
+            show_default="the image's size",
+        ),
+    ] = None,
+    flip: Annotated[bool, typer.Option("--flip", help="Average with the mirrored image.")] = False,
+    average: Annotated[
+        Average, typer.Option("--average", help="What is averaged over the cells.")
+    ] = Average.scores,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Name every image's most probable classes, averaged over it."""
+    sides = lengths(scales)
+    net = loaded(model, weights=weights, arch=arch)
+
+    def classify(image: Path) -> dict[str, Any]:
+        probabilities = net.classify(image, scales=sides, flip=flip, average=average.value)[0]
+        result = {"image": str(image), "predictions": _predictions(net, probabilities, top)}
+        if not as_json:
+            say(_table(result))
+        return result
+
+    results = for_each_image(images, "images", classify)
+    if as_json:
+        typer.echo(json.dumps(results, indent=2, ensure_ascii=False))
+    exit_if_any_failed(images, results)
+
+
+def _predictions(net: FullyConvolutional, probabilities: Tensor, top: int) -> list[dict[str, Any]]:
+    values, indices = probabilities.topk(min(top, len(probabilities)))
+    return [
+        {
+            "index": index,
+            "category": None if net.categories is None else net.categories[index],
+            "probability": value,
+        }
+        for index, value in zip(indices.tolist(), values.tolist())
+    ]
+
+
+def _table(result: dict[str, Any]) -> Table:
+    from fcvgg.categories import class_name
+
+    table = Table(
+        title=result["image"],
+        title_style="bold",
+        title_justify="left",
+        box=None,
+        show_header=False,
+    )
+    table.add_column(justify="right", style="green")
+    table.add_column()
+    for prediction in result["predictions"]:
+        index, name = prediction["index"], prediction["category"]
+        label = class_name(index, None) if name is None else f"{name} ({index})"
+        table.add_row(f"{prediction['probability']:.4f}", label)
+    return table

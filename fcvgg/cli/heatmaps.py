@@ -1,0 +1,131 @@
+"""``fcvgg heatmap``: an overlay for every image."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from fcvgg.cli.console import exit_if_any_failed, folder, for_each_image, say, say_wrote
+from fcvgg.cli.options import Arch, Images, Model, OutputFolder, OutputStride, Weights, loaded
+from fcvgg.errors import ImageError
+
+if TYPE_CHECKING:
+    from fcvgg.network import FullyConvolutional
+
+NAME = "heatmap"
+EXAMPLES = (
+    "fcvgg heatmap dog.jpg",
+    "fcvgg heatmap *.jpg --target 'golden retriever' --output heatmaps",
+    "fcvgg heatmap dog.jpg --weights vgg16.pth --scale 512",
+    "fcvgg heatmap portrait.jpg --model demo --target face --scale 160",
+)
+
+
+def run(
+    images: Images,
+    model: Model = "vgg16",
+    weights: Weights = "DEFAULT",
+    arch: Arch = None,
+    target: Annotated[
+        str | None,
+        typer.Option(
+            "--target",
+            "-t",
+            metavar="NAME|INDEX",
+            help="The class to show, by its name or a unique part of it, or by index.",
+            show_default="the image's top class",
+        ),
+    ] = None,
+    output: OutputFolder = Path(),
+    scale: Annotated[
+        int | None,
+        typer.Option(
+            "--scale",
+            "-s",
+            metavar="N",
+            min=1,
+            help="Rescale every image so that its smaller side has N pixels.",
+            show_default="the image's size",
+        ),
+    ] = None,
+    output_stride: OutputStride = None,
+) -> None:
+    """Lay one class's heatmap on every image: where the network sees it."""
+    net = loaded(model, weights=weights, arch=arch, output_stride=output_stride)
+    index = _index(net, target)
+    overlays = Overlays(images, folder(output))
+
+    def show(image: Path) -> Path:
+        return _show(net, image, index, scale, overlays.path_for(image))
+
+    written = for_each_image(images, "heatmaps", show)
+    exit_if_any_failed(images, written)
+
+
+def _show(
+    net: FullyConvolutional,
+    image: Path,
+    index: int | None,
+    scale: int | None,
+    path: Path,
+) -> Path:
+    from fcvgg.cli.scaling import score_map_at
+
+    score_map = score_map_at(net, image, scale)
+    prediction = score_map.predict()
+    shown = int(prediction.argmax()) if index is None else index
+    heatmap = score_map.heatmap(shown)
+    y, x = heatmap.peak
+    say(
+        f"{image}: {heatmap.label} ({shown}), probability {float(prediction[shown]):.3f}, "
+        f"peak {heatmap.values[y, x]:.3f} at (y, x) = ({y}, {x})"
+    )
+    say_wrote(heatmap.save(path))
+    return path
+
+
+def _index(net: FullyConvolutional, target: str | None) -> int | None:
+    """The class that `target` names; a number that is no category's name is an index."""
+    from fcvgg.categories import class_index
+
+    if target is None:
+        return None
+    named = net.categories is not None and target in net.categories
+    is_index = target.removeprefix("-").isdecimal() and not named
+    return class_index(int(target) if is_index else target, net.categories, net.num_classes)
+
+
+class Overlays:
+    """Where the overlay of every image goes, such that none takes the place of another."""
+
+    def __init__(self, images: Sequence[Path], output: Path):
+        self.output = output
+        self.inputs = {image.resolve(): image for image in images}
+        self.owners: dict[Path, Path] = {}
+        for image in images:
+            self.owners.setdefault(self._name(image), image)
+
+    def path_for(self, image: Path) -> Path:
+        """The overlay's path.
+
+        Raises:
+            ImageError: if it is that of another overlay of this run, or of an input.
+        """
+        path = self._name(image)
+        owner = self.owners[path]
+        if owner != image:
+            raise ImageError(
+                f"{image} and {owner} would both be written to {path}; "
+                "run them apart, each with its own --output"
+            )
+        if path.resolve() in self.inputs:
+            raise ImageError(
+                f"the heatmap of {image} would overwrite the input {path}; choose another --output"
+            )
+        return path
+
+    def _name(self, image: Path) -> Path:
+        return self.output / f"{image.stem}-heatmap.png"

@@ -1,0 +1,107 @@
+"""``fcvgg info``: what every layer sees and costs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.table import Table
+
+from fcvgg.cli.console import say
+from fcvgg.cli.options import Arch, loaded, size
+from fcvgg.cli.reports import by, count, facts, geometry_report, short
+
+if TYPE_CHECKING:
+    from fcvgg.layer_table import LayerTable
+    from fcvgg.network import FullyConvolutional
+
+NAME = "info"
+EXAMPLES = ("fcvgg info vgg16", "fcvgg info resnet18 --size 480x640", "fcvgg info demo")
+
+
+def run(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="A torchvision name, a checkpoint (with --arch), a folder that "
+            "'fcvgg convert' wrote, or 'demo'.",
+            show_default=False,
+        ),
+    ],
+    input_size: Annotated[
+        str | None,
+        typer.Option(
+            "--size",
+            metavar="N|HxW",
+            help="The image size for which outputs and costs are counted.",
+            show_default="the native size",
+        ),
+    ] = None,
+    arch: Arch = None,
+) -> None:
+    """Show what every layer sees and costs; no weights are downloaded."""
+    from fcvgg.layer_table import receptive_fields
+
+    wanted = size(input_size)
+    # a saved network is taken as it was checked; any other is built here only to be described
+    options = {} if Path(model).is_dir() else {"verify": False}
+    net = loaded(model, arch=arch, weights=None, **options)
+    table = receptive_fields(net, input_size=wanted)
+    frozen = _frozen_layers(net, table)
+    say(_layer_table(net.source, table, frozen))
+    say()
+    say(_totals(table, frozen))
+    say()
+    say(geometry_report(net, table.input_size))
+
+
+def _frozen_layers(net: FullyConvolutional, table: LayerTable) -> set[str]:
+    """The layers none of whose parameters is trained."""
+    trained = [name for name, p in net.network.named_parameters() if p.requires_grad]
+    return {
+        row.name
+        for row in table
+        if row.parameters and not any(name.startswith(f"{row.name}.") for name in trained)
+    }
+
+
+def _layer_table(title: str, table: LayerTable, frozen: set[str]) -> Table:
+    shown = Table(
+        title=f"{title} at {by(table.input_size)} pixels",
+        title_style="bold",
+        title_justify="left",
+        caption="field: receptive field; jump: pixels between outputs; MACs: multiply-adds",
+        caption_justify="left",
+        box=None,
+        padding=(0, 1, 0, 0),
+        header_style="cyan",
+    )
+    shown.add_column("layer", overflow="fold")
+    shown.add_column("kind", no_wrap=True)
+    for heading in ("kernel", "stride", "field", "jump", "output", "params", "train", "MACs"):
+        shown.add_column(heading, justify="right", no_wrap=True)
+    for row in table:
+        shown.add_row(
+            row.name,
+            row.kind,
+            short(row.kernel) + (f" d{short(row.dilation)}" if max(row.dilation) > 1 else ""),
+            short(row.stride),
+            short(row.receptive_field),
+            short(row.output_stride),
+            f"{row.channels}x{by(row.output_size)}",
+            count(row.parameters) if row.parameters else "",
+            ("no" if row.name in frozen else "yes") if row.parameters else "",
+            count(row.multiply_adds) if row.multiply_adds else "",
+        )
+    return shown
+
+
+def _totals(table: LayerTable, frozen: set[str]) -> Table:
+    trainable = sum(row.parameters for row in table if row.name not in frozen)
+    totals = facts("Totals")
+    totals.add_row("layers", f"{len(table)} with a kernel or parameters")
+    totals.add_row("parameters", f"{table.parameters:,}, of which {trainable:,} trainable")
+    totals.add_row("multiply-adds", f"{table.multiply_adds:,}")
+    return totals

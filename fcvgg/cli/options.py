@@ -1,0 +1,105 @@
+"""Arguments and options that several commands take, and how their text is read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from fcvgg.network import FullyConvolutional
+
+Images = Annotated[
+    list[Path], typer.Argument(metavar="IMAGE", help="Image files.", show_default=False)
+]
+Model = Annotated[
+    str,
+    typer.Option(
+        "--model",
+        "-m",
+        metavar="MODEL",
+        help="A torchvision name, a checkpoint (with --arch), a folder that "
+        "'fcvgg convert' wrote, or 'demo'.",
+    ),
+]
+Weights = Annotated[
+    str,
+    typer.Option(
+        "--weights",
+        "-w",
+        metavar="NAME|PATH",
+        help="Weights for a torchvision name: DEFAULT or another of torchvision's, which are "
+        "downloaded, or a checkpoint.",
+    ),
+]
+Arch = Annotated[
+    str | None,
+    typer.Option(
+        "--arch",
+        metavar="NAME",
+        help="The torchvision name of a checkpoint's architecture.",
+        show_default=False,
+    ),
+]
+OutputStride = Annotated[
+    int | None,
+    typer.Option(
+        "--output-stride",
+        metavar="N",
+        min=1,
+        help="Pixels between cells, a power of two below the net's own; finer is slower.",
+        show_default=False,
+    ),
+]
+OutputFolder = Annotated[
+    Path,
+    typer.Option(
+        "--output",
+        "-o",
+        metavar="DIR",
+        file_okay=False,
+        help="The folder to write to; made if absent.",
+        show_default="the current folder",
+    ),
+]
+
+
+def loaded(model: str, **options: Any) -> FullyConvolutional:
+    """The network that `fcvgg.load` gives.
+
+    Raises:
+        LoadError: in which keyword arguments are named as the command line's options.
+    """
+    from fcvgg.errors import LoadError
+    from fcvgg.loading import load
+
+    try:
+        return load(model, **options)
+    except LoadError as error:
+        raise LoadError(str(error).replace("arch=", "--arch")) from error
+
+
+def lengths(text: str | None) -> list[int] | None:
+    """Positive numbers of pixels, from ``256,384,512``."""
+    return None if text is None else [_length(part) for part in text.split(",")]
+
+
+def size(text: str | None) -> tuple[int, int] | None:
+    """``(h, w)`` from ``512`` or ``480x640``."""
+    if text is None:
+        return None
+    parts = [_length(part) for part in text.lower().split("x")]
+    if len(parts) > 2:
+        raise typer.BadParameter(f"{text!r} is no size; expected N or HxW such as 480x640")
+    return parts[0], parts[-1]
+
+
+def _length(text: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise typer.BadParameter(f"{text!r} is no positive number of pixels")
+    return value

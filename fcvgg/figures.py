@@ -1,0 +1,114 @@
+"""Figures made of a score map; matplotlib is imported where it is used."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from PIL import Image
+
+from fcvgg.categories import class_index, class_name
+from fcvgg.errors import ImageError
+from fcvgg.files import written_whole
+from fcvgg.score_map import ScoreMap
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+CELL_COLOUR_MAP = "viridis"
+"""Another map than the heatmap's, since scores and probabilities are other quantities."""
+
+_PANEL, _BARS, _TITLE = 4.0, 1.9, 0.35
+"""Inches: a panel's width, both colour bars' width with their labels, the titles' height."""
+
+_FADED = 0.35
+
+
+def side_by_side(score_map: ScoreMap, target: int | str | None = None) -> Figure:
+    """The image, one class's scores cell by cell, and its heatmap, in three panels.
+
+    Args:
+        score_map: of an image that is known (`ScoreMap.image`).
+        target: a class index or category name; None for the top class of the average.
+
+    Raises:
+        ImageError: if the score map was made from a tensor, so that there is no image to show.
+    """
+    from matplotlib.figure import Figure
+
+    image = score_map.image
+    if image is None:
+        raise ImageError(
+            "the score map was made from a tensor and has no image to show; "
+            "make it from a path, a PIL image or a uint8 array"
+        )
+    index = _index(score_map, target)
+    height, width = score_map.image_size
+    figure = Figure(
+        figsize=(3 * _PANEL + _BARS, _PANEL * height / width + _TITLE),
+        dpi=110,
+        layout="constrained",
+    )
+    photograph, cells, heatmap = figure.subplots(1, 3)
+    _plot_photograph(photograph, image)
+    _plot_cells(cells, score_map, index, image)
+    score_map.heatmap(index).plot(heatmap)
+    name = class_name(index, score_map.categories)
+    heatmap.set_title(f"heatmap: probability of {name!r}")
+    return figure
+
+
+def save_figure(figure: Figure, path: str | Path) -> Path:
+    """Write a figure, whole or not at all, in the format that the name ends in."""
+    path = Path(path)
+    with written_whole(path) as temporary:
+        figure.savefig(temporary)
+    return path
+
+
+def _index(score_map: ScoreMap, target: int | str | None) -> int:
+    if target is None:
+        return int(score_map.predict().argmax())
+    return class_index(target, score_map.categories, len(score_map.scores))
+
+
+def _plot_photograph(ax: Axes, image: Image.Image) -> None:
+    ax.imshow(image.convert("RGB"))
+    ax.set_title(f"photograph: {image.height} x {image.width} pixels")
+    ax.set_axis_off()
+
+
+def _plot_cells(ax: Axes, score_map: ScoreMap, index: int, image: Image.Image) -> None:
+    """Every cell as a square of one stride around its centre; there is no cell in the margin."""
+    ax.imshow(image.convert("L"), cmap="gray", alpha=_FADED)
+    shown = ax.imshow(
+        score_map.scores[index].float().cpu().numpy(),
+        cmap=CELL_COLOUR_MAP,
+        interpolation="nearest",
+        extent=_extent_of_cells(score_map),
+    )
+    height, width = score_map.image_size
+    ax.set_xlim(-0.5, width - 0.5)
+    ax.set_ylim(height - 0.5, -0.5)
+    rows, cols = score_map.scores.shape[1:]
+    ax.set_title(f"score map: {rows} x {cols} cells")
+    ax.set_axis_off()
+    bar = ax.figure.colorbar(shown, ax=ax, fraction=0.046, pad=0.03)
+    bar.set_label("score")
+
+
+def _extent_of_cells(score_map: ScoreMap) -> tuple[float, float, float, float]:
+    """Left, right, bottom and top edge of all cells, in pixels of the image."""
+    edges = []
+    for axis, cells, pixels, size in zip(
+        score_map.geometry.axes,
+        score_map.scores.shape[1:],
+        score_map.input_size,
+        score_map.image_size,
+    ):
+        scale = size / pixels
+        first = axis.centre_of(0) - axis.stride / 2 + 0.5
+        edges.append((first * scale - 0.5, (first + cells * axis.stride) * scale - 0.5))
+    (top, bottom), (left, right) = edges
+    return left, right, bottom, top

@@ -1,0 +1,142 @@
+"""A torch classifier assembled step by step, as a file describes it.
+
+An `Assembled` model runs its steps in order; each calls one of its layers or a function on named
+values. It holds ordinary torch layers under the file's own names, and its `forward` may ask for
+shapes, so `fcvgg.convert` reads it like any other model.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Step:
+    """One call: of the layer of that name, or of a function."""
+
+    target: str | Callable[..., Any]
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Assembled(nn.Module):
+    """Layers and functions, called in order on named values.
+
+    Args:
+        image: the name of the value that `forward` receives.
+    """
+
+    def __init__(self, image: str):
+        super().__init__()
+        self.image = image
+        self.steps: list[Step] = []
+        self._constants: dict[str, Any] = {}
+        self._buffers_of: dict[str, str] = {}
+        self._outputs: tuple[str, ...] = ()
+        self._done_with: list[tuple[str, ...]] = []
+
+    def add_layer(self, name: str, layer: nn.Module) -> str:
+        """Hold a layer under the name nearest to the wanted one that is free; gives that name."""
+        name = self._free(_dotted(name))
+        parent: nn.Module = self
+        *path, child = name.split(".")
+        for part in path:
+            if part not in parent._modules:
+                parent.add_module(part, nn.Module())
+            parent = parent.get_submodule(part)
+        parent.add_module(child, layer.eval())
+        return name
+
+    def add_constant(self, name: str, value: Any) -> None:
+        """Make a value known that does not depend on the image; tensors become buffers."""
+        if isinstance(value, Tensor):
+            buffer = self._free(plain_name(name))
+            self.register_buffer(buffer, value)
+            self._buffers_of[name] = buffer
+        else:
+            self._constants[name] = value
+
+    def add_step(
+        self,
+        target: str | Callable[..., Any],
+        inputs: Iterable[str],
+        outputs: str | Iterable[str],
+        **settings: Any,
+    ) -> None:
+        outputs = (outputs,) if isinstance(outputs, str) else tuple(outputs)
+        self.steps.append(Step(target, tuple(inputs), outputs, settings))
+
+    def finish(self, outputs: Iterable[str]) -> None:
+        """State what comes out, and from that which values are not needed after each step."""
+        self._outputs = tuple(outputs)
+        later = set(self._outputs)
+        self._done_with = []
+        for step in reversed(self.steps):
+            self._done_with.insert(0, tuple({*step.inputs, *step.outputs} - later))
+            later.update(step.inputs)
+        self.eval()
+
+    def forward(self, images: Tensor) -> Any:
+        values: dict[str, Any] = {self.image: images}
+        for step, done_with in zip(self.steps, self._done_with):
+            arguments = [self._value(name, values) for name in step.inputs]
+            run = self.get_submodule(step.target) if isinstance(step.target, str) else step.target
+            result = run(*arguments, **step.settings)
+            if len(step.outputs) == 1:
+                result = (result,)
+            values.update(zip(step.outputs, result))
+            for name in done_with:
+                values.pop(name, None)
+        results = tuple(self._value(name, values) for name in self._outputs)
+        return results[0] if len(results) == 1 else results
+
+    def _value(self, name: str, values: Mapping[str, Any]) -> Any:
+        if name in values:
+            return values[name]
+        if name in self._buffers_of:
+            return getattr(self, self._buffers_of[name])
+        return self._constants[name]
+
+    def _free(self, name: str) -> str:
+        """The name, or with a number where a layer, buffer or attribute has it already."""
+        candidate, number = name, 1
+        while self._is_taken(candidate):
+            number += 1
+            candidate = f"{name}_{number}"
+        return candidate
+
+    def _is_taken(self, name: str) -> bool:
+        place: Any = self
+        *path, child = name.split(".")
+        for part in path:
+            if part not in getattr(place, "_modules", {}):
+                return hasattr(place, part)
+            place = place._modules[part]
+            if type(place) is not nn.Module:
+                return True
+        return hasattr(place, child)
+
+
+def _dotted(name: str) -> str:
+    """The name as a path of modules; with underscores where it is none."""
+    parts = name.split(".")
+    return name if all(re.fullmatch(r"\w+", part) for part in parts) else plain_name(name)
+
+
+def plain_name(name: str) -> str:
+    """A name that a module's attribute may have."""
+    return re.sub(r"\W+", "_", name).strip("_") or "value"
+
+
+def scores_of(output: Tensor) -> Tensor:
+    """A classifier's output as ``(N, K)``: trailing dimensions of size 1 are dropped."""
+    if output.ndim > 2 and all(n == 1 for n in output.shape[2:]):
+        return torch.flatten(output, 1)
+    return output

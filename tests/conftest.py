@@ -1,0 +1,5 @@
+"""Settings for all tests: one thread, since tiny tensors gain nothing from more."""
+
+import torch
+
+torch.set_num_threads(1)
