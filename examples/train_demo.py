@@ -24,7 +24,7 @@ import skimage.data
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import save
 from sklearn.datasets import load_sample_images
 from torch import Tensor, nn
 
@@ -107,6 +107,7 @@ class Tiles:
 
 
 def main() -> None:
+    """Train, report and save."""
     arguments = parse_arguments()
     seed_everything(SEED)
     tiles, held_out_tiles = load_tiles()
@@ -123,6 +124,7 @@ def main() -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
+    """Return the command line with every default filled in."""
     parser = argparse.ArgumentParser(description="Train fcvgg's packaged face detector.")
     parser.add_argument(
         "--output",
@@ -145,10 +147,12 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def packaged_assets() -> Path:
+    """Return the folder that `demo_model` loads from."""
     return Path(fcvgg.demo.__file__).parent / "assets"
 
 
 def seed_everything(seed: int) -> None:
+    """Make two runs on one machine, with one number of threads, give the same weights."""
     random.seed(seed)
     torch.manual_seed(seed)
     torch.use_deterministic_algorithms(True)
@@ -180,6 +184,7 @@ def load_backgrounds() -> tuple[Backgrounds, Backgrounds]:
 
 
 def large_enough(weighted_photographs: list[tuple[Tensor, float]]) -> Backgrounds:
+    """Keep the photographs that the largest square fits into."""
     usable = [
         (photograph, weight)
         for photograph, weight in weighted_photographs
@@ -249,6 +254,7 @@ def decoy_patches(tiles: Tiles, backgrounds: Backgrounds, count: int) -> Tensor:
 
 
 def apportioned(count: int, shares: Sequence[float]) -> list[int]:
+    """Split a count by shares that sum to one."""
     counts = [round(count * share) for share in shares[:-1]]
     return [*counts, count - sum(counts)]
 
@@ -259,6 +265,7 @@ def plain_tiles(tiles: Tiles, backgrounds: Backgrounds, count: int) -> Tensor:
 
 
 def background_tiles(tiles: Tiles, backgrounds: Backgrounds, count: int) -> Tensor:
+    """Grey background crops of the faces' own size."""
     side = tiles.faces.shape[-1]
     crops = random_patches(backgrounds, count, side).mean(dim=1, keepdim=True)
     return pasted_like_faces(crops, backgrounds)
@@ -332,6 +339,7 @@ def shape_patches(tiles: Tiles, backgrounds: Backgrounds, count: int) -> Tensor:
 
 
 def inverted_patches(tiles: Tiles, backgrounds: Backgrounds, count: int) -> Tensor:
+    """Backgrounds with light and dark exchanged."""
     return 1 - random_patches(backgrounds, count)
 
 
@@ -357,6 +365,7 @@ def partial_faces(tiles: Tiles, backgrounds: Backgrounds, count: int) -> Tensor:
 
 
 def pasted_like_faces(tiles: Tensor, backgrounds: Backgrounds) -> Tensor:
+    """Paste tiles over backgrounds about where, and as large as, faces go."""
     count = len(tiles)
     shifts = torch.stack((uniform(count, -8, 8), uniform(count, -8, 8)), dim=1)
     return pasted(tiles, random_patches(backgrounds, count), uniform(count, 24, 44), shifts)
@@ -423,6 +432,7 @@ def sometimes(probability: float, patches: Tensor, change: Callable[[Tensor], Te
 
 
 def grey(patches: Tensor) -> Tensor:
+    """Replace colours by their luma, on all three channels."""
     weights = torch.tensor((0.299, 0.587, 0.114)).reshape(1, 3, 1, 1)
     return (patches * weights).sum(dim=1, keepdim=True).expand(-1, 3, -1, -1)
 
@@ -438,6 +448,7 @@ def tinted(patches: Tensor) -> Tensor:
 
 
 def shuffled_channels(patches: Tensor) -> Tensor:
+    """Exchange the colour channels."""
     return patches[:, torch.randperm(3)]
 
 
@@ -471,18 +482,22 @@ def softened(patches: Tensor, strength: tuple[float, float]) -> Tensor:
 
 
 def drawn(items: Tensor, count: int) -> Tensor:
+    """Draw items at random, with repetition."""
     return items[torch.randint(len(items), (count,))]
 
 
 def mirrored(tiles: Tensor) -> Tensor:
+    """Mirror half of the tiles left to right."""
     return torch.where((torch.rand(len(tiles)) < 0.5)[:, None, None, None], tiles.flip(3), tiles)
 
 
 def uniform(count: int, low: float, high: float) -> Tensor:
+    """Return `count` random numbers between `low` and `high`."""
     return low + (high - low) * torch.rand(count)
 
 
 def normalised(images: Tensor) -> Tensor:
+    """Return images in [0, 1] as the net expects them."""
     mean, std = (torch.tensor(values).reshape(3, 1, 1) for values in (MEAN, STD))
     return ((images - mean) / std).contiguous(memory_format=torch.channels_last)
 
@@ -557,6 +572,7 @@ def window_logits(model: DemoNet, patches: Tensor) -> Tensor:
 
 
 def context_logits(model: DemoNet, patches: Tensor) -> Tensor:
+    """Return the logits (N, 2) of central windows that see their neighbours."""
     features = model.features(patches)
     margin = MARGIN * features.shape[-1] // PATCH
     return model.classifier(features[:, :, margin:-margin, margin:-margin].flatten(1))
@@ -572,6 +588,7 @@ def hardest_patches(model: DemoNet, tiles: Tiles, backgrounds: Backgrounds) -> T
 
 
 def mining_candidates(tiles: Tiles, backgrounds: Backgrounds) -> Tensor:
+    """Return backgrounds of every kind, `MINING_CANDIDATES` of them."""
     share = MINING_CANDIDATES // 4
     return torch.cat(
         (
@@ -584,6 +601,7 @@ def mining_candidates(tiles: Tiles, backgrounds: Backgrounds) -> Tensor:
 
 @torch.no_grad()
 def update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
+    """Move the running average of the weights towards the current ones."""
     for mean, current in zip(average.parameters(), model.parameters(), strict=True):
         mean.lerp_(current, 1 - decay)
 
@@ -622,6 +640,7 @@ def report_photographs(model: DemoNet, scales: Sequence[int]) -> None:
 
 
 def report_images() -> Iterator[tuple[str, Image.Image]]:
+    """Yield the held-out photographs with their names."""
     yield "astronaut", demo_photograph()
     samples = load_sample_images()
     for filename, pixels in zip(samples.filenames, samples.images, strict=True):
@@ -662,6 +681,7 @@ def convolutional_head(model: DemoNet) -> nn.Sequential:
 
 
 def feature_stride(model: DemoNet) -> int:
+    """Return the distance in pixels between neighbouring windows."""
     return 2 ** sum(isinstance(layer, nn.MaxPool2d) for layer in model.features)
 
 
@@ -669,7 +689,8 @@ def save_atomically(model: DemoNet, path: Path) -> None:
     """Write the weights beside `path` first, so that no reader meets half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, partial)
+    weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    partial.write_bytes(save(weights))
     os.replace(partial, path)
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pickle
-import zipfile
+import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,9 @@ SUFFIXES = (".pt", ".pth", ".safetensors")
 _NESTED = ("state_dict", "model_state_dict", "model", "net", "ema_state_dict")
 _PREFIXES = ("module.", "_orig_mod.", "model.")
 _LISTED = 4
+
+_FORBIDDEN = re.compile(r"GLOBAL ([\w.]+)")
+"""How torch's safe unpickler names an object that is no tensor."""
 
 
 def read_state(path: str | Path) -> dict[str, Tensor]:
@@ -42,10 +46,13 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
 def load_into(model: nn.Module, state: Mapping[str, Tensor], origin: str) -> None:
     """Load a state into a model of the same architecture; nothing is loaded if it does not fit.
 
+    A converted network's state fits its source too, if the source flattens in torch's order.
+
     Raises:
         LoadError: naming what is missing, unexpected or of another shape.
     """
     own = model.state_dict()
+    state = {name: _as_linear(tensor, own.get(name)) for name, tensor in state.items()}
     missing = [name for name in own if name not in state and not name.endswith("batches_tracked")]
     unexpected = [name for name in state if name not in own]
     misshapen = [
@@ -67,7 +74,13 @@ def load_into(model: nn.Module, state: Mapping[str, Tensor], origin: str) -> Non
             f"{origin} does not fit {type(model).__name__} ({'; '.join(problems)}); "
             "check the architecture's name"
         )
-    model.load_state_dict(dict(state), strict=False)
+    model.load_state_dict(state, strict=False)
+
+
+def _as_linear(tensor: Tensor, own: Tensor | None) -> Tensor:
+    """A convolution's weight as the fully connected one that it was, if that is what fits."""
+    fits = own is not None and own.ndim == 2 and tensor.ndim == 4
+    return tensor.flatten(1) if fits else tensor
 
 
 def _listed(names: list[str]) -> str:
@@ -82,17 +95,32 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def _read_pickle(path: Path) -> Any:
+    with open(path, "rb") as file:
+        start = file.read(16)
+    if not start.startswith((b"PK", b"\x80")):  # a zip archive, or a pickle of old
+        what = f"it begins with {start!r}" if start else "it is empty"
+        raise LoadError(f"{path} is no file of torch.save: {what}; was it downloaded whole?")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        if zipfile.is_zipfile(path) or "Unsupported" in str(error) or "GLOBAL" in str(error):
-            raise LoadError(
-                f"{path} holds pickled objects beside tensors, which would run code and are not "
-                "opened; save model.state_dict() instead of the model"
-            ) from error
-        raise LoadError(f"{path} is no readable checkpoint: {one_line(error)}") from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        raise LoadError(f"{path} is no readable checkpoint: {one_line(error)}") from error
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about pickle protocols, which broken files show
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a broken file can lead the unpickler anywhere
+        raise LoadError(f"{path} {_complaint(error)}") from error
+
+
+def _complaint(error: Exception) -> str:
+    found = _FORBIDDEN.search(str(error))
+    if found is not None:
+        return (
+            f"holds a Python object ({found[1]}) beside tensors; opening it could run code, so it "
+            "is refused; save model.state_dict() instead"
+        )
+    if "TorchScript" in str(error):
+        return "holds a scripted model; save model.state_dict() instead"
+    if isinstance(error, pickle.UnpicklingError):
+        return "is broken, or a pickle that torch.save did not write; save model.state_dict() anew"
+    reason = one_line(error).split(". ")[0].strip(" .")
+    return f"is a broken checkpoint: {type(error).__name__} ({reason})"
 
 
 def _state_within(content: Any, path: Path) -> dict[str, Tensor]:

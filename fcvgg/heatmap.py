@@ -75,7 +75,7 @@ class Heatmap:
         levels = np.round(self.values * (_LEVELS - 1)).astype(np.uint8)
         if self.image is None:
             return Image.fromarray(_to_bytes(_colours(cmap))[levels])
-        grey = np.asarray(self.image.convert("RGB").convert("L"), dtype=np.float32) / 255
+        grey = np.asarray(self.image.convert("RGB").convert("L"), np.float32) / np.float32(255)
         return Image.fromarray(_to_bytes(_tinted(grey, levels, alpha, cmap)))
 
     def plot(self, ax: Axes | None = None, *, alpha: float = ALPHA, cmap: str = COLOUR_MAP) -> Axes:

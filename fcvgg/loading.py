@@ -180,7 +180,7 @@ def _settings_of(weights: Any) -> dict[str, Any]:
     transforms = weights.transforms()
     return {
         "preprocess": Preprocess(tuple(transforms.mean), tuple(transforms.std)),
-        "categories": tuple(weights.meta["categories"]),
+        "categories": weights.meta["categories"],
         "input_size": transforms.crop_size[0],
     }
 

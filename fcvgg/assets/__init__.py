@@ -1,0 +1,1 @@
+"""Files packaged with fcvgg: the demo net's weights and its test photograph."""

@@ -44,7 +44,9 @@ class Assembled(nn.Module):
 
     def add_layer(self, name: str, layer: nn.Module) -> str:
         """Hold a layer under the name nearest to the wanted one that is free; gives that name."""
-        name = self._free(_dotted(name))
+        parts = name.split(".")
+        proper = all(re.fullmatch(r"\w+", part) for part in parts) and self._has_room(name)
+        name = self._free(name if proper else plain_name(name))
         parent: nn.Module = self
         *path, child = name.split(".")
         for part in path:
@@ -106,28 +108,27 @@ class Assembled(nn.Module):
 
     def _free(self, name: str) -> str:
         """The name, or with a number where a layer, buffer or attribute has it already."""
-        candidate, number = name, 1
-        while self._is_taken(candidate):
+        owner, _, child = name.rpartition(".")
+        try:
+            place = self.get_submodule(owner)
+        except AttributeError:
+            return name
+        candidate, number = child, 1
+        while hasattr(place, candidate):
             number += 1
-            candidate = f"{name}_{number}"
-        return candidate
+            candidate = f"{child}_{number}"
+        return f"{owner}.{candidate}" if owner else candidate
 
-    def _is_taken(self, name: str) -> bool:
-        place: Any = self
-        *path, child = name.split(".")
-        for part in path:
-            if part not in getattr(place, "_modules", {}):
-                return hasattr(place, part)
-            place = place._modules[part]
+    def _has_room(self, name: str) -> bool:
+        """Whether the modules on the way to a dotted name are there to hold others, or not yet."""
+        place: nn.Module = self
+        for part in name.split(".")[:-1]:
+            if part not in place._modules:
+                return not hasattr(place, part)
+            place = place.get_submodule(part)
             if type(place) is not nn.Module:
-                return True
-        return hasattr(place, child)
-
-
-def _dotted(name: str) -> str:
-    """The name as a path of modules; with underscores where it is none."""
-    parts = name.split(".")
-    return name if all(re.fullmatch(r"\w+", part) for part in parts) else plain_name(name)
+                return False
+        return True
 
 
 def plain_name(name: str) -> str:

@@ -1,0 +1,529 @@
+"""What each ONNX operator is in torch: the table that `fcvgg.sources.onnx_file` reads by.
+
+A function receives the graph and a node of it, and adds the layer or step that computes the node.
+https://onnx.ai/onnx/operators/
+"""
+
+# ruff: noqa: D103  (a function is named for the operator it adds)
+
+from __future__ import annotations
+
+import operator as python
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fcvgg.sources import padding
+from fcvgg.sources.onnx_file import Graph, Node, as_tensor
+
+Pair = tuple[int, int]
+Operator = Callable[[Graph, Node], None]
+
+OPERATORS: dict[str, Operator] = {}
+"""From an operator's name to the function that adds it to a model."""
+
+
+def reads(*names: str) -> Callable[[Operator], Operator]:
+    """Register a function for operators."""
+
+    def register(function: Operator) -> Operator:
+        OPERATORS.update(dict.fromkeys(names, function))
+        return function
+
+    return register
+
+
+# -- layers -------------------------------------------------------------------------------------
+
+
+@reads("Conv")
+def conv(graph: Graph, node: Node) -> None:
+    weight = graph.tensor(node, 1)
+    if weight.ndim != 4:
+        graph.refuse(node, f"has a weight of {weight.ndim} dimensions instead of 4")
+    kernel, stride, dilation = _windows(graph, node, tuple(weight.shape[2:]))
+    fixed, source = _padded(graph, node, kernel, stride, dilation, 0.0)
+    groups = node.get("group", 1)
+    layer = nn.Conv2d(
+        *(weight.shape[1] * groups, weight.shape[0], kernel, stride, fixed, dilation, groups),
+        bias=node.has_input(2),
+        device="meta",
+    )
+    layer.weight = nn.Parameter(weight)
+    if node.has_input(2):
+        layer.bias = nn.Parameter(graph.tensor(node, 2))
+    graph.layer(node, layer, source)
+
+
+@reads("Gemm")
+def gemm(graph: Graph, node: Node) -> None:
+    if node.get("transA", 0) or not graph.is_traced(node, 0):
+        graph.refuse(node, "multiplies from the left")
+    weight = np.asarray(graph.constant(node, 1), dtype=np.float32)
+    weight = weight if node.get("transB", 0) else weight.T  # (O, C)
+    bias = graph.constant(node, 2)
+    _add_linear(graph, node, weight, bias, node.get("alpha", 1.0), node.get("beta", 1.0))
+
+
+@reads("MatMul")
+def matmul(graph: Graph, node: Node) -> None:
+    if not graph.is_traced(node, 0) or graph.is_traced(node, 1):
+        graph.refuse(node, "multiplies values that are both computed from the image")
+    weight = np.asarray(graph.constant(node, 1), dtype=np.float32)
+    if weight.ndim != 2:
+        graph.refuse(node, f"multiplies by a value of shape {weight.shape}")
+    add = graph.following(node, "Add")
+    bias = None
+    if add is not None:
+        other = next(name for name in [*add.inputs, ""] if name != node.outputs[0])
+        value = graph.constants.get(other)
+        if value is not None and value.ndim <= 2 and value.size == weight.shape[1]:
+            bias = value.reshape(-1)
+            graph.absorb(node, add)
+    _add_linear(graph, node, weight.T, bias)
+
+
+def _add_linear(
+    graph: Graph, node: Node, weight: Any, bias: Any, alpha: float = 1.0, beta: float = 1.0
+) -> None:
+    outputs, features = weight.shape
+    layer = nn.Linear(features, outputs, bias=bias is not None, device="meta")
+    scaled = weight if alpha == 1 else weight * np.float32(alpha)
+    layer.weight = nn.Parameter(as_tensor(np.ascontiguousarray(scaled)))
+    if bias is not None:
+        row = np.asarray(bias, dtype=np.float32) * np.float32(beta)
+        if row.size not in (1, outputs):
+            graph.refuse(node, f"adds a value of shape {row.shape}, one per image,")
+        layer.bias = nn.Parameter(as_tensor(np.broadcast_to(row.reshape(-1), outputs).copy()))
+    graph.layer(node, layer)
+
+
+@reads("BatchNormalization")
+def batch_normalization(graph: Graph, node: Node) -> None:
+    if node.get("training_mode", 0) or node.get("spatial", 1) == 0:
+        graph.refuse(node, "normalises by the batch or by position")
+    scale, shift, mean, variance = (graph.tensor(node, i) for i in range(1, 5))
+    kind = nn.BatchNorm1d if graph.rank(node.inputs[0]) == 2 else nn.BatchNorm2d
+    layer = kind(
+        len(scale), node.get("epsilon", 1e-5), 1 - node.get("momentum", 0.9), device="meta"
+    )
+    layer.weight, layer.bias = nn.Parameter(scale), nn.Parameter(shift)
+    layer.running_mean, layer.running_var = mean, variance
+    layer.num_batches_tracked = torch.tensor(0)
+    graph.layer(node, layer)
+
+
+@reads("MaxPool")
+def max_pool(graph: Graph, node: Node) -> None:
+    _one_result(graph, node)
+    kernel, stride, dilation = _windows(graph, node)
+    fixed, source = _padded(graph, node, kernel, stride, dilation, -torch.inf, pool=True)
+    ceil = bool(node.get("ceil_mode", 0))
+    graph.layer(node, nn.MaxPool2d(kernel, stride, fixed, dilation, ceil_mode=ceil), source)
+
+
+@reads("AveragePool")
+def average_pool(graph: Graph, node: Node) -> None:
+    kernel, stride, dilation = _windows(graph, node)
+    if dilation != (1, 1):
+        graph.refuse(node, f"is dilated by {dilation}")
+    mode, ceil = node.get("auto_pad", "NOTSET"), bool(node.get("ceil_mode", 0))
+    counted = bool(node.get("count_include_pad", 0))
+    if mode.startswith("SAME") and not counted:
+        lower = mode == "SAME_LOWER"
+        graph.step(node, padding.average_same, kernel=kernel, stride=stride, lower=lower)
+        return
+    before, after = _pads(node)
+    if before != after and not counted:
+        graph.refuse(node, f"pads {before} and {after} without counting the padding")
+    fixed, source = _padded(graph, node, kernel, stride, dilation, 0.0, pool=True)
+    graph.layer(node, nn.AvgPool2d(kernel, stride, fixed, ceil, counted), source)
+
+
+@reads("GlobalAveragePool")
+def global_average_pool(graph: Graph, node: Node) -> None:
+    graph.layer(node, nn.AdaptiveAvgPool2d(1))
+
+
+@reads("GlobalMaxPool")
+def global_max_pool(graph: Graph, node: Node) -> None:
+    graph.layer(node, nn.AdaptiveMaxPool2d(1))
+
+
+@reads("LRN")
+def lrn(graph: Graph, node: Node) -> None:
+    size = node.get("size")
+    if size % 2 == 0:
+        graph.refuse(node, f"has the even size {size}, which torch centres elsewhere")
+    layer = nn.LocalResponseNorm(
+        size, node.get("alpha", 1e-4), node.get("beta", 0.75), node.get("bias", 1.0)
+    )
+    graph.layer(node, layer)
+
+
+@reads("Dropout")
+def dropout(graph: Graph, node: Node) -> None:
+    _one_result(graph, node)
+    ratio = node.get("ratio")
+    if ratio is None:
+        ratio = graph.constant(node, 1, 0.5)
+    graph.layer(node, nn.Dropout(float(np.ravel(ratio)[0])))
+
+
+def _one_result(graph: Graph, node: Node) -> None:
+    if any(graph.uses[name] for name in node.outputs[1:]):
+        graph.refuse(node, "gives a second result (indices or a mask) that is used")
+    node.outputs = node.outputs[:1]
+
+
+def _windows(graph: Graph, node: Node, kernel: Any = None) -> tuple[Pair, Pair, Pair]:
+    kernel = node.get("kernel_shape", kernel)
+    if len(kernel) != 2:
+        graph.refuse(node, f"has a kernel of {len(kernel)} dimensions")
+    stride, dilation = node.get("strides", (1, 1)), node.get("dilations", (1, 1))
+    return _pair(kernel), _pair(stride), _pair(dilation)
+
+
+def _pair(values: Any) -> Pair:
+    height, width = values
+    return int(height), int(width)
+
+
+def _pads(node: Node) -> tuple[Pair, Pair]:
+    top, left, bottom, right = node.get("pads", (0, 0, 0, 0))
+    return (top, left), (bottom, right)
+
+
+def _padded(
+    graph: Graph,
+    node: Node,
+    kernel: Pair,
+    stride: Pair,
+    dilation: Pair,
+    value: float,
+    pool: bool = False,
+) -> tuple[Pair, str | None]:
+    """The padding that torch's layer does itself, and the value padded for it where it cannot."""
+    mode = node.get("auto_pad", "NOTSET")
+    if mode == "VALID":
+        return (0, 0), None
+    padded = f"{node.outputs[0]}/padded"
+    if mode in ("SAME_UPPER", "SAME_LOWER"):
+        fixed = padding.fixed_same_padding(kernel, stride, dilation)
+        if fixed is not None:
+            return fixed, None
+        graph.model.add_step(
+            *(padding.pad_same, (node.inputs[0],), padded),
+            **{"kernel": kernel, "stride": stride, "dilation": dilation, "value": value},
+            lower=mode == "SAME_LOWER",
+        )
+        return (0, 0), padded
+    before, after = _pads(node)
+    if before == after and not (pool and any(2 * p > k for p, k in zip(before, kernel))):
+        return before, None
+    if node.get("ceil_mode", 0):
+        graph.refuse(node, f"pads {before} and {after} and rounds its size up")
+    pads = (before[1], after[1], before[0], after[0])
+    graph.model.add_step(F.pad, (node.inputs[0],), padded, pad=pads, mode="constant", value=value)
+    return (0, 0), padded
+
+
+@reads("Pad")
+def pad(graph: Graph, node: Node) -> None:
+    pads = graph.numbers(node, 1, "pads")
+    if node.get("mode", "constant") != "constant" or pads is None or len(pads) != 8:
+        graph.refuse(node, f"pads by {node.get('mode')!r} or a value that is no map")
+        return
+    if node.has_input(3):
+        graph.refuse(node, "pads chosen axes")
+    value = float(np.ravel(graph.constant(node, 2, node.get("value", 0.0)))[0])
+    before, after = pads[:4], pads[4:]
+    if before[0] == after[0] == before[1] == after[1] == 0:
+        amounts = (before[3], after[3], before[2], after[2])
+        graph.step(node, F.pad, pad=amounts, mode="constant", value=value)
+    elif before[0] == after[0] == before[3] == after[3] == 0:
+        amounts = (before[2], after[2], before[1], after[1])
+        graph.step(node, pad_channels_last, pads=amounts, value=value)
+    else:
+        graph.refuse(node, f"pads {pads}, more than rows and columns")
+
+
+def pad_channels_last(x: Tensor, pads: tuple[int, ...], value: float) -> Tensor:
+    """Rows and columns of ``(N, H, W, C)`` padded."""
+    return F.pad(x.permute(0, 3, 1, 2), pads, "constant", value).permute(0, 2, 3, 1)
+
+
+# -- shapes -------------------------------------------------------------------------------------
+
+
+@reads("Reshape")
+def reshape(graph: Graph, node: Node) -> None:
+    settings = {"batch": graph.batch, "keeps_zeros": bool(node.get("allowzero", 0))}
+    target = node.get("shape")
+    if target is None and node.inputs[1] not in graph.constants:
+        graph.step(node, reshaped, node.inputs[0], node.inputs[1], **settings)
+        return
+    sizes = graph.numbers(node, 1, "shape")
+    graph.step(node, reshaped, target=sizes, **settings)
+
+
+def reshaped(x: Tensor, target: Any, batch: int | None, keeps_zeros: bool) -> Tensor:
+    """The operator Reshape; a batch that the file fixes becomes the batch there is."""
+    sizes = [int(n) for n in target]
+    if batch is not None and sizes and sizes[0] == batch:
+        sizes[0] = x.shape[0]
+    if not keeps_zeros:
+        sizes = [x.shape[i] if n == 0 else n for i, n in enumerate(sizes)]
+    return x.reshape(tuple(sizes))
+
+
+@reads("Flatten")
+def flatten(graph: Graph, node: Node) -> None:
+    if node.get("axis", 1) != 1:
+        graph.refuse(node, f"flattens from dimension {node.get('axis')}, images included")
+    graph.step(node, torch.flatten, start_dim=1)
+
+
+@reads("Transpose")
+def transpose(graph: Graph, node: Node) -> None:
+    order = node.get("perm")
+    if order is None:
+        graph.refuse(node, "reverses all dimensions, images included")
+    graph.step(node, Tensor.permute, dims=tuple(order))
+
+
+@reads("Squeeze")
+def squeeze(graph: Graph, node: Node) -> None:
+    axes = graph.numbers(node, 1, "axes")
+    if axes is None:
+        graph.refuse(node, "drops whatever has size one, perhaps the images")
+    graph.step(node, Tensor.squeeze, dim=axes)
+
+
+@reads("Unsqueeze")
+def unsqueeze(graph: Graph, node: Node) -> None:
+    axes = graph.numbers(node, 1, "axes")
+    assert axes is not None
+    graph.step(node, unsqueezed, axes=axes)
+
+
+def unsqueezed(x: Tensor, axes: tuple[int, ...]) -> Tensor:
+    """The operator Unsqueeze: dimensions of size one at these places of the result."""
+    ndim = x.ndim + len(axes)
+    for axis in sorted(a % ndim for a in axes):
+        x = x.unsqueeze(axis)
+    return x
+
+
+@reads("Slice")
+def slice_(graph: Graph, node: Node) -> None:
+    starts, ends = graph.numbers(node, 1, "starts"), graph.numbers(node, 2, "ends")
+    assert starts is not None
+    assert ends is not None
+    axes = graph.numbers(node, 3, "axes") or tuple(range(len(starts)))
+    steps = graph.numbers(node, 4, "steps") or (1,) * len(starts)
+    if any(step not in (1, -1) for step in steps):
+        graph.refuse(node, f"takes steps {steps}")
+    graph.step(node, sliced, parts=tuple(zip(starts, ends, axes, steps)))
+
+
+def sliced(x: Tensor, parts: tuple[tuple[int, int, int, int], ...]) -> Tensor:
+    """The operator Slice with steps of 1, or of -1 over the whole dimension."""
+    for start, end, axis, step in parts:
+        size = x.shape[axis]
+        first, stop, step = slice(start, end, step).indices(size)
+        if step == 1 and (first, stop) != (0, size):
+            x = x.narrow(axis, first, stop - first)
+        elif step == -1:
+            x = x.flip(axis).narrow(axis, size - 1 - first, first - stop)
+    return x
+
+
+@reads("Split")
+def split(graph: Graph, node: Node) -> None:
+    sizes = graph.numbers(node, 1, "split")
+    axis = node.get("axis", 0)
+    if sizes is None:
+        settings = {"chunks": len(node.outputs), "dim": axis}
+        graph.model.add_step(torch.chunk, node.inputs[:1], node.outputs, **settings)
+        return
+    graph.model.add_step(
+        torch.split, node.inputs[:1], node.outputs, split_size_or_sections=list(sizes), dim=axis
+    )
+
+
+@reads("Concat")
+def concat(graph: Graph, node: Node) -> None:
+    if not all(graph.is_traced(node, i) for i in range(len(node.inputs))):
+        graph.refuse(node, "joins the image's values with constants")
+    graph.step(node, concatenated, *node.inputs, dim=node.get("axis", 1))
+
+
+def concatenated(*tensors: Tensor, dim: int) -> Tensor:
+    """The operator Concat."""
+    return torch.cat(tensors, dim)
+
+
+# -- arithmetic ---------------------------------------------------------------------------------
+
+
+def _arithmetic(function: Callable[..., Any], reverse: Callable[..., Any]) -> Operator:
+    def add(graph: Graph, node: Node) -> None:
+        names = [graph.operand(node, i) for i in range(len(node.inputs))]
+        if graph.is_traced(node, 0):
+            graph.step(node, function, *names)
+        else:  # the image's value leads, so that torch.fx sees the call
+            graph.step(node, reverse, *names[::-1])
+
+    return add
+
+
+def subtracted_from(x: Tensor, value: Any) -> Tensor:
+    """``value - x``."""
+    return python.add(python.neg(x), value)
+
+
+def divided_into(x: Tensor, value: Any) -> Tensor:
+    """``value / x``."""
+    return python.mul(python.pow(x, -1), value)
+
+
+OPERATORS.update(
+    Add=_arithmetic(python.add, python.add),
+    Sub=_arithmetic(python.sub, subtracted_from),
+    Mul=_arithmetic(python.mul, python.mul),
+    Div=_arithmetic(python.truediv, divided_into),
+)
+
+
+@reads("Sum", "Max", "Min")
+def combine(graph: Graph, node: Node) -> None:
+    functions = {"Sum": torch.add, "Max": torch.maximum, "Min": torch.minimum}
+    names = [graph.operand(node, i) for i in range(len(node.inputs))]
+    numbers = [n for n in names if n in graph.model._constants]
+    if numbers and node.operator != "Sum":
+        graph.refuse(node, "compares with a number; expected Clip")
+    graph.step(node, combined, *names, function=functions[node.operator])
+
+
+def combined(*values: Any, function: Callable[..., Any]) -> Any:
+    """A function of two values applied to all of them in turn."""
+    result, *rest = values
+    for value in rest:
+        result = function(result, value)
+    return result
+
+
+@reads("Pow")
+def power(graph: Graph, node: Node) -> None:
+    exponent = graph.constant(node, 1)
+    if not graph.is_traced(node, 0) or exponent.size != 1:
+        graph.refuse(node, "has an exponent that is no number")
+    graph.step(node, torch.pow, exponent=float(exponent))
+
+
+@reads("ReduceMean", "ReduceSum", "ReduceMax")
+def reduce(graph: Graph, node: Node) -> None:
+    axes = graph.numbers(node, 1, "axes")
+    if axes is None:
+        graph.refuse(node, "reduces all dimensions, images included")
+    functions = {"ReduceMean": torch.mean, "ReduceSum": torch.sum, "ReduceMax": torch.amax}
+    keepdim = bool(node.get("keepdims", 1))
+    graph.step(node, functions[node.operator], dim=axes, keepdim=keepdim)
+
+
+@reads("Clip")
+def clip(graph: Graph, node: Node) -> None:
+    limits = [
+        node.get(name) if node.get(name) is not None else graph.constant(node, i)
+        for i, name in ((1, "min"), (2, "max"))
+    ]
+    low, high = (None if v is None else float(np.ravel(v)[0]) for v in limits)
+    graph.step(node, torch.clamp, min=low, max=high)
+
+
+@reads("Cast")
+def cast(graph: Graph, node: Node) -> None:
+    """Between kinds of floats nothing is done: the model runs in one precision, float32."""
+    if node.get("to") not in (1, 10, 11, 16):  # FLOAT, FLOAT16, DOUBLE, BFLOAT16
+        graph.refuse(node, "makes integers of the image's values")
+    graph.step(node, same)
+
+
+@reads("Identity")
+def identity(graph: Graph, node: Node) -> None:
+    graph.step(node, same)
+
+
+def same(x: Tensor) -> Tensor:
+    """The value itself."""
+    return x
+
+
+# -- activations --------------------------------------------------------------------------------
+
+
+def _activation(function: Callable[..., Any], **names: tuple[str, Any]) -> Operator:
+    """A function of one value; `names` gives torch's arguments their attribute and default."""
+
+    def add(graph: Graph, node: Node) -> None:
+        graph.step(node, function, **{k: node.get(a, d) for k, (a, d) in names.items()})
+
+    return add
+
+
+def hard_sigmoid(x: Tensor, alpha: float, beta: float) -> Tensor:
+    """``alpha * x + beta``, limited to 0 and 1."""
+    return torch.clamp(x * alpha + beta, 0.0, 1.0)
+
+
+OPERATORS.update(
+    Relu=_activation(F.relu),
+    Sigmoid=_activation(torch.sigmoid),
+    Tanh=_activation(torch.tanh),
+    LeakyRelu=_activation(F.leaky_relu, negative_slope=("alpha", 0.01)),
+    Elu=_activation(F.elu, alpha=("alpha", 1.0)),
+    Celu=_activation(F.celu, alpha=("alpha", 1.0)),
+    Gelu=_activation(F.gelu, approximate=("approximate", "none")),
+    HardSigmoid=_activation(hard_sigmoid, alpha=("alpha", 0.2), beta=("beta", 0.5)),
+    HardSwish=_activation(F.hardswish),
+    Mish=_activation(F.mish),
+    Softplus=_activation(F.softplus),
+    Softsign=_activation(F.softsign),
+    Abs=_activation(torch.abs),
+    Erf=_activation(torch.erf),
+    Exp=_activation(torch.exp),
+    Log=_activation(torch.log),
+    Neg=_activation(python.neg),
+    Sqrt=_activation(torch.sqrt),
+)
+
+
+@reads("PRelu")
+def prelu(graph: Graph, node: Node) -> None:
+    slope = graph.tensor(node, 1)
+    if max(slope.shape, default=1) != slope.numel():
+        graph.refuse(node, f"has slopes of shape {tuple(slope.shape)}, which depend on position")
+    layer = nn.PReLU(slope.numel(), device="meta")
+    layer.weight = nn.Parameter(slope.reshape(-1))
+    graph.layer(node, layer)
+
+
+@reads("Softmax", "LogSoftmax")
+def softmax(graph: Graph, node: Node) -> None:
+    function = torch.softmax if node.operator == "Softmax" else torch.log_softmax
+    if graph.opset >= 13:
+        graph.step(node, function, dim=node.get("axis", -1))
+    elif node.get("axis", 1) == 1 or graph.rank(node.inputs[0]) == 2:
+        graph.step(node, softmax_of_rest, function=function)
+    else:
+        graph.refuse(node, f"works along dimension {node.get('axis')} of a map")
+
+
+def softmax_of_rest(x: Tensor, function: Callable[..., Any]) -> Tensor:
+    """Softmax over all dimensions but the first, as before opset 13."""
+    return function(x, 1) if x.ndim == 2 else function(x.flatten(1), 1).reshape(x.shape)
