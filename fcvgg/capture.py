@@ -9,6 +9,7 @@ is traced in its place.
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fcvgg.errors import CaptureError, InputSizeError
+from fcvgg.errors import CaptureError, ConversionError, InputSizeError
 
 BATCH = 2
 """Images in the traced batch. Two, so that a reshape that moves pixels into the batch shows."""
@@ -71,7 +72,14 @@ def capture(
     Raises:
         CaptureError: if the model branches on values or cannot be traced for another reason.
     """
-    channels = channels or input_channels(model)
+    captured = _traced(model, size, is_leaf, channels or input_channels(model))
+    read = _channels_read(captured) if channels is None else None
+    return _traced(model, size, is_leaf, read) if read is not None else captured
+
+
+def _traced(
+    model: nn.Module, size: tuple[int, int], is_leaf: Callable[[nn.Module], bool], channels: int
+) -> Captured:
     twin = _without_data(model, is_leaf)
     tracer = _ShapeTracer(is_leaf, (BATCH, channels, *size), dtype_of(model))
     try:
@@ -94,6 +102,17 @@ def input_channels(model: nn.Module) -> int:
         if isinstance(module, nn.Conv2d):
             return module.in_channels
     return next((p.shape[1] for p in model.parameters() if p.ndim == 4), 3)
+
+
+def _channels_read(captured: Captured) -> int | None:
+    """The channels that the first convolution called takes, if it failed for want of them."""
+    for node in captured.graph.nodes:
+        if node.op == "call_module":
+            layer = captured.root.get_submodule(str(node.target))
+            if isinstance(layer, nn.Conv2d):
+                wrong = "error" in node.meta and layer.in_channels != captured.channels
+                return layer.in_channels if wrong else None
+    return None
 
 
 def dtype_of(model: nn.Module) -> torch.dtype:
@@ -128,6 +147,40 @@ def one_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
+_HOOKS = (
+    *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
+    *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),
+    *("_backward_hooks", "_backward_pre_hooks"),
+)
+
+
+def twin_of(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    """A copy of the modules without their hooks, which belong to whoever watches the source.
+
+    Args:
+        memo: by `id`, what stands in the copy for the parameters and buffers.
+
+    Raises:
+        ConversionError: if hooks compute weights, or the modules cannot be copied.
+    """
+    for name, module in model.named_modules():
+        for attribute, value in vars(module).items():
+            parts = any(part.startswith(f"{attribute}_") for part in module._parameters)
+            if isinstance(value, Tensor) and parts and module._forward_pre_hooks:
+                raise ConversionError(
+                    f"{name} ({type(module).__name__}) has a {attribute} that a hook computes; make"
+                    " it a parameter first with torch.nn.utils.remove_weight_norm, "
+                    "remove_spectral_norm or prune.remove"
+                )
+    hooks = {id(getattr(m, hook)): OrderedDict() for m in model.modules() for hook in _HOOKS}
+    try:
+        return copy.deepcopy(model, {**memo, **hooks})
+    except RuntimeError as error:
+        raise ConversionError(
+            f"the modules of {type(model).__name__} cannot be copied: {one_line(error)}"
+        ) from error
+
+
 def _without_data(model: nn.Module, is_leaf: Callable[[nn.Module], bool]) -> nn.Module:
     """A copy on the meta device, in evaluation mode, that remembers where it reads its mode."""
     tensors = [*model.parameters(), *model.buffers()]
@@ -142,7 +195,7 @@ def _without_data(model: nn.Module, is_leaf: Callable[[nn.Module], bool]) -> nn.
         meta = tensor.detach().to("meta")
         is_parameter = isinstance(tensor, nn.Parameter)
         memo[id(tensor)] = nn.Parameter(meta, tensor.requires_grad) if is_parameter else meta
-    twin = copy.deepcopy(model, memo)
+    twin = twin_of(model, memo)
     for module in twin.modules():
         # torch's own layers insist on a bool; only traced code can pass the mode on
         module.training = False if is_leaf(module) else FollowsTraining(False)  # type: ignore
@@ -201,10 +254,15 @@ class _ShapeTracer(fx.Tracer):
         images = self.create_proxy("placeholder", "images", (), {})
         return root_fn, [self.root, images]
 
-    def create_node(self, kind: str, target: Any, *more: Any, **names: Any) -> fx.Node:
-        node = super().create_node(kind, target, *more, **names)
+    def create_node(
+        self, kind: str, target: Any, args: Any, kwargs: Any, *more: Any, **names: Any
+    ) -> fx.Node:
+        if kind == "call_function" and not args and "input" in kwargs:
+            # F.relu(input=x): torch's first argument, which rules take in its place
+            args, kwargs = (kwargs["input"],), {k: v for k, v in kwargs.items() if k != "input"}
+        node = super().create_node(kind, target, args, kwargs, *more, **names)
         if self.module_stack:
-            node.meta["owner"] = list(self.module_stack)[-1]
+            node.meta["owner"] = next(reversed(self.module_stack.values()))[0]
         if kind == "call_module":
             node.meta["module_type"] = type(self.root.get_submodule(target)).__name__
         self._compute(node)

@@ -33,6 +33,8 @@ class Cells:
         layout: int64, the shape of the source's value without its batch.
         dilation: map positions between neighbouring elements of the window.
         activation: what the values are: logits, or what the last activation made of them.
+        margin: pixels ``(y, x)`` by which padding of the head (``padding="same"``) put the window
+            of cell 0 before the image.
     """
 
     node: fx.Node
@@ -41,6 +43,7 @@ class Cells:
     layout: Tensor
     dilation: Pair = (1, 1)
     activation: str = "logits"
+    margin: Pair = (0, 0)
 
     @property
     def positions(self) -> int:
@@ -121,11 +124,23 @@ def with_channels(cells: Cells, axis: int, channels: int, **changes: Any) -> Cel
     return replace(cells, extent=extent, layout=layout.movedim(0, axis), **changes)
 
 
-def channels_pooled(cells: Cells, axes: tuple[int, ...]) -> bool:
-    """Whether reducing the layout's `axes` takes each channel's positions, all and nothing else."""
+def pooled_layout(cells: Cells, axes: tuple[int, ...]) -> tuple[Pair, Tensor] | None:
+    """What reducing the layout's `axes` leaves, where it takes all rows, all columns or both.
+
+    Returns:
+        the positions ``(h, w)`` that are left and the layout over them; None if the reduction takes
+        some positions only, or elements of several channels.
+    """
+    channels, height, width = cells.extent
     kept = [i for i in range(cells.layout.ndim) if i not in axes]
-    rows = cells.layout.permute(*kept, *axes).reshape(-1, cells.positions) if axes else None
-    if rows is None or rows.shape[0] != cells.extent[0]:
-        return False
-    expected = torch.arange(cells.elements).reshape(cells.extent[0], cells.positions)
-    return torch.equal(rows.sort(1).values, expected)
+    rows = cells.layout.permute(*kept, *axes).flatten(len(kept))
+    distinct = bool((rows.sort(-1).values.diff(dim=-1) > 0).all())
+    for bins in ((1, 1), (1, width), (height, 1)):
+        covers = (height // bins[0], width // bins[1])
+        left = in_order((channels, *bins))
+        left_of = left.repeat_interleave(covers[0], 1).repeat_interleave(covers[1], 2).flatten()
+        groups = left_of[rows]
+        alike = torch.equal(groups, groups[..., :1].expand_as(groups))
+        if distinct and alike and rows.shape[-1] == covers[0] * covers[1]:
+            return bins, groups[..., 0]
+    return None

@@ -6,14 +6,13 @@ capture its graph, rewrite the head, and check the result against the source.
 
 from __future__ import annotations
 
-import copy as copying
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fcvgg.capture import capture
+from fcvgg.capture import capture, twin_of
 from fcvgg.errors import ArgumentError, ConversionError, GeometryError, InputSizeError
 from fcvgg.geometry import checked_size
 from fcvgg.layers import is_leaf, rule_for
@@ -215,10 +214,4 @@ def _twin(model: nn.Module, own: bool = False) -> nn.Module:
         **{id(p): nn.Parameter(data(p), p.requires_grad) for p in model.parameters()},
         **{id(b): data(b) for b in model.buffers()},
     }
-    try:
-        return copying.deepcopy(model, memo)
-    except RuntimeError as error:
-        raise ConversionError(
-            f"the modules of {type(model).__name__} cannot be copied ({error}); remove hooks that "
-            "compute weights (torch.nn.utils.remove_weight_norm, remove_spectral_norm) first"
-        ) from error
+    return twin_of(model, memo)

@@ -92,10 +92,12 @@ def _plot_cells(ax: Axes, score_map: ScoreMap, index: int, image: Image.Image) -
     ax.set_xlim(-0.5, width - 0.5)
     ax.set_ylim(height - 0.5, -0.5)
     rows, cols = score_map.scores.shape[1:]
-    ax.set_title(f"score map: {rows} x {cols} cells")
+    resized = score_map.input_size != score_map.image_size
+    seen = f" at {score_map.input_size[0]} x {score_map.input_size[1]} pixels" if resized else ""
+    ax.set_title(f"score map: {rows} x {cols} cells{seen}")
     ax.set_axis_off()
     bar = ax.figure.colorbar(shown, ax=ax, fraction=0.046, pad=0.03)
-    bar.set_label("score")
+    bar.set_label(f"score of {class_name(index, score_map.categories)!r}")
 
 
 def _extent_of_cells(score_map: ScoreMap) -> tuple[float, float, float, float]:

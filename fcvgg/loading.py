@@ -53,9 +53,13 @@ def load(
         ConversionError: if the model cannot be converted.
     """
     name = str(source)
-    if Path(source).is_dir():
+    if name not in _names() and Path(source).is_dir():
         unused = {"input_size": input_size, **options}
         return _from_bundle(Path(source), preprocess, categories, unused)
+    if arch is not None and not name.endswith(checkpoints.SUFFIXES):
+        raise LoadError(f"arch={arch!r} goes with a checkpoint, got {name!r}; pass one of the two")
+    if name == "demo" and weights not in (None, DEFAULT_WEIGHTS):
+        raise LoadError(f"'demo' comes with its weights, got weights={str(weights)!r}; pass none")
     model: nn.Module
     if name == "demo":
         model, found = demo.demo_model(), _demo_settings()
@@ -130,12 +134,12 @@ def _from_torchvision(name: str, weights: Any) -> tuple[nn.Module, dict[str, Any
 
 
 def _from_checkpoint(path: Path, arch: str | None) -> tuple[nn.Module, dict[str, Any]]:
+    state = checkpoints.read_state(path)
     if arch is None:
         raise LoadError(
             f"{path} holds parameters only; pass arch=, its architecture's name such as 'vgg16'"
         )
     _check_name(arch)
-    state = checkpoints.read_state(path)
     classes = _classes_in(state, arch)
     model = _built(arch, num_classes=classes)
     checkpoints.load_into(model, state, str(path))
@@ -186,11 +190,15 @@ def _settings_of(weights: Any) -> dict[str, Any]:
 
 
 def _check_name(name: str) -> None:
-    known = torchvision.models.list_models(module=torchvision.models)
-    if name not in known:
-        near = difflib.get_close_matches(name, [*known, "demo"], 4, 0.5)
+    known = _names()
+    if name not in known[1:]:
+        near = difflib.get_close_matches(name, known, 4, 0.5)
         raise LoadError(
             f"there is no model {name!r}; expected 'demo', a torchvision name"
             f"{' (near: ' + ', '.join(near) + ')' if near else ''} or a checkpoint "
             f"({', '.join(checkpoints.SUFFIXES)}) with arch="
         )
+
+
+def _names() -> list[str]:
+    return ["demo", *torchvision.models.list_models(module=torchvision.models)]

@@ -319,9 +319,7 @@ def _source_keys(net: nn.Module, state: dict[str, Any], prefix: str, *_: Any) ->
     """Put the source's keys where the network's modules look for them."""
     assert isinstance(net, FullyConvolutional)
     for key in [k for k in state if k.startswith(prefix)]:
-        name = key.removeprefix(prefix)
-        if not name.startswith("network."):
-            state[f"{prefix}network.{name}"] = state.pop(key)
+        state[f"{prefix}network.{key.removeprefix(prefix)}"] = state.pop(key)
     own = net.network.state_dict(keep_vars=True)
     for name in own:  # further instances of a layer hold the same parameters
         if name.split(".")[0] in net.program.aliases:

@@ -8,14 +8,23 @@ every layer.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from math import gcd
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from fcvgg.capture import BATCH, Captured, FollowsTraining, describe, operation_name
+from fcvgg.capture import (
+    BATCH,
+    Captured,
+    FollowsTraining,
+    describe,
+    device_of,
+    operation_name,
+)
 from fcvgg.cells import Cells, Constant, channels_along, in_order, with_channels
 from fcvgg.errors import (
     ConversionError,
@@ -24,6 +33,7 @@ from fcvgg.errors import (
     UnsupportedLayerError,
 )
 from fcvgg.geometry import IMAGE, Axis, Geometry, Step, Window
+from fcvgg.graph import graph_module
 from fcvgg.modules import TrainingFlag, WindowLinear, window_linear
 
 Pair = tuple[int, int]
@@ -97,12 +107,12 @@ class Rewriter:
         self._steps: tuple[list[Step], list[Step]] = ([], [])
         self._strides: list[Pair] = []
         self._places: dict[int, str] = {}
-        self._context_start: Pair = (0, 0)
         self._values: dict[fx.Node, Any] = {}
         self._rewritten: dict[str, list[tuple[Any, str]]] = {}
         self._aliases: set[str] = set()
         self._originals: dict[str, nn.Module] = {}
-        self._flag: fx.Node | None = None
+        self._flags: dict[str, fx.Node] = {}
+        self._weights: dict[Any, nn.Parameter] = {}
 
     # -- the walk ---------------------------------------------------------------------------------
 
@@ -141,6 +151,7 @@ class Rewriter:
             self.captured.require_success()
         args, kwargs = fx.node.map_aggregate((node.args, node.kwargs), self._operand)  # type: ignore
         call = Call(node, module)
+        _check_arguments(rule, call, args, kwargs)
         try:
             result = rule(self, call, *args, **kwargs)
         except InputSizeError:
@@ -175,11 +186,14 @@ class Rewriter:
         return Cells(self.graph.placeholder("images"), IMAGE, extent, in_order(extent))
 
     def _constant(self, node: fx.Node) -> Constant:
-        name = str(node.target)
-        value = node.meta["value"]
-        if name.startswith("_tensor_constant"):  # a literal in forward, which fx put on its root
-            self.modules.register_buffer(name, getattr(self.captured.root, name), persistent=False)
-        return Constant(self.graph.get_attr(name), value)
+        path, _, name = str(node.target).rpartition(".")
+        owner = self.modules.get_submodule(path)
+        if name not in owner._parameters and name not in owner._buffers:
+            # a literal in forward, which fx put on its root, or a tensor that is no buffer
+            literal = getattr(self.captured.root.get_submodule(path), name)
+            value = vars(owner).pop(name, literal).detach().to(device_of(self.modules))
+            owner.register_buffer(name, value, persistent=False)
+        return Constant(self.graph.get_attr(str(node.target)), node.meta["value"])
 
     def _outputs(self, node: fx.Node) -> list[Cells]:
         value = self._operand_tree(node.args[0])
@@ -207,15 +221,13 @@ class Rewriter:
         return fx.node.map_aggregate(argument, self._operand)
 
     def _program(self, outputs: Sequence[Cells]) -> Program:
-        steps = {cells.step for cells in outputs}
-        if len(steps) > 1 and len({self._window_fields(s) for s in steps}) > 1:
+        first, *others = (self.geometry_at(cells).axes for cells in outputs)
+        if not all(_same_grid(a, b) for axes in others for a, b in zip(first, axes)):
             raise ConversionError(
                 "the model's outputs lie on different grids of cells; convert one head at a time"
             )
-        geometry = self._geometry(outputs[0].step)
+        geometry = self._geometry(outputs[0])
         self._check_branches(geometry)
-        if self._flag is not None:
-            self.modules.add_module("training_flag", TrainingFlag().train(self.modules.training))
         self.graph.lint()
         return Program(
             network=graph_module(self.modules, self.graph),
@@ -229,22 +241,18 @@ class Rewriter:
 
     # -- geometry ---------------------------------------------------------------------------------
 
-    def _geometry(self, step: int) -> Geometry:
-        axes = [Axis(tuple(steps)).upto(step) for steps in self._steps]
+    def _geometry(self, cells: Cells) -> Geometry:
+        axes = self.geometry_at(cells).axes
         if self._same:
-            axes = [
-                replace(axis, context=n, context_start=start)
-                for axis, n, start in zip(axes, self.captured.size, self._context_start)
-            ]
+            axes = (
+                replace(axes[0], context=self.captured.size[0], context_start=-cells.margin[0]),
+                replace(axes[1], context=self.captured.size[1], context_start=-cells.margin[1]),
+            )
         return Geometry(*axes)
 
     def geometry_at(self, cells: Cells) -> Geometry:
         """The geometry of a map inside the network."""
         return Geometry(*(Axis(tuple(steps)).upto(cells.step) for steps in self._steps))
-
-    def _window_fields(self, step: int) -> tuple[Pair, Pair, Pair]:
-        geometry = Geometry(*(Axis(tuple(steps)).upto(step) for steps in self._steps))
-        return geometry.stride, geometry.offset, geometry.window
 
     def add_step(self, windows: Windows, inputs: Iterable[int], call: Call) -> int:
         """Append a step to both axes and return its place; an identity adds none."""
@@ -269,6 +277,10 @@ class Rewriter:
                 f"{call} joins branches with different strides {sorted(strides)}; "
                 "branches must have the same number of input pixels between cells"
             )
+        if len({c.margin for c in cells}) > 1:
+            raise ConversionError(
+                f"{call} joins branches that padding='same' pads differently; use padding='valid'"
+            )
         return self.add_step((Window(), Window()), (c.step for c in cells), call)
 
     def _check_branches(self, geometry: Geometry) -> None:
@@ -288,24 +300,35 @@ class Rewriter:
 
     def emit(self, call: Call, args: Any, kwargs: Any, target: Any = None) -> fx.Node:
         """The source's own call on maps: Cells and Constants in the arguments become nodes."""
-        args, kwargs = fx.node.map_aggregate((args, kwargs), self._emitted)  # type: ignore
+        args, kwargs = self._nodes(call, (args, kwargs))
         name = call.node.target if target is None else target
         return self.graph.create_node(call.node.op, name, tuple(args), kwargs, call.node.name)
 
-    def _emitted(self, argument: Any) -> Any:
-        if isinstance(argument, (Cells, Constant)):
-            return argument.node
-        return self._training_flag() if isinstance(argument, FollowsTraining) else argument
+    def _nodes(self, call: Call, arguments: Any) -> Any:
+        def node_of(argument: Any) -> Any:
+            if isinstance(argument, (Cells, Constant)):
+                return argument.node
+            return self._mode(call) if isinstance(argument, FollowsTraining) else argument
 
-    def _training_flag(self) -> fx.Node:
-        if self._flag is None:
-            self._flag = self.graph.call_module("training_flag")
-        return self._flag
+        return fx.node.map_aggregate(arguments, node_of)  # type: ignore[arg-type]
+
+    def _mode(self, call: Call) -> fx.Node:
+        """The mode of the module whose forward makes a call, which may differ from the others'."""
+        if call.owner not in self._flags:
+            owner = self.modules.get_submodule(call.owner)
+            name = self._fresh(f"{call.owner}.training_flag".removeprefix("."))
+            owner.add_module(name.rpartition(".")[2], TrainingFlag().train(owner.training))
+            self._flags[call.owner] = self.graph.call_module(name)
+        return self._flags[call.owner]
+
+    def owner_of(self, call: Call) -> nn.Module:
+        """The module whose forward makes a call."""
+        return self.modules.get_submodule(call.owner)
 
     def emit_function(
         self, call: Call, function: Callable[..., Any], *args: Any, **kw: Any
     ) -> fx.Node:
-        args, kw = fx.node.map_aggregate((args, kw), self._emitted)  # type: ignore[assignment]
+        args, kw = self._nodes(call, (args, kw))
         return self.graph.create_node("call_function", function, tuple(args), kw, call.node.name)
 
     def emit_module(self, call: Call, module: nn.Module, x: Cells, key: Any = None) -> fx.Node:
@@ -399,8 +422,8 @@ class Rewriter:
     def _fresh_buffer(self, name: str, value: Tensor) -> str:
         taken = {name for name, _ in self.modules.named_buffers()}
         name = f"{name}_{sum(t.startswith(name) for t in taken)}"
-        device = next((p.device for p in self.modules.parameters()), None)
-        self.modules.register_buffer(name, value.to(device), persistent=False)
+        value = value.to(device_of(self.modules))
+        self.modules.register_buffer(name, value, persistent=False)
         return name
 
     def _expect_cells(self, value: Any, call: Any) -> Cells:
@@ -451,7 +474,7 @@ class Rewriter:
         node = emit(dense, dense != windows)
         step = self.add_step(dense, (x.step,), call)
         extent = tuple(call.node.meta["value"].shape[1:])
-        result = Cells(node, step, extent, in_order(extent), dilation)
+        result = Cells(node, step, extent, in_order(extent), dilation, margin=x.margin)
         self.record(call, kind or call.kind, dense, result, multiply_adds)
         return result
 
@@ -461,12 +484,7 @@ class Rewriter:
         for window, spread, stride in zip(windows, x.dilation, self.stride_at(x.step)):
             allowed = window.stride
             if self._output_stride is not None:
-                allowed = max(min(window.stride, self._output_stride // stride), 1)
-            if window.stride % allowed:
-                raise ConversionError(
-                    f"output_stride={self._output_stride} cannot be reached at {call}: its stride "
-                    f"{window.stride} is no multiple of {allowed}"
-                )
+                allowed = gcd(window.stride, max(self._output_stride // stride, 1))
             if window.ceil_mode and (spread > 1 or allowed != window.stride):
                 raise ConversionError(
                     f"output_stride={self._output_stride} cannot be exact at {call}: ceil_mode "
@@ -497,17 +515,18 @@ class Rewriter:
         if not any((top, bottom, left, right)):
             return x, kernel
         stride = self.stride_at(x.step)
-        self._context_start = (-top * stride[0], -left * stride[1])
+        margin = (x.margin[0] + top * stride[0], x.margin[1] + left * stride[1])
         node = self.graph.call_function(
             torch.nn.functional.pad, (x.node, (left, right, top, bottom))
         )
         windows = Window(before=top, after=bottom), Window(before=left, after=right)
-        return replace(x, node=node, step=self.add_step(windows, (x.step,), call)), kernel
+        step = self.add_step(windows, (x.step,), call)
+        return replace(x, node=node, step=step, margin=margin), kernel
 
     def linear(self, call: Call, x: Cells, weight: Any, bias: Any) -> Cells:
         """A fully connected layer: over the whole window, or over the channels of each position."""
         whole = x.positions > 1 and x.layout.shape[-1] == x.elements and x.fills_window
-        features = weight.shape[0] if call.module is not None else weight.value.shape[0]
+        features = weight.value.shape[0] if isinstance(weight, Constant) else weight.shape[0]
         inputs = x.layout.shape[-1]
         if whole or x.positions == 1:
             self.begin_head(x, inputs, call)
@@ -523,16 +542,41 @@ class Rewriter:
             target = with_channels(x, -1, features)
         kernel = (windows[0].kernel, windows[1].kernel)
         dilation = (windows[0].dilation, windows[1].dilation)
-        if call.module is not None:
-            layer = _window_linear_layer(weight, bias, kernel, order, dilation)
-            key = (kernel, dilation, tuple(order.tolist()))
-            node = self.emit_module(call, layer, x, key)
-        else:
+        if isinstance(weight, Constant):
             node = self._functional_linear(call, x, weight, bias, kernel, order, dilation)
+        else:
+            columns, shared = self._window_weight(call, weight, kernel, order)
+            layer = _window_linear_layer(shared, bias, dilation, columns)
+            node = self.emit_module(call, layer, x, (kernel, dilation))
         step = self.add_step(windows, (x.step,), call)
         result = replace(target, node=node, step=step, activation="logits")
         self.record(call, "Linear", windows, result, features * inputs)
         return result
+
+    def _window_weight(
+        self, call: Call, weight: nn.Parameter, kernel: Pair, order: Tensor
+    ) -> tuple[Tensor | None, nn.Parameter]:
+        """The order of columns and the FC weight as a window's: a view, or a copy in that order.
+
+        `order[j]` is the window's element that column j of the FC weight multiplies. Layers that
+        share a weight go on sharing it.
+        """
+        columns = weight.detach()
+        column_order = None
+        if not torch.equal(order, torch.arange(len(order))):
+            column_order = order.argsort().to(columns.device)
+            columns = columns[:, column_order]
+        known = [key for key in self._weights if key[0] is weight]
+        key = (weight, kernel, tuple(order.tolist()))
+        if any(len({k[2], key[2]}) > 1 for k in known):
+            raise UnsupportedLayerError(
+                f"{call} has a weight that is used after flattening in different orders; its "
+                "columns can have one order only"
+            )
+        if key not in self._weights:
+            shaped = columns.view(len(columns), -1, *kernel)
+            self._weights[key] = nn.Parameter(shaped, weight.requires_grad)
+        return column_order, self._weights[key]
 
     def _functional_linear(
         self,
@@ -567,6 +611,11 @@ class Call:
         return str(self.node.target) if self.module is not None else self.node.name
 
     @property
+    def owner(self) -> str:
+        """The path of the module whose forward makes the call."""
+        return str(self.node.meta.get("owner", ""))
+
+    @property
     def kind(self) -> str:
         if self.module is not None:
             return type(self.module).__name__
@@ -582,42 +631,35 @@ class Call:
         return describe(self.node)
 
 
+def _same_grid(a: Axis, b: Axis) -> bool:
+    fields = [(axis.stride, axis.offset, axis.receptive_field, axis.window) for axis in (a, b)]
+    return fields[0] == fields[1] and a.agree(b)
+
+
+def _check_arguments(rule: Callable[..., Any], call: Call, args: Any, kwargs: Any) -> None:
+    try:
+        inspect.signature(rule).bind(None, call, *args, **kwargs)
+    except TypeError as error:
+        raise UnsupportedLayerError(
+            f"{call} is called with arguments that its rule does not know: {error}"
+        ) from error
+
+
 def _window_linear_layer(
-    weight: nn.Parameter, bias: nn.Parameter | None, kernel: Pair, order: Tensor, dilation: Pair
+    weight: nn.Parameter, bias: nn.Parameter | None, dilation: Pair, column_order: Tensor | None
 ) -> WindowLinear:
-    """The FC layer's parameters as a window's: a view, or a copy where the order differs.
-
-    `order[j]` is the window's element that column j of the FC weight multiplies.
-    """
-    columns = weight.detach()
-    column_order = None
-    if not torch.equal(order, torch.arange(len(order))):
-        column_order = order.argsort().to(columns.device)
-        columns = columns[:, column_order]
-    shaped = nn.Parameter(columns.view(len(columns), -1, *kernel), weight.requires_grad)
-    channels = shaped.shape[1]
+    features, channels, *kernel = weight.shape
     layer = WindowLinear(
-        channels, len(shaped), kernel, dilation, bias is not None, column_order, device="meta"
+        channels,
+        features,
+        (kernel[0], kernel[1]),
+        dilation,
+        bias is not None,
+        column_order,
+        device="meta",
     )
-    layer.weight, layer.bias = shaped, bias
+    layer.weight, layer.bias = weight, bias
     return layer
-
-
-def graph_module(modules: nn.Module, graph: fx.Graph) -> fx.GraphModule:
-    """The graph as a module that owns the whole tree, also layers it does not call.
-
-    fx would drop those, and checkpoints would lose their keys.
-    """
-    network = fx.GraphModule(modules, graph, class_name="Network")
-    for name, child in modules.named_children():
-        network.add_module(name, child)
-    for name, parameter in modules.named_parameters(recurse=False):
-        network.register_parameter(name, parameter)
-    persistent = modules.state_dict().keys()
-    for name, buffer in modules.named_buffers(recurse=False):
-        network.register_buffer(name, buffer, persistent=name in persistent)
-    network.training = modules.training
-    return network
 
 
 def _needed(graph: fx.Graph) -> list[fx.Node]:
@@ -645,6 +687,8 @@ def _features_wanted(node: fx.Node, captured: Captured) -> int | None:
             module = captured.root.get_submodule(str(later.target))
             if isinstance(module, nn.Linear):
                 return module.in_features
+            if hasattr(module, "kernel_size"):  # the trunk goes on: its features are not known
+                return None
         if later.op == "call_function" and later.target is nn.functional.linear:
             weight = later.args[1] if len(later.args) > 1 else later.kwargs["weight"]
             if isinstance(weight, fx.Node) and "value" in weight.meta:

@@ -31,17 +31,26 @@ def main() -> None:
     app(prog_name="fcvgg")
 
 
-@app.callback()
-def _fcvgg(
-    version: Annotated[
-        bool, typer.Option("--version", is_eager=True, help="Print the version and exit.")
-    ] = False,
-) -> None:
-    if version:
+def _print_version(wanted: bool) -> None:
+    if wanted:
         from fcvgg import __version__
 
         say(f"fcvgg {__version__}")
         raise typer.Exit
+
+
+@app.callback()
+def _fcvgg(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version",
+            callback=_print_version,
+            is_eager=True,
+            help="Print the version and exit.",
+        ),
+    ] = False,
+) -> None: ...
 
 
 for _module in (demonstration, heatmaps, classification, layers, conversion):

@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.console import RenderableType
 from rich.table import Table
 
 from fcvgg.cli.console import exit_if_any_failed, for_each_image, say
 from fcvgg.cli.options import Arch, Images, Model, Weights, lengths, loaded
+from fcvgg.cli.reports import titled
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -58,7 +60,7 @@ def run(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Name every image's most probable classes, averaged over it."""
-    sides = lengths(scales)
+    sides = lengths(scales, "--scales")
     net = loaded(model, weights=weights, arch=arch)
 
     def classify(image: Path) -> dict[str, Any]:
@@ -68,7 +70,7 @@ def run(
             say(_table(result))
         return result
 
-    results = for_each_image(images, "images", classify)
+    results = for_each_image(images, "classifying", classify)
     if as_json:
         typer.echo(json.dumps(results, indent=2, ensure_ascii=False))
     exit_if_any_failed(images, results)
@@ -86,20 +88,14 @@ def _predictions(net: FullyConvolutional, probabilities: Tensor, top: int) -> li
     ]
 
 
-def _table(result: dict[str, Any]) -> Table:
+def _table(result: dict[str, Any]) -> RenderableType:
     from fcvgg.categories import class_name
 
-    table = Table(
-        title=result["image"],
-        title_style="bold",
-        title_justify="left",
-        box=None,
-        show_header=False,
-    )
+    table = Table(box=None, show_header=False)
     table.add_column(justify="right", style="green")
     table.add_column()
     for prediction in result["predictions"]:
         index, name = prediction["index"], prediction["category"]
         label = class_name(index, None) if name is None else f"{name} ({index})"
         table.add_row(f"{prediction['probability']:.4f}", label)
-    return table
+    return titled(result["image"], table)

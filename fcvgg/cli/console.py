@@ -43,14 +43,12 @@ def say(line: RenderableType = "") -> None:
 
 def say_wrote(path: Path) -> None:
     """Print where a result was written."""
-    say(Text("wrote ", style="green").append(str(path), style=""))
+    say(Text.assemble(("wrote ", "green"), str(path)))
 
 
 def complain(message: object) -> None:
     """Print one line on stderr, whatever the message holds."""
-    line = Text("fcvgg: error: ", style="bold red").append(
-        " ".join(str(message).split()), style="not bold default"
-    )
+    line = Text.assemble(("fcvgg: error: ", "bold red"), " ".join(str(message).split()))
     _errors().print(line, soft_wrap=True)
 
 

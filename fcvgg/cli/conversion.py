@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from fcvgg.cli.console import say, say_wrote
+from fcvgg.cli.console import folder, say, say_wrote
 from fcvgg.cli.options import Arch, OutputStride, Weights, loaded
 from fcvgg.cli.reports import equivalence_report, geometry_report
 
@@ -44,10 +44,12 @@ def run(
 ) -> None:
     """Convert a classifier, check it and save the network."""
     net = loaded(source, weights=weights, arch=arch, output_stride=output_stride)
+    folder(out.parent)
+    net.save(out)
     say(equivalence_report(net))
     say()
     say(geometry_report(net))
     say()
-    say_wrote(net.save(out))
+    say_wrote(out)
     for path in sorted(out.iterdir()):
         say(f"  {path.name}: {path.stat().st_size:,} bytes")

@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rich.console import RenderableType
 from rich.table import Table
 
 from fcvgg.cli.console import folder, say, say_wrote
 from fcvgg.cli.options import OutputFolder
-from fcvgg.cli.reports import by, equivalence_report, geometry_report
+from fcvgg.cli.reports import by, equivalence_report, geometry_report, titled
 
 if TYPE_CHECKING:
     from fcvgg.heatmap import Heatmap
@@ -54,16 +55,11 @@ def _peak(heatmap: Heatmap) -> float:
     return float(heatmap.values[heatmap.peak])
 
 
-def _table(maps: dict[int, ScoreMap], heatmaps: dict[int, Heatmap], best: int) -> Table:
+def _table(maps: dict[int, ScoreMap], heatmaps: dict[int, Heatmap], best: int) -> RenderableType:
     height, width = maps[best].image_size
-    table = Table(
-        title=f"The whole photograph of {height}x{width} pixels, one pass per scale",
-        title_style="bold",
-        title_justify="left",
-        box=None,
-    )
+    table = Table(box=None, header_style="cyan")
     for heading in ("smaller side", "cells", f"peak of {TARGET!r}", "at (y, x) of the photograph"):
-        table.add_column(heading, justify="right", header_style="cyan")
+        table.add_column(heading, justify="right")
     for scale, heatmap in heatmaps.items():
         rows, cols = maps[scale].scores.shape[1:]
         table.add_row(
@@ -73,4 +69,4 @@ def _table(maps: dict[int, ScoreMap], heatmaps: dict[int, Heatmap], best: int) -
             f"{heatmap.peak}",
             style="bold green" if scale == best else None,
         )
-    return table
+    return titled(f"The whole photograph of {height}x{width} pixels, one pass per scale", table)

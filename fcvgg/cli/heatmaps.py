@@ -94,7 +94,7 @@ def _index(net: FullyConvolutional, target: str | None) -> int | None:
     if target is None:
         return None
     named = net.categories is not None and target in net.categories
-    is_index = target.removeprefix("-").isdecimal() and not named
+    is_index = target.isdecimal() and not named
     return class_index(int(target) if is_index else target, net.categories, net.num_classes)
 
 

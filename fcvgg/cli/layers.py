@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.console import RenderableType
 from rich.table import Table
 
 from fcvgg.cli.console import say
 from fcvgg.cli.options import Arch, loaded, size
-from fcvgg.cli.reports import by, count, facts, geometry_report, short
+from fcvgg.cli.reports import by, count, facts, geometry_report, short, titled
 
 if TYPE_CHECKING:
     from fcvgg.layer_table import LayerTable
@@ -44,7 +45,7 @@ def run(
     """Show what every layer sees and costs; no weights are downloaded."""
     from fcvgg.layer_table import receptive_fields
 
-    wanted = size(input_size)
+    wanted = size(input_size, "--size")
     # a saved network is taken as it was checked; any other is built here only to be described
     options = {} if Path(model).is_dir() else {"verify": False}
     net = loaded(model, arch=arch, weights=None, **options)
@@ -67,17 +68,8 @@ def _frozen_layers(net: FullyConvolutional, table: LayerTable) -> set[str]:
     }
 
 
-def _layer_table(title: str, table: LayerTable, frozen: set[str]) -> Table:
-    shown = Table(
-        title=f"{title} at {by(table.input_size)} pixels",
-        title_style="bold",
-        title_justify="left",
-        caption="field: receptive field; jump: pixels between outputs; MACs: multiply-adds",
-        caption_justify="left",
-        box=None,
-        padding=(0, 1, 0, 0),
-        header_style="cyan",
-    )
+def _layer_table(title: str, table: LayerTable, frozen: set[str]) -> RenderableType:
+    shown = Table(box=None, padding=(0, 1, 0, 0), header_style="cyan")
     shown.add_column("layer", overflow="fold")
     shown.add_column("kind", no_wrap=True)
     for heading in ("kernel", "stride", "field", "jump", "output", "params", "train", "MACs"):
@@ -95,13 +87,17 @@ def _layer_table(title: str, table: LayerTable, frozen: set[str]) -> Table:
             ("no" if row.name in frozen else "yes") if row.parameters else "",
             count(row.multiply_adds) if row.multiply_adds else "",
         )
-    return shown
+    return titled(
+        f"{title} at {by(table.input_size)} pixels",
+        shown,
+        "field: receptive field; jump: pixels between outputs; MACs: multiply-adds",
+    )
 
 
-def _totals(table: LayerTable, frozen: set[str]) -> Table:
+def _totals(table: LayerTable, frozen: set[str]) -> RenderableType:
     trainable = sum(row.parameters for row in table if row.name not in frozen)
-    totals = facts("Totals")
+    totals = facts()
     totals.add_row("layers", f"{len(table)} with a kernel or parameters")
     totals.add_row("parameters", f"{table.parameters:,}, of which {trainable:,} trainable")
     totals.add_row("multiply-adds", f"{table.multiply_adds:,}")
-    return totals
+    return titled("Totals", totals)

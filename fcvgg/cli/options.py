@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -75,31 +77,30 @@ def loaded(model: str, **options: Any) -> FullyConvolutional:
     from fcvgg.loading import load
 
     try:
-        return load(model, **options)
+        with contextlib.redirect_stdout(sys.stderr):  # torch.hub announces downloads on stdout
+            return load(model, **options)
     except LoadError as error:
         raise LoadError(str(error).replace("arch=", "--arch")) from error
 
 
-def lengths(text: str | None) -> list[int] | None:
+def lengths(text: str | None, option: str) -> list[int] | None:
     """Positive numbers of pixels, from ``256,384,512``."""
-    return None if text is None else [_length(part) for part in text.split(",")]
+    return None if text is None else [_length(part, option) for part in text.split(",")]
 
 
-def size(text: str | None) -> tuple[int, int] | None:
+def size(text: str | None, option: str) -> tuple[int, int] | None:
     """``(h, w)`` from ``512`` or ``480x640``."""
     if text is None:
         return None
-    parts = [_length(part) for part in text.lower().split("x")]
+    parts = [_length(part, option) for part in text.lower().split("x")]
     if len(parts) > 2:
-        raise typer.BadParameter(f"{text!r} is no size; expected N or HxW such as 480x640")
+        raise typer.BadParameter(
+            f"{text!r} is no size; expected N or HxW such as 480x640", param_hint=option
+        )
     return parts[0], parts[-1]
 
 
-def _length(text: str) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        value = 0
-    if value < 1:
-        raise typer.BadParameter(f"{text!r} is no positive number of pixels")
-    return value
+def _length(text: str, option: str) -> int:
+    if not (text.strip().isdecimal() and int(text) > 0):
+        raise typer.BadParameter(f"{text!r} is no positive number of pixels", param_hint=option)
+    return int(text)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from rich.console import Group, RenderableType
 from rich.table import Table
+from rich.text import Text
 
 if TYPE_CHECKING:
     from fcvgg.network import FullyConvolutional
@@ -12,13 +14,14 @@ if TYPE_CHECKING:
 Pair = tuple[int, int]
 
 
-def equivalence_report(net: FullyConvolutional) -> Table:
+def equivalence_report(net: FullyConvolutional) -> RenderableType:
     """The check of a converted network against its source."""
     report = net.equivalence
-    table = facts(f"{net.source} as a fully convolutional network, against its source")
+    title = f"{net.source} as a fully convolutional network, against its source"
+    table = facts()
     if report is None:
         table.add_row("check", "none was made")
-        return table
+        return titled(title, table)
     table.add_row("verdict", "equivalent" if report.passed else "NOT EQUIVALENT")
     table.add_row("run at", f"{by(report.input_size)} pixels, {report.images} images of noise")
     table.add_row(
@@ -27,13 +30,13 @@ def equivalence_report(net: FullyConvolutional) -> Table:
     )
     table.add_row("top-1 agreement", f"{report.top1_agreement:.0%}")
     table.add_row("translation error", f"{report.translation_error:.1e}, input moved by one stride")
-    return table
+    return titled(title, table)
 
 
-def geometry_report(net: FullyConvolutional, size: Pair | None = None) -> Table:
+def geometry_report(net: FullyConvolutional, size: Pair | None = None) -> RenderableType:
     """Where the cells lie; for an image of `size`, how many there are."""
     geometry = net.geometry
-    table = facts("Geometry, in pixels, height first")
+    table = facts()
     table.add_row("native size", by(net.input_size))
     table.add_row("window", by(geometry.window))
     table.add_row("stride", by(geometry.stride))
@@ -46,7 +49,7 @@ def geometry_report(net: FullyConvolutional, size: Pair | None = None) -> Table:
         small = any(n < w for n, w in zip(size, geometry.window))
         padded = ", padded with zeros up to the window" if small else ""
         table.add_row(f"cells at {by(size)}", by(geometry.output_size(size)) + padded)
-    return table
+    return titled("Geometry, in pixels, height first", table)
 
 
 def by(pair: Pair) -> str:
@@ -63,20 +66,24 @@ def count(number: int) -> str:
     """A count in three digits: ``1,792``, ``36.9 K``, ``103 M``, ``1.85 G``."""
     if number < 10_000:
         return f"{number:,}"
-    value = float(number)
-    units = iter("KMGT")
-    unit = ""
-    while value >= 999.5 and (unit := next(units, "")):
-        value /= 1000
+    value, unit = float(number), ""
+    for larger in "KMGT":
+        if value < 999.5:
+            break
+        value, unit = value / 1000, larger
     digits = 2 if value < 9.995 else 1 if value < 99.95 else 0
     return f"{value:.{digits}f} {unit}"
 
 
-def facts(title: str) -> Table:
+def titled(title: str, body: RenderableType, foot: str = "") -> RenderableType:
+    """A body under a title, which is not broken to the body's width."""
+    parts = [Text(title, style="bold"), body]
+    return Group(*parts, Text(foot, style="dim")) if foot else Group(*parts)
+
+
+def facts() -> Table:
     """An empty table of names and values."""
-    table = Table(
-        title=title, title_style="bold", title_justify="left", box=None, show_header=False
-    )
+    table = Table(box=None, show_header=False)
     table.add_column(style="cyan", no_wrap=True)
     table.add_column()
     return table

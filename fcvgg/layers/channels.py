@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from fcvgg.capture import FollowsTraining
 from fcvgg.cells import Cells, Constant, with_channels
-from fcvgg.errors import UnsupportedLayerError
+from fcvgg.errors import RefusedLayerError, UnsupportedLayerError
 from fcvgg.geometry import Window
 from fcvgg.layers.elementwise import act_elementwise
 from fcvgg.layers.registry import calling, rule
@@ -26,11 +27,29 @@ def linear_module(build: Rewriter, call: Call, x: Any) -> Cells:
     layer = call.module
     assert isinstance(layer, nn.Linear)
     if nn.utils.parametrize.is_parametrized(layer):
+        weight, bias = (_parametrized(build, call, layer, name) for name in ("weight", "bias"))
+        return build.linear(call, _value(call, x), weight, bias)
+    return build.linear(call, _value(call, x), layer.weight, layer.bias)
+
+
+def _parametrized(build: Rewriter, call: Call, layer: nn.Module, name: str) -> Constant | None:
+    """A parameter that torch computes from others (weight norm), computed anew at every call."""
+    value = getattr(layer, name)
+    if value is None:
+        return None
+    if nn.utils.parametrize.is_parametrized(layer, name):
+        node = build.graph.call_module(f"{call.name}.parametrizations.{name}")
+    else:
+        node = build.graph.get_attr(f"{call.name}.{name}")
+    return Constant(node, value.detach())
+
+
+def _check_plain(call: Call) -> None:
+    if nn.utils.parametrize.is_parametrized(call.module):  # type: ignore[arg-type]
         raise UnsupportedLayerError(
             f"{call} has a parametrized weight; call torch.nn.utils.parametrize."
             "remove_parametrizations on it first"
         )
-    return build.linear(call, _value(call, x), layer.weight, layer.bias)
 
 
 @rule(*calling("linear"))
@@ -50,14 +69,23 @@ def _value(call: Call, x: Any) -> Cells:
     )
 
 
+_BATCH_STATISTICS = (
+    "it normalises by the statistics of the batch in evaluation mode too, which mix all positions "
+    "and images; expected running statistics"
+)
+
+
 @rule(nn.BatchNorm1d, nn.BatchNorm2d)
 def batch_norm_module(build: Rewriter, call: Call, x: Any) -> Cells:
     norm = call.module
     assert isinstance(norm, (nn.BatchNorm1d, nn.BatchNorm2d))
+    if norm.running_mean is None:
+        raise RefusedLayerError(f"{call} is refused: {_BATCH_STATISTICS}")
     x = build.features(call, x, 0)
     if isinstance(norm, nn.BatchNorm2d):
         node = build.emit(call, (x,), {})
     else:
+        _check_plain(call)
         node = build.emit_module(call, _batch_norm2d(norm), x, "2d")
     result = replace(x, node=node, activation="logits")
     build.record(call, call.kind, (Window(), Window()), result)
@@ -80,10 +108,28 @@ def _batch_norm2d(norm: nn.BatchNorm1d) -> nn.BatchNorm2d:
     return twin
 
 
-@rule(*calling("batch_norm"))
-def batch_norm(build: Rewriter, call: Call, input: Any, *args: Any, **kwargs: Any) -> Cells:
+@rule(F.batch_norm)
+def batch_norm(
+    build: Rewriter,
+    call: Call,
+    input: Any,
+    running_mean: Constant | None,
+    running_var: Constant | None,
+    weight: Constant | None = None,
+    bias: Constant | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Cells:
+    if training or running_mean is None:
+        raise RefusedLayerError(f"{call} is refused: {_BATCH_STATISTICS}")
+    if isinstance(build.owner_of(call), nn.modules.batchnorm._BatchNorm):
+        # torch's own forward, in a subclass, computes the mode that it passes from self.training
+        training = FollowsTraining(False)
     x = build.features(call, input, 0)
-    node = build.emit(call, (x, *args), kwargs)
+    node = build.emit(
+        call, (x, running_mean, running_var, weight, bias, training, momentum, eps), {}
+    )
     result = replace(x, node=node, activation="logits")
     build.record(call, "BatchNorm2d", (Window(), Window()), result)
     return result
@@ -107,6 +153,7 @@ def prelu(build: Rewriter, call: Call, input: Any, weight: Constant) -> Cells:
 def layer_norm_module(build: Rewriter, call: Call, x: Any) -> Cells:
     norm = call.module
     assert isinstance(norm, nn.LayerNorm)
+    _check_plain(call)
     x = _last_axis(build, call, x, norm.normalized_shape)
     twin = ChannelLayerNorm(
         list(norm.normalized_shape), norm.eps, norm.elementwise_affine, device="meta"

@@ -7,11 +7,12 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import fx, nn
 from torchvision.ops import StochasticDepth, stochastic_depth
 
 from fcvgg.cells import Cells, Constant, channels_along
-from fcvgg.errors import UnsupportedLayerError
+from fcvgg.errors import RefusedLayerError, UnsupportedLayerError
 from fcvgg.geometry import Window
 from fcvgg.layers.registry import RULES, calling, rule
 from fcvgg.rewriting import Call, Rewriter
@@ -59,7 +60,7 @@ def _on_one_grid(build: Rewriter, call: Call, operands: Sequence[Cells]) -> Sequ
     extents = {cells.extent[1:] for cells in operands}
     if len(extents) > 1:
         if (1, 1) in extents:
-            raise UnsupportedLayerError(
+            raise RefusedLayerError(
                 f"{call} combines a map with a value pooled over all its positions "
                 "(squeeze-and-excitation or global attention); every cell would depend on the "
                 "whole image"
@@ -107,20 +108,55 @@ pointwise(
     *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish),
     *(nn.Hardswish, nn.Hardsigmoid, nn.Hardtanh, nn.Tanh, nn.Softplus, nn.Softsign, nn.LogSigmoid),
     *(nn.RReLU, nn.Softshrink, nn.Hardshrink, nn.Tanhshrink, nn.Threshold),
-    *(nn.Dropout, nn.AlphaDropout, nn.Dropout2d, nn.FeatureAlphaDropout),
     *calling("relu", "relu_", "relu6", "leaky_relu", "leaky_relu_", "elu", "elu_", "selu"),
     *calling("celu", "gelu", "silu", "mish", "hardswish", "hardsigmoid", "hardtanh", "tanh"),
     *calling("tanh_", "softplus", "softsign", "logsigmoid", "threshold", "rrelu"),
-    *calling("alpha_dropout", "dropout2d"),
     *calling("add", "add_", "sub", "sub_", "mul", "mul_", "div", "div_", "truediv", "neg", "pos"),
-    *calling("iadd", "isub", "imul", "itruediv", "pow", "square", "sqrt", "rsqrt", "exp", "log"),
+    *calling("iadd", "isub", "imul", "itruediv", "pow", "square", "sqrt", "rsqrt"),
     *calling("log1p", "abs", "clamp", "clamp_", "clip", "maximum", "minimum", "erf", "sign"),
     *(StochasticDepth, stochastic_depth),
-    *("float", "half", "double", "bfloat16", "to", "type", "type_as"),
 )
 
 
-@rule(*calling("dropout"))
+@rule(
+    *(nn.Dropout, nn.AlphaDropout, nn.Dropout2d, nn.FeatureAlphaDropout),
+    *("float", "half", "double", "bfloat16", "to", "type", "type_as"),
+    *calling("clone"),  # emitted, since a layer that works in place may follow
+)
+def keep(build: Rewriter, call: Call, x: Any, *rest: Any, **names: Any) -> Any:
+    """Layers after which the scores are still what they were."""
+    result = act_elementwise(build, call, x, *rest, **names)
+    return replace(result, activation=x.activation) if isinstance(x, Cells) else result
+
+
+@rule(*calling("exp"))
+def exp(build: Rewriter, call: Call, x: Any) -> Any:
+    return _turned(act_elementwise(build, call, x), x, "log_probabilities", "probabilities")
+
+
+@rule(*calling("log"))
+def log(build: Rewriter, call: Call, x: Any) -> Any:
+    return _turned(act_elementwise(build, call, x), x, "probabilities", "log_probabilities")
+
+
+def _turned(result: Any, x: Any, before: str, after: str) -> Any:
+    turned = isinstance(x, Cells) and x.activation == before
+    return replace(result, activation=after) if turned else result
+
+
+@rule(F.alpha_dropout, F.feature_alpha_dropout)
+def alpha_dropout(
+    build: Rewriter,
+    call: Call,
+    x: Any,
+    p: float = 0.5,
+    training: Any = False,
+    inplace: bool = False,
+) -> Any:
+    return dropout(build, call, x, p, training, inplace)
+
+
+@rule(F.dropout, F.dropout2d)
 def dropout(
     build: Rewriter, call: Call, x: Any, p: float = 0.5, training: Any = True, inplace: bool = False
 ) -> Any:
@@ -129,7 +165,7 @@ def dropout(
             f"{call} drops at random in evaluation mode too (training=True); "
             "pass training=self.training"
         )
-    return act_elementwise(build, call, x, p, training, inplace)
+    return keep(build, call, x, p, training, inplace)
 
 
 @rule(nn.Sigmoid, *calling("sigmoid", "sigmoid_"))

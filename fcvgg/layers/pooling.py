@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from fcvgg.cells import Cells, channels_pooled, with_channels
+from fcvgg.cells import Cells, in_order, pooled_layout, with_channels
 from fcvgg.errors import UnsupportedLayerError
-from fcvgg.geometry import Window
 from fcvgg.layers.registry import calling, rule
 from fcvgg.modules import BinnedPool2d, DilatedAvgPool2d
 from fcvgg.rewriting import Call, Rewriter
@@ -25,21 +24,19 @@ def pool_window(
     kind: str,
     bins: Pair,
     divisor: int | None = None,
+    wants: Pair | None = None,
 ) -> Cells:
-    """Adaptive pooling of the native window, applied to every window with stride 1."""
+    """Adaptive pooling of the native window, applied to every window with stride 1.
+
+    `wants` is the size that the pool asks its features to have, None where any will do.
+    """
     extent = x.extent[1:]
-    build.begin_head(x, None if bins == (1, 1) else bins, call)
+    build.begin_head(x, wants, call)
     if extent == bins:
         return x
     divides = all(n % o == 0 for n, o in zip(extent, bins))
     covers = extent if not divides else (extent[0] // bins[0], extent[1] // bins[1])
-    if bins == (1, 1) or not divides:
-        x, windows = build.head_window(call, x, covers)
-    else:
-        windows = (
-            Window(covers[0], dilation=x.dilation[0]),
-            Window(covers[1], dilation=x.dilation[1]),
-        )
+    x, windows = build.head_window(call, x, covers)
     step = build.add_step(windows, (x.step,), call)
     settings: dict[str, Any] = {"stride": (1, 1), "padding": (0, 0)}
     pool: nn.Module
@@ -64,7 +61,7 @@ def pool_window(
     else:
         channels = x.extent[0] * bins[0] * bins[1]
         layout = torch.arange(channels).reshape(x.extent[0], *bins)
-        result = Cells(node, step, (channels, 1, 1), layout, x.dilation)
+        result = Cells(node, step, (channels, 1, 1), layout, x.dilation, margin=x.margin)
     build.record(call, type(pool).__name__, windows, result)
     return result
 
@@ -91,8 +88,7 @@ def adaptive_max_pool2d_module(build: Rewriter, call: Call, x: Any) -> Cells:
 
 @rule(*calling("adaptive_avg_pool2d"))
 def adaptive_avg_pool2d(build: Rewriter, call: Call, input: Any, output_size: Any) -> Cells:
-    x = build.as_map(input, call)
-    return pool_window(build, call, x, "avg", _bins(x, output_size))
+    return _adaptive(build, call, input, "avg", output_size)
 
 
 @rule(*calling("adaptive_max_pool2d"))
@@ -101,23 +97,25 @@ def adaptive_max_pool2d(
 ) -> Cells:
     if return_indices:
         raise UnsupportedLayerError(f"{call} returns indices, which depend on the map's size")
+    return _adaptive(build, call, input, "max", output_size)
+
+
+def _adaptive(build: Rewriter, call: Call, input: Any, kind: str, output_size: Any) -> Cells:
     x = build.as_map(input, call)
-    return pool_window(build, call, x, "max", _bins(x, output_size))
-
-
-def _bins(x: Cells, output_size: Any) -> Pair:
-    wanted = (
-        (output_size,) * 2 if output_size is None or isinstance(output_size, int) else output_size
-    )
+    single = output_size is None or isinstance(output_size, int)
+    wanted = (output_size,) * 2 if single else tuple(output_size)
     height, width = (n if o is None else o for n, o in zip(x.extent[1:], wanted))
-    return height, width
+    any_size = None in wanted or wanted == (1, 1)
+    wants = None if any_size else (height, width)
+    return pool_window(build, call, x, kind, (height, width), wants=wants)
 
 
 @rule(*calling("mean", "sum", "amax"))
 def reduce_positions(
     build: Rewriter, call: Call, input: Any, dim: Any = None, keepdim: bool = False, **names: Any
 ) -> Any:
-    """A mean, sum or maximum over all positions of each channel, whatever their order."""
+    """A mean, sum or maximum over the rows and columns of each channel, whatever their order."""
+    dim = names.get("axis", dim)
     if not isinstance(input, Cells):
         raise UnsupportedLayerError(f"{call} reduces something that is no value of the image")
     name = call.kind.removeprefix("Tensor.")
@@ -126,18 +124,16 @@ def reduce_positions(
     axes = tuple(sorted(d % ndim - 1 for d in dims))
     if -1 in axes:
         raise UnsupportedLayerError(f"{call} reduces over the images of the batch")
-    if input.positions == 1 and all(input.layout.shape[a] == 1 for a in axes):
-        pooled = input
-    elif channels_pooled(input, axes):
-        whole = replace(input, layout=torch.arange(input.elements).reshape(input.extent))
-        kind = "max" if name == "amax" else "avg"
-        pooled = pool_window(build, call, whole, kind, (1, 1), 1 if name == "sum" else None)
-    else:
+    left = pooled_layout(input, axes)
+    if left is None:
         raise UnsupportedLayerError(
-            f"{call} reduces over {dim}, which is not all positions of each channel; "
+            f"{call} reduces over {dim}, which is not all rows or columns of each channel; "
             "only global pooling is supported"
         )
-    shape = [n for i, n in enumerate(input.layout.shape) if i not in axes]
-    if keepdim:
-        shape = [1 if i in axes else n for i, n in enumerate(input.layout.shape)]
-    return replace(pooled, layout=torch.arange(pooled.elements).reshape(shape))
+    bins, layout = left
+    whole = replace(input, layout=in_order(input.extent))
+    kind = "max" if name == "amax" else "avg"
+    pooled = pool_window(build, call, whole, kind, bins, 1 if name == "sum" else None)
+    for axis in axes if keepdim else ():
+        layout = layout.unsqueeze(axis)
+    return replace(pooled, layout=layout)

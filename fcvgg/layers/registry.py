@@ -78,9 +78,28 @@ def is_leaf(module: nn.Module) -> bool:
 
 
 def _class_of(module: nn.Module) -> type:
-    """The module's class; the one below it for torch's parametrized layers (weight norm)."""
+    """The class whose rule holds: the module's, or the one that it inherits all of its work from.
+
+    Torch's parametrized layers (weight norm) are subclasses that add properties.
+    """
     cls = type(module)
-    return cls.__bases__[0] if nn.utils.parametrize.is_parametrized(module) else cls
+    if nn.utils.parametrize.is_parametrized(module):
+        cls = cls.__bases__[0]
+    for base in cls.__mro__:
+        if base in RULES:
+            return base
+        if set(vars(base)) - _HARMLESS:
+            return cls
+    return cls
+
+
+_HARMLESS = {
+    *("__init__", "__repr__", "__doc__", "__module__", "__annotations__", "__constants__"),
+    *("__static_attributes__", "__firstlineno__", "__dict__", "__weakref__", "__parameters__"),
+    *("__slotnames__", "extra_repr", "reset_parameters", "__annotate__", "__annotations_cache__"),
+    *("__annotate_func__", "__orig_bases__", "__qualname__"),
+}
+"""What a subclass may define and still compute as the class that it derives from."""
 
 
 def _is_a(module: nn.Module | None, cls: Any) -> bool:

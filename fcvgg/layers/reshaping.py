@@ -55,5 +55,5 @@ moves(
     *calling("flatten", "unflatten", "view", "reshape", "permute", "transpose", "movedim"),
     *calling("swapaxes", "swapdims", "squeeze", "squeeze_", "unsqueeze", "unsqueeze_", "chunk"),
     *calling("split", "narrow", "select", "unbind", "flip", "channel_shuffle"),
-    *calling("contiguous", "clone", "detach", "channels_last", "ravel", "moveaxis", "tensor_split"),
+    *calling("contiguous", "detach", "channels_last", "ravel", "moveaxis", "tensor_split"),
 )

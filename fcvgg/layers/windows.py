@@ -59,6 +59,14 @@ def _padded_apart(build: Rewriter, x: fx.Node, windows: Windows, value: float) -
     return build.graph.call_function(F.pad, (x, pads, "constant", value)) if any(pads) else x
 
 
+def _padded_alike(build: Rewriter, x: Cells, windows: Windows) -> tuple[Cells, Windows]:
+    """The map padded with zeros first, where the window pads its two ends differently."""
+    if all(w.before == w.after for w in windows):
+        return x, windows
+    height, width = (replace(w, before=0, after=0) for w in windows)
+    return replace(x, node=_padded_apart(build, x.node, windows, 0.0)), (height, width)
+
+
 @rule(nn.Conv2d)
 def conv2d_module(build: Rewriter, call: Call, x: Any) -> Cells:
     conv = call.module
@@ -73,28 +81,22 @@ def conv2d_module(build: Rewriter, call: Call, x: Any) -> Cells:
     def emit(dense: Windows, changed: bool) -> fx.Node:
         if not changed:
             return build.emit(call, (x,), {})
-        if conv.padding_mode != "zeros" or dense[0].before != dense[0].after:
+        if conv.padding_mode != "zeros" and any(w.before or w.after for w in dense):
             raise UnsupportedLayerError(
                 f"{call} pads by {conv.padding_mode!r}, which has no dilated form; "
                 "convert without output_stride"
             )
-        return build.emit_module(call, _dilated_conv(conv, dense), x, dense)
+        padded, dense = _padded_alike(build, x, dense)
+        return build.emit_module(call, _dilated_conv(conv, dense), padded, dense)
 
     products = conv.weight.numel()
     return build.window(call, x, windows, emit, products)
 
 
 def _dilated_conv(conv: nn.Conv2d, windows: Windows) -> nn.Conv2d:
-    dilated = nn.Conv2d(
-        conv.in_channels,
-        conv.out_channels,
-        _pair(conv.kernel_size),
-        groups=conv.groups,
-        bias=conv.bias is not None,
-        device="meta",
-        **_settings(windows),
-    )
-    dilated.weight, dilated.bias = conv.weight, conv.bias
+    """The same layer, parameters and all (also parametrized ones), with other settings."""
+    dilated = type(conv).__new__(type(conv))
+    vars(dilated).update({**vars(conv), **_settings(windows), "padding_mode": "zeros"})
     return dilated
 
 
@@ -118,16 +120,20 @@ def conv2d(
     windows = _windows(weight.value.shape[2:], stride, padding, dilation)
 
     def emit(dense: Windows, changed: bool) -> fx.Node:
+        padded, dense = _padded_alike(build, x, dense)
         settings = _settings(dense)
-        if dense[0].before != dense[0].after or dense[1].before != dense[1].after:
-            padded = _padded_apart(build, x.node, dense, 0.0)
-            settings["padding"] = (0, 0)
-            return build.emit_function(
-                call, F.conv2d, replace(x, node=padded), weight, bias, groups=groups, **settings
-            )
-        return build.emit_function(call, F.conv2d, x, weight, bias, groups=groups, **settings)
+        return build.emit_function(call, F.conv2d, padded, weight, bias, groups=groups, **settings)
 
     return build.window(call, x, windows, emit, weight.value.numel(), "Conv2d")
+
+
+def _is_global(x: Cells, kernel: Pair, padding: Any) -> bool:
+    """Whether a pool is a global one with its size written out: ``F.avg_pool2d(x, x.size()[2:])``.
+
+    It covers the features at the native size and is wider than the pools inside a trunk, whose
+    stride counts: a VGG's last 2x2 pool has 2x2 features at 32 pixels.
+    """
+    return kernel == x.extent[1:] and _pair(padding) == (0, 0) and min(kernel) > 3
 
 
 @rule(nn.MaxPool2d)
@@ -156,6 +162,8 @@ def max_pool2d(
         raise UnsupportedLayerError(f"{call} returns indices, which depend on the map's size")
     x = build.as_map(input, call)
     kernel = _pair(kernel_size)
+    if _is_global(x, kernel, padding) and _pair(dilation) == (1, 1):
+        return pool_window(build, call, x, "max", (1, 1))
     windows = _windows(kernel, stride, padding, dilation, ceil_mode)
 
     def emit(dense: Windows, changed: bool) -> fx.Node:
@@ -195,7 +203,7 @@ def avg_pool2d(
 ) -> Cells:
     x = build.as_map(input, call)
     kernel = _pair(kernel_size)
-    if kernel == x.extent[1:] and _pair(padding) == (0, 0) and kernel != (1, 1):
+    if _is_global(x, kernel, padding):
         return pool_window(build, call, x, "avg", (1, 1), divisor_override)
     windows = _windows(kernel, stride, padding, 1, ceil_mode)
 

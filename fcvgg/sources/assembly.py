@@ -70,6 +70,7 @@ class Assembled(nn.Module):
         target: str | Callable[..., Any],
         inputs: Iterable[str],
         outputs: str | Iterable[str],
+        /,
         **settings: Any,
     ) -> None:
         outputs = (outputs,) if isinstance(outputs, str) else tuple(outputs)

@@ -129,7 +129,7 @@ class Graph:
     def _enter(self) -> None:
         """The image as the file wants it: channels last where its input has them there."""
         if self.channels_last:
-            self.model.add_step(Tensor.permute, ("images",), self.image, dims=(0, 2, 3, 1))
+            self.model.add_step(torch.permute, ("images",), self.image, dims=(0, 2, 3, 1))
         else:
             self.model.image = self.image
         self._traced.add(self.image)
@@ -298,7 +298,7 @@ class Graph:
         name = self.model.add_layer(weight.removesuffix(".weight") if named else node.name, layer)
         self.model.add_step(name, (source or node.inputs[0],), node.outputs[0])
 
-    def step(self, node: Node, function: Any, *inputs: str, **settings: Any) -> None:
+    def step(self, node: Node, function: Any, /, *inputs: str, **settings: Any) -> None:
         self.model.add_step(function, inputs or (node.inputs[0],), node.outputs[0], **settings)
 
     def rank(self, name: str) -> int:
@@ -491,4 +491,11 @@ def evaluated(*values: Any, node: bytes, opset: int, names: Iterable[str]) -> An
 def _evaluator(node: bytes, opset: int) -> Any:
     onnx = imported("onnx", EXTRA)
     reference = imported("onnx.reference", EXTRA)
-    return reference.ReferenceEvaluator(onnx.NodeProto.FromString(node), opsets={"": opset})
+    proto = onnx.NodeProto.FromString(node)
+
+    def untyped(names: Iterable[str]) -> list[Any]:
+        return [onnx.ValueInfoProto(name=name) for name in dict.fromkeys(names) if name]
+
+    graph = onnx.helper.make_graph([proto], "node", untyped(proto.input), untyped(proto.output))
+    opsets = [onnx.helper.make_opsetid("", opset)]
+    return reference.ReferenceEvaluator(onnx.helper.make_model(graph, opset_imports=opsets))

@@ -293,7 +293,7 @@ def transpose(graph: Graph, node: Node) -> None:
     order = node.get("perm")
     if order is None:
         graph.refuse(node, "reverses all dimensions, images included")
-    graph.step(node, Tensor.permute, dims=tuple(order))
+    graph.step(node, torch.permute, dims=tuple(order))
 
 
 @reads("Squeeze")
@@ -301,7 +301,7 @@ def squeeze(graph: Graph, node: Node) -> None:
     axes = graph.numbers(node, 1, "axes")
     if axes is None:
         graph.refuse(node, "drops whatever has size one, perhaps the images")
-    graph.step(node, Tensor.squeeze, dim=axes)
+    graph.step(node, torch.squeeze, dim=axes)
 
 
 @reads("Unsqueeze")

@@ -1,0 +1,572 @@
+"""The command line, run in this process on tiny images, as a user would see it."""
+
+import io
+import json
+import re
+import subprocess
+import sys
+import urllib.error
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from rich.console import Console
+from typer.testing import CliRunner
+
+import fcvgg
+from fcvgg.cli import app, console
+from fcvgg.cli.reports import count
+from fcvgg.demo import SCALES, demo_model, demo_photograph
+
+COMMANDS = ("demo", "heatmap", "classify", "info", "convert")
+
+
+@dataclass
+class Ran:
+    status: int
+    out: str
+    err: str
+
+
+def run(*args, columns=200):
+    environment = {"NO_COLOR": "1", "TERM": "dumb", "COLUMNS": str(columns)}
+    result = CliRunner(env=environment).invoke(app, [str(a) for a in args], prog_name="fcvgg")
+    if result.exception and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return Ran(result.exit_code, result.stdout, result.stderr)
+
+
+def fails(*args):
+    """The one line that a failing run prints on stderr."""
+    ran = run(*args)
+    assert ran.status == 2
+    lines = ran.err.splitlines()
+    assert len(lines) == 1, ran.err
+    assert lines[0].startswith("fcvgg: error: ")
+    return lines[0].removeprefix("fcvgg: error: ")
+
+
+def usage_error(*args):
+    ran = run(*args)
+    assert ran.status == 2
+    assert "Traceback" not in ran.err
+    return ran.err
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """An empty current folder."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def images(folder):
+    """Two small photographs, 40x48 and 64x36."""
+    photograph = demo_photograph()
+    photograph.resize((48, 40)).save(folder / "one.png")
+    photograph.resize((36, 64)).save(folder / "two.jpg")
+    return folder / "one.png", folder / "two.jpg"
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    """A torchvision that can download nothing and has nothing in its cache."""
+
+    def refuse(*args, **kwargs):
+        raise urllib.error.URLError("no network")
+
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", refuse)
+
+
+# -- help -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_has_a_one_line_summary_and_examples_in_80_columns(command):
+    ran = run(command, "--help", columns=80)
+    assert ran.status == 0
+    lines = [line.strip() for line in ran.out.splitlines() if line.strip()]
+    assert lines[0].startswith(f"Usage: fcvgg {command}")
+    assert lines[1].endswith(".")
+    assert "Options" in lines[2] or "Arguments" in lines[2]
+    assert "Examples" in lines
+    assert f"$ fcvgg {command}" in ran.out
+    assert max(map(len, ran.out.splitlines())) <= 80
+
+
+def test_help_lists_every_command_with_its_summary_on_one_line():
+    ran = run("--help", columns=80)
+    for command in COMMANDS:
+        assert re.search(rf"│ {command} .*\. +│", ran.out), command
+
+
+def test_no_command_shows_the_help():
+    assert "Commands" in run().out
+
+
+def test_version():
+    assert run("--version").out == f"fcvgg {fcvgg.__version__}\n"
+
+
+def test_the_module_runs_as_a_program():
+    ran = subprocess.run(
+        [sys.executable, "-m", "fcvgg", "--version"], capture_output=True, text=True, check=True
+    )
+    assert ran.stdout == f"fcvgg {fcvgg.__version__}\n"
+
+
+def test_an_unknown_command_is_a_usage_error():
+    assert "No such command 'paint'" in usage_error("paint")
+
+
+# -- demo -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    output = tmp_path_factory.mktemp("demo") / "made"
+    return run("demo", "--output", output, columns=80), output
+
+
+def test_demo_reports_the_check_and_the_geometry(demo):
+    ran, _ = demo
+    net = fcvgg.load("demo")
+    assert ran.status == 0
+    assert ran.err == ""
+    assert re.search(r"verdict +equivalent", ran.out)
+    assert re.search(r"stride +8x8", ran.out)
+    assert f"cell 0 from pixel {net.geometry.offset}" in ran.out
+    assert max(map(len, ran.out.splitlines()[:-2])) <= 80
+
+
+def test_demo_reports_the_peak_of_every_scale_and_the_best(demo):
+    ran, _ = demo
+    rows = re.findall(r"^ +(\d+) +\d+x\d+ +([\d.]+) +\((\d+), (\d+)\)", ran.out, re.MULTILINE)
+    assert [int(row[0]) for row in rows] == list(SCALES)
+    best = max(rows, key=lambda row: float(row[1]))
+    assert f"({best[2]}, {best[3]}), with probability {best[1]} at scale {best[0]}" in ran.out
+
+
+def test_demo_points_at_the_face(demo):
+    ran, _ = demo
+    y, x = map(int, re.search(r"pixel \(y, x\) = \((\d+), (\d+)\)", ran.out).groups())
+    assert 70 <= y <= 190
+    assert 170 <= x <= 275
+
+
+def test_demo_writes_the_overlay_and_the_figure_and_says_where(demo):
+    ran, output = demo
+    for name in ("fcvgg-demo-overlay.png", "fcvgg-demo.png"):
+        assert f"wrote {output / name}" in ran.out
+    with Image.open(output / "fcvgg-demo-overlay.png") as overlay:
+        assert overlay.size == demo_photograph().size
+    with Image.open(output / "fcvgg-demo.png") as figure:
+        assert figure.width > 2.5 * figure.height
+    assert len(list(output.iterdir())) == 2
+
+
+def test_demo_refuses_a_file_as_folder(images):
+    assert "is a file" in usage_error("demo", "--output", images[0])
+
+
+def test_a_folder_that_cannot_be_made(images):
+    message = fails("demo", "--output", images[0] / "inside")
+    assert message.startswith(f"cannot make the folder {images[0] / 'inside'}: ")
+
+
+# -- heatmap --------------------------------------------------------------------------------------
+
+
+def test_heatmap_prints_class_probability_and_peak_and_writes_an_overlay(images, folder):
+    ran = run("heatmap", "one.png", "--model", "demo", "--target", "face", "--output", "new/maps")
+    net = fcvgg.load("demo")
+    score_map = net.score_map("one.png")
+    heatmap = score_map.heatmap("face")
+    y, x = heatmap.peak
+    assert ran == Ran(
+        0,
+        f"one.png: face (1), probability {score_map.predict()[1]:.3f}, "
+        f"peak {heatmap.values[y, x]:.3f} at (y, x) = ({y}, {x})\n"
+        "wrote new/maps/one-heatmap.png\n",
+        "",
+    )
+    with Image.open(folder / "new/maps/one-heatmap.png") as overlay:
+        assert np.array_equal(np.asarray(overlay), np.asarray(heatmap.overlay()))
+
+
+def test_heatmap_shows_the_top_class_by_default(images):
+    net = fcvgg.load("demo")
+    name = net.score_map("one.png").top(1)[0][0]
+    assert run("heatmap", "one.png", "--model", "demo").out.startswith(f"one.png: {name} (")
+
+
+@pytest.mark.parametrize("target", ["face", "FACE", "fac", "1"])
+def test_heatmap_takes_a_class_by_name_part_or_index(images, target):
+    assert "face (1)" in run("heatmap", "one.png", "-m", "demo", "--target", target).out
+
+
+def test_heatmap_at_another_scale_refers_to_the_image_as_it_is(images, folder):
+    demo_photograph().save("whole.png")
+    ran = run("heatmap", "whole.png", "-m", "demo", "-t", "face", "--scale", 128)
+    y, x = map(int, re.search(r"= \((\d+), (\d+)\)", ran.out).groups())
+    assert 70 <= y <= 190
+    assert 170 <= x <= 275
+    with Image.open("whole-heatmap.png") as overlay:
+        assert overlay.size == (512, 512)
+
+
+def test_heatmap_with_a_finer_stride(images):
+    fine = run("heatmap", "one.png", "-m", "demo", "-t", "1", "--output-stride", 2).out
+    assert fine != run("heatmap", "one.png", "-m", "demo", "-t", "1").out
+
+
+def test_heatmap_reports_bad_images_and_goes_on(images, folder):
+    (folder / "text.jpg").write_text("no image")
+    ran = run("heatmap", "text.jpg", "one.png", "absent.png", "two.jpg", "-m", "demo")
+    assert ran.status == 2
+    assert ran.err.splitlines() == [
+        "fcvgg: error: text.jpg is no image that Pillow can read; expected PNG, JPEG or the like",
+        "fcvgg: error: there is no image file absent.png",
+        "fcvgg: error: 2 of 4 images could not be used",
+    ]
+    assert (folder / "one-heatmap.png").exists()
+    assert (folder / "two-heatmap.png").exists()
+
+
+def test_heatmap_of_one_bad_image_prints_one_line(folder):
+    assert fails("heatmap", "absent.png", "-m", "demo") == "there is no image file absent.png"
+
+
+def test_heatmap_replaces_its_own_output(images, folder):
+    for _ in range(2):
+        assert run("heatmap", "one.png", "-m", "demo").status == 0
+    assert len(list(folder.iterdir())) == 3
+
+
+def test_heatmap_never_overwrites_an_input(images, folder):
+    taken = folder / "one-heatmap.png"
+    taken.write_bytes((folder / "two.jpg").read_bytes())
+    before = taken.read_bytes()
+    ran = run("heatmap", "one.png", "one-heatmap.png", "-m", "demo")
+    assert ran.status == 2
+    assert (
+        "the heatmap of one.png would overwrite the input one-heatmap.png; choose another --output"
+    ) in ran.err
+    assert taken.read_bytes() == before
+
+
+def test_heatmap_never_writes_two_images_to_one_name(images, folder):
+    (folder / "other").mkdir()
+    (folder / "other/one.png").write_bytes((folder / "one.png").read_bytes())
+    ran = run("heatmap", "one.png", "other/one.png", "-m", "demo")
+    assert ran.status == 2
+    assert "other/one.png and one.png would both be written to one-heatmap.png" in ran.err
+    assert "wrote one-heatmap.png" in ran.out
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ("dog", "there is no category 'dog'; there are 2: 'background' (0), 'face' (1)"),
+        ("7", "class 7 is out of range; the network has classes 0 to 1"),
+        ("a", "category 'a' is ambiguous: 'background' (0), 'face' (1)"),
+    ],
+)
+def test_a_wrong_class_is_reported_once(images, target, message):
+    assert fails("heatmap", *images, "-m", "demo", "-t", target).startswith(message)
+
+
+def test_missing_preprocessing_is_reported_once(images, folder):
+    fcvgg.convert(demo_model(), input_size=32).save(folder / "bare")
+    message = fails("heatmap", *images, "-m", folder / "bare", "-t", "1")
+    assert message.startswith("the network's preprocessing is unknown")
+
+
+def test_heatmap_needs_an_image():
+    assert "Missing argument 'IMAGE'" in usage_error("heatmap")
+
+
+def test_names_with_brackets_and_colons_are_printed_as_they_are(images, folder):
+    (folder / "one.png").rename(folder / "[bold]:dog:.png")
+    out = run("heatmap", "[bold]:dog:.png", "-m", "demo").out
+    assert out.startswith("[bold]:dog:.png: ")
+    assert "wrote [bold]:dog:-heatmap.png" in out
+
+
+def test_an_image_too_large_for_memory_says_so(images, monkeypatch):
+    def exhaust(*args):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(fcvgg.FullyConvolutional, "score_map", exhaust)
+    assert fails("heatmap", "one.png", "-m", "demo") == (
+        "one.png does not fit into memory at this size; choose a smaller scale"
+    )
+
+
+# -- models ---------------------------------------------------------------------------------------
+
+
+def test_weights_that_cannot_be_downloaded_say_what_to_pass(images, no_network):
+    ran = run("heatmap", "one.png", "--model", "mobilenet_v2")
+    assert ran.status == 2
+    line = ran.err.splitlines()[-1]
+    assert line.startswith("fcvgg: error: the weights MobileNet_V2_Weights.IMAGENET1K_V2 could not")
+    assert "no network" in line
+    assert re.search(r"download https://\S+\.pth elsewhere and pass .*--weights PATH", line)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("-m", "vgg17"), "there is no model 'vgg17'; expected 'demo', a torchvision name (near:"),
+        (("-m", "my.pth"), "there is no checkpoint my.pth"),
+        (("-m", "my.pth", "--arch", "vgg16"), "there is no checkpoint my.pth"),
+        (("-w", "my.pth"), "there is no checkpoint my.pth"),
+        (("-w", "LATEST"), "vgg16 has no weights 'LATEST'; expected IMAGENET1K_V1"),
+        (("-m", "demo", "--output-stride", "3"), "output_stride=3 cannot be reached"),
+    ],
+)
+def test_a_model_that_cannot_be_loaded(images, options, message):
+    assert fails("heatmap", "one.png", *options).startswith(message)
+
+
+def test_a_checkpoint_without_its_architecture_asks_for_the_option(images, folder):
+    torch.save({"weight": torch.zeros(3)}, "own.pt")
+    assert "pass --arch" in fails("heatmap", "one.png", "-m", "own.pt")
+
+
+def test_a_checkpoint_with_its_architecture(images, folder):
+    import torchvision
+
+    model = torchvision.models.squeezenet1_1(num_classes=3)
+    torch.save(model.state_dict(), "own.pt")
+    for options in (("-m", "own.pt", "--arch", "squeezenet1_1"), ("-m", "squeezenet1_1", "-w")):
+        arguments = (*options, "own.pt") if options[-1] == "-w" else options
+        ran = run("classify", "one.png", *arguments, "--json")
+        assert ran.status == 0, ran.err
+        predictions = json.loads(ran.out)[0]["predictions"]
+        assert sorted(p["index"] for p in predictions) == [0, 1, 2]
+        assert {p["category"] for p in predictions} == {None}
+
+
+# -- classify -------------------------------------------------------------------------------------
+
+
+def test_classify_as_json_is_what_the_library_says(images):
+    options = ("--scales", "40,64", "--flip", "--average", "probabilities")
+    ran = run("classify", *images, "-m", "demo", *options, "--json")
+    assert (ran.status, ran.err) == (0, "")
+    net = fcvgg.load("demo")
+    expected = net.classify(
+        list(images), scales=[40, 64], flip=True, average="probabilities"
+    ).tolist()
+    results = json.loads(ran.out)
+    assert [r["image"] for r in results] == [str(i) for i in images]
+    for result, row in zip(results, expected, strict=True):
+        assert {p["index"]: p["probability"] for p in result["predictions"]} == dict(enumerate(row))
+        assert [p["category"] for p in result["predictions"]] == [
+            net.categories[p["index"]] for p in result["predictions"]
+        ]
+        probabilities = [p["probability"] for p in result["predictions"]]
+        assert probabilities == sorted(probabilities, reverse=True)
+
+
+def test_classify_prints_the_top_classes(images):
+    ran = run("classify", *images, "-m", "demo", "--top", 1)
+    net = fcvgg.load("demo")
+    expected = []
+    for image in images:
+        (name, probability), *_ = net.score_map(image).top(1)
+        expected += [str(image), f"{probability:.4f}  {name} ({net.categories.index(name)})"]
+    assert [line.strip() for line in ran.out.splitlines()] == expected
+
+
+def test_classify_as_json_leaves_bad_images_out(images):
+    ran = run("classify", "absent.png", "one.png", "-m", "demo", "--json")
+    assert ran.status == 2
+    assert [r["image"] for r in json.loads(ran.out)] == ["one.png"]
+    assert ran.err.splitlines()[0] == "fcvgg: error: there is no image file absent.png"
+
+
+def test_downloads_announced_on_stdout_leave_the_json_whole(images, monkeypatch):
+    def announce(*args, **kwargs):
+        print("Downloading: https://...")
+        return load(*args, **kwargs)
+
+    load = fcvgg.load
+    monkeypatch.setattr("fcvgg.loading.load", announce)
+    ran = run("classify", "one.png", "-m", "demo", "--json")
+    assert json.loads(ran.out)
+    assert "Downloading" in ran.err
+
+
+@pytest.mark.parametrize("scales", ["256,x", "0", "-5", "", "3.5"])
+def test_classify_refuses_scales_that_are_no_lengths(images, scales):
+    error = usage_error("classify", "one.png", "-m", "demo", f"--scales={scales}")
+    assert "Invalid value for --scales" in error
+    assert "is no positive number of pixels" in error
+
+
+def test_classify_refuses_an_unknown_average(images):
+    assert "--average" in usage_error("classify", "one.png", "-m", "demo", "--average", "median")
+
+
+# -- info -----------------------------------------------------------------------------------------
+
+
+def test_info_of_vgg16_downloads_nothing_and_fits_80_columns(no_network):
+    ran = run("info", "vgg16", columns=80)
+    assert (ran.status, ran.err) == (0, "")
+    rows = {line.split()[0]: line.split() for line in ran.out.splitlines() if line.strip()}
+    assert rows["features.30"] == ["features.30", "MaxPool2d", "2", "2", "212", "32", "512x7x7"]
+    assert (
+        " ".join(rows["classifier.0"]) == "classifier.0 Linear 7 1 404 32 4096x1x1 103 M yes 103 M"
+    )
+    assert "138,357,544, of which 138,357,544 trainable" in ran.out
+    assert "15,470,264,320" in ran.out  # the multiply-adds that torchvision states: 15.47 G
+    assert re.search(r"receptive field +404x404, cell 0 from pixel \(-90, -90\)", ran.out)
+    assert max(map(len, ran.out.splitlines())) <= 80
+
+
+def test_info_at_another_size():
+    out = run("info", "demo", "--size", "48x64").out
+    net = fcvgg.load("demo")
+    rows, cols = net.output_size((48, 64))
+    assert re.search(rf"cells at 48x64 +{rows}x{cols}\s", out)
+    assert f"2x{rows}x{cols}" in out
+    assert f"{fcvgg.receptive_fields(net, input_size=(48, 64)).multiply_adds:,}" in out
+
+
+def test_info_below_the_window_says_that_the_image_is_padded():
+    out = run("info", "demo", "--size", 20).out
+    assert re.search(r"cells at 20x20 +1x1, padded with zeros up to the window", out)
+
+
+def test_info_shows_which_layers_are_frozen(monkeypatch):
+    net = fcvgg.load("demo")
+    for name, parameter in net.network.named_parameters():
+        parameter.requires_grad = name.startswith("classifier")
+    monkeypatch.setattr("fcvgg.loading.load", lambda *args, **options: net)
+    out = run("info", "demo").out
+    assert re.search(r"features\.0 .* no ", out)
+    assert re.search(r"classifier\.0 .* yes ", out)
+    trained = sum(p.numel() for p in net.network.parameters() if p.requires_grad)
+    assert f"of which {trained:,} trainable" in out
+
+
+@pytest.mark.parametrize("size", ["big", "0", "3x4x5"])
+def test_info_refuses_a_size_that_is_none(size):
+    assert "Invalid value for --size" in usage_error("info", "demo", "--size", size)
+
+
+def test_info_names_the_layer_that_is_refused():
+    message = fails("info", "mobilenet_v3_small")
+    assert "(SqueezeExcitation) is refused: squeeze-and-excitation" in message
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [
+        (0, "0"),
+        (9_999, "9,999"),
+        (10_000, "10.0 K"),
+        (36_928, "36.9 K"),
+        (999_400, "999 K"),
+        (999_600, "1.00 M"),
+        (1_849_688_064, "1.85 G"),
+        (5 * 10**15, "5000 T"),
+    ],
+)
+def test_counts_are_short(number, text):
+    assert count(number) == text
+
+
+# -- convert --------------------------------------------------------------------------------------
+
+
+def test_convert_checks_and_writes_a_network_that_the_commands_take(images, folder):
+    ran = run("convert", "demo", "-o", "nets/faces")
+    assert (ran.status, ran.err) == (0, "")
+    assert re.search(r"verdict +equivalent", ran.out)
+    assert "wrote nets/faces\n" in ran.out
+    assert re.search(r"model\.safetensors: [\d,]+ bytes", ran.out)
+    expected = run("heatmap", "one.png", "-m", "demo", "-t", "face").out
+    assert run("heatmap", "one.png", "-m", "nets/faces", "-t", "face").out == expected
+    assert "DemoNet" in run("info", "nets/faces").out
+
+
+def test_convert_replaces_its_own_output(folder):
+    for _ in range(2):
+        assert run("convert", "demo", "-o", "faces").status == 0
+    assert [path.name for path in folder.iterdir()] == ["faces"]
+
+
+def test_convert_never_overwrites_anything_else(images, folder):
+    (folder / "work").mkdir()
+    (folder / "work/thesis.txt").write_text("years")
+    for name in ("work", "one.png"):
+        assert fails("convert", "demo", "-o", name).startswith(f"{name} exists and is no bundle")
+    assert (folder / "work/thesis.txt").read_text() == "years"
+
+
+def test_convert_with_a_finer_stride(folder):
+    assert re.search(r"stride +2x2", run("convert", "demo", "--output-stride", 2, "-o", "f").out)
+    assert re.search(r"stride +2x2", run("info", "f").out)
+
+
+def test_convert_needs_an_output():
+    assert "Missing option '--output'" in usage_error("convert", "demo")
+
+
+# -- failing and progress -------------------------------------------------------------------------
+
+
+def test_ctrl_c_ends_with_a_short_line(monkeypatch):
+    def interrupt(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fcvgg.loading.load", interrupt)
+    ran = run("info", "demo")
+    assert (ran.status, ran.out, ran.err) == (130, "", "fcvgg: error: interrupted\n")
+
+
+def test_a_message_of_several_lines_is_printed_as_one(monkeypatch):
+    def fail(*args, **options):
+        raise fcvgg.FcvggError("first\n  second " + "long " * 60)
+
+    monkeypatch.setattr("fcvgg.loading.load", fail)
+    assert fails("info", "demo").startswith("first second long long")
+
+
+def test_a_bug_is_not_dressed_up_as_bad_input(images, monkeypatch):
+    def fail(*args):
+        raise RuntimeError("shapes differ")
+
+    monkeypatch.setattr(fcvgg.FullyConvolutional, "score_map", fail)
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        run("heatmap", "one.png", "-m", "demo")
+
+
+@pytest.mark.parametrize(
+    ("names", "shown"), [(("one.png", "two.jpg"), True), (("one.png",), False)]
+)
+def test_several_images_show_a_progress_bar(images, monkeypatch, names, shown):
+    screen = io.StringIO()
+    terminal = Console(
+        file=screen, force_terminal=True, width=80, _environ={"TERM": "xterm-256color"}
+    )
+    monkeypatch.setattr(console, "output", lambda: terminal)
+    assert run("heatmap", *names, "-m", "demo").status == 0
+    assert ("2/2" in screen.getvalue()) == shown
+    assert "wrote" in screen.getvalue()
