@@ -4,7 +4,7 @@ Faces and non-faces come from `skimage.data.lfw_subset` (25x25 grey crops), furt
 from the photographs in scikit-image's wheel. The astronaut photograph and scikit-learn's sample
 photographs take no part in training: the final report runs the trained net over them.
 
-Usage: python examples/train_demo.py [--output PATH] [--steps N] [--quick]
+Usage: python examples/train_demo.py [--output PATH] [--steps N] [--quick] [--report]
 """
 
 from __future__ import annotations
@@ -28,8 +28,9 @@ from safetensors.torch import save
 from sklearn.datasets import load_sample_images
 from torch import Tensor, nn
 
-import fcvgg.demo
-from fcvgg.demo import CATEGORIES, MEAN, SCALES, STD, WINDOW, DemoNet, demo_photograph
+import fcvgg
+from fcvgg.demo import CATEGORIES, MEAN, SCALES, STD, WINDOW, DemoNet, demo_model, demo_photograph
+from fcvgg.preprocessing import resized_to_side
 
 SEED = 20
 STEPS = 1500
@@ -113,6 +114,11 @@ def main() -> None:
     tiles, held_out_tiles = load_tiles()
     backgrounds, held_out_backgrounds = load_backgrounds()
 
+    if arguments.report:
+        report_held_out_crops(demo_model(), held_out_tiles, held_out_backgrounds)
+        report_photographs(demo_model(), SCALES)
+        return
+
     started = time.perf_counter()
     model = train(tiles, backgrounds, arguments.steps)
     print(f"trained {arguments.steps} steps in {time.perf_counter() - started:.0f} s")
@@ -134,6 +140,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, help=f"optimiser steps (default: {STEPS})")
     parser.add_argument(
         "--quick", action="store_true", help="train for seconds, only to show that training runs"
+    )
+    parser.add_argument(
+        "--report", action="store_true", help="train nothing; report on the packaged weights"
     )
     arguments = parser.parse_args()
     if arguments.steps is None:
@@ -629,13 +638,14 @@ def report_held_out_crops(model: DemoNet, tiles: Tiles, backgrounds: Backgrounds
 
 def report_photographs(model: DemoNet, scales: Sequence[int]) -> None:
     """Print where the face probability peaks in photographs that training never saw."""
+    net = fcvgg.convert(model, preprocess=fcvgg.Preprocess(MEAN, STD), categories=CATEGORIES)
     for name, photograph in report_images():
-        peaks = [(*dense_peak(model, photograph, scale), scale) for scale in scales]
-        probability, centre, scale = max(peaks)
+        peaks = [(*dense_peak(net, photograph, scale), scale) for scale in scales]
+        probability, (y, x), scale = max(peaks)
         by_scale = ", ".join(f"{scale}: {peak:.3f}" for peak, _, scale in peaks)
         print(
-            f"{name}: peak {probability:.3f} at x={centre[0]:.0f}, y={centre[1]:.0f} "
-            f"of {photograph.width}x{photograph.height}, smaller side {scale} ({by_scale})"
+            f"{name}: peak {probability:.3f} at (y, x) = ({y:.0f}, {x:.0f}) "
+            f"of {photograph.height}x{photograph.width}, smaller side {scale} ({by_scale})"
         )
 
 
@@ -647,42 +657,15 @@ def report_images() -> Iterator[tuple[str, Image.Image]]:
         yield Path(filename).name, Image.fromarray(pixels)
 
 
-def dense_peak(model: DemoNet, image: Image.Image, scale: int) -> tuple[float, tuple[float, float]]:
-    """Return the highest face probability and its window's centre (x, y) in image pixels."""
-    probability = dense_face_probability(model, image, scale)
-    row, column = divmod(int(probability.argmax()), probability.shape[1])
-    stride = feature_stride(model)
+def dense_peak(
+    net: fcvgg.FullyConvolutional, image: Image.Image, scale: int
+) -> tuple[float, tuple[float, float]]:
+    """Return the highest face probability of a cell and its centre (y, x) in image pixels."""
+    score_map = net.score_map(resized_to_side(image, scale))
+    faces = score_map.probabilities()[FACE]
+    y, x = score_map.geometry.centre_of(*divmod(int(faces.argmax()), faces.shape[1]))
     ratio = min(image.size) / scale
-    centre = ((column * stride + WINDOW / 2) * ratio, (row * stride + WINDOW / 2) * ratio)
-    return float(probability.max()), centre
-
-
-@torch.no_grad()
-def dense_face_probability(model: DemoNet, image: Image.Image, scale: int) -> Tensor:
-    """Return the face probability (rows, columns) of every window, `scale` on the smaller side."""
-    scores = convolutional_head(model)(model.features(normalised(resize(image, scale)[None])))
-    return scores.softmax(dim=1)[0, FACE]
-
-
-def convolutional_head(model: DemoNet) -> nn.Sequential:
-    """Return the classifier with each fully connected layer as a convolution."""
-    side = WINDOW // feature_stride(model)
-    layers: list[nn.Module] = []
-    for layer in model.classifier:
-        if not isinstance(layer, nn.Linear):
-            layers.append(layer)
-            continue
-        convolution = nn.Conv2d(layer.in_features // side**2, layer.out_features, side)
-        weight = layer.weight.reshape(convolution.weight.shape)
-        convolution.load_state_dict({"weight": weight, "bias": layer.bias})
-        layers.append(convolution)
-        side = 1
-    return nn.Sequential(*layers).eval()
-
-
-def feature_stride(model: DemoNet) -> int:
-    """Return the distance in pixels between neighbouring windows."""
-    return 2 ** sum(isinstance(layer, nn.MaxPool2d) for layer in model.features)
+    return float(faces.max()), ((y + 0.5) * ratio - 0.5, (x + 0.5) * ratio - 0.5)
 
 
 def save_atomically(model: DemoNet, path: Path) -> None:

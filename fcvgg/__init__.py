@@ -10,6 +10,7 @@ from fcvgg.errors import (
     CaptureError,
     CategoryError,
     ConversionError,
+    DatasetError,
     EquivalenceError,
     FcvggError,
     GeometryError,
@@ -21,6 +22,7 @@ from fcvgg.errors import (
     RefusedLayerError,
     UnsupportedLayerError,
 )
+from fcvgg.evaluation import Evaluation, evaluate
 from fcvgg.geometry import Geometry
 from fcvgg.heatmap import Heatmap
 from fcvgg.layer_table import LayerTable, receptive_fields
@@ -37,8 +39,10 @@ __all__ = [
     "CaptureError",
     "CategoryError",
     "ConversionError",
+    "DatasetError",
     "Equivalence",
     "EquivalenceError",
+    "Evaluation",
     "FcvggError",
     "FullyConvolutional",
     "Geometry",
@@ -55,6 +59,7 @@ __all__ = [
     "ScoreMap",
     "UnsupportedLayerError",
     "convert",
+    "evaluate",
     "load",
     "receptive_fields",
     "verify",

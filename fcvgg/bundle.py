@@ -51,6 +51,7 @@ def describe_program(program: Program) -> dict[str, Any]:
         "layers": {name: _encoded_layer(name, layer) for name, layer in _called(network)},
         "buffers_outside_checkpoints": sorted(_not_persistent(network)),
         "aliases": sorted(program.aliases),
+        "frozen": [name for name, p in network.named_parameters() if not p.requires_grad],
         "geometry": program.geometry.to_dict(),
         "activations": list(program.activations),
         "classes": list(program.classes),
@@ -69,6 +70,8 @@ def rebuilt_program(description: Mapping[str, Any], tensors: Mapping[str, Tensor
     for name, layer in description["layers"].items():
         _put(tree, name, _decoded_layer(name, layer))
     _fill(tree, tensors, set(description["buffers_outside_checkpoints"]))
+    for name in description["frozen"]:
+        tree.get_parameter(name).requires_grad_(False)
     graph = _decoded_graph(description["graph"])
     return Program(
         network=graph_module(tree.eval(), graph),
@@ -137,7 +140,11 @@ def read_bundle(path: Path) -> tuple[Program, dict[str, Any]]:
 
 def is_bundle(path: str | Path) -> bool:
     """Whether a path is a folder that `write_bundle` wrote."""
-    return (Path(path) / CONFIG).is_file()
+    try:
+        config = json.loads((Path(path) / CONFIG).read_text())
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and config.get("library_name") == "fcvgg"
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -158,7 +165,10 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def _take_place(folder: Path, path: Path) -> None:
-    """Give a finished folder its name; what had the name is removed only then."""
+    """Give a finished folder its name; the bundle that had it is removed only then.
+
+    Files that somebody put beside the bundle's own, such as a README, stay.
+    """
     if not path.exists():
         folder.rename(path)
         return
@@ -170,6 +180,9 @@ def _take_place(folder: Path, path: Path) -> None:
     except OSError:
         old.rename(path)
         raise
+    for added in old.iterdir():
+        if added.name not in (CONFIG, TENSORS):
+            added.rename(path / added.name)
     shutil.rmtree(old, ignore_errors=True)
 
 

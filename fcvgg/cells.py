@@ -30,7 +30,8 @@ class Cells:
         node: what computes the map ``(N, C, h, w)`` in the new graph.
         step: the map's place in the geometry.
         extent: ``(C, H, W)`` of the window that one source value fills.
-        layout: int64, the shape of the source's value without its batch.
+        moved: the layout where elements were moved, None where it is the window in order: a map of
+            features has millions of elements, and none of them is asked for.
         dilation: map positions between neighbouring elements of the window.
         activation: what the values are: logits, or what the last activation made of them.
         margin: pixels ``(y, x)`` by which padding of the head (``padding="same"``) put the window
@@ -40,10 +41,20 @@ class Cells:
     node: fx.Node
     step: int
     extent: tuple[int, int, int]
-    layout: Tensor
+    moved: Tensor | None = None
     dilation: Pair = (1, 1)
     activation: str = "logits"
     margin: Pair = (0, 0)
+
+    @property
+    def layout(self) -> Tensor:
+        """int64, of the shape of the source's value without its batch."""
+        return in_order(self.extent) if self.moved is None else self.moved
+
+    @property
+    def dims(self) -> tuple[int, ...]:
+        """The shape of the layout."""
+        return self.extent if self.moved is None else tuple(self.moved.shape)
 
     @property
     def positions(self) -> int:
@@ -54,9 +65,14 @@ class Cells:
         return self.extent[0] * self.positions
 
     @property
+    def shape(self) -> str:
+        """The shape of the source's value, for messages."""
+        return f"({', '.join(map(str, ('N', *self.dims)))})"
+
+    @property
     def is_map(self) -> bool:
         """Whether the source's value is the window itself: ``(C, H, W)`` in order."""
-        return torch.equal(self.layout, in_order(self.extent))
+        return self.moved is None or torch.equal(self.moved, in_order(self.extent))
 
     @property
     def fills_window(self) -> bool:
@@ -67,7 +83,7 @@ class Cells:
         return (
             self.extent == other.extent
             and self.dilation == other.dilation
-            and torch.equal(self.layout, other.layout)
+            and (self.moved is other.moved or torch.equal(self.layout, other.layout))
         )
 
 
@@ -106,6 +122,8 @@ def rearranged(cells: Cells, operation: Callable[[Tensor], Any]) -> list[Tensor]
 
 def channels_along(cells: Cells, axis: int) -> Tensor | None:
     """The channel of each index along a layout's axis; None if positions change along it."""
+    if cells.moved is None and axis in (0, -3):
+        return torch.arange(cells.extent[0])
     rows = cells.layout.movedim(axis, 0).reshape(cells.layout.shape[axis], -1)
     channels = rows[:, 0] // cells.positions
     positions = rows[0] - channels[0] * cells.positions
@@ -116,12 +134,13 @@ def channels_along(cells: Cells, axis: int) -> Tensor | None:
 
 def with_channels(cells: Cells, axis: int, channels: int, **changes: Any) -> Cells:
     """The same positions with other channels along `axis`, all of them and in order."""
-    moved = cells.layout.movedim(axis, 0)
-    positions = moved[0] % cells.positions
+    extent = (channels, *cells.extent[1:])
+    if cells.moved is None and axis in (0, -3):
+        return replace(cells, extent=extent, **changes)
+    positions = cells.layout.movedim(axis, 0)[0] % cells.positions
     shape = (channels,) + (1,) * positions.ndim
     layout = torch.arange(channels).reshape(shape) * cells.positions + positions
-    extent = (channels, *cells.extent[1:])
-    return replace(cells, extent=extent, layout=layout.movedim(0, axis), **changes)
+    return replace(cells, extent=extent, moved=layout.movedim(0, axis), **changes)
 
 
 def pooled_layout(cells: Cells, axes: tuple[int, ...]) -> tuple[Pair, Tensor] | None:

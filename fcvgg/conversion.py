@@ -69,7 +69,7 @@ def convert(
         EquivalenceError: if `verify` finds that the two disagree.
     """
     _check_options(padding, output_stride)
-    model = _unwrapped(model)
+    model = unwrapped(model)
     size = _checked_input_size(input_size) if input_size is not None else infer_input_size(model)
     program = _rewritten(model, _twin(model, copy), size, output_stride, padding == "same")
     net = FullyConvolutional(
@@ -180,7 +180,7 @@ def _checked_input_size(input_size: int | Iterable[int]) -> Pair:
         ) from error
 
 
-def _unwrapped(model: Any) -> nn.Module:
+def unwrapped(model: Any) -> nn.Module:
     """The model inside DataParallel and compiled wrappers."""
     while isinstance(model, nn.Module):
         if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):

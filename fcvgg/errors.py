@@ -59,6 +59,10 @@ class CategoryError(FcvggError, LookupError):
     )  # LookupError's subclasses may quote the message; keep one plain line
 
 
+class DatasetError(FcvggError):
+    """Something that cannot be used as labelled images, or has none."""
+
+
 class LoadError(FcvggError):
     """A model or checkpoint that cannot be loaded."""
 

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from fcvgg.errors import FcvggError, ImageError
+from fcvgg.errors import ArgumentError, ImageError
 from fcvgg.files import written_whole
 
 if TYPE_CHECKING:
@@ -70,9 +70,9 @@ class Heatmap:
             cmap: the name of a matplotlib colour map.
 
         Raises:
-            FcvggError: if `alpha` or `cmap` is none.
+            ArgumentError: if `alpha` or `cmap` is none.
         """
-        levels = np.round(self.values * (_LEVELS - 1)).astype(np.uint8)
+        levels = (self.values * _LEVELS).clip(max=_LEVELS - 1).astype(np.uint8)  # as matplotlib
         if self.image is None:
             return Image.fromarray(_to_bytes(_colours(cmap))[levels])
         grey = np.asarray(self.image.convert("RGB").convert("L"), np.float32) / np.float32(255)
@@ -150,7 +150,9 @@ def _colours(cmap: str) -> NDArray[np.float32]:
     from matplotlib import colormaps
 
     if cmap not in colormaps:
-        raise FcvggError(f"cmap={cmap!r} is unknown; expected a matplotlib name such as 'viridis'")
+        raise ArgumentError(
+            f"cmap={cmap!r} is unknown; expected a name such as 'viridis'"
+        )
     return colormaps[cmap](np.linspace(0, 1, _LEVELS))[:, :3].astype(np.float32)
 
 
@@ -159,7 +161,7 @@ def _tinted(
 ) -> NDArray[np.float32]:
     """Colours ``(..., 3)`` of probability `levels` (0 to 255) over a picture `grey` in [0, 1]."""
     if not 0 <= alpha <= 1:
-        raise FcvggError(f"alpha={alpha} is no opacity; expected a value in [0, 1]")
+        raise ArgumentError(f"alpha={alpha} is no opacity; expected a value in [0, 1]")
     opacity = alpha * np.linspace(0, 1 / _OPAQUE_FROM, _LEVELS, dtype=np.float32).clip(max=1)
     colours = opacity[:, None] * _colours(cmap)
     return (grey * (1 - opacity)[levels])[..., None] + colours[levels]

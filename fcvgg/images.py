@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fcvgg.capture import one_line
 from fcvgg.errors import ImageError, PreprocessError
-from fcvgg.preprocessing import Preprocess, resized_to_side
+from fcvgg.preprocessing import INTERPOLATIONS, Preprocess, resized_to_side
 from fcvgg.probability import widened
 
 Pair = tuple[int, int]
@@ -136,12 +136,20 @@ def with_smallest_side(image: PreparedImage, side: int) -> PreparedImage:
     if image.picture is not None:
         picture = resized_to_side(image.picture, int(side))
         return PreparedImage((picture.height, picture.width), picture, rescaled=True)
-    assert image.pixels is not None
     factor = side / min(image.size)
-    size = [max(round(n * factor), 1) for n in image.size]
+    height, width = (max(round(n * factor), 1) for n in image.size)
+    return with_size(image, (height, width))
+
+
+def with_size(image: PreparedImage, size: Pair, interpolation: str = "bilinear") -> PreparedImage:
+    """The image resized to ``(h, w)``, whatever its aspect ratio; see `with_smallest_side`."""
+    if image.picture is not None:
+        picture = image.picture.resize((size[1], size[0]), INTERPOLATIONS[interpolation])
+        return PreparedImage(size, picture, rescaled=True)
+    assert image.pixels is not None
     wide = widened(image.pixels)  # antialiasing is not there for half precision
-    pixels = F.interpolate(wide, size, mode="bilinear", align_corners=False, antialias=True)
-    return PreparedImage((size[0], size[1]), pixels=pixels.to(image.pixels), rescaled=True)
+    pixels = F.interpolate(wide, list(size), mode="bilinear", align_corners=False, antialias=True)
+    return PreparedImage(size, pixels=pixels.to(image.pixels), rescaled=True)
 
 
 def mirrored(image: PreparedImage) -> PreparedImage:
@@ -207,7 +215,7 @@ def _from_file(path: Path) -> Image.Image:
         if path.is_dir():
             raise ImageError(f"{path} is a folder; expected an image file")
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            warnings.simplefilter("ignore")  # about sizes and metadata
             with Image.open(path) as image:
                 return _upright(image, str(path))
     except FileNotFoundError as error:

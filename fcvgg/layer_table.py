@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -83,7 +84,10 @@ class LayerTable(Sequence[LayerRow]):
             for row in self.rows:
                 if row.name == key:
                     return row
-            raise KeyError(f"no layer {key!r}; the names are {[row.name for row in self.rows]}")
+            names = [row.name for row in self.rows]
+            near = difflib.get_close_matches(key, names, 4)
+            hint = f"near: {', '.join(near)}" if near else f"the first is {names[0]}"
+            raise KeyError(f"no layer {key!r}; {hint}")
         return self.rows[key]
 
     def __len__(self) -> int:
@@ -94,7 +98,8 @@ class LayerTable(Sequence[LayerRow]):
 
     @property
     def parameters(self) -> int:
-        return sum(row.parameters for row in self.rows)
+        """Parameters of all layers; those of a layer that is called twice count once."""
+        return sum({row.name: row.parameters for row in self.rows}.values())
 
     @property
     def multiply_adds(self) -> int:
@@ -110,7 +115,9 @@ class LayerTable(Sequence[LayerRow]):
                 short(row.stride),
                 short(row.receptive_field),
                 short(row.output_stride),
-                short(row.offset),
+                f"{row.offset[0]},{row.offset[1]}"
+                if len({*row.offset}) > 1
+                else f"{row.offset[0]}",
                 f"{row.channels}x{row.output_size[0]}x{row.output_size[1]}",
                 f"{row.parameters:,}" if row.parameters else "",
                 f"{row.multiply_adds:,}" if row.multiply_adds else "",
@@ -123,7 +130,9 @@ class LayerTable(Sequence[LayerRow]):
         return _COLUMNS
 
     def __str__(self) -> str:
-        lines = [self.headings, *self.cells()]
+        totals = f"{self.parameters:,}", f"{self.multiply_adds:,}"
+        last = ("total", f"at {short(self.input_size)}", *("",) * 6, *totals)
+        lines = [self.headings, *self.cells(), last]
         widths = [max(len(line[i]) for line in lines) for i in range(len(self.headings))]
         return "\n".join(
             "  ".join(

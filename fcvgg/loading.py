@@ -18,6 +18,7 @@ from fcvgg.conversion import convert
 from fcvgg.errors import LoadError
 from fcvgg.network import FullyConvolutional
 from fcvgg.preprocessing import Preprocess
+from fcvgg.sources import keras_file, onnx_file, timm_model
 from fcvgg.verification import Equivalence
 
 DEFAULT_WEIGHTS = "DEFAULT"
@@ -37,10 +38,12 @@ def load(
 
     Args:
         source: ``"demo"``, the small face detector that the package ships; a torchvision name such
-            as ``"vgg16"``; a bundle that ``net.save`` wrote; or a checkpoint ``.pt``, ``.pth`` or
+            as ``"vgg16"``; ``"timm:NAME"``; an ``.onnx`` file; a Keras file ``.keras`` or ``.h5``;
+            a bundle that ``net.save`` wrote; or a checkpoint ``.pt``, ``.pth`` or
             ``.safetensors``, with `arch`.
         arch: the torchvision name of a checkpoint's architecture. The number of classes is read
-            from the file.
+            from the file. ``"vgg16"`` or ``"vgg19"`` for Keras weights whose layers have names of
+            their own.
         weights: for a name: ``"DEFAULT"`` or another name of torchvision's weights, which it
             downloads; the path of a checkpoint; or None for random weights.
         preprocess: how images become input; the weights' own when None.
@@ -50,13 +53,14 @@ def load(
 
     Raises:
         LoadError: if it cannot be found, read or does not fit.
+        MissingExtraError: if it takes an optional package that is not installed.
         ConversionError: if the model cannot be converted.
     """
     name = str(source)
     if name not in _names() and Path(source).is_dir():
         unused = {"input_size": input_size, **options}
         return _from_bundle(Path(source), preprocess, categories, unused)
-    if arch is not None and not name.endswith(checkpoints.SUFFIXES):
+    if arch is not None and not name.endswith((*checkpoints.SUFFIXES, *keras_file.SUFFIXES)):
         raise LoadError(f"arch={arch!r} goes with a checkpoint, got {name!r}; pass one of the two")
     if name == "demo" and weights not in (None, DEFAULT_WEIGHTS):
         raise LoadError(f"'demo' comes with its weights, got weights={str(weights)!r}; pass none")
@@ -65,6 +69,12 @@ def load(
         model, found = demo.demo_model(), _demo_settings()
     elif name.endswith(checkpoints.SUFFIXES):
         model, found = _from_checkpoint(Path(source), arch)
+    elif name.startswith(timm_model.PREFIX):
+        model, found = timm_model.read(name.removeprefix(timm_model.PREFIX), weights)
+    elif name.endswith(onnx_file.SUFFIX):
+        model, found = onnx_file.read(name, input_size, options.get("verify", True))
+    elif name.endswith(keras_file.SUFFIXES):
+        model, found = keras_file.read(name, arch)
     elif weights is None or Path(str(weights)).suffix not in checkpoints.SUFFIXES:
         model, found = _from_torchvision(name, weights)
     else:

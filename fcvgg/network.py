@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fcvgg.batching import run_in_batches
 from fcvgg.bundle import encoded_preprocess, write_bundle
 from fcvgg.capture import device_of, dtype_of
 from fcvgg.errors import ArgumentError, CategoryError, ImageError
@@ -21,7 +22,7 @@ from fcvgg.heatmap import Heatmap
 from fcvgg.images import ImageLike, PreparedImage, mirrored, prepare, with_smallest_side
 from fcvgg.modules import WindowLinear
 from fcvgg.preprocessing import Preprocess
-from fcvgg.probability import ACTIVATIONS
+from fcvgg.probability import ACTIVATIONS, average_over_space
 from fcvgg.rewriting import Program
 from fcvgg.score_map import ScoreMap
 
@@ -68,11 +69,21 @@ class FullyConvolutional(nn.Module):
         if activation is not None:
             self.activation = activation
         self.register_load_state_dict_pre_hook(_source_keys)
+        self.register_load_state_dict_post_hook(_report_source_keys)
 
     @property
     def geometry(self) -> Geometry:
         """Where the cells lie on the image."""
         return self.program.geometry
+
+    @property
+    def native_cell(self) -> Pair:
+        """The cell ``(row, col)`` that gives the source's answer at the native size."""
+        row, col = (
+            -axis.context_start // axis.stride if axis.context is not None else 0
+            for axis in self.geometry.axes
+        )
+        return row, col
 
     @property
     def in_channels(self) -> int:
@@ -201,26 +212,48 @@ class FullyConvolutional(nn.Module):
             raise ArgumentError(
                 f"average={average!r} is unknown; expected 'scores' or 'probabilities'"
             )
-        rows = []
-        for image in _each(images):
-            prepared = self._prepared(image)
-            views = [with_smallest_side(prepared, n) for n in scales] if scales else [prepared]
-            views = [v for view in views for v in ((view, mirrored(view)) if flip else (view,))]
-            predictions = [self._score_map(view, output).predict(average) for view in views]
-            rows.append(torch.stack(predictions).mean(0))
-        if not rows:
+        totals: dict[int, Tensor] = {}
+        for index, row in run_in_batches(
+            self._views(images, scales, flip),
+            lambda _, batch: self._predicted(batch, average, output),
+        ):
+            totals[index] = totals[index] + row if index in totals else row
+        if not totals:
             raise ImageError("no images were given; expected at least one")
-        return torch.stack(rows).float().cpu()
+        views = (len(scales) if scales else 1) * (1 + flip)
+        return torch.stack([totals[i] for i in sorted(totals)]).div(views).float().cpu()
+
+    def _views(
+        self, images: Any, scales: Sequence[int] | None, flip: bool
+    ) -> Iterator[tuple[int, None, Tensor]]:
+        """Every image's input at every scale, and mirrored, with the image's index."""
+        for index, image in enumerate(_each(images)):
+            prepared = self._prepared(image)
+            for view in [with_smallest_side(prepared, n) for n in scales] if scales else [prepared]:
+                for pixels in (view, mirrored(view)) if flip else (view,):
+                    yield index, None, pixels.tensor(self.preprocess)
+
+    def _predicted(self, batch: Tensor, average: str, output: int) -> Tensor:
+        """Class probabilities ``(N, K)`` of inputs of one size, each averaged over its map."""
+        maps = self._scores(batch, output)
+        activation = self.activation_of(output)
+        return torch.stack([average_over_space(scores, activation, average) for scores in maps])
+
+    def _scores(self, batch: Tensor, output: int) -> Tensor:
+        """One output's maps ``(N, K, h, w)`` in evaluation mode."""
+        with torch.no_grad(), evaluating(self):
+            maps = self(batch.to(device_of(self), dtype_of(self)))
+        outputs = maps if isinstance(maps, tuple) else (maps,)
+        if not 0 <= output < len(outputs):
+            raise ArgumentError(f"output={output} does not exist; the network has {len(outputs)}")
+        return outputs[output]
 
     def _prepared(self, image: ImageLike) -> PreparedImage:
         return prepare(image, self.preprocess, self.in_channels)
 
     def _score_map(self, image: PreparedImage, output: int) -> ScoreMap:
-        pixels = image.tensor(self.preprocess).to(device_of(self), dtype_of(self))
-        with torch.no_grad(), evaluating(self):
-            scores = self(pixels)
-        if isinstance(scores, tuple):
-            scores = scores[output]
+        pixels = image.tensor(self.preprocess)
+        scores = self._scores(pixels, output)
         size = (pixels.shape[2], pixels.shape[3])
         return ScoreMap(
             scores=scores[0],
@@ -320,10 +353,20 @@ def _source_keys(net: nn.Module, state: dict[str, Any], prefix: str, *_: Any) ->
     assert isinstance(net, FullyConvolutional)
     for key in [k for k in state if k.startswith(prefix)]:
         state[f"{prefix}network.{key.removeprefix(prefix)}"] = state.pop(key)
+    net._loaded_from = prefix
     own = net.network.state_dict(keep_vars=True)
     for name in own:  # further instances of a layer hold the same parameters
         if name.split(".")[0] in net.program.aliases:
             state.setdefault(f"{prefix}network.{name}", own[name])
+
+
+def _report_source_keys(net: nn.Module, incompatible: Any) -> None:
+    """Report missing and unexpected keys under the source's names too."""
+    prefix = net._loaded_from
+    for keys in (incompatible.missing_keys, incompatible.unexpected_keys):
+        for i, key in enumerate(keys):
+            if key.startswith(f"{prefix}network."):
+                keys[i] = f"{prefix}{key.removeprefix(f'{prefix}network.')}"
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from math import gcd
+from math import gcd, prod
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ from fcvgg.capture import (
     device_of,
     operation_name,
 )
-from fcvgg.cells import Cells, Constant, channels_along, in_order, with_channels
+from fcvgg.cells import Cells, Constant, channels_along, with_channels
 from fcvgg.errors import (
     ConversionError,
     InputSizeError,
@@ -175,15 +175,15 @@ class Rewriter:
     def _check_batch(self, call: Call, result: Any) -> None:
         """The batch must stay the batch, and a rule's layout must have the source's shape."""
         value = call.node.meta["value"]
-        if isinstance(result, Cells) and tuple(value.shape) != (BATCH, *result.layout.shape):
+        if isinstance(result, Cells) and tuple(value.shape) != (BATCH, *result.dims):
             raise UnsupportedLayerError(
                 f"{call} gives shape {tuple(value.shape)} for {BATCH} images where "
-                f"{(BATCH, *result.layout.shape)} was expected: it mixes images or positions"
+                f"{(BATCH, *result.dims)} was expected: it mixes images or positions"
             )
 
     def _image(self, node: fx.Node) -> Cells:
         extent = tuple(node.meta["value"].shape[1:])
-        return Cells(self.graph.placeholder("images"), IMAGE, extent, in_order(extent))
+        return Cells(self.graph.placeholder("images"), IMAGE, extent)
 
     def _constant(self, node: fx.Node) -> Constant:
         path, _, name = str(node.target).rpartition(".")
@@ -206,13 +206,12 @@ class Rewriter:
                     f"the model returns {type(cells).__name__} where class scores are expected; "
                     "wrap it so that it returns one tensor (N, K), or a tuple of them"
                 )
-            if cells.positions > 1 or cells.layout.numel() != cells.extent[0]:
-                shape = ("N", *cells.layout.shape)
+            if cells.positions > 1 or prod(cells.dims) != cells.extent[0]:
                 raise ConversionError(
                     f"the model has no fully connected or global-pool head: its output is "
-                    f"{str(shape).replace(chr(39), '')}, a map; expected scores (N, K)"
+                    f"{cells.shape}, a map; expected scores (N, K)"
                 )
-        vectors = [self.features(c, replace(c, layout=c.layout.flatten()), 0) for c in maps]
+        vectors = [self.features(c, replace(c, moved=c.layout.flatten()), 0) for c in maps]
         nodes = tuple(v.node for v in vectors)
         self.graph.output(nodes if isinstance(value, (tuple, list, dict)) else nodes[0])
         return vectors
@@ -384,25 +383,25 @@ class Rewriter:
         cells = self._expect_cells(cells, call)
         if cells.is_map:
             return cells
-        if cells.layout.ndim == 3:
+        if len(cells.dims) == 3:
             settled = self.features(call, cells, 0)
             if settled.is_map:
                 return settled
         raise UnsupportedLayerError(
             f"{call} needs a map (N, C, H, W), but got a value of shape "
-            f"{('N', *cells.layout.shape)} whose elements were moved; "
+            f"{cells.shape} whose elements were moved; "
             "only element-wise layers and the fully connected layer may follow such a reshape"
         )
 
     def features(self, call: Any, cells: Any, axis: int) -> Cells:
         """The value with all its channels, in order, along one axis of the layout."""
         cells = self._expect_cells(cells, call)
-        if not -cells.layout.ndim <= axis < cells.layout.ndim:
+        if not -len(cells.dims) <= axis < len(cells.dims):
             raise UnsupportedLayerError(f"{call} works on axis {axis}, which mixes images")
         channels = channels_along(cells, axis)
         if channels is None:
             raise UnsupportedLayerError(
-                f"{call} mixes positions: along its axis the value {('N', *cells.layout.shape)} "
+                f"{call} mixes positions: along its axis the value {cells.shape} "
                 "does not run over channels; a cell of the map would not stay a cell"
             )
         if torch.equal(channels, torch.arange(cells.extent[0])):
@@ -474,7 +473,7 @@ class Rewriter:
         node = emit(dense, dense != windows)
         step = self.add_step(dense, (x.step,), call)
         extent = tuple(call.node.meta["value"].shape[1:])
-        result = Cells(node, step, extent, in_order(extent), dilation, margin=x.margin)
+        result = Cells(node, step, extent, dilation=dilation, margin=x.margin)
         self.record(call, kind or call.kind, dense, result, multiply_adds)
         return result
 
@@ -525,15 +524,15 @@ class Rewriter:
 
     def linear(self, call: Call, x: Cells, weight: Any, bias: Any) -> Cells:
         """A fully connected layer: over the whole window, or over the channels of each position."""
-        whole = x.positions > 1 and x.layout.shape[-1] == x.elements and x.fills_window
+        whole = x.positions > 1 and x.dims[-1] == x.elements and x.fills_window
         features = weight.value.shape[0] if isinstance(weight, Constant) else weight.shape[0]
-        inputs = x.layout.shape[-1]
+        inputs = x.dims[-1]
         if whole or x.positions == 1:
             self.begin_head(x, inputs, call)
         if whole:
             order = x.layout.flatten()
             x, windows = self.head_window(call, x, x.extent[1:])
-            point = replace(x, extent=(1, 1, 1), layout=torch.zeros_like(x.layout[..., :1]))
+            point = replace(x, extent=(1, 1, 1), moved=torch.zeros_like(x.layout[..., :1]))
             target = with_channels(point, -1, features)
         else:
             x = self.features(call, x, -1)

@@ -126,6 +126,27 @@ def test_saving_refuses_what_is_no_bundle(net, tmp_path):
         net.save(tmp_path / "absent" / "bundle")
 
 
+def test_a_foreign_folder_with_a_config_is_no_bundle(net, tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "other"}')
+    (tmp_path / "pytorch_model.bin").write_text("weights")
+    with pytest.raises(fcvgg.FcvggError, match="exists and is no bundle of fcvgg"):
+        net.save(tmp_path)
+    assert (tmp_path / "pytorch_model.bin").read_text() == "weights"
+
+
+def test_files_beside_a_bundle_stay(net, bundle):
+    (bundle / "README.md").write_text("a model card")
+    net.save(bundle)
+    assert (bundle / "README.md").read_text() == "a model card"
+
+
+def test_frozen_parameters_stay_frozen(net, tmp_path):
+    net.network.get_parameter("conv1.weight").requires_grad_(False)
+    restored = fcvgg.load(net.save(tmp_path / "bundle"))
+    frozen = [n for n, p in restored.network.named_parameters() if not p.requires_grad]
+    assert frozen == ["conv1.weight"]
+
+
 def test_a_failing_save_leaves_nothing(net, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")

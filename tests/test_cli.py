@@ -55,14 +55,6 @@ def usage_error(*args):
     return ran.err
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """An empty current folder."""
@@ -334,6 +326,8 @@ def test_weights_that_cannot_be_downloaded_say_what_to_pass(images, no_network):
         (("-m", "my.pth", "--arch", "vgg16"), "there is no checkpoint my.pth"),
         (("-w", "my.pth"), "there is no checkpoint my.pth"),
         (("-w", "LATEST"), "vgg16 has no weights 'LATEST'; expected IMAGENET1K_V1"),
+        (("--arch", "vgg11"), "--arch 'vgg11' goes with a checkpoint, got 'vgg16'"),
+        (("-m", "demo", "-w", "x.pt"), "'demo' comes with its weights, got --weights 'x.pt'"),
         (("-m", "demo", "--output-stride", "3"), "output_stride=3 cannot be reached"),
     ],
 )
@@ -437,6 +431,18 @@ def test_info_of_vgg16_downloads_nothing_and_fits_80_columns(no_network):
     assert "15,470,264,320" in ran.out  # the multiply-adds that torchvision states: 15.47 G
     assert re.search(r"receptive field +404x404, cell 0 from pixel \(-90, -90\)", ran.out)
     assert max(map(len, ran.out.splitlines())) <= 80
+
+
+@pytest.mark.parametrize("columns", [80, 100, 140])
+def test_info_of_long_names_keeps_one_line_per_layer(columns):
+    out = run("info", "densenet121", columns=columns).out
+    lines = out.splitlines()
+    assert max(map(len, lines)) <= columns
+    assert lines[1].split()[0] == "layer"
+    assert ("kind" in lines[1]) == (columns == 140)
+    table = lines[2 : lines.index("Totals") - 2]
+    assert str(len(table)) in lines[lines.index("Totals") + 1]
+    assert all("denselayer" not in line or line.startswith(("…", "feat")) for line in table)
 
 
 def test_info_at_another_size():

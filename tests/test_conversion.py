@@ -108,8 +108,8 @@ def test_functional_dropout_and_batch_norm_follow_the_mode() -> None:
         torch.manual_seed(3)
         outputs.append(module(batch).flatten(1))
     assert relative_error(*outputs) <= 1e-12
-    assert not torch.equal(net(batch), net(batch))
     torch.testing.assert_close(net.network.mean, model.mean, rtol=0, atol=1e-14)
+    assert not torch.equal(net(batch), net(batch))
     net.eval()
     assert torch.equal(net(batch), net(batch))
 
@@ -136,9 +136,7 @@ FLATTENS = {
 @pytest.mark.parametrize("flatten", FLATTENS.values(), ids=FLATTENS.keys())
 def test_every_flatten_order(flatten) -> None:
     layers = [nn.Linear(8 * 36, 16), nn.Linear(16, 5)]
-    model = seeded(
-        Headed, Lambda(lambda x, fc1, fc2: fc2(F.relu(fc1(flatten(x)))), *layers)
-    )
+    model = seeded(Headed, Lambda(lambda x, fc1, fc2: fc2(F.relu(fc1(flatten(x)))), *layers))
     net = fcvgg.convert(model)
     assert net.input_size == (24, 24)
     assert native_error(model, net) <= 1e-12
@@ -163,9 +161,7 @@ HEADS = {
 
 @pytest.mark.parametrize("head", HEADS.values(), ids=HEADS.keys())
 def test_layers_on_vectors_become_layers_on_channels(head) -> None:
-    model = seeded(
-        lambda: Headed(nn.Sequential(nn.Flatten(), *head(), nn.Linear(16, 5)))
-    )
+    model = seeded(lambda: Headed(nn.Sequential(nn.Flatten(), *head(), nn.Linear(16, 5))))
     net = fcvgg.convert(model)
     assert native_error(model, net) <= 1e-12
     assert net.activation == "logits"
@@ -200,9 +196,7 @@ def test_several_heads_give_several_maps() -> None:
         x = F.relu(shared(x.flatten(1)))
         return kind(x), colour(x).softmax(1)
 
-    model = seeded(
-        Headed, Lambda(heads, nn.Linear(288, 16), nn.Linear(16, 5), nn.Linear(16, 3))
-    )
+    model = seeded(Headed, Lambda(heads, nn.Linear(288, 16), nn.Linear(16, 5), nn.Linear(16, 3)))
     net = fcvgg.convert(model)
     assert native_error(model, net) <= 1e-12
     assert [tuple(m.shape) for m in net(images(2, 3, 40, 56))] == [(2, 5, 5, 9), (2, 3, 5, 9)]
@@ -242,9 +236,7 @@ def test_a_dictionary_of_outputs_gives_a_tuple_of_maps() -> None:
             ),
             nn.Linear(16, 5),
         ),
-        Lambda(
-            lambda x, fc: fc(torch.cat([x.mean((2, 3)), x.amax((2, 3))], -1)), nn.Linear(16, 5)
-        ),
+        Lambda(lambda x, fc: fc(torch.cat([x.mean((2, 3)), x.amax((2, 3))], -1)), nn.Linear(16, 5)),
         Lambda(
             lambda x, fc: fc(
                 F.avg_pool2d(x, x.size()[2:]).squeeze() + F.max_pool2d(x, x.size()[2:]).squeeze()
@@ -282,16 +274,18 @@ def test_adaptive_pools(pool: type, size, bins) -> None:
     rows, cols = (n // 4 if b is None else b for n, b in zip((height, width), wanted))
     model = seeded(
         lambda: Headed(
-            nn.Sequential(pool(bins), nn.Flatten(), nn.Linear(8 * rows * cols, 9), nn.ReLU(),
-                          nn.Linear(9, 4))
+            nn.Sequential(
+                pool(bins), nn.Flatten(), nn.Linear(8 * rows * cols, 9), nn.ReLU(), nn.Linear(9, 4)
+            )
         )
     )
     net = fcvgg.convert(model, input_size=size)
     assert native_error(model, net) <= 1e-12
     assert net.geometry.stride == (4, 4)
     assert net.geometry.window == (height, width)
-    assert torch.equal(net.state_dict()["head.2.weight"].flatten(),
-                       model.state_dict()["head.2.weight"].flatten())
+    assert torch.equal(
+        net.state_dict()["head.2.weight"].flatten(), model.state_dict()["head.2.weight"].flatten()
+    )
 
 
 def test_ceil_mode_pools() -> None:
@@ -413,7 +407,10 @@ def test_subclassed_layers() -> None:
 def test_a_subclassed_batch_norm_follows_the_mode() -> None:
     def build() -> nn.Module:
         return nn.Sequential(
-            nn.Conv2d(3, 6, 3), ReLUBatchNorm(6), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+            nn.Conv2d(3, 6, 3),
+            ReLUBatchNorm(6),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
             nn.Linear(6, 4),
         )
 
@@ -465,9 +462,11 @@ def test_parametrized_layers(stride: int | None) -> None:
 
 def test_wrappers_are_unwrapped() -> None:
     model = seeded(SmallVGG)
-    for wrapped in (nn.DataParallel(model), torch.compile(model), nn.DataParallel(
-        torch.compile(model)
-    )):
+    for wrapped in (
+        nn.DataParallel(model),
+        torch.compile(model),
+        nn.DataParallel(torch.compile(model)),
+    ):
         net = fcvgg.convert(wrapped, verify=False)
         assert net.state_dict().keys() == model.state_dict().keys()
         assert net.source == "SmallVGG"

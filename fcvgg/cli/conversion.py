@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from fcvgg.cli.console import folder, say, say_wrote
-from fcvgg.cli.options import Arch, OutputStride, Weights, loaded
+from fcvgg.cli.options import MODEL_HELP, Arch, OutputStride, Weights, loaded
 from fcvgg.cli.reports import equivalence_report, geometry_report
 
 NAME = "convert"
@@ -24,7 +24,7 @@ def run(
         str,
         typer.Argument(
             metavar="SOURCE",
-            help="A torchvision name, a checkpoint (with --arch) or 'demo'.",
+            help=MODEL_HELP,
             show_default=False,
         ),
     ],

@@ -9,9 +9,9 @@ import typer
 from rich.console import RenderableType
 from rich.table import Table
 
-from fcvgg.cli.console import say
-from fcvgg.cli.options import Arch, loaded, size
-from fcvgg.cli.reports import by, count, facts, geometry_report, short, titled
+from fcvgg.cli.console import output, say
+from fcvgg.cli.options import MODEL_HELP, Arch, loaded, size
+from fcvgg.cli.reports import by, count, facts, geometry_report, titled
 
 if TYPE_CHECKING:
     from fcvgg.layer_table import LayerTable
@@ -21,13 +21,16 @@ NAME = "info"
 EXAMPLES = ("fcvgg info vgg16", "fcvgg info resnet18 --size 480x640", "fcvgg info demo")
 
 
+_LEAST_NAME = 12
+_UNLIMITED = 10_000
+
+
 def run(
     model: Annotated[
         str,
         typer.Argument(
             metavar="MODEL",
-            help="A torchvision name, a checkpoint (with --arch), a folder that "
-            "'fcvgg convert' wrote, or 'demo'.",
+            help=MODEL_HELP,
             show_default=False,
         ),
     ],
@@ -51,7 +54,7 @@ def run(
     net = loaded(model, arch=arch, weights=None, **options)
     table = receptive_fields(net, input_size=wanted)
     frozen = _frozen_layers(net, table)
-    say(_layer_table(net.source, table, frozen))
+    say(_layer_table(f"{model} ({net.source})", table, frozen))
     say()
     say(_totals(table, frozen))
     say()
@@ -69,15 +72,35 @@ def _frozen_layers(net: FullyConvolutional, table: LayerTable) -> set[str]:
 
 
 def _layer_table(title: str, table: LayerTable, frozen: set[str]) -> RenderableType:
+    """A row per layer; a narrow terminal gets no kinds, and long names without their beginning."""
+    shown = _rows(table, frozen)
+    if _excess(shown) > 0:
+        shown = _rows(table, frozen, kinds=False)
+        longest = max(len(row.name) for row in table)
+        limit = max(longest - max(_excess(shown), 0), _LEAST_NAME)
+        shown = _rows(table, frozen, limit, kinds=False)
+    return titled(
+        f"{title} at {by(table.input_size)} pixels",
+        shown,
+        "field: receptive field; jump: pixels between outputs; MACs: multiply-adds",
+    )
+
+
+def _rows(
+    table: LayerTable, frozen: set[str], limit: int | None = None, kinds: bool = True
+) -> Table:
+    from fcvgg.layer_table import short
+
     shown = Table(box=None, padding=(0, 1, 0, 0), header_style="cyan")
-    shown.add_column("layer", overflow="fold")
-    shown.add_column("kind", no_wrap=True)
+    shown.add_column("layer", no_wrap=True)
+    if kinds:
+        shown.add_column("kind", no_wrap=True)
     for heading in ("kernel", "stride", "field", "jump", "output", "params", "train", "MACs"):
         shown.add_column(heading, justify="right", no_wrap=True)
     for row in table:
         shown.add_row(
-            row.name,
-            row.kind,
+            row.name if limit is None or len(row.name) <= limit else f"…{row.name[1 - limit :]}",
+            *((row.kind,) if kinds else ()),
             short(row.kernel) + (f" d{short(row.dilation)}" if max(row.dilation) > 1 else ""),
             short(row.stride),
             short(row.receptive_field),
@@ -87,11 +110,14 @@ def _layer_table(title: str, table: LayerTable, frozen: set[str]) -> RenderableT
             ("no" if row.name in frozen else "yes") if row.parameters else "",
             count(row.multiply_adds) if row.multiply_adds else "",
         )
-    return titled(
-        f"{title} at {by(table.input_size)} pixels",
-        shown,
-        "field: receptive field; jump: pixels between outputs; MACs: multiply-adds",
-    )
+    return shown
+
+
+def _excess(table: Table) -> int:
+    """Columns that a table needs beyond what the terminal has."""
+    console = output()
+    unlimited = console.options.update(max_width=_UNLIMITED)
+    return console.measure(table, options=unlimited).maximum - console.width
 
 
 def _totals(table: LayerTable, frozen: set[str]) -> RenderableType:

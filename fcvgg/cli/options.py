@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,6 +12,11 @@ import typer
 
 if TYPE_CHECKING:
     from fcvgg.network import FullyConvolutional
+
+MODEL_HELP = (
+    "A torchvision name, timm:NAME, a checkpoint (with --arch), an .onnx or Keras file, a folder "
+    "that 'fcvgg convert' wrote, or 'demo'."
+)
 
 Images = Annotated[
     list[Path], typer.Argument(metavar="IMAGE", help="Image files.", show_default=False)
@@ -21,8 +27,7 @@ Model = Annotated[
         "--model",
         "-m",
         metavar="MODEL",
-        help="A torchvision name, a checkpoint (with --arch), a folder that "
-        "'fcvgg convert' wrote, or 'demo'.",
+        help=MODEL_HELP,
     ),
 ]
 Weights = Annotated[
@@ -80,7 +85,7 @@ def loaded(model: str, **options: Any) -> FullyConvolutional:
         with contextlib.redirect_stdout(sys.stderr):  # torch.hub announces downloads on stdout
             return load(model, **options)
     except LoadError as error:
-        raise LoadError(str(error).replace("arch=", "--arch")) from error
+        raise LoadError(_with_option_names(str(error))) from error
 
 
 def lengths(text: str | None, option: str) -> list[int] | None:
@@ -98,6 +103,12 @@ def size(text: str | None, option: str) -> tuple[int, int] | None:
             f"{text!r} is no size; expected N or HxW such as 480x640", param_hint=option
         )
     return parts[0], parts[-1]
+
+
+def _with_option_names(message: str) -> str:
+    """A message of the library, ``arch='vgg16'`` in it become ``--arch 'vgg16'``."""
+    message = re.sub(r"\b(arch|weights)=(?=')", r"--\1 ", message)
+    return re.sub(r"\barch=", "--arch", message)
 
 
 def _length(text: str, option: str) -> int:

@@ -57,11 +57,6 @@ def by(pair: Pair) -> str:
     return f"{pair[0]}x{pair[1]}"
 
 
-def short(pair: Pair) -> str:
-    """``(3, 3)`` as ``3``, ``(3, 5)`` as ``3x5``."""
-    return f"{pair[0]}" if pair[0] == pair[1] else by(pair)
-
-
 def count(number: int) -> str:
     """A count in three digits: ``1,792``, ``36.9 K``, ``103 M``, ``1.85 G``."""
     if number < 10_000:

@@ -62,7 +62,7 @@ def linear(build: Rewriter, call: Call, input: Any, weight: Any, bias: Any = Non
 
 
 def _value(call: Call, x: Any) -> Cells:
-    if isinstance(x, Cells) and x.layout.ndim:
+    if isinstance(x, Cells) and x.dims:
         return x
     raise UnsupportedLayerError(
         f"{call} takes something that is no value (N, features) of the image"
@@ -228,7 +228,7 @@ def log_softmax(
 
 def _softmax(build: Rewriter, call: Call, x: Any, dim: int | None, log: bool) -> Cells:
     if dim is None and isinstance(x, Cells):  # torch's implicit choice
-        dim = 0 if x.layout.ndim in (0, 2) else 1
+        dim = 0 if len(x.dims) in (0, 2) else 1
     x = build.features(call, x, _axis(call, x, dim))
     function = torch.log_softmax if log else torch.softmax
     activation = "log_probabilities" if log else "probabilities"
@@ -239,7 +239,7 @@ def _axis(call: Call, x: Any, dim: Any) -> int:
     """The layout's axis of the source's dimension `dim`."""
     if not isinstance(x, Cells) or not isinstance(dim, int):
         raise UnsupportedLayerError(f"{call} works along {dim!r}; expected the classes")
-    axis = dim % (x.layout.ndim + 1) - 1
+    axis = dim % (len(x.dims) + 1) - 1
     if axis < 0:
         raise UnsupportedLayerError(f"{call} works along dimension {dim}, the images of the batch")
     return axis

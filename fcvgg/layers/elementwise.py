@@ -72,10 +72,10 @@ def _on_one_grid(build: Rewriter, call: Call, operands: Sequence[Cells]) -> Sequ
         raise UnsupportedLayerError(
             f"{call} joins branches of different dilation; their cells do not lie on one grid"
         )
-    ndim = operands[0].layout.ndim
-    if any(c.layout.ndim != ndim for c in operands) or ndim not in (1, 3):
+    ndim = len(operands[0].dims)
+    if any(len(c.dims) != ndim for c in operands) or ndim not in (1, 3):
         raise UnsupportedLayerError(
-            f"{call} combines values of shapes {[('N', *c.layout.shape) for c in operands]} whose "
+            f"{call} combines values of shapes {', '.join(c.shape for c in operands)} whose "
             "elements were moved differently"
         )
     settled = [build.as_map(c, call) if ndim == 3 else build.features(call, c, 0) for c in operands]
@@ -89,11 +89,11 @@ def _per_channel(build: Rewriter, call: Call, constant: Constant, cells: Cells) 
     shape = tuple(constant.value.shape)
     if constant.value.numel() == 1:
         return Constant(build.graph.call_method("reshape", (constant.node, ())), constant.value)
-    if len(shape) > cells.layout.ndim and shape[0] == 1:
+    if len(shape) > len(cells.dims) and shape[0] == 1:
         shape = shape[1:]
-    padded = (1,) * (cells.layout.ndim - len(shape)) + shape
+    padded = (1,) * (len(cells.dims) - len(shape)) + shape
     axes = [i for i, n in enumerate(padded) if n > 1]
-    if len(padded) == cells.layout.ndim and len(axes) == 1:
+    if len(padded) == len(cells.dims) and len(axes) == 1:
         channels = channels_along(cells, axes[0])
         if channels is not None and torch.equal(channels, torch.arange(cells.extent[0])):
             node = build.graph.call_method("reshape", (constant.node, (-1, 1, 1)))

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fcvgg.cells import Cells, in_order, pooled_layout, with_channels
+from fcvgg.cells import Cells, pooled_layout, with_channels
 from fcvgg.errors import UnsupportedLayerError
 from fcvgg.layers.registry import calling, rule
 from fcvgg.modules import BinnedPool2d, DilatedAvgPool2d
@@ -69,9 +69,7 @@ def pool_window(
 def _spread_over(x: Cells, bins: Pair) -> Cells:
     """The same channels with a window of `bins` positions."""
     extent = (x.extent[0], *bins)
-    return replace(
-        x, extent=extent, layout=torch.arange(x.extent[0] * bins[0] * bins[1]).reshape(extent)
-    )
+    return replace(x, extent=extent, moved=None)
 
 
 @rule(nn.AdaptiveAvgPool2d)
@@ -119,7 +117,7 @@ def reduce_positions(
     if not isinstance(input, Cells):
         raise UnsupportedLayerError(f"{call} reduces something that is no value of the image")
     name = call.kind.removeprefix("Tensor.")
-    ndim = input.layout.ndim + 1
+    ndim = len(input.dims) + 1
     dims = tuple(range(ndim)) if dim is None else (dim,) if isinstance(dim, int) else tuple(dim)
     axes = tuple(sorted(d % ndim - 1 for d in dims))
     if -1 in axes:
@@ -131,9 +129,9 @@ def reduce_positions(
             "only global pooling is supported"
         )
     bins, layout = left
-    whole = replace(input, layout=in_order(input.extent))
+    whole = replace(input, moved=None)
     kind = "max" if name == "amax" else "avg"
     pooled = pool_window(build, call, whole, kind, bins, 1 if name == "sum" else None)
     for axis in axes if keepdim else ():
         layout = layout.unsqueeze(axis)
-    return replace(pooled, layout=layout)
+    return replace(pooled, moved=layout)

@@ -6,15 +6,18 @@ import operator
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from fcvgg.cells import Cells, Constant, rearranged
-from fcvgg.errors import InputSizeError
+from fcvgg.errors import InputSizeError, UnsupportedLayerError
 from fcvgg.layers.registry import RULES, calling
 from fcvgg.rewriting import Call, Rewriter
 
 Pair = tuple[int, int]
+
+
+_SELECTIONS = {*calling("getitem", "narrow", "select", "unbind", "flip", "chunk", "split")}
+"""Functions that reach into the batch on purpose, not for want of the right size."""
 
 
 def moves(*targets: Any) -> None:
@@ -38,6 +41,8 @@ def _moves(build: Rewriter, call: Call, x: Any, *args: Any, **kwargs: Any) -> An
         return call.node.target(batch, *args, **kwargs)  # type: ignore[operator]
 
     layouts = rearranged(x, operation)
+    if layouts is None and call.node.target in _SELECTIONS:
+        raise UnsupportedLayerError(f"{call} takes some images of the batch, or mixes them")
     if layouts is None:
         height, width = build.captured.size
         raise InputSizeError(
@@ -45,13 +50,13 @@ def _moves(build: Rewriter, call: Call, x: Any, *args: Any, **kwargs: Any) -> An
             f"({height}, {width}): a reshape with fixed sizes turned positions into batch rows; "
             "pass the native size, or reshape with x.view(x.size(0), -1)"
         )
-    moved = [replace(x, layout=layout) for layout in layouts]
+    moved = [replace(x, moved=layout) for layout in layouts]
     single = isinstance(call.node.meta["value"], Tensor)
     return moved[0] if single else tuple(moved)
 
 
 moves(
-    *(nn.Flatten, nn.Unflatten, nn.Identity, nn.ChannelShuffle, operator.getitem, torch.Tensor),
+    *(nn.Flatten, nn.Unflatten, nn.Identity, nn.ChannelShuffle, operator.getitem),
     *calling("flatten", "unflatten", "view", "reshape", "permute", "transpose", "movedim"),
     *calling("swapaxes", "swapdims", "squeeze", "squeeze_", "unsqueeze", "unsqueeze_", "chunk"),
     *calling("split", "narrow", "select", "unbind", "flip", "channel_shuffle"),

@@ -167,8 +167,11 @@ def max_pool2d(
     windows = _windows(kernel, stride, padding, dilation, ceil_mode)
 
     def emit(dense: Windows, changed: bool) -> fx.Node:
-        if not changed:
-            return build.emit(call, (x, *call.node.args[1:]), call.node.kwargs)
+        if not changed and call.module is not None:
+            return build.emit(call, (x,), {})
+        if not changed:  # F.max_pool2d is a closure of torch's, which pickle cannot name
+            settings = {**_settings(windows), "ceil_mode": ceil_mode}
+            return build.emit_function(call, torch.max_pool2d, x, kernel, **settings)
         # padding of more than half a kernel, which torch's pools refuse, is applied beforehand
         padded = _padded_apart(build, x.node, dense, -torch.inf)
         settings = {**_settings(dense), "padding": (0, 0)}

@@ -89,22 +89,26 @@ class Weights:
         self._group = group
         self._origin = origin
         self._by_name = "layer_names" in group.attrs  # as Keras wrote .h5 before version 3
+        self.aliases: dict[str, str] = {}
+        """The file's own names of layers that have others in the architecture."""
 
     def of(self, path: Sequence[str], layers: Sequence[Layer]) -> list[Any]:
         """The arrays of the layer at `path`; `layers` are all layers of its model."""
+        path = [self.aliases.get(path[0], path[0]), *path[1:]]
         if self._by_name:
             return self._named(path)
         return self._counted(path, layers)
 
     def layer_names(self) -> list[str]:
-        """The layers that hold weights."""
+        """The layers that hold weights, in order; convolutions first where the file has none."""
         if self._by_name:
             names = [_text(name) for name in self._group.attrs["layer_names"]]
             return [n for n in names if n in self._group and self._weight_names(self._group[n])]
+        layers = self._group["layers"]
         return [
-            _text(layer["vars"].attrs.get("name", key))
-            for key, layer in self._group["layers"].items()
-            if "vars" in layer and len(layer["vars"])
+            _text(layers[key]["vars"].attrs.get("name", key))
+            for key in sorted(layers, key=_counted_key)
+            if "vars" in layers[key] and len(layers[key]["vars"])
         ]
 
     def _weight_names(self, group: Any) -> list[str]:
@@ -220,7 +224,7 @@ def read(path: str | Path, arch: str | None = None) -> tuple[KerasModel, dict[st
         weights = Weights(group, str(path))
         try:
             if config is None:
-                config = _application(_recognised(weights, arch, path), weights, path)
+                config = _application(_recognised(weights, arch, path), weights)
             return _assembled(config, weights, path)
         except FcvggError:
             raise
@@ -362,11 +366,7 @@ def _run(
             values[layer.name] = table[layer.kind](builder, layer, *inputs)
     if sequential:
         return [values[inside[-1].name]]
-    return [values[name] for name in _sources(_listed(config["config"]["output_layers"]))]
-
-
-def _listed(layers: Any) -> Any:
-    return [layers] if layers and isinstance(layers[0], str) else layers
+    return [values[name] for name in _sources(config["config"]["output_layers"])]
 
 
 def _settings(
@@ -429,6 +429,12 @@ def _recognised(weights: Weights, arch: str | None, path: Path) -> str:
                 "expected the weights of the whole classifier"
             )
     if arch in _APPLICATIONS:
+        names, expected = weights.layer_names(), _names(_APPLICATIONS[arch])
+        if len(names) != len(expected):
+            raise LoadError(
+                f"{path} holds weights of {len(names)} layers, where {arch} has {len(expected)}"
+            )
+        weights.aliases = dict(zip(expected, names))
         return arch
     raise LoadError(
         f"{path} holds weights alone (layers {', '.join(sorted(found)[:4])}, ...); expected a file "
@@ -437,32 +443,23 @@ def _recognised(weights: Weights, arch: str | None, path: Path) -> str:
     )
 
 
-def _application(arch: str, weights: Weights, path: Path) -> dict[str, Any]:
+def _application(arch: str, weights: Weights) -> dict[str, Any]:
     """The architecture of VGG16 or VGG19 as Keras would write it, sized by the file's weights."""
     entries: list[dict[str, Any]] = []
 
     def add(kind: str, name: str, **config: Any) -> None:
         entries.append({"class_name": kind, "config": {"name": name, **config}})
 
-    def outputs(name: str) -> Any:
-        return None
-
     for block, count in enumerate(_APPLICATIONS[arch], 1):
         for i in range(1, count + 1):
-            name = f"block{block}_conv{i}"
-            add(
-                *("Conv2D", name),
-                **{"kernel_size": [3, 3], "padding": "same", "activation": "relu"},
-                filters=outputs(name),
-            )
+            settings = {"kernel_size": [3, 3], "padding": "same", "activation": "relu"}
+            add("Conv2D", f"block{block}_conv{i}", **settings)
         add("MaxPooling2D", f"block{block}_pool", pool_size=[2, 2], strides=[2, 2])
     add("Flatten", "flatten")
     for name in _HEAD:
-        activation = "softmax" if name == "predictions" else "relu"
-        add("Dense", name, units=outputs(name), activation=activation)
+        add("Dense", name, activation="softmax" if name == "predictions" else "relu")
     model = {"class_name": "Sequential", "config": {"name": arch, "layers": entries}}
-    layers = list(_layers_of(model, ()))
-    arrays = weights.of(("predictions",), layers)
+    arrays = weights.of(("predictions",), list(_layers_of(model, ())))
     if arrays:
         entries[-1]["config"]["units"] = int(arrays[0].shape[-1])
     return model
@@ -480,6 +477,12 @@ def _snake_case(name: str) -> str:
     """A class's name as Keras 3 writes it into its files."""
     name = re.sub(r"(.)([A-Z][a-z]+)", r"\1_\2", name)
     return re.sub(r"([a-z])([A-Z])", r"\1_\2", name).lower()
+
+
+def _counted_key(name: str) -> tuple[str, int]:
+    """Orders ``conv2d``, ``conv2d_1``, ..., ``conv2d_10``, ``dense``."""
+    base, _, number = name.rpartition("_")
+    return (base, int(number)) if number.isdigit() else (name, 0)
 
 
 def _text(value: Any) -> str:

@@ -104,7 +104,7 @@ def dense(build: Builder, layer: Layer, x: Value) -> Value:
     if layer.get("use_bias", True):
         shapes["bias"] = (units,)
     weight, *bias = build.weights(layer, shapes)
-    module = nn.Linear(*weight.shape, bias=bool(bias), device="meta")
+    module = nn.Linear(weight.shape[0], weight.shape[1], bias=bool(bias), device="meta")
     module.weight = _parameter(weight.T)
     if bias:
         module.bias = _parameter(bias[0])
@@ -400,5 +400,5 @@ def _padded(
     fixed = padding.fixed_same_padding(kernel, stride, dilation)
     if fixed is not None:
         return fixed, x
-    settings = {"kernel": kernel, "stride": stride, "dilation": dilation, "value": value}
-    return (0, 0), build.step(layer, padding.pad_same, x, **settings)
+    settings: dict[str, Any] = {"kernel": kernel, "stride": stride, "dilation": dilation}
+    return (0, 0), build.step(layer, padding.pad_same, x, value=value, **settings)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from fcvgg.bundle import decoded_preprocess
 from fcvgg.capture import one_line
 from fcvgg.errors import FcvggError, LoadError
+from fcvgg.geometry import checked_size
 from fcvgg.sources.assembly import Assembled, scores_of
 from fcvgg.sources.extras import imported
 
@@ -387,17 +388,18 @@ def _settings(proto: Any, graph: Graph) -> dict[str, Any]:
 @torch.no_grad()
 def _compare_with_runtime(path: Path, graph: Graph, model: OnnxModel, size: Any) -> None:
     """Raise if onnxruntime, where it is installed and runs the file, gives other scores."""
-    height, width = (size, size) if isinstance(size, int) else tuple(size)
     channels = next((m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)), 3)
-    images = torch.rand(
-        (graph.batch or 1, channels, height, width), generator=torch.Generator().manual_seed(0)
-    )
-    feed = images.permute(0, 2, 3, 1) if graph.channels_last else images
+    numbers = torch.Generator().manual_seed(0)
     try:
+        shape = (graph.batch or 1, channels, *checked_size(size))
+        images = torch.rand(shape, generator=numbers)
+        feed = images.permute(0, 2, 3, 1) if graph.channels_last else images
         expected = _run(path, feed.numpy())
-    except Exception:  # not installed, or it cannot run this file: nothing to compare with
+        got = model(images)
+    except (
+        Exception
+    ):  # onnxruntime is not there or cannot run it, or convert will say what is wrong
         return
-    got = model(images)
     for theirs, ours in zip(expected, got if isinstance(got, tuple) else (got,)):
         scale = max(float(np.abs(theirs).max()), 1e-30)
         error = float(np.abs(theirs.reshape(-1) - ours.numpy().reshape(-1)).max()) / scale
@@ -457,7 +459,7 @@ def _copy_without_weights(proto: Any, slim: Any) -> None:
 def _needed(nodes: Sequence[Node], outputs: Iterable[Any]) -> list[Node]:
     """The nodes that the outputs depend on, in order."""
     wanted = {output.name for output in outputs}
-    needed = []
+    needed: list[Node] = []
     for node in reversed(nodes):
         if wanted.intersection(node.outputs):
             needed.insert(0, node)

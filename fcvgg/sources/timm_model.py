@@ -1,1 +1,96 @@
-def read(*a): ...
+"""timm's models by name, with timm's own weights and preprocessing."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from fcvgg import checkpoints
+from fcvgg.capture import one_line
+from fcvgg.errors import LoadError
+from fcvgg.preprocessing import INTERPOLATIONS, Preprocess
+from fcvgg.sources.extras import imported
+
+PREFIX = "timm:"
+EXTRA = "timm"
+DEFAULT_WEIGHTS = "DEFAULT"
+
+_LISTED = 4
+
+
+def read(name: str, weights: str | Path | None) -> tuple[nn.Module, dict[str, Any]]:
+    """A timm model and its data config.
+
+    Args:
+        name: as in ``timm.list_models()``, with or without a pretrained tag (``vgg16.tv_in1k``).
+        weights: ``"DEFAULT"`` for timm's own, which timm downloads, the path of a checkpoint, or
+            None for random weights.
+
+    Raises:
+        LoadError: if there is no such model, or its weights cannot be had or do not fit.
+        MissingExtraError: if timm is not installed.
+    """
+    timm = imported("timm", EXTRA)
+    _check_name(name, timm)
+    if weights is None:
+        model = timm.create_model(name, pretrained=False)
+    elif Path(str(weights)).suffix in checkpoints.SUFFIXES:
+        model = _from_checkpoint(name, Path(weights), timm)
+    elif weights == DEFAULT_WEIGHTS:
+        model = _pretrained(name, timm)
+    else:
+        raise LoadError(
+            f"timm's {name} has no weights {str(weights)!r}; expected {DEFAULT_WEIGHTS}, None or "
+            f"the path of a checkpoint ({', '.join(checkpoints.SUFFIXES)}); timm's own are chosen "
+            "by a tag in the name, such as timm:vgg16.tv_in1k"
+        )
+    return model.eval(), _settings(model, timm)
+
+
+def _pretrained(name: str, timm: Any) -> nn.Module:
+    try:
+        return timm.create_model(name, pretrained=True)
+    except Exception as error:  # of timm, of the hub or of the network: many classes
+        raise LoadError(
+            f"the weights of timm's {name} could not be downloaded ({one_line(error)}); pass "
+            "weights=PATH (--weights PATH) of a checkpoint, or weights=None for random ones"
+        ) from error
+
+
+def _from_checkpoint(name: str, path: Path, timm: Any) -> nn.Module:
+    state = checkpoints.read_state(path)
+    classifier = timm.get_pretrained_cfg_value(name, "classifier")
+    head = state.get(f"{classifier}.weight") if isinstance(classifier, str) else None
+    options = {} if head is None else {"num_classes": head.shape[0]}
+    model: nn.Module = timm.create_model(name, pretrained=False, **options)
+    checkpoints.load_into(model, state, str(path))
+    return model
+
+
+def _settings(model: nn.Module, timm: Any) -> dict[str, Any]:
+    """timm's data config without its resize and crop: a dense network takes the whole image."""
+    config = timm.data.resolve_model_data_config(model)
+    known = config["interpolation"] in INTERPOLATIONS
+    settings: dict[str, Any] = {
+        "preprocess": Preprocess(
+            tuple(config["mean"]),
+            tuple(config["std"]),
+            interpolation=config["interpolation"] if known else "bilinear",
+        ),
+        "input_size": tuple(config["input_size"][1:]),
+    }
+    subset = timm.data.infer_imagenet_subset(model)
+    if subset:
+        settings["categories"] = tuple(timm.data.ImageNetInfo(subset).label_descriptions())
+    return settings
+
+
+def _check_name(name: str, timm: Any) -> None:
+    if timm.is_model(name):
+        return
+    near = difflib.get_close_matches(name, timm.list_models(), _LISTED, 0.5)
+    hint = f"near: {', '.join(near)}" if near else "timm.list_models() lists them"
+    raise LoadError(f"timm has no model {name!r}; {hint}")

@@ -1,0 +1,60 @@
+"""Inputs of equal size, run together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+Key = TypeVar("Key")
+Group = TypeVar("Group", bound=Hashable)
+
+BATCH_PIXELS = 1 << 20
+"""Pixels run at once; a larger image runs alone."""
+
+_HELD_PIXELS = 4 * BATCH_PIXELS
+"""Pixels that may wait for others of their size."""
+
+
+def run_in_batches(
+    inputs: Iterable[tuple[Key, Group, Tensor]], run: Callable[[Group, Tensor], Tensor]
+) -> Iterator[tuple[Key, Tensor]]:
+    """Every input's result, in an order of its own: inputs of one group and size run together.
+
+    The inputs are taken one by one, and only so many are held that memory stays bounded.
+
+    Args:
+        inputs: ``(key, group, image)`` with images ``(1, C, H, W)``.
+        run: gives one row per image for a group and a batch ``(N, C, H, W)``.
+
+    Yields:
+        ``(key, row)`` for every input.
+    """
+    waiting: dict[Hashable, list[tuple[Key, Group, Tensor]]] = {}
+    held = 0
+
+    def flush(kind: Hashable) -> Iterator[tuple[Key, Tensor]]:
+        nonlocal held
+        batch = waiting.pop(kind)
+        held -= _pixels(batch)
+        rows = run(batch[0][1], torch.cat([image for _, _, image in batch]))
+        yield from zip((key for key, _, _ in batch), rows)
+
+    for key, group, image in inputs:
+        kind = (group, image.shape, image.dtype, image.device)
+        same = waiting.setdefault(kind, [])
+        if same and _pixels(same) + _pixels([(key, group, image)]) > BATCH_PIXELS:
+            yield from flush(kind)
+            same = waiting.setdefault(kind, [])
+        same.append((key, group, image))
+        held += _pixels([(key, group, image)])
+        while held > _HELD_PIXELS:
+            yield from flush(max(waiting, key=lambda k: _pixels(waiting[k])))
+    for kind in list(waiting):
+        yield from flush(kind)
+
+
+def _pixels(batch: list[tuple[Key, Group, Tensor]]) -> int:
+    return sum(image.shape[0] * image.shape[2] * image.shape[3] for _, _, image in batch)

@@ -1,0 +1,551 @@
+"""How well a network does on labelled images, by the protocols of the VGG paper.
+
+Dense evaluation, crops, and both combined (sections 3.2 and 4, tables 3 to 5 of
+https://arxiv.org/abs/1409.1556). Crops go through the same converted network at its native size,
+where it equals its source; metrics are torchmetrics'.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fcvgg.batching import run_in_batches
+from fcvgg.capture import device_of, dtype_of
+from fcvgg.categories import class_name
+from fcvgg.cropping import centre_crop, grid_crops, ten_crops
+from fcvgg.datasets import LabelledImages, Unreadable
+from fcvgg.errors import ArgumentError, DatasetError, ImageError, MissingExtraError
+from fcvgg.files import written_whole
+from fcvgg.images import PreparedImage, prepare, with_size, with_smallest_side
+from fcvgg.network import FullyConvolutional, evaluating
+from fcvgg.probability import to_probabilities
+
+PROTOCOLS: dict[str, str] = {
+    "centre-crop": "centre crop",
+    "resize": "resize",
+    "ten-crop": "10 crops",
+    "dense": "whole image",
+    "multi-crop": "50 crops",
+    "dense+multi-crop": "both",
+}
+"""The protocols and what each feeds to the network from an image at one scale."""
+
+DEFAULT_PROTOCOLS = ("centre-crop", "resize", "dense")
+
+_COMBINED = {"dense+multi-crop": ("dense", "multi-crop")}
+
+_MARGIN = 256 / 224
+"""A scale of the usual proportion: 256 for a native size of 224."""
+
+_TOP = 5
+_CHUNK = 256
+"""Images between two updates of the metrics."""
+
+_LISTED = 20
+
+_Views = Iterable[tuple[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class ClassResult:
+    """One class, by one protocol.
+
+    Attributes:
+        index: the class.
+        name: its category.
+        images: how many of the dataset have it as their label.
+        precision: of the images given this class, the share that has it.
+        recall: of the images that have it, the share given it: the class's accuracy.
+        f1: the harmonic mean of both.
+    """
+
+    index: int
+    name: str
+    images: int
+    precision: float
+    recall: float
+    f1: float
+
+
+@dataclass(frozen=True, eq=False)
+class ProtocolResult:
+    """What one protocol gave.
+
+    Attributes:
+        protocol: its name, one of `fcvgg.evaluation.PROTOCOLS`.
+        input: what it feeds to the network.
+        scales: the smaller sides in pixels; for ``resize`` the native size ``(h, w)``.
+        flip: whether mirror images were averaged in.
+        views: the inputs that were run for an image.
+        top1: share of the images whose label is the most probable class.
+        top5: share whose label is among the five most probable; None for five classes or fewer.
+        confusion: int64 ``(K, K)``: images by label (row) and most probable class (column).
+        classes: a row per class that occurs as a label.
+    """
+
+    protocol: str
+    input: str
+    scales: tuple[int, ...]
+    flip: bool
+    views: int
+    top1: float
+    top5: float | None
+    confusion: Tensor
+    classes: tuple[ClassResult, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """How well a network did on a dataset; printing it shows a table.
+
+    Attributes:
+        results: a `ProtocolResult` for each protocol; ``evaluation["dense"]`` finds one.
+        images: how many images were used.
+        categories: the class names, or None.
+        average: what was averaged over the cells of dense maps.
+        unreadable: the images that could not be used, and why.
+        by_order: class names of the dataset that were matched to the network's classes by their
+            order, since none is the name of a category.
+    """
+
+    results: tuple[ProtocolResult, ...]
+    images: int
+    categories: tuple[str, ...] | None
+    average: str
+    unreadable: tuple[Unreadable, ...] = ()
+    by_order: tuple[str, ...] = ()
+
+    def __getitem__(self, protocol: str) -> ProtocolResult:
+        for result in self.results:
+            if result.protocol == protocol:
+                return result
+        raise KeyError(f"{protocol!r} was not run; there are {[r.protocol for r in self.results]}")
+
+    def __iter__(self) -> Iterator[ProtocolResult]:
+        return iter(self.results)
+
+    @property
+    def headings(self) -> tuple[str, ...]:
+        return ("protocol", "input", "scales", "flip", "views", "top-1", "top-5")
+
+    def cells(self) -> list[tuple[str, ...]]:
+        """The table as text, a row per protocol, under `headings`."""
+        return [
+            (
+                r.protocol,
+                r.input,
+                ("x" if r.protocol == "resize" else ", ").join(map(str, r.scales)),
+                "yes" if r.flip else "no",
+                str(r.views),
+                f"{r.top1:.2%}",
+                "" if r.top5 is None else f"{r.top5:.2%}",
+            )
+            for r in self.results
+        ]
+
+    def class_cells(self, protocol: str | None = None) -> list[tuple[str, ...]]:
+        """The classes as text, under class, images, precision, recall and F1."""
+        result = self.results[-1] if protocol is None else self[protocol]
+        return [
+            (c.name, str(c.images), f"{c.precision:.2%}", f"{c.recall:.2%}", f"{c.f1:.2%}")
+            for c in result.classes
+        ]
+
+    def class_table(self, protocol: str | None = None) -> str:
+        """A row per class that occurs: by one protocol, the last one if None."""
+        headings = ("class", "images", "precision", "recall", "F1")
+        return _aligned([headings, *self.class_cells(protocol)], 1)
+
+    def remarks(self) -> list[str]:
+        """Lines that belong under the table: how classes were matched, and what was left out."""
+        lines = [f"{self.images} images"]
+        if self.by_order:
+            pairs = [
+                f"{name} = {class_name(i, self.categories)}" for i, name in enumerate(self.by_order)
+            ]
+            more = f", ... ({len(pairs)})" if len(pairs) > _TOP else ""
+            lines.append(f"classes matched by their order: {', '.join(pairs[:_TOP])}{more}")
+        if self.unreadable:
+            lines.append(f"{len(self.unreadable)} images could not be read and were left out:")
+            lines += [f"  {one}" for one in self.unreadable[:_LISTED]]
+            if len(self.unreadable) > _LISTED:
+                lines.append(f"  and {len(self.unreadable) - _LISTED} more")
+        return lines
+
+    def __str__(self) -> str:
+        return "\n".join([_aligned([self.headings, *self.cells()], 4), *self.remarks()])
+
+    def to_json(self, path: str | Path | None = None) -> str:
+        """Everything as JSON, also written to `path` if given.
+
+        Confusion matrices are lists of ``[label, prediction, images]`` for what occurs.
+
+        Raises:
+            FcvggError: if the file cannot be written.
+        """
+        text = json.dumps(self._plain(), indent=2, ensure_ascii=False)
+        if path is not None:
+            with written_whole(Path(path)) as temporary:
+                temporary.write_text(text + "\n", encoding="utf-8")
+        return text
+
+    def _plain(self) -> dict[str, Any]:
+        return {
+            "images": self.images,
+            "average": self.average,
+            "categories": self.categories,
+            "classes_by_order": self.by_order,
+            "unreadable": [{"name": u.name, "reason": u.reason} for u in self.unreadable],
+            "protocols": [
+                {
+                    "protocol": r.protocol,
+                    "input": r.input,
+                    "scales": r.scales,
+                    "flip": r.flip,
+                    "views": r.views,
+                    "top1": r.top1,
+                    "top5": r.top5,
+                    "classes": [vars(c) for c in r.classes],
+                    "confusion": [
+                        [i, j, int(r.confusion[i, j])] for i, j in r.confusion.nonzero().tolist()
+                    ],
+                }
+                for r in self.results
+            ],
+        }
+
+
+def evaluate(
+    net: FullyConvolutional,
+    dataset: Any,
+    *,
+    protocols: Iterable[str] | str = DEFAULT_PROTOCOLS,
+    scales: Sequence[int] | None = None,
+    flip: bool = False,
+    average: str = "scores",
+    model: nn.Module | None = None,
+    progress: bool = False,
+) -> Evaluation:
+    """Accuracy on labelled images, by dense evaluation and by crops.
+
+    Args:
+        net: the converted network.
+        dataset: a folder with one folder of images per class, a torchvision `ImageFolder`, or any
+            dataset of ``(image, label)``, with images as for ``net.score_map``. Class folders are
+            matched to the categories by name, else in sorted order. Images that cannot be read are
+            counted and listed, and left out.
+        protocols: one or more of ``"centre-crop"``, ``"resize"`` (the whole image, squeezed to the
+            native size), ``"ten-crop"``, ``"dense"`` (as ``net.classify``), ``"multi-crop"`` (a 5x5
+            grid and its mirror images, 50 crops per scale), ``"dense+multi-crop"`` (the average of
+            both, as in the paper's table 5); or ``"all"``.
+        scales: lengths of the smaller side to which an image is rescaled before it is evaluated or
+            cropped; probabilities are averaged over them. 8/7 of the native size if None, which is
+            256 for 224. Below the window, or the native size for crops, zeros are padded.
+        flip: average in the mirror image; ten-crop and multi-crop always do.
+        average: what is averaged over the cells of a dense map, as for ``net.classify``.
+        model: the source model to run crops with, in place of the network at its native size.
+        progress: show a progress bar on stderr.
+
+    Raises:
+        DatasetError: if there are no images, or none can be read.
+        CategoryError: if labels are no classes of the network.
+        MissingExtraError: if torchmetrics is not installed.
+    """
+    names = _checked_protocols(protocols)
+    if average not in ("scores", "probabilities"):
+        raise ArgumentError(f"average={average!r} is unknown; expected 'scores' or 'probabilities'")
+    data = LabelledImages(dataset, net.categories, net.num_classes)
+    sides = tuple(scales) if scales else (round(min(net.input_size) * _MARGIN),)
+    plan = _Plan(names, sides, flip)
+    tallies = {name: _Tally(net.num_classes) for name in names}
+    run = _Run(net, model, data, plan, average)
+    with _progress_bar(progress, data.count) as advance:
+        for label, predictions in run.predictions(advance):
+            for name, tally in tallies.items():
+                tally.add(predictions[name], label)
+    if not run.used:
+        first = f": {run.unreadable[0]}" if run.unreadable else ""
+        raise DatasetError(f"none of the dataset's {len(run.unreadable)} images can be used{first}")
+    results = (_result(name, plan, tallies[name], net) for name in names)
+    return Evaluation(
+        results=tuple(results),
+        images=run.used,
+        categories=net.categories,
+        average=average,
+        unreadable=tuple(run.unreadable),
+        by_order=data.by_order,
+    )
+
+
+# -- views ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Which protocols are run, and how."""
+
+    names: tuple[str, ...]
+    scales: tuple[int, ...]
+    flip: bool
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The protocols that have views of their own."""
+        parts = (part for name in self.names for part in _COMBINED.get(name, (name,)))
+        return tuple(dict.fromkeys(parts))
+
+    def views(self, part: str) -> int:
+        if part in _COMBINED:
+            return sum(map(self.views, _COMBINED[part]))
+        scales = 1 if part == "resize" else len(self.scales)
+        crops = {"ten-crop": 10, "multi-crop": 50}
+        return scales * crops.get(part, 1 + self.flip)
+
+    def flips(self, name: str) -> bool:
+        return self.flip or name not in ("centre-crop", "resize", "dense")
+
+
+@dataclass
+class _Pending:
+    """The sums of an image's probabilities so far, and how many views are still to come."""
+
+    label: int
+    missing: int
+    sums: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass
+class _Run:
+    """One pass over the dataset."""
+
+    net: FullyConvolutional
+    model: nn.Module | None
+    data: LabelledImages
+    plan: _Plan
+    average: str
+    used: int = 0
+    unreadable: list[Unreadable] = field(default_factory=list)
+    _pending: dict[int, _Pending] = field(default_factory=dict)
+
+    def predictions(self, advance: Callable[[], None]) -> Iterator[tuple[int, dict[str, Tensor]]]:
+        """Every image's label and its probabilities ``(K,)`` by every protocol."""
+        parts = self.plan.parts
+        for (number, part), row in run_in_batches(self._inputs(advance), self._probabilities):
+            pending = self._pending[number]
+            pending.sums[part] = pending.sums[part] + row if part in pending.sums else row
+            pending.missing -= 1
+            if pending.missing:
+                continue
+            del self._pending[number]
+            self.used += 1
+            means = {p: (pending.sums[p] / self.plan.views(p)).float().cpu() for p in parts}
+            for name, both in _COMBINED.items():
+                if name in self.plan.names:
+                    means[name] = torch.stack([means[p] for p in both]).mean(0)
+            advance()
+            yield pending.label, means
+
+    def _inputs(
+        self, advance: Callable[[], None]
+    ) -> Iterator[tuple[tuple[int, str], bool, Tensor]]:
+        """All views of all images, each with whether it is a crop."""
+        parts = self.plan.parts
+        for number, item in enumerate(self.data):
+            if isinstance(item, Unreadable):
+                self._leave_out(item, advance)
+                continue
+            try:
+                image = prepare(item.image, self.net.preprocess, self.net.in_channels)
+            except ImageError as error:
+                self._leave_out(Unreadable(item.name, str(error)), advance)
+                continue
+            self._pending[number] = _Pending(item.label, sum(map(self.plan.views, parts)))
+            for part, pixels in self._views(image, parts):
+                yield (number, part), part != "dense", pixels
+
+    def _leave_out(self, image: Unreadable, advance: Callable[[], None]) -> None:
+        self.unreadable.append(image)
+        advance()
+
+    def _views(self, image: PreparedImage, parts: Sequence[str]) -> _Views:
+        if "resize" in parts:
+            squeezed = with_size(image, self.net.input_size)
+            yield from _flipped("resize", squeezed.tensor(self.net.preprocess), self.plan.flip)
+        if parts == ("resize",):
+            return
+        for scale in self.plan.scales:
+            pixels = with_smallest_side(image, scale).tensor(self.net.preprocess)
+            yield from self._views_at_scale(pixels, parts)
+
+    def _views_at_scale(self, pixels: Tensor, parts: Sequence[str]) -> _Views:
+        size = self.net.input_size
+        if "dense" in parts:
+            yield from _flipped("dense", pixels, self.plan.flip)
+        if "centre-crop" in parts:
+            yield from _flipped("centre-crop", centre_crop(pixels, size), self.plan.flip)
+        if "ten-crop" in parts:
+            yield from (("ten-crop", crop) for crop in ten_crops(pixels, size))
+        if "multi-crop" in parts:
+            yield from (("multi-crop", crop) for crop in grid_crops(pixels, size))
+
+    def _probabilities(self, crops: bool, batch: Tensor) -> Tensor:
+        """The class probabilities ``(N, K)`` of a batch of crops, or of whole images."""
+        if not crops:
+            return self.net.classify(batch, average=self.average)
+        return to_probabilities(self._crop_scores(batch), self.net.activation, 1)
+
+    def _crop_scores(self, batch: Tensor) -> Tensor:
+        """The source's scores ``(N, K)`` of images of the native size."""
+        reference = self.net if self.model is None else self.model
+        batch = batch.to(device_of(reference), dtype_of(reference))
+        with torch.no_grad(), evaluating(reference):
+            scores = reference(batch)
+        scores = scores[0] if isinstance(scores, (tuple, list)) else scores
+        if self.model is not None:
+            return scores.reshape(len(batch), -1)
+        row, col = self.net.native_cell
+        return scores[:, :, row, col]
+
+
+def _flipped(part: str, pixels: Tensor, flip: bool) -> _Views:
+    yield part, pixels
+    if flip:
+        yield part, pixels.flip(-1)
+
+
+def _checked_protocols(protocols: Iterable[str] | str) -> tuple[str, ...]:
+    names = (protocols,) if isinstance(protocols, str) else tuple(protocols)
+    if names == ("all",):
+        return tuple(PROTOCOLS)
+    for name in names:
+        if name not in PROTOCOLS:
+            raise ArgumentError(
+                f"protocol {name!r} is unknown; expected {', '.join(PROTOCOLS)} or all"
+            )
+    if not names:
+        raise ArgumentError(f"no protocol was given; expected {', '.join(PROTOCOLS)} or all")
+    return tuple(dict.fromkeys(names))
+
+
+# -- counting -------------------------------------------------------------------------------------
+
+
+class _Tally:
+    """torchmetrics' counts of one protocol.
+
+    A network of one class is judged as two: absent and present.
+    """
+
+    def __init__(self, classes: int):
+        try:
+            from torchmetrics import MetricCollection
+            from torchmetrics import classification as metrics
+        except ImportError as error:
+            raise MissingExtraError(
+                "evaluate needs torchmetrics; install it with: pip install 'fcvgg[eval]'"
+            ) from error
+        self.judged = max(classes, 2)
+        count = self.judged
+        self.metrics = MetricCollection(
+            {
+                "top1": metrics.MulticlassAccuracy(count, average="micro"),
+                "top5": metrics.MulticlassAccuracy(count, average="micro", top_k=min(_TOP, count)),
+                "confusion": metrics.MulticlassConfusionMatrix(count),
+                "precision": metrics.MulticlassPrecision(count, average=None),
+                "recall": metrics.MulticlassRecall(count, average=None),
+                "f1": metrics.MulticlassF1Score(count, average=None),
+            },
+            compute_groups=False,
+        )
+        self.waiting: list[tuple[Tensor, int]] = []
+
+    def add(self, probabilities: Tensor, label: int) -> None:
+        if len(probabilities) == 1:
+            probabilities = torch.cat([1 - probabilities, probabilities])
+        self.waiting.append((probabilities, label))
+        if len(self.waiting) >= _CHUNK:
+            self._update()
+
+    def _update(self) -> None:
+        if self.waiting:
+            rows, labels = zip(*self.waiting)
+            self.metrics.update(torch.stack(rows), torch.tensor(labels))
+            self.waiting.clear()
+
+    def compute(self) -> dict[str, Tensor]:
+        self._update()
+        return self.metrics.compute()  # type: ignore[no-any-return]
+
+
+def _result(name: str, plan: _Plan, tally: _Tally, net: FullyConvolutional) -> ProtocolResult:
+    values = tally.compute()
+    labels = values["confusion"].sum(1).tolist()
+    names = net.categories if net.num_classes > 1 else ("absent", class_name(0, net.categories))
+    classes = [
+        ClassResult(i, class_name(i, names), images, *(float(values[m][i]) for m in _PER_CLASS))
+        for i, images in enumerate(labels)
+        if images
+    ]
+    return ProtocolResult(
+        protocol=name,
+        input=PROTOCOLS[name],
+        scales=net.input_size if name == "resize" else plan.scales,
+        flip=plan.flips(name),
+        views=plan.views(name),
+        top1=float(values["top1"]),
+        top5=float(values["top5"]) if tally.judged > _TOP else None,
+        confusion=values["confusion"].long(),
+        classes=tuple(classes),
+    )
+
+
+_PER_CLASS = ("precision", "recall", "f1")
+
+
+# -- showing --------------------------------------------------------------------------------------
+
+
+def _aligned(lines: Sequence[Sequence[str]], left: int) -> str:
+    """Lines of text in columns, the first `left` of them flush left."""
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    return "\n".join(
+        "  ".join(
+            text.ljust(width) if i < left else text.rjust(width)
+            for i, (text, width) in enumerate(zip(line, widths))
+        ).rstrip()
+        for line in lines
+    )
+
+
+@contextmanager
+def _progress_bar(shown: bool, total: int | None) -> Iterator[Callable[[], None]]:
+    """Gives what to call when an image is done."""
+    if not shown:
+        yield lambda: None
+        return
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    console = Console(stderr=True)
+    columns = (
+        *(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()),
+        *(TimeElapsedColumn(), TimeRemainingColumn()),
+    )
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("images", total=total)
+        yield lambda: bar.advance(task)

@@ -1,0 +1,278 @@
+"""One set of names for the layers of every VGG-kind network, read off its computation.
+
+Convolutions are counted within blocks, which pools end: ``conv1_1``, ``bn1_1``, ``relu1_1``, ...,
+``pool1``, ``conv2_1``. Fully connected layers follow as ``fc6``, ``fc7``, ``fc8`` however many
+blocks there are, since 6 is what the field calls the first (Caffe's names for VGG). Keras's names
+(``block1_conv1``, ``block1_pool``, ``fc1``, ``predictions``) stand for the same layers.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import overload
+
+from torch import Tensor, fx, nn
+
+from fcvgg.capture import capture, operation_name
+from fcvgg.conversion import infer_input_size, unwrapped
+from fcvgg.errors import ArgumentError, ConversionError
+from fcvgg.layers import is_leaf
+from fcvgg.modules import WindowLinear
+from fcvgg.network import FullyConvolutional
+
+Pair = tuple[int, int]
+
+FIRST_FC = 6
+"""The number of the first fully connected layer; VGG has five blocks before it."""
+
+_USUAL_SIZE = 224
+_FUNCTIONS = {
+    "conv2d": "conv",
+    "batch_norm": "bn",
+    "relu": "relu",
+    "relu_": "relu",
+    "max_pool2d": "pool",
+    "avg_pool2d": "pool",
+    "boolean_dispatch": "pool",
+    "linear": "fc",
+    "dropout": "drop",
+    "flatten": "flatten",
+    "view": "flatten",
+    "reshape": "flatten",
+    "softmax": "prob",
+    "log_softmax": "prob",
+    "adaptive_avg_pool2d": "avgpool",
+    "adaptive_max_pool2d": "maxpool",
+}
+_MODULES: tuple[tuple[tuple[type[nn.Module], ...], str], ...] = (
+    ((nn.Linear, WindowLinear), "fc"),
+    ((nn.Conv2d,), "conv"),
+    ((nn.BatchNorm2d, nn.BatchNorm1d), "bn"),
+    ((nn.ReLU,), "relu"),
+    (
+        (nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish, nn.PReLU)
+        + (nn.Tanh, nn.Sigmoid, nn.Hardswish, nn.Softplus),
+        "activation",
+    ),
+    ((nn.MaxPool2d, nn.AvgPool2d), "pool"),
+    ((nn.AdaptiveAvgPool2d,), "avgpool"),
+    ((nn.AdaptiveMaxPool2d,), "maxpool"),
+    ((nn.Dropout, nn.Dropout2d, nn.AlphaDropout), "drop"),
+    ((nn.Flatten,), "flatten"),
+    ((nn.Softmax, nn.LogSoftmax, nn.Softmax2d), "prob"),
+)
+
+
+@dataclass(frozen=True)
+class NamedLayer:
+    """One layer.
+
+    Attributes:
+        name: its canonical name.
+        keras: its name in Keras's VGG, or ``""`` where Keras has no such layer.
+        path: the module's path in the model; ``""`` for a function that `forward` calls.
+        kind: its class or function.
+        role: what it does: ``"conv"``, ``"bn"``, ``"relu"``, ``"activation"`` (another one),
+            ``"pool"``, ``"fc"``, ``"drop"``, ``"avgpool"``, ``"maxpool"``, ``"flatten"``,
+            ``"prob"``, or ``""``.
+        block: which block of convolutions it is in, from 1; 0 in the head.
+        node: its call in the traced graph.
+    """
+
+    name: str
+    keras: str
+    path: str
+    kind: str
+    role: str
+    block: int
+    node: fx.Node
+
+
+class LayerNames(Sequence[NamedLayer]):
+    """The layers of a model by canonical name, in order of computation; printing shows a table.
+
+    Attributes:
+        size: the input size at which the model was traced.
+        native: whether that is its native size.
+    """
+
+    def __init__(
+        self, layers: Iterable[NamedLayer], root: nn.Module, graph: fx.Graph, size: Pair, native: bool
+    ):
+        self.layers = tuple(layers)
+        self.root = root
+        self.graph = graph
+        self.size = size
+        self.native = native
+
+    @overload
+    def __getitem__(self, key: int | str) -> NamedLayer: ...
+    @overload
+    def __getitem__(self, key: slice) -> Sequence[NamedLayer]: ...
+    def __getitem__(self, key: int | str | slice) -> NamedLayer | Sequence[NamedLayer]:
+        return self.find(key) if isinstance(key, str) else self.layers[key]
+
+    def find(self, name: str) -> NamedLayer:
+        """The layer of a canonical or Keras name, or of a module's path.
+
+        Raises:
+            ArgumentError: if there is none.
+        """
+        for layer in self.layers:
+            if name and name in (layer.name, layer.keras, layer.path):
+                return layer
+        known = [n for layer in self.layers for n in (layer.name, layer.keras) if n]
+        near = difflib.get_close_matches(str(name), known, 3)
+        hint = f"near: {', '.join(near)}" if near else f"its layers are {', '.join(self.names)}"
+        raise ArgumentError(
+            f"the model has no layer {name!r} ({hint}); fcvgg.layer_names(model) lists them all"
+        )
+
+    def end_of(self, name: str) -> NamedLayer:
+        """The layer whose output a name stands for.
+
+        It is the layer itself, but for Keras's convolutions and fully connected layers, which hold
+        their activation.
+        """
+        layer = self.find(name)
+        if name != layer.keras or layer.role not in ("conv", "fc"):
+            return layer
+        for follower in self.layers[self.layers.index(layer) + 1 :]:
+            if follower.role not in ("bn", "relu", "activation"):
+                break
+            layer = follower
+        return layer
+
+    def upto(self, name: str) -> tuple[NamedLayer, ...]:
+        """All layers from the first to the named one."""
+        return self.layers[: self.layers.index(self.find(name)) + 1]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(layer.name for layer in self.layers)
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def __iter__(self) -> Iterator[NamedLayer]:
+        return iter(self.layers)
+
+    def __str__(self) -> str:
+        rows = [("layer", "Keras", "path", "kind")]
+        rows += [(x.name, x.keras, x.path, x.kind) for x in self.layers]
+        widths = [max(map(len, column)) for column in zip(*rows)]
+        return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+
+
+def layer_names(model: nn.Module) -> LayerNames:
+    """The canonical names of a model's layers.
+
+    Args:
+        model: a classifier, its features alone, or a converted network.
+
+    Raises:
+        ConversionError: if its computation cannot be traced.
+    """
+    if isinstance(model, FullyConvolutional):
+        graph, root = model.network.graph, model.network
+        return LayerNames(_named(graph, root), root, graph, model.input_size, True)
+    model = unwrapped(model)
+    try:
+        size, native = infer_input_size(model), True
+    except ConversionError:
+        size, native = (_USUAL_SIZE, _USUAL_SIZE), False
+    graph = capture(model, size, is_leaf).graph
+    return LayerNames(_named(graph, model), model, graph, size, native)
+
+
+def children_of(layers: Iterable[NamedLayer], root: nn.Module) -> list[nn.Module]:
+    """The modules of layers, each once; functions have none."""
+    found = {id(m): m for m in (root.get_submodule(x.path) for x in layers if x.path)}
+    return list(found.values())
+
+
+def _named(graph: fx.Graph, root: nn.Module) -> list[NamedLayer]:
+    numbering = _Numbering()
+    layers = []
+    for node in graph.nodes:
+        if not node.op.startswith("call") or node.target == "training_flag":
+            continue
+        module = root.get_submodule(str(node.target)) if node.op == "call_module" else None
+        role = _role_of(node, module)
+        if role == "conv" and _takes_whole_map(node, module, numbering.in_head):
+            role = "fc"
+        path = str(node.target) if module is not None else ""
+        kind = type(module).__name__ if module is not None else operation_name(node)
+        name = numbering.name_for(role, path or node.name, kind)
+        keras = numbering.keras_for(role)
+        layers.append(NamedLayer(name, keras, path, kind, role, numbering.at, node))
+    fc = [i for i, layer in enumerate(layers) if layer.role == "fc"]
+    if fc:
+        layers[fc[-1]] = replace(layers[fc[-1]], keras="predictions")
+    return layers
+
+
+def _role_of(node: fx.Node, module: nn.Module | None) -> str:
+    if module is None:
+        return _FUNCTIONS.get(operation_name(node).removeprefix("Tensor."), "")
+    if module.__class__.__name__ == "DilatedAvgPool2d":
+        return "pool"
+    return next((role for classes, role in _MODULES if isinstance(module, classes)), "")
+
+
+def _takes_whole_map(node: fx.Node, module: nn.Module | None, in_head: bool) -> bool:
+    """Whether a convolution is a fully connected layer written as one, as timm does."""
+    fed = node.all_input_nodes[0].meta.get("value") if node.all_input_nodes else None
+    if not isinstance(module, nn.Conv2d) or not isinstance(fed, Tensor) or fed.ndim != 4:
+        return False
+    whole = tuple(fed.shape[2:]) == module.kernel_size and module.padding in ((0, 0), "valid")
+    return whole and (in_head or module.kernel_size != (1, 1))
+
+
+class _Numbering:
+    """Counts blocks, convolutions and fully connected layers as they come."""
+
+    def __init__(self) -> None:
+        self.block = 1
+        self.convolution = 0
+        self.fc = FIRST_FC - 1
+        self.at = 1
+        self.taken: dict[str, int] = {}
+
+    @property
+    def in_head(self) -> bool:
+        return self.fc >= FIRST_FC
+
+    def name_for(self, role: str, place: str, kind: str) -> str:
+        self.at = 0 if self.in_head else self.block
+        if role == "conv" and not self.in_head:
+            self.convolution += 1
+            return self._free(f"conv{self.block}_{self.convolution}")
+        if role == "pool" and not self.in_head:
+            self.block, self.convolution = self.block + 1, 0
+            return self._free(f"pool{self.block - 1}")
+        if role == "fc":
+            self.fc += 1
+            self.at = 0
+            return self._free(f"fc{self.fc}")
+        if role in ("bn", "relu", "drop", "activation"):
+            number = str(self.fc) if self.in_head else f"{self.block}_{self.convolution}"
+            return self._free(f"{kind.lower() if role == 'activation' else role}{number}")
+        if role in ("avgpool", "maxpool", "flatten", "prob"):
+            self.at = 0
+        return self._free(role or place)
+
+    def keras_for(self, role: str) -> str:
+        if role == "fc":
+            return f"fc{self.fc - FIRST_FC + 1}"
+        if self.in_head:
+            return ""
+        if role == "conv":
+            return f"block{self.block}_conv{self.convolution}"
+        return f"block{self.block - 1}_pool" if role == "pool" else ""
+
+    def _free(self, name: str) -> str:
+        self.taken[name] = self.taken.get(name, 0) + 1
+        return name if self.taken[name] == 1 else f"{name}_{self.taken[name]}"

@@ -1,0 +1,84 @@
+"""Finding a class by index or name."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import fcvgg
+from fcvgg.categories import class_index, class_name
+
+NAMES = ("tabby", "tiger cat", "Siamese cat", "crane", "crane", "maillot", "café")
+
+
+@pytest.mark.parametrize(
+    ("target", "expected"),
+    [
+        (0, 0),
+        (6, 6),
+        (-1, 6),
+        (-7, 0),
+        (np.int64(2), 2),
+        ("tabby", 0),
+        ("TABBY", 0),
+        ("siamese CAT", 2),
+        ("tiger", 1),
+        ("Sia", 2),
+        ("CAFÉ", 6),
+    ],
+)
+def test_a_class_is_found(target: int | str, expected: int) -> None:
+    index = class_index(target, NAMES, len(NAMES))
+    assert index == expected
+    assert type(index) is int
+
+
+def test_the_whole_name_wins_over_a_part() -> None:
+    assert class_index("cat", ("wildcat", "Cat", "cat"), 3) == 2
+    assert class_index("CAT", ("wildcat", "Cat"), 2) == 1
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        (7, r"class 7 is out of range; the network has classes 0 to 6$"),
+        (-8, r"class -8 is out of range; the network has classes 0 to 6$"),
+        (
+            "cat",
+            r"category 'cat' is ambiguous: 'tiger cat' \(1\), 'Siamese cat' \(2\); "
+            r"pass the whole name or the index$",
+        ),
+        ("crane", r"category 'crane' is ambiguous: 'crane' \(3\), 'crane' \(4\); pass the whole"),
+        ("tabbi", r"there is no category 'tabbi'; near: 'tabby' \(0\)$"),
+        ("cranee", r"there is no category 'cranee'; near: 'crane' \(3\)$"),
+        (
+            "zeppelin",
+            r"there is no category 'zeppelin'; there are 7: 'tabby' \(0\), 'tiger cat' \(1\), "
+            r"'Siamese cat' \(2\), 'crane' \(3\), 'crane' \(4\), \.\.\.$",
+        ),
+        ("", r"there is no category ''; there are 7: 'tabby' \(0\)"),
+        (1.0, r"target 1\.0 is no class; pass an index or a category name$"),
+        (True, r"target True is no class; pass an index or a category name$"),
+        (None, r"target None is no class; pass an index or a category name$"),
+    ],
+)
+def test_what_is_not_found_lists_what_is_near(target: object, message: str) -> None:
+    with pytest.raises(fcvgg.CategoryError, match=f"^{message}"):
+        class_index(target, NAMES, len(NAMES))  # type: ignore[arg-type]
+
+
+def test_a_long_list_of_matches_is_cut() -> None:
+    names = [f"cat {i}" for i in range(9)]
+    with pytest.raises(fcvgg.CategoryError, match=r"'cat 4' \(4\), \.\.\.; pass the whole name"):
+        class_index("cat", names, 9)
+
+
+def test_a_name_needs_names() -> None:
+    with pytest.raises(
+        fcvgg.CategoryError,
+        match=r"the network has no category names, so 'cat' cannot be looked up; pass an index "
+        r"from 0 to 4, or categories= to convert or load$",
+    ):
+        class_index("cat", None, 5)
+    assert class_name(3, None) == "class 3"
+    assert class_name(3, NAMES) == "crane"

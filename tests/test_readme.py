@@ -1,0 +1,76 @@
+"""Every block that the README shows is run here, or is what CI itself runs."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from fcvgg.cli import app
+from fcvgg.demo import demo_photograph
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+@pytest.fixture
+def photographs(tmp_path, monkeypatch):
+    """The folder with the photographs that the README speaks of."""
+    monkeypatch.chdir(tmp_path)
+    demo_photograph().resize((300, 280)).save("photo.jpg")
+    Image.effect_noise((270, 300), 60).save("other.png")
+    return tmp_path
+
+
+def test_python_blocks_run_in_order(photographs, capsys):
+    namespace = {}
+    assert len(blocks("python")) == 4
+    for block in blocks("python"):
+        exec(compile(block, "README.md", "exec"), namespace)
+    assert "equivalent at 224x224" in capsys.readouterr().out
+    assert {"heatmap.png", "my-vgg", "faces.onnx"} <= {p.name for p in photographs.iterdir()}
+
+
+def command_lines():
+    lines = [line for block in blocks("sh") for line in block.splitlines()]
+    return [line for line in lines if line.startswith("fcvgg ")]
+
+
+@pytest.mark.parametrize("line", command_lines())
+def test_command_lines_run(photographs, line):
+    result = CliRunner().invoke(app, shlex.split(line)[1:])
+    assert result.exit_code == 0, result.output
+    assert result.output
+
+
+def test_install_commands_are_whole_and_ci_runs_the_second():
+    demo, tests = (b.strip() for b in blocks("sh")[:2])
+    assert demo.startswith("python3 -m venv .venv && ")
+    assert demo.endswith(".venv/bin/fcvgg demo")
+    assert tests.startswith("python3 -m venv .venv && ")
+    assert tests.endswith("pytest")
+    assert 'grep -m 1 \'pytest$\' README.md' in (ROOT / ".ci" / "run").read_text()
+
+
+def test_links_lead_to_files():
+    links = re.findall(r"\]\(((?!https?:)[^)]+)\)", README)
+    missing = [link for link in links if not (ROOT / link).exists()]
+    assert not missing
+
+
+def test_every_module_is_on_the_map():
+    map_section = README[README.index("## Map of the source") :]
+    package = ROOT / "fcvgg"
+    modules = [p.name for p in package.iterdir() if p.suffix == ".py" or (p / "__init__.py").exists()]
+    unnamed = [m for m in modules if not m.startswith("__") and f"(fcvgg/{m})" not in map_section]
+    assert not unnamed
+
+
+def test_measured_figures_are_filled_in():
+    assert not re.findall(r"DEMO_[A-Z]+", README)
