@@ -43,7 +43,7 @@ def run_in_batches(
         yield from zip((key for key, _, _ in batch), rows)
 
     for key, group, image in inputs:
-        kind = (group, image.shape, image.dtype, image.device)
+        kind: Hashable = (group, image.shape, image.dtype, image.device)
         same = waiting.setdefault(kind, [])
         if same and _pixels(same) + _pixels([(key, group, image)]) > BATCH_PIXELS:
             yield from flush(kind)
@@ -52,8 +52,8 @@ def run_in_batches(
         held += _pixels([(key, group, image)])
         while held > _HELD_PIXELS:
             yield from flush(max(waiting, key=lambda k: _pixels(waiting[k])))
-    for kind in list(waiting):
-        yield from flush(kind)
+    for rest in list(waiting):
+        yield from flush(rest)
 
 
 def _pixels(batch: list[tuple[Key, Group, Tensor]]) -> int:

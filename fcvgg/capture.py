@@ -9,9 +9,11 @@ is traced in its place.
 from __future__ import annotations
 
 import copy
+import operator
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from functools import cached_property
+from itertools import chain
 from typing import Any
 
 import torch
@@ -71,6 +73,7 @@ def capture(
 
     Raises:
         CaptureError: if the model branches on values or cannot be traced for another reason.
+        InputSizeError: if the model asserts another size.
     """
     captured = _traced(model, size, is_leaf, channels or input_channels(model))
     read = _channels_read(captured) if channels is None else None
@@ -88,6 +91,11 @@ def _traced(
         graph = stop.graph
     except CaptureError:
         raise
+    except AssertionError as error:
+        raise InputSizeError(
+            f"the model refuses input size {size}: {one_line(error)}; "
+            "pass the model's native size as input_size"
+        ) from error
     except Exception as error:
         raise CaptureError(
             f"the model's forward cannot be traced with torch.fx: {one_line(error)}; "
@@ -172,7 +180,9 @@ def twin_of(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
                     " it a parameter first with torch.nn.utils.remove_weight_norm, "
                     "remove_spectral_norm or prune.remove"
                 )
-    hooks = {id(getattr(m, hook)): OrderedDict() for m in model.modules() for hook in _HOOKS}
+    hooks: dict[int, Any] = {
+        id(getattr(module, hook)): OrderedDict() for module in model.modules() for hook in _HOOKS
+    }
     try:
         return copy.deepcopy(model, {**memo, **hooks})
     except RuntimeError as error:
@@ -184,8 +194,7 @@ def twin_of(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
 def _without_data(model: nn.Module, is_leaf: Callable[[nn.Module], bool]) -> nn.Module:
     """A copy on the meta device, in evaluation mode, that remembers where it reads its mode."""
     tensors = [*model.parameters(), *model.buffers()]
-    lazy = [t for t in tensors if isinstance(t, nn.parameter.UninitializedTensorMixin)]
-    if lazy:
+    if any(nn.parameter.is_lazy(tensor) for tensor in tensors):
         raise CaptureError(
             "the model has lazy layers whose parameters are not initialised yet; "
             "run it once on an image of its native size first"
@@ -208,21 +217,6 @@ def _known(argument: Any) -> Any:
     return bool(argument) if isinstance(argument, FollowsTraining) else argument
 
 
-_MODULE_CALL = nn.Module.__call__
-_MODULE_GETATTR = nn.Module.__getattr__
-
-
-@contextmanager
-def _plain_modules() -> Iterator[None]:
-    """Undo, for the moment, the patches by which fx records calls and parameters of modules."""
-    patched = nn.Module.__call__, nn.Module.__getattr__
-    nn.Module.__call__, nn.Module.__getattr__ = _MODULE_CALL, _MODULE_GETATTR  # type: ignore
-    try:
-        yield
-    finally:
-        nn.Module.__call__, nn.Module.__getattr__ = patched  # type: ignore
-
-
 class _ShapeUnknownError(Exception):
     """Python asked for the shape of a value that could not be computed at this size."""
 
@@ -243,6 +237,26 @@ class _ShapeTracer(fx.Tracer):
         super().__init__()
         self._is_leaf = is_leaf
         self._images = torch.empty(shape, dtype=dtype, device="meta")
+        self._computing = False
+
+    def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+        if self._computing:
+            return forward(*args, **kwargs)
+        return super().call_module(m, forward, args, kwargs)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        # buffers too: fx would compute with them at once, and here they have no data
+        name = None if self._computing else self._tensor_names.get(id(attr_val))
+        if name is None:
+            return attr_val
+        if name not in parameter_proxy_cache:
+            parameter_proxy_cache[name] = self.create_proxy("get_attr", name, (), {})
+        return parameter_proxy_cache[name]
+
+    @cached_property
+    def _tensor_names(self) -> dict[int, str]:
+        named = chain(self.root.named_parameters(), self.root.named_buffers())
+        return {id(tensor): name for name, tensor in named}
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return self._is_leaf(m)
@@ -277,11 +291,14 @@ class _ShapeTracer(fx.Tracer):
             return
         if any("value" not in fed.meta for fed in node.all_input_nodes):
             return
+        self._computing = True  # what a layer calls and reads meanwhile is not recorded
         try:
-            with torch.no_grad(), _plain_modules():
+            with torch.no_grad():
                 node.meta["value"] = self._run(node)
         except Exception as error:
             node.meta["error"] = error
+        finally:
+            self._computing = False
 
     def _run(self, node: fx.Node) -> Any:
         if node.op == "placeholder":
@@ -317,7 +334,7 @@ class _ShapeTracer(fx.Tracer):
     def iter(self, obj: fx.Proxy) -> Iterator[Any]:
         value = self.value_of(obj)
         if isinstance(value, (Tensor, tuple, list)):
-            return iter([obj[i] for i in range(len(value))])
+            return iter([operator.getitem(obj, i) for i in range(len(value))])  # type: ignore
         raise CaptureError(f"the model iterates over {describe(obj.node)}, which is no sequence")
 
 

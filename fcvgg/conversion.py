@@ -93,14 +93,18 @@ def infer_input_size(model: nn.Module) -> Pair:
     """
     failure: Exception | None = None
     for trial in _TRIAL_SIZES:
-        rewriter = Rewriter(capture(model, (trial, trial), is_leaf), _twin(model))
+        try:
+            rewriter = Rewriter(capture(model, (trial, trial), is_leaf), _twin(model))
+        except InputSizeError as error:
+            failure = error
+            continue
         try:
             rewriter.run(rule_for)
         except InputSizeError as error:
             failure = error
         if rewriter.boundary is not None:
             return _size_at(rewriter.boundary, rewriter)
-    reason = f": {failure}" if failure else ""
+    reason = f": {str(failure).partition('; pass ')[0]}" if failure else ""
     raise InputSizeError(
         f"the native size cannot be inferred from {type(model).__name__}{reason}; "
         "pass input_size=, the size it was trained at"

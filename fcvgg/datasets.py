@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from numbers import Integral
 from pathlib import Path
@@ -51,9 +51,9 @@ class LabelledImages:
         categories: the network's class names, or None.
         classes: how many classes the network has.
 
-    Class folders, and the names that a dataset gives as ``dataset.classes``, are matched to categories
-    by name (case, ``_`` and ``-`` do not matter). Where none matches, as many folders as classes are
-    taken in sorted order, as torchvision does.
+    Class folders, and the names that a dataset gives as ``dataset.classes``, are matched to
+    categories by name (case, ``_`` and ``-`` do not matter). Where none matches, as many folders as
+    classes are taken in sorted order, as torchvision does.
 
     Raises:
         DatasetError: if there is no such folder, there are no images, or it is no dataset.
@@ -68,7 +68,7 @@ class LabelledImages:
         self._dataset = dataset
         self._indices: list[int] | None = None
         if isinstance(dataset, (str, os.PathLike)):
-            names, self._samples = _samples_in(Path(dataset))
+            names, self._samples = samples_in(Path(dataset))
             self._indices = self._matched(names)
         else:
             self._adopt(dataset)
@@ -105,16 +105,17 @@ class LabelledImages:
                 yield Labelled(path, path, self._label(label, path))
         elif hasattr(self._dataset, "__getitem__") and self.count is not None:
             for i in range(len(self._dataset)):
-                yield self._item(f"item {i}", lambda i=i: self._dataset[i])
+                try:
+                    pair = self._dataset[i]
+                except (ImageError, OSError, SyntaxError) as error:  # Pillow raises any of them
+                    yield Unreadable(f"item {i}", _reason(error))
+                else:
+                    yield self._item(f"item {i}", pair)
         else:
             for i, pair in enumerate(self._dataset):
-                yield self._item(f"item {i}", lambda pair=pair: pair)
+                yield self._item(f"item {i}", pair)
 
-    def _item(self, name: str, get: Callable[[], Any]) -> Labelled | Unreadable:
-        try:
-            pair = get()
-        except (ImageError, OSError, SyntaxError) as error:  # Pillow raises any of them
-            return Unreadable(name, _reason(error))
+    def _item(self, name: str, pair: Any) -> Labelled:
         if not isinstance(pair, (tuple, list)) or len(pair) != 2:
             raise DatasetError(
                 f"{name} of the dataset is {type(pair).__name__}; expected a pair (image, label)"
@@ -137,13 +138,13 @@ class LabelledImages:
             raise DatasetError(
                 f"the label of {name} is {label!r}; expected a class index or a category's name"
             )
+        index = int(label)
         known = self.classes if self._indices is None else len(self._indices)
-        if not 0 <= label < known:
+        if not 0 <= index < known:
             raise CategoryError(
-                f"the label of {name} is {int(label)}; the network has classes 0 to "
-                f"{self.classes - 1}"
+                f"the label of {name} is {index}; the network has classes 0 to {self.classes - 1}"
             )
-        return int(label) if self._indices is None else self._indices[int(label)]
+        return index if self._indices is None else self._indices[index]
 
     def _matched(self, names: Sequence[str]) -> list[int]:
         """The class index of every name."""
@@ -174,7 +175,7 @@ class LabelledImages:
         return list(range(len(names)))
 
 
-def _samples_in(folder: Path) -> tuple[list[str], list[tuple[str, int]]]:
+def samples_in(folder: Path) -> tuple[list[str], list[tuple[str, int]]]:
     """The class folders' names, sorted, and every image file with the place of its class."""
     if not folder.is_dir():
         what = "is a file" if folder.exists() else "does not exist"

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from fcvgg.files import written_whole
 from fcvgg.images import PreparedImage, prepare, with_size, with_smallest_side
 from fcvgg.network import FullyConvolutional, evaluating
 from fcvgg.probability import to_probabilities
+from fcvgg.progress import progress_bar
 
 PROTOCOLS: dict[str, str] = {
     "centre-crop": "centre crop",
@@ -267,7 +267,7 @@ def evaluate(
     plan = _Plan(names, sides, flip)
     tallies = {name: _Tally(net.num_classes) for name in names}
     run = _Run(net, model, data, plan, average)
-    with _progress_bar(progress, data.count) as advance:
+    with progress_bar("images", data.count, progress) as advance:
         for label, predictions in run.predictions(advance):
             for name, tally in tallies.items():
                 tally.add(predictions[name], label)
@@ -335,7 +335,9 @@ class _Run:
     unreadable: list[Unreadable] = field(default_factory=list)
     _pending: dict[int, _Pending] = field(default_factory=dict)
 
-    def predictions(self, advance: Callable[[], None]) -> Iterator[tuple[int, dict[str, Tensor]]]:
+    def predictions(
+        self, advance: Callable[[int], None]
+    ) -> Iterator[tuple[int, dict[str, Tensor]]]:
         """Every image's label and its probabilities ``(K,)`` by every protocol."""
         parts = self.plan.parts
         for (number, part), row in run_in_batches(self._inputs(advance), self._probabilities):
@@ -350,11 +352,11 @@ class _Run:
             for name, both in _COMBINED.items():
                 if name in self.plan.names:
                     means[name] = torch.stack([means[p] for p in both]).mean(0)
-            advance()
+            advance(1)
             yield pending.label, means
 
     def _inputs(
-        self, advance: Callable[[], None]
+        self, advance: Callable[[int], None]
     ) -> Iterator[tuple[tuple[int, str], bool, Tensor]]:
         """All views of all images, each with whether it is a crop."""
         parts = self.plan.parts
@@ -371,9 +373,9 @@ class _Run:
             for part, pixels in self._views(image, parts):
                 yield (number, part), part != "dense", pixels
 
-    def _leave_out(self, image: Unreadable, advance: Callable[[], None]) -> None:
+    def _leave_out(self, image: Unreadable, advance: Callable[[int], None]) -> None:
         self.unreadable.append(image)
-        advance()
+        advance(1)
 
     def _views(self, image: PreparedImage, parts: Sequence[str]) -> _Views:
         if "resize" in parts:
@@ -523,29 +525,3 @@ def _aligned(lines: Sequence[Sequence[str]], left: int) -> str:
         ).rstrip()
         for line in lines
     )
-
-
-@contextmanager
-def _progress_bar(shown: bool, total: int | None) -> Iterator[Callable[[], None]]:
-    """Gives what to call when an image is done."""
-    if not shown:
-        yield lambda: None
-        return
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    console = Console(stderr=True)
-    columns = (
-        *(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()),
-        *(TimeElapsedColumn(), TimeRemainingColumn()),
-    )
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("images", total=total)
-        yield lambda: bar.advance(task)

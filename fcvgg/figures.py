@@ -86,7 +86,7 @@ def _plot_cells(ax: Axes, score_map: ScoreMap, index: int, image: Image.Image) -
         score_map.scores[index].float().cpu().numpy(),
         cmap=CELL_COLOUR_MAP,
         interpolation="nearest",
-        extent=_extent_of_cells(score_map),
+        extent=extent_of_cells(score_map),
     )
     height, width = score_map.image_size
     ax.set_xlim(-0.5, width - 0.5)
@@ -100,7 +100,7 @@ def _plot_cells(ax: Axes, score_map: ScoreMap, index: int, image: Image.Image) -
     bar.set_label(f"score of {class_name(index, score_map.categories)!r}")
 
 
-def _extent_of_cells(score_map: ScoreMap) -> tuple[float, float, float, float]:
+def extent_of_cells(score_map: ScoreMap) -> tuple[float, float, float, float]:
     """Left, right, bottom and top edge of all cells, in pixels of the image."""
     edges = []
     for axis, cells, pixels, size in zip(

@@ -384,9 +384,17 @@ class LineBuffers:
         schedule: which rows are computed at which strip.
         width: the sizes and ranges along the width.
         row: the first row of cells that is wanted.
+        between: called between operations.
     """
 
-    def __init__(self, schedule: Schedule, width: Extents, row: int):
+    def __init__(
+        self,
+        schedule: Schedule,
+        width: Extents,
+        row: int,
+        between: Callable[[], None] = lambda: None,
+    ):
+        self._between = between
         self._schedule = schedule
         self._stages = schedule.stages
         self._height, self._width = schedule.height, width
@@ -431,6 +439,7 @@ class LineBuffers:
             end = int(ends[i])
             if end > self._done[i]:
                 cells = self._hand_on(i, self._compute(i, self._done[i], end), end)
+                self._between()
         self.strip += 1
         return cells
 

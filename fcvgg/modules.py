@@ -6,6 +6,8 @@ tensors only; where they are put is decided in `fcvgg.conversion`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from math import prod
 from typing import Any
 
 import torch
@@ -15,10 +17,13 @@ from torch import Tensor, nn
 Pair = tuple[int, int]
 
 _GEMM_CELLS = 400
-"""Cells up to which windows are gathered for one matrix product; a convolution beyond.
+"""Cells whose windows are gathered at a time for one matrix product.
 
-A convolution with a 7x7 kernel reorders all its weights at every call, which costs more than the
-product itself while there are few cells; gathered windows cost memory in proportion to the cells.
+A convolution with a 7x7 kernel reorders all its weights at every call: 411 MB for a VGG, and more
+time than the product itself while there are few cells. Gathered windows cost memory in proportion
+to the cells, 100 kB each for a VGG, hence blocks; with fewer cells at a time the weights are read
+too often (examples/benchmarks/NOTES.md). A convolution remains where gradients would keep all the
+windows, and on a GPU.
 """
 
 
@@ -82,19 +87,54 @@ def window_linear(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: Pair
     """
     if torch.compiler.is_exporting():  # one operation that every runtime knows, for every size
         return F.conv2d(x, weight, bias, dilation=dilation)
-    kernel = weight.shape[2:]
-    if tuple(kernel) == (1, 1):
+    kernel = (weight.shape[2], weight.shape[3])
+    if kernel == (1, 1):
         rows = x.movedim(1, -1)  # (N, h, w, C)
         return F.linear(rows, weight.flatten(1), bias).movedim(-1, 1)
     height, width = (n - (k - 1) * d for n, k, d in zip(x.shape[2:], kernel, dilation))
     if height == width == 1:
         row = x[..., :: dilation[0], :: dilation[1]].flatten(1)  # (N, C*kh*kw)
         return F.linear(row, weight.flatten(1), bias)[..., None, None]
-    if x.shape[0] * height * width > _GEMM_CELLS:
+    cells = len(x) * height * width
+    keeps_windows = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    if min(height, width) < 1 or (cells > _GEMM_CELLS and (keeps_windows or x.is_cuda)):
         return F.conv2d(x, weight, bias, dilation=dilation)
-    rows = F.unfold(x, (kernel[0], kernel[1]), dilation).movedim(1, -1)  # (N, h*w, C*kh*kw)
-    scores = F.linear(rows, weight.flatten(1), bias)  # (N, h*w, O)
-    return scores.movedim(-1, 1).unflatten(2, (height, width))
+    columns = weight.flatten(1)  # (O, C*kh*kw)
+    return by_windows(x, kernel, dilation, lambda rows: F.linear(rows, columns, bias))
+
+
+def by_windows(
+    x: Tensor, kernel: Pair, dilation: Pair, linear: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """A function of rows ``(n, C*kh*kw) -> (n, O)`` at every window of a map.
+
+    The windows are gathered for `_GEMM_CELLS` cells at a time.
+    """
+    spans = [(k - 1) * d + 1 for k, d in zip(kernel, dilation)]
+    windows = x.unfold(2, spans[0], 1).unfold(3, spans[1], 1)  # (N, C, h, w, span, span)
+    windows = windows[..., :: dilation[0], :: dilation[1]].permute(0, 2, 3, 1, 4, 5)
+    count, height, width = windows.shape[:3]
+
+    def scores(part: Tensor) -> Tensor:
+        rows = part.reshape(-1, prod(part.shape[3:]))  # the copy
+        return linear(rows).unflatten(0, part.shape[:3])  # (n, h, w, O)
+
+    if count * height * width <= _GEMM_CELLS:
+        return scores(windows).movedim(-1, 1)
+    images = max(_GEMM_CELLS // (height * width), 1)
+    down = max(min(_GEMM_CELLS // width, height), 1)
+    across = min(_GEMM_CELLS, width)
+    result: Tensor | None = None
+    for i in range(0, count, images):
+        for row in range(0, height, down):
+            for col in range(0, width, across):
+                place = slice(i, i + images), slice(row, row + down), slice(col, col + across)
+                part = scores(windows[place])
+                if result is None:
+                    result = part.new_empty(count, height, width, part.shape[-1])
+                result[place] = part
+    assert result is not None
+    return result.movedim(-1, 1)
 
 
 class BinnedPool2d(nn.Module):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,10 @@ from fcvgg.images import ImageLike, PreparedImage, mirrored, prepare, with_small
 from fcvgg.modules import WindowLinear
 from fcvgg.preprocessing import Preprocess
 from fcvgg.probability import ACTIVATIONS, average_over_space
+from fcvgg.pyramid import pyramid_heatmap
 from fcvgg.rewriting import Program
 from fcvgg.score_map import ScoreMap
+from fcvgg.trunk import run
 
 Pair = tuple[int, int]
 
@@ -95,7 +97,7 @@ class FullyConvolutional(nn.Module):
     def forward(self, images: Tensor) -> Any:
         """Score maps ``(N, K, h, w)`` of preprocessed images ``(N, C, H, W)``."""
         self._check_images(images)
-        return self.network(self._padded(images))
+        return run(self.network, self._padded(images))
 
     def output_size(self, size: Iterable[int] | int) -> Pair:
         """Cells ``(h, w)`` for images of ``(H, W)`` pixels.
@@ -179,10 +181,32 @@ class FullyConvolutional(nn.Module):
         return self._score_map(self._prepared(image), output)
 
     def heatmap(
-        self, image: ImageLike, target: int | str | None = None, *, output: int = 0
+        self,
+        image: ImageLike,
+        target: int | str | None = None,
+        *,
+        scales: Sequence[int] | None = None,
+        combine: str = "max",
+        output: int = 0,
     ) -> Heatmap:
-        """One class's probability over the image; the top class of the average if None."""
-        return self.score_map(image, output=output).heatmap(target)
+        """One class's probability over the image; the top class of the average if None.
+
+        Args:
+            image: as for `score_map`.
+            target: a class index or category name.
+            scales: lengths of the smaller side to which the image is rescaled, to find objects
+                larger or smaller than the window; their maps are placed on the image's pixels by
+                geometry. None keeps its size.
+            combine: ``"max"`` or ``"mean"`` of the scales at each pixel.
+            output: which output, for a model with several.
+        """
+        if scales is None:
+            return self.score_map(image, output=output).heatmap(target)
+        prepared = self._prepared(image)
+        views = (with_smallest_side(prepared, scale) for scale in scales)
+        maps = (self._score_map(view, output) for view in views)
+        placed = [replace(m, image_size=prepared.size, image=prepared.picture) for m in maps]
+        return pyramid_heatmap(placed, target, combine)
 
     @torch.no_grad()
     def classify(
@@ -227,7 +251,7 @@ class FullyConvolutional(nn.Module):
         self, images: Any, scales: Sequence[int] | None, flip: bool
     ) -> Iterator[tuple[int, None, Tensor]]:
         """Every image's input at every scale, and mirrored, with the image's index."""
-        for index, image in enumerate(_each(images)):
+        for index, image in enumerate(each_image(images)):
             prepared = self._prepared(image)
             for view in [with_smallest_side(prepared, n) for n in scales] if scales else [prepared]:
                 for pixels in (view, mirrored(view)) if flip else (view,):
@@ -381,7 +405,7 @@ def evaluating(module: nn.Module) -> Iterator[None]:
             m.training = mode
 
 
-def _each(images: Any) -> Iterable[Any]:
+def each_image(images: Any) -> Iterable[Any]:
     """One image after the other from a batch, a sequence or a single image."""
     if isinstance(images, Tensor):
         return images if images.ndim == 4 else [images]

@@ -11,6 +11,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import count
 from math import gcd, prod
 from typing import Any
 
@@ -27,6 +28,7 @@ from fcvgg.capture import (
 )
 from fcvgg.cells import Cells, Constant, channels_along, with_channels
 from fcvgg.errors import (
+    CaptureError,
     ConversionError,
     InputSizeError,
     RefusedLayerError,
@@ -112,6 +114,7 @@ class Rewriter:
         self._aliases: set[str] = set()
         self._originals: dict[str, nn.Module] = {}
         self._flags: dict[str, fx.Node] = {}
+        self._dependent: dict[fx.Node, bool] = {}
         self._weights: dict[Any, nn.Parameter] = {}
 
     # -- the walk ---------------------------------------------------------------------------------
@@ -120,7 +123,7 @@ class Rewriter:
         """Rewrite every node by its rule and check that the branches' sizes agree."""
         outputs: Sequence[Cells] = ()
         needed = _needed(self.captured.graph)
-        self._refuse_first(needed, rule_for)
+        self._refuse_first([n for n in needed if self._sees_images(n)], rule_for)
         for node in needed:
             if node.op == "placeholder":
                 self._values[node] = self._image(node)
@@ -145,12 +148,14 @@ class Rewriter:
 
     def _rewrite(self, node: fx.Node, rule_for: Callable[..., Any]) -> Any:
         module = self.module_of(node)
+        call = Call(node, module)
+        args, kwargs = fx.node.map_aggregate((node.args, node.kwargs), self._operand)  # type: ignore
+        if not self._sees_images(node) and "value" in node.meta:
+            return Constant(self.emit(call, args, kwargs), node.meta["value"])
         rule = rule_for(node, module)
         if "error" in node.meta:
             self._note_head(node)
             self.captured.require_success()
-        args, kwargs = fx.node.map_aggregate((node.args, node.kwargs), self._operand)  # type: ignore
-        call = Call(node, module)
         _check_arguments(rule, call, args, kwargs)
         try:
             result = rule(self, call, *args, **kwargs)
@@ -159,6 +164,13 @@ class Rewriter:
             raise
         self._check_batch(call, result)
         return result
+
+    def _sees_images(self, node: fx.Node) -> bool:
+        """Whether a value is computed from the images, and not from parameters alone."""
+        if node not in self._dependent:
+            fed = any(self._sees_images(n) for n in node.all_input_nodes)
+            self._dependent[node] = node.op == "placeholder" or fed
+        return self._dependent[node]
 
     def _note_head(self, node: fx.Node) -> None:
         """A node that fails at this size: the next fully connected layer tells what is missing."""
@@ -191,6 +203,11 @@ class Rewriter:
         if name not in owner._parameters and name not in owner._buffers:
             # a literal in forward, which fx put on its root, or a tensor that is no buffer
             literal = getattr(self.captured.root.get_submodule(path), name)
+            if literal.is_meta:
+                raise CaptureError(
+                    "forward makes a tensor on the device of a parameter, and parameters are "
+                    "without data while it is read; make it on the device of the images"
+                )
             value = vars(owner).pop(name, literal).detach().to(device_of(self.modules))
             owner.register_buffer(name, value, persistent=False)
         return Constant(self.graph.get_attr(str(node.target)), node.meta["value"])
@@ -373,8 +390,11 @@ class Rewriter:
         return self._originals[name]
 
     def _fresh(self, name: str) -> str:
-        taken = {name for name, _ in self.modules.named_modules()}
-        return name if name not in taken else f"{name}_{len(taken)}"
+        """A path for a new module: the name, or the name with a number."""
+        path, _, child = name.rpartition(".")
+        taken = vars(self.modules.get_submodule(path))["_modules"]
+        number = next(n for n in count() if (f"{child}_{n}" if n else child) not in taken)
+        return f"{name}_{number}" if number else name
 
     # -- layouts ----------------------------------------------------------------------------------
 
@@ -415,12 +435,12 @@ class Rewriter:
         return with_channels(cells, axis, count, node=node)
 
     def _select(self, node: fx.Node, channels: Tensor) -> fx.Node:
-        name = self._fresh_buffer("channel_order", channels)
+        name = self._add_buffer("channel_order", channels)
         return self.graph.call_function(torch.index_select, (node, 1, self.graph.get_attr(name)))
 
-    def _fresh_buffer(self, name: str, value: Tensor) -> str:
-        taken = {name for name, _ in self.modules.named_buffers()}
-        name = f"{name}_{sum(t.startswith(name) for t in taken)}"
+    def _add_buffer(self, name: str, value: Tensor) -> str:
+        taken = vars(self.modules)["_buffers"]
+        name = next(f"{name}_{n}" for n in count() if f"{name}_{n}" not in taken)
         value = value.to(device_of(self.modules))
         self.modules.register_buffer(name, value, persistent=False)
         return name

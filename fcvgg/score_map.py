@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from fcvgg.boxes import cell_windows
 from fcvgg.categories import class_index, class_name
 from fcvgg.geometry import Axis, Geometry, checked_size
 from fcvgg.heatmap import Heatmap
 from fcvgg.probability import average_over_space, to_probabilities, widened
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
     from PIL import Image
 
 Pair = tuple[int, int]
@@ -93,7 +96,8 @@ class ScoreMap:
             class_index(target, self.categories, len(self.scores)) if target is not None else None
         )
         index = int(self.predict().argmax()) if index is None else index
-        values = self._at_pixels(self.probabilities()[index : index + 1], self.image_size)[0]
+        cells = self.probabilities()[index : index + 1].clamp(0, 1)  # (1, h, w)
+        values = self._at_pixels(cells, self.image_size)[0]
         rows, cols = (
             _coverage(axis, cells, pixels, size)
             for axis, cells, pixels, size in zip(
@@ -105,7 +109,28 @@ class ScoreMap:
             coverage=(rows[:, None] & cols[None, :]).numpy(),
             label=class_name(index, self.categories),
             image=self.image,
+            windows=cell_windows(
+                self.geometry, cells[0].double().cpu().numpy(), self.input_size, self.image_size
+            ),
         )
+
+    def plot(self, k: int = 5, **options: Any) -> Figure:
+        """The k most probable classes as aligned heatmaps, with one absolute colour scale.
+
+        See `fcvgg.class_figures.class_grid` for the options; `fcvgg.figures.save_figure` writes it.
+        """
+        from fcvgg.class_figures import class_grid
+
+        return class_grid(self, k, **options)
+
+    def plot_labels(self, ax: Axes | None = None, most: int = 6) -> Axes:
+        """Every cell in the colour of its most probable class, with a legend.
+
+        The `most` frequent classes have colours of their own, the others share grey.
+        """
+        from fcvgg.class_figures import label_figure
+
+        return label_figure(self, ax, most)
 
     def _at_pixels(self, maps: Tensor, size: Pair) -> Tensor:
         wide = widened(maps)

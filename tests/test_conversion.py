@@ -24,6 +24,7 @@ from nets import (
     sliding_window,
 )
 from torch import Tensor, nn
+from torchvision.ops import FrozenBatchNorm2d
 
 import fcvgg
 
@@ -458,6 +459,82 @@ def test_parametrized_layers(stride: int | None) -> None:
         for parameter in model.parameters():
             parameter.mul_(1.5)
     assert native_error(model, net) <= 1e-12
+
+
+class StandardisedConv(nn.Conv2d):
+    """Weights normalised at every call, as timm's norm-free networks do."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = self.weight.reshape(1, self.out_channels, -1)
+        gain = torch.full((self.out_channels,), 2.0, dtype=torch.float64)
+        weight = F.batch_norm(rows, None, None, weight=gain, training=True)
+        var, mean = torch.var_mean(weight)
+        return F.conv2d(x, (weight.view_as(self.weight) - mean) / var.sqrt(), self.bias, padding=1)
+
+
+def test_weights_computed_from_parameters_need_no_rules() -> None:
+    model = seeded(
+        lambda: nn.Sequential(
+            StandardisedConv(3, 6, 3), nn.MaxPool2d(4), nn.Flatten(), nn.Linear(6 * 36, 4)
+        )
+    )
+    net = fcvgg.convert(model)
+    assert native_error(model, net) <= 1e-12
+    with torch.no_grad():
+        model[0].weight.exp_()
+    assert native_error(model, net) <= 1e-12
+
+
+MORE = {
+    "frozen batch norm": (lambda x, n, fc: fc(n(x).flatten(1)), FrozenBatchNorm2d(8)),
+    "synchronised batch norm": (lambda x, n, fc: fc(n(x).flatten(1)), nn.SyncBatchNorm(8)),
+    "batch norm over flat positions": (
+        lambda x, n, fc: fc(n(x.flatten(2)).flatten(1)),
+        nn.BatchNorm1d(8),
+    ),
+    "scale and shift": (
+        lambda x, n, fc: fc((x * n.weight.view(1, -1, 1, 1) + n.bias[:, None, None]).flatten(1)),
+        nn.BatchNorm2d(8),
+    ),
+    "cosine classifier": (
+        lambda x, fc1, fc: (
+            F.linear(F.normalize(x.flatten(2).mean(2)), F.normalize(fc1.weight, dim=1))
+            + fc(x.flatten(1))
+        ),
+        nn.Linear(8, 4),
+    ),
+    "where": (lambda x, n, fc: fc(torch.where(x > 0.1, x, 0.1 * n(x)).flatten(1)), nn.ReLU()),
+    "maxout": (
+        lambda x, n, fc: fc(torch.cat([torch.maximum(*n(x).chunk(2, 1))] * 2, 1).flatten(1)),
+        nn.LocalResponseNorm(3),
+    ),
+    "shuffled channels": (lambda x, n, fc: fc(n(x).flatten(1)), nn.ChannelShuffle(4)),
+    "reflected borders": (
+        lambda x, n, fc: fc(n(F.pad(x, (1, 1, 1, 1), mode="reflect")).flatten(1)),
+        nn.Conv2d(8, 8, 3),
+    ),
+    "borders that differ": (
+        lambda x, n, fc: fc(n(F.pad(x, (2, 0, 1, 1), value=0.3)).flatten(1)),
+        nn.Conv2d(8, 8, 3),
+    ),
+    "even kernel with the same size": (
+        lambda x, n, fc: fc(n(x).flatten(1)),
+        nn.Conv2d(8, 8, 4, padding="same"),
+    ),
+    "depthwise and dilated": (
+        lambda x, n, fc: fc(n(x).flatten(1)),
+        nn.Conv2d(8, 8, 3, padding=2, dilation=2, groups=8),
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
+@pytest.mark.parametrize(("call", "layer"), MORE.values(), ids=MORE.keys())
+def test_layers_of_the_trunk(call, layer: nn.Module) -> None:
+    model = seeded(Headed, Lambda(call, layer, nn.Linear(288, 4)))
+    net = fcvgg.convert(model, input_size=24)
+    assert native_error(model, net) <= 1e-12
+    assert list(net.state_dict()) == list(model.state_dict())
 
 
 def test_wrappers_are_unwrapped() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -214,7 +215,9 @@ def test_tensors_of_the_wrong_shape(
 
 
 def test_a_tensor_of_bytes_is_not_preprocessed(net: fcvgg.FullyConvolutional) -> None:
-    with pytest.raises(fcvgg.ImageError, match=r"must hold floats, got torch\.uint8; pass uint8 pi"):
+    with pytest.raises(
+        fcvgg.ImageError, match=r"must hold floats, got torch\.uint8; pass uint8 pi"
+    ):
         net.score_map(torch.zeros(3, 9, 12, dtype=torch.uint8))
 
 
@@ -241,7 +244,10 @@ def test_what_the_network_itself_refuses(
 @pytest.mark.parametrize(
     ("image", "message"),
     [
-        (np.zeros((9, 9, 3)), r"an array of float64 has no known range; pass uint8 \(H, W, C\), or"),
+        (
+            np.zeros((9, 9, 3)),
+            r"an array of float64 has no known range; pass uint8 \(H, W, C\), or",
+        ),
         (np.zeros((9, 9, 3), np.float32), r"an array of float32 has no known range; pass uint8"),
         (np.zeros((9, 9), bool), r"an array of bool has no known range; pass uint8"),
         (np.zeros((9, 9), np.int64), r"an array of int64 has no known range; pass uint8"),
@@ -306,9 +312,7 @@ def test_a_truncated_image_opened_by_pil(tmp_path: Path, net: fcvgg.FullyConvolu
         net.score_map(opened)
 
 
-def test_flipped_bits_give_an_image_or_one_clear_error(
-    tmp_path: Path, net: fcvgg.FullyConvolutional
-) -> None:
+def test_flipped_bytes_give_an_image_or_an_image_error(tmp_path: Path) -> None:
     random = np.random.default_rng(0)
     for suffix in ("png", "jpg", "gif", "bmp", "tif"):
         path = tmp_path / f"a.{suffix}"
@@ -318,12 +322,8 @@ def test_flipped_bits_give_an_image_or_one_clear_error(
             broken = content.copy()
             broken[random.integers(0, min(len(broken), 400), 4)] = random.integers(0, 256, 4)
             path.write_bytes(broken.tobytes())
-            try:
-                made = read_image(path)
-            except fcvgg.ImageError as error:
-                assert "\n" not in str(error)
-            else:
-                assert min(made.size) > 0
+            with suppress(fcvgg.ImageError):
+                assert min(read_image(path).size) > 0
 
 
 def test_a_decompression_bomb(

@@ -22,13 +22,11 @@ OPTIONAL = [
     "onnxruntime",
     "h5py",
     "keras",
-    "safetensors",
     "matplotlib",
     "typer",
     "rich",
     "pytest",
     "hypothesis",
-    "tqdm",
     "openvino",
 ]
 

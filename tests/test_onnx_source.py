@@ -1,4 +1,4 @@
-"""ONNX files against onnxruntime: small graphs written here, onnx's own, and a real trained model."""
+"""ONNX files against onnxruntime: graphs written here, onnx's own, and a real trained model."""
 
 import json
 import subprocess
@@ -441,6 +441,18 @@ def test_metadata_of_ours_is_read(tmp_path):
     assert net.preprocess == fcvgg.Preprocess((1, 2, 3), (4, 5, 6), scale=1.0, channel_order="BGR")
     assert net.categories == ("a", "b", "c", "d")
     assert net.input_size == (21, 20)
+
+
+def test_what_export_wrote_is_read_back(tmp_path):
+    net = fcvgg.load("demo")
+    net.export(tmp_path / "demo.onnx")
+    again = fcvgg.load(tmp_path / "demo.onnx")
+    for name in ("input_size", "preprocess", "categories", "activation"):
+        assert getattr(again, name) == getattr(net, name)
+    assert again.geometry.receptive_field == net.geometry.receptive_field
+    images = torch.rand(1, 3, 75, 90)
+    with torch.no_grad():
+        assert_close(again(images), net(images), **TOLERANCE)
 
 
 def test_broken_metadata(tmp_path):

@@ -125,9 +125,8 @@ def test_the_source_is_untouched(options: dict[str, Any]) -> None:
     fcvgg.verify(model, net)
     assert everything(model) == before
     torch.testing.assert_close(model.state_dict(), state, rtol=0, atol=0)
-    assert {n: m.training for n, m in net.network.named_modules() if n in before["modes"]} == {
-        n: mode for n, mode in before["modes"].items()
-    }
+    modes = {name: module.training for name, module in net.network.named_modules()}
+    assert {name: modes[name] for name in before["modes"]} == before["modes"]
     assert not net.network.get_parameter("classifier.0.weight").requires_grad
     assert net.network.get_parameter("classifier.3.weight").requires_grad
 

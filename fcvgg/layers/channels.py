@@ -75,14 +75,14 @@ _BATCH_STATISTICS = (
 )
 
 
-@rule(nn.BatchNorm1d, nn.BatchNorm2d)
+@rule(nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm)
 def batch_norm_module(build: Rewriter, call: Call, x: Any) -> Cells:
     norm = call.module
-    assert isinstance(norm, (nn.BatchNorm1d, nn.BatchNorm2d))
+    assert isinstance(norm, (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm))
     if norm.running_mean is None:
         raise RefusedLayerError(f"{call} is refused: {_BATCH_STATISTICS}")
     x = build.features(call, x, 0)
-    if isinstance(norm, nn.BatchNorm2d):
+    if not isinstance(norm, nn.BatchNorm1d):
         node = build.emit(call, (x,), {})
     else:
         _check_plain(call)
@@ -117,7 +117,7 @@ def batch_norm(
     running_var: Constant | None,
     weight: Constant | None = None,
     bias: Constant | None = None,
-    training: bool = False,
+    training: Any = False,
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Cells:
@@ -137,7 +137,8 @@ def batch_norm(
 
 @rule(nn.PReLU)
 def prelu_module(build: Rewriter, call: Call, x: Any) -> Cells:
-    if call.module.num_parameters > 1:  # type: ignore[union-attr]
+    assert isinstance(call.module, nn.PReLU)
+    if call.module.weight.numel() > 1:
         x = build.features(call, x, 0)
     return act_elementwise(build, call, x)
 
@@ -199,7 +200,13 @@ def across_channels(build: Rewriter, call: Call, x: Any, *args: Any, **kwargs: A
 
 @rule(*calling("normalize"))
 def normalize(
-    build: Rewriter, call: Call, input: Any, p: float = 2.0, dim: int = 1, eps: float = 1e-12
+    build: Rewriter,
+    call: Call,
+    input: Any,
+    p: float = 2.0,
+    dim: int = 1,
+    eps: float = 1e-12,
+    out: None = None,
 ) -> Cells:
     x = build.features(call, input, _axis(call, input, dim))
     return replace(

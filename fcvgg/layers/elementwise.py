@@ -30,8 +30,6 @@ def act_elementwise(build: Rewriter, call: Call, *args: Any, **kwargs: Any) -> A
     fx.node.map_aggregate(
         (args, kwargs), lambda a: operands.append(a) if isinstance(a, Cells) else a
     )  # type: ignore
-    if not operands:
-        return Constant(build.emit(call, args, kwargs), call.node.meta["value"])
     aligned = _on_one_grid(build, call, operands)
     swap = {id(old): new for old, new in zip(operands, aligned)}
     first = max(aligned, key=lambda c: c.extent[0])
@@ -114,6 +112,7 @@ pointwise(
     *calling("add", "add_", "sub", "sub_", "mul", "mul_", "div", "div_", "truediv", "neg", "pos"),
     *calling("iadd", "isub", "imul", "itruediv", "pow", "square", "sqrt", "rsqrt"),
     *calling("log1p", "abs", "clamp", "clamp_", "clip", "maximum", "minimum", "erf", "sign"),
+    *calling("where", "masked_fill", "gt", "ge", "lt", "le"),
     *(StochasticDepth, stochastic_depth),
 )
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fcvgg.cells import Cells, Constant, rearranged
+from fcvgg.cells import Cells, rearranged
 from fcvgg.errors import InputSizeError, UnsupportedLayerError
 from fcvgg.layers.registry import RULES, calling
 from fcvgg.rewriting import Call, Rewriter
@@ -28,8 +28,6 @@ def moves(*targets: Any) -> None:
 def _moves(build: Rewriter, call: Call, x: Any, *args: Any, **kwargs: Any) -> Any:
     if isinstance(x, (tuple, list)) and call.node.target is operator.getitem:
         return x[args[0]]
-    if isinstance(x, Constant):
-        return Constant(build.emit(call, (x, *args), kwargs), call.node.meta["value"])
     if not isinstance(x, Cells):
         return call.node.meta["value"]
 

@@ -226,10 +226,10 @@ def avg_pool2d(
 
 @rule(nn.ZeroPad2d, nn.ConstantPad2d, nn.ReflectionPad2d, nn.ReplicationPad2d)
 def pad_module(build: Rewriter, call: Call, x: Any) -> Cells:
+    module: Any = call.module
     modes = {nn.ReflectionPad2d: "reflect", nn.ReplicationPad2d: "replicate"}
-    value = getattr(call.module, "value", 0.0)
-    mode = modes.get(type(call.module), "constant")
-    return pad(build, call, x, call.module.padding, mode, value)  # type: ignore[union-attr]
+    mode = next((name for cls, name in modes.items() if isinstance(module, cls)), "constant")
+    return pad(build, call, x, module.padding, mode, getattr(module, "value", 0.0))
 
 
 @rule(F.pad)

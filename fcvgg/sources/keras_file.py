@@ -220,15 +220,15 @@ def read(path: str | Path, arch: str | None = None) -> tuple[KerasModel, dict[st
         MissingExtraError: if h5py is not installed.
     """
     path = Path(path)
-    with _opened(path) as (config, group):
-        weights = Weights(group, str(path))
+    with _opened(path) as (config, file):
         try:
+            weights = Weights(_weights_within(file, path), str(path))
             if config is None:
                 config = _application(_recognised(weights, arch, path), weights)
             return _assembled(config, weights, path)
         except FcvggError:
             raise
-        except (KeyError, ValueError, TypeError, IndexError, AttributeError, OSError) as error:
+        except (LookupError, ValueError, TypeError, AttributeError, OSError, RuntimeError) as error:
             raise LoadError(
                 f"{path} is no readable Keras file: {type(error).__name__}: {one_line(error)}"
             ) from error
@@ -236,7 +236,7 @@ def read(path: str | Path, arch: str | None = None) -> tuple[KerasModel, dict[st
 
 @contextmanager
 def _opened(path: Path) -> Iterator[tuple[dict[str, Any] | None, Any]]:
-    """The architecture, if the file has one, and the group that holds the weights."""
+    """The architecture, if the file has one, and the HDF5 file that holds the weights."""
     h5py = imported("h5py", EXTRA)
     if not path.is_file():
         raise LoadError(f"there is no Keras file {path}")
@@ -250,16 +250,20 @@ def _opened(path: Path) -> Iterator[tuple[dict[str, Any] | None, Any]]:
         file = h5py.File(content, "r")
         if "model_config" in file.attrs:
             config = json.loads(_text(file.attrs["model_config"]))
-    except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
+    except (OSError, KeyError, ValueError, RuntimeError, zipfile.BadZipFile) as error:
         raise LoadError(f"{path} is no readable Keras file: {one_line(error)}") from error
     with file:
-        group = file.get("model_weights", file)
-        if "layer_names" not in group.attrs and "layers" not in group:
-            raise LoadError(
-                f"{path} holds no weights of a Keras model: expected 'model_weights', the "
-                f"attribute 'layer_names' or 'layers'; it has {', '.join(file) or 'nothing'}"
-            )
-        yield config, group
+        yield config, file
+
+
+def _weights_within(file: Any, path: Path) -> Any:
+    group = file.get("model_weights", file)
+    if "layer_names" in group.attrs or "layers" in group:
+        return group
+    raise LoadError(
+        f"{path} holds no weights of a Keras model: expected 'model_weights', the attribute "
+        f"'layer_names' or 'layers'; it has {', '.join(file) or 'nothing'}"
+    )
 
 
 def _assembled(
@@ -272,8 +276,8 @@ def _assembled(
     for layer in layers:
         if layer.kind not in LAYERS and layer.kind not in _MODELS:
             raise LoadError(
-                f"{path}: the layer {layer} is not supported; supported are "
-                f"{', '.join(sorted(LAYERS))}"
+                f"{path}: the layer {layer} is not supported; "
+                "fcvgg.sources.keras_layers.LAYERS has those that are"
             )
     image = Value("images", 4)
     outputs = _run(builder, config, (), [image], LAYERS)

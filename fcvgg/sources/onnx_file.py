@@ -35,6 +35,8 @@ CATEGORIES_KEY = "fcvgg.categories"
 """Metadata: JSON list of the class names."""
 INPUT_SIZE_KEY = "fcvgg.input_size"
 """Metadata: JSON list ``[h, w]``, the native size."""
+ACTIVATION_KEY = "fcvgg.activation"
+"""Metadata: JSON of what the scores are, as `fcvgg.convert` takes it."""
 
 _IMAGE_CHANNELS = (1, 3, 4)
 _TOLERANCE = 1e-4
@@ -42,6 +44,8 @@ _TOLERANCE = 1e-4
 _RANDOM = ("RandomNormal", "RandomUniform")
 _SHAPE_OPERATORS = ("Shape", "Size")
 _DOMAINS = ("", "ai.onnx")
+_MALFORMED = (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+"""What a graph raises that lacks an attribute or an input, or has one of another kind."""
 
 
 class OnnxModel(Assembled):
@@ -108,7 +112,7 @@ class Graph:
             if traced and node.operator not in _SHAPE_OPERATORS:
                 if shaped and node.operator not in ("Reshape", "Expand"):
                     self.refuse(node, "mixes the image with numbers computed from its size")
-                operators[node.operator](self, node)
+                self._add(node, operators[node.operator])
                 self._traced.update(node.outputs)
             elif traced or shaped:
                 self._add_shape_step(node)
@@ -127,6 +131,14 @@ class Graph:
         self.model.finish(outputs)
         return self.model
 
+    def _add(self, node: Node, operator: Any) -> None:
+        try:
+            operator(self, node)
+        except _MALFORMED as error:
+            raise LoadError(
+                f"{self.path}: {node} is malformed: {type(error).__name__}: {one_line(error)}"
+            ) from error
+
     def _enter(self) -> None:
         """The image as the file wants it: channels last where its input has them there."""
         if self.channels_last:
@@ -141,20 +153,20 @@ class Graph:
         for node in self.nodes:
             if not traced.intersection(node.inputs):
                 if node.operator.startswith(_RANDOM) or _has_graphs(node):
-                    self._unsupported(node, operators)
+                    self._unsupported(node)
                 continue
             known = node.operator in operators and node.proto.domain in _DOMAINS
             if node.operator in _SHAPE_OPERATORS:
                 continue  # what follows is arithmetic on numbers
             if not known:
-                self._unsupported(node, operators)
+                self._unsupported(node)
             traced.update(node.outputs)
 
-    def _unsupported(self, node: Node, operators: Mapping[str, Any]) -> None:
+    def _unsupported(self, node: Node) -> None:
         domain = f"{node.proto.domain}." if node.proto.domain not in _DOMAINS else ""
         raise LoadError(
-            f"{self.path}: the operator {domain}{node} is not supported; supported are "
-            f"{', '.join(sorted(operators))}"
+            f"{self.path}: the operator {domain}{node} is not supported; "
+            "fcvgg.sources.onnx_operators.OPERATORS has those that are"
         )
 
     def _check_inputs(self, node: Node) -> None:
@@ -339,8 +351,13 @@ def read(
     from fcvgg.sources.onnx_operators import OPERATORS
 
     proto = _parsed(path)
-    graph = Graph(proto, path)
-    model = graph.assembled(OPERATORS)
+    try:
+        graph = Graph(proto, path)
+        model = graph.assembled(OPERATORS)
+    except _MALFORMED as error:
+        raise LoadError(
+            f"{path} is no readable ONNX file: {type(error).__name__}: {one_line(error)}"
+        ) from error
     settings = _settings(proto, graph)
     size = settings.get("input_size") if input_size is None else input_size
     if check and size is not None:
@@ -380,6 +397,7 @@ def _settings(proto: Any, graph: Graph) -> dict[str, Any]:
         if INPUT_SIZE_KEY in metadata:
             height, width = json.loads(metadata[INPUT_SIZE_KEY])
             settings["input_size"] = (int(height), int(width))
+        settings["activation"] = json.loads(metadata.get(ACTIVATION_KEY, "null"))
     except (ValueError, TypeError, AttributeError, FcvggError) as error:
         raise LoadError(f"{graph.path}: its fcvgg metadata is broken: {one_line(error)}") from error
     return {key: value for key, value in settings.items() if value is not None}

@@ -15,7 +15,7 @@ from fcvgg.errors import ConversionError, UnsupportedLayerError
 from fcvgg.geometry import Geometry
 from fcvgg.layers import is_leaf
 from fcvgg.network import FullyConvolutional
-from fcvgg.transfer.layer_names import LayerNames, NamedLayer, layer_names
+from fcvgg.transfer.naming import LayerNames, NamedLayer, layer_names
 
 Pair = tuple[int, int]
 
@@ -121,11 +121,13 @@ def chain_upto(names: LayerNames, end: NamedLayer) -> list[NamedLayer]:
     chain = []
     node = end.node
     while node.op != "placeholder":
-        fed = [n for n in node.all_input_nodes if n.op != "get_attr" and n.target != "training_flag"]
+        fed = [
+            n for n in node.all_input_nodes if n.op != "get_attr" and n.target != "training_flag"
+        ]
         if len(fed) != 1 or len(fed) != len(node.all_input_nodes):
             raise UnsupportedLayerError(
-                f"{_described(node, names)} is fed by {', '.join(map(str, node.all_input_nodes))}; "
-                "the layers up to a named one must be a chain of layers with parameters of their own"
+                f"{_described(node, names)} is fed by {', '.join(map(str, node.all_input_nodes))}; the "
+                "layers up to a named one must be a chain of layers with parameters of their own"
             )
         chain.append(by_node[node])
         node = fed[0]

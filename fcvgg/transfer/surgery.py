@@ -13,11 +13,11 @@ from torch import Tensor, fx, nn
 
 from fcvgg.capture import capture, dtype_of, one_line
 from fcvgg.conversion import unwrapped
-from fcvgg.errors import ArgumentError, ConversionError, FcvggError, GeometryError
+from fcvgg.errors import ArgumentError, ConversionError, FcvggError
 from fcvgg.layer_table import short
 from fcvgg.layers import is_leaf
 from fcvgg.transfer.extraction import map_geometries
-from fcvgg.transfer.layer_names import LayerNames, NamedLayer, layer_names
+from fcvgg.transfer.naming import LayerNames, NamedLayer, layer_names
 
 Pair = tuple[int, int]
 
@@ -33,8 +33,9 @@ def replace_layers(model: nn.Module, first: str, last: str, new: nn.Module) -> n
     ``"bn1_2"`` as the last to have its statistics go too.
 
     The other layers keep their weights and their keys in ``state_dict``: those of `new` are new
-    (``features.0_2_new.weight``), so the source's checkpoint still fits with ``strict=False``. Where the
-    two nets differ in what they see, `geometry_changes` tells; it is logged too ("fcvgg", INFO).
+    (``features.0_2_new.weight``), so the source's checkpoint still fits with ``strict=False``. What
+    the layers see before and after, `geometry_changes` tells; the last map's is logged too (logger
+    "fcvgg", INFO).
 
     Args:
         model: a model whose named layers stand in one `nn.Sequential`. It is not changed.
@@ -54,7 +55,7 @@ def replace_layers(model: nn.Module, first: str, last: str, new: nn.Module) -> n
         raise ArgumentError(
             f"first={first!r} comes after last={last!r} in the model; exchange the two"
         )
-    place = _Place.of(names, start, end)
+    place = _Place.of(names, start, end, alone=True)
     _check_fit(names, start.node.all_input_nodes[0], end, new)
     key = "_".join(dict.fromkeys((place.keys[0], place.keys[-1])))
     return _edited(names, place, f"{key}_new", new, kept=False)
@@ -115,7 +116,7 @@ class GeometryChanges(Sequence[LayerChange]):
         return not any(row.changed for row in self.rows if row.before and row.after)
 
     def __str__(self) -> str:
-        table = [("layer", "kind", "receptive field", "stride", "offset")]
+        table: list[tuple[str, ...]] = [("layer", "kind", "receptive field", "stride", "offset")]
         for row in self.rows:
             table.append((row.path, row.kind, *(_change(row, i) for i in range(3))))
         widths = [max(map(len, column)) for column in zip(*table)]
@@ -144,17 +145,17 @@ def geometry_changes(before: nn.Module, after: nn.Module) -> GeometryChanges:
 
 
 def _merged(old: list[str], new: list[str]) -> list[str]:
-    """The paths of both, those that only one has at their place between the common ones."""
+    """The paths of both; between common ones first what went, then what came."""
     merged: list[str] = []
-    rest = list(old)
+    came: list[str] = []
     for path in new:
-        if path in rest:
-            at = rest.index(path)
-            merged += rest[: at + 1]
-            rest = rest[at + 1 :]
-        else:
-            merged.append(path)
-    return merged + rest
+        if path not in old:
+            came.append(path)
+            continue
+        at = old.index(path)
+        merged += [*old[:at], *came, path]
+        old, came = old[at + 1 :], []
+    return [*merged, *old, *came]
 
 
 def _fields(model: nn.Module) -> dict[str, tuple[str, tuple[Pair, Pair, Pair]]]:
@@ -177,13 +178,16 @@ def _change(row: LayerChange, index: int) -> str:
 
 @dataclass(frozen=True)
 class _Place:
-    """Neighbouring children of one `nn.Sequential`."""
+    """Neighbouring children of one `nn.Sequential`, or one child of another module."""
 
     parent: str
     keys: tuple[str, ...]
 
     @classmethod
-    def of(cls, names: LayerNames, first: NamedLayer, last: NamedLayer) -> _Place:
+    def of(
+        cls, names: LayerNames, first: NamedLayer, last: NamedLayer, alone: bool = False
+    ) -> _Place:
+        """Where two layers stand; `alone` lets a single one stand in a module of any kind."""
         for layer in (first, last):
             if not layer.path:
                 raise ConversionError(
@@ -197,7 +201,7 @@ class _Place:
                 "modules; surgery needs both in one nn.Sequential"
             )
         parent = names.root.get_submodule(parents[0])
-        if not isinstance(parent, nn.Sequential):
+        if not isinstance(parent, nn.Sequential) and not (alone and first is last):
             raise ConversionError(
                 f"{first.name} ({first.path}) stands in a {type(parent).__name__}, whose forward "
                 "calls it by name; surgery needs an nn.Sequential"
@@ -207,12 +211,14 @@ class _Place:
         return cls(parents[0], tuple(keys[ends[0] : ends[1] + 1]))
 
 
-def _edited(
-    names: LayerNames, place: _Place, key: str, new: nn.Module, kept: bool
-) -> nn.Module:
+def _edited(names: LayerNames, place: _Place, key: str, new: nn.Module, kept: bool) -> nn.Module:
     """A copy of the model with other children at a place, checked to run as far as the source."""
     model = copy.deepcopy(names.root)
     old = model.get_submodule(place.parent) if place.parent else model
+    if not isinstance(old, nn.Sequential):  # forward calls the layer by its name
+        setattr(old, place.keys[0], new.train(old.training))
+        _check_runs(names, model)
+        return model
     children: OrderedDict[str, nn.Module] = OrderedDict()
     for name, child in old.named_children():
         if name not in place.keys or kept:
@@ -317,9 +323,8 @@ def _log_change(names: LayerNames, model: nn.Module) -> None:
     if not _LOG.isEnabledFor(logging.INFO):
         return
     try:
-        changes = geometry_changes(names.root, model)
-    except (FcvggError, GeometryError) as error:
-        _LOG.info("surgery: the geometry is not known: %s", error)
+        (_, before), (_, after) = (map_geometries(m)[-1] for m in (names.root, model))
+    except (FcvggError, IndexError) as error:
+        _LOG.info("surgery: the geometry of the last map is not known: %s", error)
         return
-    last = changes[-1]
-    _LOG.info("surgery: geometry %s; last map: %s", "kept" if changes.same else "changed", last)
+    _LOG.info("surgery: the last map's geometry was %s, and is %s", before, after)

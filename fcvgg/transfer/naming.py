@@ -52,8 +52,10 @@ _MODULES: tuple[tuple[tuple[type[nn.Module], ...], str], ...] = (
     ((nn.BatchNorm2d, nn.BatchNorm1d), "bn"),
     ((nn.ReLU,), "relu"),
     (
-        (nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish, nn.PReLU)
-        + (nn.Tanh, nn.Sigmoid, nn.Hardswish, nn.Softplus),
+        (
+            *(nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish),
+            *(nn.PReLU, nn.Tanh, nn.Sigmoid, nn.Hardswish, nn.Softplus),
+        ),
         "activation",
     ),
     ((nn.MaxPool2d, nn.AvgPool2d), "pool"),
@@ -99,7 +101,12 @@ class LayerNames(Sequence[NamedLayer]):
     """
 
     def __init__(
-        self, layers: Iterable[NamedLayer], root: nn.Module, graph: fx.Graph, size: Pair, native: bool
+        self,
+        layers: Iterable[NamedLayer],
+        root: nn.Module,
+        graph: fx.Graph,
+        size: Pair,
+        native: bool,
     ):
         self.layers = tuple(layers)
         self.root = root

@@ -1,0 +1,161 @@
+"""Figures of a score map's classes: the most probable ones side by side, and who wins where."""
+
+from __future__ import annotations
+
+from math import ceil
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from fcvgg.categories import class_name
+from fcvgg.errors import ArgumentError
+from fcvgg.figures import extent_of_cells
+from fcvgg.heatmap import ALPHA, COLOUR_MAP, CONTOURS, colour_bar
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from fcvgg.score_map import ScoreMap
+
+TOP = 5
+
+LABEL_COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7")
+"""Okabe and Ito's, which colour-blind readers tell apart too (https://jfly.uni-koeln.de/color)."""
+
+_OTHERS = "#777777"
+_OPACITY = 0.6
+_PANEL, _TITLE, _BAR = 3.2, 0.5, 0.9
+"""Inches: a panel's longer side, the titles' height, the colour bar's width."""
+
+
+def class_grid(
+    score_map: ScoreMap,
+    k: int = TOP,
+    *,
+    alpha: float = ALPHA,
+    cmap: str = COLOUR_MAP,
+    contours: Sequence[float] = CONTOURS,
+) -> Figure:
+    """The k most probable classes as aligned heatmaps, with one absolute colour scale.
+
+    The first panel shows the photograph, where it is known.
+
+    Args:
+        score_map: of one image.
+        k: how many classes; all of them if there are fewer.
+        alpha: as for `Heatmap.overlay`.
+        cmap: as for `Heatmap.overlay`.
+        contours: as for `Heatmap.plot`.
+
+    Raises:
+        ArgumentError: if `k` is not positive.
+    """
+    from matplotlib.figure import Figure
+
+    if k < 1:
+        raise ArgumentError(f"k={k} is no number of classes; expected 1 or more")
+    prediction = score_map.predict()
+    order = prediction.argsort(descending=True)[:k].tolist()
+    photograph = score_map.image is not None
+    columns, rows = _grid(len(order) + photograph)
+    width, height = _panel(score_map.image_size)
+    figure = Figure(
+        figsize=(columns * width + _BAR, rows * (height + _TITLE)), dpi=110, layout="constrained"
+    )
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for ax in axes.flat:
+        ax.set_axis_off()
+    panels = list(axes.flat)
+    if score_map.image is not None:
+        ax = panels.pop(0)
+        ax.imshow(score_map.image.convert("RGB"))
+        ax.set_title(
+            f"{score_map.image.height} x {score_map.image.width} pixels", fontsize="medium"
+        )
+    for index, ax in zip(order, panels):
+        heatmap = score_map.heatmap(index)
+        heatmap.plot(ax, alpha=alpha, cmap=cmap, contours=contours, bar=False)
+        peak = heatmap.values[heatmap.peak]
+        ax.set_title(
+            f"{heatmap.label}\n{float(prediction[index]):.1%} overall, {peak:.1%} at +",
+            fontsize="medium",
+        )
+    colour_bar(figure, axes, alpha=alpha, cmap=cmap, blended=photograph, contours=contours)
+    return figure
+
+
+def label_figure(score_map: ScoreMap, ax: Axes | None = None, most: int = 6) -> Axes:
+    """Every cell in the colour of its most probable class, with a legend.
+
+    A cell is a square of one stride around its centre; there is no cell in the margin. The classes
+    that win most cells have colours of their own, the others share grey.
+
+    Args:
+        score_map: of one image.
+        ax: where to draw; a new figure when None.
+        most: how many classes have a colour, up to 7.
+
+    Raises:
+        ArgumentError: if `most` is not from 1 to 7.
+    """
+    from matplotlib import pyplot as plt
+    from matplotlib.colors import to_rgba
+    from matplotlib.patches import Patch
+
+    if not 1 <= most <= len(LABEL_COLOURS):
+        raise ArgumentError(f"most={most}; expected 1 to {len(LABEL_COLOURS)} coloured classes")
+    height, width = score_map.image_size
+    own = ax is None
+    if ax is None:
+        panel = _panel(score_map.image_size)
+        size = (1.5 * panel[0] + 2.4, 1.5 * panel[1] + _TITLE)
+        _, ax = plt.subplots(figsize=size, layout="constrained")
+    labels = score_map.label_map().cpu().numpy()
+    present, counts = np.unique(labels[labels >= 0], return_counts=True)
+    order = np.argsort(-counts, kind="stable")
+    cells = np.zeros((*labels.shape, 4))
+    patches = []
+    for index, colour in zip(present[order[:most]], LABEL_COLOURS):
+        cells[labels == index] = to_rgba(colour, _OPACITY)
+        share = (labels == index).mean()
+        name = class_name(int(index), score_map.categories)
+        patches.append(Patch(color=colour, alpha=_OPACITY, label=f"{name} ({share:.0%})"))
+    others = present[order[most:]]
+    if len(others):
+        cells[np.isin(labels, others)] = to_rgba(_OTHERS, _OPACITY)
+        share = np.isin(labels, others).mean()
+        name = f"{len(others)} more classes ({share:.0%})"
+        patches.append(Patch(color=_OTHERS, alpha=_OPACITY, label=name))
+    if score_map.image is not None:
+        ax.imshow(score_map.image.convert("L"), cmap="gray", vmin=0, vmax=255)
+    ax.imshow(cells, interpolation="nearest", extent=extent_of_cells(score_map))
+    ax.set_xlim(-0.5, width - 0.5)
+    ax.set_ylim(height - 0.5, -0.5)
+    ax.set_title(f"most probable class of {labels.shape[0]} x {labels.shape[1]} cells")
+    ax.set_axis_off()
+    if not patches:
+        return ax
+    look = {"title": "class (share of cells)", "frameon": False, "alignment": "left"}
+    if own:  # the layout makes room for a figure's legend, not for one beside an image
+        ax.figure.legend(handles=patches, loc="outside right upper", **look)
+    else:
+        ax.legend(
+            handles=patches, loc="upper left", bbox_to_anchor=(1.01, 1), borderaxespad=0, **look
+        )
+    return ax
+
+
+def _grid(panels: int) -> tuple[int, int]:
+    """Columns and rows for a number of panels: wider than high."""
+    columns = min(panels, 3 if panels <= 9 else ceil(panels**0.5))
+    return columns, ceil(panels / columns)
+
+
+def _panel(size: tuple[int, int]) -> tuple[float, float]:
+    """Inches ``(width, height)`` of a panel for an image of ``(H, W)``; a strip stays visible."""
+    height, width = size
+    longer = max(size)
+    return max(width / longer * _PANEL, 1.2), max(height / longer * _PANEL, 0.8)

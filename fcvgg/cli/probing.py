@@ -1,0 +1,129 @@
+"""``fcvgg probe``: which layer's features suit a task."""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.table import Table
+
+from fcvgg.cli.console import complain, say, say_wrote
+from fcvgg.cli.options import Arch, Model, Weights, loaded
+from fcvgg.cli.options import size as size_of
+
+if TYPE_CHECKING:
+    from fcvgg.transfer import Probe
+
+NAME = "probe"
+EXAMPLES = (
+    "fcvgg probe photos",
+    "fcvgg probe photos --size 224 --classifier svm --folds 10",
+    "fcvgg probe faces --model demo --size 32x32 --output faces.png",
+)
+
+
+class Pooling(str, Enum):
+    """How a map becomes one number per channel."""
+
+    avg = "avg"
+    max = "max"
+
+
+class Classifier(str, Enum):
+    """The linear classifier that is fitted."""
+
+    logistic = "logistic"
+    svm = "svm"
+
+
+def run(
+    data: Annotated[
+        Path,
+        typer.Argument(
+            metavar="DATA", help="A folder with one folder of images per class.", show_default=False
+        ),
+    ],
+    model: Model = "vgg16",
+    weights: Weights = "DEFAULT",
+    arch: Arch = None,
+    layers: Annotated[
+        str | None,
+        typer.Option(
+            "--layers", metavar="NAME,NAME,...", help="The layers.", show_default="all pool layers"
+        ),
+    ] = None,
+    size: Annotated[
+        str | None,
+        typer.Option(
+            "--size",
+            metavar="N|HxW",
+            help="Rescale every image: its smaller side, or its size.",
+            show_default="the image's size",
+        ),
+    ] = None,
+    pooling: Annotated[
+        Pooling, typer.Option("--pooling", help="What is taken over a map's positions.")
+    ] = Pooling.avg,
+    classifier: Annotated[
+        Classifier, typer.Option("--classifier", help="Logistic regression, or a linear SVM.")
+    ] = Classifier.logistic,
+    folds: Annotated[
+        int, typer.Option("--folds", metavar="N", min=2, help="Folds of the cross-validation.")
+    ] = 5,
+    cache: Annotated[
+        Path | None,
+        typer.Option(
+            "--cache", metavar="DIR", help="Keep features there, for the next run.", file_okay=False
+        ),
+    ] = None,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="FILE", help="Where the figure goes.")
+    ] = Path("probe.png"),
+) -> None:
+    """Fit a linear classifier on each layer's features: which depth suits these images."""
+    from fcvgg.figures import save_figure
+    from fcvgg.transfer import class_folders, probe
+
+    wanted = size_of(size, "--size")
+    found = class_folders(data)
+    for unreadable in found.skipped:
+        complain(f"skipped {unreadable}")
+    net = loaded(model, weights=weights, arch=arch)
+    result = probe(
+        net,
+        found.paths,
+        [found.classes[label] for label in found.labels],
+        layers=layers.split(",") if layers else None,
+        classifier=classifier.value,
+        folds=folds,
+        pooling=pooling.value,
+        size=wanted if size and "x" in size.lower() else wanted and wanted[0],
+        cache=cache,
+        progress=True,
+    )
+    say(", ".join(f"{name}: {count} images" for name, count in found.counts.items()))
+    say(_table(result, folds))
+    best = result.best
+    say(f"best: {best.layer}, {best.mean:.1%} of held-out images right")
+    axes = result.plot()
+    say_wrote(save_figure(axes.get_figure(root=True), output))  # type: ignore[arg-type]
+
+
+def _table(result: Probe, folds: int) -> Table:
+    table = Table(
+        title=f"A linear classifier on each layer's features, {folds} folds",
+        title_style="bold",
+        title_justify="left",
+        box=None,
+        header_style="cyan",
+    )
+    table.add_column("layer")
+    for heading in ("features", "accuracy", "spread"):
+        table.add_column(heading, justify="right")
+    for row in result.rows:
+        mark = "green" if row is result.best else ""
+        table.add_row(row.layer, f"{row.features}", f"{row.mean:.3f}", f"{row.std:.3f}", style=mark)
+    table.add_row("chance", "", f"{result.chance:.3f}", "", style="dim")
+    return table

@@ -1,0 +1,266 @@
+"""The effective receptive field: which pixels move a cell's score, and by how much.
+
+The receptive field that the layers' geometry gives is what a cell can depend on; most of the
+influence comes from a much smaller, bell-shaped part of it (Luo et al. 2016,
+https://arxiv.org/abs/1701.04128).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fcvgg.capture import device_of, dtype_of
+from fcvgg.categories import class_index
+from fcvgg.errors import ArgumentError, ImageError
+from fcvgg.geometry import Geometry
+from fcvgg.network import FullyConvolutional, each_image, evaluating
+from fcvgg.progress import progress_bar
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+Pair = tuple[int, int]
+
+_TWO_SIGMA = 0.9545
+"""The share of a normal distribution within two standard deviations of its middle."""
+
+
+@dataclass(frozen=True, eq=False)
+class EffectiveReceptiveField:
+    """The influence of every pixel of a cell's receptive field; printing it shows the numbers.
+
+    Attributes:
+        influence: float64 ``(h, w)``, of the theoretical field's extent: the mean over images of
+            the score's absolute gradient, summed over channels, divided by its sum, so that all
+            pixels' shares are 1.
+        seen: int64 ``(h, w)``: on how many images each pixel lay on the image, not in its padding.
+        images: how many images there were.
+        geometry: where the cells lie.
+    """
+
+    influence: NDArray[np.float64]
+    seen: NDArray[np.int64]
+    images: int
+    geometry: Geometry
+
+    @property
+    def theoretical(self) -> Pair:
+        """Extent ``(h, w)`` in pixels of what a cell can depend on."""
+        return self.geometry.receptive_field
+
+    @property
+    def complete(self) -> bool:
+        """Whether every pixel of the field lay on some image."""
+        return bool((self.seen > 0).all())
+
+    @property
+    def centre(self) -> tuple[float, float]:
+        """The influence's centre of mass ``(y, x)``, from the field's first pixel."""
+        y, x = (float(n) for n in self._moments(1))
+        return y, x
+
+    @property
+    def deviation(self) -> tuple[float, float]:
+        """The influence's standard deviation ``(y, x)`` in pixels."""
+        y, x = (
+            float(square - mean**2) ** 0.5
+            for square, mean in zip(self._moments(2), self._moments(1))
+        )
+        return y, x
+
+    @property
+    def size(self) -> float:
+        """The side in pixels of a square as large as the effective field.
+
+        As in the paper, section 4: the root of the number of pixels whose influence is above
+        1 - 95.45 % of the largest, where a bell has fallen off by two standard deviations' share.
+        """
+        strong = self.influence > (1 - _TWO_SIGMA) * self.influence.max()
+        return float(strong.sum()) ** 0.5
+
+    @property
+    def ratio(self) -> float:
+        """The effective field's size over the theoretical one's (the root of its area)."""
+        height, width = self.theoretical
+        return self.size / (height * width) ** 0.5
+
+    def extent(self, share: float = 0.95) -> Pair:
+        """Extent ``(h, w)`` of the rows, and of the columns, that hold a share of the influence.
+
+        The rows are those nearest to the centre of mass, likewise the columns.
+
+        Raises:
+            ArgumentError: if `share` is not in (0, 1].
+        """
+        start, end = self._span(share, 1), self._span(share, 0)
+        return start[1] - start[0], end[1] - end[0]
+
+    def box(self, share: float = 0.95) -> tuple[int, int, int, int]:
+        """The half-open box ``(top, left, bottom, right)`` of `extent`, in the field's pixels."""
+        (top, bottom), (left, right) = self._span(share, 1), self._span(share, 0)
+        return top, left, bottom, right
+
+    def _span(self, share: float, over: int) -> Pair:
+        """The fewest rows (or columns) around the centre of mass that hold the share."""
+        if not 0 < share <= 1:
+            raise ArgumentError(f"share={share} is no share; expected a value in (0, 1]")
+        profile = self.influence.sum(over)
+        order = np.argsort(np.abs(np.arange(len(profile)) - self.centre[1 - over]), kind="stable")
+        held = np.cumsum(profile[order])
+        count = int(np.searchsorted(held, share * held[-1] * (1 - 1e-12))) + 1
+        chosen = order[:count]
+        return int(chosen.min()), int(chosen.max()) + 1
+
+    def _moments(self, power: int) -> list[float]:
+        profiles = (self.influence.sum(over) for over in (1, 0))
+        return [float((p * np.arange(len(p)) ** power).sum()) for p in profiles]
+
+    def __str__(self) -> str:
+        height, width = self.theoretical
+        extents = ", ".join(
+            f"{share:.0%} of the influence in {'x'.join(map(str, self.extent(share)))}"
+            for share in (0.5, 0.95)
+        )
+        y, x = self.deviation
+        seen = "" if self.complete else "; the images were too small to show all of the field"
+        return (
+            f"effective receptive field {self.size:.1f} pixels, {self.ratio:.0%} of the "
+            f"theoretical {height}x{width}: {extents}, standard deviation ({y:.1f}, {x:.1f}), "
+            f"{self.images} images{seen}"
+        )
+
+    def plot(self, ax: Axes | None = None, *, cmap: str = "viridis", share: float = 0.95) -> Axes:
+        """Draw the influence, the theoretical field and the box that holds a share of it.
+
+        The colours show the influence relative to the largest, on a square-root scale, since its
+        tails are faint.
+        """
+        from matplotlib import pyplot as plt
+        from matplotlib.colors import PowerNorm
+        from matplotlib.patches import Rectangle
+
+        if ax is None:
+            _, ax = plt.subplots(figsize=(6.4, 5.6), layout="constrained")
+        height, width = self.influence.shape
+        shown = ax.imshow(
+            self.influence / self.influence.max(), cmap=cmap, norm=PowerNorm(0.5, 0, 1)
+        )
+        top, left, bottom, right = self.box(share)
+        frames = (
+            ((0, 0, height, width), "black", "-", f"theoretical: {height} x {width}"),
+            (
+                (top, left, bottom, right),
+                "#D55E00",
+                "--",
+                f"{share:.0%} of the influence: {bottom - top} x {right - left}",
+            ),
+        )
+        for (first, start, last, end), colour, style, label in frames:
+            corner = (start - 0.5, first - 0.5)
+            frame = Rectangle(corner, end - start, last - first, fill=False, label=label)
+            ax.add_patch(frame)
+            frame.set(edgecolor=colour, linestyle=style, linewidth=2, clip_on=False)
+        ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.08), ncols=2, frameon=False)
+        ax.set_title(
+            f"effective receptive field: {self.size:.0f} of {(height * width) ** 0.5:.0f} pixels"
+        )
+        ax.set_xlabel("pixel of the field")
+        bar = ax.figure.colorbar(shown, ax=ax, fraction=0.046, pad=0.03)
+        bar.set_label("influence, of the largest")
+        return ax
+
+
+def effective_receptive_field(
+    net: FullyConvolutional,
+    images: Any,
+    *,
+    cell: Pair | None = None,
+    target: int | str | None = None,
+    output: int = 0,
+    progress: bool = False,
+) -> EffectiveReceptiveField:
+    """The gradient of a cell's score with respect to the pixels, averaged over images.
+
+    Args:
+        net: the converted network.
+        images: one or several, as for ``net.classify``; of any size. Images as large as the
+            receptive field show all of it.
+        cell: ``(row, col)``; for each image the one nearest to its middle if None.
+        target: the class whose score is taken, an index or category name; for each image the
+            cell's top class if None.
+        output: which output, for a model with several.
+        progress: show a progress bar on stderr.
+
+    Raises:
+        ImageError: if there are no images, or the cell is on none of them.
+        CategoryError: if there is no such class.
+    """
+    index = None
+    if target is not None:
+        names = net.categories if output == 0 else None
+        index = class_index(target, names, net.program.classes[output])
+    pool = list(each_image(images))
+    if not pool:
+        raise ImageError("no images were given; expected at least one")
+    total = np.zeros(net.geometry.receptive_field)
+    seen = np.zeros(net.geometry.receptive_field, np.int64)
+    with progress_bar("images", len(pool), progress) as advance:
+        for image in pool:
+            pixels = net._prepared(image).tensor(net.preprocess)
+            _add_influence(net, pixels, cell, index, output, total, seen)
+            advance(1)
+    mean = np.divide(total, seen, out=np.zeros_like(total), where=seen > 0)
+    if not mean.any():
+        raise ImageError("no pixel moves the score: all gradients are zero; use other images")
+    return EffectiveReceptiveField(mean / mean.sum(), seen, len(pool), net.geometry)
+
+
+def _add_influence(
+    net: FullyConvolutional,
+    pixels: Tensor,
+    cell: Pair | None,
+    index: int | None,
+    output: int,
+    total: NDArray[np.float64],
+    seen: NDArray[np.int64],
+) -> None:
+    """Add one image's gradient to the sums over the cell's receptive field."""
+    size = (pixels.shape[2], pixels.shape[3])
+    geometry = net.geometry.placed(size)
+    rows, cols = net.output_size(size)
+    row, col = _middle(geometry, size, (rows, cols)) if cell is None else cell
+    if not (0 <= row < rows and 0 <= col < cols):
+        raise ImageError(f"an image of {size} has {rows}x{cols} cells, and no cell {cell}")
+    gradient = _gradient(net, pixels, (row, col), index, output)
+    top, left, bottom, right = geometry.receptive_field_of(row, col)
+    inside = np.s_[max(top, 0) : min(bottom, size[0]), max(left, 0) : min(right, size[1])]
+    place = np.s_[
+        inside[0].start - top : inside[0].stop - top,
+        inside[1].start - left : inside[1].stop - left,
+    ]
+    total[place] += gradient.abs().sum((0, 1)).double().cpu().numpy()[inside]
+    seen[place] += 1
+
+
+def _middle(geometry: Geometry, size: Pair, cells: Pair) -> Pair:
+    row, col = geometry.cell_at((size[0] - 1) / 2, (size[1] - 1) / 2)
+    return min(row, cells[0] - 1), min(col, cells[1] - 1)
+
+
+def _gradient(
+    net: FullyConvolutional, pixels: Tensor, cell: Pair, index: int | None, output: int
+) -> Tensor:
+    """The gradient ``(1, C, H, W)`` of one cell's score."""
+    images = pixels.to(device_of(net), dtype_of(net)).detach().requires_grad_()
+    with torch.enable_grad(), evaluating(net):
+        maps = net(images.clone())  # the first layer may work in place
+        scores = (maps[output] if isinstance(maps, tuple) else maps)[0, :, cell[0], cell[1]]
+        chosen = int(scores.argmax()) if index is None else index
+        (gradient,) = torch.autograd.grad(scores[chosen], images)
+    return gradient

@@ -1,0 +1,186 @@
+"""Score maps on disk: a zarr array that is filled row by row and can be resumed.
+
+The array's attributes hold, under ``"fcvgg"``, what the map is: its geometry, class names and the
+plan by which it is computed. Which rows are finished stands in a small file beside the array's
+metadata, which is replaced in one step, so that a killed process loses no finished row.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fcvgg.errors import FcvggError
+from fcvgg.files import written_whole
+from fcvgg.sources.extras import imported
+
+Pair = tuple[int, int]
+
+ATTRIBUTE = "fcvgg"
+FORMAT = 1
+
+_PROGRESS = "fcvgg-progress.json"
+_CHUNK_CHANNELS = 64
+_CHUNK_COLS = 512
+
+
+class ScoreStore:
+    """A score map on disk, ``(..., h, w)``, whose rows are written in whole chunks.
+
+    Attributes:
+        array: the zarr array.
+        description: what the map is, as it stands in the array's attributes.
+        finished: for every block of columns, how many of its rows are finished.
+    """
+
+    def __init__(self, path: Path, array: Any, description: Mapping[str, Any]):
+        self.path = path
+        self.array = array
+        self.description = description
+        self.blocks: list[Pair] = [(a, b) for a, b in description["blocks"]]
+        self.finished = self._read_progress()
+
+    @property
+    def chunk_rows(self) -> int:
+        return int(self.array.chunks[-2])
+
+    @property
+    def complete(self) -> bool:
+        return all(n == self.array.shape[-2] for n in self.finished)
+
+    def write(self, block: int, row: int, cells: NDArray[Any], mark: bool = True) -> None:
+        """Write rows of one block of columns and note them as finished.
+
+        Raises:
+            FcvggError: if the disk is full or the like; what was finished before stays.
+        """
+        first, end = self.blocks[block]
+        start = self.blocks[0][0]
+        try:
+            self.array[..., row : row + cells.shape[-2], first - start : end - start] = cells
+            if mark:
+                self.mark(block, row + cells.shape[-2])
+        except (OSError, FcvggError) as error:
+            reason = getattr(error, "strerror", None) or str(error)
+            raise FcvggError(
+                f"cannot write {self.path}: {reason}; {self.finished[block]} of "
+                f"{self.array.shape[-2]} rows are finished and kept, and the same call resumes"
+            ) from error
+
+    def mark(self, block: int, rows: int) -> None:
+        """Note how many rows of a block are finished."""
+        finished = [*self.finished[:block], rows, *self.finished[block + 1 :]]
+        with written_whole(self.path / _PROGRESS) as temporary:
+            temporary.write_text(json.dumps({"finished": finished}))
+        self.finished = finished
+
+    def _read_progress(self) -> list[int]:
+        try:
+            return [int(n) for n in json.loads((self.path / _PROGRESS).read_text())["finished"]]
+        except FileNotFoundError:
+            return [0] * len(self.blocks)
+        except (OSError, ValueError, KeyError) as error:
+            raise FcvggError(f"{self.path / _PROGRESS} is broken: {error}") from error
+
+
+def create_store(
+    path: Path, shape: tuple[int, ...], dtype: str, chunk_rows: int, description: Mapping[str, Any]
+) -> ScoreStore:
+    """A new store; it appears under its name with all its attributes, or not at all.
+
+    Raises:
+        FcvggError: if it cannot be written.
+    """
+    zarr = imported("zarr", "stream")
+    if not path.parent.is_dir():
+        raise FcvggError(f"cannot write {path}: there is no folder {path.parent}")
+    block = max(b - a for a, b in description["blocks"])
+    chunks = (
+        *(min(n, _CHUNK_CHANNELS) for n in shape[:-2]),
+        min(chunk_rows, shape[-2]),
+        _aligned(block) if len(description["blocks"]) > 1 else min(shape[-1], _CHUNK_COLS),
+    )
+    names = (*("output", "channel")[2 - len(shape[:-2]) :], "y", "x")
+    try:
+        folder = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+        try:
+            zarr.create_array(
+                store=str(folder),
+                shape=shape,
+                dtype=dtype,
+                chunks=chunks,
+                dimension_names=names,
+                attributes={ATTRIBUTE: dict(description)},
+                overwrite=True,
+            )
+            folder.chmod(0o755)
+            os.rename(folder, path)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+    except OSError as error:
+        raise FcvggError(f"cannot write {path}: {error.strerror or error}") from error
+    return open_store(path, writable=True)
+
+
+def _aligned(block: int) -> int:
+    """A chunk's columns such that no chunk belongs to two blocks."""
+    return max(n for n in range(1, min(block, _CHUNK_COLS) + 1) if block % n == 0)
+
+
+def open_store(path: str | Path, writable: bool = False) -> ScoreStore:
+    """A score map that `fcvgg.stream` wrote, finished or not.
+
+    Raises:
+        FcvggError: if it is none.
+    """
+    path = Path(path)
+    zarr = imported("zarr", "stream")
+    try:
+        array = zarr.open_array(str(path), mode="r+" if writable else "r")
+        description = dict(array.attrs)[ATTRIBUTE]
+    except Exception as error:
+        raise FcvggError(f"{path} is no score map that fcvgg.stream wrote") from error
+    if description.get("format") != FORMAT:
+        raise FcvggError(
+            f"{path} has format {description.get('format')!r}, and this version of fcvgg reads "
+            f"{FORMAT}; upgrade fcvgg"
+        )
+    return ScoreStore(path, array, description)
+
+
+def is_store(path: str | Path) -> bool:
+    """Whether a path is a score map that `fcvgg.stream` wrote."""
+    try:
+        metadata = json.loads((Path(path) / "zarr.json").read_text())
+    except (OSError, ValueError):
+        return False
+    return isinstance(metadata, dict) and ATTRIBUTE in metadata.get("attributes", {})
+
+
+def check_same(store: ScoreStore, description: Mapping[str, Any]) -> None:
+    """Refuse to continue a map of something else.
+
+    Raises:
+        FcvggError: naming the first difference.
+    """
+    wanted = json.loads(json.dumps(dict(description)))
+    for key, value in wanted.items():
+        found = store.description.get(key)
+        if key not in ("blocks", "strip", "chunk_rows") and found != value:
+            raise FcvggError(
+                f"{store.path} exists and holds another score map: its {key.replace('_', ' ')} "
+                f"is{_shown(found, value)}; choose another name, or remove it"
+            )
+
+
+def _shown(found: Any, wanted: Any) -> str:
+    texts = [json.dumps(value) for value in (found, wanted)]
+    return f" {texts[0]}, not {texts[1]}" if max(map(len, texts)) <= 60 else " different"

@@ -1,0 +1,249 @@
+"""How a network is streamed within a memory bound: the height of strips, the width of blocks.
+
+The estimate walks the schedule of `fcvgg.line_buffers` and adds up, for every operation at every
+strip, the rows that wait, the operation's input and output and the library's workspace.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from fcvgg.errors import ArgumentError
+from fcvgg.line_buffers import Extents, Schedule, Stage
+from fcvgg.modules import _GEMM_CELLS
+
+Pair = tuple[int, int]
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+_UNITS.update({f"{unit}I": 1 << 10 * i for i, unit in enumerate("KMGT", 1)})
+
+_SAFETY = 1.1
+_FIXED = 24 << 20
+"""Bytes beside the maps: the libraries' own buffers, the allocator's gaps."""
+
+_TALLEST = 256
+"""Rows of a strip beyond which nothing is gained: maps leave the cache, weights are reused enough."""
+
+_BLOCK = 64
+"""Columns of cells that wide blocks are a multiple of, so that chunks on disk divide them."""
+
+_PIXEL = 1 + 3 * 4
+"""Bytes of one channel of a pixel on its way to the network: uint8, and three times float32."""
+
+
+def parsed_memory(memory: int | str) -> int:
+    """Bytes, from a number of them or text such as ``"512MiB"`` or ``"2GB"``.
+
+    Raises:
+        ArgumentError: if it is neither.
+    """
+    if isinstance(memory, (int, np.integer)) and not isinstance(memory, bool) and memory > 0:
+        return int(memory)
+    if isinstance(memory, str):
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?\s*", memory.upper())
+        if match and match[2] in _UNITS and float(match[1]) > 0:
+            return int(float(match[1]) * _UNITS[match[2]])
+    raise ArgumentError(
+        f"memory={memory!r} is no amount; expected bytes or text such as '512MiB' or '2GB'"
+    )
+
+
+def readable(size: float) -> str:
+    """Bytes as people write them, rounded up: ``"513MiB"``."""
+    for unit in ("B", "KiB", "MiB"):
+        if size < 1024:
+            return f"{int(np.ceil(size))}{unit}"
+        size /= 1024
+    return f"{np.ceil(size * 10) / 10:g}GiB"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What is streamed: the size of the network's input, and the cells that are asked for."""
+
+    stages: Sequence[Stage]
+    size: Pair
+    rows: Pair
+    cols: Pair
+    itemsize: int = 4
+
+    def schedule(self, strip: int) -> Schedule:
+        return Schedule(self.stages, self.height(), strip)
+
+    def height(self) -> Extents:
+        """The height's sizes and ranges."""
+        return Extents(self.stages, 0, self.size[0], self.rows)
+
+    def width(self, cols: Pair) -> Extents:
+        """The width's sizes and ranges for some columns of cells."""
+        return Extents(self.stages, 1, self.size[1], cols)
+
+
+@dataclass(frozen=True)
+class StripPlan:
+    """Strips of `strip` image rows, over blocks of columns of cells one after the other."""
+
+    strip: int
+    blocks: tuple[Pair, ...]
+    peak: int
+
+
+def plan_strips(
+    layout: Layout, stride: int, memory: int, beside: int, source_row: int = 0
+) -> StripPlan:
+    """The plan that uses the memory best: tall strips, and blocks of columns only if it must.
+
+    Args:
+        stride: image rows between rows of cells.
+        memory: bytes that may be added.
+        beside: bytes of them that are taken whatever the plan is.
+        source_row: bytes per column of the image that the source holds.
+
+    Raises:
+        ArgumentError: if no plan fits; the message says what the least is.
+    """
+    cells = layout.cols[1] - layout.cols[0]
+
+    def peak(strip: int, block: int) -> int:
+        return beside + estimated_peak(layout, strip, block, source_row)
+
+    for strip in _heights(layout.size[0], stride):
+        if peak(strip, cells) <= memory:
+            return _planned(layout, strip, cells, peak(strip, cells))
+    for strip in (stride, max(stride // 4, 1), 1):
+        if peak(strip, 1) <= memory:
+            block = _widest(lambda n, strip=strip: peak(strip, n) <= memory, cells)  # type: ignore
+            block -= block % _BLOCK if block > _BLOCK else 0
+            return _planned(layout, strip, block, peak(strip, block))
+    least = min(peak(1, 1), peak(stride, 1))
+    raise ArgumentError(
+        f"memory={readable(memory)} is too little to stream an image of {layout.size[0]}x"
+        f"{layout.size[1]} pixels through this network; the least that would do is "
+        f"{readable(least)}"
+    )
+
+
+def _heights(rows: int, stride: int) -> list[int]:
+    """Strip heights to try, the best first: multiples of the stride, down to one stride."""
+    heights = [n * stride for n in (16, 12, 8, 6, 4, 3, 2, 1) if n * stride <= _TALLEST]
+    small = [_TALLEST // (1 << i) for i in range(9)] if stride < 16 else []
+    chosen = sorted({*heights, *(n for n in small if n % stride == 0), stride}, reverse=True)
+    return [n for n in chosen if n < rows + stride] or [stride]
+
+
+def _widest(fits: object, cells: int) -> int:
+    low, high = 1, cells
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)  # type: ignore[operator]
+    return low
+
+
+def _planned(layout: Layout, strip: int, block: int, peak: int) -> StripPlan:
+    first, end = layout.cols
+    starts = range(first, end, block)
+    return StripPlan(strip, tuple((n, min(n + block, end)) for n in starts), peak)
+
+
+def estimated_peak(layout: Layout, strip: int, block: int, source_row: int = 0) -> int:
+    """Bytes that streaming one block of columns adds at its fullest."""
+    first, end = layout.cols
+    middle = max((first + end - block) // 2, first)
+    width = layout.width((middle, middle + block))
+    schedule = _shortened(layout, strip).schedule(strip)
+    cols = [high - low for low, high in width.ranges]
+    fullest = _fullest(layout, schedule, cols)
+    image = schedule.ends[:, 0] - schedule.before[:, 0]
+    source = source_row * cols[0] + int(image.max()) * cols[0] * layout.stages[0].channels * _PIXEL
+    return int(_SAFETY * (fullest + source)) + _FIXED
+
+
+def _shortened(layout: Layout, strip: int) -> Layout:
+    """The same for an image of fewer rows, at whose strips as much happens."""
+    stages = layout.stages
+    full = Extents(stages, 0, layout.size[0], layout.rows)
+    first = full.ranges[-1][0]
+    one = Extents(stages, 0, layout.size[0], (first, first + 1))
+    rows = one.ranges[0][1] - one.ranges[0][0] + 6 * strip
+    total = full.ranges[0][1] - full.ranges[0][0]
+    if total <= 2 * rows:
+        return layout
+    share = -(-(layout.rows[1] - first) * rows // total)
+    return Layout(stages, layout.size, (first, first + max(share, 1)), layout.cols, layout.itemsize)
+
+
+def _fullest(layout: Layout, schedule: Schedule, cols: Sequence[int]) -> float:
+    """The most bytes that maps and workspaces take at any operation of any strip."""
+    stages, item = layout.stages, layout.itemsize
+    height = schedule.height
+    ends, before = schedule.ends, schedule.before
+    row = [cols[i] * stage.channels * item for i, stage in enumerate(stages)]  # bytes of one row
+
+    def kept(i: int, done: Any) -> Any:
+        """The first row of its inputs that stage i still needs."""
+        last = height.ranges[i][1]
+        low = height.reaches[i].kept_from(done, last)
+        return np.where(done < last, low, height.reaches[i].size)
+
+    readers: list[list[int]] = [[] for _ in stages]
+    held = np.zeros(len(ends))
+    for i, stage in enumerate(stages):
+        for fed in stage.inputs:
+            readers[fed].append(i)
+            waiting = before[:, fed] - kept(i, before[:, i])
+            held += row[fed] * np.clip(waiting, 0, before[:, fed] - height.ranges[fed][0])
+    fullest = 0.0
+    for i, stage in enumerate(stages):
+        computed = ends[:, i] - before[:, i]
+        output = row[i] * computed
+        if i == 0:
+            held = held + output * max(len(readers[0]), 1)
+            fullest = max(fullest, float((held + output).max()))
+            continue
+        given = np.zeros(len(ends))
+        left = np.zeros(len(ends))
+        for fed in stage.inputs:
+            low = np.minimum(kept(i, before[:, i]), before[:, fed])
+            given += row[fed] * np.maximum(ends[:, fed] - np.maximum(low, height.ranges[fed][0]), 0)
+            low = np.minimum(kept(i, ends[:, i]), ends[:, fed])
+            left += row[fed] * np.maximum(ends[:, fed] - np.maximum(low, height.ranges[fed][0]), 0)
+        runs = computed > 0
+        joined = given if stage.sliding is not None or len(stage.inputs) > 1 else 0 * given
+        made = 0 * output if stage.in_place else output
+        low_row, last_row = height.ranges[i]
+        at_border = (before[:, i] == low_row) | (ends[:, i] == last_row)
+        work = made + left + _workspace(stage, layout, given, output, at_border)
+        work = np.where(runs, work, 0)
+        fullest = max(fullest, float((held + np.where(runs, np.maximum(joined, work), 0)).max()))
+        held = np.where(runs, held - given + left + output * len(readers[i]), held)
+    return fullest
+
+
+def _workspace(stage: Stage, layout: Layout, given: Any, output: Any, at_border: Any) -> Any:
+    """What the library takes beside a layer's input and output."""
+    sliding = stage.sliding
+    if sliding is None:
+        return 0 * output
+    item = layout.itemsize
+    positions = output / (stage.channels * item)
+    work = 0 * output
+    if sliding.gathers:
+        work = work + 2 * np.minimum(positions, _GEMM_CELLS) * sliding.columns * item
+    elif sliding.weights and item <= 4:  # oneDNN orders input, output and weights anew
+        work = work + given + output + sliding.weights * item
+    elif sliding.columns:
+        work = work + positions * sliding.columns * item
+    if sliding.indexes:
+        work = work + positions * stage.channels * 8
+    # a padded copy
+    return work + (np.where(at_border, given, 0) if sliding.pads_width else given)
+
+
+def itemsize_of(dtype: torch.dtype) -> int:
+    return torch.empty((), dtype=dtype).element_size()

@@ -1,0 +1,163 @@
+"""A layer's feature maps on an image; matplotlib is imported where it is used."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import ceil, sqrt
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fcvgg.capture import device_of, dtype_of, input_channels
+from fcvgg.errors import ArgumentError, ConversionError, ImageError
+from fcvgg.images import ImageLike, prepare
+from fcvgg.network import FullyConvolutional, evaluating
+from fcvgg.preprocessing import Preprocess
+from fcvgg.transfer.extraction import features_upto
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_PANEL, _MARGIN, _TITLE, _BAR = 1.35, 0.25, 0.6, 1.0
+"""Inches: a panel's width, the channel's number over it, the title's height, the bar's width."""
+
+_BRIGHTEST = 0.999
+"""The quantile of all values at which the colours end, so that one spike does not dim the rest."""
+
+
+def plot_features(
+    model: nn.Module,
+    image: ImageLike,
+    layer: str,
+    *,
+    maps: int | Sequence[int] = 39,
+    columns: int | None = None,
+    preprocess: Preprocess | None = None,
+) -> Figure:
+    """A grid of a layer's feature maps on an image, the image first.
+
+    All maps have one scale of colours, so that they compare; where there are negative values, white
+    is zero.
+
+    Args:
+        model: a converted network, or any model with `preprocess`.
+        image: as for `FullyConvolutional.score_map`.
+        layer: a name as for `fcvgg.features_upto`; ``"conv3_1"`` is before the activation,
+            ``"relu3_1"`` after it.
+        maps: which channels, or how many of those that vary most over the image, in their order.
+        columns: of the grid.
+        preprocess: how the image becomes input; the network's own when None.
+
+    Raises:
+        ArgumentError: if there is no such layer or channel.
+        ConversionError: if the layer gives no map.
+    """
+    values, pixels = _maps(model, image, layer, preprocess)
+    channels = _channels(values, maps)
+    columns = columns or ceil(sqrt((len(channels) + 1) * 1.4))
+    if not isinstance(columns, int) or columns < 1:
+        raise ArgumentError(f"columns={columns!r} is none; expected a positive integer")
+    return _grid(values, channels, columns, pixels, layer)
+
+
+@torch.no_grad()
+def _maps(
+    model: nn.Module, image: ImageLike, layer: str, preprocess: Preprocess | None
+) -> tuple[Tensor, Tensor]:
+    """The maps ``(K, h, w)`` and the image as it entered, ``(H, W, 3)`` or ``(H, W)`` in [0, 1]."""
+    own = model.preprocess if isinstance(model, FullyConvolutional) else None
+    preprocess = own if preprocess is None else preprocess
+    channels = model.in_channels if isinstance(model, FullyConvolutional) else input_channels(model)
+    prepared = prepare(image, preprocess, channels)
+    pixels = prepared.tensor(preprocess)
+    features = features_upto(model, layer).eval()
+    try:
+        least = features.geometry.window
+    except ConversionError:
+        least = (1, 1)
+    size = (pixels.shape[2], pixels.shape[3])
+    if any(n < m for n, m in zip(size, least)):
+        raise ImageError(f"an image of {size} pixels is too small for {layer}; it needs {least}")
+    with evaluating(features):
+        values = features(pixels.to(device_of(features), dtype_of(features)))
+    if values.ndim != 4:
+        raise ConversionError(
+            f"{layer} gives {tuple(values.shape[1:])} per image, which is no map; name a layer "
+            "before the flatten, or convert the model first"
+        )
+    return values[0].float().cpu(), _shown(pixels[0], preprocess)
+
+
+def _shown(pixels: Tensor, preprocess: Preprocess | None) -> Tensor:
+    """The preprocessed image as one can look at it."""
+    if preprocess is not None and preprocess.channels == len(pixels):
+        mean, std = (torch.tensor(v)[:, None, None] for v in (preprocess.mean, preprocess.std))
+        pixels = (pixels * std + mean) / (preprocess.scale * 255)
+        if preprocess.channel_order == "BGR":
+            pixels = pixels.flip(0)
+    else:
+        low, high = pixels.min(), pixels.max()
+        pixels = (pixels - low) / (high - low).clamp_min(1e-12)
+    pixels = pixels.float().cpu().clamp(0, 1)
+    return pixels[0] if len(pixels) not in (3, 4) else pixels.permute(1, 2, 0)
+
+
+def _channels(values: Tensor, maps: int | Sequence[int]) -> list[int]:
+    count = len(values)
+    if isinstance(maps, int):
+        if maps < 1:
+            raise ArgumentError(f"maps={maps} is none; expected a positive number or channels")
+        spread = values.flatten(1).std(1, correction=0)
+        return sorted(spread.topk(min(maps, count)).indices.tolist())
+    channels = list(maps)
+    wrong = [c for c in channels if not isinstance(c, int) or not 0 <= c < count]
+    if wrong or not channels:
+        raise ArgumentError(
+            f"maps={channels} names {wrong[0] if wrong else 'no channel'}; expected channels from "
+            f"0 to {count - 1}"
+        )
+    return channels
+
+
+def _grid(
+    values: Tensor, channels: Sequence[int], columns: int, pixels: Tensor, layer: str
+) -> Figure:
+    from matplotlib.figure import Figure
+
+    rows = ceil((len(channels) + 1) / columns)
+    ratio = pixels.shape[0] / pixels.shape[1]
+    figure = Figure(
+        figsize=(
+            columns * _PANEL + _BAR,
+            rows * (_PANEL * ratio + _MARGIN) + _TITLE,
+        ),
+        dpi=110,
+        layout="constrained",
+    )
+    panels = figure.subplots(rows, columns, squeeze=False)
+    for ax in panels.flat:
+        ax.set_axis_off()
+    first, *rest = list(panels.flat)
+    first.imshow(pixels.numpy(), cmap="gray", vmin=0, vmax=1)
+    first.set_title("image", fontsize=8)
+    shown = values[list(channels)]
+    end = max(float(np.quantile(shown.abs().numpy(), _BRIGHTEST)), 1e-12)
+    signed = bool((shown < 0).any())
+    for ax, channel, part in zip(rest, channels, shown):
+        drawn = ax.imshow(
+            part.numpy(),
+            cmap="RdBu_r" if signed else "magma",
+            vmin=-end if signed else 0,
+            vmax=end,
+            interpolation="nearest",
+        )
+        ax.set_title(str(channel), fontsize=8)
+    bar = figure.colorbar(drawn, ax=panels, fraction=0.03, pad=0.02)
+    bar.set_label("activation")
+    figure.suptitle(
+        f"{layer}: {len(channels)} of {len(values)} maps of {values.shape[1]} x {values.shape[2]}",
+        fontsize=10,
+    )
+    return figure

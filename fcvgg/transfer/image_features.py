@@ -1,0 +1,248 @@
+"""Images of any kind and size to rows of features: read, preprocessed, batched, pooled, cached."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from math import isfinite
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from fcvgg.capture import device_of, dtype_of, input_channels
+from fcvgg.errors import ArgumentError, ConversionError, GeometryError, ImageError, PreprocessError
+from fcvgg.geometry import checked_size
+from fcvgg.images import prepare
+from fcvgg.loading import load
+from fcvgg.network import FullyConvolutional, evaluating
+from fcvgg.preprocessing import Preprocess
+from fcvgg.transfer.extraction import Features, features_upto
+from fcvgg.transfer.feature_cache import cache_for, digest_of, key_of
+from fcvgg.transfer.naming import layer_names
+
+Pair = tuple[int, int]
+
+POOLINGS = ("avg", "max", None)
+
+
+class FeatureExtractor:
+    """The features of named layers for images.
+
+    Args:
+        model: a converted network, any other model with `preprocess`, or a name or file for
+            `fcvgg.load`.
+        layers: names as for `features_upto`.
+        pooling: ``"avg"`` or ``"max"`` over a map's positions, so that an image of any size gives
+            one number per channel; None keeps all positions.
+        size: None keeps an image's size; an int is its smaller side, ``(h, w)`` its size.
+        preprocess: how images become input; the network's own when None.
+        value_range: the values ``(black, white)`` of arrays that are not ``uint8``.
+        batch_size: images of one size that run at once.
+        cache: None, ``"memory"``, or a folder.
+        progress: show a bar on stderr.
+        device: where to run; where the model is when None.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | str | Path,
+        layers: Sequence[str],
+        *,
+        pooling: str | None = "avg",
+        size: int | Iterable[int] | None = None,
+        preprocess: Preprocess | None = None,
+        value_range: tuple[float, float] | None = None,
+        batch_size: int = 16,
+        cache: str | Path | None = None,
+        progress: bool = False,
+        device: str | torch.device | None = None,
+    ):
+        if pooling not in POOLINGS:
+            raise ArgumentError(f"pooling={pooling!r} is unknown; expected 'avg', 'max' or None")
+        if not isinstance(batch_size, int) or batch_size < 1:
+            raise ArgumentError(f"batch_size={batch_size!r} is none; expected an integer >= 1")
+        self.size = _checked_size(size)
+        self.value_range = _checked_range(value_range)
+        model = load(model) if isinstance(model, (str, Path)) else model
+        own = model.preprocess if isinstance(model, FullyConvolutional) else None
+        self.preprocess = own if preprocess is None else preprocess
+        self.in_channels = (
+            model.in_channels if isinstance(model, FullyConvolutional) else input_channels(model)
+        )
+        self.pooling = pooling
+        self.batch_size = batch_size
+        self.progress = progress
+        self._cache = cache_for(cache)
+        names = layer_names(model)
+        self.layers = tuple(layers)
+        order = names.layers
+        ends = {layer: names.end_of(layer) for layer in self.layers}
+        deepest = max(ends.values(), key=order.index)
+        self._children = {layer: end.name.replace(".", "_") for layer, end in ends.items()}
+        self.deepest = deepest.name
+        self.network: Features = features_upto(model, deepest.path or deepest.name).eval()
+        if device is not None:
+            self.network.to(device)
+        self.least = _least(self.network)
+        self._digest = digest_of(self.network) if self._cache is not None else ""
+
+    def rows(self, images: Iterable[Any]) -> dict[str, NDArray[Any]]:
+        """The features ``(images, features)`` of every layer, float32."""
+        images = list(images)
+        if not images:
+            raise ImageError("no images were given; expected at least one")
+        found: dict[str, list[NDArray[Any] | None]] = {n: [None] * len(images) for n in self.layers}
+        waiting: dict[Pair, list[tuple[int, Tensor, dict[str, str]]]] = defaultdict(list)
+        for index, image in self._shown(images):
+            pixels = self.pixels(image)
+            keys = self._keys(pixels)
+            known = {n: self._cache.get(k) for n, k in keys.items()} if self._cache else {}
+            if known and all(row is not None for row in known.values()):
+                for name, row in known.items():
+                    found[name][index] = row
+                continue
+            size = (pixels.shape[2], pixels.shape[3])
+            waiting[size].append((index, pixels, keys))
+            if len(waiting[size]) == self.batch_size:
+                self._run(waiting.pop(size), found)
+        for batch in waiting.values():
+            self._run(batch, found)
+        return {name: self._stacked(rows) for name, rows in found.items()}
+
+    def pixels(self, image: Any) -> Tensor:
+        """The network's input ``(1, C, H, W)`` of an image."""
+        pixels = self._read(image)
+        size = (pixels.shape[2], pixels.shape[3])
+        if self.least is not None and any(n < m for n, m in zip(size, self.least)):
+            raise ImageError(
+                f"an image of {size} pixels is too small for {self.deepest}, which needs at least "
+                f"{self.least}; pass size="
+            )
+        return pixels
+
+    def _read(self, image: Any) -> Tensor:
+        if isinstance(image, np.ndarray) and image.dtype != np.uint8 and self.value_range:
+            return self._resized(self._from_values(image))
+        prepared = prepare(image, self.preprocess, self.in_channels)
+        if prepared.pixels is not None:
+            return self._resized(prepared.pixels)
+        assert self.preprocess is not None
+        size = self.preprocess.resize if self.size is None else self.size
+        return prepared.tensor(replace(self.preprocess, resize=size))
+
+    def _from_values(self, array: NDArray[Any]) -> Tensor:
+        assert self.value_range is not None
+        if self.preprocess is None:
+            raise PreprocessError(
+                "the model's preprocessing is unknown; pass preprocess=fcvgg.Preprocess(mean, std)"
+            )
+        black, white = self.value_range
+        values = (array.astype(np.float32) - black) * (255 / (white - black))
+        if values.ndim == 2:
+            values = np.repeat(values[..., None], self.in_channels, 2)
+        if values.ndim != 3 or values.shape[2] != self.in_channels:
+            raise ImageError(
+                f"an array of shape {array.shape} is no image for a network of {self.in_channels} "
+                f"channels; expected (H, W) or (H, W, {self.in_channels})"
+            )
+        return self.preprocess.normalized(values)
+
+    def _resized(self, pixels: Tensor) -> Tensor:
+        if self.size is None:
+            return pixels
+        height, width = pixels.shape[2:]
+        size = self.size
+        if isinstance(size, int):
+            scale = size / min(height, width)
+            size = (max(round(height * scale), 1), max(round(width * scale), 1))
+        if size == (height, width):
+            return pixels
+        return F.interpolate(
+            pixels.float(), size, mode="bilinear", align_corners=False, antialias=True
+        ).to(pixels.dtype)
+
+    def _keys(self, pixels: Tensor) -> dict[str, str]:
+        if self._cache is None:
+            return {}
+        return {
+            name: key_of(pixels, self._digest, self._children[name], self.pooling)
+            for name in self.layers
+        }
+
+    @torch.no_grad()
+    def _run(
+        self,
+        batch: Sequence[tuple[int, Tensor, dict[str, str]]],
+        found: dict[str, list[NDArray[Any] | None]],
+    ) -> None:
+        pixels = torch.cat([pixels for _, pixels, _ in batch])
+        pixels = pixels.to(device_of(self.network), dtype_of(self.network))
+        with evaluating(self.network):
+            maps = self.network.maps(pixels, self._children.values())
+        for name, child in self._children.items():
+            rows = self._pooled(maps[child]).float().cpu().numpy()
+            for (index, _, keys), row in zip(batch, rows):
+                found[name][index] = row.copy()
+                if self._cache is not None:
+                    self._cache.put(keys[name], row.copy())
+
+    def _pooled(self, maps: Tensor) -> Tensor:
+        if maps.ndim == 2 or self.pooling is None:
+            return maps.flatten(1)
+        return maps.mean((2, 3)) if self.pooling == "avg" else maps.amax((2, 3))
+
+    def _stacked(self, rows: Sequence[NDArray[Any] | None]) -> NDArray[Any]:
+        lengths = {len(row) for row in rows if row is not None}
+        if len(lengths) > 1:
+            raise ImageError(
+                f"images of different sizes give {sorted(lengths)} features with pooling=None; "
+                "pass size=(h, w), or pooling='avg'"
+            )
+        return np.stack([row for row in rows if row is not None])
+
+    def _shown(self, images: Sequence[Any]) -> Iterable[tuple[int, Any]]:
+        if not self.progress:
+            return enumerate(images)
+        from rich.console import Console
+        from rich.progress import track
+
+        console = Console(stderr=True)
+        what = f"features up to {self.deepest}"
+        return track(enumerate(images), what, len(images), console=console, transient=True)
+
+
+def _least(network: Features) -> Pair | None:
+    """The least size that gives features; None where the layers take one size only."""
+    try:
+        return network.geometry.window
+    except ConversionError:
+        return None
+
+
+def _checked_size(size: Any) -> int | Pair | None:
+    if size is None:
+        return None
+    try:
+        height, width = checked_size(size)
+    except (GeometryError, TypeError) as error:
+        raise ArgumentError(
+            f"size={size!r} is none; expected None, a positive int or (h, w)"
+        ) from error
+    return (height, width) if isinstance(size, Iterable) else height
+
+
+def _checked_range(value_range: Any) -> tuple[float, float] | None:
+    if value_range is None:
+        return None
+    values = tuple(value_range) if isinstance(value_range, Iterable) else ()
+    if len(values) != 2 or not all(map(isfinite, values)) or values[0] == values[1]:
+        raise ArgumentError(
+            f"value_range={value_range!r} is none; expected (black, white), such as (0, 1)"
+        )
+    return float(values[0]), float(values[1])

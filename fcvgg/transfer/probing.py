@@ -1,0 +1,213 @@
+"""How well a linear classifier does on the features of each layer (extra ``sklearn``)."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, pstdev
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from fcvgg.errors import ArgumentError, ConversionError, MissingExtraError
+from fcvgg.transfer.image_features import FeatureExtractor
+from fcvgg.transfer.naming import layer_names
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+CLASSIFIERS = ("logistic", "svm")
+_ITERATIONS = 5000
+
+
+@dataclass(frozen=True)
+class LayerAccuracy:
+    """Cross-validated accuracy on one layer's features.
+
+    Attributes:
+        layer: its name.
+        features: how many numbers an image gives.
+        folds: the accuracy on every fold's held-out images.
+    """
+
+    layer: str
+    features: int
+    folds: tuple[float, ...]
+
+    @property
+    def mean(self) -> float:
+        return fmean(self.folds)
+
+    @property
+    def std(self) -> float:
+        """Standard deviation over the folds."""
+        return pstdev(self.folds)
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Accuracy by depth; printing shows a table.
+
+    Attributes:
+        rows: one per layer, from the image on.
+        chance: the accuracy of always naming the most frequent class.
+        images: how many there were.
+    """
+
+    rows: tuple[LayerAccuracy, ...]
+    chance: float
+    images: int
+
+    @property
+    def best(self) -> LayerAccuracy:
+        """The layer with the highest mean accuracy, the first of equals."""
+        return max(self.rows, key=lambda row: row.mean)
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Accuracy by depth, with the folds' standard deviation and the line of chance."""
+        if ax is None:
+            from matplotlib.figure import Figure
+
+            ax = Figure(figsize=(6, 4), dpi=120, layout="constrained").subplots()
+        places = range(len(self.rows))
+        ax.errorbar(
+            places,
+            [row.mean for row in self.rows],
+            [row.std for row in self.rows],
+            marker="o",
+            capsize=4,
+            label=f"linear classifier, mean and spread of {len(self.rows[0].folds)} folds",
+        )
+        ax.axhline(self.chance, color="grey", linestyle="--", label="most frequent class")
+        ax.set_xticks(places, [f"{row.layer}\n{row.features}" for row in self.rows])
+        ax.set_xlabel("layer, and its number of features")
+        ax.set_ylabel("accuracy on held-out images")
+        ax.set_ylim(0, 1.02)
+        ax.grid(alpha=0.3)
+        ax.legend(loc="best")
+        ax.set_title(f"{self.images} images: best at {self.best.layer}, {self.best.mean:.1%}")
+        return ax
+
+    def __str__(self) -> str:
+        lines = [("layer", "features", "accuracy", "spread")]
+        lines += [(r.layer, f"{r.features}", f"{r.mean:.3f}", f"{r.std:.3f}") for r in self.rows]
+        lines.append(("(chance)", "", f"{self.chance:.3f}", ""))
+        widths = [max(map(len, column)) for column in zip(*lines)]
+        return "\n".join(
+            "  ".join(t.rjust(w) if i else t.ljust(w) for i, (t, w) in enumerate(zip(line, widths)))
+            for line in lines
+        )
+
+
+def probe(
+    model: nn.Module | str | Path,
+    images: Sequence[Any],
+    labels: Sequence[Any],
+    *,
+    layers: Sequence[str] | None = None,
+    classifier: str = "logistic",
+    folds: int = 5,
+    seed: int = 0,
+    **options: Any,
+) -> Probe:
+    """Cross-validated accuracy of a linear classifier on the features of each layer.
+
+    It tells whether low, middle or high features suit a task, before anything is trained. Features
+    are standardised on each fold's training images.
+
+    Args:
+        model: as for `fcvgg.VGGFeatures`.
+        images: one image or path for every label.
+        labels: the classes.
+        layers: names of layers; all pool layers when None.
+        classifier: ``"logistic"`` (logistic regression) or ``"svm"`` (`LinearSVC`).
+        folds: how many parts of the images are held out in turn, stratified and shuffled.
+        seed: of the shuffling.
+        options: `pooling`, `size`, `preprocess`, `batch_size`, `cache`, `progress` and the others
+            of `fcvgg.VGGFeatures`.
+
+    Raises:
+        ArgumentError: if an argument is out of range or the classes are too few or too small.
+        MissingExtraError: if scikit-learn is not installed.
+    """
+    counts = Counter(labels)
+    _check(images, labels, counts, classifier, folds)
+    _check_sklearn()
+    if isinstance(model, (str, Path)):
+        from fcvgg.loading import load
+
+        model = load(model)
+    extractor = FeatureExtractor(model, layers or pool_layers(model), **options)
+    features = extractor.rows(images)
+    return Probe(
+        tuple(
+            LayerAccuracy(name, rows.shape[1], _accuracies(rows, labels, classifier, folds, seed))
+            for name, rows in features.items()
+        ),
+        chance=max(counts.values()) / len(labels),
+        images=len(labels),
+    )
+
+
+def pool_layers(model: nn.Module) -> list[str]:
+    """The names of a model's pool layers, from the image on."""
+    found = [layer.name for layer in layer_names(model) if layer.role == "pool" and layer.block]
+    if not found:
+        raise ConversionError(f"{type(model).__name__} has no pool layer; pass layers=")
+    return found
+
+
+def _accuracies(
+    rows: Any, labels: Sequence[Any], classifier: str, folds: int, seed: int
+) -> tuple[float, ...]:
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import StratifiedKFold, cross_val_score
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+    from sklearn.svm import LinearSVC
+
+    linear = (
+        LogisticRegression(max_iter=_ITERATIONS)
+        if classifier == "logistic"
+        else LinearSVC(max_iter=_ITERATIONS, random_state=seed)
+    )
+    parts = StratifiedKFold(folds, shuffle=True, random_state=seed)
+    pipeline = make_pipeline(StandardScaler(), linear)
+    return tuple(map(float, cross_val_score(pipeline, rows, labels, cv=parts)))
+
+
+def _check(
+    images: Sequence[Any],
+    labels: Sequence[Any],
+    counts: Counter[Any],
+    classifier: str,
+    folds: Any,
+) -> None:
+    if len(images) != len(labels):
+        raise ArgumentError(
+            f"there are {len(images)} images and {len(labels)} labels; expected one label per image"
+        )
+    if classifier not in CLASSIFIERS:
+        raise ArgumentError(f"classifier={classifier!r} is unknown; expected 'logistic' or 'svm'")
+    if len(counts) < 2:
+        raise ArgumentError(f"there are {len(counts)} classes; expected two or more")
+    if not isinstance(folds, int) or folds < 2:
+        raise ArgumentError(f"folds={folds!r} is no number of folds; expected an integer >= 2")
+    rarest, count = min(counts.items(), key=lambda item: item[1])
+    if count < folds:
+        raise ArgumentError(
+            f"class {rarest!r} has {count} images, fewer than the {folds} folds; add images or "
+            "lower folds"
+        )
+
+
+def _check_sklearn() -> None:
+    try:
+        import sklearn  # noqa: F401
+    except ImportError as error:
+        raise MissingExtraError(
+            f"probing layers needs scikit-learn, which cannot be imported ({error}); install it "
+            "with: pip install 'fcvgg[sklearn]'"
+        ) from error

@@ -1,0 +1,218 @@
+"""Run a network so that large maps cost no more than their arithmetic.
+
+The first layers of a classifier make its largest maps: 67 MB each for a VGG at 512 pixels. Memory
+of that size is fetched from the system and cleared anew at every call, which takes longer than
+some of the layers. Here a large trunk runs block by block (the layers up to a pool), and each block
+in strips of rows that stay in the processor's cache; the halo of a strip, a few rows, is computed
+twice. Layer by layer the numbers are the same as on the whole map, up to the library's rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.nn.modules import module as hooks
+
+from fcvgg.geometry import Window
+from fcvgg.layers.strips import STRIP_RULES, Part, Sliding, is_positional, sliding_of
+
+Pair = tuple[int, int]
+
+_CHANNELS_LAST = {torch.float32, torch.bfloat16}
+"""The dtypes for which oneDNN's convolutions are faster with the channels last."""
+
+_WHOLE_BYTES = 12 * 1024**2
+"""Maps up to this size are computed whole: the allocator keeps their memory."""
+
+_STRIP_BYTES = 2 * 1024**2
+"""The largest map of a strip, per thread."""
+
+_LEAST_ROWS = 8
+"""Output rows of a strip at least, or the halo costs too much."""
+
+
+def run(network: Any, images: Tensor) -> Any:
+    """``network(images)``, in the layout and in the order that is fastest here."""
+    if images.device.type != "cpu" or _is_traced() or not isinstance(network, fx.GraphModule):
+        return network(images)
+    if images.dtype in _CHANNELS_LAST:
+        images = images.contiguous(memory_format=torch.channels_last)
+    return network(images) if torch.is_grad_enabled() else _by_blocks(network, images)
+
+
+def _is_traced() -> bool:
+    return torch.compiler.is_compiling() or torch.compiler.is_exporting() or torch.jit.is_tracing()
+
+
+@dataclass(frozen=True)
+class Link:
+    """A layer of the leading chain: one that slides a window, or works on each position."""
+
+    node: fx.Node
+    sliding: Sliding | None
+    call: Callable[[Tensor], Tensor]
+
+    @property
+    def height(self) -> Window:
+        return Window() if self.sliding is None else self.sliding.windows[0]
+
+    @property
+    def width(self) -> Window:
+        return Window() if self.sliding is None else self.sliding.windows[1]
+
+
+def _by_blocks(network: fx.GraphModule, images: Tensor) -> Any:
+    done: dict[fx.Node, Any] = {}
+    x = images
+    for block in _blocks(network):
+        if not block_is_large(block, x):
+            break
+        x = block_in_strips(block, x)
+        done.update(dict.fromkeys([link.node for link in block]))
+        last = block[-1].node
+    if not done:
+        return network(images)
+    placeholder = next(n for n in network.graph.nodes if n.op == "placeholder")
+    known = {placeholder: None, **done, last: x}
+    del x, images
+    return fx.Interpreter(network).run(initial_env=known)
+
+
+def _blocks(network: fx.GraphModule) -> list[list[Link]]:
+    """The leading chain of layers, cut after each that strides; nothing after the last such cut."""
+    if _has_hooks(network):
+        return []
+    node = next(n for n in network.graph.nodes if n.op == "placeholder")
+    blocks: list[list[Link]] = []
+    block: list[Link] = []
+    while len(node.users) == 1:
+        node = next(iter(node.users))
+        link = _link(network, node)
+        if link is None or (not block and link.sliding is None):  # it may write into its input
+            break
+        block.append(link)
+        if link.height.stride > 1:
+            blocks.append(block)
+            block = []
+    return blocks
+
+
+def _link(network: fx.GraphModule, node: fx.Node) -> Link | None:
+    """A node of the chain; None where the chain ends."""
+    if len(node.all_input_nodes) != 1 or not node.args or not isinstance(node.args[0], fx.Node):
+        return None
+    target: Any = node.target
+    module: nn.Module | None = None
+    if node.op == "call_module":
+        module = network.get_submodule(target)
+        if module.training or _has_hooks(module):
+            return None
+    kind = type(module) if module is not None else target
+    if kind in STRIP_RULES:
+        sliding = sliding_of(node, module, lambda _: None)
+        if sliding is None or not sliding.pads_width or sliding.border != "constant":
+            return None
+        if any(w.before != w.after or w.ceil_mode for w in sliding.windows):
+            return None
+        return Link(node, sliding, lambda x: x)
+    if not is_positional(kind):
+        return None
+    if module is not None:
+        return Link(node, None, module)
+    if node.op == "call_function":
+        return Link(node, None, lambda x: target(x, *node.args[1:], **node.kwargs))
+    return Link(node, None, lambda x: getattr(x, target)(*node.args[1:], **node.kwargs))
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    """Whether somebody watches a module, who must see it called once with its whole map."""
+    own = module._forward_hooks or module._forward_pre_hooks
+    everywhere = hooks._global_forward_hooks or hooks._global_forward_pre_hooks  # type: ignore
+    return bool(own or everywhere)
+
+
+def _maps(block: Sequence[Link], shape: Sequence[int]) -> list[tuple[int, int, int]]:
+    """``(C, H, W)`` of the block's input and of every layer's output."""
+    maps = [(shape[1], shape[2], shape[3])]
+    for link in block:
+        channels, height, width = maps[-1]
+        if link.sliding is not None:
+            channels = link.sliding.channels or channels * link.sliding.multiplies
+        maps.append((channels, link.height.output_size(height), link.width.output_size(width)))
+    return maps
+
+
+def block_is_large(block: Sequence[Link], x: Tensor) -> bool:
+    """Whether a block's maps are too large to be computed whole."""
+    maps = _maps(block, x.shape)
+    return min(maps[-1]) > 0 and max(map(prod, maps[1:])) * x.element_size() > _WHOLE_BYTES
+
+
+def block_in_strips(block: Sequence[Link], x: Tensor) -> Tensor:
+    """A block's output, computed in strips of rows, image by image."""
+    maps = _maps(block, x.shape)
+    rows = _rows_of_a_strip(maps, x.element_size())
+    channels, height, width = maps[-1]
+    result: Tensor | None = None
+    for i in range(len(x)):
+        for first in range(0, height, rows):
+            end = min(first + rows, height)
+            part = _strip(block, maps, x[i : i + 1], (first, end))
+            if result is None:
+                result = torch.empty(
+                    (len(x), channels, height, width),
+                    dtype=part.dtype,
+                    memory_format=torch.channels_last,
+                )
+            result[i : i + 1, :, first:end] = part
+    assert result is not None
+    return result
+
+
+def _rows_of_a_strip(maps: Sequence[tuple[int, int, int]], itemsize: int) -> int:
+    height = maps[-1][1]
+    row_bytes = max(map(prod, maps[1:])) * itemsize / height  # of the largest map, per output row
+    fitting = int(_STRIP_BYTES * torch.get_num_threads() / row_bytes)
+    return min(max(fitting, _LEAST_ROWS), height)
+
+
+def _strip(
+    block: Sequence[Link], maps: Sequence[tuple[int, int, int]], x: Tensor, rows: Pair
+) -> Tensor:
+    """Output rows ``[first, end)`` of a block: each layer on the rows that the next ones read."""
+    wanted = [rows]
+    for link, (_, height, _) in zip(reversed(block), reversed(maps[:-1])):
+        first, end = wanted[0]
+        window = link.height
+        low = first * window.stride - window.before
+        high = (end - 1) * window.stride - window.before + window.span
+        wanted.insert(0, (max(low, 0), min(high, height)))
+    x = x[:, :, wanted[0][0] : wanted[0][1]]
+    for i, link in enumerate(block):
+        x = _on_rows(link, maps[i], maps[i + 1], x, wanted[i], wanted[i + 1])
+    return x
+
+
+def _on_rows(
+    link: Link,
+    given: tuple[int, int, int],
+    made: tuple[int, int, int],
+    x: Tensor,
+    have: Pair,
+    want: Pair,
+) -> Tensor:
+    if link.sliding is None:
+        return link.call(x)
+    window = link.height
+    above = have[0] - (want[0] * window.stride - window.before)
+    below = (want[1] - 1) * window.stride - window.before + window.span - have[1]
+    if above or below:
+        x = F.pad(x, (0, 0, above, below), "constant", link.sliding.value)
+    part = Part(want, (0, made[2]), (given[1], given[2]), pads_width=True)
+    return link.sliding.run(x, part)

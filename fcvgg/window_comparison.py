@@ -1,0 +1,308 @@
+"""The dense map against the source model on every window, one crop at a time.
+
+A crop sees zeros beyond its border where the dense map sees the neighbouring pixels. So for a net
+with padding the two differ wherever a side of the window lies inside the image, by how much the
+scores depend on what is there; for one without padding they are equal everywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from fcvgg.capture import device_of, dtype_of
+from fcvgg.categories import class_index, class_name
+from fcvgg.images import ImageLike
+from fcvgg.network import FullyConvolutional, evaluating
+from fcvgg.probability import to_probabilities
+from fcvgg.progress import progress_bar
+from fcvgg.score_map import ScoreMap
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Pair = tuple[int, int]
+
+_BATCH = 16
+"""Crops that the source model is given at once."""
+
+_SIDES = range(5)
+
+
+@dataclass(frozen=True)
+class SideRow:
+    """Some of the cells.
+
+    Attributes:
+        label: which: how many sides of the window lie inside the image, ``"outside"`` where the
+            crop leaves it, or ``"all"``.
+        cells: how many cells there are.
+        max_error: the largest difference of a score, relative to the largest score of the crops.
+        mean_error: the mean of each cell's largest difference, relative likewise.
+        rank_agreement: the mean of Spearman's correlation between both orders of the classes;
+            not a number for a single class.
+        top1_agreement: the share of cells that both give to the same class.
+    """
+
+    label: str
+    cells: int
+    max_error: float
+    mean_error: float
+    rank_agreement: float
+    top1_agreement: float
+
+
+@dataclass(frozen=True, eq=False)
+class WindowComparison:
+    """How far the dense map is from the source model on crops; printing it shows a table.
+
+    Attributes:
+        dense: the score map of the image.
+        crops: the same with the source model's scores of every cell's window.
+        sides_inside: ``(h, w)``: how many sides of each cell's window lie inside the image, where
+            the crop saw zeros and the dense map neighbours.
+        outside: bool ``(h, w)``: whether the crop leaves the image, so that the model was shown
+            zeros. That happens at the far borders where the native size is larger than the window,
+            and with ``padding="same"``.
+        error: ``(h, w)``: each cell's largest difference of a score, relative to the largest score
+            of all crops.
+        rank_agreement: ``(h, w)``: Spearman's correlation between both orders of the classes.
+        top1_agreement: bool ``(h, w)``: whether both give the cell to the same class.
+    """
+
+    dense: ScoreMap
+    crops: ScoreMap
+    sides_inside: NDArray[np.int64]
+    outside: NDArray[np.bool_]
+    error: NDArray[np.float64]
+    rank_agreement: NDArray[np.float64]
+    top1_agreement: NDArray[np.bool_]
+
+    def by_sides(self) -> list[SideRow]:
+        """A row for each number of sides that occurs; cells whose crop leaves the image come last."""
+        groups = [(str(n), (self.sides_inside == n) & ~self.outside) for n in _SIDES]
+        groups.append(("outside", self.outside))
+        return [self._row(label, cells) for label, cells in groups if cells.any()]
+
+    def overall(self) -> SideRow:
+        """All cells."""
+        return self._row("all", np.ones(self.error.shape, bool))
+
+    def _row(self, label: str, cells: NDArray[np.bool_]) -> SideRow:
+        return SideRow(
+            label=label,
+            cells=int(cells.sum()),
+            max_error=float(self.error[cells].max()),
+            mean_error=float(self.error[cells].mean()),
+            rank_agreement=_mean(self.rank_agreement[cells]),
+            top1_agreement=float(self.top1_agreement[cells].mean()),
+        )
+
+    def __str__(self) -> str:
+        lines = [
+            "sides inside  cells  max error  mean error  rank agreement  top-1 agreement",
+            *(
+                f"{row.label:<12}  {row.cells:>5}  "
+                f"{row.max_error:>9.1e}  {row.mean_error:>10.1e}  {row.rank_agreement:>14.3f}  "
+                f"{row.top1_agreement:>15.1%}"
+                for row in (*self.by_sides(), self.overall())
+            ),
+            "errors are relative to the largest score; a side inside the image is one where the "
+            "crop saw zeros",
+        ]
+        return "\n".join(lines)
+
+    def plot(self, target: int | str | None = None) -> Figure:
+        """One class's heatmap from the crops and from the dense map, and the error of every cell.
+
+        Args:
+            target: a class index or category name; None for the top class of the crops.
+        """
+        from matplotlib.figure import Figure
+
+        from fcvgg.heatmap import CONTOURS, colour_bar
+
+        index = (
+            int(self.crops.predict().argmax())
+            if target is None
+            else class_index(target, self.crops.categories, len(self.crops.scores))
+        )
+        name = class_name(index, self.crops.categories)
+        height, width = self.dense.image_size
+        figure = Figure(
+            figsize=(16.5, 3.6 * min(height / width, 1.6) + 0.8), dpi=110, layout="constrained"
+        )
+        axes = figure.subplots(1, 4, width_ratios=(1, 1, 1, 0.8))
+        for ax, part, title in (
+            (axes[0], self.crops, "model on every window"),
+            (axes[1], self.dense, "dense map"),
+        ):
+            part.heatmap(index).plot(ax, bar=False)
+            ax.set_title(f"{title}: {name}")
+        blended = self.dense.image is not None
+        colour_bar(figure, axes[:2], blended=blended, contours=CONTOURS)
+        self._plot_error(axes[2])
+        self._plot_sides(axes[3])
+        return figure
+
+    def _plot_error(self, ax: Axes) -> None:
+        from fcvgg.figures import CELL_COLOUR_MAP, extent_of_cells
+
+        if self.dense.image is not None:
+            ax.imshow(self.dense.image.convert("L"), cmap="gray", alpha=0.35)
+        extent = extent_of_cells(self.dense)
+        shown = ax.imshow(self.error, cmap=CELL_COLOUR_MAP, extent=extent, vmin=0)
+        height, width = self.dense.image_size
+        ax.set_xlim(-0.5, width - 0.5)
+        ax.set_ylim(height - 0.5, -0.5)
+        ax.set_axis_off()
+        ax.set_title("error of each cell")
+        ax.figure.colorbar(shown, ax=ax, fraction=0.046, pad=0.03).set_label("of the largest score")
+
+    def _plot_sides(self, ax: Axes) -> None:
+        """Every cell's error above its number of sides, and their means."""
+        rows = self.by_sides()
+        places = {row.label: place for place, row in enumerate(rows)}
+        labels = np.where(self.outside, "outside", self.sides_inside.astype(str))
+        x = np.vectorize(places.__getitem__)(labels)
+        spread = np.random.default_rng(0).uniform(-0.12, 0.12, x.shape)
+        ax.plot(x + spread, self.error, ".", color="#666666", ms=4, alpha=0.6)
+        for place, row in enumerate(rows):
+            ax.hlines(row.mean_error, place - 0.25, place + 0.25, color="#D55E00", lw=2.5)
+            ax.annotate(
+                f"{row.mean_error:.2g}",
+                (place + 0.28, row.mean_error),
+                va="center",
+                color="#D55E00",
+                fontsize="small",
+            )
+        ax.set_xticks(range(len(rows)), list(places))
+        ax.set_xlim(-0.5, len(rows) - 0.2)
+        ax.set_ylim(bottom=0)
+        ax.set_xlabel("sides of the window inside the image")
+        ax.set_ylabel("error")
+        ax.set_title("every cell (bar: mean)")
+        ax.spines[["top", "right"]].set_visible(False)
+
+
+def compare_windows(
+    model: nn.Module,
+    net: FullyConvolutional,
+    image: ImageLike,
+    *,
+    output: int = 0,
+    progress: bool = False,
+) -> WindowComparison:
+    """Run the source model on every cell's window and compare it with the dense map.
+
+    The crop of a cell is the source's native input that begins where the cell's window does; what
+    it lacks beyond the image is zeros.
+
+    Args:
+        model: the source model.
+        net: what `fcvgg.convert` made of it.
+        image: as for ``net.score_map``.
+        output: which output, for a model with several.
+        progress: show a progress bar on stderr.
+    """
+    dense = net.score_map(image, output=output)
+    pixels = net._prepared(image).tensor(net.preprocess).to(device_of(model), dtype_of(model))
+    rows, cols = dense.scores.shape[1:]
+    starts = [dense.geometry.window_of(row, col)[:2] for row in range(rows) for col in range(cols)]
+    scores = []
+    with (
+        progress_bar("windows", len(starts), progress) as advance,
+        torch.no_grad(),
+        evaluating(model),
+    ):
+        for batch in _crops(pixels, starts, net.input_size):
+            given = model(batch)
+            given = list(given.values()) if isinstance(given, dict) else given
+            given = given[output] if isinstance(given, (tuple, list)) else given
+            scores.append(given.reshape(len(batch), -1))
+            advance(len(batch))
+    crops = torch.cat(scores).T.unflatten(1, (rows, cols)).to(dense.scores)  # (K, h, w)
+    size = tuple(max(n, w) for n, w in zip(dense.input_size, net.geometry.window))
+    before = [net.geometry.padding_for(dense.input_size)[axis][0] for axis in (0, 1)]
+    first = np.array(starts).reshape(rows, cols, 2) + before  # (h, w, 2), in the padded image
+    last = first + net.input_size
+    return _compared(
+        dense,
+        crops,
+        sides=(first > 0).sum(2) + (last < size).sum(2),
+        outside=(first < 0).any(2) | (last > size).any(2),
+    )
+
+
+def _crops(pixels: Tensor, starts: list[Pair], size: Pair) -> Iterator[Tensor]:
+    """Batches of crops of `size` that begin at `starts`, with zeros where they leave the image."""
+    height, width = pixels.shape[2:]
+    tops, lefts = zip(*starts)
+    above, before = max(-min(tops), 0), max(-min(lefts), 0)
+    below = max(max(tops) + size[0] - height, 0)
+    after = max(max(lefts) + size[1] - width, 0)
+    padded = F.pad(pixels, (before, after, above, below))
+
+    def crop(top: int, left: int) -> Tensor:
+        return padded.narrow(2, above + top, size[0]).narrow(3, before + left, size[1])
+
+    for first in range(0, len(starts), _BATCH):
+        yield torch.cat([crop(*start) for start in starts[first : first + _BATCH]])
+
+
+def _compared(
+    dense: ScoreMap, crops: Tensor, sides: NDArray[np.int64], outside: NDArray[np.bool_]
+) -> WindowComparison:
+    reference = ScoreMap(**{**vars(dense), "scores": crops})
+    wide, other = crops.double().cpu(), dense.scores.double().cpu()
+    scale = max(float(wide.abs().max()), torch.finfo(torch.float32).tiny)
+    return WindowComparison(
+        dense=dense,
+        crops=reference,
+        sides_inside=sides,
+        outside=outside,
+        error=((wide - other).abs().amax(0) / scale).numpy(),
+        rank_agreement=_rank_correlation(wide.numpy(), other.numpy()),
+        top1_agreement=(_labels(reference) == _labels(dense)).cpu().numpy(),
+    )
+
+
+def _labels(score_map: ScoreMap) -> Tensor:
+    """Each cell's class, ``(h, w)``; for a single class whether it is more likely than not."""
+    if len(score_map.scores) == 1:
+        return to_probabilities(score_map.scores, score_map.activation)[0] > 0.5
+    return score_map.scores.argmax(0)
+
+
+def _rank_correlation(a: NDArray[Any], b: NDArray[Any]) -> NDArray[np.float64]:
+    """Spearman's correlation over the first axis; not a number where one side has no order."""
+    first, second = _ranks(a), _ranks(b)
+    first, second = first - first.mean(0), second - second.mean(0)
+    scale = np.sqrt((first**2).sum(0) * (second**2).sum(0))
+    products = (first * second).sum(0)
+    return np.divide(products, scale, out=np.full(scale.shape, np.nan), where=scale > 0)
+
+
+def _mean(values: NDArray[np.float64]) -> float:
+    """The mean of those that are numbers."""
+    known = values[~np.isnan(values)]
+    return float(known.mean()) if len(known) else float("nan")
+
+
+def _ranks(values: NDArray[Any]) -> NDArray[np.float64]:
+    """Ranks along the first axis; equal values share their mean rank."""
+    columns = values.reshape(len(values), -1)
+    ranks = np.empty(columns.shape)
+    for i, column in enumerate(columns.T):
+        _, place, counts = np.unique(column, return_inverse=True, return_counts=True)
+        ends = np.cumsum(counts)
+        ranks[:, i] = (ends - (counts - 1) / 2)[place]
+    return ranks.reshape(values.shape)

@@ -1,0 +1,91 @@
+"""Every example runs as its docstring says, in a process of its own, and writes what it names."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torchvision.models import squeezenet1_1
+
+import fcvgg
+from fcvgg.demo import demo_photograph
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def run(name: str, *arguments: str, cwd: Path, code: int = 0) -> str:
+    """What an example prints; warnings are errors there too."""
+    done = subprocess.run(
+        [sys.executable, "-W", "error", str(EXAMPLES / name), *arguments],
+        cwd=cwd,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stdout if code == 0 else done.stderr
+
+
+def test_heatmap_finds_the_face_in_the_packaged_photograph(tmp_path: Path) -> None:
+    printed = run("heatmap.py", cwd=tmp_path)
+    y, x = map(int, re.search(r"'face' at \(y, x\) = \((\d+), (\d+)\)", printed).groups())
+    assert 60 < y < 190
+    assert 160 < x < 290
+    assert printed.endswith("wrote heatmap.png\n")
+    with Image.open(tmp_path / "heatmap.png") as overlay:
+        assert overlay.size == (512, 512)
+
+
+def test_heatmap_of_a_photograph_and_a_checkpoint(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    torch.save(squeezenet1_1(num_classes=3).state_dict(), tmp_path / "mine.pt")
+    demo_photograph().resize((300, 260)).save(tmp_path / "photo.jpg")
+    options = ["--model", "mine.pt", "--arch", "squeezenet1_1", "--output", "map.npy"]
+    printed = run("heatmap.py", "photo.jpg", *options, cwd=tmp_path)
+    assert "SqueezeNet makes (260, 300) pixels to torch.Size([3, " in printed
+    assert np.load(tmp_path / "map.npy").shape == (260, 300)
+
+
+def test_heatmap_says_in_one_line_what_is_wrong(tmp_path: Path) -> None:
+    message = run("heatmap.py", "absent.jpg", cwd=tmp_path, code=1)
+    assert message == "error: there is no image file absent.jpg\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_any_size_makes_a_table_and_a_figure(tmp_path: Path) -> None:
+    heading, *rows, last = run("any_size.py", cwd=tmp_path).splitlines()
+    assert heading.split()[:2] == ["image", "map"]
+    net = fcvgg.load("demo")
+    sizes = [tuple(map(int, row.split()[0].split("x"))) for row in rows]
+    cells = [tuple(map(int, row.split()[1].split("x"))) for row in rows]
+    assert len(sizes) == 5
+    assert all(float(row.split()[5]) > 0.5 for row in rows)  # the face, found at every size
+    assert cells == [net.output_size(size) for size in sizes]
+    assert last == "wrote any_size.png"
+    with Image.open(tmp_path / "any_size.png") as figure:
+        assert figure.width > 1000
+
+
+def test_equivalence_of_all_eight_vggs(tmp_path: Path) -> None:
+    _, *rows, last = run("equivalence.py", "--small", "--images", "1", cwd=tmp_path).splitlines()
+    names = [row.split()[0] for row in rows]
+    assert names == [f"vgg{n}{bn}" for n in (11, 13, 16, 19) for bn in ("", "_bn")]
+    for row in rows:
+        _, _, absolute, relative, top1, *times = row.split()
+        assert float(absolute) >= 0
+        assert float(relative) <= 1e-5
+        assert top1 == "100%"
+        assert all(float(time) > 0 for time in times)
+    assert last == "all 8 agree on 1 images"
+
+
+def test_train_demo_trains(tmp_path: Path) -> None:
+    run("train_demo.py", "--quick", "--output", "weights.safetensors", cwd=tmp_path)
+    assert 0 < (tmp_path / "weights.safetensors").stat().st_size < 2e6

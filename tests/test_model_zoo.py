@@ -1,0 +1,69 @@
+"""Models that nobody here wrote: each converts exactly, or is refused and told the truth."""
+
+from __future__ import annotations
+
+import pytest
+import timm
+import torch
+from nets import images, native_error, relative_error, seeded
+from timm.models.vgg import VGG
+from torch import nn
+
+import fcvgg
+
+
+def narrow_timm_vgg() -> nn.Module:
+    """timm's VGG with few channels: its head is convolutional and branches on the map's shape."""
+    with torch.random.fork_rng():
+        model = VGG([8, "M", 8, "M", 16, "M", 16, "M", 16, "M"], num_classes=7, mlp_ratio=1 / 64)
+    return model
+
+
+def test_timms_vgg() -> None:
+    model = seeded(narrow_timm_vgg)
+    with pytest.raises(fcvgg.InputSizeError, match=r"takes features of any size.*input_size"):
+        fcvgg.convert(model)
+    net = fcvgg.convert(model, input_size=224)
+    assert native_error(model, net, 2) <= 1e-12
+    assert (net.geometry.window, net.geometry.stride) == ((224, 224), (32, 32))
+    assert tuple(net(images(1, 3, 288, 230)).shape) == (1, 7, 3, 1)
+    assert net.state_dict().keys() == model.state_dict().keys()
+
+
+@pytest.mark.parametrize("name", ["resnet10t", "regnetx_002", "mobilenetv2_050", "nf_resnet26"])
+def test_timm_models_that_convert(name: str) -> None:
+    model = seeded(timm.create_model, name, num_classes=7)
+    net = fcvgg.convert(model, input_size=64)
+    assert net.equivalence.passed
+    assert native_error(model, net, 2) <= 1e-12
+    assert net.state_dict().keys() == model.state_dict().keys()
+
+
+def test_timms_batch_norms_train() -> None:
+    """timm's are subclasses with a forward of their own."""
+    model = seeded(timm.create_model, "regnetx_002", num_classes=7)
+    net = fcvgg.convert(model, input_size=64, copy=True, verify=False)
+    batch = images(2, 3, 64, 64)
+    model.train()
+    net.train()
+    assert relative_error(model(batch), net(batch).flatten(1)) <= 1e-12
+    means = [m["stem.bn.running_mean"] for m in (model.state_dict(), net.state_dict())]
+    torch.testing.assert_close(*means, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "message"),
+    [
+        ("mobilenetv3_small_050", 64, r"blocks\.0\.0\.se\) combines a map with a value pooled ove"),
+        ("vit_tiny_patch16_224", 224, r"scaled_dot_product_attention .*refused: attention mixes"),
+        ("mixer_s32_224", 224, r"mlp_tokens\.fc1 \(Linear\) mixes positions: .*\(N, 512, 49\)"),
+        ("dla34", 64, r"add .*joins branches whose sizes differ for an input of 65 pixels"),
+        ("hrnet_w18_small", 64, r"\(Upsample\) is refused: resizing"),
+        ("poolformer_s12", 64, r"norm1 \(GroupNorm1\) is refused: its statistics mix all positio"),
+    ],
+)
+def test_timm_models_that_are_refused(name: str, size: int, message: str) -> None:
+    with torch.device("meta"):  # weights do not matter
+        model = timm.create_model(name, num_classes=7).eval()
+    with pytest.raises(fcvgg.UnsupportedLayerError, match=message):
+        fcvgg.convert(model, input_size=size)
