@@ -29,7 +29,7 @@ from fcvgg import modules as own_modules
 from fcvgg.capture import one_line
 from fcvgg.errors import FcvggError, LoadError
 from fcvgg.geometry import Geometry, Window
-from fcvgg.layers.registry import RULES
+from fcvgg.layers.registry import RULES, class_of
 from fcvgg.preprocessing import Preprocess
 from fcvgg.rewriting import LayerRecord, Program, graph_module
 
@@ -289,10 +289,11 @@ def _encoded_layer(name: str, layer: nn.Module) -> dict[str, Any]:
             "hold; call torch.nn.utils.parametrize.remove_parametrizations before convert"
         )
     settings = {}
-    for key in _settings_of(type(layer)):
+    kind = class_of(layer)
+    for key in _settings_of(kind):
         value = getattr(layer, key, None)
         settings[key] = value is not None if key == "bias" else _encoded(value, name)
-    return {"type": _class_name(type(layer)), "settings": settings}
+    return {"type": _class_name(kind), "settings": settings}
 
 
 def _decoded_layer(name: str, data: Mapping[str, Any]) -> nn.Module:

@@ -27,10 +27,10 @@ Pair = tuple[int, int]
 _CHANNELS_LAST = {torch.float32, torch.bfloat16}
 """The dtypes for which oneDNN's convolutions are faster with the channels last."""
 
-_WHOLE_BYTES = 12 * 1024**2
-"""Maps up to this size are computed whole: the allocator keeps their memory."""
+_WHOLE_BYTES = 32 * 1024**2
+"""Maps below this size are computed whole: beyond, glibc maps every allocation anew."""
 
-_STRIP_BYTES = 2 * 1024**2
+_STRIP_BYTES = 4 * 1024**2
 """The largest map of a strip, per thread."""
 
 _LEAST_ROWS = 8
@@ -151,7 +151,7 @@ def _maps(block: Sequence[Link], shape: Sequence[int]) -> list[tuple[int, int, i
 def block_is_large(block: Sequence[Link], x: Tensor) -> bool:
     """Whether a block's maps are too large to be computed whole."""
     maps = _maps(block, x.shape)
-    return min(maps[-1]) > 0 and max(map(prod, maps[1:])) * x.element_size() > _WHOLE_BYTES
+    return min(maps[-1]) > 0 and max(map(prod, maps[1:])) * x.element_size() >= _WHOLE_BYTES
 
 
 def block_in_strips(block: Sequence[Link], x: Tensor) -> Tensor:

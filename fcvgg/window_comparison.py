@@ -87,7 +87,7 @@ class WindowComparison:
     top1_agreement: NDArray[np.bool_]
 
     def by_sides(self) -> list[SideRow]:
-        """A row for each number of sides that occurs; cells whose crop leaves the image come last."""
+        """A row for each number of sides that occurs, and one where crops leave the image."""
         groups = [(str(n), (self.sides_inside == n) & ~self.outside) for n in _SIDES]
         groups.append(("outside", self.outside))
         return [self._row(label, cells) for label, cells in groups if cells.any()]
@@ -238,7 +238,7 @@ def compare_windows(
         dense,
         crops,
         sides=(first > 0).sum(2) + (last < size).sum(2),
-        outside=(first < 0).any(2) | (last > size).any(2),
+        outside=np.asarray(((first < 0) | (last > size)).any(2)),
     )
 
 

@@ -225,6 +225,16 @@ def test_parametrized_weights_are_refused_with_the_remedy(tmp_path):
         net.save(tmp_path / "bundle")
 
 
+def test_a_subclass_that_changes_nothing_is_saved_as_its_base(tmp_path):
+    class PlainNorm(nn.BatchNorm2d):
+        """A name of its own."""
+
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), PlainNorm(4), nn.Flatten(), nn.Linear(16, 2))
+    net = fcvgg.convert(model.eval(), input_size=4)
+    image = torch.randn(1, 3, 6, 6)
+    assert torch.equal(fcvgg.load(net.save(tmp_path / "bundle"))(image), net(image))
+
+
 def test_bundles_copy(bundle, tmp_path):
     moved = shutil.copytree(bundle, tmp_path / "moved")
     image = torch.randn(1, 3, 16, 16)

@@ -46,7 +46,7 @@ def rule_for(node: fx.Node, module: nn.Module | None) -> Rule:
         RefusedLayerError: if the layer would not stay exact.
         UnsupportedLayerError: if there is no rule.
     """
-    target = _class_of(module) if module is not None else node.target
+    target = class_of(module) if module is not None else node.target
     if target in RULES:
         return RULES[target]
     call = Call(node, module)
@@ -69,7 +69,7 @@ def _refusal(call: Call) -> str | None:
 
 def is_leaf(module: nn.Module) -> bool:
     """Whether a module is looked up here rather than traced into."""
-    if _class_of(module) in RULES or any(_is_a(module, cls) for cls in REFUSED):
+    if class_of(module) in RULES or any(_is_a(module, cls) for cls in REFUSED):
         return True
     containers = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
     return type(module).__module__.startswith("torch.nn.modules") and not isinstance(
@@ -77,7 +77,7 @@ def is_leaf(module: nn.Module) -> bool:
     )
 
 
-def _class_of(module: nn.Module) -> type:
+def class_of(module: nn.Module) -> type:
     """The class whose rule holds: the module's, or the one that it inherits all of its work from.
 
     Torch's parametrized layers (weight norm) are subclasses that add properties.

@@ -1,0 +1,227 @@
+"""The layers of an optimised network: evaluation only, with bias and ReLU in one call.
+
+`FusedConv2d` and `FusedWindowLinear` run on any device and in any dtype. `PackedConv2d` and
+`PackedWindowLinear` hold their weights in the order that oneDNN computes with, so that no call
+reorders them, and may hold a convolution's weights transformed for Winograd's algorithm beside it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fcvgg.geometry import Window
+from fcvgg.layers.strips import Part, Sliding, Windows, strip_rule
+from fcvgg.modules import by_windows, window_linear
+from fcvgg.winograd import tiles_of, transformed_kernels, winograd_convolution
+
+Pair = tuple[int, int]
+
+_USUAL_ROWS = 100
+"""Rows of the product that packed fully connected weights are ordered for; any number runs."""
+
+_USUAL_SIZE = 56
+"""Rows and columns of the map that packed convolution weights are ordered for; any size runs."""
+
+_LEAST_CHANNELS = 128
+"""Channels from which Winograd's transforms cost less than the products they save."""
+
+_LEAST_TILES = 32
+"""Tiles below which reading the larger transformed weights takes longer."""
+
+
+class FusedConv2d(nn.Module):
+    """A convolution with bias, and the ReLU after it."""
+
+    def __init__(self, conv: nn.Conv2d, weight: Tensor, bias: Tensor, relu: bool):
+        super().__init__()
+        self.stride = _pair(conv.stride)
+        self.padding = _pair(conv.padding)
+        self.dilation = _pair(conv.dilation)
+        self.groups = conv.groups
+        self.kernel = (weight.shape[2], weight.shape[3])
+        self.out_channels = weight.shape[0]
+        self.relu = relu
+        self._take(weight, bias)
+
+    def _take(self, weight: Tensor, bias: Tensor) -> None:
+        layout = torch.channels_last if weight.is_cuda else torch.contiguous_format
+        self.weight = nn.Parameter(weight.contiguous(memory_format=layout), requires_grad=False)
+        self.bias = nn.Parameter(bias, requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.convolved(x, self.padding)
+
+    def convolved(self, x: Tensor, padding: Pair) -> Tensor:
+        """The layer with other padding: none for rows that come padded."""
+        x = F.conv2d(x, self.weight, self.bias, self.stride, padding, self.dilation, self.groups)
+        return x.relu_() if self.relu else x
+
+    def held_bytes(self) -> int:
+        """Bytes of the layer's own weights."""
+        return _bytes(self.weight)
+
+    def extra_repr(self) -> str:
+        return f"{self.out_channels}, kernel={self.kernel}, padding={self.padding}, {self.relu=}"
+
+
+class PackedConv2d(FusedConv2d):
+    """The same on a CPU through oneDNN, with the weights in its order and perhaps Winograd's too."""
+
+    def __init__(
+        self, conv: nn.Conv2d, weight: Tensor, bias: Tensor, relu: bool, winograd: bool = False
+    ):
+        self._tries_winograd = winograd
+        super().__init__(conv, weight, bias, relu)
+
+    def _take(self, weight: Tensor, bias: Tensor) -> None:
+        self._packed: Any = torch._C._nn.mkldnn_reorder_conv2d_weight(  # type: ignore[attr-defined]
+            weight.to_mkldnn(),
+            self.padding,
+            self.stride,
+            self.dilation,
+            self.groups,
+            (1, weight.shape[1] * self.groups, _USUAL_SIZE, _USUAL_SIZE),
+        )
+        self._bias = bias
+        self._kernels = None
+        if self._tries_winograd and self._suits_winograd(weight):
+            self._kernels = transformed_kernels(weight)
+
+    def _suits_winograd(self, weight: Tensor) -> bool:
+        regular = self.kernel == (3, 3) and self.stride == self.dilation == (1, 1)
+        wide = min(weight.shape[:2]) >= _LEAST_CHANNELS
+        return regular and wide and self.groups == 1 and weight.dtype == torch.float32
+
+    @property
+    def has_winograd(self) -> bool:
+        return self._kernels is not None
+
+    def convolved(self, x: Tensor, padding: Pair) -> Tensor:
+        if self._kernels is not None:
+            height, width = (n + 2 * p - 2 for n, p in zip(x.shape[2:], padding))
+            if tiles_of(height, width) * len(x) >= _LEAST_TILES:
+                return winograd_convolution(x, self._kernels, self._bias, padding, self.relu)
+        attribute = "relu" if self.relu else "none"
+        return torch.ops.mkldnn._convolution_pointwise(
+            *(x, self._packed, self._bias, padding, self.stride, self.dilation, self.groups),
+            *(attribute, [], ""),
+        )
+
+    def held_bytes(self) -> int:
+        own = self.out_channels * self._packed.shape[1] * self.kernel[0] * self.kernel[1]
+        return own * self._bias.element_size() + _bytes(self._kernels)
+
+
+class FusedWindowLinear(nn.Module):
+    """A fully connected layer at every window, with bias, and the ReLU after it."""
+
+    def __init__(self, weight: Tensor, bias: Tensor, dilation: Pair, relu: bool):
+        super().__init__()
+        self.kernel = (weight.shape[2], weight.shape[3])
+        self.out_channels, self.in_channels = weight.shape[:2]
+        self.dilation = dilation
+        self.relu = relu
+        self._take(weight, bias)
+
+    def _take(self, weight: Tensor, bias: Tensor) -> None:
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.bias = nn.Parameter(bias, requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = window_linear(x, self.weight, self.bias, self.dilation)
+        return x.relu_() if self.relu else x
+
+    def held_bytes(self) -> int:
+        """Bytes of the layer's own weights."""
+        return _bytes(self.weight)
+
+    def extra_repr(self) -> str:
+        return f"{self.out_channels}, kernel={self.kernel}, dilation={self.dilation}, {self.relu=}"
+
+
+class PackedWindowLinear(FusedWindowLinear):
+    """The same on a CPU through oneDNN, with the weights in its order."""
+
+    def _take(self, weight: Tensor, bias: Tensor) -> None:
+        columns = weight.flatten(1).contiguous()  # (O, C*kh*kw)
+        self._packed: Any = torch.ops.mkldnn._reorder_linear_weight(columns, _USUAL_ROWS)
+        self._bias = bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.kernel == (1, 1):
+            return self._linear(x.movedim(1, -1)).movedim(-1, 1)
+        return by_windows(x, self.kernel, self.dilation, self._linear)
+
+    def _linear(self, rows: Tensor) -> Tensor:
+        attribute = "relu" if self.relu else "none"
+        return torch.ops.mkldnn._linear_pointwise(
+            rows.contiguous(), self._packed, self._bias, attribute, [], ""
+        )
+
+    def held_bytes(self) -> int:
+        inputs = self.in_channels * self.kernel[0] * self.kernel[1]
+        return self.out_channels * inputs * self._bias.element_size()
+
+
+def has_packing() -> bool:
+    """Whether this torch has oneDNN with the operations that packed layers call."""
+    operations = ("_convolution_pointwise", "_linear_pointwise", "_reorder_linear_weight")
+    return (
+        torch.backends.mkldnn.is_available()
+        and hasattr(torch._C._nn, "mkldnn_reorder_conv2d_weight")
+        and all(hasattr(torch.ops.mkldnn, name) for name in operations)
+    )
+
+
+@strip_rule(FusedConv2d, PackedConv2d)
+def _conv_strip(conv: FusedConv2d) -> Sliding:
+    height, width = _windows(conv.kernel, conv.stride, conv.padding, conv.dilation)
+
+    def run(x: Tensor, part: Part) -> Tensor:
+        return conv.convolved(x, (0, width.before if part.pads_width else 0))
+
+    return Sliding(
+        (height, width),
+        run,
+        channels=conv.out_channels,
+        pads_width=True,
+        columns=conv.kernel[0] * conv.kernel[1] * x_channels(conv),
+        weights=conv.held_bytes() // 4,
+    )
+
+
+def x_channels(conv: FusedConv2d) -> int:
+    """The channels of one group of a convolution's input."""
+    weight = conv._packed if isinstance(conv, PackedConv2d) else conv.weight
+    return int(weight.shape[1])
+
+
+@strip_rule(FusedWindowLinear, PackedWindowLinear)
+def _linear_strip(layer: FusedWindowLinear) -> Sliding:
+    pointwise = layer.kernel == (1, 1)
+    return Sliding(
+        _windows(layer.kernel, (1, 1), (0, 0), layer.dilation),
+        lambda x, part: layer(x),
+        channels=layer.out_channels,
+        columns=0 if pointwise else layer.in_channels * layer.kernel[0] * layer.kernel[1],
+        gathers=True,
+    )
+
+
+def _windows(kernel: Pair, stride: Pair, padding: Pair, dilation: Pair) -> Windows:
+    height, width = (
+        Window(kernel[i], stride[i], dilation[i], padding[i], padding[i]) for i in (0, 1)
+    )
+    return height, width
+
+
+def _pair(value: Any) -> Pair:
+    return (value, value) if isinstance(value, int) else (value[0], value[1])
+
+
+def _bytes(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.numel() * tensor.element_size()

@@ -1,0 +1,171 @@
+"""Fuse the layers of a converted network: batch norm folded, bias and ReLU in one call.
+
+`fused` reads the network's graph and builds another one; the network is left alone. A layer that
+nothing is known of is called as it is, so every network stays whole.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights
+
+from fcvgg.fused import FusedConv2d, FusedWindowLinear
+from fcvgg.graph import graph_module
+from fcvgg.modules import TrainingFlag, WindowLinear
+
+MakeConv = Callable[[nn.Conv2d, Tensor, Tensor, bool], FusedConv2d]
+MakeLinear = Callable[[Tensor, Tensor, tuple[int, int], bool], FusedWindowLinear]
+
+_NOTHING = (nn.Dropout, nn.Dropout2d, nn.AlphaDropout, nn.FeatureAlphaDropout, nn.Identity)
+"""Layers that do nothing in evaluation."""
+
+_RELUS = {F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_"}
+
+
+def fused(
+    network: fx.GraphModule, dtype: torch.dtype, make_conv: MakeConv, make_linear: MakeLinear
+) -> fx.GraphModule:
+    """The network for evaluation, with layers of `fcvgg.fused` that the two functions make.
+
+    Args:
+        network: of a `FullyConvolutional`.
+        dtype: of the arithmetic; the other layers get a copy in it where theirs differs.
+    """
+    return _Fusion(network, dtype, make_conv, make_linear).run()
+
+
+class _Fusion:
+    def __init__(
+        self,
+        network: fx.GraphModule,
+        dtype: torch.dtype,
+        make_conv: MakeConv,
+        make_linear: MakeLinear,
+    ):
+        self._network = network
+        self._dtype = dtype
+        self._make_conv = make_conv
+        self._make_linear = make_linear
+        self._modules = nn.Module()
+        self._graph = fx.Graph()
+        self._made: dict[fx.Node, fx.Node] = {}
+        self._names: dict[Any, str] = {}
+
+    def run(self) -> fx.GraphModule:
+        for node in self._network.graph.nodes:
+            if node not in self._made:
+                self._add(node)
+        self._graph.lint()
+        self._graph.eliminate_dead_code()
+        return graph_module(self._modules.eval(), self._graph)
+
+    def _module(self, node: fx.Node) -> nn.Module | None:
+        return self._network.get_submodule(str(node.target)) if node.op == "call_module" else None
+
+    def _add(self, node: fx.Node) -> None:
+        module = self._module(node)
+        if isinstance(module, _NOTHING):
+            self._made[node] = self._made[node.all_input_nodes[0]]
+        elif isinstance(module, TrainingFlag):
+            self._made[node] = self._call(node, "off", lambda: TrainingFlag())
+        elif type(module) is nn.Conv2d and _is_plain(module):
+            self._add_layer(node, module)
+        elif type(module) is WindowLinear and _is_plain(module):
+            self._add_layer(node, module)
+        elif module is not None:
+            self._made[node] = self._call(node, node.target, lambda: self._own(module))
+        else:
+            if node.op == "get_attr":
+                self._keep_tensor(str(node.target))
+            self._made[node] = self._graph.node_copy(node, self._made.__getitem__)
+
+    def _add_layer(self, node: fx.Node, layer: nn.Conv2d) -> None:
+        """A convolution or fully connected layer, with the batch norm and the ReLU after it."""
+        last, norm, relu = node, None, False
+        following = self._only_user(last)
+        if following is not None and type(self._module(following)) is nn.BatchNorm2d:
+            last, norm = following, self._module(following)
+            following = self._only_user(last)
+        if following is not None and self._is_relu(following):
+            last, relu = following, True
+        made = self._call(node, (id(layer), id(norm), relu), lambda: self._layer(layer, norm, relu))
+        for passed in _chain(node, last):
+            self._made[passed] = made
+
+    def _layer(self, layer: nn.Conv2d, norm: Any, relu: bool) -> nn.Module:
+        weight = layer.weight.detach()
+        bias = None if layer.bias is None else layer.bias.detach()
+        if norm is not None:  # folded in float64, whose rounding is then the last one only
+            wide = [None if t is None else t.detach().double() for t in _statistics(norm)]
+            w, b = fuse_conv_bn_weights(  # type: ignore[arg-type]
+                weight.double(), None if bias is None else bias.double(), *wide[:2], norm.eps, *wide[2:]
+            )
+            weight, bias = w.detach(), b.detach()
+        weight = weight.to(self._dtype)
+        zero = weight.new_zeros(len(weight))
+        bias = zero if bias is None else bias.to(self._dtype)
+        if isinstance(layer, WindowLinear):
+            dilation = (layer.dilation[0], layer.dilation[1])
+            return self._make_linear(weight, bias, dilation, relu)
+        return self._make_conv(layer, weight, bias, relu)
+
+    def _call(self, node: fx.Node, key: Any, make: Callable[[], nn.Module]) -> fx.Node:
+        """A call of a module that is made once for all nodes of one key."""
+        if key not in self._names:
+            self._names[key] = f"{str(node.target).replace('.', '_')}"
+            if hasattr(self._modules, self._names[key]):
+                self._names[key] += f"_{len(self._names)}"
+            self._modules.add_module(self._names[key], make())
+        args = fx.node.map_arg(node.args, self._made.__getitem__)
+        kwargs = fx.node.map_arg(node.kwargs, self._made.__getitem__)
+        return self._graph.call_module(self._names[key], args, kwargs)
+
+    def _own(self, module: nn.Module) -> nn.Module:
+        own = copy.deepcopy(module).to(self._dtype)
+        return own.requires_grad_(False)
+
+    def _keep_tensor(self, path: str) -> None:
+        """A tensor that the graph reads, in a tree of plain modules under the same path."""
+        value: Any = self._network
+        for name in path.split("."):
+            value = getattr(value, name)
+        value = value.detach()
+        owner, (*parents, name) = self._modules, path.split(".")
+        for parent in parents:
+            if not hasattr(owner, parent):
+                owner.add_module(parent, nn.Module())
+            owner = owner.get_submodule(parent)
+        if name not in owner._buffers:
+            floating = value.is_floating_point()
+            owner.register_buffer(name, value.to(self._dtype) if floating else value)
+
+    def _only_user(self, node: fx.Node) -> fx.Node | None:
+        return next(iter(node.users)) if len(node.users) == 1 else None
+
+    def _is_relu(self, node: fx.Node) -> bool:
+        module = self._module(node)
+        return type(module) is nn.ReLU if module is not None else node.target in _RELUS
+
+
+def _is_plain(layer: nn.Conv2d) -> bool:
+    """Whether a layer is what its class says: no computed weights, zeros of a number around it."""
+    regular = layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
+    hooked = layer._forward_hooks or layer._forward_pre_hooks
+    return regular and not hooked and not nn.utils.parametrize.is_parametrized(layer)
+
+
+def _statistics(norm: Any) -> list[Tensor | None]:
+    return [norm.running_mean, norm.running_var, norm.weight, norm.bias]
+
+
+def _chain(first: fx.Node, last: fx.Node) -> list[fx.Node]:
+    nodes = [first]
+    while nodes[-1] is not last:
+        nodes.append(next(iter(nodes[-1].users)))
+    return nodes
