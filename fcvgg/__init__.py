@@ -33,6 +33,7 @@ from fcvgg.heatmap import Heatmap
 from fcvgg.layer_table import LayerTable, receptive_fields
 from fcvgg.loading import load
 from fcvgg.network import FullyConvolutional
+from fcvgg.optimization import OptimizedNetwork, optimize
 from fcvgg.preprocessing import Preprocess
 from fcvgg.score_map import ScoreMap
 from fcvgg.streaming import stream
@@ -85,6 +86,7 @@ __all__ = [
     "LayerTable",
     "LoadError",
     "MissingExtraError",
+    "OptimizedNetwork",
     "Preprocess",
     "PreprocessError",
     "Probe",
@@ -107,6 +109,7 @@ __all__ = [
     "load",
     "loss_for",
     "open_image",
+    "optimize",
     "parameter_groups",
     "plot_features",
     "probe",

@@ -78,9 +78,7 @@ def cell_windows(
     """
     rows, cols = (
         np.array([axis.window_of(i) for i in range(n)], np.float64) * (size / pixels)
-        for axis, n, pixels, size in zip(
-            geometry.axes, probabilities.shape, input_size, image_size
-        )
+        for axis, n, pixels, size in zip(geometry.axes, probabilities.shape, input_size, image_size)
     )  # (h, 2), (w, 2): start and end
     boxes = np.empty((*probabilities.shape, 4))
     boxes[..., 0::2], boxes[..., 1::2] = rows[:, None], cols[None]

@@ -29,9 +29,10 @@ from fcvgg import modules as own_modules
 from fcvgg.capture import one_line
 from fcvgg.errors import FcvggError, LoadError
 from fcvgg.geometry import Geometry, Window
+from fcvgg.graph import graph_module
 from fcvgg.layers.registry import RULES, class_of
 from fcvgg.preprocessing import Preprocess
-from fcvgg.rewriting import LayerRecord, Program, graph_module
+from fcvgg.program import LayerRecord, Program
 
 CONFIG = "config.json"
 TENSORS = "model.safetensors"

@@ -18,7 +18,8 @@ from fcvgg.geometry import checked_size
 from fcvgg.layers import is_leaf, rule_for
 from fcvgg.network import FullyConvolutional
 from fcvgg.preprocessing import Preprocess
-from fcvgg.rewriting import Boundary, Program, Rewriter
+from fcvgg.program import Program
+from fcvgg.rewriting import Boundary, Rewriter
 from fcvgg.verification import check
 
 Pair = tuple[int, int]
@@ -119,7 +120,7 @@ def _size_at(boundary: Boundary, rewriter: Rewriter) -> Pair:
             f"{place} takes features of any size, so the native size is not determined; "
             "pass input_size=, the size the model was trained at (often 224)"
         )
-    height, width = rewriter.geometry_at(boundary.cells).axes
+    height, width = rewriter.steps.geometry_at(boundary.cells.step).axes
     channels = boundary.cells.extent[0]
 
     def enough(size: int) -> bool:

@@ -30,6 +30,8 @@ Pair = tuple[int, int]
 _TWO_SIGMA = 0.9545
 """The share of a normal distribution within two standard deviations of its middle."""
 
+_ROUNDING = 1e-12
+
 
 @dataclass(frozen=True, eq=False)
 class EffectiveReceptiveField:
@@ -91,31 +93,31 @@ class EffectiveReceptiveField:
         return self.size / (height * width) ** 0.5
 
     def extent(self, share: float = 0.95) -> Pair:
-        """Extent ``(h, w)`` of the rows, and of the columns, that hold a share of the influence.
-
-        The rows are those nearest to the centre of mass, likewise the columns.
+        """Extent ``(h, w)`` of the box around the centre that holds a share of the influence.
 
         Raises:
             ArgumentError: if `share` is not in (0, 1].
         """
-        start, end = self._span(share, 1), self._span(share, 0)
-        return start[1] - start[0], end[1] - end[0]
+        top, left, bottom, right = self.box(share)
+        return bottom - top, right - left
 
     def box(self, share: float = 0.95) -> tuple[int, int, int, int]:
-        """The half-open box ``(top, left, bottom, right)`` of `extent`, in the field's pixels."""
-        (top, bottom), (left, right) = self._span(share, 1), self._span(share, 0)
-        return top, left, bottom, right
+        """The smallest box that holds a share of the influence, half-open, in the field's pixels.
 
-    def _span(self, share: float, over: int) -> Pair:
-        """The fewest rows (or columns) around the centre of mass that hold the share."""
+        Of the boxes around the centre of mass with the field's proportions.
+        """
         if not 0 < share <= 1:
             raise ArgumentError(f"share={share} is no share; expected a value in (0, 1]")
-        profile = self.influence.sum(over)
-        order = np.argsort(np.abs(np.arange(len(profile)) - self.centre[1 - over]), kind="stable")
-        held = np.cumsum(profile[order])
-        count = int(np.searchsorted(held, share * held[-1] * (1 - 1e-12))) + 1
-        chosen = order[:count]
-        return int(chosen.min()), int(chosen.max()) + 1
+        rows, cols = (
+            np.abs(np.arange(n) - middle) / n for n, middle in zip(self.theoretical, self.centre)
+        )
+        distance = np.maximum(rows[:, None], cols[None])
+        order = np.argsort(distance, axis=None)
+        held = np.cumsum(self.influence.flat[order])
+        last = np.searchsorted(held, share * held[-1] - _ROUNDING)
+        inside = distance <= distance.flat[order[min(last, len(order) - 1)]]
+        ys, xs = (np.flatnonzero(inside.any(axis)) for axis in (1, 0))
+        return int(ys[0]), int(xs[0]), int(ys[-1]) + 1, int(xs[-1]) + 1
 
     def _moments(self, power: int) -> list[float]:
         profiles = (self.influence.sum(over) for over in (1, 0))

@@ -43,7 +43,7 @@ class FusedConv2d(nn.Module):
         self.dilation = _pair(conv.dilation)
         self.groups = conv.groups
         self.kernel = (weight.shape[2], weight.shape[3])
-        self.out_channels = weight.shape[0]
+        self.out_channels, self.in_channels = weight.shape[:2]  # the inputs of one group
         self.relu = relu
         self._take(weight, bias)
 
@@ -69,7 +69,7 @@ class FusedConv2d(nn.Module):
 
 
 class PackedConv2d(FusedConv2d):
-    """The same on a CPU through oneDNN, with the weights in its order and perhaps Winograd's too."""
+    """The same on a CPU through oneDNN: weights in its order, and perhaps Winograd's beside."""
 
     def __init__(
         self, conv: nn.Conv2d, weight: Tensor, bias: Tensor, relu: bool, winograd: bool = False
@@ -100,20 +100,38 @@ class PackedConv2d(FusedConv2d):
     def has_winograd(self) -> bool:
         return self._kernels is not None
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._bias.dtype
+
+    def settle(self, x: Tensor) -> None:
+        """Keep only the form of the weights that is faster on maps of this size."""
+        if self._kernels is None:
+            return
+        if self._tiles(x, self.padding) >= _LEAST_TILES:
+            self._packed = None
+        else:
+            self._kernels = None
+
     def convolved(self, x: Tensor, padding: Pair) -> Tensor:
-        if self._kernels is not None:
-            height, width = (n + 2 * p - 2 for n, p in zip(x.shape[2:], padding))
-            if tiles_of(height, width) * len(x) >= _LEAST_TILES:
-                return winograd_convolution(x, self._kernels, self._bias, padding, self.relu)
+        if self._kernels is not None and (
+            self._packed is None or self._tiles(x, padding) >= _LEAST_TILES
+        ):
+            return winograd_convolution(x, self._kernels, self._bias, padding, self.relu)
         attribute = "relu" if self.relu else "none"
         return torch.ops.mkldnn._convolution_pointwise(
             *(x, self._packed, self._bias, padding, self.stride, self.dilation, self.groups),
             *(attribute, [], ""),
         )
 
+    def _tiles(self, x: Tensor, padding: Pair) -> int:
+        height, width = (n + 2 * p - 2 for n, p in zip(x.shape[2:], padding))
+        return tiles_of(height, width) * len(x)
+
     def held_bytes(self) -> int:
-        own = self.out_channels * self._packed.shape[1] * self.kernel[0] * self.kernel[1]
-        return own * self._bias.element_size() + _bytes(self._kernels)
+        own = self.out_channels * self.in_channels * self.kernel[0] * self.kernel[1]
+        own = 0 if self._packed is None else own * self._bias.element_size()
+        return own + _bytes(self._kernels)
 
 
 class FusedWindowLinear(nn.Module):
@@ -189,15 +207,9 @@ def _conv_strip(conv: FusedConv2d) -> Sliding:
         run,
         channels=conv.out_channels,
         pads_width=True,
-        columns=conv.kernel[0] * conv.kernel[1] * x_channels(conv),
+        columns=conv.kernel[0] * conv.kernel[1] * conv.in_channels,
         weights=conv.held_bytes() // 4,
     )
-
-
-def x_channels(conv: FusedConv2d) -> int:
-    """The channels of one group of a convolution's input."""
-    weight = conv._packed if isinstance(conv, PackedConv2d) else conv.weight
-    return int(weight.shape[1])
 
 
 @strip_rule(FusedWindowLinear, PackedWindowLinear)

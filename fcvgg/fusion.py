@@ -73,10 +73,8 @@ class _Fusion:
         if isinstance(module, _NOTHING):
             self._made[node] = self._made[node.all_input_nodes[0]]
         elif isinstance(module, TrainingFlag):
-            self._made[node] = self._call(node, "off", lambda: TrainingFlag())
-        elif type(module) is nn.Conv2d and _is_plain(module):
-            self._add_layer(node, module)
-        elif type(module) is WindowLinear and _is_plain(module):
+            self._made[node] = self._call(node, "off", TrainingFlag)
+        elif type(module) in (nn.Conv2d, WindowLinear) and _is_plain(module):
             self._add_layer(node, module)
         elif module is not None:
             self._made[node] = self._call(node, node.target, lambda: self._own(module))
@@ -101,12 +99,8 @@ class _Fusion:
     def _layer(self, layer: nn.Conv2d, norm: Any, relu: bool) -> nn.Module:
         weight = layer.weight.detach()
         bias = None if layer.bias is None else layer.bias.detach()
-        if norm is not None:  # folded in float64, whose rounding is then the last one only
-            wide = [None if t is None else t.detach().double() for t in _statistics(norm)]
-            w, b = fuse_conv_bn_weights(  # type: ignore[arg-type]
-                weight.double(), None if bias is None else bias.double(), *wide[:2], norm.eps, *wide[2:]
-            )
-            weight, bias = w.detach(), b.detach()
+        if norm is not None:
+            weight, bias = _folded(weight, bias, norm)
         weight = weight.to(self._dtype)
         zero = weight.new_zeros(len(weight))
         bias = zero if bias is None else bias.to(self._dtype)
@@ -160,8 +154,15 @@ def _is_plain(layer: nn.Conv2d) -> bool:
     return regular and not hooked and not nn.utils.parametrize.is_parametrized(layer)
 
 
-def _statistics(norm: Any) -> list[Tensor | None]:
-    return [norm.running_mean, norm.running_var, norm.weight, norm.bias]
+def _folded(weight: Tensor, bias: Tensor | None, norm: Any) -> tuple[Tensor, Tensor]:
+    """Weight and bias with a batch norm after them, computed in float64."""
+    mean, var, scale, shift = (
+        None if t is None else t.detach().double()
+        for t in (norm.running_mean, norm.running_var, norm.weight, norm.bias)
+    )
+    wide = None if bias is None else bias.double()
+    folded = fuse_conv_bn_weights(weight.double(), wide, mean, var, norm.eps, scale, shift)  # type: ignore[arg-type]
+    return folded[0].detach(), folded[1].detach()
 
 
 def _chain(first: fx.Node, last: fx.Node) -> list[fx.Node]:

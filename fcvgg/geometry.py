@@ -286,6 +286,18 @@ class Geometry:
         """The geometry of an inner layer: everything up to and including `step`."""
         return Geometry(self.height.upto(step), self.width.upto(step))
 
+    def standing_for(self, context: Pair, margin: Pair) -> Geometry:
+        """The geometry of a map that padding let keep its size (``padding="same"``).
+
+        Its cells stand for crops of `context` pixels, cell 0's starting `margin` before the image.
+        """
+        return Geometry(
+            *(
+                replace(axis, context=extent, context_start=-before)
+                for axis, extent, before in zip(self.axes, context, margin)
+            )
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers and lists, for a file; `from_dict` reads them back."""
         return asdict(self)

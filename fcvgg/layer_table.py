@@ -14,7 +14,7 @@ from fcvgg.conversion import convert
 from fcvgg.errors import InputSizeError
 from fcvgg.geometry import checked_size
 from fcvgg.network import FullyConvolutional
-from fcvgg.rewriting import LayerRecord
+from fcvgg.program import LayerRecord
 
 Pair = tuple[int, int]
 

@@ -23,8 +23,8 @@ from fcvgg.images import ImageLike, PreparedImage, mirrored, prepare, with_small
 from fcvgg.modules import WindowLinear
 from fcvgg.preprocessing import Preprocess
 from fcvgg.probability import ACTIVATIONS, average_over_space
+from fcvgg.program import Program
 from fcvgg.pyramid import pyramid_heatmap
-from fcvgg.rewriting import Program
 from fcvgg.score_map import ScoreMap
 from fcvgg.trunk import run
 

@@ -34,25 +34,13 @@ from fcvgg.errors import (
     RefusedLayerError,
     UnsupportedLayerError,
 )
-from fcvgg.geometry import IMAGE, Axis, Geometry, Step, Window
+from fcvgg.geometry import IMAGE, Window
 from fcvgg.graph import graph_module
-from fcvgg.modules import TrainingFlag, WindowLinear, window_linear
+from fcvgg.modules import TrainingFlag
+from fcvgg.program import LayerRecord, Program, Windows
+from fcvgg.steps import Steps, same_grid
 
 Pair = tuple[int, int]
-Windows = tuple[Window, Window]
-
-
-@dataclass(frozen=True)
-class LayerRecord:
-    """What one layer of the converted network is; `step` is its place in the geometry."""
-
-    name: str
-    kind: str
-    windows: Windows
-    step: int
-    channels: int
-    parameters: int
-    multiply_adds_per_position: int
 
 
 @dataclass(frozen=True)
@@ -66,19 +54,6 @@ class Boundary:
     cells: Cells
     wants: Pair | int | None
     place: str
-
-
-@dataclass(frozen=True)
-class Program:
-    """A rewritten model: what `fcvgg.network.FullyConvolutional` runs and knows of itself."""
-
-    network: fx.GraphModule
-    geometry: Geometry
-    activations: tuple[str, ...]
-    classes: tuple[int, ...]
-    in_channels: int
-    records: tuple[LayerRecord, ...]
-    aliases: frozenset[str]
 
 
 class Rewriter:
@@ -106,16 +81,14 @@ class Rewriter:
         self.records: list[LayerRecord] = []
         self._output_stride = output_stride
         self._same = same
-        self._steps: tuple[list[Step], list[Step]] = ([], [])
-        self._strides: list[Pair] = []
-        self._places: dict[int, str] = {}
+        self.steps = Steps()
+        self.window_weights: dict[Any, nn.Parameter] = {}
         self._values: dict[fx.Node, Any] = {}
         self._rewritten: dict[str, list[tuple[Any, str]]] = {}
         self._aliases: set[str] = set()
         self._originals: dict[str, nn.Module] = {}
         self._flags: dict[str, fx.Node] = {}
         self._dependent: dict[fx.Node, bool] = {}
-        self._weights: dict[Any, nn.Parameter] = {}
 
     # -- the walk ---------------------------------------------------------------------------------
 
@@ -237,13 +210,15 @@ class Rewriter:
         return fx.node.map_aggregate(argument, self._operand)
 
     def _program(self, outputs: Sequence[Cells]) -> Program:
-        first, *others = (self.geometry_at(cells).axes for cells in outputs)
-        if not all(_same_grid(a, b) for axes in others for a, b in zip(first, axes)):
+        first, *others = (self.steps.geometry_at(cells.step) for cells in outputs)
+        if not all(same_grid(first, other) for other in others):
             raise ConversionError(
                 "the model's outputs lie on different grids of cells; convert one head at a time"
             )
-        geometry = self._geometry(outputs[0])
-        self._check_branches(geometry)
+        self.steps.check_branches(first)
+        geometry = (
+            first.standing_for(self.captured.size, outputs[0].margin) if self._same else first
+        )
         self.graph.lint()
         return Program(
             network=graph_module(self.modules, self.graph),
@@ -255,62 +230,13 @@ class Rewriter:
             aliases=frozenset(self._aliases),
         )
 
-    # -- geometry ---------------------------------------------------------------------------------
-
-    def _geometry(self, cells: Cells) -> Geometry:
-        axes = self.geometry_at(cells).axes
-        if self._same:
-            axes = (
-                replace(axes[0], context=self.captured.size[0], context_start=-cells.margin[0]),
-                replace(axes[1], context=self.captured.size[1], context_start=-cells.margin[1]),
-            )
-        return Geometry(*axes)
-
-    def geometry_at(self, cells: Cells) -> Geometry:
-        """The geometry of a map inside the network."""
-        return Geometry(*(Axis(tuple(steps)).upto(cells.step) for steps in self._steps))
-
-    def add_step(self, windows: Windows, inputs: Iterable[int], call: Call) -> int:
-        """Append a step to both axes and return its place; an identity adds none."""
-        inputs = tuple(dict.fromkeys(inputs))
-        if len(inputs) == 1 and all(window.is_identity for window in windows):
-            return inputs[0]
-        for steps, window in zip(self._steps, windows):
-            steps.append(Step(window, inputs))
-        stride = self.stride_at(inputs[0])
-        self._strides.append((stride[0] * windows[0].stride, stride[1] * windows[1].stride))
-        self._places[len(self._strides) - 1] = str(call)
-        return len(self._strides) - 1
-
-    def stride_at(self, step: int) -> Pair:
-        return (1, 1) if step == IMAGE else self._strides[step]
-
     def join(self, cells: Sequence[Cells], call: Call) -> int:
         """The step of an operation over several maps, whose cells must lie on one grid."""
-        strides = {self.stride_at(c.step) for c in cells}
-        if len(strides) > 1:
-            raise UnsupportedLayerError(
-                f"{call} joins branches with different strides {sorted(strides)}; "
-                "branches must have the same number of input pixels between cells"
-            )
         if len({c.margin for c in cells}) > 1:
             raise ConversionError(
                 f"{call} joins branches that padding='same' pads differently; use padding='valid'"
             )
-        return self.add_step((Window(), Window()), (c.step for c in cells), call)
-
-    def _check_branches(self, geometry: Geometry) -> None:
-        """Branches must have equal sizes at every input size; one period of the stride decides."""
-        for axis in geometry.axes:
-            for size in range(axis.window, axis.window + axis.stride):
-                sizes = axis.sizes(size)
-                for i, step in enumerate(axis.steps):
-                    fed = {size if k == IMAGE else sizes[k] for k in step.inputs}
-                    if len(fed) > 1:
-                        raise UnsupportedLayerError(
-                            f"{self._places[i]} joins branches whose sizes differ for an input of "
-                            f"{size} pixels ({sorted(fed)}); pad them alike"
-                        )
+        return self.steps.join((c.step for c in cells), str(call))
 
     # -- emitting ---------------------------------------------------------------------------------
 
@@ -431,10 +357,11 @@ class Rewriter:
         if torch.equal(channels, torch.arange(first, first + count)):
             node = self.graph.call_method("narrow", (cells.node, 1, first, count))
         else:
-            node = self._select(cells.node, channels)
+            node = self.select(cells.node, channels)
         return with_channels(cells, axis, count, node=node)
 
-    def _select(self, node: fx.Node, channels: Tensor) -> fx.Node:
+    def select(self, node: fx.Node, channels: Tensor) -> fx.Node:
+        """Emit the choice of some channels, in any order, along dimension 1."""
         name = self._add_buffer("channel_order", channels)
         return self.graph.call_function(torch.index_select, (node, 1, self.graph.get_attr(name)))
 
@@ -491,7 +418,7 @@ class Rewriter:
         """
         dense, dilation = self._densified(call, x, windows)
         node = emit(dense, dense != windows)
-        step = self.add_step(dense, (x.step,), call)
+        step = self.steps.add(dense, (x.step,), str(call))
         extent = tuple(call.node.meta["value"].shape[1:])
         result = Cells(node, step, extent, dilation=dilation, margin=x.margin)
         self.record(call, kind or call.kind, dense, result, multiply_adds)
@@ -500,7 +427,7 @@ class Rewriter:
     def _densified(self, call: Call, x: Cells, windows: Windows) -> tuple[Windows, Pair]:
         """The windows on this map, with strides beyond the output stride taken out."""
         dense, dilations = [], []
-        for window, spread, stride in zip(windows, x.dilation, self.stride_at(x.step)):
+        for window, spread, stride in zip(windows, x.dilation, self.steps.stride_at(x.step)):
             allowed = window.stride
             if self._output_stride is not None:
                 allowed = gcd(window.stride, max(self._output_stride // stride, 1))
@@ -533,89 +460,14 @@ class Rewriter:
         (top, bottom), (left, right) = pads
         if not any((top, bottom, left, right)):
             return x, kernel
-        stride = self.stride_at(x.step)
+        stride = self.steps.stride_at(x.step)
         margin = (x.margin[0] + top * stride[0], x.margin[1] + left * stride[1])
         node = self.graph.call_function(
             torch.nn.functional.pad, (x.node, (left, right, top, bottom))
         )
         windows = Window(before=top, after=bottom), Window(before=left, after=right)
-        step = self.add_step(windows, (x.step,), call)
+        step = self.steps.add(windows, (x.step,), str(call))
         return replace(x, node=node, step=step, margin=margin), kernel
-
-    def linear(self, call: Call, x: Cells, weight: Any, bias: Any) -> Cells:
-        """A fully connected layer: over the whole window, or over the channels of each position."""
-        whole = x.positions > 1 and x.dims[-1] == x.elements and x.fills_window
-        features = weight.value.shape[0] if isinstance(weight, Constant) else weight.shape[0]
-        inputs = x.dims[-1]
-        if whole or x.positions == 1:
-            self.begin_head(x, inputs, call)
-        if whole:
-            order = x.layout.flatten()
-            x, windows = self.head_window(call, x, x.extent[1:])
-            point = replace(x, extent=(1, 1, 1), moved=torch.zeros_like(x.layout[..., :1]))
-            target = with_channels(point, -1, features)
-        else:
-            x = self.features(call, x, -1)
-            order = torch.arange(x.extent[0])
-            windows = Window(), Window()
-            target = with_channels(x, -1, features)
-        kernel = (windows[0].kernel, windows[1].kernel)
-        dilation = (windows[0].dilation, windows[1].dilation)
-        if isinstance(weight, Constant):
-            node = self._functional_linear(call, x, weight, bias, kernel, order, dilation)
-        else:
-            columns, shared = self._window_weight(call, weight, kernel, order)
-            layer = _window_linear_layer(shared, bias, dilation, columns)
-            node = self.emit_module(call, layer, x, (kernel, dilation))
-        step = self.add_step(windows, (x.step,), call)
-        result = replace(target, node=node, step=step, activation="logits")
-        self.record(call, "Linear", windows, result, features * inputs)
-        return result
-
-    def _window_weight(
-        self, call: Call, weight: nn.Parameter, kernel: Pair, order: Tensor
-    ) -> tuple[Tensor | None, nn.Parameter]:
-        """The order of columns and the FC weight as a window's: a view, or a copy in that order.
-
-        `order[j]` is the window's element that column j of the FC weight multiplies. Layers that
-        share a weight go on sharing it.
-        """
-        columns = weight.detach()
-        column_order = None
-        if not torch.equal(order, torch.arange(len(order))):
-            column_order = order.argsort().to(columns.device)
-            columns = columns[:, column_order]
-        known = [key for key in self._weights if key[0] is weight]
-        key = (weight, kernel, tuple(order.tolist()))
-        if any(len({k[2], key[2]}) > 1 for k in known):
-            raise UnsupportedLayerError(
-                f"{call} has a weight that is used after flattening in different orders; its "
-                "columns can have one order only"
-            )
-        if key not in self._weights:
-            shaped = columns.view(len(columns), -1, *kernel)
-            self._weights[key] = nn.Parameter(shaped, weight.requires_grad)
-        return column_order, self._weights[key]
-
-    def _functional_linear(
-        self,
-        call: Call,
-        x: Cells,
-        weight: Constant,
-        bias: Constant | None,
-        kernel: Pair,
-        order: Tensor,
-        dilation: Pair,
-    ) -> fx.Node:
-        """``F.linear`` with a parameter of the source's, which keeps its name and its shape."""
-        columns = weight.node
-        if not torch.equal(order, torch.arange(len(order))):
-            columns = self._select(columns, order.argsort())
-        shape = (weight.value.shape[0], -1, *kernel)
-        columns = self.graph.call_method("reshape", (columns, *shape))
-        return self.emit_function(
-            call, window_linear, x, Constant(columns, weight.value), bias, dilation
-        )
 
 
 @dataclass(frozen=True)
@@ -650,11 +502,6 @@ class Call:
         return describe(self.node)
 
 
-def _same_grid(a: Axis, b: Axis) -> bool:
-    fields = [(axis.stride, axis.offset, axis.receptive_field, axis.window) for axis in (a, b)]
-    return fields[0] == fields[1] and a.agree(b)
-
-
 def _check_arguments(rule: Callable[..., Any], call: Call, args: Any, kwargs: Any) -> None:
     try:
         inspect.signature(rule).bind(None, call, *args, **kwargs)
@@ -662,23 +509,6 @@ def _check_arguments(rule: Callable[..., Any], call: Call, args: Any, kwargs: An
         raise UnsupportedLayerError(
             f"{call} is called with arguments that its rule does not know: {error}"
         ) from error
-
-
-def _window_linear_layer(
-    weight: nn.Parameter, bias: nn.Parameter | None, dilation: Pair, column_order: Tensor | None
-) -> WindowLinear:
-    features, channels, *kernel = weight.shape
-    layer = WindowLinear(
-        channels,
-        features,
-        (kernel[0], kernel[1]),
-        dilation,
-        bias is not None,
-        column_order,
-        device="meta",
-    )
-    layer.weight, layer.bias = weight, bias
-    return layer
 
 
 def _needed(graph: fx.Graph) -> list[fx.Node]:

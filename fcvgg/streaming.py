@@ -186,9 +186,7 @@ class StreamJob:
     output: int
 
     @classmethod
-    def prepared(
-        cls, net: Any, source: Any, classes: Any, rows: Any, output: int = 0
-    ) -> StreamJob:
+    def prepared(cls, net: Any, source: Any, classes: Any, rows: Any, output: int = 0) -> StreamJob:
         """Check the arguments of `stream`."""
         if not isinstance(net, FullyConvolutional):
             raise ArgumentError(
@@ -519,6 +517,3 @@ def _progress() -> Progress:
         TimeRemainingColumn(),
         console=Console(file=sys.stderr),
     )
-
-
-

@@ -47,7 +47,11 @@ def run(network: Any, images: Tensor) -> Any:
 
 
 def _is_traced() -> bool:
-    return torch.compiler.is_compiling() or torch.compiler.is_exporting() or torch.jit.is_tracing()
+    return (
+        torch.compiler.is_compiling()
+        or torch.compiler.is_exporting()
+        or torch._C._get_tracing_state() is not None
+    )
 
 
 @dataclass(frozen=True)

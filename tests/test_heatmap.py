@@ -196,6 +196,14 @@ def test_a_failure_leaves_the_old_file_and_nothing_else(
     assert (tmp_path / name).read_bytes() == b"old"
 
 
+def test_who_reads_the_old_file_is_not_disturbed(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(b"old")
+    with (tmp_path / "a.png").open("rb") as reader:
+        heatmap().save(tmp_path / "a.png")
+        assert reader.read() == b"old"
+    assert (tmp_path / "a.png").stat().st_size > 100
+
+
 def test_a_written_file_has_the_usual_permissions(tmp_path: Path) -> None:
     usual = tmp_path / "usual"
     usual.touch()

@@ -326,4 +326,8 @@ def test_maps_below_the_window_speak_about_the_image() -> None:
         made = net.score_map(image(*size))
         assert made.image_size == size
         assert tuple(made.scores.shape[1:]) == net.output_size(size)
-        assert made.heatmap(1).values.shape == size
+        heatmap = made.heatmap(1)
+        assert heatmap.values.shape == size
+        if max(size) < 8:  # one cell, which stands in the middle of the image
+            assert made.geometry.centre_of(0, 0) == tuple(3.5 - (8 - n) // 2 for n in size)
+            assert all(abs(p - (n - 1) / 2) <= 1 for p, n in zip(heatmap.peak, size))

@@ -12,6 +12,7 @@ from rich.table import Table
 from fcvgg.cli.console import complain, say, say_wrote
 from fcvgg.cli.options import Arch, Model, Weights, loaded
 from fcvgg.cli.options import size as size_of
+from fcvgg.errors import FcvggError
 
 if TYPE_CHECKING:
     from fcvgg.transfer import Probe
@@ -91,18 +92,21 @@ def run(
     for unreadable in found.skipped:
         complain(f"skipped {unreadable}")
     net = loaded(model, weights=weights, arch=arch)
-    result = probe(
-        net,
-        found.paths,
-        [found.classes[label] for label in found.labels],
-        layers=layers.split(",") if layers else None,
-        classifier=classifier.value,
-        folds=folds,
-        pooling=pooling.value,
-        size=wanted if size and "x" in size.lower() else wanted and wanted[0],
-        cache=cache,
-        progress=True,
-    )
+    try:
+        result = probe(
+            net,
+            found.paths,
+            [found.classes[label] for label in found.labels],
+            layers=layers.split(",") if layers else None,
+            classifier=classifier.value,
+            folds=folds,
+            pooling=pooling.value,
+            size=wanted if size and "x" in size.lower() else wanted and wanted[0],
+            cache=cache,
+            progress=True,
+        )
+    except FcvggError as error:
+        raise type(error)(str(error).replace("pass size=", "pass --size")) from error
     say(", ".join(f"{name}: {count} images" for name, count in found.counts.items()))
     say(_table(result, folds))
     best = result.best

@@ -7,17 +7,26 @@ new layer is often one line:
 - `elementwise.pointwise` registers what acts on each element by itself,
 - `reshaping.moves` what only moves elements,
 - a `registry.rule` in `windows` states the windows of what slides a kernel,
-- rules in `pooling` and `channels` treat what reduces positions or works along the channels,
+- rules in `pooling`, `channels` and `fully_connected` treat what reduces positions, what works
+  along the channels, and the head,
 - `refused` names what would not stay exact, and why.
 
 What is in no table is refused by name too.
 """
 
-from fcvgg.layers import channels, elementwise, pooling, refused, reshaping, windows
+from fcvgg.layers import (
+    channels,
+    elementwise,
+    fully_connected,
+    pooling,
+    refused,
+    reshaping,
+    windows,
+)
 from fcvgg.layers.elementwise import pointwise
 from fcvgg.layers.registry import is_leaf, rule, rule_for
 from fcvgg.layers.reshaping import moves
 
 __all__ = ["is_leaf", "moves", "pointwise", "rule", "rule_for"]
 
-_RULES_LOADED = (channels, elementwise, pooling, refused, reshaping, windows)
+_RULES_LOADED = (channels, elementwise, fully_connected, pooling, refused, reshaping, windows)

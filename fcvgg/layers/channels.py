@@ -1,4 +1,4 @@
-"""Layers that work along the channels: fully connected, normalisation, softmax, concatenation."""
+"""Layers that work along the channels: normalisation, softmax, concatenation."""
 
 from __future__ import annotations
 
@@ -22,51 +22,12 @@ from fcvgg.rewriting import Call, Rewriter
 Pair = tuple[int, int]
 
 
-@rule(nn.Linear)
-def linear_module(build: Rewriter, call: Call, x: Any) -> Cells:
-    layer = call.module
-    assert isinstance(layer, nn.Linear)
-    if nn.utils.parametrize.is_parametrized(layer):
-        weight, bias = (_parametrized(build, call, layer, name) for name in ("weight", "bias"))
-        return build.linear(call, _value(call, x), weight, bias)
-    return build.linear(call, _value(call, x), layer.weight, layer.bias)
-
-
-def _parametrized(build: Rewriter, call: Call, layer: nn.Module, name: str) -> Constant | None:
-    """A parameter that torch computes from others (weight norm), computed anew at every call."""
-    value = getattr(layer, name)
-    if value is None:
-        return None
-    if nn.utils.parametrize.is_parametrized(layer, name):
-        node = build.graph.call_module(f"{call.name}.parametrizations.{name}")
-    else:
-        node = build.graph.get_attr(f"{call.name}.{name}")
-    return Constant(node, value.detach())
-
-
 def _check_plain(call: Call) -> None:
     if nn.utils.parametrize.is_parametrized(call.module):  # type: ignore[arg-type]
         raise UnsupportedLayerError(
             f"{call} has a parametrized weight; call torch.nn.utils.parametrize."
             "remove_parametrizations on it first"
         )
-
-
-@rule(*calling("linear"))
-def linear(build: Rewriter, call: Call, input: Any, weight: Any, bias: Any = None) -> Cells:
-    if not isinstance(weight, Constant):
-        raise UnsupportedLayerError(
-            f"{call} has weights computed from the image; expected a parameter"
-        )
-    return build.linear(call, _value(call, input), weight, bias)
-
-
-def _value(call: Call, x: Any) -> Cells:
-    if isinstance(x, Cells) and x.dims:
-        return x
-    raise UnsupportedLayerError(
-        f"{call} takes something that is no value (N, features) of the image"
-    )
 
 
 _BATCH_STATISTICS = (

@@ -37,7 +37,7 @@ def pool_window(
     divides = all(n % o == 0 for n, o in zip(extent, bins))
     covers = extent if not divides else (extent[0] // bins[0], extent[1] // bins[1])
     x, windows = build.head_window(call, x, covers)
-    step = build.add_step(windows, (x.step,), call)
+    step = build.steps.add(windows, (x.step,), str(call))
     settings: dict[str, Any] = {"stride": (1, 1), "padding": (0, 0)}
     pool: nn.Module
     if not divides:

@@ -16,7 +16,8 @@ from fcvgg.geometry import Window
 from fcvgg.layers.pooling import pool_window
 from fcvgg.layers.registry import calling, rule
 from fcvgg.modules import DilatedAvgPool2d
-from fcvgg.rewriting import Call, Rewriter, Windows
+from fcvgg.program import Windows
+from fcvgg.rewriting import Call, Rewriter
 
 Pair = tuple[int, int]
 

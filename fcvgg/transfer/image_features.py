@@ -214,7 +214,14 @@ class FeatureExtractor:
 
         console = Console(stderr=True)
         what = f"features up to {self.deepest}"
-        return track(enumerate(images), what, len(images), console=console, transient=True)
+        return track(
+            enumerate(images),
+            what,
+            len(images),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
 
 
 def _least(network: Features) -> Pair | None:

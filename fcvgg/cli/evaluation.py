@@ -1,0 +1,117 @@
+"""``fcvgg evaluate``: accuracy on labelled images by the VGG paper's protocols."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.table import Table
+
+from fcvgg.cli.classification import Average
+from fcvgg.cli.console import say, say_wrote
+from fcvgg.cli.options import Arch, Model, Weights, lengths, loaded
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from fcvgg.evaluation import Evaluation
+
+NAME = "evaluate"
+EXAMPLES = (
+    "fcvgg evaluate flowers/test --model flowers-fcn",
+    "fcvgg evaluate imagenet/val --scales 256,384,512 --flip --protocols dense",
+    "fcvgg evaluate flowers/test --model flowers-fcn --protocols all",
+)
+
+
+def run(
+    data: Annotated[
+        Path,
+        typer.Argument(
+            metavar="DATA",
+            help="A folder with one folder of images per class, named like the model's categories.",
+            show_default=False,
+        ),
+    ],
+    model: Model = "vgg16",
+    weights: Weights = "DEFAULT",
+    arch: Arch = None,
+    protocols: Annotated[
+        str,
+        typer.Option(
+            "--protocols",
+            "-p",
+            metavar="NAME,NAME,...",
+            help="centre-crop, resize, ten-crop, dense, multi-crop, dense+multi-crop; or all.",
+        ),
+    ] = "centre-crop,resize,dense",
+    scales: Annotated[
+        str | None,
+        typer.Option(
+            "--scales",
+            "-s",
+            metavar="N,N,...",
+            help="Smaller sides to which an image is rescaled; their probabilities are averaged.",
+            show_default="8/7 of the native size",
+        ),
+    ] = None,
+    flip: Annotated[bool, typer.Option("--flip", help="Average with the mirrored image.")] = False,
+    average: Annotated[
+        Average, typer.Option("--average", help="What is averaged over the cells.")
+    ] = Average.scores,
+    classes: Annotated[
+        bool, typer.Option("--classes", help="Print a row per class for every protocol.")
+    ] = False,
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="FILE",
+            dir_okay=False,
+            help="The JSON file to write, with confusion matrices and every class.",
+        ),
+    ] = Path("evaluation.json"),
+) -> None:
+    """Measure accuracy on labelled images: dense evaluation, crops, and both combined."""
+    from fcvgg.errors import FcvggError
+    from fcvgg.evaluation import evaluate
+
+    sides = lengths(scales)
+    if not output.parent.is_dir():  # before the long work, not after it
+        raise FcvggError(f"cannot write {output}: there is no folder {output.parent}")
+    net = loaded(model, weights=weights, arch=arch)
+    evaluation = evaluate(
+        net,
+        data,
+        protocols=[name.strip() for name in protocols.split(",") if name.strip()],
+        scales=sides,
+        flip=flip,
+        average=average.value,
+        progress=True,
+    )
+    say(_table(f"{net.source} on {data}", evaluation.headings, evaluation.cells(), 4))
+    for line in evaluation.remarks():
+        say(line)
+    if classes:
+        for result in evaluation:
+            say()
+            headings = ("class", "images", "precision", "recall", "F1")
+            say(_table(result.protocol, headings, evaluation.class_cells(result.protocol), 1))
+    evaluation.to_json(output)
+    say_wrote(output)
+
+
+def _table(
+    title: str, headings: Sequence[str], rows: Sequence[Sequence[str]], left: int
+) -> Table:
+    """A table whose first `left` columns are flush left."""
+    table = Table(
+        title=title, title_style="bold", title_justify="left", box=None, header_style="cyan"
+    )
+    for i, heading in enumerate(headings):
+        table.add_column(heading, justify="left" if i < left else "right", no_wrap=i > 0)
+    for row in rows:
+        table.add_row(*row)
+    return table

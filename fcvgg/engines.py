@@ -1,0 +1,81 @@
+"""Run a converted network in another runtime: ONNX Runtime or OpenVINO."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fcvgg.sources.extras import imported
+
+if TYPE_CHECKING:
+    from fcvgg.network import FullyConvolutional
+
+Runner = Callable[[Any], list[Any]]
+
+
+class EngineNetwork(nn.Module):
+    """Calls a runtime with float32 images on the CPU."""
+
+    def __init__(self, run: Runner, outputs: int):
+        super().__init__()
+        self._run = run
+        self._outputs = outputs
+
+    def forward(self, images: Tensor) -> Any:
+        scores = [torch.from_numpy(s) for s in self._run(np.ascontiguousarray(images.cpu()))]
+        return scores[0] if self._outputs == 1 else tuple(scores)
+
+
+def engine_network(net: FullyConvolutional, engine: str, dtype: torch.dtype) -> EngineNetwork:
+    """A network that runs in `engine` what `net.export` gives.
+
+    Raises:
+        MissingExtraError: if it is not installed.
+    """
+    open_engine = ENGINES[engine]
+    imported(engine, engine)
+    with tempfile.TemporaryDirectory(prefix="fcvgg-") as folder:
+        path = net.export(Path(folder) / "network.onnx")
+        return EngineNetwork(open_engine(path, dtype), len(net.program.classes))
+
+
+def _onnxruntime(path: Path, dtype: torch.dtype) -> Runner:
+    runtime = imported("onnxruntime", "onnxruntime")
+    options = runtime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    name = session.get_inputs()[0].name
+    return lambda images: session.run(None, {name: images})
+
+
+def _openvino(path: Path, dtype: torch.dtype) -> Runner:
+    runtime = imported("openvino", "openvino")
+    precision = {torch.bfloat16: "bf16"}.get(dtype, "f32")
+    compiled = runtime.Core().compile_model(
+        str(path),
+        "CPU",
+        {
+            "INFERENCE_PRECISION_HINT": precision,
+            "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+            "PERFORMANCE_HINT": "LATENCY",
+        },
+    )
+    outputs = compiled.outputs
+
+    def run(images: Any) -> list[Any]:
+        results = compiled(images)
+        return [np.array(results[output]) for output in outputs]
+
+    return run
+
+
+ENGINES: dict[str, Callable[[Path, torch.dtype], Runner]] = {
+    "onnxruntime": _onnxruntime,
+    "openvino": _openvino,
+}
