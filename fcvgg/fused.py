@@ -78,7 +78,8 @@ class PackedConv2d(FusedConv2d):
         super().__init__(conv, weight, bias, relu)
 
     def _take(self, weight: Tensor, bias: Tensor) -> None:
-        self._packed: Any = torch._C._nn.mkldnn_reorder_conv2d_weight(  # type: ignore[attr-defined]
+        reorder: Any = torch._C._nn.mkldnn_reorder_conv2d_weight
+        self._packed: Any = reorder(
             weight.to_mkldnn(),
             self.padding,
             self.stride,

@@ -62,7 +62,6 @@ class _Fusion:
             if node not in self._made:
                 self._add(node)
         self._graph.lint()
-        self._graph.eliminate_dead_code()
         return graph_module(self._modules.eval(), self._graph)
 
     def _module(self, node: fx.Node) -> nn.Module | None:
@@ -74,7 +73,7 @@ class _Fusion:
             self._made[node] = self._made[node.all_input_nodes[0]]
         elif isinstance(module, TrainingFlag):
             self._made[node] = self._call(node, "off", TrainingFlag)
-        elif type(module) in (nn.Conv2d, WindowLinear) and _is_plain(module):
+        elif isinstance(module, nn.Conv2d) and _is_plain(module):
             self._add_layer(node, module)
         elif module is not None:
             self._made[node] = self._call(node, node.target, lambda: self._own(module))
@@ -149,6 +148,8 @@ class _Fusion:
 
 def _is_plain(layer: nn.Conv2d) -> bool:
     """Whether a layer is what its class says: no computed weights, zeros of a number around it."""
+    if type(layer) not in (nn.Conv2d, WindowLinear):
+        return False
     regular = layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
     hooked = layer._forward_hooks or layer._forward_pre_hooks
     return regular and not hooked and not nn.utils.parametrize.is_parametrized(layer)

@@ -62,8 +62,9 @@ def load(
         return _from_bundle(Path(source), preprocess, categories, unused)
     if arch is not None and not name.endswith((*checkpoints.SUFFIXES, *keras_file.SUFFIXES)):
         raise LoadError(f"arch={arch!r} goes with a checkpoint, got {name!r}; pass one of the two")
-    if name == "demo" and weights not in (None, DEFAULT_WEIGHTS):
-        raise LoadError(f"'demo' comes with its weights, got weights={str(weights)!r}; pass none")
+    own_weights = (*checkpoints.SUFFIXES, onnx_file.SUFFIX, *keras_file.SUFFIXES)
+    if (name == "demo" or name.endswith(own_weights)) and weights not in (None, DEFAULT_WEIGHTS):
+        raise LoadError(f"{name!r} comes with its weights, got weights={str(weights)!r}; pass none")
     model: nn.Module
     if name == "demo":
         model, found = demo.demo_model(), _demo_settings()
@@ -205,8 +206,8 @@ def _check_name(name: str) -> None:
         near = difflib.get_close_matches(name, known, 4, 0.5)
         raise LoadError(
             f"there is no model {name!r}; expected 'demo', a torchvision name"
-            f"{' (near: ' + ', '.join(near) + ')' if near else ''} or a checkpoint "
-            f"({', '.join(checkpoints.SUFFIXES)}) with arch="
+            f"{' (near: ' + ', '.join(near) + ')' if near else ''} or timm:NAME, a file .onnx, "
+            f".keras or .h5, or a checkpoint ({', '.join(checkpoints.SUFFIXES)}) with arch="
         )
 
 

@@ -8,6 +8,8 @@ processor's cache, which is what makes it pay.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -114,7 +116,7 @@ def _tiles_at_a_time() -> int:
     return min(_TILES_PER_THREAD * torch.get_num_threads(), _MOST_TILES)
 
 
-def _both_axes(matrix: list[list[float]], dtype: torch.dtype) -> Tensor:
+def _both_axes(matrix: Sequence[Sequence[float]], dtype: torch.dtype) -> Tensor:
     one = torch.tensor(matrix, dtype=torch.float64)
     return torch.kron(one, one).to(dtype)
 

@@ -557,6 +557,11 @@ def test_result_that_differs_from_onnxruntime_is_refused(tmp_path, monkeypatch):
     assert fcvgg.load(path, verify=False).equivalence is None
 
 
+def test_weights_beside_a_file_are_refused(tmp_path):
+    with pytest.raises(fcvgg.LoadError, match="comes with its weights"):
+        fcvgg.load(channels_first_file().write(tmp_path), weights="other.pth")
+
+
 def test_onnxruntime_is_not_needed(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     assert fcvgg.load(channels_first_file().write(tmp_path)).equivalence.passed

@@ -10,7 +10,15 @@ from typing import Annotated
 
 import typer
 
-from fcvgg.cli import classification, conversion, demonstration, heatmaps, layers, probing
+from fcvgg.cli import (
+    classification,
+    conversion,
+    demonstration,
+    evaluation,
+    heatmaps,
+    layers,
+    probing,
+)
 from fcvgg.cli.console import examples, reporting_errors, say
 
 app = typer.Typer(
@@ -53,5 +61,13 @@ def _fcvgg(
 ) -> None: ...
 
 
-for _module in (demonstration, heatmaps, classification, layers, conversion, probing):
+for _module in (
+    demonstration,
+    heatmaps,
+    classification,
+    evaluation,
+    layers,
+    conversion,
+    probing,
+):
     app.command(_module.NAME, epilog=examples(*_module.EXAMPLES))(reporting_errors(_module.run))

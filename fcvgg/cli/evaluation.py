@@ -78,7 +78,7 @@ def run(
     from fcvgg.errors import FcvggError
     from fcvgg.evaluation import evaluate
 
-    sides = lengths(scales)
+    sides = lengths(scales, "--scales")
     if not output.parent.is_dir():  # before the long work, not after it
         raise FcvggError(f"cannot write {output}: there is no folder {output.parent}")
     net = loaded(model, weights=weights, arch=arch)
@@ -103,9 +103,7 @@ def run(
     say_wrote(output)
 
 
-def _table(
-    title: str, headings: Sequence[str], rows: Sequence[Sequence[str]], left: int
-) -> Table:
+def _table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]], left: int) -> Table:
     """A table whose first `left` columns are flush left."""
     table = Table(
         title=title, title_style="bold", title_justify="left", box=None, header_style="cyan"

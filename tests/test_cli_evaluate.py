@@ -1,0 +1,102 @@
+"""``fcvgg evaluate`` on folders of tiny pictures, with the packaged net."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+import fcvgg
+from fcvgg.cli import app
+from fcvgg.demo import demo_photograph
+
+
+def run(*args: object):
+    environment = {"NO_COLOR": "1", "TERM": "dumb", "COLUMNS": "200"}
+    result = CliRunner(env=environment).invoke(app, [str(a) for a in args], prog_name="fcvgg")
+    if result.exception and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
+
+
+@pytest.fixture
+def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Cuts of the packaged photograph: its face, and what is none."""
+    monkeypatch.chdir(tmp_path)
+    photo = demo_photograph()
+    cuts = {"face": [(160, 60, 288, 188)], "background": [(0, 0, 120, 120), (300, 300, 440, 420)]}
+    for name, boxes in cuts.items():
+        (tmp_path / "data" / name).mkdir(parents=True)
+        for i, box in enumerate(boxes):
+            photo.crop(box).save(tmp_path / "data" / name / f"{i}.png")
+    return tmp_path / "data"
+
+
+def test_it_prints_the_table_and_writes_json(data: Path) -> None:
+    (data / "face" / "broken.jpg").write_text("no image")
+    ran = run("evaluate", data, "--model", "demo", "--protocols", "all", "--classes")
+    assert ran.exit_code == 0
+    lines = [line.split() for line in ran.stdout.splitlines()]
+    assert lines[1] == ["protocol", "input", "scales", "flip", "views", "top-1", "top-5"]
+    assert [line[0] for line in lines[2:8]] == [
+        "centre-crop",
+        "resize",
+        "ten-crop",
+        "dense",
+        "multi-crop",
+        "dense+multi-crop",
+    ]
+    assert "3 images" in ran.stdout
+    assert "1 images could not be read and were left out:" in ran.stdout
+    assert "broken.jpg is no image that Pillow can read" in ran.stdout
+    assert "wrote evaluation.json" in ran.stdout
+    written = json.loads(Path("evaluation.json").read_text())
+    net = fcvgg.load("demo")
+    expected = fcvgg.evaluate(net, data, protocols="all")
+    assert written == json.loads(expected.to_json())
+    assert expected["resize"].top1 == 1
+    assert ran.stdout.count("precision") == 6
+
+
+def test_options_reach_the_evaluation(data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+    ran = run(
+        *("evaluate", data, "-m", "demo", "-p", "dense", "-s", "40,50", "--flip"),
+        *("--average", "probabilities", "-o", out),
+    )
+    assert ran.exit_code == 0
+    written = json.loads(out.read_text())
+    assert written["average"] == "probabilities"
+    (protocol,) = written["protocols"]
+    assert (protocol["scales"], protocol["flip"], protocol["views"]) == ([40, 50], True, 4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["absent"], "absent does not exist; expected a folder with one folder per class"),
+        (["empty"], "empty has no class folders; expected images in empty/CLASS/"),
+        (["data", "-p", "densest"], "protocol 'densest' is unknown; expected centre-crop"),
+        (["data", "-p", ","], "no protocol was given"),
+        (["data", "-o", "absent/x.json"], "cannot write absent/x.json: there is no folder absent"),
+    ],
+)
+def test_errors_are_one_line(data: Path, arguments: list[str], message: str) -> None:
+    Path("empty").mkdir()
+    ran = run("evaluate", *arguments, "--model", "demo")
+    assert ran.exit_code == 2
+    assert ran.stdout == ""
+    assert len(ran.stderr.splitlines()) == 1
+    assert message in ran.stderr
+
+
+def test_folders_that_do_not_fit_the_classes(data: Path) -> None:
+    Image.new("RGB", (40, 40)).save(data / "face" / "x.png")
+    (data / "cats").mkdir()
+    ran = run("evaluate", data, "--model", "demo")
+    assert ran.exit_code == 2
+    assert "the class 'cats' is no category of the network" in ran.stderr
+    assert not Path("evaluation.json").exists()

@@ -1,0 +1,184 @@
+"""Figures of a score map's classes: what they say, where things lie, and their colours."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from matplotlib import pyplot as plt
+from matplotlib.colors import to_rgb
+from nets import SmallVGG, images, seeded
+from PIL import Image
+
+import fcvgg
+from fcvgg.class_figures import LABEL_COLOURS
+from fcvgg.heatmap import CONTOURS, Heatmap
+
+CLASSES = ("ash", "birch", "cedar", "date", "elm")
+
+
+@pytest.fixture(autouse=True)
+def closed():
+    yield
+    plt.close("all")
+
+
+@pytest.fixture(scope="module")
+def score_map() -> fcvgg.ScoreMap:
+    model = seeded(SmallVGG)
+    with torch.no_grad():
+        model.classifier[-1].weight.mul_(60)
+    net = fcvgg.convert(
+        model, preprocess=fcvgg.Preprocess((0.5,) * 3, (0.2,) * 3), categories=CLASSES
+    )
+    blocks = np.random.default_rng(3).integers(0, 256, (6, 7, 3), np.uint8)
+    return net.score_map(Image.fromarray(blocks).resize((72, 60)))
+
+
+def drawn(figure) -> np.ndarray:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return np.asarray(Image.open(buffer).convert("RGB"))
+
+
+def test_the_grid_shows_the_top_classes_in_order_and_one_absolute_scale(score_map) -> None:
+    figure = score_map.plot(3)
+    drawn(figure)
+    top = score_map.top(3)
+    titles = [ax.get_title() for ax in figure.axes]
+    assert titles[0] == "60 x 72 pixels"
+    for (name, probability), title in zip(top, titles[1:4], strict=True):
+        assert title.startswith(f"{name}\n{probability:.1%} overall")
+        heatmap = score_map.heatmap(name)
+        assert title.endswith(f"{heatmap.values[heatmap.peak]:.1%} at +")
+    bars = [ax for ax in figure.axes if ax.get_ylabel() == "probability"]
+    assert len(bars) == 1
+    assert bars[0].get_ylim() == (0, 1)
+    for ax, (name, _) in zip(figure.axes[1:4], top, strict=True):
+        expected = np.asarray(score_map.heatmap(name).overlay())
+        np.testing.assert_array_equal(np.asarray(ax.images[0].get_array()), expected)
+
+
+def test_panels_are_aligned(score_map) -> None:
+    figure = score_map.plot()
+    drawn(figure)
+    boxes = [ax.get_position().bounds for ax in figure.axes[:6] if ax.images]
+    sizes = {(round(w, 6), round(h, 6)) for _, _, w, h in boxes}
+    assert len(boxes) == 6
+    assert len(sizes) == 1
+    assert len({round(b[0], 6) for b in boxes}) == 3
+    assert len({round(b[1], 6) for b in boxes}) == 2
+
+
+def test_the_grid_of_a_tensor_and_of_few_classes() -> None:
+    net = fcvgg.convert(seeded(SmallVGG, classes=2))
+    figure = net.score_map(images(3, 48, 90)).plot(9)
+    drawn(figure)
+    assert sum(bool(ax.images) for ax in figure.axes) == 2
+    with pytest.raises(fcvgg.ArgumentError, match="k=0 is no number of classes; expected 1"):
+        net.score_map(images(3, 48, 48)).plot(0)
+
+
+def test_the_label_map_colours_every_cell_by_its_class(score_map) -> None:
+    ax = score_map.plot_labels()
+    figure = ax.figure
+    drawn(figure)
+    labels = score_map.label_map().numpy()
+    shown = np.asarray(ax.images[-1].get_array())
+    order = sorted(np.unique(labels), key=lambda i: -(labels == i).sum())
+    assert len(order) > 1
+    for index, colour in zip(order, LABEL_COLOURS):
+        np.testing.assert_allclose(
+            shown[labels == index][:, :3], [to_rgb(colour)] * sum((labels == index).ravel())
+        )
+    (legend,) = figure.legends
+    expected = [f"{CLASSES[i]} ({(labels == i).mean():.0%})" for i in order]
+    assert [t.get_text() for t in legend.get_texts()] == expected
+    box = legend.get_window_extent()
+    assert box.x1 <= figure.bbox.x1  # nothing is cut off
+    # a cell is a square of one stride around its centre
+    left, right, bottom, top = ax.images[-1].get_extent()
+    rows, cols = labels.shape
+    y, x = score_map.geometry.centre_of(0, 0)
+    stride = score_map.geometry.stride[0]
+    assert (left, top) == (x - stride / 2, y - stride / 2)
+    assert (right, bottom) == (left + cols * stride, top + rows * stride)
+
+
+def test_rare_classes_share_grey(score_map) -> None:
+    labels = score_map.label_map().numpy()
+    _, ax = plt.subplots()
+    assert score_map.plot_labels(ax, most=1) is ax
+    texts = [t.get_text() for t in ax.get_legend().get_texts()]
+    rest = len(np.unique(labels)) - 1
+    assert texts[1].startswith(f"{rest} more classes (")
+    for most in (0, 8):
+        with pytest.raises(fcvgg.ArgumentError, match="expected 1 to 7 coloured classes"):
+            score_map.plot_labels(most=most)
+
+
+def test_the_label_map_of_one_class_leaves_the_others_bare() -> None:
+    scores = torch.tensor([[[-2.0, 3.0, -1.0]]])
+    net = fcvgg.convert(seeded(SmallVGG, classes=1))
+    one = net.score_map(images(3, 32, 40))
+    marked = fcvgg.ScoreMap(**{**vars(one), "scores": scores})
+    shown = np.asarray(marked.plot_labels().images[-1].get_array())
+    np.testing.assert_array_equal(shown[0, :, 3] > 0, [False, True, False])
+    none = fcvgg.ScoreMap(**{**vars(one), "scores": -scores.abs()})
+    assert none.plot_labels().get_legend() is None
+
+
+def test_contours_lie_where_the_probability_is() -> None:
+    values = np.tile(np.linspace(0, 1, 101, dtype=np.float32), (50, 1))
+    ax = Heatmap(values, np.ones_like(values, bool)).plot()
+    (lines,) = [c for c in ax.collections if hasattr(c, "levels")]
+    assert tuple(lines.levels) == CONTOURS
+    for level, path in zip(lines.levels, lines.get_paths(), strict=True):
+        np.testing.assert_allclose(path.vertices[:, 0], level * 100, atol=1e-3)
+
+
+def test_contours_stay_within_the_hull_and_off_flat_maps() -> None:
+    values = np.tile(np.linspace(0, 1, 101, dtype=np.float32), (50, 1))
+    coverage = np.zeros_like(values, bool)
+    coverage[10:40, 30:60] = True
+    ax = Heatmap(values, coverage).plot()
+    (lines,) = [c for c in ax.collections if hasattr(c, "levels")]
+    assert tuple(lines.levels) == (0.5,)  # 0.25 and 0.75 lie outside
+    vertices = np.concatenate([p.vertices for p in lines.get_paths()])
+    assert vertices[:, 1].min() >= 10
+    assert vertices[:, 1].max() <= 39
+    flat = Heatmap(np.full((5, 5), 0.5, np.float32), np.ones((5, 5), bool)).plot()
+    assert not [c for c in flat.collections if hasattr(c, "levels")]
+    line = Heatmap(values[:1], np.ones((1, 101), bool)).plot()
+    assert not [c for c in line.collections if hasattr(c, "levels")]
+    none = Heatmap(values, coverage).plot(contours=())
+    assert not [c for c in none.collections if hasattr(c, "levels")]
+
+
+def test_a_plot_without_a_bar_and_with_boxes(score_map) -> None:
+    heatmap = score_map.heatmap(0)
+    boxes = heatmap.boxes(0)
+    _, ax = plt.subplots()
+    heatmap.plot(ax, bar=False, boxes=boxes)
+    assert len(ax.figure.axes) == 1
+    expected = np.asarray(heatmap.overlay(boxes=boxes))
+    np.testing.assert_array_equal(np.asarray(ax.images[0].get_array()), expected)
+
+
+def test_colour_maps_are_perceptually_uniform() -> None:
+    """Lightness rises in almost equal steps (CIE L*), so equal differences look equal."""
+    from matplotlib import colormaps
+
+    from fcvgg.figures import CELL_COLOUR_MAP
+    from fcvgg.heatmap import COLOUR_MAP
+
+    for name in (COLOUR_MAP, CELL_COLOUR_MAP):
+        rgb = colormaps[name](np.linspace(0, 1, 256))[:, :3]
+        linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+        luminance = linear @ [0.2126, 0.7152, 0.0722]
+        lightness = 116 * np.cbrt(np.maximum(luminance, 0.008856)) - 16
+        steps = np.diff(lightness[20:])
+        assert steps.min() > 0
+        assert steps.max() < 2.5 * steps.mean()
