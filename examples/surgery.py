@@ -140,13 +140,15 @@ def textures_mosaic() -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
 
 def save(mosaic: NDArray[np.uint8], found: NDArray[np.int64], path: Path) -> None:
     """The mosaic and its labels side by side."""
+    from matplotlib import colormaps
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 3.4), dpi=110, layout="constrained")
     left, right = figure.subplots(1, 2)
     left.imshow(mosaic, cmap="gray")
     left.set_title("mosaic: " + ", ".join(CLASSES))
-    shown = right.imshow(found, cmap="viridis", vmin=-0.5, vmax=len(CLASSES) - 0.5)
+    colours = colormaps["viridis"].resampled(len(CLASSES))
+    shown = right.imshow(found, cmap=colours, vmin=-0.5, vmax=len(CLASSES) - 0.5)
     right.set_title("labels")
     bar = figure.colorbar(shown, ax=right, ticks=range(len(CLASSES)), fraction=0.035)
     bar.ax.set_yticklabels(CLASSES)

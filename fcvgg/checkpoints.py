@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import pickle
 import re
 import warnings
@@ -9,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -17,7 +19,7 @@ from torch import Tensor, nn
 from fcvgg.capture import one_line
 from fcvgg.errors import LoadError
 
-SUFFIXES = (".pt", ".pth", ".safetensors")
+SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".pth.tar", ".safetensors")
 
 _NESTED = ("state_dict", "model_state_dict", "model", "net", "ema_state_dict")
 _PREFIXES = ("module.", "_orig_mod.", "model.")
@@ -28,7 +30,7 @@ _FORBIDDEN = re.compile(r"GLOBAL ([\w.]+)")
 
 
 def read_state(path: str | Path) -> dict[str, Tensor]:
-    """The tensors of a ``.pt``, ``.pth`` or ``.safetensors`` file, by name.
+    """The tensors of a file of torch.save or safetensors, by name.
 
     Entries that hold the state beside other things (``state_dict``, ``model``) are opened, prefixes
     of wrappers (``module.``) removed. Pickled code is never run.
@@ -103,9 +105,17 @@ def _read_pickle(path: Path) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about pickle protocols, which broken files show
-            return torch.load(path, map_location="cpu", weights_only=True)
+            with torch.serialization.safe_globals(_inert()):
+                return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a broken file can lead the unpickler anywhere
         raise LoadError(f"{path} {_complaint(error)}") from error
+
+
+def _inert() -> list[Any]:
+    """What training scripts keep beside the state, and what making runs no code: numbers, options."""
+    scalar = np._core.multiarray.scalar if hasattr(np, "_core") else np.core.multiarray.scalar
+    kinds = [type(np.dtype(name)) for name in ("float64", "float32", "int64", "int32", "bool")]
+    return [scalar, np.dtype, *kinds, argparse.Namespace]
 
 
 def _complaint(error: Exception) -> str:

@@ -295,11 +295,24 @@ def demanded(
 class Schedule:
     """Which rows every stage computes at which strip of the image.
 
+    Args:
+        stages: of the network.
+        height: the sizes and ranges along the height.
+        strip: rows of the image in a strip.
+        least: for every stage, the rows for which it waits before it computes any; deep layers,
+            whose rows are short, so use their weights for several rows at once.
+
     Attributes:
         ends: int64 ``(strips, stages)``: the end of the rows that are computed after each strip.
     """
 
-    def __init__(self, stages: Sequence[Stage], height: Extents, strip: int):
+    def __init__(
+        self,
+        stages: Sequence[Stage],
+        height: Extents,
+        strip: int,
+        least: Sequence[int] | None = None,
+    ):
         self.stages = stages
         self.height = height
         self.strip = strip
@@ -314,7 +327,10 @@ class Schedule:
             available = self.ends[:, list(stage.inputs)].min(1)
             empty = [height.ranges[fed][0] for fed in stage.inputs]
             available = np.where(available > max(empty), available, 0)
-            self.ends[:, i] = height.reaches[i].finished(available, low, high)
+            done = height.reaches[i].finished(available, low, high)
+            if least is not None and least[i] > 1:
+                done = np.where(done < high, done - (done - low) % least[i], high)
+            self.ends[:, i] = done
 
     @cached_property
     def before(self) -> NDArray[np.int64]:

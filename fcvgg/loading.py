@@ -76,7 +76,7 @@ def load(
         model, found = onnx_file.read(name, input_size, options.get("verify", True))
     elif name.endswith(keras_file.SUFFIXES):
         model, found = keras_file.read(name, arch)
-    elif weights is None or Path(str(weights)).suffix not in checkpoints.SUFFIXES:
+    elif weights is None or not str(weights).endswith(checkpoints.SUFFIXES):
         model, found = _from_torchvision(name, weights)
     else:
         _check_name(name)

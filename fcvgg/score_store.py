@@ -173,7 +173,7 @@ def check_same(store: ScoreStore, description: Mapping[str, Any]) -> None:
     wanted = json.loads(json.dumps(dict(description)))
     for key, value in wanted.items():
         found = store.description.get(key)
-        if key not in ("blocks", "strip", "chunk_rows") and found != value:
+        if key not in ("blocks", "strip_bytes") and found != value:
             raise FcvggError(
                 f"{store.path} exists and holds another score map: its {key.replace('_', ' ')} "
                 f"is{_shown(found, value)}; choose another name, or remove it"

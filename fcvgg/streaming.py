@@ -25,7 +25,7 @@ from fcvgg.capture import device_of, dtype_of
 from fcvgg.categories import class_index
 from fcvgg.errors import ArgumentError, CategoryError
 from fcvgg.geometry import Axis, Geometry
-from fcvgg.line_buffers import LineBuffers, Schedule, stages_of
+from fcvgg.line_buffers import LineBuffers, stages_of
 from fcvgg.network import FullyConvolutional, evaluating
 from fcvgg.probability import to_probabilities
 from fcvgg.score_map import ScoreMap
@@ -243,13 +243,12 @@ class StreamJob:
     def plan(self, memory: int, beside: int) -> StripPlan:
         """How to stream within `memory` bytes, of which `beside` are taken already."""
         beside += self.source.resident
-        stride = self.net.geometry.stride[0]
-        return plan_strips(self.layout, stride, memory, beside, self.source.column_bytes)
+        return plan_strips(self.layout, memory, beside, self.source.column_bytes)
 
-    def peak(self, strip: int, block: int, beside: int) -> int:
+    def peak(self, strip_bytes: int, block: int, beside: int) -> int:
         """The bytes that strips and blocks of columns of these sizes need."""
         beside += self.source.resident
-        return beside + estimated_peak(self.layout, strip, block, self.source.column_bytes)
+        return beside + estimated_peak(self.layout, strip_bytes, block, self.source.column_bytes)
 
     def strip(self, rows: Pair, cols: Pair) -> Tensor:
         """Rows and columns of the network's input, which is padded below the window."""
@@ -261,7 +260,8 @@ class StreamJob:
         if y[0] == y[1] or x[0] == x[1]:
             shape = (1, self.net.in_channels, rows[1] - rows[0], cols[1] - cols[0])
             return torch.zeros(shape, device=device, dtype=dtype)
-        pixels = self.read(y, x).to(device, dtype)
+        layout = {"memory_format": torch.channels_last}  # each row is one piece of memory
+        pixels = self.read(y, x).to(device, dtype, **layout)  # type: ignore[call-overload]
         around = (x[0] + left - cols[0], cols[1] - x[1] - left)
         around = (*around, y[0] + top - rows[0], rows[1] - y[1] - top)  # type: ignore[assignment]
         return F.pad(pixels, around) if any(around) else pixels
@@ -296,7 +296,7 @@ def bands(
 
     The same plan gives the same bits wherever `rows` begins.
     """
-    schedule: Schedule = job.layout.schedule(plan.strip)
+    schedule = job.layout.schedule(plan.strip_bytes, cols)
     width = job.layout.width(cols)
     buffers = LineBuffers(schedule, width, rows[0], trimmer(plan.peak))
     left = rows[1] - rows[0]
@@ -373,7 +373,7 @@ def opened_store(job: StreamJob, path: Path, memory: int) -> tuple[ScoreStore, S
         check_same(store, description)
         return store, _resumed_plan(job, store, memory)
     plan = job.plan(memory, 3 * chunk_rows * job.row_bytes)
-    description.update(strip=plan.strip, blocks=[list(block) for block in plan.blocks])
+    description.update(strip_bytes=plan.strip_bytes, blocks=[list(block) for block in plan.blocks])
     dtype = job.dtype if job.dtype != torch.bfloat16 else torch.float32
     name = str(dtype).removeprefix("torch.")
     return create_store(path, job.shape, name, chunk_rows, description), plan
@@ -381,15 +381,15 @@ def opened_store(job: StreamJob, path: Path, memory: int) -> tuple[ScoreStore, S
 
 def _resumed_plan(job: StreamJob, store: ScoreStore, memory: int) -> StripPlan:
     """The plan by which the finished rows were computed: only it gives the same bits."""
-    strip, blocks = int(store.description["strip"]), tuple(store.blocks)
+    strip_bytes, blocks = int(store.description["strip_bytes"]), tuple(store.blocks)
     waiting = 3 * store.chunk_rows * job.row_bytes
-    peak = job.peak(strip, max(b - a for a, b in blocks), waiting)
+    peak = job.peak(strip_bytes, max(b - a for a, b in blocks), waiting)
     if peak > memory and not store.complete:
         raise ArgumentError(
             f"memory={readable(memory)} is too little to resume {store.path}, which was begun with "
             f"more; the same strips need {readable(peak)}"
         )
-    return StripPlan(strip, blocks, peak)
+    return StripPlan(strip_bytes, blocks, peak)
 
 
 def _description(job: StreamJob) -> dict[str, Any]:

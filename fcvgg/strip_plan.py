@@ -7,8 +7,8 @@ strip, the rows that wait, the operation's input and output and the library's wo
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -27,8 +27,14 @@ _SAFETY = 1.1
 _FIXED = 24 << 20
 """Bytes beside the maps: the libraries' own buffers, the allocator's gaps."""
 
-_TALLEST = 256
-"""Rows of a strip beyond which nothing is gained: maps leave the cache, weights are reused enough."""
+_STRIP_BYTES = 1 << 21
+"""Bytes of a map, per thread, that an operation computes at once: they stay in the cache."""
+
+_LEAST_BYTES = 1 << 18
+"""Bytes of it below which an image is rather cut into blocks of columns."""
+
+_WINDOWS = 8
+"""Windows of rows over which the memory is estimated; it repeats after some."""
 
 _BLOCK = 64
 """Columns of cells that wide blocks are a multiple of, so that chunks on disk divide them."""
@@ -73,8 +79,22 @@ class Layout:
     cols: Pair
     itemsize: int = 4
 
-    def schedule(self, strip: int) -> Schedule:
-        return Schedule(self.stages, self.height(), strip)
+    def schedule(self, strip_bytes: int, cols: Pair) -> Schedule:
+        """The schedule by which operations compute about `strip_bytes` of their map at once."""
+        height = self.height()
+        widths = [high - low for low, high in self.width(cols).ranges]
+        rows = [
+            n * stage.channels * self.itemsize for n, stage in zip(widths, self.stages)
+        ]  # bytes of one row of each map
+        shares = [
+            row * size / self.size[0] for row, size in zip(rows, height.sizes)
+        ]  # bytes of each map for one row of the image
+        strip = int(strip_bytes // max(shares))
+        least = [
+            max(strip_bytes // row, 1) if stage.sliding is not None and stage.sliding.weights else 1
+            for row, stage in zip(rows, self.stages)
+        ]
+        return Schedule(self.stages, height, min(max(strip, 1), self.size[0]), least)
 
     def height(self) -> Extents:
         """The height's sizes and ranges."""
@@ -87,20 +107,23 @@ class Layout:
 
 @dataclass(frozen=True)
 class StripPlan:
-    """Strips of `strip` image rows, over blocks of columns of cells one after the other."""
+    """How maps are cut.
 
-    strip: int
+    Attributes:
+        strip_bytes: of a map that an operation computes at once; strips of rows follow from it.
+        blocks: of columns of cells, which are computed one after the other.
+        peak: the bytes that it takes at most, by estimate.
+    """
+
+    strip_bytes: int
     blocks: tuple[Pair, ...]
     peak: int
 
 
-def plan_strips(
-    layout: Layout, stride: int, memory: int, beside: int, source_row: int = 0
-) -> StripPlan:
-    """The plan that uses the memory best: tall strips, and blocks of columns only if it must.
+def plan_strips(layout: Layout, memory: int, beside: int, source_row: int = 0) -> StripPlan:
+    """The plan that uses the memory best: blocks of columns only where strips alone do not fit.
 
     Args:
-        stride: image rows between rows of cells.
         memory: bytes that may be added.
         beside: bytes of them that are taken whatever the plan is.
         source_row: bytes per column of the image that the source holds.
@@ -110,53 +133,47 @@ def plan_strips(
     """
     cells = layout.cols[1] - layout.cols[0]
 
-    def peak(strip: int, block: int) -> int:
-        return beside + estimated_peak(layout, strip, block, source_row)
+    def peak(strip_bytes: int, block: int) -> int:
+        return beside + estimated_peak(layout, strip_bytes, block, source_row)
 
-    for strip in _heights(layout.size[0], stride):
-        if peak(strip, cells) <= memory:
-            return _planned(layout, strip, cells, peak(strip, cells))
-    for strip in (stride, max(stride // 4, 1), 1):
-        if peak(strip, 1) <= memory:
-            block = _widest(lambda n, strip=strip: peak(strip, n) <= memory, cells)  # type: ignore
+    best = _STRIP_BYTES * torch.get_num_threads()
+    sizes = [best >> i for i in range(best.bit_length()) if best >> i >= _LEAST_BYTES]
+    for strip_bytes in sizes:
+        if peak(strip_bytes, cells) <= memory:
+            return _planned(layout, strip_bytes, cells, peak(strip_bytes, cells))
+    for strip_bytes in (*(n for n in sizes if n <= _STRIP_BYTES), 1):
+        if peak(strip_bytes, 1) <= memory:
+            block = _widest(memory, cells, lambda n, size=strip_bytes: peak(size, n))  # type: ignore
             block -= block % _BLOCK if block > _BLOCK else 0
-            return _planned(layout, strip, block, peak(strip, block))
-    least = min(peak(1, 1), peak(stride, 1))
+            return _planned(layout, strip_bytes, block, peak(strip_bytes, block))
     raise ArgumentError(
         f"memory={readable(memory)} is too little to stream an image of {layout.size[0]}x"
         f"{layout.size[1]} pixels through this network; the least that would do is "
-        f"{readable(least)}"
+        f"{readable(peak(1, 1))}"
     )
 
 
-def _heights(rows: int, stride: int) -> list[int]:
-    """Strip heights to try, the best first: multiples of the stride, down to one stride."""
-    heights = [n * stride for n in (16, 12, 8, 6, 4, 3, 2, 1) if n * stride <= _TALLEST]
-    small = [_TALLEST // (1 << i) for i in range(9)] if stride < 16 else []
-    chosen = sorted({*heights, *(n for n in small if n % stride == 0), stride}, reverse=True)
-    return [n for n in chosen if n < rows + stride] or [stride]
-
-
-def _widest(fits: object, cells: int) -> int:
+def _widest(memory: int, cells: int, peak: Callable[[int], int]) -> int:
+    """The largest number of columns of cells that fits."""
     low, high = 1, cells
     while low < high:
         middle = (low + high + 1) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle - 1)  # type: ignore[operator]
+        low, high = (middle, high) if peak(middle) <= memory else (low, middle - 1)
     return low
 
 
-def _planned(layout: Layout, strip: int, block: int, peak: int) -> StripPlan:
+def _planned(layout: Layout, strip_bytes: int, block: int, peak: int) -> StripPlan:
     first, end = layout.cols
     starts = range(first, end, block)
-    return StripPlan(strip, tuple((n, min(n + block, end)) for n in starts), peak)
+    return StripPlan(strip_bytes, tuple((n, min(n + block, end)) for n in starts), peak)
 
 
-def estimated_peak(layout: Layout, strip: int, block: int, source_row: int = 0) -> int:
+def estimated_peak(layout: Layout, strip_bytes: int, block: int, source_row: int = 0) -> int:
     """Bytes that streaming one block of columns adds at its fullest."""
     first, end = layout.cols
     middle = max((first + end - block) // 2, first)
     width = layout.width((middle, middle + block))
-    schedule = _shortened(layout, strip).schedule(strip)
+    schedule = _shortened(layout).schedule(strip_bytes, (middle, middle + block))
     cols = [high - low for low, high in width.ranges]
     fullest = _fullest(layout, schedule, cols)
     image = schedule.ends[:, 0] - schedule.before[:, 0]
@@ -164,18 +181,14 @@ def estimated_peak(layout: Layout, strip: int, block: int, source_row: int = 0) 
     return int(_SAFETY * (fullest + source)) + _FIXED
 
 
-def _shortened(layout: Layout, strip: int) -> Layout:
-    """The same for an image of fewer rows, at whose strips as much happens."""
-    stages = layout.stages
-    full = Extents(stages, 0, layout.size[0], layout.rows)
-    first = full.ranges[-1][0]
-    one = Extents(stages, 0, layout.size[0], (first, first + 1))
-    rows = one.ranges[0][1] - one.ranges[0][0] + 6 * strip
-    total = full.ranges[0][1] - full.ranges[0][0]
-    if total <= 2 * rows:
-        return layout
-    share = -(-(layout.rows[1] - first) * rows // total)
-    return Layout(stages, layout.size, (first, first + max(share, 1)), layout.cols, layout.itemsize)
+def _shortened(layout: Layout) -> Layout:
+    """The same for an image of fewer rows: all that can happen happens in the first few windows."""
+    first, last = layout.rows
+    height = Extents(layout.stages, 0, layout.size[0], (first, first + 1))
+    window = height.ranges[0][1] - height.ranges[0][0]
+    rows = last - first
+    enough = -(-_WINDOWS * window * rows // layout.size[0])
+    return replace(layout, rows=(first, first + min(rows, max(enough, 1) + _WINDOWS)))
 
 
 def _fullest(layout: Layout, schedule: Schedule, cols: Sequence[int]) -> float:

@@ -13,13 +13,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+Matrix = Sequence[Sequence[float]]
+
 _OUTPUT = 4
 """Outputs of a tile along one axis."""
 
 _TILE = 6
 """Inputs of a tile along one axis."""
 
-_INPUT_TRANSFORM = [
+_INPUT_TRANSFORM: Matrix = [
     [4, 0, -5, 0, 1, 0],
     [0, -4, -4, 1, 1, 0],
     [0, 4, -4, -1, 1, 0],
@@ -27,7 +29,7 @@ _INPUT_TRANSFORM = [
     [0, 2, -1, -2, 1, 0],
     [0, 4, 0, -5, 0, 1],
 ]
-_KERNEL_TRANSFORM = [
+_KERNEL_TRANSFORM: Matrix = [
     [1 / 4, 0, 0],
     [-1 / 6, -1 / 6, -1 / 6],
     [-1 / 6, 1 / 6, -1 / 6],
@@ -35,7 +37,7 @@ _KERNEL_TRANSFORM = [
     [1 / 24, -1 / 12, 1 / 6],
     [0, 0, 1],
 ]
-_OUTPUT_TRANSFORM = [
+_OUTPUT_TRANSFORM: Matrix = [
     [1, 1, 1, 1, 1, 0],
     [0, 1, -1, 2, -2, 0],
     [0, 1, 1, 4, 4, 0],
@@ -116,7 +118,7 @@ def _tiles_at_a_time() -> int:
     return min(_TILES_PER_THREAD * torch.get_num_threads(), _MOST_TILES)
 
 
-def _both_axes(matrix: Sequence[Sequence[float]], dtype: torch.dtype) -> Tensor:
+def _both_axes(matrix: Matrix, dtype: torch.dtype) -> Tensor:
     one = torch.tensor(matrix, dtype=torch.float64)
     return torch.kron(one, one).to(dtype)
 

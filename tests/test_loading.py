@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import pickle
 from collections.abc import Callable
@@ -411,3 +412,11 @@ def complaint(call: Callable[[Path], Any], path: Path) -> str:
     except fcvgg.LoadError as error:
         return str(error)
     return ""
+
+
+@pytest.mark.parametrize("suffix", [".pth.tar", ".ckpt", ".bin"])
+def test_what_training_scripts_keep_beside_the_state_does_no_harm(tmp_path, suffix):
+    path = tmp_path / f"best{suffix}"
+    beside = {"best_acc": np.float64(0.9), "epoch": np.int64(3), "args": argparse.Namespace(lr=0.1)}
+    torch.save({"state_dict": {"conv.weight": torch.ones(2)}, **beside}, path)
+    assert torch.equal(read_state(path)["conv.weight"], torch.ones(2))

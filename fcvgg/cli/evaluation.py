@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
+from rich.text import Text
 
 from fcvgg.cli.classification import Average
 from fcvgg.cli.console import say, say_wrote
@@ -14,8 +15,6 @@ from fcvgg.cli.options import Arch, Model, Weights, lengths, loaded
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-    from fcvgg.evaluation import Evaluation
 
 NAME = "evaluate"
 EXAMPLES = (
@@ -91,23 +90,23 @@ def run(
         average=average.value,
         progress=True,
     )
-    say(_table(f"{net.source} on {data}", evaluation.headings, evaluation.cells(), 4))
+    say(Text(f"{net.source} on {data}", style="bold"))
+    say(_table(evaluation.headings, evaluation.cells(), 4))
     for line in evaluation.remarks():
         say(line)
     if classes:
         for result in evaluation:
             say()
             headings = ("class", "images", "precision", "recall", "F1")
-            say(_table(result.protocol, headings, evaluation.class_cells(result.protocol), 1))
+            say(Text(result.protocol, style="bold"))
+            say(_table(headings, evaluation.class_cells(result.protocol), 1))
     evaluation.to_json(output)
     say_wrote(output)
 
 
-def _table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]], left: int) -> Table:
+def _table(headings: Sequence[str], rows: Sequence[Sequence[str]], left: int) -> Table:
     """A table whose first `left` columns are flush left."""
-    table = Table(
-        title=title, title_style="bold", title_justify="left", box=None, header_style="cyan"
-    )
+    table = Table(box=None, header_style="cyan")
     for i, heading in enumerate(headings):
         table.add_column(heading, justify="left" if i < left else "right", no_wrap=i > 0)
     for row in rows:

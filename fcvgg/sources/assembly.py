@@ -65,6 +65,14 @@ class Assembled(nn.Module):
         else:
             self._constants[name] = value
 
+    def knows(self, name: str) -> bool:
+        """Whether a constant of that name was added."""
+        return name in self._constants or name in self._buffers_of
+
+    def is_number(self, name: str) -> bool:
+        """Whether it is a constant that is no tensor."""
+        return name in self._constants
+
     def add_step(
         self,
         target: str | Callable[..., Any],

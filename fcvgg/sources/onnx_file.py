@@ -299,8 +299,7 @@ class Graph:
         if name in self._traced:
             return name
         value = self.constant(node, index)
-        known = name in self.model._constants or name in self.model._buffers_of
-        if not known:
+        if not self.model.knows(name):
             self.model.add_constant(name, float(value) if value.size == 1 else as_tensor(value))
         return name
 

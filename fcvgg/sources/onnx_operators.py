@@ -404,8 +404,7 @@ OPERATORS.update(
 def combine(graph: Graph, node: Node) -> None:
     functions = {"Sum": torch.add, "Max": torch.maximum, "Min": torch.minimum}
     names = [graph.operand(node, i) for i in range(len(node.inputs))]
-    numbers = [n for n in names if n in graph.model._constants]
-    if numbers and node.operator != "Sum":
+    if any(map(graph.model.is_number, names)) and node.operator != "Sum":
         graph.refuse(node, "compares with a number; expected Clip")
     graph.step(node, combined, *names, function=functions[node.operator])
 

@@ -98,11 +98,12 @@ def resampled_kernels(kernels: Tensor, extent: Pair) -> Tensor:
 
 def _resampling(source: int, target: int) -> Tensor:
     """The matrix ``(target, source)`` that resamples `source` values in a row to `target`."""
-    basis = torch.eye(source, dtype=torch.float64).reshape(1, source, source, 1)
+    # torch's antialiasing is wrong for images one pixel wide, so whole rows are resampled
+    basis = torch.eye(source, dtype=torch.float64)[None, None]
     rows = F.interpolate(
-        basis, (target, 1), mode="bilinear", align_corners=False, antialias=target < source
-    )
-    return rows[0, :, :, 0].T / rows[0, :, :, 0].sum(0)[:, None]  # (target, source)
+        basis, (target, source), mode="bilinear", align_corners=False, antialias=target < source
+    )[0, 0]
+    return rows / rows.sum(1, keepdim=True)  # (target, source)
 
 
 # -- the new head's shape ---------------------------------------------------------------------
