@@ -82,7 +82,7 @@ def merged(model: nn.Module) -> nn.Conv2d:
     return new
 
 
-def texture_classifier(model: nn.Module) -> nn.Module:
+def texture_classifier(model: nn.Module) -> nn.Sequential:
     """The first two blocks, frozen, under one fully connected layer."""
     features = fcvgg.features_upto(model, "pool2")
     cells = SIZE // features.geometry.stride[0]
@@ -111,16 +111,19 @@ def crops(size: int, left: bool, count: int = 24) -> tuple[Tensor, Tensor]:
     return ((scaled - MEAN[0]) / STD[0]).expand(-1, 3, -1, -1), labels
 
 
-def fit_head(classifier: nn.Module, images: Tensor, labels: Tensor) -> None:
+def fit_head(classifier: nn.Sequential, images: Tensor, labels: Tensor) -> None:
     """Fit what is not frozen, the last layer, by a few steps of L-BFGS."""
     parameters = fcvgg.parameter_groups(classifier, {"head": 1.0})[0]["params"]
     loss_of = fcvgg.loss_for(classifier)
     optimiser = torch.optim.LBFGS(parameters, max_iter=30, line_search_fn="strong_wolfe")
+    features, head = classifier[0], classifier[1:]
+    with torch.no_grad():
+        rows = features(images)  # frozen, so once is enough
 
     def closure() -> Tensor:
         optimiser.zero_grad()
         penalty = sum((p**2).sum() for p in parameters)
-        loss: Tensor = loss_of(classifier(images), labels) + 0.01 * penalty
+        loss: Tensor = loss_of(head(rows), labels) + 0.01 * penalty
         loss.backward()
         return loss
 

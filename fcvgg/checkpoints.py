@@ -112,7 +112,7 @@ def _read_pickle(path: Path) -> Any:
 
 
 def _inert() -> list[Any]:
-    """What training scripts keep beside the state, and what making runs no code: numbers, options."""
+    """What training scripts keep beside the state and what is plain data: numbers, options."""
     scalar = np._core.multiarray.scalar if hasattr(np, "_core") else np.core.multiarray.scalar
     kinds = [type(np.dtype(name)) for name in ("float64", "float32", "int64", "int32", "bool")]
     return [scalar, np.dtype, *kinds, argparse.Namespace]

@@ -27,7 +27,7 @@ _SAFETY = 1.1
 _FIXED = 24 << 20
 """Bytes beside the maps: the libraries' own buffers, the allocator's gaps."""
 
-_STRIP_BYTES = 1 << 21
+_STRIP_BYTES = 4 << 20
 """Bytes of a map, per thread, that an operation computes at once: they stay in the cache."""
 
 _LEAST_BYTES = 1 << 18

@@ -123,7 +123,7 @@ def test_a_weights_enumeration_is_taken() -> None:
             {"source": "vgg11", "weights": "NEWEST"},
             r"vgg11 has no weights 'NEWEST'; expected IMAGENET1K_V1, DEFAULT or the path of a chec",
         ),
-        ({"source": "a.pt"}, r"there is no checkpoint a\.pt; expected a file in \.pt, \.pth, \.sa"),
+        ({"source": "a.pt"}, r"there is no checkpoint a\.pt; expected a file in \.pt, \.pth, \.ck"),
         ({"source": "a.pt", "arch": "vgg11"}, r"there is no checkpoint a\.pt; expected a file"),
         (
             {"source": "vgg11", "weights": "a.pth"},
