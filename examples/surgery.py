@@ -46,7 +46,9 @@ def main() -> None:
     seen, labels = crops(SIZE, left=True)
     unseen, truth = crops(SIZE, left=False)
     fit_head(classifier, seen, labels)
-    print(f"accuracy on unseen halves of the photographs: {accuracy(classifier, unseen, truth):.2f}")
+    print(
+        f"accuracy on unseen halves of the photographs: {accuracy(classifier, unseen, truth):.2f}"
+    )
 
     print("\n3. the same classifier for other sizes, before any training")
     for size in (48, 56, 80):

@@ -383,7 +383,7 @@ class _Rows:
             self.start = keep
             return self.pieces.pop()  # in whatever order of dimensions
         skipped = first - self.start
-        held = self.pieces[0] if len(self.pieces) == 1 else torch.cat(self.pieces, 2)
+        held = self.pieces[0] if len(self.pieces) == 1 else _joined(self.pieces)
         self.pieces = []
         taken = held.narrow(2, skipped, end - first)
         kept = min(max(keep - self.start, 0), count)
@@ -391,6 +391,13 @@ class _Rows:
             self.pieces = [held.narrow(2, kept, count - kept).clone()]
         self.start += kept
         return taken
+
+
+def _joined(pieces: Sequence[Tensor]) -> Tensor:
+    """Pieces of rows as one; whole rows are copied where the channels lie last in memory."""
+    if all(p.is_contiguous(memory_format=torch.channels_last) for p in pieces):
+        return torch.cat([p.permute(0, 2, 3, 1) for p in pieces], 1).permute(0, 3, 1, 2)
+    return torch.cat(list(pieces), 2)
 
 
 class LineBuffers:

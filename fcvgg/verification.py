@@ -85,7 +85,8 @@ def verify(
         )
     with evaluating(model), evaluating(net):
         expected = _outputs(model(images))
-        got = [_centre_cell(maps, net) for maps in _outputs(net(images))]
+        row, col = net.native_cell
+        got = [maps[:, :, row, col] for maps in _outputs(net(images))]
         shifted = _translation_error(net, seed)
     expected = [scores.reshape(len(scores), -1) for scores in expected]  # also (N,), (N, K, 1, 1)
     errors = [_largest(a - b) for a, b in zip(expected, got)]
@@ -173,15 +174,6 @@ def _outputs(value: Any) -> list[Tensor]:
     if isinstance(value, dict):
         return list(value.values())
     return list(value) if isinstance(value, (tuple, list)) else [value]
-
-
-def _centre_cell(maps: Tensor, net: FullyConvolutional) -> Tensor:
-    """The scores ``(N, K)`` of the cell that the native input is the window of."""
-    row, col = (
-        -axis.context_start // axis.stride if axis.context is not None else 0
-        for axis in net.geometry.axes
-    )
-    return maps[:, :, row, col]
 
 
 def _labels(scores: Tensor) -> Tensor:

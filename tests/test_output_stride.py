@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -245,3 +248,19 @@ def test_ceil_mode_is_refused_where_it_cannot_be_exact(pool: type[nn.Module]) ->
     assert relative_error(native(batch), dense(batch)[..., ::2, ::2]) <= EXACT
     with pytest.raises(ConversionError, match=r"cannot be exact at .*ceil_mode"):
         fcvgg.convert(model, input_size=31, output_stride=2)
+
+
+def test_the_benchmark_compares_maps_that_are_equal(monkeypatch: pytest.MonkeyPatch) -> None:
+    path = Path(__file__).parents[1] / "examples" / "benchmarks" / "output_stride.py"
+    spec = importlib.util.spec_from_file_location("output_stride", path)
+    benchmark = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "output_stride", benchmark)  # for its dataclass
+    spec.loader.exec_module(benchmark)
+    model = seeded(Unpadded)
+    native = fcvgg.convert(model)
+    batch = images(1, 3, 57, 49)
+    with torch.no_grad():
+        for stride in (8, 4, 2, 1):
+            dense = fcvgg.convert(model, output_stride=stride)(batch)
+            stitched = benchmark.shift_and_stitch(native, batch, stride)
+            assert relative_error(dense, stitched) <= EXACT

@@ -6,10 +6,10 @@ dilation. Both give the same cells of a network without padding.
 
 Times are medians within one run, with the methods taken in turn, so compare ratios and not runs.
 Peak memory is what the operating system counts for a child process that does nothing else, less
-what the child holds before its first run (``VmHWM`` where it can be reset, which is on Linux; elsewhere
-``ru_maxrss``, which hides maps that need less than loading the libraries did).
+what the child holds before its first run (``VmHWM`` where it can be reset, which is on Linux;
+elsewhere ``ru_maxrss``, which hides maps that need less than loading the libraries did).
 
-Usage: python examples/benchmarks/output_stride.py [--full] [--repeats N] [--json PATH]
+Usage: python examples/benchmarks/output_stride.py [--full] [--strides N ...] [--repeats N]
 """
 
 from __future__ import annotations
@@ -80,13 +80,14 @@ def shift_and_stitch(net: fcvgg.FullyConvolutional, image: Tensor, stride: int) 
         [i * stride for i in range(phases) if n - i * stride >= window]
         for n, window in zip(image.shape[2:], net.geometry.window)
     ]
-    parts = [[net(image[:, :, top:, left:]) for left in starts[1]] for top in starts[0]]
-    rows = sum(line[0].shape[2] for line in parts)
-    cols = sum(part.shape[3] for part in parts[0])
+    rows, cols = (
+        sum(axis.output_size(n - start) for start in places)
+        for axis, n, places in zip(net.geometry.axes, image.shape[2:], starts)
+    )
     stitched = image.new_empty((1, net.num_classes, rows, cols))
-    for i, line in enumerate(parts):
-        for j, part in enumerate(line):
-            stitched[:, :, i::phases, j::phases] = part
+    for i, top in enumerate(starts[0]):
+        for j, left in enumerate(starts[1]):
+            stitched[:, :, i::phases, j::phases] = net(image[:, :, top:, left:])
     return stitched
 
 
@@ -140,9 +141,9 @@ def _peak_bytes() -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 
 
-def rows(full: bool, repeats: int, threads: int) -> Iterator[Row]:
+def rows(full: bool, strides: list[int], repeats: int, threads: int) -> Iterator[Row]:
     """Measure every stride."""
-    for stride in STRIDES:
+    for stride in strides:
         works = {method: prepared(full, method, stride) for method in ("dilation", "stitch")}
         seconds: dict[str, list[float]] = {method: [] for method in works}
         with torch.inference_mode():
@@ -168,6 +169,7 @@ def main() -> None:
     """Measure, print a table and write JSON if asked."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--full", action="store_true", help="VGG-16 at its full width (minutes)")
+    parser.add_argument("--strides", type=int, nargs="+", default=STRIDES, choices=STRIDES)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--json", type=Path, help="where to write the figures")
@@ -177,7 +179,7 @@ def main() -> None:
     print(f"{name}, {SIZE}x{SIZE} pixels, {options.threads} CPU threads, torch {torch.__version__}")
     print("stride  cells    dilation           shift-and-stitch           time   runs")
     measured = []
-    for row in rows(options.full, options.repeats, options.threads):
+    for row in rows(options.full, options.strides, options.repeats, options.threads):
         measured.append(asdict(row))
         cells = "x".join(map(str, row.cells))
         times = row.dilation_seconds, row.stitch_seconds

@@ -50,13 +50,12 @@ class Features(nn.Sequential):
         """The outputs of several of the layers, by name, in one run."""
         wanted = set(layers)
         found: dict[str, Tensor] = {}
-        children = list(self.named_children())
         x = images
-        for i, (name, module) in enumerate(children):
+        for name, module in self.named_children():
             x = module(x)
             if name in wanted:
-                follower = children[i + 1][1] if i + 1 < len(children) else None
-                found[name] = x.clone() if getattr(follower, "inplace", False) else x
+                # a copy, since activations after it may work in place
+                found[name] = x.clone()
         return found
 
 

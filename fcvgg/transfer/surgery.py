@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx, nn
 
-from fcvgg.capture import capture, dtype_of, one_line
+from fcvgg.capture import capture, device_of, dtype_of, one_line
 from fcvgg.conversion import unwrapped
 from fcvgg.errors import ArgumentError, ConversionError, FcvggError
 from fcvgg.layer_table import short
@@ -254,6 +254,13 @@ def _check_module(new: object) -> None:
 
 def _check_fit(names: LayerNames, source: fx.Node, end: NamedLayer, new: nn.Module) -> None:
     """The new layers take what comes to their place and give what the next layer takes."""
+    for what, of in (("dtype", dtype_of), ("device", device_of)):
+        theirs, ours = of(new), of(names.root)
+        if next(new.parameters(), None) is not None and theirs != ours:
+            raise ConversionError(
+                f"the new layers have {what} {theirs}, and the model {ours}; "
+                f"call new.to({str(ours) if what == 'dtype' else repr(str(ours))}) first"
+            )
     fed, replaced = source.meta.get("value"), end.node.meta.get("value")
     if not isinstance(fed, Tensor) or not isinstance(replaced, Tensor):
         return  # the model does not run at the size it was traced at

@@ -1,0 +1,127 @@
+"""torchvision's classifiers: with the weights it publishes, or with those of a checkpoint."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any
+
+import torch
+import torchvision
+from torch import Tensor, nn
+
+from fcvgg import checkpoints
+from fcvgg.capture import one_line
+from fcvgg.errors import LoadError
+from fcvgg.preprocessing import Preprocess
+
+
+def read(name: str, weights: Any) -> tuple[nn.Module, dict[str, Any]]:
+    """A torchvision classifier with downloaded weights, those of a checkpoint, or random ones.
+
+    Raises:
+        LoadError: if there is no such model, or its weights cannot be had.
+    """
+    check_name(name)
+    if str(weights).endswith(checkpoints.SUFFIXES):
+        return read_checkpoint(Path(weights), name)
+    if weights is None:
+        return _built(name), _settings_of(_published_weights(name))
+    try:
+        entry = torchvision.models.get_model_weights(name)[str(weights).split(".")[-1]]
+    except KeyError as error:
+        names = [w.name for w in torchvision.models.get_model_weights(name)]
+        raise LoadError(
+            f"{name} has no weights {str(weights)!r}; expected {', '.join(names)}, DEFAULT or the "
+            f"path of a checkpoint ({', '.join(checkpoints.SUFFIXES)})"
+        ) from error
+    try:
+        model = torchvision.models.get_model(name, weights=entry, progress=True)
+    except (OSError, RuntimeError) as error:
+        raise LoadError(
+            f"the weights {entry} could not be downloaded ({one_line(error)}); download "
+            f"{entry.url} elsewhere and pass weights=PATH (--weights PATH), or use the demo model"
+        ) from error
+    return model.eval(), _settings_of(entry)
+
+
+def read_checkpoint(path: Path, arch: str | None) -> tuple[nn.Module, dict[str, Any]]:
+    """A torchvision classifier with the parameters of a file, which tells its number of classes.
+
+    Raises:
+        LoadError: if the file is absent or broken, or does not fit the architecture.
+    """
+    state = checkpoints.read_state(path)
+    if arch is None:
+        raise LoadError(
+            f"{path} holds parameters only; pass arch=, its architecture's name such as 'vgg16'"
+        )
+    check_name(arch)
+    classes = _classes_in(state, arch)
+    model = _built(arch, num_classes=classes)
+    checkpoints.load_into(model, state, str(path))
+    settings = _settings_of(_published_weights(arch))
+    if settings.get("categories") and len(settings["categories"]) != classes:
+        del settings["categories"]
+    return model.eval(), settings
+
+
+def _built(name: str, **options: Any) -> nn.Module:
+    if name in ("googlenet", "inception_v3"):
+        options.setdefault("init_weights", True)
+    return torchvision.models.get_model(name, weights=None, **options).eval()  # type: ignore[no-any-return]
+
+
+def _classes_in(state: dict[str, Tensor], arch: str) -> int:
+    """The number of classes: the outputs of the architecture's last layer, in this checkpoint."""
+    with torch.device("meta"):
+        names = [
+            name
+            for name, module in _built(arch).named_modules()
+            if isinstance(module, (nn.Linear, nn.Conv2d))
+        ]
+    weight = state.get(f"{names[-1]}.weight")
+    if weight is None:
+        raise LoadError(
+            f"the checkpoint does not fit {arch}: it has no {names[-1]}.weight, the last layer; "
+            f"it has {', '.join(list(state)[:4])}, ..."
+        )
+    return weight.shape[0]
+
+
+def _published_weights(name: str) -> Any:
+    return torchvision.models.get_model_weights(name)["DEFAULT"]
+
+
+def _settings_of(weights: Any) -> dict[str, Any]:
+    """Preprocessing, categories and native size of torchvision's published weights.
+
+    The resize and crop of classification are left out: a dense network takes the whole image.
+    """
+    transforms = weights.transforms()
+    return {
+        "preprocess": Preprocess(tuple(transforms.mean), tuple(transforms.std)),
+        "categories": weights.meta["categories"],
+        "input_size": transforms.crop_size[0],
+    }
+
+
+def check_name(name: str) -> None:
+    """Refuse a name that no classifier of torchvision's has.
+
+    Raises:
+        LoadError: listing the near ones.
+    """
+    known = names()
+    if name not in known:
+        near = difflib.get_close_matches(name, [*known, "demo"], 4, 0.5)
+        raise LoadError(
+            f"there is no model {name!r}; expected 'demo', a torchvision name"
+            f"{' (near: ' + ', '.join(near) + ')' if near else ''} or timm:NAME, a file .onnx, "
+            f".keras or .h5, or a checkpoint ({', '.join(checkpoints.SUFFIXES)}) with arch="
+        )
+
+
+def names() -> list[str]:
+    """The names of torchvision's classifiers."""
+    return torchvision.models.list_models(module=torchvision.models)
