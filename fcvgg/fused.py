@@ -166,14 +166,14 @@ class PackedWindowLinear(FusedWindowLinear):
     """The same on a CPU through oneDNN, with the weights in its order."""
 
     def _take(self, weight: Tensor, bias: Tensor) -> None:
-        columns = weight.flatten(1).contiguous()  # (O, C*kh*kw)
+        columns = weight.permute(0, 2, 3, 1).reshape(len(weight), -1)  # (O, kh*kw*C)
         self._packed: Any = torch.ops.mkldnn._reorder_linear_weight(columns, _USUAL_ROWS)
         self._bias = bias
 
     def forward(self, x: Tensor) -> Tensor:
         if self.kernel == (1, 1):
             return self._linear(x.movedim(1, -1)).movedim(-1, 1)
-        return by_windows(x, self.kernel, self.dilation, self._linear)
+        return by_windows(x, self.kernel, self.dilation, self._linear, channels_last=True)
 
     def _linear(self, rows: Tensor) -> Tensor:
         attribute = "relu" if self.relu else "none"
@@ -184,6 +184,15 @@ class PackedWindowLinear(FusedWindowLinear):
     def held_bytes(self) -> int:
         inputs = self.in_channels * self.kernel[0] * self.kernel[1]
         return self.out_channels * inputs * self._bias.element_size()
+
+
+class HalvingMaxPool2d(nn.Module):
+    """``nn.MaxPool2d(2)`` without the indices that torch computes beside it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        height, width = (n // 2 * 2 for n in x.shape[2:])
+        rows = torch.maximum(x[:, :, 0:height:2], x[:, :, 1:height:2])
+        return torch.maximum(rows[..., 0:width:2], rows[..., 1:width:2])
 
 
 def has_packing() -> bool:
@@ -223,6 +232,12 @@ def _linear_strip(layer: FusedWindowLinear) -> Sliding:
         columns=0 if pointwise else layer.in_channels * layer.kernel[0] * layer.kernel[1],
         gathers=True,
     )
+
+
+@strip_rule(HalvingMaxPool2d)
+def _pool_strip(pool: HalvingMaxPool2d) -> Sliding:
+    windows = _windows((2, 2), (2, 2), (0, 0), (1, 1))
+    return Sliding(windows, lambda x, part: pool(x), value=-torch.inf, pads_width=True)
 
 
 def _windows(kernel: Pair, stride: Pair, padding: Pair, dilation: Pair) -> Windows:

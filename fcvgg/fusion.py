@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from fcvgg.fused import FusedConv2d, FusedWindowLinear
+from fcvgg.fused import FusedConv2d, FusedWindowLinear, HalvingMaxPool2d
 from fcvgg.graph import graph_module
 from fcvgg.modules import TrainingFlag, WindowLinear
 
@@ -120,6 +120,8 @@ class _Fusion:
         return self._graph.call_module(self._names[key], args, kwargs)
 
     def _own(self, module: nn.Module) -> nn.Module:
+        if self._dtype == torch.bfloat16 and _halves(module):
+            return HalvingMaxPool2d()
         own = copy.deepcopy(module).to(self._dtype)
         return own.requires_grad_(False)
 
@@ -144,6 +146,15 @@ class _Fusion:
     def _is_relu(self, node: fx.Node) -> bool:
         module = self._module(node)
         return type(module) is nn.ReLU if module is not None else node.target in _RELUS
+
+
+def _halves(module: nn.Module) -> bool:
+    """Whether a module is the max pool of 2x2 with stride 2."""
+    settings = ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
+    values = [getattr(module, name, None) for name in settings]
+    two, one, zero = (2, (2, 2)), (1, (1, 1)), (0, (0, 0))
+    expected = (two, two, zero, one, (False,), (False,))
+    return type(module) is nn.MaxPool2d and all(v in e for v, e in zip(values, expected))
 
 
 def _is_plain(layer: nn.Conv2d) -> bool:

@@ -104,15 +104,21 @@ def window_linear(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: Pair
 
 
 def by_windows(
-    x: Tensor, kernel: Pair, dilation: Pair, linear: Callable[[Tensor], Tensor]
+    x: Tensor,
+    kernel: Pair,
+    dilation: Pair,
+    linear: Callable[[Tensor], Tensor],
+    channels_last: bool = False,
 ) -> Tensor:
     """A function of rows ``(n, C*kh*kw) -> (n, O)`` at every window of a map.
 
-    The windows are gathered for `_GEMM_CELLS` cells at a time.
+    The windows are gathered for `_GEMM_CELLS` cells at a time; with `channels_last` their elements
+    come in the order ``(kh, kw, C)``.
     """
     spans = [(k - 1) * d + 1 for k, d in zip(kernel, dilation)]
     windows = x.unfold(2, spans[0], 1).unfold(3, spans[1], 1)  # (N, C, h, w, span, span)
-    windows = windows[..., :: dilation[0], :: dilation[1]].permute(0, 2, 3, 1, 4, 5)
+    windows = windows[..., :: dilation[0], :: dilation[1]]
+    windows = windows.permute((0, 2, 3, 4, 5, 1) if channels_last else (0, 2, 3, 1, 4, 5))
     count, height, width = windows.shape[:3]
 
     def scores(part: Tensor) -> Tensor:

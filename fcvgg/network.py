@@ -220,10 +220,13 @@ class FullyConvolutional(nn.Module):
     ) -> Tensor:
         """Class probabilities by dense evaluation (VGG paper, section 3.2).
 
+        Inputs of equal size are run together.
+
         Args:
             images: one image or a sequence of them, each as for `score_map` and of any size; or a
                 preprocessed batch ``(N, C, H, W)``.
             scales: lengths of the smaller side to which each image is rescaled; None keeps it.
+                Below the window the image is padded with zeros up to it.
             flip: also evaluate the mirrored image.
             average: what is averaged over the map's cells: ``"scores"`` (logits before the softmax;
                 scores that are probabilities or their logarithms are averaged as probabilities), or

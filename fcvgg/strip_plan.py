@@ -30,6 +30,9 @@ _FIXED = 24 << 20
 _STRIP_BYTES = 4 << 20
 """Bytes of a map, per thread, that an operation computes at once: they stay in the cache."""
 
+_POSITIONS = 1024
+"""Positions for which weights are fetched often enough to be used well."""
+
 _LEAST_BYTES = 1 << 18
 """Bytes of it below which an image is rather cut into blocks of columns."""
 
@@ -90,10 +93,14 @@ class Layout:
             row * size / self.size[0] for row, size in zip(rows, height.sizes)
         ]  # bytes of each map for one row of the image
         strip = int(strip_bytes // max(shares))
-        least = [
-            max(strip_bytes // row, 1) if stage.sliding is not None and stage.sliding.weights else 1
-            for row, stage in zip(rows, self.stages)
-        ]
+        least = [1]
+        for i, stage in enumerate(self.stages[1:], 1):
+            if stage.sliding is None or not stage.sliding.weights:
+                least.append(1)
+                continue
+            stride = stage.sliding.windows[0].stride
+            largest = max(rows[i], *(stride * rows[fed] for fed in stage.inputs))
+            least.append(max(min(strip_bytes // largest, -(-_POSITIONS // widths[i])), 1))
         return Schedule(self.stages, height, min(max(strip, 1), self.size[0]), least)
 
     def height(self) -> Extents:

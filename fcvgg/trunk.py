@@ -10,7 +10,7 @@ twice. Layer by layer the numbers are the same as on the whole map, up to the li
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
@@ -56,7 +56,13 @@ def _is_traced() -> bool:
 
 @dataclass(frozen=True)
 class Link:
-    """A layer of the leading chain: one that slides a window, or works on each position."""
+    """A layer of the leading chain.
+
+    Attributes:
+        node: in the network's graph.
+        sliding: how it computes a part of its map; None where it works on each position.
+        call: computes the whole map.
+    """
 
     node: fx.Node
     sliding: Sliding | None
@@ -72,18 +78,21 @@ class Link:
 
 
 def _by_blocks(network: fx.GraphModule, images: Tensor) -> Any:
-    done: dict[fx.Node, Any] = {}
-    x = images
+    """The leading blocks here, and the rest of the graph as it stands."""
+    x, last = images, None
     for block in _blocks(network):
-        if not block_is_large(block, x):
+        if min(_maps(block, x.shape)[-1]) < 1:
             break
-        x = block_in_strips(block, x)
-        done.update(dict.fromkeys([link.node for link in block]))
-        last = block[-1].node
-    if not done:
+        block = _with_relus(network, block, x)
+        x, last = computed(block, x), block[-1].node
+    if last is None:
         return network(images)
-    placeholder = next(n for n in network.graph.nodes if n.op == "placeholder")
-    known = {placeholder: None, **done, last: x}
+    known: dict[fx.Node, Any] = {}
+    for node in network.graph.nodes:
+        known[node] = None
+        if node is last:
+            break
+    known[last] = x
     del x, images
     return fx.Interpreter(network).run(initial_env=known)
 
@@ -124,14 +133,18 @@ def _link(network: fx.GraphModule, node: fx.Node) -> Link | None:
             return None
         if any(w.before != w.after or w.ceil_mode for w in sliding.windows):
             return None
-        return Link(node, sliding, lambda x: x)
-    if not is_positional(kind):
-        return None
+        return Link(node, sliding, _call_of(node, module))
+    return Link(node, None, _call_of(node, module)) if is_positional(kind) else None
+
+
+def _call_of(node: fx.Node, module: nn.Module | None) -> Callable[[Tensor], Tensor]:
+    """What a node computes from a whole map."""
+    target: Any = node.target
     if module is not None:
-        return Link(node, None, module)
+        return module
     if node.op == "call_function":
-        return Link(node, None, lambda x: target(x, *node.args[1:], **node.kwargs))
-    return Link(node, None, lambda x: getattr(x, target)(*node.args[1:], **node.kwargs))
+        return lambda x: target(x, *node.args[1:], **node.kwargs)
+    return lambda x: getattr(x, target)(*node.args[1:], **node.kwargs)
 
 
 def _has_hooks(module: nn.Module) -> bool:
@@ -152,17 +165,61 @@ def _maps(block: Sequence[Link], shape: Sequence[int]) -> list[tuple[int, int, i
     return maps
 
 
-def block_is_large(block: Sequence[Link], x: Tensor) -> bool:
-    """Whether a block's maps are too large to be computed whole."""
-    maps = _maps(block, x.shape)
-    return min(maps[-1]) > 0 and max(map(prod, maps[1:])) * x.element_size() >= _WHOLE_BYTES
+def _with_relus(network: fx.GraphModule, block: Sequence[Link], x: Tensor) -> list[Link]:
+    """The block with convolution and ReLU in one call, where oneDNN computes it."""
+    if not torch.backends.mkldnn.is_available() or x.dtype not in _CHANNELS_LAST:
+        return list(block)
+    if torch.is_autocast_enabled("cpu") or type(x) is not Tensor:
+        return list(block)
+    links: list[Link] = []
+    for link in block:
+        conv = _conv(network, links[-1]) if links and _is_relu(network, link) else None
+        if conv is None or conv.weight.dtype != x.dtype:
+            links.append(link)
+        else:
+            sliding = links.pop().sliding
+            assert sliding is not None
+            run, call = _conv_and_relu(conv)
+            links.append(replace(link, sliding=replace(sliding, run=run), call=call))
+    return links
 
 
-def block_in_strips(block: Sequence[Link], x: Tensor) -> Tensor:
-    """A block's output, computed in strips of rows, image by image."""
+def _conv(network: fx.GraphModule, link: Link) -> nn.Conv2d | None:
+    """The convolution of a link, as a node of its own calls it."""
+    module = network.get_submodule(str(link.node.target)) if link.node.op == "call_module" else None
+    return module if type(module) is nn.Conv2d else None
+
+
+def _is_relu(network: fx.GraphModule, link: Link) -> bool:
+    if link.node.op == "call_module":
+        return type(network.get_submodule(str(link.node.target))) is nn.ReLU
+    return link.node.target in (F.relu, torch.relu, "relu", "relu_")
+
+
+def _conv_and_relu(
+    conv: nn.Conv2d,
+) -> tuple[Callable[[Tensor, Part], Tensor], Callable[[Tensor], Tensor]]:
+    """A convolution and the ReLU after it, on a part of the map and on the whole."""
+    across = (0, int(conv.padding[1]))
+
+    def padded_by(x: Tensor, padding: Any) -> Tensor:
+        return torch.ops.mkldnn._convolution_pointwise(
+            *(x, conv.weight, conv.bias, padding, conv.stride, conv.dilation, conv.groups),
+            *("relu", [], ""),
+        )
+
+    return lambda x, _: padded_by(x, across), lambda x: padded_by(x, conv.padding)
+
+
+def computed(block: Sequence[Link], x: Tensor) -> Tensor:
+    """A block's output: whole, or image by image in strips of rows where its maps are large."""
     maps = _maps(block, x.shape)
-    rows = _rows_of_a_strip(maps, x.element_size())
     channels, height, width = maps[-1]
+    if len(x) * max(map(prod, maps[1:])) * x.element_size() < _WHOLE_BYTES:
+        for link in block:
+            x = link.call(x)
+        return x
+    rows = _rows_of_a_strip(maps, x.element_size())
     result: Tensor | None = None
     for i in range(len(x)):
         for first in range(0, height, rows):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -49,9 +48,7 @@ def run(
     from fcvgg.layer_table import receptive_fields
 
     wanted = size(input_size, "--size")
-    # a saved network is taken as it was checked; any other is built here only to be described
-    options = {} if Path(model).is_dir() else {"verify": False}
-    net = loaded(model, arch=arch, weights=None, **options)
+    net = loaded(model, arch=arch, weights=None, verify=False)  # built only to be described
     table = receptive_fields(net, input_size=wanted)
     frozen = _frozen_layers(net, table)
     say(_layer_table(f"{model} ({net.source})", table, frozen))

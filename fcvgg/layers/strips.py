@@ -194,6 +194,7 @@ def window_linear_call(weight: Tensor, bias: Tensor | None, dilation: Pair) -> S
         run,
         channels=weight.shape[0],
         columns=0 if height.span == width.span == 1 else weight.shape[1:].numel(),
+        weights=weight.numel(),
         gathers=True,
     )
 

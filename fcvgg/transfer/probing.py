@@ -132,6 +132,9 @@ def probe(
         ArgumentError: if an argument is out of range or the classes are too few or too small.
         MissingExtraError: if scikit-learn is not installed.
     """
+    if isinstance(layers, str):
+        raise ArgumentError(f"layers={layers!r} is one name; expected a sequence of names")
+    labels = list(labels)
     counts = Counter(labels)
     _check(images, labels, counts, classifier, folds)
     _check_sklearn()
