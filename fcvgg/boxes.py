@@ -64,7 +64,8 @@ class CellWindows:
         inside = (boxes[:, 2:] > boxes[:, :2]).all(1)
         boxes, scores = boxes[inside], scores[inside]
         kept = nms(torch.from_numpy(boxes[:, [1, 0, 3, 2]]), torch.from_numpy(scores), overlap)
-        return [ScoredBox(*map(int, boxes[i]), float(scores[i])) for i in kept.tolist()]
+        edges = boxes.astype(int).tolist()
+        return [ScoredBox(*edges[i], score=float(scores[i])) for i in kept.tolist()]
 
 
 def cell_windows(

@@ -113,7 +113,7 @@ def _read_pickle(path: Path) -> Any:
 
 def _inert() -> list[Any]:
     """What training scripts keep beside the state and what is plain data: numbers, options."""
-    scalar = np._core.multiarray.scalar if hasattr(np, "_core") else np.core.multiarray.scalar
+    scalar = np.float64(0).__reduce__()[0]  # type: ignore[index]  # what unpickles a number
     kinds = [type(np.dtype(name)) for name in ("float64", "float32", "int64", "int32", "bool")]
     return [scalar, np.dtype, *kinds, argparse.Namespace]
 

@@ -65,7 +65,8 @@ def exported(network: nn.Module, images: tuple[int, int, int, int]) -> ExportedP
     modes = [(module, module.training) for module in network.modules()]
     network.eval()
     try:
-        with shape_config.patch(backed_size_oblivious=True), torch.no_grad():
+        patched = shape_config.patch(backed_size_oblivious=True)  # type: ignore[attr-defined]
+        with patched, torch.no_grad():
             return torch.export.export(network, (example,), dynamic_shapes=(free,), strict=False)
     except Exception as error:
         raise FcvggError(f"torch.export cannot take the network: {one_line(error)}") from error

@@ -48,6 +48,9 @@ class FullyConvolutional(nn.Module):
         equivalence: the report of the check against the source, or None if there was none.
     """
 
+    _loaded_from: str
+    """The prefix of the last checkpoint's keys, by which its problems are reported."""
+
     def __init__(
         self,
         program: Program,
@@ -318,7 +321,7 @@ class FullyConvolutional(nn.Module):
     def save(self, path: str | Path) -> Path:
         """Write a bundle, a folder that `fcvgg.load` reads back bit for bit.
 
-        It holds the parameters (``model.safetensors``) and, in ``config.json``, the graph, geometry,
+        It holds the parameters (``model.safetensors``) and, in ``config.json``, graph, geometry,
         preprocessing, categories and equivalence report. It is written whole or not at all.
 
         Raises:
@@ -389,6 +392,7 @@ def _source_keys(net: nn.Module, state: dict[str, Any], prefix: str, *_: Any) ->
 
 def _report_source_keys(net: nn.Module, incompatible: Any) -> None:
     """Report missing and unexpected keys under the source's names too."""
+    assert isinstance(net, FullyConvolutional)
     prefix = net._loaded_from
     for keys in (incompatible.missing_keys, incompatible.unexpected_keys):
         for i, key in enumerate(keys):

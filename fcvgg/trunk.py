@@ -179,7 +179,7 @@ def _with_relus(network: fx.GraphModule, block: Sequence[Link], x: Tensor) -> li
         else:
             sliding = links.pop().sliding
             assert sliding is not None
-            run, call = _conv_and_relu(conv)
+            run, call = _conv_and_relu(conv, sliding)
             links.append(replace(link, sliding=replace(sliding, run=run), call=call))
     return links
 
@@ -197,18 +197,18 @@ def _is_relu(network: fx.GraphModule, link: Link) -> bool:
 
 
 def _conv_and_relu(
-    conv: nn.Conv2d,
+    conv: nn.Conv2d, sliding: Sliding
 ) -> tuple[Callable[[Tensor, Part], Tensor], Callable[[Tensor], Tensor]]:
     """A convolution and the ReLU after it, on a part of the map and on the whole."""
-    across = (0, int(conv.padding[1]))
+    rows, cols = (window.before for window in sliding.windows)
 
-    def padded_by(x: Tensor, padding: Any) -> Tensor:
+    def padded_by(x: Tensor, padding: Pair) -> Tensor:
         return torch.ops.mkldnn._convolution_pointwise(
             *(x, conv.weight, conv.bias, padding, conv.stride, conv.dilation, conv.groups),
             *("relu", [], ""),
         )
 
-    return lambda x, _: padded_by(x, across), lambda x: padded_by(x, conv.padding)
+    return lambda x, _: padded_by(x, (0, cols)), lambda x: padded_by(x, (rows, cols))
 
 
 def computed(block: Sequence[Link], x: Tensor) -> Tensor:

@@ -267,7 +267,7 @@ def test_parameters_of_no_named_layer_are_not_lost() -> None:
         ("rest", 1),
     ]
     assert fcvgg.trainable_parameters(model)[""] == 1
-    with pytest.raises(fcvgg.ArgumentError, match="^parameters of no named layer have no learning"):
+    with pytest.raises(fcvgg.ArgumentError, match=r"^parameters of no named layer have no lea"):
         fcvgg.parameter_groups(model, {"features": 1e-3, "head": 1e-2})
 
 

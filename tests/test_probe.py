@@ -254,7 +254,6 @@ def test_a_model_without_pools_has_to_name_layers() -> None:
     model = seeded(GlobalPooled, dtype=torch.float32)
     model.pool = torch.nn.Identity()
     batch = list(images(4, 3, 32, 32, dtype=torch.float32))
-    with pytest.raises(
-        fcvgg.ConversionError, match="^GlobalPooled has no pool layer; pass layers="
-    ):
+    message = r"^GlobalPooled has no pool layer; pass layers="
+    with pytest.raises(fcvgg.ConversionError, match=message):
         fcvgg.probe(model, batch, [0, 0, 1, 1], folds=2)

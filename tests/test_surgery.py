@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -85,6 +87,13 @@ def test_names_of_ones_own_sequential_net_and_of_its_conversion() -> None:
     converted = fcvgg.layer_names(fcvgg.convert(model))
     assert converted.names == tuple(n for n in names.names if n != "flatten")
     assert converted["fc6"].path == "8"
+
+
+def test_a_converted_global_pool_ends_no_block() -> None:
+    net = fcvgg.convert(seeded(GlobalPooled), input_size=40)
+    roles = {x.path: x.role for x in fcvgg.layer_names(net)}
+    assert "avgpool" in roles.values()
+    assert [x.name for x in fcvgg.layer_names(net) if x.role == "pool"] == ["pool1"]
 
 
 def test_names_where_forward_calls_functions() -> None:
@@ -410,8 +419,8 @@ def test_inserting_several_and_again() -> None:
             "pool5",
             "pool5",
             nn.Conv2d(32, 32, 3),
-            "the new layers have dtype torch.float32, and the model torch.float64; call new.to(torch"
-            ".float64) first",
+            "the new layers have dtype torch.float32, and the model torch.float64; call "
+            "new.to(torch.float64) first",
         ),
         ("pool5", "pool5", "new", "new=str is no layer; expected a torch.nn.Module, several as"),
     ],
@@ -433,3 +442,21 @@ def test_a_head_that_no_longer_fits_is_named() -> None:
 def test_a_converted_network_is_refused() -> None:
     with pytest.raises(fcvgg.ConversionError, match="fully convolutional already; pass its source"):
         fcvgg.insert_after(fcvgg.convert(SmallVGG()), "pool1", nn.ReLU())
+
+
+def test_the_example_runs(tmp_path: Path) -> None:
+    example = Path(__file__).parents[1] / "examples" / "surgery.py"
+    done = subprocess.run(
+        [sys.executable, "-W", "error", str(example)],
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr
+    starts = dict(re.findall(r"(80 pixels, \w+): accuracy ([\d.]+)", done.stdout))
+    assert float(starts["80 pixels, resample"]) > 0.9
+    assert float(starts["80 pixels, random"]) < 0.6
+    assert float(re.search(r"([\d.]+)% of the mosaic's pixels", done.stdout)[1]) > 85
+    assert (tmp_path / "surgery.png").stat().st_size > 20_000

@@ -120,13 +120,11 @@ def chain_upto(names: LayerNames, end: NamedLayer) -> list[NamedLayer]:
     chain = []
     node = end.node
     while node.op != "placeholder":
-        fed = [
-            n for n in node.all_input_nodes if n.op != "get_attr" and n.target != "training_flag"
-        ]
-        if len(fed) != 1 or len(fed) != len(node.all_input_nodes):
+        fed = node.all_input_nodes
+        if len(fed) != 1:
             raise UnsupportedLayerError(
-                f"{_described(node, names)} is fed by {', '.join(map(str, node.all_input_nodes))}; the "
-                "layers up to a named one must be a chain of layers with parameters of their own"
+                f"{_described(node, names)} is fed by {', '.join(map(str, fed))}; the layers up to "
+                "a named one must be a chain of layers with parameters of their own"
             )
         chain.append(by_node[node])
         node = fed[0]

@@ -19,7 +19,7 @@ from fcvgg.capture import capture, operation_name
 from fcvgg.conversion import infer_input_size, unwrapped
 from fcvgg.errors import ArgumentError, ConversionError
 from fcvgg.layers import is_leaf
-from fcvgg.modules import WindowLinear
+from fcvgg.modules import DilatedAvgPool2d, WindowLinear
 from fcvgg.network import FullyConvolutional
 
 Pair = tuple[int, int]
@@ -224,8 +224,10 @@ def _named(graph: fx.Graph, root: nn.Module) -> list[NamedLayer]:
 def _role_of(node: fx.Node, module: nn.Module | None) -> str:
     if module is None:
         return _FUNCTIONS.get(operation_name(node).removeprefix("Tensor."), "")
-    if module.__class__.__name__ == "DilatedAvgPool2d":
+    if isinstance(module, DilatedAvgPool2d):
         return "pool"
+    if isinstance(module, nn.AvgPool2d) and module.stride in (1, (1, 1)):
+        return "avgpool"  # a converted global pool; it ends no block
     return next((role for classes, role in _MODULES if isinstance(module, classes)), "")
 
 

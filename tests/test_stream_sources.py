@@ -1,0 +1,315 @@
+"""Everything that `fcvgg.stream` reads gives the score map of the same pixels in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from nets import SmallVGG, images, relative_error, seeded
+from numpy.typing import NDArray
+from PIL import Image
+
+import fcvgg
+from fcvgg.errors import FcvggError
+from fcvgg.strip_sources import strip_source
+
+tifffile = pytest.importorskip("tifffile")
+zarr = pytest.importorskip("zarr")
+
+Pixels = NDArray[Any]
+
+
+@pytest.fixture(scope="module")
+def net() -> Any:
+    return fcvgg.convert(seeded(SmallVGG), preprocess=fcvgg.Preprocess.imagenet())
+
+
+def photograph(*shape: int, dtype: Any = np.uint8) -> Pixels:
+    top = np.iinfo(dtype).max
+    return np.random.default_rng(3).integers(0, top, shape, endpoint=True).astype(dtype)
+
+
+def agree(net: Any, source: Any, pixels: Any) -> None:
+    expected = net.score_map(pixels).scores
+    assert relative_error(expected, fcvgg.stream(net, source).scores) <= 1e-12
+    rows = (3, min(9, expected.shape[1]))
+    part = fcvgg.stream(net, source, rows=rows).scores
+    assert relative_error(expected[:, slice(*rows)], part) <= 1e-12
+
+
+# -- arrays ---------------------------------------------------------------------------------------
+
+
+def _memmap(folder: Path, pixels: Pixels) -> Any:
+    np.save(folder / "a.npy", pixels)
+    return np.load(folder / "a.npy", mmap_mode="r")
+
+
+def _zarr(folder: Path, pixels: Pixels) -> Any:
+    array = zarr.create_array(
+        str(folder / "a.zarr"), shape=pixels.shape, dtype=pixels.dtype, chunks=(32, 20, 3)
+    )
+    array[:] = pixels
+    return array
+
+
+def _h5py(folder: Path, pixels: Pixels) -> Any:
+    h5py = pytest.importorskip("h5py")
+    with h5py.File(folder / "a.h5", "w") as file:
+        file.create_dataset("image", data=pixels, chunks=(16, 90, 3))
+    return h5py.File(folder / "a.h5")["image"]
+
+
+def _dask(folder: Path, pixels: Pixels) -> Any:
+    return pytest.importorskip("dask.array").from_array(pixels, chunks=(40, 30, 3))
+
+
+@pytest.mark.parametrize("made", [_memmap, _zarr, _h5py, _dask, lambda _, p: p])
+def test_arrays(net: Any, tmp_path: Path, made: Callable[[Path, Pixels], Any]) -> None:
+    pixels = photograph(111, 90, 3)
+    agree(net, made(tmp_path, pixels), pixels)
+
+
+@pytest.mark.parametrize("shape", [(90, 70), (90, 70, 1), (90, 70, 4)])
+def test_grey_and_transparent_arrays(net: Any, shape: tuple[int, ...]) -> None:
+    agree(net, photograph(*shape), photograph(*shape))
+
+
+def test_sixteen_bits(net: Any) -> None:
+    pixels = photograph(90, 70, 3, dtype=np.uint16)
+    agree(net, pixels, pixels)
+
+
+def test_preprocessed_floats(net: Any) -> None:
+    x = images(1, 3, 90, 70)
+    agree(net, x, x)
+    agree(net, x[0], x)
+    agree(net, x[0].numpy(), x)
+    bare = fcvgg.convert(seeded(SmallVGG))
+    agree(bare, x, x)
+
+
+# -- files ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ending", ["png", "bmp"])
+def test_files_that_pillow_decodes(net: Any, tmp_path: Path, ending: str) -> None:
+    pixels = photograph(95, 70, 3)
+    path = tmp_path / f"image.{ending}"
+    Image.fromarray(pixels).save(path)
+    agree(net, path, pixels)
+    agree(net, str(path), pixels)
+    agree(net, Image.open(path), pixels)
+
+
+def test_jpegs_are_turned_upright(net: Any, tmp_path: Path) -> None:
+    path = tmp_path / "image.jpg"
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(photograph(95, 70, 3)).save(path, exif=exif)
+    agree(net, path, path)
+    assert strip_source(path).size == (70, 95)
+
+
+TIFFS: dict[str, dict[str, Any]] = {
+    "contiguous": {},
+    "big-endian": {"byteorder": ">"},
+    "strips": {"rowsperstrip": 16, "compression": "zlib"},
+    "tiles": {"tile": (32, 48), "compression": "zlib", "predictor": True},
+    "uncompressed tiles": {"tile": (32, 32)},
+    "one strip": {"compression": "zlib", "rowsperstrip": 111},
+    "bigtiff": {"bigtiff": True, "tile": (64, 64)},
+    "planes": {"planarconfig": "separate", "tile": (32, 32)},
+}
+
+
+@pytest.mark.parametrize("kind", TIFFS)
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_tiffs(net: Any, tmp_path: Path, kind: str, dtype: Any) -> None:
+    pixels = photograph(111, 90, 3, dtype=dtype)
+    options = dict(TIFFS[kind])
+    opening = {k: options.pop(k) for k in ("bigtiff", "byteorder") if k in options}
+    stored = pixels.transpose(2, 0, 1) if kind == "planes" else pixels
+    with tifffile.TiffWriter(tmp_path / "a.tif", **opening) as file:
+        file.write(stored, photometric="rgb", **options)
+    agree(net, tmp_path / "a.tif", pixels)
+
+
+def test_tiffs_of_grey_and_palette(net: Any, tmp_path: Path) -> None:
+    grey = photograph(80, 70)
+    for name, values in (("minisblack", grey), ("miniswhite", 255 - grey)):
+        tifffile.imwrite(tmp_path / "a.tif", values, photometric=name)
+        agree(net, tmp_path / "a.tif", grey)
+    image = Image.fromarray(photograph(80, 70, 3)).quantize(32)
+    image.save(tmp_path / "p.tif")
+    agree(net, tmp_path / "p.tif", np.asarray(image.convert("RGB")))
+
+
+def test_jpeg_tiles_and_levels_of_a_pyramid(net: Any, tmp_path: Path) -> None:
+    pytest.importorskip("imagecodecs")
+    ramp = np.linspace(0, 255, 256 * 192 * 3).reshape(256, 192, 3).astype(np.uint8)
+    options = {"tile": (64, 64), "compression": "jpeg", "photometric": "rgb"}
+    with tifffile.TiffWriter(tmp_path / "a.ome.tif", ome=True) as file:
+        file.write(ramp, subifds=1, metadata={"axes": "YXS"}, **options)
+        file.write(ramp[::2, ::2], subfiletype=1, **options)
+    with tifffile.TiffFile(tmp_path / "a.ome.tif") as file:
+        levels = [level.asarray() for level in file.series[0].levels]
+    agree(net, tmp_path / "a.ome.tif", levels[0])
+    agree(net, fcvgg.open_image(tmp_path / "a.ome.tif", level=1), levels[1])
+    with pytest.raises(FcvggError, match=r"has no level 2; it has 2, counted from 0"):
+        fcvgg.open_image(tmp_path / "a.ome.tif", level=2)
+
+
+def test_zarr_folders(net: Any, tmp_path: Path) -> None:
+    pixels = photograph(111, 90, 3)
+    _zarr(tmp_path, pixels)
+    agree(net, tmp_path / "a.zarr", pixels)
+    group = zarr.open_group(str(tmp_path / "ome.zarr"), mode="w")
+    for name, values in (("0", pixels), ("1", pixels[::2, ::2])):
+        planes = values.transpose(2, 0, 1)[None]
+        group.create_array(name, shape=planes.shape, dtype="uint8", chunks=(1, 1, 32, 32))[:] = (
+            planes
+        )
+    axes = [{"name": name} for name in "tcyx"]
+    datasets = [{"path": "0"}, {"path": "1"}]
+    group.attrs["ome"] = {"multiscales": [{"axes": axes, "datasets": datasets}]}
+    agree(net, tmp_path / "ome.zarr", pixels)
+    agree(net, fcvgg.open_image(tmp_path / "ome.zarr", level=1), pixels[::2, ::2])
+
+
+def test_raster_datasets(net: Any) -> None:
+    pixels = photograph(90, 70, 3)
+
+    def read(window: Any) -> Pixels:
+        (top, bottom), (left, right) = window
+        return pixels[top:bottom, left:right].transpose(2, 0, 1)
+
+    dataset = SimpleNamespace(
+        read=read, height=90, width=70, count=3, dtypes=["uint8"] * 3, block_shapes=[(16, 70)] * 3
+    )
+    agree(net, dataset, pixels)
+
+
+def test_a_block_of_rows_is_read_once(net: Any) -> None:
+    calls: list[tuple[int, int]] = []
+
+    class Blocked:
+        array = photograph(128, 60, 3)
+        shape, dtype, chunks = array.shape, array.dtype, (32, 60, 3)
+
+        def __getitem__(self, key: Any) -> Any:
+            calls.append((key[0].start, key[0].stop))
+            return self.array[key]
+
+    agree(net, Blocked(), Blocked.array)
+    assert calls[:4] == [(0, 32), (32, 64), (64, 96), (96, 128)]
+
+
+# -- bad input ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (np.zeros((0, 40, 3), np.uint8), "has no pixels"),
+        (np.zeros((40, 40, 2), np.uint8), "has 2 channels; expected 1, 3 or 4"),
+        (np.zeros((3, 40, 40), np.uint8), "has 40 channels; expected 1, 3 or 4"),
+        (np.zeros((40, 40, 3), np.int32), "holds int32, which has no known range"),
+        (np.zeros((40, 40, 3), bool), "holds bool, which has no known range"),
+        (np.zeros((40, 40, 3), np.float32), "takes 3 channels, and the array .* has 40"),
+        (np.zeros((2, 3, 40, 40), np.float32), "is no preprocessed image"),
+        (np.zeros(40, np.uint8), "is no image; expected"),
+        (torch.zeros((3, 40, 40), dtype=torch.uint8), "taken as preprocessed and must hold floats"),
+        (None, "NoneType is no image"),
+        ("absent.tif", "there is no image file absent.tif"),
+    ],
+)
+def test_unusable_sources(net: Any, source: Any, message: str) -> None:
+    with pytest.raises(FcvggError, match=message):
+        fcvgg.stream(net, source)
+
+
+def test_pixels_without_preprocessing() -> None:
+    bare = fcvgg.convert(seeded(SmallVGG), verify=False)
+    with pytest.raises(FcvggError, match="preprocessing is unknown"):
+        fcvgg.stream(bare, photograph(40, 40, 3))
+    resizing = fcvgg.Preprocess.imagenet(resize=64)
+    bare.preprocess = resizing
+    with pytest.raises(FcvggError, match=r"resizes images to 64, and a streamed image keeps"):
+        fcvgg.stream(bare, photograph(40, 40, 3))
+
+
+def test_broken_files(net: Any, tmp_path: Path) -> None:
+    whole = tmp_path / "whole.tif"
+    tifffile.imwrite(whole, photograph(90, 70, 3), photometric="rgb", tile=(32, 32))
+    data = whole.read_bytes()
+    cut = tmp_path / "cut.tif"
+    for share in (0.9, 0.5, 0.01):
+        cut.write_bytes(data[: int(len(data) * share)])
+        with pytest.raises(FcvggError, match=r"cut.tif is (truncated|no readable TIFF)"):
+            fcvgg.stream(net, cut)
+    (tmp_path / "empty.png").write_bytes(b"")
+    with pytest.raises(FcvggError, match="is empty"):
+        fcvgg.stream(net, tmp_path / "empty.png")
+    (tmp_path / "text.png").write_text("no image")
+    with pytest.raises(FcvggError, match="is no image that can be read"):
+        fcvgg.stream(net, tmp_path / "text.png")
+    tifffile.imwrite(cut, np.zeros((40, 40, 3), np.float32), photometric="rgb")
+    with pytest.raises(FcvggError, match="holds float32, which has no known range"):
+        fcvgg.stream(net, cut)
+    tifffile.imwrite(cut, photograph(5, 40, 40), photometric="minisblack")
+    with pytest.raises(FcvggError, match=r"expected one plane"):
+        fcvgg.stream(net, cut)
+    tifffile.imwrite(cut, photograph(40, 40, 3), photometric="rgb", extratags=[(274, 3, 1, 6, True)])
+    with pytest.raises(FcvggError, match=r"stored turned \(TIFF orientation 6\)"):
+        fcvgg.stream(net, cut)
+    with pytest.raises(FcvggError, match="is a folder and no zarr image"):
+        fcvgg.stream(net, tmp_path)
+
+
+def test_a_corrupt_tile(net: Any, tmp_path: Path) -> None:
+    path = tmp_path / "a.tif"
+    options = {"tile": (32, 32), "compression": "zlib", "photometric": "rgb"}
+    tifffile.imwrite(path, photograph(90, 70, 3), **options)
+    with tifffile.TiffFile(path) as file:
+        offset = file.pages[0].dataoffsets[4]
+    data = bytearray(path.read_bytes())
+    data[offset : offset + 40] = bytes(40)
+    path.write_bytes(data)
+    with pytest.raises(FcvggError, match=r"rows 32 to 64 of .*a.tif cannot be read"):
+        fcvgg.stream(net, path)
+
+
+def test_files_that_shrink_while_they_are_read(net: Any, tmp_path: Path) -> None:
+    path = tmp_path / "a.tif"
+    tifffile.imwrite(path, photograph(90, 70, 3), photometric="rgb")
+    source = fcvgg.open_image(path)
+    path.write_bytes(path.read_bytes()[:9000])
+    with pytest.raises(FcvggError, match="a.tif has shrunk while it was read"):
+        fcvgg.stream(net, source)
+    mapped = _memmap(tmp_path, photograph(90, 70, 3))
+    data = (tmp_path / "a.npy").read_bytes()
+    (tmp_path / "a.npy").write_bytes(data[:9000])
+    with pytest.raises(FcvggError, match="a.npy has shrunk while it was read"):
+        fcvgg.stream(net, mapped)
+
+
+def test_a_decompression_bomb(net: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Image.fromarray(photograph(90, 70, 3)).save(tmp_path / "a.png")
+    tifffile.imwrite(tmp_path / "a.tif", photograph(90, 70, 3), photometric="rgb")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.raises(FcvggError, match=r"beyond Pillow's limit: .* tiled TIFF"):
+        fcvgg.stream(net, tmp_path / "a.png")
+    agree(net, tmp_path / "a.tif", photograph(90, 70, 3))
+
+
+def test_a_missing_package(net: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tifffile.imwrite(tmp_path / "a.tif", photograph(90, 70, 3), photometric="rgb")
+    monkeypatch.setitem(__import__("sys").modules, "tifffile", None)
+    with pytest.raises(FcvggError, match=r"'tifffile'.*pip install 'fcvgg\[stream\]'"):
+        fcvgg.stream(net, tmp_path / "a.tif")
