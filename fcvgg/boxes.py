@@ -64,8 +64,11 @@ class CellWindows:
         inside = (boxes[:, 2:] > boxes[:, :2]).all(1)
         boxes, scores = boxes[inside], scores[inside]
         kept = nms(torch.from_numpy(boxes[:, [1, 0, 3, 2]]), torch.from_numpy(scores), overlap)
-        edges = boxes.astype(int).tolist()
-        return [ScoredBox(*edges[i], score=float(scores[i])) for i in kept.tolist()]
+        edges, scores = boxes[kept.numpy()].astype(int), scores[kept.numpy()]
+        return [
+            ScoredBox(top, left, bottom, right, score)
+            for (top, left, bottom, right), score in zip(edges.tolist(), scores.tolist())
+        ]
 
 
 def cell_windows(

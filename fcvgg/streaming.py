@@ -403,6 +403,7 @@ def _description(job: StreamJob) -> dict[str, Any]:
         "image_size": list(job.source.size),
         "rows": list(job.layout.rows),
         "classes": list(job.selection.indices),
+        "all_classes": job.selection.whole,
         "categories": None if categories is None else list(categories),
         "activation": job.selection.activation,
         "dtype": str(dtype_of(job.net)).removeprefix("torch."),

@@ -69,5 +69,6 @@ for _module in (
     layers,
     conversion,
     probing,
+    streaming,
 ):
     app.command(_module.NAME, epilog=examples(*_module.EXAMPLES))(reporting_errors(_module.run))

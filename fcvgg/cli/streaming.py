@@ -1,0 +1,80 @@
+"""``fcvgg stream``: the score map of an image larger than memory, on disk."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fcvgg.cli.console import say, say_wrote
+from fcvgg.cli.options import Arch, Model, OutputStride, Weights, loaded
+
+NAME = "stream"
+EXAMPLES = (
+    "fcvgg stream slide.tif -o scores.zarr",
+    "fcvgg stream slide.ome.tif -o tumour.zarr --level 1 --classes argmax --memory 2GiB",
+    "fcvgg heatmap scores.zarr --target tumour",
+)
+
+
+def run(
+    slide: Annotated[
+        Path,
+        typer.Argument(
+            metavar="SLIDE", help="TIFF, OME-TIFF, zarr, or what Pillow reads.", show_default=False
+        ),
+    ],
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="OUT.zarr",
+            help="Where to write the score map; the same call resumes an interrupted one.",
+            show_default=False,
+        ),
+    ],
+    model: Model = "vgg16",
+    weights: Weights = "DEFAULT",
+    arch: Arch = None,
+    classes: Annotated[
+        str | None,
+        typer.Option(
+            "--classes",
+            "-c",
+            metavar="NAMES",
+            help="Classes to keep, by name or index, with commas between them; 'argmax' for every "
+            "cell's best class, or 'top5'.",
+            show_default="all",
+        ),
+    ] = None,
+    memory: Annotated[
+        str, typer.Option("--memory", metavar="SIZE", help="What may be used, such as 2GiB.")
+    ] = "1GiB",
+    level: Annotated[
+        int, typer.Option("--level", min=0, help="The level of a pyramid; 0 is the full size.")
+    ] = 0,
+    output_stride: OutputStride = None,
+) -> None:
+    """Write the score map of an image of any size, in bounded memory."""
+    from fcvgg.streaming import stream
+    from fcvgg.strip_sources import open_image
+
+    source = open_image(slide, level)
+    net = loaded(model, weights=weights, arch=arch, output_stride=output_stride)
+    store = stream(
+        net, source, out=output, classes=_classes(classes), memory=memory, progress=True
+    )
+    height, width = source.size
+    shape = "x".join(map(str, store.array.shape))
+    say(f"{slide}: {height}x{width} pixels gave {shape} {store.description['kind']}")
+    say_wrote(output)
+
+
+def _classes(text: str | None) -> str | list[int | str] | None:
+    """Names and indices, from ``cat,dog,281``."""
+    if text in (None, "argmax", "top5"):
+        return text
+    names = [name.strip() for name in text.split(",")]  # type: ignore[union-attr]
+    return [int(name) if name.isdecimal() else name for name in names if name]

@@ -1,0 +1,222 @@
+"""Pictures of a score map on disk: an overlay thumbnail, and a pyramid of the image's full size."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from fcvgg.categories import class_index, class_name
+from fcvgg.errors import ArgumentError, CategoryError, FcvggError, ImageError
+from fcvgg.files import written_whole
+from fcvgg.geometry import Axis, Geometry
+from fcvgg.heatmap import Heatmap
+from fcvgg.probability import to_probabilities
+from fcvgg.score_store import ScoreStore
+from fcvgg.sources.extras import imported
+from fcvgg.strip_sources import StripSource
+
+Pair = tuple[int, int]
+
+THUMBNAIL = 1600
+"""Pixels of a thumbnail's larger side."""
+
+_TILE = 512
+_SMALLEST_LEVEL = 512
+_READ_BYTES = 64 << 20
+
+
+class SlideMap:
+    """One class's probability over an image, from a score map on disk.
+
+    Args:
+        store: a finished score map.
+        target: a class index or category name; None for the class with the highest average score,
+            or the only one.
+
+    Raises:
+        CategoryError: if the class is unknown or its probability cannot be known from the map.
+    """
+
+    def __init__(self, store: ScoreStore, target: int | str | None = None):
+        if not store.complete:
+            raise FcvggError(f"{store.path} is not finished; the call that began it resumes it")
+        self._description = store.description
+        self.path = store.path
+        self.geometry = Geometry.from_dict(store.description["geometry"])
+        self.image_size: Pair = tuple(store.description["image_size"])
+        names = store.description["categories"]
+        self.index = _target(store, target)
+        self.label = class_name(self.index, names)
+        self.cells = _probabilities(store, self.index)  # (h, w)
+
+    def sampled(self, ys: NDArray[Any], xs: NDArray[Any]) -> NDArray[np.float32]:
+        """The probability at points of the image, ``(len(ys), len(xs))``.
+
+        It is interpolated between the cells' centres and held outside them.
+        """
+        (top, y), (left, x) = (
+            _neighbours(axis, points, n)
+            for axis, points, n in zip(self.geometry.axes, (ys, xs), self.cells.shape)
+        )
+        bottom = np.minimum(top + 1, self.cells.shape[0] - 1)
+        right = np.minimum(left + 1, self.cells.shape[1] - 1)
+        rows = self.cells[top] * (1 - y)[:, None] + self.cells[bottom] * y[:, None]
+        return (rows[:, left] * (1 - x) + rows[:, right] * x).astype(np.float32)
+
+    def heatmap(self, source: StripSource | None = None, side: int = THUMBNAIL) -> Heatmap:
+        """A heatmap of reduced size, on a thumbnail of the image if it is given.
+
+        Raises:
+            ImageError: if the image has another size than the streamed one.
+        """
+        height, width = self.image_size
+        factor = max(max(height, width) / side, 1.0)
+        size = (max(round(height / factor), 1), max(round(width / factor), 1))
+        ys, xs = (_points(n, m) for n, m in zip(size, self.image_size))
+        rows, cols = (
+            _within(axis, points, n)
+            for axis, points, n in zip(self.geometry.axes, (ys, xs), self.cells.shape)
+        )
+        if source is not None and source.size != self.image_size:
+            raise ImageError(
+                f"{source.name} has size {source.size}, and {self.path} was made of an image of "
+                f"size {self.image_size}"
+            )
+        picture = None if source is None else _thumbnail(source, ys, xs)
+        values = self.sampled(ys, xs).clip(0, 1)
+        return Heatmap(values, rows[:, None] & cols[None, :], self.label, picture)
+
+    def save_pyramid(self, path: str | Path) -> Path:
+        """Write the probability at every pixel as a pyramidal OME-TIFF, 0 to 255 for 0 to 1.
+
+        napari and QuPath open it and lay it on the slide, whose size it has.
+
+        Raises:
+            FcvggError: if it cannot be written.
+        """
+        path = Path(path)
+        if not path.name.lower().endswith((".tif", ".tiff")):
+            raise ArgumentError(f"{path.name!r} is no TIFF; expected a name in .ome.tif")
+        tifffile = imported("tifffile", "stream")
+        sizes = self._levels()
+        options: dict[str, Any] = {
+            "tile": (_TILE, _TILE),
+            "dtype": "uint8",
+            "compression": "zlib",
+            "photometric": "minisblack",
+        }
+        with (
+            written_whole(path) as temporary,
+            tifffile.TiffWriter(temporary, bigtiff=True, ome=True) as file,
+        ):
+            for level, size in enumerate(sizes):
+                options["metadata"] = {"axes": "YX", "Name": self.label} if level == 0 else None
+                if level == 0:
+                    file.write(self._tiles(size), shape=size, subifds=len(sizes) - 1, **options)
+                else:
+                    file.write(self._tiles(size), shape=size, subfiletype=1, **options)
+        return path
+
+    def _levels(self) -> list[Pair]:
+        sizes = [self.image_size]
+        while max(sizes[-1]) > _SMALLEST_LEVEL:
+            height, width = sizes[-1]
+            sizes.append((-(-height // 2), -(-width // 2)))
+        return sizes
+
+    def _tiles(self, size: Pair) -> Iterator[NDArray[np.uint8]]:
+        ys, xs = (_points(n, m) for n, m in zip(size, self.image_size))
+        for top in range(0, size[0], _TILE):
+            for left in range(0, size[1], _TILE):
+                values = self.sampled(ys[top : top + _TILE], xs[left : left + _TILE])
+                yield np.round(values.clip(0, 1) * 255).astype(np.uint8)
+
+
+def _target(store: ScoreStore, target: int | str | None) -> int:
+    """The class's place among those of the map."""
+    description = store.description
+    names, kind = description["categories"], description["kind"]
+    if kind == "top5":
+        raise CategoryError(
+            f"{store.path} holds the top five of every cell; a heatmap needs scores of a class"
+        )
+    count = store.array.shape[0] if kind == "scores" else len(names or ()) or 1 << 31
+    if target is not None:
+        return class_index(target, names, count)
+    if kind == "argmax":
+        labels, counts = np.unique(store.array[:], return_counts=True)
+        return max(int(labels[counts.argmax()]), 0)
+    if count == 1:
+        return 0
+    totals = sum(store.array[:, rows].sum((1, 2), dtype=float) for rows in _row_ranges(store))
+    return int(np.argmax(totals))
+
+
+def _probabilities(store: ScoreStore, index: int) -> NDArray[np.float32]:
+    description, array = store.description, store.array
+    if description["kind"] == "argmax":
+        return (array[:] == index).astype(np.float32)
+    activation = description["activation"]
+    if activation != "logits":
+        return to_probabilities(torch.from_numpy(array[index][None]), activation)[0].float().numpy()
+    if not description["all_classes"]:
+        raise CategoryError(
+            f"{store.path} holds the logits of some of the classes, and probabilities need those of"
+            " all; stream without classes"
+        )
+    bands = [
+        to_probabilities(torch.from_numpy(array[:, rows]), activation)[index].float()
+        for rows in _row_ranges(store)
+    ]
+    return torch.cat(bands).numpy()
+
+
+def _row_ranges(store: ScoreStore) -> Iterator[slice]:
+    """Rows a few at a time, in whole chunks."""
+    *lead, height, width = store.array.shape
+    row = int(np.prod([*lead, width])) * store.array.dtype.itemsize
+    step = max(_READ_BYTES // row // store.chunk_rows, 1) * store.chunk_rows
+    for first in range(0, height, step):
+        yield slice(first, min(first + step, height))
+
+
+def _points(size: int, pixels: int) -> NDArray[np.float64]:
+    """Where `size` samples lie on an axis of `pixels`."""
+    return (np.arange(size) + 0.5) * (pixels / size) - 0.5
+
+
+def _places(axis: Axis, points: NDArray[Any]) -> NDArray[Any]:
+    return (points - axis.centre_of(0)) / axis.stride
+
+
+def _neighbours(axis: Axis, points: NDArray[Any], cells: int) -> tuple[NDArray[Any], NDArray[Any]]:
+    """The cell before each point, and how far the point is on the way to the next."""
+    places = _places(axis, points).clip(0, cells - 1)
+    first = np.floor(places).astype(int)
+    return first, (places - first).astype(np.float32)
+
+
+def _within(axis: Axis, points: NDArray[Any], cells: int) -> NDArray[np.bool_]:
+    """Which points lie between the first and the last centre; the nearest one if none does."""
+    places = _places(axis, points)
+    inside = (places >= 0) & (places <= cells - 1)
+    if not inside.any():
+        inside[np.abs(places - (cells - 1) / 2).argmin()] = True
+    return inside
+
+
+def _thumbnail(source: StripSource, ys: NDArray[Any], xs: NDArray[Any]) -> Image.Image:
+    """The image's nearest pixels."""
+    if source.preprocessed:
+        raise ImageError(f"{source.name} is preprocessed and has no picture")
+    cols = np.round(xs).astype(int).clip(0, source.size[1] - 1)
+    rows = np.round(ys).astype(int).clip(0, source.size[0] - 1)
+    lines = [source.read((int(y), int(y) + 1), (0, source.size[1]))[0, cols] for y in rows]
+    pixels = np.stack(lines)
+    return Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
