@@ -4,135 +4,165 @@
 >>> net(images)                                       # (N, C, H, W) -> (N, K, h, w)
 """
 
+from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from fcvgg.boxes import ScoredBox
-from fcvgg.conversion import convert
-from fcvgg.effective_field import EffectiveReceptiveField, effective_receptive_field
-from fcvgg.errors import (
-    ArgumentError,
-    CaptureError,
-    CategoryError,
-    ConversionError,
-    DatasetError,
-    EquivalenceError,
-    FcvggError,
-    GeometryError,
-    ImageError,
-    InputSizeError,
-    LoadError,
-    MissingExtraError,
-    PreprocessError,
-    RefusedLayerError,
-    UnsupportedLayerError,
-)
-from fcvgg.evaluation import Evaluation, evaluate
-from fcvgg.geometry import Geometry
-from fcvgg.heatmap import Heatmap
-from fcvgg.layer_table import LayerTable, receptive_fields
-from fcvgg.loading import load
-from fcvgg.network import FullyConvolutional
-from fcvgg.optimization import OptimizedNetwork, optimize
-from fcvgg.preprocessing import Preprocess
-from fcvgg.score_map import ScoreMap
-from fcvgg.streaming import stream
-from fcvgg.strip_sources import open_image
-from fcvgg.transfer import (
-    Features,
-    GeometryChanges,
-    LayerNames,
-    Probe,
-    features_upto,
-    for_input_size,
-    freeze_,
-    geometry_changes,
-    insert_after,
-    layer_names,
-    loss_for,
-    parameter_groups,
-    plot_features,
-    probe,
-    replace_head,
-    replace_layers,
-    trainable_parameters,
-    unfreeze_,
-)
-from fcvgg.verification import Equivalence, verify
-from fcvgg.window_comparison import WindowComparison, compare_windows
-
 __version__ = "0.1.0"
 
-__all__ = [
-    "ArgumentError",
-    "CaptureError",
-    "CategoryError",
-    "ConversionError",
-    "DatasetError",
-    "EffectiveReceptiveField",
-    "Equivalence",
-    "EquivalenceError",
-    "Evaluation",
-    "FcvggError",
-    "Features",
-    "FullyConvolutional",
-    "Geometry",
-    "GeometryChanges",
-    "GeometryError",
-    "Heatmap",
-    "ImageError",
-    "InputSizeError",
-    "LayerNames",
-    "LayerTable",
-    "LoadError",
-    "MissingExtraError",
-    "OptimizedNetwork",
-    "Preprocess",
-    "PreprocessError",
-    "Probe",
-    "RefusedLayerError",
-    "ScoreMap",
-    "ScoredBox",
-    "UnsupportedLayerError",
-    "VGGFeatures",
-    "WindowComparison",
-    "compare_windows",
-    "convert",
-    "effective_receptive_field",
-    "evaluate",
-    "features_upto",
-    "for_input_size",
-    "freeze_",
-    "geometry_changes",
-    "insert_after",
-    "layer_names",
-    "load",
-    "loss_for",
-    "open_image",
-    "optimize",
-    "parameter_groups",
-    "plot_features",
-    "probe",
-    "receptive_fields",
-    "replace_head",
-    "replace_layers",
-    "stream",
-    "trainable_parameters",
-    "unfreeze_",
-    "verify",
-]
+if TYPE_CHECKING:
+    from fcvgg.boxes import ScoredBox as ScoredBox
+    from fcvgg.conversion import convert as convert
+    from fcvgg.effective_field import EffectiveReceptiveField as EffectiveReceptiveField
+    from fcvgg.effective_field import effective_receptive_field as effective_receptive_field
+    from fcvgg.errors import ArgumentError as ArgumentError
+    from fcvgg.errors import CaptureError as CaptureError
+    from fcvgg.errors import CategoryError as CategoryError
+    from fcvgg.errors import ConversionError as ConversionError
+    from fcvgg.errors import DatasetError as DatasetError
+    from fcvgg.errors import EquivalenceError as EquivalenceError
+    from fcvgg.errors import FcvggError as FcvggError
+    from fcvgg.errors import GeometryError as GeometryError
+    from fcvgg.errors import ImageError as ImageError
+    from fcvgg.errors import InputSizeError as InputSizeError
+    from fcvgg.errors import LoadError as LoadError
+    from fcvgg.errors import MissingExtraError as MissingExtraError
+    from fcvgg.errors import PreprocessError as PreprocessError
+    from fcvgg.errors import RefusedLayerError as RefusedLayerError
+    from fcvgg.errors import UnsupportedLayerError as UnsupportedLayerError
+    from fcvgg.evaluation import Evaluation as Evaluation
+    from fcvgg.evaluation import evaluate as evaluate
+    from fcvgg.geometry import Geometry as Geometry
+    from fcvgg.heatmap import Heatmap as Heatmap
+    from fcvgg.layer_table import LayerTable as LayerTable
+    from fcvgg.layer_table import receptive_fields as receptive_fields
+    from fcvgg.loading import load as load
+    from fcvgg.network import FullyConvolutional as FullyConvolutional
+    from fcvgg.optimization import OptimizedNetwork as OptimizedNetwork
+    from fcvgg.optimization import optimize as optimize
+    from fcvgg.preprocessing import Preprocess as Preprocess
+    from fcvgg.score_map import ScoreMap as ScoreMap
+    from fcvgg.streaming import stream as stream
+    from fcvgg.strip_sources import open_image as open_image
+    from fcvgg.transfer import Features as Features
+    from fcvgg.transfer import GeometryChanges as GeometryChanges
+    from fcvgg.transfer import LayerNames as LayerNames
+    from fcvgg.transfer import Probe as Probe
+    from fcvgg.transfer import features_upto as features_upto
+    from fcvgg.transfer import for_input_size as for_input_size
+    from fcvgg.transfer import freeze_ as freeze_
+    from fcvgg.transfer import geometry_changes as geometry_changes
+    from fcvgg.transfer import insert_after as insert_after
+    from fcvgg.transfer import layer_names as layer_names
+    from fcvgg.transfer import loss_for as loss_for
+    from fcvgg.transfer import parameter_groups as parameter_groups
+    from fcvgg.transfer import plot_features as plot_features
+    from fcvgg.transfer import probe as probe
+    from fcvgg.transfer import replace_head as replace_head
+    from fcvgg.transfer import replace_layers as replace_layers
+    from fcvgg.transfer import trainable_parameters as trainable_parameters
+    from fcvgg.transfer import unfreeze_ as unfreeze_
+    from fcvgg.transfer.estimators import VGGFeatures as VGGFeatures
+    from fcvgg.verification import Equivalence as Equivalence
+    from fcvgg.verification import verify as verify
+    from fcvgg.window_comparison import WindowComparison as WindowComparison
+    from fcvgg.window_comparison import compare_windows as compare_windows
+
+_PUBLIC: dict[str, tuple[str, ...]] = {
+    "boxes": ("ScoredBox",),
+    "conversion": ("convert",),
+    "effective_field": (
+        "EffectiveReceptiveField",
+        "effective_receptive_field",
+    ),
+    "errors": (
+        "ArgumentError",
+        "CaptureError",
+        "CategoryError",
+        "ConversionError",
+        "DatasetError",
+        "EquivalenceError",
+        "FcvggError",
+        "GeometryError",
+        "ImageError",
+        "InputSizeError",
+        "LoadError",
+        "MissingExtraError",
+        "PreprocessError",
+        "RefusedLayerError",
+        "UnsupportedLayerError",
+    ),
+    "evaluation": (
+        "Evaluation",
+        "evaluate",
+    ),
+    "geometry": ("Geometry",),
+    "heatmap": ("Heatmap",),
+    "layer_table": (
+        "LayerTable",
+        "receptive_fields",
+    ),
+    "loading": ("load",),
+    "network": ("FullyConvolutional",),
+    "optimization": (
+        "OptimizedNetwork",
+        "optimize",
+    ),
+    "preprocessing": ("Preprocess",),
+    "score_map": ("ScoreMap",),
+    "streaming": ("stream",),
+    "strip_sources": ("open_image",),
+    "transfer": (
+        "Features",
+        "GeometryChanges",
+        "LayerNames",
+        "Probe",
+        "features_upto",
+        "for_input_size",
+        "freeze_",
+        "geometry_changes",
+        "insert_after",
+        "layer_names",
+        "loss_for",
+        "parameter_groups",
+        "plot_features",
+        "probe",
+        "replace_head",
+        "replace_layers",
+        "trainable_parameters",
+        "unfreeze_",
+    ),
+    "transfer.estimators": ("VGGFeatures",),
+    "verification": (
+        "Equivalence",
+        "verify",
+    ),
+    "window_comparison": (
+        "WindowComparison",
+        "compare_windows",
+    ),
+}
+"""The public names by the module that holds them.
+
+A name is imported where it is first asked for: torch and torchvision take seconds to import, which
+``fcvgg --help`` should not, and VGGFeatures needs scikit-learn, which is optional.
+"""
+
+_HOMES = {name: module for module, names in _PUBLIC.items() for name in names}
+
+__all__ = sorted(_HOMES)
 
 if find_spec("sklearn") is None:  # so that ``from fcvgg import *`` works without the extra
     __all__.remove("VGGFeatures")
 
-if TYPE_CHECKING:
-    from fcvgg.transfer.estimators import VGGFeatures
-
 
 def __getattr__(name: str) -> Any:
-    """`VGGFeatures`, which derives from scikit-learn's classes, is made where it is asked for."""
-    if name == "VGGFeatures":
-        from fcvgg.transfer.estimators import VGGFeatures
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"fcvgg.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
 
-        return VGGFeatures
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})

@@ -27,6 +27,9 @@ ATTRIBUTE = "fcvgg"
 FORMAT = 1
 
 _PROGRESS = "fcvgg-progress.json"
+_MAY_DIFFER = ("blocks", "strip_bytes", "source")
+"""How the map is computed, and where the image lies now."""
+
 _CHUNK_CHANNELS = 64
 _CHUNK_COLS = 512
 
@@ -173,7 +176,7 @@ def check_same(store: ScoreStore, description: Mapping[str, Any]) -> None:
     wanted = json.loads(json.dumps(dict(description)))
     for key, value in wanted.items():
         found = store.description.get(key)
-        if key not in ("blocks", "strip_bytes") and found != value:
+        if key not in _MAY_DIFFER and found != value:
             raise FcvggError(
                 f"{store.path} exists and holds another score map: its {key.replace('_', ' ')} "
                 f"is{_shown(found, value)}; choose another name, or remove it"

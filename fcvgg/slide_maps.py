@@ -19,7 +19,7 @@ from fcvgg.heatmap import Heatmap
 from fcvgg.probability import to_probabilities
 from fcvgg.score_store import ScoreStore
 from fcvgg.sources.extras import imported
-from fcvgg.strip_sources import StripSource
+from fcvgg.strip_sources import StripSource, open_image
 
 Pair = tuple[int, int]
 
@@ -68,6 +68,13 @@ class SlideMap:
         right = np.minimum(left + 1, self.cells.shape[1] - 1)
         rows = self.cells[top] * (1 - y)[:, None] + self.cells[bottom] * y[:, None]
         return (rows[:, left] * (1 - x) + rows[:, right] * x).astype(np.float32)
+
+    def source(self) -> StripSource | None:
+        """The image that was streamed, if it was a file and is still there."""
+        path = self._description["source"]
+        if path is None or not Path(path).exists():
+            return None
+        return open_image(path, self._description["level"])
 
     def heatmap(self, source: StripSource | None = None, side: int = THUMBNAIL) -> Heatmap:
         """A heatmap of reduced size, on a thumbnail of the image if it is given.

@@ -409,6 +409,8 @@ def _description(job: StreamJob) -> dict[str, Any]:
         "dtype": str(dtype_of(job.net)).removeprefix("torch."),
         "weights": _weights_checksum(job.net),
         "image": _image_checksum(job),
+        "source": None if job.source.path is None else str(job.source.path.resolve()),
+        "level": job.source.level,
     }
 
 

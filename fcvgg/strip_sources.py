@@ -50,9 +50,13 @@ class StripSource:
         preprocessed: whether it gives preprocessed floats rather than ``uint8`` pixels.
         resident: bytes that it holds in memory as a whole.
         block_rows: rows that the file or array can only give together; they are held while needed.
+        path: of the file, if it is one.
+        level: of the pyramid in the file.
     """
 
     name = "the image"
+    path: Path | None = None
+    level = 0
     size: Pair
     channels: int
     itemsize = 1
@@ -181,7 +185,7 @@ class PillowSource(StripSource):
     def __init__(self, image: Image.Image | Path):
         super().__init__()
         self._image: Image.Image | None = None
-        self._path = image if isinstance(image, Path) else None
+        self.path = image if isinstance(image, Path) else None
         if isinstance(image, Path):
             self.name = str(image)
             with _opened(image) as file:
@@ -197,7 +201,7 @@ class PillowSource(StripSource):
 
     def strip(self, rows: Pair, cols: Pair, channels: int) -> Image.Image:
         if self._image is None:
-            self._image = read_image(self._path)
+            self._image = read_image(self.path)
         return in_mode(self._image.crop((cols[0], rows[0], cols[1], rows[1])), channels)
 
     def _read(self, rows: Pair, cols: Pair) -> NDArray[Any]:
@@ -223,7 +227,7 @@ class TiffSource(StripSource):
     def __init__(self, path: Path, level: int = 0):
         super().__init__()
         self.name = str(path)
-        self._path = path
+        self.path = path
         tifffile = imported("tifffile", "stream")
         try:
             with tifffile.TiffFile(path) as file:
@@ -287,7 +291,8 @@ class TiffSource(StripSource):
 
     def _read(self, rows: Pair, cols: Pair) -> NDArray[Any]:
         read = self._rows if self._direct else self._segments
-        with open(self._path, "rb") as file:
+        assert self.path is not None
+        with open(self.path, "rb") as file:
             planes = [read(file, plane, rows, cols) for plane in self._planes]
         pixels = planes[0] if len(planes) == 1 else np.concatenate(planes, 2)
         if self._page.photometric == _WHITE_IS_ZERO:
@@ -378,8 +383,12 @@ def open_image(path: str | os.PathLike[str], level: int = 0) -> StripSource:
     path = Path(path)
     if not path.exists():
         raise ImageError(f"there is no image file {path}")
-    if path.is_dir():
-        return _zarr_source(path, level)
+    source = _zarr_source(path, level) if path.is_dir() else _file_source(path, level)
+    source.path, source.level = path, level
+    return source
+
+
+def _file_source(path: Path, level: int) -> StripSource:
     try:
         with open(path, "rb") as file:
             magic = file.read(4)

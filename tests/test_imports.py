@@ -102,3 +102,22 @@ def test_geometry_is_below_everything_and_knows_no_torch() -> None:
         "fcvgg.errors",
         "fcvgg.errors.GeometryError",
     }
+
+
+def test_type_checkers_see_what_is_imported_on_demand() -> None:
+    tree = ast.parse(Path(fcvgg.__file__).read_text())
+    seen = {
+        (node.module, alias.name)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and str(node.module).startswith("fcvgg.")
+        for alias in node.names
+    }
+    assert seen == {
+        (f"fcvgg.{module}", name) for module, names in fcvgg._PUBLIC.items() for name in names
+    }
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="module 'fcvgg' has no attribute 'konvert'"):
+        fcvgg.konvert  # noqa: B018
+    assert set(fcvgg.__all__) <= set(dir(fcvgg))

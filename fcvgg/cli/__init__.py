@@ -18,6 +18,7 @@ from fcvgg.cli import (
     heatmaps,
     layers,
     probing,
+    streaming,
 )
 from fcvgg.cli.console import examples, reporting_errors, say
 

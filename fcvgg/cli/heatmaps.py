@@ -20,6 +20,7 @@ EXAMPLES = (
     "fcvgg heatmap dog.jpg",
     "fcvgg heatmap *.jpg --target 'golden retriever' --output heatmaps",
     "fcvgg heatmap dog.jpg --weights vgg16.pth --scale 512",
+    "fcvgg heatmap scores.zarr --target tumour",
     "fcvgg heatmap portrait.jpg --model demo --target face --scale 160",
 )
 
@@ -53,7 +54,15 @@ def run(
     ] = None,
     output_stride: OutputStride = None,
 ) -> None:
-    """Lay one class's heatmap on every image: where the network sees it."""
+    """Lay one class's heatmap on every image: where the network sees it.
+
+    Of what 'fcvgg stream' wrote it makes a thumbnail and a pyramidal OME-TIFF of the slide's size.
+    """
+    from fcvgg.cli.slides import show_slides
+
+    images = show_slides(images, target, output)
+    if not images:
+        return
     net = loaded(model, weights=weights, arch=arch, output_stride=output_stride)
     index = _index(net, target)
     overlays = Overlays(images, folder(output))

@@ -1,0 +1,385 @@
+"""Every fast path against the plain network, layer by layer and as a whole.
+
+The oracle is the same arithmetic in float64, or the network's graph run node by node. Tolerances
+are relative to the largest value: 1e-5 for float32 that only changes the order of sums, 1e-4 for
+Winograd's transforms, 5e-2 for bfloat16.
+"""
+
+import copy
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from nets import (
+    Functional,
+    GlobalPooled,
+    Headed,
+    SmallVGG,
+    Unpadded,
+    images,
+    narrow_vgg,
+    relative_error,
+    seeded,
+)
+from torch import nn
+
+import fcvgg
+from fcvgg import fused, modules, optimization, trunk, winograd
+from fcvgg.errors import ArgumentError, EquivalenceError, FcvggError
+
+REORDERED = 1e-5
+WINOGRAD = 1e-4
+BFLOAT16 = 5e-2
+
+needs_packing = pytest.mark.skipif(not fused.has_packing(), reason="torch has no oneDNN here")
+needs_bfloat16 = pytest.mark.skipif(
+    not optimization.has_bfloat16(), reason="the processor has no bfloat16"
+)
+
+
+@pytest.fixture(autouse=True)
+def _no_gradients():
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture
+def small():
+    """A SmallVGG with batch norm in float32: native size 32, 8x8 features."""
+    model = seeded(SmallVGG, bn=True, dtype=torch.float32)
+    return fcvgg.convert(model, input_size=32)
+
+
+@pytest.fixture
+def wide():
+    """A VGG-11 with 128 channels and more where Winograd applies; native size 64."""
+
+    def build():
+        layers = [nn.Conv2d(3, 128, 3, padding=1), nn.BatchNorm2d(128), nn.ReLU(), nn.MaxPool2d(2)]
+        layers += [nn.Conv2d(128, 128, 3, padding=1), nn.ReLU(True), nn.MaxPool2d(2)]
+        layers += [nn.Flatten(), nn.Linear(128 * 64, 16), nn.BatchNorm1d(16), nn.ReLU()]
+        return nn.Sequential(*layers, nn.Dropout(), nn.Linear(16, 5))
+
+    return fcvgg.convert(seeded(build, dtype=torch.float32), input_size=32)
+
+
+def error_at(net, fast, *shape):
+    batch = images(*shape, dtype=torch.float32)
+    return relative_error(net(batch), fast(batch))
+
+
+# -- fc6 by the grid: one cell, gathered windows, blocks of them, convolution ---------------------
+
+
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize(("dilation", "size"), [((1, 1), (7, 6)), ((2, 3), (12, 15))])
+@pytest.mark.parametrize("cells", [1, 4, 7, 1000])
+def test_gathered_windows_equal_a_convolution(monkeypatch, cells, dilation, size, count):
+    monkeypatch.setattr(modules, "_GEMM_CELLS", cells)
+    x = images(count, 3, *size)
+    weight, bias = images(5, 3, 4, 3, seed=2), images(1, 5, 1, 1, seed=3).flatten()
+    expected = F.conv2d(x, weight, bias, dilation=dilation)
+    got = modules.window_linear(x, weight, bias, dilation)
+    assert relative_error(expected, got) < 1e-13
+
+
+def test_a_single_cell_is_the_fully_connected_product():
+    x, weight = images(2, 3, 4, 4), images(5, 3, 4, 4, seed=2)
+    got = modules.window_linear(x, weight, None, (1, 1))
+    assert torch.equal(got.flatten(1), F.linear(x.flatten(1), weight.flatten(1)))
+
+
+def test_gathered_windows_in_channels_last_order():
+    x, weight = images(1, 3, 6, 6), images(5, 3, 4, 4, seed=2)
+    columns = weight.permute(0, 2, 3, 1).flatten(1)
+    got = modules.by_windows(x, (4, 4), (1, 1), lambda r: r @ columns.T, channels_last=True)
+    assert relative_error(F.conv2d(x, weight), got) < 1e-13
+
+
+def test_many_cells_with_gradients_are_a_convolution(monkeypatch):
+    monkeypatch.setattr(modules, "_GEMM_CELLS", 2)
+    monkeypatch.setattr(modules, "by_windows", None)  # would keep every window
+    with torch.enable_grad():
+        x = images(1, 3, 6, 6, requires_grad=True)
+        modules.window_linear(x, images(5, 3, 4, 4, seed=2), None, (1, 1)).sum().backward()
+    assert x.grad is not None
+
+
+# -- strips ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def in_strips(monkeypatch):
+    """Makes every block of a trunk run in strips of one output row."""
+    monkeypatch.setattr(trunk, "_WHOLE_BYTES", 0)
+    monkeypatch.setattr(trunk, "_STRIP_BYTES", 1)
+    monkeypatch.setattr(trunk, "_LEAST_ROWS", 1)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [SmallVGG, Unpadded, GlobalPooled, Functional, lambda: narrow_vgg("vgg11_bn", width=64)],
+)
+def test_strips_equal_the_whole_map(in_strips, model):
+    net = fcvgg.convert(seeded(model), input_size=64 if model is GlobalPooled else None or 224)
+    batch = images(2, 3, net.geometry.window[0] + 37, net.geometry.window[1] + 10)
+    assert relative_error(net.network(batch), net(batch)) < 1e-12
+
+
+@needs_packing
+def test_strips_with_relu_in_the_convolution(in_strips, small):
+    batch = images(2, 3, 61, 45, dtype=torch.float32)
+    assert relative_error(small.network(batch), small(batch)) < REORDERED
+
+
+def test_strips_of_dilated_layers(in_strips):
+    net = fcvgg.convert(seeded(SmallVGG), output_stride=1, input_size=32)
+    batch = images(1, 3, 50, 41)
+    assert relative_error(net.network(batch), net(batch)) < 1e-12
+
+
+def test_strips_leave_the_images_alone(in_strips, small):
+    batch = images(1, 3, 40, 40, dtype=torch.float32)
+    kept = batch.clone()
+    small(batch)
+    assert torch.equal(batch, kept)
+
+
+def test_a_watched_layer_sees_its_whole_map(in_strips, small):
+    seen = []
+    layer = small.network.get_submodule("features.4")
+    handle = layer.register_forward_hook(lambda module, args, out: seen.append(out.shape[2:]))
+    small(images(1, 3, 40, 40, dtype=torch.float32))
+    handle.remove()
+    assert seen == [(20, 20)]
+
+
+def test_training_runs_the_graph_as_it_is(in_strips, monkeypatch, small):
+    small.train()
+    monkeypatch.setattr(trunk, "computed", None)
+    with torch.enable_grad():
+        small(images(2, 3, 40, 40, dtype=torch.float32)).sum().backward()
+    small.eval()
+
+
+# -- Winograd -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("padding", [(0, 0), (1, 1), (0, 2), (2, 1)])
+@pytest.mark.parametrize("size", [(4, 4), (5, 9), (16, 16), (3, 30)])
+def test_winograd_equals_the_convolution(monkeypatch, size, padding):
+    monkeypatch.setattr(winograd, "_tiles_at_a_time", lambda: 3)
+    x = images(2, 7, *size, dtype=torch.float32)
+    weight = images(6, 7, 3, 3, seed=2, dtype=torch.float32)
+    bias = images(1, 6, 1, 1, seed=3, dtype=torch.float32).flatten()
+    kernels = winograd.transformed_kernels(weight)
+    for relu in (False, True):
+        exact = F.conv2d(x.double(), weight.double(), bias.double(), padding=padding)
+        got = winograd.winograd_convolution(x, kernels, bias, padding, relu)
+        assert relative_error(exact.relu() if relu else exact, got.double()) < WINOGRAD
+
+
+def test_winograd_is_exact_up_to_rounding_in_float64():
+    x, weight = images(1, 3, 9, 9), images(4, 3, 3, 3, seed=2)
+    kernels = winograd.transformed_kernels(weight)
+    got = winograd.winograd_convolution(x, kernels, torch.zeros(4, dtype=x.dtype), (1, 1))
+    assert relative_error(F.conv2d(x, weight, padding=1), got) < 1e-13
+
+
+@needs_packing
+def test_winograd_in_a_network(wide):
+    fast = fcvgg.optimize(wide)
+    assert fast.optimization.winograd == 1
+    assert error_at(wide, fast, 2, 3, 75, 60) < WINOGRAD
+
+
+@needs_packing
+def test_a_size_keeps_the_faster_form_of_the_weights_only(wide):
+    both, large, tiny = (fcvgg.optimize(wide, size=size) for size in (None, 64, 32))
+    assert (both.optimization.winograd, large.optimization.winograd) == (1, 1)
+    assert tiny.optimization.winograd == 0
+    assert both.optimization.packed_bytes > large.optimization.packed_bytes
+    assert large.optimization.packed_bytes > tiny.optimization.packed_bytes
+    for fast in (large, tiny):
+        assert error_at(wide, fast, 1, 3, 32, 32) < WINOGRAD
+        assert error_at(wide, fast, 1, 3, 90, 70) < WINOGRAD
+
+
+def test_winograd_is_given_up_where_its_error_is_too_large(monkeypatch, wide):
+    real = winograd.transformed_kernels
+    monkeypatch.setattr(fused, "transformed_kernels", lambda weight: real(weight) * 1.01)
+    monkeypatch.setattr(fused, "_LEAST_TILES", 1)
+    fast = fcvgg.optimize(wide)
+    assert fast.optimization.winograd == 0
+    assert fast.equivalence.passed
+
+
+# -- optimised networks ---------------------------------------------------------------------------
+
+MODELS = {
+    "narrow VGG-16 with batch norm": (lambda: narrow_vgg("vgg16_bn", width=64), 224),
+    "SmallVGG": (lambda: SmallVGG(bn=True), 32),
+    "functional, log-softmax": (Functional, 28),
+    "global pool, shortcut": (GlobalPooled, 64),
+    "unpadded, tanh": (Unpadded, None),
+    "two heads in one layer norm": (
+        lambda: Headed(nn.Sequential(nn.Flatten(), nn.Linear(288, 9), nn.LayerNorm(9), nn.PReLU())),
+        24,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_optimised_equals_plain(name, dtype):
+    model, size = MODELS[name]
+    net = fcvgg.convert(seeded(model, dtype=dtype), input_size=size)
+    fast = fcvgg.optimize(net)
+    height, width = net.geometry.window
+    batch = images(2, 3, height + 41, width + 23, dtype=dtype)
+    assert relative_error(net(batch), fast(batch)) < (1e-12 if dtype == torch.float64 else 1e-5)
+    assert fast.equivalence.passed
+    assert fast.equivalence.tolerance == optimization.TOLERANCES[dtype]
+
+
+@needs_bfloat16
+@pytest.mark.parametrize("name", ["SmallVGG", "narrow VGG-16 with batch norm"])
+def test_bfloat16_takes_and_gives_float32(name):
+    model, size = MODELS[name]
+    net = fcvgg.convert(seeded(model, dtype=torch.float32), input_size=size)
+    fast = fcvgg.optimize(net, dtype=torch.bfloat16)
+    assert error_at(net, fast, 1, 3, size + 33, size + 31) < BFLOAT16
+    assert fast(torch.zeros(1, 3, size, size)).dtype == torch.float32
+    assert fast.equivalence.tolerance == BFLOAT16
+
+
+@needs_bfloat16
+@pytest.mark.parametrize("size", [(8, 8), (9, 7)])
+def test_halving_pool_equals_max_pool(size):
+    x = images(2, 3, *size, dtype=torch.bfloat16)
+    assert torch.equal(fused.HalvingMaxPool2d()(x), F.max_pool2d(x, 2))
+
+
+def test_batch_norm_and_relu_are_folded(small):
+    fast = fcvgg.optimize(small)
+    kinds = [type(m).__name__ for m in fast.network.modules()]
+    assert not {"BatchNorm2d", "ReLU", "Dropout", "Identity"} & set(kinds)
+    assert fast.optimization.layers == 5
+
+
+def test_the_api_and_the_plain_network_stay(small, tmp_path):
+    state = {name: value.clone() for name, value in small.state_dict().items()}
+    fast = fcvgg.optimize(small)
+    assert isinstance(fast, fcvgg.FullyConvolutional)
+    assert fast.geometry == small.geometry
+    assert fast.output_size(50) == small.output_size(50)
+    batch = images(1, 3, 44, 44, dtype=torch.float32)
+    assert torch.allclose(fast.classify(batch), small.classify(batch), atol=1e-5)
+    assert fast.score_map(batch).scores.shape == small.score_map(batch).scores.shape
+    assert fast.heatmap(batch, 1).values.shape == (44, 44)
+    assert list(fast.state_dict()) == list(state)
+    assert all(torch.equal(small.state_dict()[name], value) for name, value in state.items())
+    assert fcvgg.load(fast.save(tmp_path / "bundle"))(batch).shape == fast(batch).shape
+
+
+def test_small_images_are_padded_as_before(small):
+    assert error_at(small, fcvgg.optimize(small), 1, 3, 20, 33) < REORDERED
+
+
+@needs_packing
+def test_an_optimised_network_streams(small):
+    fast = fcvgg.optimize(small)
+    image = images(3, 90, 52, dtype=torch.float32)
+    expected = small(image[None])[0]
+    got = fcvgg.stream(fast, image, memory="8MiB")
+    assert relative_error(expected, got.scores) < REORDERED
+
+
+def test_copies_and_pickles(small):
+    fast = fcvgg.optimize(small)
+    batch = images(1, 3, 40, 40, dtype=torch.float32)
+    for twin in (copy.deepcopy(fast), pickle.loads(pickle.dumps(fast))):
+        assert torch.equal(twin(batch), fast(batch))
+
+
+def test_releasing_the_plain_network(small):
+    fast = fcvgg.optimize(small)
+    fast.release()
+    assert fast(torch.zeros(1, 3, 32, 32)).shape == (1, 5, 1, 1)
+    with pytest.raises(FcvggError, match="the plain network was released; keep the one"):
+        fast.state_dict()
+
+
+def test_it_only_evaluates(small):
+    fast = fcvgg.optimize(small)
+    assert not fast.training
+    assert fast.eval() is fast
+    assert fast.to("cpu") is fast
+    with pytest.raises(FcvggError, match=r"only evaluates; train the plain network \(net.plain\)"):
+        fast.train()
+    with pytest.raises(FcvggError, match="move or cast the plain network"):
+        fast.double()
+    with pytest.raises(FcvggError, match="load into the plain network"):
+        fast.load_state_dict({})
+
+
+def test_a_trunk_that_was_left_training_evaluates(small):
+    small.train()
+    fast = fcvgg.optimize(small)
+    assert small.training
+    small.eval()
+    assert error_at(small, fast, 1, 3, 40, 40) < REORDERED
+
+
+@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
+def test_engines_equal_plain(small, engine):
+    pytest.importorskip("onnxscript")
+    pytest.importorskip(engine)
+    fast = fcvgg.optimize(small, engine=engine)
+    assert fast.optimization.engine == engine
+    assert error_at(small, fast, 2, 3, 60, 44) < REORDERED
+    assert fast.equivalence.passed
+
+
+def test_a_network_that_differs_is_refused(monkeypatch, small):
+    monkeypatch.setattr(fused.FusedConv2d, "forward", lambda self, x: self.convolved(x, (1, 1)) * 2)
+    monkeypatch.setattr(trunk, "_blocks", lambda network: [])
+    with pytest.raises(EquivalenceError, match=r"differs from the plain one by .* more than 1e-04"):
+        fcvgg.optimize(small)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"engine": "tensorrt"}, "engine='tensorrt' is unknown; expected None, 'onnxruntime' or"),
+        ({"dtype": torch.int8}, "dtype=torch.int8 is unknown; expected one of torch.float64"),
+        ({"dtype": torch.float16}, "torch.float16 needs a GPU; use torch.bfloat16 on a CPU"),
+    ],
+)
+def test_options_are_checked(small, options, message):
+    with pytest.raises(ArgumentError, match=message):
+        fcvgg.optimize(small, **options)
+
+
+def test_bfloat16_is_refused_where_the_processor_lacks_it(monkeypatch, small):
+    monkeypatch.setattr(optimization, "has_bfloat16", lambda: False)
+    with pytest.raises(ArgumentError, match="this processor has no bfloat16 arithmetic"):
+        fcvgg.optimize(small, dtype=torch.bfloat16)
+
+
+def test_what_is_not_a_converted_network_is_refused(small):
+    with pytest.raises(ArgumentError, match=r"got Linear; pass fcvgg.convert\(model\)"):
+        fcvgg.optimize(nn.Linear(1, 1))
+    with pytest.raises(ArgumentError, match="optimised already; pass the one it was made from"):
+        fcvgg.optimize(fcvgg.optimize(small))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+def test_a_gpu_replays_a_graph_per_size(small):
+    net = fcvgg.convert(seeded(SmallVGG, bn=True, dtype=torch.float32).cuda(), input_size=32)
+    for dtype, tolerance in ((torch.float32, 1e-3), (torch.float16, 2e-2)):
+        fast = fcvgg.optimize(net, dtype=dtype)
+        for size in (32, 50, 32):
+            batch = images(2, 3, size, size, dtype=torch.float32).cuda()
+            assert relative_error(net(batch), fast(batch)) < tolerance
