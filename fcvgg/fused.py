@@ -7,6 +7,7 @@ reorders them, and may hold a convolution's weights transformed for Winograd's a
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -68,7 +69,30 @@ class FusedConv2d(nn.Module):
         return f"{self.out_channels}, kernel={self.kernel}, padding={self.padding}, {self.relu=}"
 
 
-class PackedConv2d(FusedConv2d):
+class _Packed(nn.Module):
+    """Weights that only oneDNN can read: shared by copies, and packed anew after a pickle."""
+
+    _packed: Any
+
+    def _pack(self, weight: Tensor) -> Any:
+        raise NotImplementedError
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        twin = copy.copy(self)  # nothing that it holds ever changes
+        memo[id(self)] = twin
+        return twin
+
+    def __getstate__(self) -> dict[str, Any]:
+        packed = self._packed
+        return {**self.__dict__, "_packed": None if packed is None else packed.to_dense()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if self._packed is not None:
+            self._packed = self._pack(self._packed)
+
+
+class PackedConv2d(_Packed, FusedConv2d):
     """The same on a CPU through oneDNN: weights in its order, and perhaps Winograd's beside."""
 
     def __init__(
@@ -78,19 +102,17 @@ class PackedConv2d(FusedConv2d):
         super().__init__(conv, weight, bias, relu)
 
     def _take(self, weight: Tensor, bias: Tensor) -> None:
-        reorder: Any = torch._C._nn.mkldnn_reorder_conv2d_weight
-        self._packed: Any = reorder(
-            weight.to_mkldnn(),
-            self.padding,
-            self.stride,
-            self.dilation,
-            self.groups,
-            (1, weight.shape[1] * self.groups, _USUAL_SIZE, _USUAL_SIZE),
-        )
+        self._packed = self._pack(weight)
         self._bias = bias
         self._kernels = None
         if self._tries_winograd and self._suits_winograd(weight):
             self._kernels = transformed_kernels(weight)
+
+    def _pack(self, weight: Tensor) -> Any:
+        reorder: Any = torch._C._nn.mkldnn_reorder_conv2d_weight
+        shape = (1, weight.shape[1] * self.groups, _USUAL_SIZE, _USUAL_SIZE)
+        window = (self.padding, self.stride, self.dilation)
+        return reorder(weight.to_mkldnn(), *window, self.groups, shape)
 
     def _suits_winograd(self, weight: Tensor) -> bool:
         regular = self.kernel == (3, 3) and self.stride == self.dilation == (1, 1)
@@ -162,13 +184,16 @@ class FusedWindowLinear(nn.Module):
         return f"{self.out_channels}, kernel={self.kernel}, dilation={self.dilation}, {self.relu=}"
 
 
-class PackedWindowLinear(FusedWindowLinear):
+class PackedWindowLinear(_Packed, FusedWindowLinear):
     """The same on a CPU through oneDNN, with the weights in its order."""
 
     def _take(self, weight: Tensor, bias: Tensor) -> None:
         columns = weight.permute(0, 2, 3, 1).reshape(len(weight), -1)  # (O, kh*kw*C)
-        self._packed: Any = torch.ops.mkldnn._reorder_linear_weight(columns, _USUAL_ROWS)
+        self._packed = self._pack(columns)
         self._bias = bias
+
+    def _pack(self, weight: Tensor) -> Any:
+        return torch.ops.mkldnn._reorder_linear_weight(weight, _USUAL_ROWS)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.kernel == (1, 1):

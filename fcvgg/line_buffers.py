@@ -2,9 +2,9 @@
 
 `stages_of` reads the network's graph as a list of `Stage`: windows that slide, and operations that
 work on every position by itself. `Schedule` says in whole numbers which rows every stage computes
-when which strip of the image has come. `LineBuffers` does it: every stage keeps the last rows of its
-input that later outputs need, pads at the true borders of its map only, and hands on what it could
-finish; where branches join, the rows that came first wait.
+when which strip of the image has come. `LineBuffers` does it: every stage keeps the last rows of
+its input that later outputs need, pads at the true borders of its map only, and hands on what it
+could finish; where branches join, the rows that came first wait.
 """
 
 from __future__ import annotations
@@ -102,8 +102,8 @@ class _StageReader:
         else:
             kind = type(module).__name__ if module is not None else operation_name(node)
             raise UnsupportedLayerError(
-                f"{node.name} ({kind}) cannot be streamed: there is no rule how it computes a strip "
-                "of its map; register one with fcvgg.layers.strips.strip_rule"
+                f"{node.name} ({kind}) cannot be streamed: there is no rule how it computes a "
+                "strip of its map; register one with fcvgg.layers.strips.strip_rule"
             )
 
     def _add_positional(self, node: fx.Node, module: nn.Module | None) -> None:
@@ -236,7 +236,7 @@ class Reach:
         return np.clip(low, 0, self.size)
 
     def finished(self, available: NDArray[np.int64], first: int, end: int) -> NDArray[np.int64]:
-        """The end of the outputs of ``[first, end)`` that inputs up to `available` are enough for."""
+        """The end of those outputs of ``[first, end)`` that inputs up to `available` allow."""
         window = self.window
         done = (available + window.before - window.span) // window.stride + 1
         least = min(self.size, window.before + 1) if self.mirrors else 1

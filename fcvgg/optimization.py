@@ -88,6 +88,8 @@ class OptimizedNetwork(FullyConvolutional):
         self._activations = plain._activations
         self.optimization = optimization
         self._plain: tuple[FullyConvolutional, ...] = (plain,)  # no submodule: not its parameters
+        like = torch.zeros((), device=device_of(plain), dtype=dtype_of(plain))
+        self._like = nn.Parameter(like, requires_grad=False)  # tells what images it takes
         super().train(False)
 
     @property
@@ -141,9 +143,8 @@ class OptimizedNetwork(FullyConvolutional):
 
     def _apply(self, fn: Any, recurse: bool = True) -> OptimizedNetwork:
         """Refuse to move; a call that leaves everything where it is may stand."""
-        probe = torch.zeros((), device=device_of(self), dtype=dtype_of(self))
-        moved = fn(probe)
-        if (moved.device, moved.dtype) != (probe.device, probe.dtype):
+        moved = fn(self._like)
+        if (moved.device, moved.dtype) != (self._like.device, self._like.dtype):
             raise FcvggError(_FIXED.format("move or cast"))
         return self
 

@@ -193,7 +193,7 @@ def _row_ranges(store: ScoreStore) -> Iterator[slice]:
         yield slice(first, min(first + step, height))
 
 
-def _points(size: int, pixels: int) -> NDArray[np.float64]:
+def _points(size: int, pixels: int) -> NDArray[Any]:
     """Where `size` samples lie on an axis of `pixels`."""
     return (np.arange(size) + 0.5) * (pixels / size) - 0.5
 

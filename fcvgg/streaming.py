@@ -314,16 +314,7 @@ def bands(
 
 
 def _in_memory(job: StreamJob, memory: int, progress: bool) -> Any:
-    result_bytes = job.row_bytes * job.shape[-2]
-    try:
-        plan = job.plan(memory, result_bytes)
-    except ArgumentError as error:
-        if result_bytes < memory // 4:
-            raise
-        raise ArgumentError(
-            f"{error}, of which the map itself takes {readable(result_bytes)}; write it to disk "
-            "with out=, or keep fewer classes"
-        ) from error
+    plan = plan_in_memory(job, memory)
     device = device_of(job.net)
     result = torch.empty(job.shape, dtype=job.dtype, device=device)
     with evaluating(job.net), _bar(progress, job, plan) as advance:
@@ -332,6 +323,29 @@ def _in_memory(job: StreamJob, memory: int, progress: bool) -> Any:
             for cells in bands(job, plan, cols, job.layout.rows, advance):
                 result[..., row : row + cells.shape[-2], cols[0] : cols[1]] = cells
                 row += cells.shape[-2]
+    return as_result(job, result)
+
+
+def plan_in_memory(job: StreamJob, memory: int) -> StripPlan:
+    """The plan where the map is kept in memory too.
+
+    Raises:
+        ArgumentError: if there is none.
+    """
+    result_bytes = job.row_bytes * job.shape[-2]
+    try:
+        return job.plan(memory, result_bytes)
+    except ArgumentError as error:
+        if result_bytes < memory // 4:
+            raise
+        raise ArgumentError(
+            f"{error}, of which the map itself takes {readable(result_bytes)}; write it to disk "
+            "with out=, or keep fewer classes"
+        ) from error
+
+
+def as_result(job: StreamJob, result: Tensor) -> Any:
+    """A finished map as `stream` returns it."""
     if job.selection.kind != "scores":
         return result
     kind = ScoreMap if job.selection.whole else ScoreMapOfSomeClasses

@@ -266,4 +266,5 @@ def _workspace(stage: Stage, layout: Layout, given: Any, output: Any, at_border:
 
 
 def itemsize_of(dtype: torch.dtype) -> int:
+    """Bytes of one element."""
     return torch.empty((), dtype=dtype).element_size()

@@ -248,8 +248,8 @@ class TiffSource(StripSource):
         planes = len(series.pages)
         if set(squeezed) - set("YXSC") or (planes > 1 and planes not in _SAMPLES):
             raise ImageError(
-                f"{self.name} has axes {series.axes} of lengths {tuple(series.shape)}; expected one "
-                "plane of rows, columns and channels: pass it as an array"
+                f"{self.name} has axes {series.axes} of lengths {tuple(series.shape)}; expected "
+                "one plane of rows, columns and channels: pass it as an array"
             )
         orientation = page.tags.get(274)
         if orientation is not None and orientation.value != 1:
@@ -483,7 +483,7 @@ def _axes_of(shape: Sequence[int], names: Sequence[str] | None, path: Path) -> s
     others = [n for letter, n in zip(letters, shape) if letter not in "YXS"]
     if len(letters) != len(shape) or any(n > 1 for n in others) or "Y" not in letters:
         raise ImageError(
-            f"{path} has shape {tuple(shape)}; expected (H, W, C) or (C, H, W): pass one plane of it"
+            f"{path} has shape {tuple(shape)}; expected (H, W, C) or (C, H, W): pass one plane"
         )
     return letters
 

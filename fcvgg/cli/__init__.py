@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from fcvgg.cli import (
+    bench,
     classification,
     conversion,
     demonstration,
@@ -71,5 +72,6 @@ for _module in (
     conversion,
     probing,
     streaming,
+    bench,
 ):
     app.command(_module.NAME, epilog=examples(*_module.EXAMPLES))(reporting_errors(_module.run))

@@ -63,9 +63,7 @@ def run(
 
     source = open_image(slide, level)
     net = loaded(model, weights=weights, arch=arch, output_stride=output_stride)
-    store = stream(
-        net, source, out=output, classes=_classes(classes), memory=memory, progress=True
-    )
+    store = stream(net, source, out=output, classes=_classes(classes), memory=memory, progress=True)
     height, width = source.size
     shape = "x".join(map(str, store.array.shape))
     say(f"{slide}: {height}x{width} pixels gave {shape} {store.description['kind']}")

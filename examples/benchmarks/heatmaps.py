@@ -1,0 +1,136 @@
+"""Heatmaps side by side: all classes at once here, one class at a time by class activation maps.
+
+    pip install 'fcvgg[bench]'
+    python examples/benchmarks/heatmaps.py --size 512
+
+The same classifier and the same image: `fcvgg` gives the probability maps of all K classes in one
+evaluation; pytorch-grad-cam's and torchcam's Grad-CAM give one class's map, by a backward pass.
+Contenders take turns; the memory of each is measured in a process of its own. The maps are not the
+same quantity: scores of the classifier at every cell here, weighted activations there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+import torchvision
+from torch import Tensor
+
+import fcvgg
+
+Run = Callable[[Tensor], object]
+
+TARGET = 207
+
+
+def all_classes(optimise: bool) -> Run:
+    """The probability maps of all classes, resampled to pixels by none: ``(K, h, w)``."""
+    net = fcvgg.convert(classifier(), input_size=224, verify=False)
+    if optimise:
+        net = fcvgg.optimize(net)
+    return lambda image: net.score_map(image).probabilities()
+
+
+def one_heatmap() -> Run:
+    """One class's heatmap on the pixels, as the class activation maps below give it."""
+    net = fcvgg.convert(classifier(), input_size=224, verify=False)
+    return lambda image: net.heatmap(image, TARGET)
+
+
+def grad_cam() -> Run:
+    """pytorch-grad-cam, one class."""
+    from pytorch_grad_cam import GradCAM
+    from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
+
+    model = classifier()
+    cam = GradCAM(model=model, target_layers=[model.features[-1]])
+    return lambda image: cam(image, targets=[ClassifierOutputTarget(TARGET)])
+
+
+def torch_cam() -> Run:
+    """torchcam, one class."""
+    from torchcam.methods import GradCAM
+
+    model = classifier()
+    cam = GradCAM(model, target_layer="features.30")
+    return lambda image: cam(TARGET, model(image.clone().requires_grad_()))
+
+
+def classifier() -> torch.nn.Module:
+    """torchvision's VGG-16 with random weights, which cost the same."""
+    return torchvision.models.vgg16(weights=None).eval()
+
+
+CONTENDERS: dict[str, tuple[Callable[[], Run], int]] = {
+    "fcvgg, all classes": (lambda: all_classes(False), 1000),
+    "fcvgg optimised, all classes": (lambda: all_classes(True), 1000),
+    "fcvgg, one heatmap on the pixels": (one_heatmap, 1),
+    "pytorch-grad-cam, one class": (grad_cam, 1),
+    "torchcam, one class": (torch_cam, 1),
+}
+"""What makes each, and of how many classes it gives maps."""
+
+
+def main() -> None:
+    """Measure and print a Markdown table."""
+    arguments = parse_arguments()
+    if arguments.child:
+        measure_memory(arguments.child, arguments.size)
+        return
+    image = torch.randn(1, 3, arguments.size, arguments.size)
+    runs: dict[str, Run] = {}
+    for name, (make, _) in CONTENDERS.items():
+        try:
+            runs[name] = make()
+            runs[name](image)
+        except ImportError as error:
+            print(f"left out {name}: {error}")
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(arguments.repeats):
+        for name, run in runs.items():
+            time.sleep(0.05)
+            start = time.perf_counter()
+            run(image)
+            times[name].append(time.perf_counter() - start)
+    print(f"| {arguments.size}x{arguments.size} | time | per class | memory |\n|---|---|---|---|")
+    for name, seconds in times.items():
+        median = statistics.median(seconds)
+        per_class = median / CONTENDERS[name][1]
+        memory = peak_memory(name, arguments.size)
+        print(f"| {name} | {median:.3f} s | {1000 * per_class:,.1f} ms | {memory / 1e6:,.0f} MB |")
+
+
+def peak_memory(name: str, size: int) -> int:
+    """Bytes that a new process holds at most while it runs one contender."""
+    command = [sys.executable, __file__, "--size", str(size), "--child", name]
+    return int(json.loads(subprocess.check_output(command, text=True).splitlines()[-1]))
+
+
+def measure_memory(name: str, size: int) -> None:
+    """Run in a process of its own; prints the bytes."""
+    run = CONTENDERS[name][0]()
+    for _ in range(2):
+        run(torch.zeros(1, 3, size, size))
+    unit = 1 if sys.platform == "darwin" else 1024
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--size", type=int, default=512)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,52 @@
+"""Score maps side by side: fcvgg, the usual recipe, timm, ONNX Runtime, OpenVINO, sliding windows.
+
+    pip install 'fcvgg[bench]'
+    python examples/benchmarks/speed.py --output results
+
+The same as ``fcvgg bench``; writes ``speed.md``, ``speed.json`` and ``speed.png``. On a busy machine
+``--clock cpu --threads 1`` counts the processor's time, which neighbours hardly disturb.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from fcvgg.benchmarking import CLOCKS, benchmark
+
+
+def main() -> None:
+    """Measure and write the table."""
+    arguments = parse_arguments()
+    result = benchmark(
+        arguments.model,
+        sizes=arguments.sizes,
+        batches=arguments.batches,
+        repeats=arguments.repeats,
+        threads=arguments.threads,
+        clock=arguments.clock,
+        memory=not arguments.no_memory,
+        report=print,
+    )
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    print(result.markdown())
+    for path in result.write(arguments.output):
+        print(f"wrote {path}")
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="vgg16", help="a torchvision name")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[224, 512, 1024])
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--clock", choices=list(CLOCKS), default="wall")
+    parser.add_argument("--no-memory", action="store_true")
+    parser.add_argument("--output", type=Path, default=Path("results"))
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,440 @@
+"""Measure a converted network beside what a user could pick instead.
+
+All contenders run in one process, taking turns, so that what else the machine does hits them
+alike; medians and quartiles are reported. The peak is measured in the same run. The memory of each
+is measured in a process of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import Tensor, nn
+
+from fcvgg.capture import one_line
+from fcvgg.contenders import CONTENDERS, PLAIN, Run, made
+from fcvgg.conversion import convert
+from fcvgg.errors import ArgumentError, FcvggError
+from fcvgg.files import written_whole
+from fcvgg.network import FullyConvolutional
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_SLOW = 10.0
+"""Seconds of one call beyond which it is made once more only."""
+
+_PAUSE = 0.05
+"""Seconds between calls, in which the threads of the contender before stop waiting for work."""
+
+_LARGEST_SLIDING = 512 * 512
+"""Pixels of a batch up to which sliding windows are run: their time grows with the crops."""
+
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+"""``"cpu"`` counts the processor's time; with one thread, neighbours do not disturb it."""
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One contender at one size.
+
+    Attributes:
+        seconds: the median of a call.
+        quartiles: of the same.
+        ratio: to plain fcvgg's median at the same size and batch; below 1 is faster.
+        gflops: 10**9 operations of the dense network per second: the same work for everybody.
+        share: of the peak measured in the same run. Winograd's algorithm does the work with fewer
+            operations, so it may exceed 1.
+        memory: bytes that its own process held at most, or None.
+        error: largest difference from float64 scores, relative to the largest score, or None.
+    """
+
+    contender: str
+    size: int
+    batch: int
+    seconds: float
+    quartiles: tuple[float, float]
+    calls: int
+    ratio: float
+    gflops: float
+    share: float
+    memory: int | None = None
+    error: float | None = None
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """The measurements of one run, and what was left out and why."""
+
+    model: str
+    machine: str
+    threads: int
+    clock: str
+    peak_gflops: float
+    rows: tuple[Measurement, ...]
+    skipped: dict[str, str]
+
+    def markdown(self) -> str:
+        """A table for each size and batch."""
+        lines = [
+            f"# {self.model}: score maps side by side",
+            "",
+            f"{self.machine}; {self.threads} threads, {self.clock} time, contenders taking turns; "
+            f"peak of this run {self.peak_gflops:,.0f} GFLOP/s in float32 (the best of a matrix "
+            "product and a convolution).",
+        ]
+        for size, batch in dict.fromkeys((row.size, row.batch) for row in self.rows):
+            lines += ["", f"## {size}x{size}, batch {batch}", "", _HEADER, _RULE]
+            rows = [row for row in self.rows if (row.size, row.batch) == (size, batch)]
+            lines += [_line(row) for row in rows]
+        if self.skipped:
+            lines += ["", "Left out:", ""]
+            lines += [f"- {name}: {reason}" for name, reason in self.skipped.items()]
+        return "\n".join(lines) + "\n"
+
+    def plot(self) -> Figure:
+        """Seconds per call of every contender, one panel for each size and batch."""
+        from matplotlib.figure import Figure
+
+        cases = list(dict.fromkeys((row.size, row.batch) for row in self.rows))
+        figure = Figure(figsize=(5.5 * len(cases), 4), dpi=110, layout="constrained")
+        axes = figure.subplots(1, len(cases), squeeze=False)[0]
+        for ax, (size, batch) in zip(axes, cases):
+            rows = [r for r in self.rows if (r.size, r.batch) == (size, batch)][::-1]
+            own = ["tab:blue" if r.contender.startswith(PLAIN) else "tab:gray" for r in rows]
+            spread = np.array(
+                [[r.seconds - r.quartiles[0], r.quartiles[1] - r.seconds] for r in rows]
+            )
+            names = [r.contender for r in rows]
+            ax.barh(names, [r.seconds for r in rows], xerr=spread.T.clip(0), color=own)
+            ax.set_xscale("log")
+            ax.set_xlabel("seconds per call (median, quartiles)")
+            ax.set_title(f"{size}x{size}, batch {batch}")
+        return figure
+
+    def write(self, folder: Path) -> list[Path]:
+        """Write ``speed.md``, ``speed.json`` and ``speed.png``.
+
+        Raises:
+            FcvggError: if they cannot be written.
+        """
+        paths = [folder / f"speed.{ending}" for ending in ("md", "json", "png")]
+        try:
+            for path, text in zip(paths, (self.markdown(), json.dumps(asdict(self), indent=1))):
+                with written_whole(path) as temporary:
+                    temporary.write_text(text)
+            with written_whole(paths[2]) as temporary:
+                self.plot().savefig(temporary, format="png")
+        except OSError as error:
+            raise FcvggError(f"cannot write {folder}: {one_line(error)}") from error
+        return paths
+
+
+_HEADER = "| contender | time | quartiles | ratio to fcvgg | GFLOP/s | of peak | memory | error |"
+_RULE = "|---|---|---|---|---|---|---|---|"
+
+
+def _line(row: Measurement) -> str:
+    low, high = row.quartiles
+    memory = "" if row.memory is None else f"{row.memory / 1e6:,.0f} MB"
+    error = "" if row.error is None else f"{row.error:.0e}"
+    return (
+        f"| {row.contender} | {row.seconds:.3f} s | {low:.3f} to {high:.3f} | {row.ratio:.2f} | "
+        f"{row.gflops:,.0f} | {row.share:.0%} | {memory} | {error} |"
+    )
+
+
+def benchmark(
+    model: str = "vgg16",
+    *,
+    sizes: Sequence[int] = (224, 512, 1024),
+    batches: Sequence[int] = (1,),
+    repeats: int = 7,
+    contenders: Sequence[str] | None = None,
+    threads: int | None = None,
+    clock: str = "wall",
+    memory: bool = True,
+    report: Callable[[str], None] = lambda line: None,
+) -> Benchmark:
+    """Measure contenders side by side.
+
+    Args:
+        model: a torchvision name; its weights are random, which costs the same.
+        sizes: sides of the square images.
+        batches: images per call.
+        repeats: calls of each, after one that is not counted.
+        contenders: names of `fcvgg.contenders.CONTENDERS`; None takes all.
+        threads: of every contender; None keeps torch's setting.
+        clock: ``"wall"`` or ``"cpu"``.
+        memory: also run each in a process of its own and measure the memory, with batch 1.
+        report: is told what is being done.
+
+    Raises:
+        ArgumentError: if a name or number is none of these.
+    """
+    names = list(CONTENDERS) if contenders is None else list(contenders)
+    _check_arguments(model, names, sizes, batches, repeats, clock)
+    with _settings(threads):
+        torch.manual_seed(0)
+        source = torchvision.models.get_model(model, weights=None).eval()
+        native = 299 if model == "inception_v3" else 224
+        net = convert(source, input_size=native, verify=False)
+        runs, skipped = _made(names, source, native, report)
+        peak, rows = 0.0, []
+        for size in sizes:
+            for batch in batches:
+                report(f"{size}x{size}, batch {batch}")
+                images = torch.randn(batch, net.in_channels, size, size)
+                usable = {n: r for n, r in runs.items() if _fits(n, size, batch, native)}
+                times, best = _times(usable, images, repeats, CLOCKS[clock])
+                peak = max(peak, best)
+                rows += list(_rows(times, net, usable, images, peak))
+        if memory:
+            rows = [_with_memory(row, model, native, report) for row in rows]
+        rows = [_shared(row, peak) for row in rows]
+        return Benchmark(
+            model=model,
+            machine=machine(),
+            threads=torch.get_num_threads(),
+            clock=clock,
+            peak_gflops=peak,
+            rows=tuple(rows),
+            skipped=skipped,
+        )
+
+
+def operations(net: FullyConvolutional, size: int) -> int:
+    """Multiplications and additions of the dense network on one square image."""
+    total = 0
+    axes = net.geometry.axes
+    grids = [axis.sizes(size) for axis in axes]
+    for record in net.program.records:
+        rows, cols = (grid[record.step] if record.step >= 0 else size for grid in grids)
+        total += 2 * record.multiply_adds_per_position * rows * cols
+    return total
+
+
+def machine() -> str:
+    """The processor's name and the versions that matter."""
+    name = "unknown processor"
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        found = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+        name = found[0].partition(":")[2].strip() if found else name
+    return f"{name}, torch {torch.__version__}"
+
+
+def _check_arguments(
+    model: str,
+    names: Sequence[str],
+    sizes: Sequence[int],
+    batches: Sequence[int],
+    repeats: int,
+    clock: str,
+) -> None:
+    unknown = [name for name in names if name not in CONTENDERS]
+    if unknown or not names:
+        raise ArgumentError(
+            f"there is no contender {', '.join(map(repr, unknown)) or 'given'}; expected some of "
+            f"{', '.join(map(repr, CONTENDERS))}"
+        )
+    if model not in torchvision.models.list_models(module=torchvision.models):
+        raise ArgumentError(f"there is no model {model!r}; expected a torchvision name")
+    if clock not in CLOCKS:
+        raise ArgumentError(
+            f"clock={clock!r} is unknown; expected {' or '.join(map(repr, CLOCKS))}"
+        )
+    if repeats < 1 or not sizes or not batches or min([*sizes, *batches]) < 1:
+        raise ArgumentError("sizes, batches and repeats must be positive")
+
+
+@contextmanager
+def _settings(threads: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads or before)
+    try:
+        with torch.random.fork_rng(), torch.no_grad():
+            yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _made(
+    names: Sequence[str], source: nn.Module, native: int, report: Callable[[str], None]
+) -> tuple[dict[str, Run], dict[str, str]]:
+    runs, skipped = {}, {}
+    for name in names:
+        report(f"preparing {name}")
+        run = made(name, source, native)
+        if isinstance(run, str):
+            skipped[name] = run
+            report(f"left out {name}: {run}")
+        else:
+            runs[name] = run
+    return runs, skipped
+
+
+def _fits(name: str, size: int, batch: int, native: int) -> bool:
+    contender = CONTENDERS[name]
+    if contender.native_only:
+        return size == native
+    return "sliding" not in name or size * size * batch <= _LARGEST_SLIDING
+
+
+def _times(
+    runs: dict[str, Run], images: Tensor, repeats: int, clock: Callable[[], float]
+) -> tuple[dict[str, list[float]], float]:
+    """Seconds of every call of every contender, which take turns, and the peak in GFLOP/s."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    first = {name: _seconds(run, images, clock) for name, run in runs.items()}
+    peak = 0.0
+    for i in range(repeats):
+        peak = max(peak, measured_peak(clock))
+        for name, run in runs.items():
+            if i == 0 or first[name] < _SLOW:
+                times[name].append(_seconds(run, images, clock))
+    return times, peak
+
+
+def _seconds(run: Run, images: Tensor, clock: Callable[[], float]) -> float:
+    time.sleep(_PAUSE)
+    start = clock()
+    run(images)
+    return clock() - start
+
+
+def measured_peak(clock: Callable[[], float] = time.perf_counter) -> float:
+    """GFLOP/s in float32 of the better of a large matrix product and a large convolution."""
+    a, b = torch.ones(2048, 2048), torch.ones(2048, 2048)
+    x = torch.ones(1, 256, 64, 64).contiguous(memory_format=torch.channels_last)
+    weight = torch.ones(256, 256, 3, 3)
+    cases: list[tuple[Callable[[], Any], float]] = [
+        (lambda: a @ b, 2 * 2048**3),
+        (lambda: F.conv2d(x, weight, padding=1), 2 * 9 * 256 * 256 * 64 * 64),
+    ]
+    best = 0.0
+    for work, operations in cases:
+        work()
+        start = clock()
+        work()
+        best = max(best, operations / (clock() - start) / 1e9)
+    return best
+
+
+def _rows(
+    times: dict[str, list[float]],
+    net: FullyConvolutional,
+    runs: dict[str, Run],
+    images: Tensor,
+    peak: float,
+) -> Iterator[Measurement]:
+    size, batch = images.shape[2], len(images)
+    work = operations(net, size) * batch / 1e9
+    medians = {name: float(np.median(seconds)) for name, seconds in times.items()}
+    own = medians.get(PLAIN, next(iter(medians.values())))
+    expected = _exact(net, images) if size * size * batch <= 512 * 512 else None
+    for name, seconds in times.items():
+        low, high = np.percentile(seconds, [25, 75])
+        gflops = work / medians[name]
+        yield Measurement(
+            contender=name,
+            size=size,
+            batch=batch,
+            seconds=medians[name],
+            quartiles=(float(low), float(high)),
+            calls=len(seconds),
+            ratio=medians[name] / own,
+            gflops=gflops,
+            share=gflops / peak,
+            error=_error(name, runs[name], images, expected),
+        )
+
+
+def _exact(net: FullyConvolutional, images: Tensor) -> Tensor:
+    """The scores in float64, layer by layer so that only one layer is widened at a time."""
+    x: Any = images.double()
+    values: dict[Any, Any] = {}
+    for node in net.network.graph.nodes:
+        if node.op == "placeholder":
+            values[node] = x
+        elif node.op == "call_module":
+            module = net.network.get_submodule(str(node.target))
+            values[node] = _widened(module, *(values[a] for a in node.args))
+        elif node.op == "output":
+            return values[node.args[0]]
+        else:
+            raise FcvggError("no float64 scores for a graph with functions")
+    raise FcvggError("the network has no output")
+
+
+def _widened(module: nn.Module, *args: Tensor) -> Any:
+    state = {name: value.double() for name, value in module.state_dict().items()}
+    return torch.func.functional_call(module, state, args)
+
+
+def _error(name: str, run: Run, images: Tensor, expected: Tensor | None) -> float | None:
+    if expected is None or not CONTENDERS[name].comparable:
+        return None
+    scores = run(images)
+    scores = scores[..., None, None] if scores.ndim == 2 else scores
+    return ((scores.double() - expected).abs().max() / expected.abs().max()).item()
+
+
+def _shared(row: Measurement, peak: float) -> Measurement:
+    return Measurement(**{**asdict(row), "quartiles": row.quartiles, "share": row.gflops / peak})
+
+
+# -- memory ---------------------------------------------------------------------------------------
+
+
+def _with_memory(
+    row: Measurement, model: str, native: int, report: Callable[[str], None]
+) -> Measurement:
+    if row.batch != 1:
+        return row
+    report(f"memory of {row.contender} at {row.size}")
+    memory = peak_memory(row.contender, model, native, row.size)
+    return Measurement(**{**asdict(row), "quartiles": row.quartiles, "memory": memory})
+
+
+def peak_memory(contender: str, model: str, native: int, size: int) -> int | None:
+    """Bytes that a new process holds at most while it runs a contender on one image."""
+    job = json.dumps([contender, model, native, size, torch.get_num_threads()])
+    ran = subprocess.run(
+        [sys.executable, "-m", "fcvgg.benchmarking", job], capture_output=True, text=True
+    )
+    lines = ran.stdout.split()
+    return int(lines[-1]) if ran.returncode == 0 and lines else None
+
+
+def _measure_memory(job: str) -> None:
+    """Run in a process of its own; prints the bytes."""
+    import resource
+
+    contender, model, native, size, threads = json.loads(job)
+    torch.set_num_threads(threads)
+    with torch.no_grad():
+        source = torchvision.models.get_model(model, weights=None).eval()
+        run = made(contender, source, native)
+        if not isinstance(run, str):
+            del source
+            for _ in range(2):
+                run(torch.zeros(1, 3, size, size))
+    unit = 1 if sys.platform == "darwin" else 1024
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
+
+
+if __name__ == "__main__":
+    _measure_memory(sys.argv[1])

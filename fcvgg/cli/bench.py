@@ -1,0 +1,75 @@
+"""``fcvgg bench``: a converted network beside what a user could pick instead."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fcvgg.cli.console import folder, say, say_wrote
+from fcvgg.cli.options import OutputFolder, lengths
+
+NAME = "bench"
+EXAMPLES = (
+    "fcvgg bench",
+    "fcvgg bench vgg11 --sizes 224,512 --repeats 3 --no-memory",
+    "fcvgg bench --only fcvgg --only onnxruntime --clock cpu --threads 1",
+)
+
+
+def run(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A torchvision name; weights are random.")
+    ] = "vgg16",
+    sizes: Annotated[
+        str, typer.Option("--sizes", metavar="N,...", help="Sides of the square images.")
+    ] = "224,512,1024",
+    batches: Annotated[
+        str, typer.Option("--batches", metavar="N,...", help="Images per call.")
+    ] = "1",
+    repeats: Annotated[
+        int, typer.Option("--repeats", min=1, help="Calls of each that are counted.")
+    ] = 7,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--only", metavar="NAME", help="A contender; repeat for several.", show_default="all"
+        ),
+    ] = None,
+    threads: Annotated[
+        int | None,
+        typer.Option("--threads", min=1, help="Of every contender.", show_default="torch's"),
+    ] = None,
+    clock: Annotated[
+        str,
+        typer.Option(
+            "--clock",
+            metavar="wall|cpu",
+            help="What is counted; 'cpu' with --threads 1 stands a busy machine.",
+        ),
+    ] = "wall",
+    memory: Annotated[
+        bool, typer.Option(help="Measure the memory of each in a process of its own.")
+    ] = True,
+    out: OutputFolder = Path(),
+) -> None:
+    """Time score maps side by side with other ways to compute them."""
+    from fcvgg.benchmarking import benchmark
+
+    result = benchmark(
+        model,
+        sizes=lengths(sizes, "--sizes") or [],
+        batches=lengths(batches, "--batches") or [],
+        repeats=repeats,
+        contenders=only,
+        threads=threads,
+        clock=clock,
+        memory=memory,
+        report=say,
+    )
+    folder(out)
+    say()
+    say(result.markdown())
+    for path in result.write(out):
+        say_wrote(path)

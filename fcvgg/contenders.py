@@ -1,0 +1,172 @@
+"""What `fcvgg bench` runs side by side: fcvgg, and what a user could pick instead.
+
+A contender is made from the classifier and gives a function of images ``(N, C, H, W)`` whose result
+is the score map ``(N, K, h, w)``, or None where its result is of another kind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fcvgg.conversion import convert
+from fcvgg.errors import FcvggError, MissingExtraError
+from fcvgg.network import FullyConvolutional
+from fcvgg.optimization import has_bfloat16, optimize
+from fcvgg.sources.extras import imported
+
+Run = Callable[[Tensor], Any]
+
+_CROPS = 8
+"""Crops of the sliding window that are classified at a time."""
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One way to score an image densely.
+
+    Attributes:
+        name: in tables.
+        make: gives what runs; raises `FcvggError` where it cannot.
+        comparable: whether the result is the same score map, so that its error means something.
+        native_only: whether it takes images of the native size only.
+    """
+
+    name: str
+    make: Callable[[nn.Module, int], Run]
+    comparable: bool = True
+    native_only: bool = False
+
+
+def _plain(model: nn.Module, size: int) -> Run:
+    return convert(model, input_size=size, verify=False)
+
+
+def _optimised(**options: Any) -> Callable[[nn.Module, int], Run]:
+    def make(model: nn.Module, size: int) -> Run:
+        if options.get("dtype") == torch.bfloat16 and not has_bfloat16():
+            raise FcvggError("the processor has no bfloat16")
+        if options.get("engine"):
+            imported("onnxscript", "onnx")
+        net = optimize(_converted(model, size), **options)
+        net.release()
+        return net
+
+    return make
+
+
+def _converted(model: nn.Module, size: int) -> FullyConvolutional:
+    return convert(model, input_size=size, verify=False)
+
+
+def _classifier(model: nn.Module, size: int) -> Run:
+    return model
+
+
+def _usual_recipe(model: nn.Module, size: int) -> Run:
+    """FC weights copied into convolutions by hand, as in most repositories."""
+    features, linears = _parts(model)
+    layers: list[nn.Module] = []
+    for i, linear in enumerate(linears):
+        kernel = 1 if i else round((linear.in_features / 512) ** 0.5)
+        conv = nn.Conv2d(linear.in_features // kernel**2, linear.out_features, kernel)
+        conv.weight.data.copy_(linear.weight.data.view_as(conv.weight))
+        conv.bias.data.copy_(linear.bias.data)  # type: ignore[union-attr]
+        layers += [conv, nn.ReLU(inplace=True), nn.Dropout()]
+    return nn.Sequential(features, *layers[:-2]).eval()
+
+
+def _timm(model: nn.Module, size: int) -> Run:
+    """The VGG of timm, which has convolutions for fc6 and fc7; its last layer on every cell."""
+    timm = imported("timm", "bench")
+    features, linears = _parts(model)
+    depth = {8: "vgg11", 10: "vgg13", 13: "vgg16", 16: "vgg19"}
+    convolutions = sum(isinstance(layer, nn.Conv2d) for layer in features.modules())
+    net = timm.create_model(depth[convolutions], num_classes=linears[-1].out_features).eval()
+    net.features.load_state_dict(features.state_dict())
+    for target, linear in zip((net.pre_logits.fc1, net.pre_logits.fc2, net.head.fc), linears):
+        target.weight.data.copy_(linear.weight.data.view_as(target.weight))
+        target.bias.data.copy_(linear.bias.data)
+
+    def run(images: Tensor) -> Tensor:
+        maps = net.pre_logits(net.forward_features(images))
+        return net.head.fc(maps.movedim(1, -1)).movedim(-1, 1)
+
+    return run
+
+
+def _sliding_window(model: nn.Module, size: int) -> Run:
+    """The classifier on the crop of every cell."""
+    net = _converted(model, size)
+
+    def run(images: Tensor) -> Tensor:
+        rows, cols = net.output_size(images.shape[2:])
+        boxes = [net.geometry.window_of(row, col) for row in range(rows) for col in range(cols)]
+        crops = [images[:, :, top:bottom, left:right] for top, left, bottom, right in boxes]
+        scores = [
+            model(torch.cat(crops[i : i + _CROPS])).unflatten(0, (-1, len(images)))
+            for i in range(0, len(crops), _CROPS)
+        ]
+        return torch.cat(scores).movedim(0, -1).unflatten(-1, (rows, cols))
+
+    return run
+
+
+def _monai(model: nn.Module, size: int) -> Run:
+    """MONAI's sliding window, which blends the scores of the windows over each position."""
+    inferers = imported("monai.inferers", "bench")
+    stride = _converted(model, size).geometry.stride[0]
+    side = size // stride
+
+    def spread(crops: Tensor) -> Tensor:
+        return model(crops)[:, :, None, None].repeat(1, 1, side, side)
+
+    def run(images: Tensor) -> Any:
+        return inferers.sliding_window_inference(
+            images, (size, size), _CROPS, spread, overlap=1 - stride / size
+        )
+
+    return run
+
+
+def _parts(model: nn.Module) -> tuple[nn.Module, list[nn.Linear]]:
+    features = getattr(model, "features", None)
+    linears = [m for m in model.modules() if isinstance(m, nn.Linear)]
+    if features is None or len(linears) != 3:
+        raise FcvggError(f"{type(model).__name__} is not torchvision's VGG, which it is made for")
+    return features, linears
+
+
+PLAIN = "fcvgg"
+
+CONTENDERS: dict[str, Contender] = {
+    contender.name: contender
+    for contender in (
+        Contender(PLAIN, _plain),
+        Contender("fcvgg optimised", _optimised()),
+        Contender("fcvgg optimised bf16", _optimised(dtype=torch.bfloat16)),
+        Contender("onnxruntime", _optimised(engine="onnxruntime")),
+        Contender("OpenVINO f32", _optimised(engine="openvino")),
+        Contender("OpenVINO bf16", _optimised(engine="openvino", dtype=torch.bfloat16)),
+        Contender("usual recipe", _usual_recipe),
+        Contender("timm", _timm),
+        Contender("FC model", _classifier, native_only=True),
+        Contender("FC sliding window", _sliding_window, comparable=False),
+        Contender("MONAI sliding window", _monai, comparable=False),
+    )
+}
+"""By name, in the order of the table."""
+
+
+def made(name: str, model: nn.Module, size: int) -> Run | str:
+    """What a contender runs, or why it is left out."""
+    try:
+        return CONTENDERS[name].make(model, size)
+    except MissingExtraError as error:
+        return str(error)
+    except (FcvggError, KeyError) as error:
+        return f"not for this model: {error}"

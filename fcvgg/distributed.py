@@ -1,0 +1,282 @@
+"""Streaming and classifying on many machines, with Ray.
+
+Ray runs on this machine by default, and on a cluster by its address: start it with ``ray start
+--head`` on one machine and ``ray start --address=HEAD:6379`` on the others, and pass
+``address="auto"`` on any of them. Files must lie where every machine finds them. A worker that dies
+is replaced and its work is done again. The extra ``fcvgg[ray]`` brings what is needed.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from fcvgg.categories import class_name
+from fcvgg.errors import ArgumentError, FcvggError, ImageError
+from fcvgg.network import FullyConvolutional, evaluating
+from fcvgg.sources.extras import imported
+from fcvgg.streaming import (
+    StreamJob,
+    as_array,
+    as_result,
+    bands,
+    opened_store,
+    plan_in_memory,
+)
+from fcvgg.strip_plan import StripPlan, parsed_memory
+
+Pair = tuple[int, int]
+Bundle = dict[str, bytes]
+"""The files of a network that `FullyConvolutional.save` wrote."""
+
+_RETRIES = 3
+
+
+def stream(
+    net: FullyConvolutional,
+    source: Any,
+    *,
+    out: str | os.PathLike[str] | None = None,
+    classes: Sequence[int | str] | str | None = None,
+    rows: Pair | None = None,
+    memory: int | str = "1GiB",
+    workers: int | None = None,
+    threads: int = 1,
+    address: str | None = None,
+) -> Any:
+    """`fcvgg.stream` with bands of rows given to workers; the result is the same.
+
+    Each worker reads the image's rows that its band and the halo need. With as many threads the
+    bits are those of one process.
+
+    Args:
+        net, source, out, classes, rows: as for `fcvgg.stream`; every worker must find a path.
+        memory: what each worker may add.
+        workers: how many bands are computed at once; None takes what Ray has room for.
+        threads: processor cores of each worker.
+        address: of a Ray cluster, or None for this machine.
+
+    Returns:
+        as `fcvgg.stream`.
+    """
+    ray = started(address)
+    job = StreamJob.prepared(net, source, classes, rows)
+    budget = parsed_memory(memory)
+    if out is None:
+        plan, store = plan_in_memory(job, budget), None
+        finished, chunk = [0] * len(plan.blocks), 1
+        result = torch.empty(job.shape, dtype=job.dtype)
+    else:
+        store, plan = opened_store(job, Path(out), budget)
+        finished, chunk = store.finished, store.chunk_rows
+        result = None
+    workers = workers or max(int(ray.available_resources().get("CPU", 1)) // threads, 1)
+    pieces = [
+        (block, band)
+        for block in range(len(plan.blocks))
+        for band in _split(finished[block], job.shape[-2], workers, chunk)
+    ]
+    first = job.layout.rows[0]
+    shared = ray.put(packed(net)), ray.put(source)
+    work = ray.remote(_band).options(num_cpus=threads, max_retries=_RETRIES)
+    waiting = [
+        work.remote(*shared, classes, rows, plan, block, (first + a, first + b), threads)
+        for block, (a, b) in pieces
+    ]
+    for (block, (a, b)), reference in zip(pieces, waiting):
+        try:
+            cells = ray.get(reference)
+        except ray.exceptions.RayTaskError as error:
+            raise error.cause from None
+        except ray.exceptions.RayError as error:
+            raise FcvggError(
+                f"a worker failed {_RETRIES + 1} times at rows {a} to {b}: {type(error).__name__}"
+            ) from error
+        if store is not None:
+            store.write(block, a, cells)
+        else:
+            left, right = plan.blocks[block]
+            assert result is not None
+            result[..., a:b, left:right] = torch.from_numpy(cells).to(result.dtype)
+    return store if store is not None else as_result(job, result)  # type: ignore[arg-type]
+
+
+def _split(first: int, end: int, parts: int, chunk: int) -> Iterator[Pair]:
+    """Ranges of rows, about as many as `parts`, that begin at whole chunks."""
+    step = max(-(-(end - first) // (parts * chunk)) * chunk, chunk)
+    for row in range(first, end, step):
+        yield row, min(row + step, end)
+
+
+@torch.no_grad()
+def _band(
+    bundle: Bundle,
+    source: Any,
+    classes: Any,
+    rows: Pair | None,
+    plan: StripPlan,
+    block: int,
+    band: Pair,
+    threads: int,
+) -> np.ndarray[Any, Any]:
+    """A worker's part: the rows of one band in one block of columns."""
+    torch.set_num_threads(threads)
+    net = _unpacked(_Hashed(bundle))
+    job = StreamJob.prepared(net, source, classes, rows)
+    with evaluating(net):
+        parts: list[Tensor] = list(bands(job, plan, plan.blocks[block], band, lambda _: None))
+    return as_array(torch.cat(parts, -2))
+
+
+# -- folders of images ----------------------------------------------------------------------------
+
+
+def classify(
+    net: FullyConvolutional,
+    paths: str | Sequence[str],
+    *,
+    out: str | os.PathLike[str],
+    top: int = 5,
+    workers: int = 2,
+    threads: int = 1,
+    address: str | None = None,
+    **options: Any,
+) -> str:
+    """Classify a folder or bucket of images with `FullyConvolutional.classify`, through Ray Data.
+
+    Every worker loads the network once.
+
+    Args:
+        net: a converted network.
+        paths: files, folders or buckets (``s3://...``), as `ray.data.read_binary_files` takes them.
+        out: the folder or bucket for Parquet files with the columns ``path``, ``classes``,
+            ``probabilities`` (of the `top` best, the best first) and ``error``, which is empty
+            where the image could be used.
+        top: how many classes are written.
+        workers: processes that classify.
+        threads: processor cores of each worker.
+        address: of a Ray cluster, or None for this machine.
+        options: of `FullyConvolutional.classify`, such as ``scales``.
+
+    Returns:
+        `out`.
+    """
+    ray = started(address)
+    data = imported("ray.data", "ray")
+    if top < 1:
+        raise ArgumentError(f"top={top!r} is no number of classes; expected at least 1")
+    names = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
+    if not names:
+        raise ImageError("no images were given; expected at least one path")
+    data.DataContext.get_current().enable_progress_bars = False
+    # reading and writing must find room beside workers that hold every core
+    beside = {"num_cpus": 0}
+    try:
+        images = data.read_binary_files(
+            [str(name) for name in names], include_paths=True, ray_remote_args=beside
+        )
+        images.map_batches(
+            _Classifier,
+            fn_constructor_args=(ray.put(packed(net)), top, threads, options),
+            batch_size=8,
+            compute=data.ActorPoolStrategy(size=workers),
+            num_cpus=threads,
+        ).write_parquet(str(out), ray_remote_args=beside)
+    except FileNotFoundError as error:
+        raise ImageError(f"{error}".splitlines()[0]) from error
+    return str(out)
+
+
+class _Classifier:
+    """What every worker of `classify` holds."""
+
+    def __init__(self, bundle: Any, top: int, threads: int, options: dict[str, Any]):
+        torch.set_num_threads(threads)
+        ray = imported("ray", "ray")
+        held = ray.get(bundle) if isinstance(bundle, ray.ObjectRef) else bundle
+        self.net = _unpacked(_Hashed(held))
+        self.top, self.options = top, options
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        rows = [self._classified(data) for data in batch["bytes"]]
+        classes, probabilities, errors = zip(*rows)
+        return {
+            "path": batch["path"],
+            "classes": np.array([*classes, None], dtype=object)[:-1],
+            "probabilities": np.array([*probabilities, None], dtype=object)[:-1],
+            "error": list(errors),
+        }
+
+    def _classified(self, data: bytes) -> tuple[list[str], list[float], str]:
+        try:
+            with Image.open(io.BytesIO(data)) as image:
+                scores = self.net.classify(image, **self.options)[0]
+        except (FcvggError, OSError) as error:
+            return [], [], " ".join(str(error).split())
+        values, indices = scores.topk(min(self.top, len(scores)))
+        names = [class_name(i, self.net.categories) for i in indices.tolist()]
+        return names, values.tolist(), ""
+
+
+# -- the network on its way -----------------------------------------------------------------------
+
+
+def started(address: str | None) -> Any:
+    """Ray, connected: to what runs already, to a cluster, or to one started on this machine.
+
+    Raises:
+        MissingExtraError: if Ray is not installed.
+        FcvggError: if there is no cluster at `address`.
+    """
+    ray = imported("ray", "ray")
+    if ray.is_initialized():
+        return ray
+    try:
+        local = {"include_dashboard": False} if address is None else {}
+        ray.init(address=address or "local", log_to_driver=False, logging_level="error", **local)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise FcvggError(
+            f"there is no Ray cluster at address={address!r}: {str(error).splitlines()[0]}"
+        ) from error
+    return ray
+
+
+def packed(net: FullyConvolutional) -> Bundle:
+    """A network as the files that `FullyConvolutional.save` writes."""
+    with tempfile.TemporaryDirectory() as folder:
+        saved = net.save(Path(folder) / "net")
+        return {file.name: file.read_bytes() for file in saved.iterdir()}
+
+
+class _Hashed:
+    """A bundle as a key: equal if its configuration and the size of its files are."""
+
+    def __init__(self, bundle: Bundle):
+        self.bundle = bundle
+        self._key = tuple(sorted((name, hash(bytes(data))) for name, data in bundle.items()))
+
+    def __hash__(self) -> int:
+        return hash(self._key)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Hashed) and self._key == other._key
+
+
+@lru_cache(maxsize=1)
+def _unpacked(bundle: _Hashed) -> FullyConvolutional:
+    from fcvgg.loading import load
+
+    with tempfile.TemporaryDirectory() as folder:
+        for name, data in bundle.bundle.items():
+            (Path(folder) / name).write_bytes(data)
+        return load(folder)

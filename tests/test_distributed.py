@@ -1,0 +1,119 @@
+"""Two local workers give what one process gives, also when one of them is killed."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from nets import SmallVGG, seeded
+from PIL import Image
+
+import fcvgg
+from fcvgg import distributed
+from fcvgg.errors import FcvggError
+
+ray = pytest.importorskip("ray")
+pq = pytest.importorskip("pyarrow.parquet")
+pytest.importorskip("zarr")
+pytest.importorskip("tifffile")
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _cluster() -> Iterator[None]:
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    ray.init(
+        num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=100 << 20
+    )
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def net() -> Any:
+    preprocess = fcvgg.Preprocess.imagenet()
+    return fcvgg.convert(seeded(SmallVGG), preprocess=preprocess, categories=list("abcde"))
+
+
+def photograph(height: int, width: int) -> np.ndarray[Any, Any]:
+    return np.random.default_rng(5).integers(0, 256, (height, width, 3)).astype(np.uint8)
+
+
+def test_bands_on_two_workers(net: Any, tmp_path: Path) -> None:
+    image = photograph(220, 60)
+    single = fcvgg.stream(net, image)
+    assert torch.equal(distributed.stream(net, image).scores, single.scores)
+    path = tmp_path / "image.tif"
+    __import__("tifffile").imwrite(path, image, photometric="rgb", tile=(64, 64))
+    store = distributed.stream(net, path, out=tmp_path / "map.zarr", workers=3, rows=(1, 40))
+    assert store.complete
+    assert np.array_equal(store.array[:], single.scores[:, 1:40].numpy())
+    labels = distributed.stream(net, image, classes="argmax")
+    assert torch.equal(labels, single.label_map())
+
+
+def test_a_killed_worker_is_replaced(net: Any, tmp_path: Path) -> None:
+    class Killing:
+        """An array whose reader dies in the middle, once."""
+
+        def __init__(self, array: np.ndarray[Any, Any], marker: str, parent: int):
+            self.array, self.marker, self.parent = array, marker, parent
+            self.shape, self.dtype = array.shape, array.dtype
+
+        def __getitem__(self, key: Any) -> Any:
+            first_time = not os.path.exists(self.marker)
+            if os.getpid() != self.parent and key[0].stop > 110 and first_time:
+                Path(self.marker).touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+            return self.array[key]
+
+    image = photograph(220, 60)
+    marker = tmp_path / "killed"
+    got = distributed.stream(net, Killing(image, str(marker), os.getpid()), workers=2)
+    assert marker.exists()
+    assert torch.equal(got.scores, fcvgg.stream(net, image).scores)
+
+
+def test_an_error_of_a_worker_is_the_users_error(net: Any, tmp_path: Path) -> None:
+    class Failing:
+        def __init__(self, parent: int):
+            self.parent, self.shape, self.dtype = parent, (220, 60, 3), np.dtype(np.uint8)
+
+        def __getitem__(self, key: Any) -> Any:
+            raise OSError("the disk is gone")
+
+    with pytest.raises(FcvggError, match=r"cannot be read: the disk is gone"):
+        distributed.stream(net, Failing(os.getpid()))
+
+
+def test_a_folder_of_images(net: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for i in range(5):
+        Image.fromarray(photograph(40 + i, 50)).save(folder / f"{i}.png")
+    (folder / "broken.png").write_bytes(b"no image")
+    out = distributed.classify(net, str(folder), out=tmp_path / "classes", top=2)
+    rows = {Path(row["path"]).name: row for row in pq.read_table(out).to_pylist()}
+    assert len(rows) == 6
+    assert rows["broken.png"]["error"]
+    assert list(rows["broken.png"]["classes"]) == []
+    for i in range(5):
+        expected = net.classify(folder / f"{i}.png")[0]
+        values, indices = expected.topk(2)
+        assert list(rows[f"{i}.png"]["classes"]) == ["abcde"[k] for k in indices]
+        assert np.allclose(rows[f"{i}.png"]["probabilities"], values, atol=1e-6)
+        assert rows[f"{i}.png"]["error"] == ""
+
+
+def test_bad_input(net: Any, tmp_path: Path) -> None:
+    with pytest.raises(FcvggError, match="no images were given"):
+        distributed.classify(net, [], out=tmp_path / "classes")
+    with pytest.raises(FcvggError, match=r"top=0 is no number"):
+        distributed.classify(net, "x", out=tmp_path / "classes", top=0)
