@@ -30,7 +30,6 @@ from torch import Tensor, nn
 
 import fcvgg
 from fcvgg.demo import CATEGORIES, MEAN, SCALES, STD, WINDOW, DemoNet, demo_model, demo_photograph
-from fcvgg.preprocessing import resized_to_side
 
 SEED = 20
 STEPS = 1500
@@ -661,7 +660,7 @@ def dense_peak(
     net: fcvgg.FullyConvolutional, image: Image.Image, scale: int
 ) -> tuple[float, tuple[float, float]]:
     """Return the highest face probability of a cell and its centre (y, x) in image pixels."""
-    score_map = net.score_map(resized_to_side(image, scale))
+    score_map = net.score_map(image, scale=scale)
     faces = score_map.probabilities()[FACE]
     y, x = score_map.geometry.centre_of(*divmod(int(faces.argmax()), faces.shape[1]))
     ratio = min(image.size) / scale

@@ -9,6 +9,7 @@ is traced in its place.
 from __future__ import annotations
 
 import copy
+import inspect
 import operator
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -31,6 +32,31 @@ class FollowsTraining(int):
     Functional dropout and batch norm receive the mode as a plain bool; this lets the converted
     network pass its own mode on instead of the one at the time of conversion.
     """
+
+
+class FeatureSize(int):
+    """A number that a model computes from the height or width of its features.
+
+    A pool of that size is a global one; the same number written out need not be.
+    """
+
+    def __add__(self, other: int) -> int:
+        return _of_features(int.__add__(self, other))
+
+    def __sub__(self, other: int) -> int:
+        return _of_features(int.__sub__(self, other))
+
+    def __mul__(self, other: int) -> int:
+        return _of_features(int.__mul__(self, other))
+
+    def __floordiv__(self, other: int) -> int:
+        return _of_features(int.__floordiv__(self, other))
+
+    __radd__, __rmul__ = __add__, __mul__
+
+
+def _of_features(number: Any) -> Any:
+    return FeatureSize(number) if isinstance(number, int) else number  # also NotImplemented
 
 
 class Captured:
@@ -162,6 +188,11 @@ _HOOKS = (
 )
 
 
+def has_hooks(module: nn.Module) -> bool:
+    """Whether hooks watch, and may change, what goes into a module or comes out of it."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
 def twin_of(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
     """A copy of the modules without their hooks, which belong to whoever watches the source.
 
@@ -185,10 +216,24 @@ def twin_of(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
     }
     try:
         return copy.deepcopy(model, {**memo, **hooks})
-    except RuntimeError as error:
+    except Exception as error:
         raise ConversionError(
-            f"the modules of {type(model).__name__} cannot be copied: {one_line(error)}"
+            f"the modules of {type(model).__name__} cannot be copied: "
+            f"{_uncopied(model, {**memo, **hooks})}{one_line(error)}; "
+            "delete what cannot be copied, or set it to None, before converting"
         ) from error
+
+
+def _uncopied(model: nn.Module, memo: dict[int, Any]) -> str:
+    """The name of an attribute that cannot be copied, as the beginning of a message."""
+    for path, module in model.named_modules():
+        for name, value in vars(module).items():
+            try:
+                if name != "_modules":
+                    copy.deepcopy(value, dict(memo))
+            except Exception:
+                return f"attribute {f'{path}.{name}'.removeprefix('.')}: "
+    return ""
 
 
 def _without_data(model: nn.Module, is_leaf: Callable[[nn.Module], bool]) -> nn.Module:
@@ -209,6 +254,28 @@ def _without_data(model: nn.Module, is_leaf: Callable[[nn.Module], bool]) -> nn.
         # torch's own layers insist on a bool; only traced code can pass the mode on
         module.training = False if is_leaf(module) else FollowsTraining(False)  # type: ignore
     return twin
+
+
+def storages_of(value: Any) -> set[int]:
+    """Which memory a value's tensors lie in."""
+    tensors = value if isinstance(value, (tuple, list)) else [value]
+    return {t.untyped_storage()._cdata for t in tensors if isinstance(t, Tensor)}
+
+
+def _version(node: fx.Node) -> int:
+    """How often a value, or one that shares its memory, was changed in place."""
+    value = node.meta["value"]
+    return value._version if isinstance(value, Tensor) else 0
+
+
+def _argument(node: fx.Node, name: str) -> Any:
+    """An argument of a function of torch's that is written in Python, by name or by position."""
+    if name in node.kwargs or node.op != "call_function":
+        return node.kwargs.get(name)
+    try:
+        return inspect.signature(node.target).bind(*node.args).arguments.get(name)  # type: ignore
+    except (TypeError, ValueError):
+        return None
 
 
 def _known(argument: Any) -> Any:
@@ -292,13 +359,24 @@ class _ShapeTracer(fx.Tracer):
         if any("value" not in fed.meta for fed in node.all_input_nodes):
             return
         self._computing = True  # what a layer calls and reads meanwhile is not recorded
+        versions = [(fed, _version(fed)) for fed in node.all_input_nodes]
         try:
             with torch.no_grad():
                 node.meta["value"] = self._run(node)
+            node.meta["changes"] = self._changed(node, versions)
         except Exception as error:
             node.meta["error"] = error
         finally:
             self._computing = False
+
+    def _changed(self, node: fx.Node, versions: list[tuple[fx.Node, int]]) -> fx.Node | None:
+        """The value that a node changes in place, also if it does so in training only."""
+        first = next(iter(node.args), None)
+        module = self.root.get_submodule(str(node.target)) if node.op == "call_module" else None
+        inplace = getattr(module, "inplace", False) or _argument(node, "inplace")
+        if inplace and isinstance(first, fx.Node):
+            return first
+        return next((fed for fed, before in versions if _version(fed) != before), None)
 
     def _run(self, node: fx.Node) -> Any:
         if node.op == "placeholder":
@@ -349,7 +427,10 @@ class _ShapedProxy(fx.Proxy):
 
     def __getattr__(self, name: str) -> Any:
         if name in self._CONSTANTS:
-            return getattr(self.tracer.value_of(self), name)
+            value = getattr(self.tracer.value_of(self), name)
+            return _marked(value) if name == "shape" else value
+        if name == "size":
+            return self._size
         if name in self._SHAPE_METHODS:
             value = self.tracer.value_of(self)
             return lambda *args, **kwargs: getattr(value, name)(*args, **kwargs)
@@ -358,6 +439,11 @@ class _ShapedProxy(fx.Proxy):
         if name in self._VALUE_METHODS:
             raise self._depends_on_values(f"Tensor.{name}")
         return super().__getattr__(name)
+
+    def _size(self, dim: int | None = None) -> Any:
+        value = self.tracer.value_of(self)
+        sizes = _marked(value.size())
+        return sizes if dim is None else sizes[dim]
 
     def __len__(self) -> int:
         return len(self.tracer.value_of(self))
@@ -370,8 +456,36 @@ class _ShapedProxy(fx.Proxy):
 
     __index__ = __int__
 
+    # fx would trace ``x += y`` as ``x = x + y``, after which other names of x keep the old value
+
+    def __iadd__(self, other: Any) -> Any:
+        return self._changed_to(self + other)
+
+    def __isub__(self, other: Any) -> Any:
+        return self._changed_to(self - other)
+
+    def __imul__(self, other: Any) -> Any:
+        return self._changed_to(self * other)
+
+    def __itruediv__(self, other: Any) -> Any:
+        return self._changed_to(self / other)
+
+    def _changed_to(self, result: fx.Proxy) -> fx.Proxy:
+        """A result in this value's place: where one shares the memory, it changes too."""
+        own, meta = self.node.meta.get("value"), result.node.meta
+        if isinstance(own, Tensor) and "value" in meta and meta["value"].shape == own.shape:
+            meta.update(value=own, changes=self.node, anew=True)
+        return result
+
     def _depends_on_values(self, what: str) -> CaptureError:
         return CaptureError(
             f"control flow on values: the model turns {describe(self.node)} into a number with "
             f"{what}; the graph may depend on shapes and on the mode only"
         )
+
+
+def _marked(shape: torch.Size) -> torch.Size:
+    """The shape of a map ``(N, C, H, W)`` with a height and width that tell where they are from."""
+    if len(shape) != 4:
+        return shape
+    return torch.Size([*shape[:2], *map(FeatureSize, shape[2:])])

@@ -9,15 +9,16 @@ layout alone, by running them on it, so no flatten order is special.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from math import prod
+from math import isclose, prod
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from fcvgg.capture import BATCH
+from fcvgg.probability import UNKNOWN
 
 Pair = tuple[int, int]
 
@@ -34,6 +35,7 @@ class Cells:
             features has millions of elements, and none of them is asked for.
         dilation: map positions between neighbouring elements of the window.
         activation: what the values are: logits, or what the last activation made of them.
+        share: what probabilities have been multiplied by: the halves of an average have 0.5.
         margin: pixels ``(y, x)`` by which padding of the head (``padding="same"``) put the window
             of cell 0 before the image.
     """
@@ -44,6 +46,7 @@ class Cells:
     moved: Tensor | None = None
     dilation: Pair = (1, 1)
     activation: str = "logits"
+    share: float = 1.0
     margin: Pair = (0, 0)
 
     @property
@@ -78,6 +81,40 @@ class Cells:
     def fills_window(self) -> bool:
         """Whether the layout holds every element of the window once, in any order."""
         return torch.equal(self.layout.flatten().sort().values, torch.arange(self.elements))
+
+    def elements_within(self, other: Cells) -> str:
+        """Whether all elements of the map, some or none (``""``) are among those of `other`."""
+        if other.moved is None or self.moved is other.moved:
+            return "all"
+        inside = torch.isin(self.layout, other.moved)
+        return "all" if inside.all() else "some" if inside.any() else ""
+
+    @property
+    def meaning(self) -> str:
+        """What the values are as scores: unknown where probabilities are not whole."""
+        return self.activation if isclose(self.share, 1, rel_tol=1e-6) else UNKNOWN
+
+    def meaning_of(self, activation: str, share: float = 1.0) -> Cells:
+        """The same values, said to be something else."""
+        return replace(self, activation=activation, share=share)
+
+    def alike(self, other: Cells) -> Cells:
+        """The same values, said to be what others are."""
+        return self.meaning_of(other.activation, other.share)
+
+    def computed_from(self, operands: Iterable[Cells]) -> Cells:
+        """The same values, said to be what a function of `operands` is: still logits, or unknown.
+
+        Layers that make new scores, fully connected ones and convolutions, make logits of anything.
+        """
+        plain = all(cells.activation == "logits" for cells in operands)
+        return self.meaning_of("logits" if plain else UNKNOWN)
+
+    def pooled_from(self, x: Cells, kind: str, divisor: int | None = None) -> Cells:
+        """The same values, said to be what a pool of `x` is."""
+        averages = kind == "avg" and divisor is None and x.activation == "probabilities"
+        within = kind in ("avg", "max") and divisor is None and x.activation == "sigmoid"
+        return self.alike(x) if averages or within else self.computed_from([x])
 
     def same_layout(self, other: Cells) -> bool:
         return (

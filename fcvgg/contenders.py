@@ -70,9 +70,10 @@ def _classifier(model: nn.Module, size: int) -> Run:
 def _usual_recipe(model: nn.Module, size: int) -> Run:
     """FC weights copied into convolutions by hand, as in most repositories."""
     features, linears = _parts(model)
+    channels = [layer.out_channels for layer in features.modules() if isinstance(layer, nn.Conv2d)]
     layers: list[nn.Module] = []
     for i, linear in enumerate(linears):
-        kernel = 1 if i else round((linear.in_features / 512) ** 0.5)
+        kernel = 1 if i else round((linear.in_features / channels[-1]) ** 0.5)
         conv = nn.Conv2d(linear.in_features // kernel**2, linear.out_features, kernel)
         conv.weight.data.copy_(linear.weight.data.view_as(conv.weight))
         conv.bias.data.copy_(linear.bias.data)  # type: ignore[union-attr]
@@ -86,6 +87,9 @@ def _timm(model: nn.Module, size: int) -> Run:
     features, linears = _parts(model)
     depth = {8: "vgg11", 10: "vgg13", 13: "vgg16", 16: "vgg19"}
     convolutions = sum(isinstance(layer, nn.Conv2d) for layer in features.modules())
+    widths = [linear.in_features for linear in linears]
+    if convolutions not in depth or widths != [25088, 4096, 4096]:
+        raise FcvggError("it is not one of the VGGs that timm has")
     net = timm.create_model(depth[convolutions], num_classes=linears[-1].out_features).eval()
     net.features.load_state_dict(features.state_dict())
     for target, linear in zip((net.pre_logits.fc1, net.pre_logits.fc2, net.head.fc), linears):

@@ -57,13 +57,16 @@ def convert(
         padding: ``"valid"``, or ``"same"`` to pad the first layer of the head so that the map has
             as many cells as the features before it.
         copy: own the parameters. By default the network shares their storage: no memory is spent,
-            and training or loading one changes both.
+            and training or loading one changes both. A flatten in another order than torch's takes
+            a permuted copy of that one weight, which then is not shared; ``net.half()`` and
+            ``net.to()`` another dtype or device end the sharing.
         verify: run model and network at the native size, and the network on a shifted larger
             input, and raise on a mismatch. The report is kept as ``net.equivalence``.
         preprocess: how ``uint8`` images become the model's input.
         categories: the K class names.
         activation: what the scores are, ``"logits"``, ``"probabilities"``,
-            ``"log_probabilities"`` or ``"sigmoid"``; read off the graph when None.
+            ``"log_probabilities"`` or ``"sigmoid"``; read off the graph when None, and
+            ``"unknown"`` if the model computes on after its softmax or sigmoid.
 
     Raises:
         ConversionError: if the model cannot be converted exactly; the message names the layer.

@@ -7,6 +7,7 @@ any size from the window up; padding smaller images is left to the caller.
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -98,10 +99,27 @@ def _write_onnx(
         )
     assert result is not None
     result.model.metadata_props.update(entries)
+    _name_dimensions(result.model.graph)
     if size < _LARGEST_PROTOBUF:
         onnx.save_model(result.model_proto, str(path))
     else:
         result.save(str(path), external_data=True)
+
+
+def _name_dimensions(graph: Any) -> None:
+    """Call the free dimensions what they are, where torch numbers its symbols."""
+    shape = graph.inputs[0].shape
+    names = {str(shape[i]): name for i, name in ((0, "batch"), (2, "height"), (3, "width"))}
+    values = [*graph.inputs, *graph.outputs, *(v for node in graph for v in node.outputs)]
+    for value in values:
+        if value.shape is None:
+            continue
+        for i, dimension in enumerate(value.shape):
+            if not isinstance(dimension, int):
+                text = str(dimension)
+                for symbol, name in names.items():
+                    text = re.sub(rf"\b{symbol}\b", name, text)
+                value.shape[i] = text
 
 
 def _output_names(program: ExportedProgram) -> list[str]:

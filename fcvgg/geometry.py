@@ -237,8 +237,10 @@ class Geometry:
     def output_size(self, size: Iterable[int] | int) -> Pair:
         """Cells ``(h, w)`` for an image of `size` pixels ``(H, W)``.
 
-        Rows and columns past the last full cell are not seen by any cell: VGG gives 7 features, so
-        one cell, for every extent from 224 to 255. Below the window the image is padded up to it.
+        Rows and columns past the last full window have no cell of their own: VGG gives 7 features,
+        so one cell, for every extent from 224 to 255. (A padded network's receptive fields are
+        larger than the window and may still reach them.) Below the window the image is padded up
+        to it.
 
         Raises:
             GeometryError: if `size` is not one or two positive integers.

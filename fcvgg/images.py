@@ -15,13 +15,21 @@ from torch import Tensor
 
 from fcvgg.capture import one_line
 from fcvgg.errors import ImageError, PreprocessError
-from fcvgg.preprocessing import INTERPOLATIONS, Preprocess, resized_to_side
+from fcvgg.preprocessing import INTERPOLATIONS, Preprocess
 from fcvgg.probability import widened
 
 Pair = tuple[int, int]
 ImageLike = Union[str, "os.PathLike[str]", Image.Image, np.ndarray, Tensor]
 
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+
+_TENSOR_MODES = {
+    "nearest": "nearest-exact",
+    "bilinear": "bilinear",
+    "bicubic": "bicubic",
+    "lanczos": "bicubic",  # the nearest kernel that torch has
+}
+"""torch's names of `INTERPOLATIONS`."""
 
 
 @dataclass(frozen=True)
@@ -34,12 +42,14 @@ class PreparedImage:
             None for a tensor.
         pixels: the preprocessed tensor ``(1, C, H, W)``; None until then.
         rescaled: whether its size was chosen for this evaluation, so that preprocessing keeps it.
+        interpolation: how it is rescaled; the preprocessing's.
     """
 
     size: Pair
     picture: Image.Image | None = None
     pixels: Tensor | None = None
     rescaled: bool = False
+    interpolation: str = "bilinear"
 
     def tensor(self, preprocess: Preprocess | None) -> Tensor:
         """The network's input ``(1, C, H, W)``."""
@@ -63,7 +73,12 @@ def prepare(image: Any, preprocess: Preprocess | None, channels: int) -> Prepare
     """
     if isinstance(image, Tensor):
         pixels = _checked_tensor(image, channels)
-        return PreparedImage(size=(pixels.shape[2], pixels.shape[3]), pixels=pixels)
+        prepared = PreparedImage(size=(pixels.shape[2], pixels.shape[3]), pixels=pixels)
+        return (
+            prepared
+            if preprocess is None
+            else replace(prepared, interpolation=preprocess.interpolation)
+        )
     if preprocess is None:
         raise PreprocessError(
             "the network's preprocessing is unknown, so an image file or uint8 array cannot be fed "
@@ -75,7 +90,11 @@ def prepare(image: Any, preprocess: Preprocess | None, channels: int) -> Prepare
             "give mean and std one value per channel"
         )
     picture = in_mode(read_image(image), channels)
-    return PreparedImage(size=(picture.height, picture.width), picture=picture)
+    return PreparedImage(
+        size=(picture.height, picture.width),
+        picture=picture,
+        interpolation=preprocess.interpolation,
+    )
 
 
 def read_image(image: Any) -> Image.Image:
@@ -99,7 +118,8 @@ def read_image(image: Any) -> Image.Image:
 def in_mode(image: Image.Image, channels: int) -> Image.Image:
     """The image as ``uint8`` with 1, 3 or 4 channels.
 
-    Transparent pixels are shown on white, 16-bit grey is scaled to 8 bits.
+    Transparent pixels are shown on white, 16-bit grey is scaled to 8 bits. Integers of 32 bits
+    (mode ``I``) are taken for 8-bit values where none is above 255, else for 16-bit ones.
 
     Raises:
         ImageError: if the image has no such form.
@@ -111,7 +131,7 @@ def in_mode(image: Image.Image, channels: int) -> Image.Image:
             f"pass a preprocessed tensor ({channels}, H, W)"
         )
     if image.mode.startswith("I"):
-        image = _from_array(_as_uint16(np.asarray(image)))
+        image = _from_array(_as_unsigned(np.asarray(image)))
     elif image.mode == "F":
         raise ImageError("the image holds floating-point values of unknown range; pass uint8")
     if mode != "RGBA" and (image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info):
@@ -127,29 +147,28 @@ def in_mode(image: Image.Image, channels: int) -> Image.Image:
 
 
 def with_smallest_side(image: PreparedImage, side: int) -> PreparedImage:
-    """The image rescaled, its aspect ratio kept; results then refer to the new pixels.
+    """The image rescaled as its preprocessing interpolates, the aspect ratio kept.
 
-    Preprocessing then does not resize it again.
+    Results then refer to the new pixels, and preprocessing does not resize it again.
     """
     if not isinstance(side, (int, np.integer)) or isinstance(side, bool) or side < 1:
         raise ImageError(f"scale {side!r} is no length; expected a positive number of pixels")
-    if image.picture is not None:
-        picture = resized_to_side(image.picture, int(side))
-        return PreparedImage((picture.height, picture.width), picture, rescaled=True)
-    factor = side / min(image.size)
-    height, width = (max(round(n * factor), 1) for n in image.size)
-    return with_size(image, (height, width))
+    height, width = image.size
+    factor = int(side) / min(height, width)
+    return with_size(image, (max(round(height * factor), 1), max(round(width * factor), 1)))
 
 
-def with_size(image: PreparedImage, size: Pair, interpolation: str = "bilinear") -> PreparedImage:
+def with_size(image: PreparedImage, size: Pair) -> PreparedImage:
     """The image resized to ``(h, w)``, whatever its aspect ratio; see `with_smallest_side`."""
     if image.picture is not None:
-        picture = image.picture.resize((size[1], size[0]), INTERPOLATIONS[interpolation])
-        return PreparedImage(size, picture, rescaled=True)
+        picture = image.picture.resize((size[1], size[0]), INTERPOLATIONS[image.interpolation])
+        return replace(image, size=size, picture=picture, rescaled=True)
     assert image.pixels is not None
     wide = widened(image.pixels)  # antialiasing is not there for half precision
-    pixels = F.interpolate(wide, list(size), mode="bilinear", align_corners=False, antialias=True)
-    return PreparedImage(size, pixels=pixels.to(image.pixels), rescaled=True)
+    mode = _TENSOR_MODES[image.interpolation]
+    smooth = {} if mode == "nearest-exact" else {"align_corners": False, "antialias": True}
+    pixels = F.interpolate(wide, list(size), mode=mode, **smooth)  # type: ignore[arg-type]
+    return replace(image, size=size, pixels=pixels.to(image.pixels), rescaled=True)
 
 
 def mirrored(image: PreparedImage) -> PreparedImage:
@@ -201,13 +220,15 @@ def _from_array(array: np.ndarray[Any, Any]) -> Image.Image:
     )
 
 
-def _as_uint16(pixels: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+def _as_unsigned(pixels: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Grey values as ``uint8`` or ``uint16``; mode ``I``, of 32 bits, does not say which."""
     if pixels.size and (pixels.min() < 0 or pixels.max() > np.iinfo(np.uint16).max):
         raise ImageError(
             f"the image holds integers from {pixels.min()} to {pixels.max()}, beyond 16 bits; "
             "pass uint8"
         )
-    return pixels.astype(np.uint16)
+    of_bytes = pixels.dtype == np.int32 and pixels.max(initial=0) <= np.iinfo(np.uint8).max
+    return pixels.astype(np.uint8 if of_bytes else np.uint16)
 
 
 def _from_file(path: Path) -> Image.Image:

@@ -29,6 +29,8 @@ from fcvgg.layers.strips import Part, Sliding, is_positional, sliding_of
 
 Pair = tuple[int, int]
 
+_RELUS = {F.relu, torch.relu, "relu"}
+
 _IN_PLACE = {operator.iadd, operator.isub, operator.imul, operator.itruediv}
 
 
@@ -46,6 +48,7 @@ class Stage:
         sliding: its window; None where it works on every position by itself.
         call: computes such an operation from its inputs.
         in_place: whether its output takes the place of its input.
+        is_relu: whether it is a ReLU, which can write its output where it is wanted.
     """
 
     name: str
@@ -54,6 +57,7 @@ class Stage:
     sliding: Sliding | None = None
     call: Callable[[Sequence[Tensor]], Tensor] | None = None
     in_place: bool = False
+    is_relu: bool = False
 
 
 def stages_of(network: fx.GraphModule, in_channels: int, output: int = 0) -> list[Stage]:
@@ -110,7 +114,12 @@ class _StageReader:
         changed = _changed_in_place(node, module)
         shared = changed is not None and len([u for u in changed.users if u in self._needed]) > 1
         call = self._call(node, module, changed if shared else None)
-        place = self._append(node, call=call, in_place=changed is not None and not shared)
+        place = self._append(
+            node,
+            call=call,
+            in_place=changed is not None and not shared,
+            is_relu=type(module) is nn.ReLU or node.target in _RELUS,
+        )
         self._places[node] = place
         if changed is not None and shared:  # readers from here on see the changed value
             self._places[changed] = place
@@ -374,8 +383,31 @@ class _Rows:
         self.start = start
         self.pieces: list[Tensor] = []
 
+    @property
+    def waits(self) -> bool:
+        """Whether there are rows."""
+        return bool(self.pieces)
+
     def append(self, rows: Tensor) -> None:
         self.pieces.append(rows)
+
+    def extended(self, like: Tensor) -> Tensor:
+        """Room for further rows, shaped as `like`, right after those that wait."""
+        count = sum(p.shape[2] for p in self.pieces)
+        batch, channels, rows, cols = like.shape
+        format = (
+            torch.channels_last
+            if like.is_contiguous(memory_format=torch.channels_last)
+            else torch.contiguous_format
+        )
+        shape = (batch, channels, count + rows, cols)
+        held = torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=format)
+        place = 0
+        for piece in self.pieces:
+            held.narrow(2, place, piece.shape[2]).copy_(piece)
+            place += piece.shape[2]
+        self.pieces = [held]
+        return held.narrow(2, count, rows)
 
     def take(self, first: int, end: int, keep: int, count: int) -> Tensor:
         """Rows ``[first, end)``; of all `count` rows that came, those before `keep` are dropped."""
@@ -468,8 +500,9 @@ class LineBuffers:
 
     def _hand_on(self, i: int, rows: Tensor, end: int) -> Tensor | None:
         first, self._done[i] = self._done[i], end
-        for reader, place in self._readers[i]:
-            self._waiting[reader][place].append(rows)
+        if not self._is_placed(i):
+            for reader, place in self._readers[i]:
+                self._waiting[reader][place].append(rows)
         if i < len(self._stages) - 1 or end <= self._row:
             return None
         return rows[:, :, max(self._row - first, 0) :]
@@ -479,6 +512,11 @@ class LineBuffers:
         if stage.sliding is not None:
             return self._slide(i, stage.sliding, first, end)
         assert stage.call is not None
+        if self._is_placed(i):
+            fed, waiting = stage.inputs[0], self._waiting[i][0]
+            rows = waiting.take(first, end, end, self._done[fed] - waiting.start)
+            reader, _ = self._readers[i][0]
+            return torch.clamp_min(rows, 0, out=self._waiting[reader][0].extended(rows))
         cols = self._width.ranges[i]
         taken = []
         for fed, waiting in zip(stage.inputs, self._waiting[i]):
@@ -486,6 +524,21 @@ class LineBuffers:
             taken.append(_narrowed(rows, self._width.ranges[fed], cols))
             del rows
         return stage.call(taken)
+
+    def _is_placed(self, i: int) -> bool:
+        """Whether an operation writes its rows right after those that wait for its only reader.
+
+        That saves the copy by which the reader would join them; it must read them in this strip.
+        """
+        if not self._stages[i].is_relu or len(self._readers[i]) != 1:
+            return False
+        (reader, _), fed = self._readers[i][0], self._stages[i].inputs[0]
+        return (
+            self._stages[reader].sliding is not None
+            and self._width.ranges[fed] == self._width.ranges[i]
+            and self._schedule.ends[self.strip, reader] > self._done[reader]
+            and self._waiting[reader][0].waits
+        )
 
     def _slide(self, i: int, sliding: Sliding, first: int, end: int) -> Tensor:
         fed, waiting = self._stages[i].inputs[0], self._waiting[i][0]

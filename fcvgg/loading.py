@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from fcvgg import checkpoints, demo
-from fcvgg.bundle import decoded_preprocess, read_bundle
+from fcvgg.bundle import read_bundle
 from fcvgg.conversion import convert
-from fcvgg.errors import LoadError
+from fcvgg.errors import ArgumentError, LoadError
 from fcvgg.network import FullyConvolutional
 from fcvgg.preprocessing import Preprocess
 from fcvgg.sources import keras_file, onnx_file, timm_model, torchvision_model
-from fcvgg.verification import Equivalence
 
 DEFAULT_WEIGHTS = "DEFAULT"
 
@@ -49,18 +50,28 @@ def load(
 
     Raises:
         LoadError: if it cannot be found, read or does not fit.
+        ArgumentError: if an option is unknown.
         MissingExtraError: if it takes an optional package that is not installed.
         ConversionError: if the model cannot be converted.
     """
+    if not isinstance(source, (str, os.PathLike)):
+        raise LoadError(
+            f"{type(source).__name__} is no source; expected a name such as 'vgg16' or 'demo', or "
+            "the path of a file or bundle; convert an nn.Module with fcvgg.convert"
+        )
+    _check_options(options)
     name = str(source)
-    if name not in ("demo", *torchvision_model.names()) and Path(source).is_dir():
-        unused = {"input_size": input_size, **options}
-        return _from_bundle(Path(source), preprocess, categories, unused)
-    if arch is not None and not name.endswith((*checkpoints.SUFFIXES, *keras_file.SUFFIXES)):
+    bundle = name not in ("demo", *torchvision_model.names()) and Path(source).is_dir()
+    parameters_only = name.endswith((*checkpoints.SUFFIXES, *keras_file.SUFFIXES)) and not bundle
+    if arch is not None and not parameters_only:
         raise LoadError(f"arch={arch!r} goes with a checkpoint, got {name!r}; pass one of the two")
     own_weights = (*checkpoints.SUFFIXES, onnx_file.SUFFIX, *keras_file.SUFFIXES)
-    if (name == "demo" or name.endswith(own_weights)) and weights not in (None, DEFAULT_WEIGHTS):
+    has_weights = bundle or name == "demo" or name.endswith(own_weights)
+    if has_weights and weights not in (None, DEFAULT_WEIGHTS):
         raise LoadError(f"{name!r} comes with its weights, got weights={str(weights)!r}; pass none")
+    if bundle:
+        unused = {"input_size": input_size, **options}
+        return _from_bundle(Path(source), preprocess, categories, unused)
     model: nn.Module
     if name == "demo":
         model, found = demo.demo_model(), _demo_settings()
@@ -79,6 +90,17 @@ def load(
     return convert(model, **{**found, **options})
 
 
+def _check_options(options: dict[str, Any]) -> None:
+    own = [name for name in signature(load).parameters if name not in ("source", "options")]
+    further = [name for name in signature(convert).parameters if name not in ("model", *own)]
+    unknown = [name for name in options if name not in further]
+    if unknown:
+        raise ArgumentError(
+            f"load has no option {', '.join(unknown)}; expected some of "
+            f"{', '.join((*own, *further))}"
+        )
+
+
 def _from_bundle(
     path: Path,
     preprocess: Preprocess | None,
@@ -95,15 +117,13 @@ def _from_bundle(
     program, saved = read_bundle(path)
     net = FullyConvolutional(
         program,
-        input_size=tuple(saved["input_size"]),
-        preprocess=preprocess or decoded_preprocess(saved["preprocess"]),
-        categories=categories or saved["categories"],
-        activation=saved["activation"],
-        source=saved["source"],
+        input_size=saved.input_size,
+        preprocess=preprocess or saved.preprocess,
+        categories=categories or saved.categories,
+        activation=saved.activation,
+        source=saved.source,
     )
-    if saved["equivalence"] is not None:
-        report = {**saved["equivalence"], "input_size": tuple(saved["input_size"])}
-        net.equivalence = Equivalence(**report)
+    net.equivalence = saved.equivalence
     return net
 
 

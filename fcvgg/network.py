@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -15,14 +17,14 @@ from torch import Tensor, nn
 from fcvgg.batching import run_in_batches
 from fcvgg.bundle import encoded_preprocess, write_bundle
 from fcvgg.capture import device_of, dtype_of
-from fcvgg.errors import ArgumentError, CategoryError, ImageError
+from fcvgg.errors import ArgumentError, CategoryError, ImageError, PreprocessError
 from fcvgg.exporting import export_network
 from fcvgg.geometry import Geometry
 from fcvgg.heatmap import Heatmap
 from fcvgg.images import ImageLike, PreparedImage, mirrored, prepare, with_smallest_side
 from fcvgg.modules import WindowLinear
 from fcvgg.preprocessing import Preprocess
-from fcvgg.probability import ACTIVATIONS, average_over_space
+from fcvgg.probability import ACTIVATIONS, UNKNOWN, average_over_space
 from fcvgg.program import Program
 from fcvgg.pyramid import pyramid_heatmap
 from fcvgg.score_map import ScoreMap
@@ -68,6 +70,7 @@ class FullyConvolutional(nn.Module):
         self.input_size = input_size
         self.source = source
         self.equivalence: Any = None
+        self._ties = _ties_of(program)
         self._activations = program.activations
         self.categories = categories
         self.preprocess = preprocess
@@ -100,6 +103,7 @@ class FullyConvolutional(nn.Module):
     def forward(self, images: Tensor) -> Any:
         """Score maps ``(N, K, h, w)`` of preprocessed images ``(N, C, H, W)``."""
         self._check_images(images)
+        self._check_dtype(images)
         return run(self.network, self._padded(images))
 
     def output_size(self, size: Iterable[int] | int) -> Pair:
@@ -114,6 +118,11 @@ class FullyConvolutional(nn.Module):
         return F.pad(images, (left, right, top, bottom)) if top + bottom + left + right else images
 
     def _check_images(self, images: Any) -> None:
+        """Refuse what `forward` does not take.
+
+        Raises:
+            ImageError: if it is no batch ``(N, C, H, W)`` of the network's channels.
+        """
         shape = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
         if not isinstance(images, Tensor) or images.ndim != 4:
             raise ImageError(
@@ -130,6 +139,17 @@ class FullyConvolutional(nn.Module):
                 f"the batch {shape} is empty; expected at least one image of one pixel"
             )
 
+    def _check_dtype(self, images: Tensor) -> None:
+        """Refuse images of another dtype than the parameters', unless autocast sees to it."""
+        own = dtype_of(self)
+        if images.dtype != own and not torch.is_autocast_enabled(images.device.type):
+            remedy = (
+                f"cast them with images.to({own}), or the network with net.to({images.dtype})"
+                if images.is_floating_point()
+                else "preprocess them to floats, or use net.score_map or net.classify on pixels"
+            )
+            raise ImageError(f"the network takes images of {own}, got {images.dtype}; {remedy}")
+
     # -- what the scores are ----------------------------------------------------------------------
 
     @property
@@ -139,14 +159,22 @@ class FullyConvolutional(nn.Module):
 
     @activation.setter
     def activation(self, value: str) -> None:
-        if value not in ACTIVATIONS:
+        if value not in (*ACTIVATIONS, UNKNOWN):
             raise ArgumentError(
                 f"activation={value!r} is unknown; expected one of {', '.join(ACTIVATIONS)}"
             )
         self._activations = (value, *self._activations[1:])
 
     def activation_of(self, output: int = 0) -> str:
-        """What the scores of one output are."""
+        """What the scores of one output are.
+
+        Raises:
+            ArgumentError: if there is no such output.
+        """
+        if not isinstance(output, int) or not 0 <= output < len(self._activations):
+            raise ArgumentError(
+                f"output={output!r} does not exist; the network has {len(self._activations)}"
+            )
         return self._activations[output]
 
     @property
@@ -167,28 +195,48 @@ class FullyConvolutional(nn.Module):
             )
         self._categories = None if names is None else tuple(names)
 
+    @property
+    def preprocess(self) -> Preprocess | None:
+        """How images become input, or None."""
+        return self._preprocess
+
+    @preprocess.setter
+    def preprocess(self, value: Preprocess | None) -> None:
+        if value is not None and not isinstance(value, Preprocess):
+            raise PreprocessError(
+                f"preprocess={value!r} is a {type(value).__name__}; expected fcvgg.Preprocess, "
+                "such as fcvgg.Preprocess(mean, std) or fcvgg.Preprocess.imagenet()"
+            )
+        self._preprocess = value
+
     # -- images -----------------------------------------------------------------------------------
 
-    def score_map(self, image: ImageLike, *, output: int = 0) -> ScoreMap:
+    def score_map(self, image: ImageLike, *, scale: int | None = None, output: int = 0) -> ScoreMap:
         """The score map of one image.
 
         Args:
             image: a path, a PIL image, a ``uint8`` array ``(H, W, C)`` or ``(H, W)``, which are
                 preprocessed; or a tensor ``(C, H, W)`` or ``(1, C, H, W)``, taken as preprocessed.
+            scale: length of the smaller side to which the image is rescaled, in place of the
+                preprocessing's resize; results still refer to the image's own pixels. None keeps
+                its size, or leaves it to preprocessing.
             output: which output, for a model with several.
 
         Raises:
             PreprocessError: if the image needs preprocessing and the network has none.
             ImageError: if it cannot be used as an image.
         """
-        return self._score_map(self._prepared(image), output)
+        prepared = self._prepared(image)
+        if scale is None:
+            return self._score_map(prepared, output)
+        return self._score_map_at(prepared, scale, output)
 
     def heatmap(
         self,
         image: ImageLike,
         target: int | str | None = None,
         *,
-        scales: Sequence[int] | None = None,
+        scales: Sequence[int] | int | None = None,
         combine: str = "max",
         output: int = 0,
     ) -> Heatmap:
@@ -197,26 +245,24 @@ class FullyConvolutional(nn.Module):
         Args:
             image: as for `score_map`.
             target: a class index or category name.
-            scales: lengths of the smaller side to which the image is rescaled, to find objects
-                larger or smaller than the window; their maps are placed on the image's pixels by
-                geometry. None keeps its size.
+            scales: lengths of the smaller side to which the image is rescaled, or one length, to
+                find objects larger or smaller than the window; their maps are placed on the
+                image's pixels by geometry. None keeps its size.
             combine: ``"max"`` or ``"mean"`` of the scales at each pixel.
             output: which output, for a model with several.
         """
         if scales is None:
             return self.score_map(image, output=output).heatmap(target)
         prepared = self._prepared(image)
-        views = (with_smallest_side(prepared, scale) for scale in scales)
-        maps = (self._score_map(view, output) for view in views)
-        placed = [replace(m, image_size=prepared.size, image=prepared.picture) for m in maps]
-        return pyramid_heatmap(placed, target, combine)
+        maps = [self._score_map_at(prepared, scale, output) for scale in _lengths(scales)]
+        return pyramid_heatmap(maps, target, combine)
 
     @torch.no_grad()
     def classify(
         self,
         images: Any,
         *,
-        scales: Sequence[int] | None = None,
+        scales: Sequence[int] | int | None = None,
         flip: bool = False,
         average: str = "scores",
         output: int = 0,
@@ -226,10 +272,10 @@ class FullyConvolutional(nn.Module):
         Inputs of equal size are run together.
 
         Args:
-            images: one image or a sequence of them, each as for `score_map` and of any size; or a
-                preprocessed batch ``(N, C, H, W)``.
-            scales: lengths of the smaller side to which each image is rescaled; None keeps it.
-                Below the window the image is padded with zeros up to it.
+            images: one image or any iterable of them, each as for `score_map` and of any size; or
+                a preprocessed batch ``(N, C, H, W)``.
+            scales: lengths of the smaller side to which each image is rescaled, or one length; None
+                keeps it. Below the window the image is padded with zeros up to it.
             flip: also evaluate the mirrored image.
             average: what is averaged over the map's cells: ``"scores"`` (logits before the softmax;
                 scores that are probabilities or their logarithms are averaged as probabilities), or
@@ -242,15 +288,16 @@ class FullyConvolutional(nn.Module):
             raise ArgumentError(
                 f"average={average!r} is unknown; expected 'scores' or 'probabilities'"
             )
+        lengths = None if scales is None else _lengths(scales)
         totals: dict[int, Tensor] = {}
         for index, row in run_in_batches(
-            self._views(images, scales, flip),
+            self._views(images, lengths, flip),
             lambda _, batch: self._predicted(batch, average, output),
         ):
             totals[index] = totals[index] + row if index in totals else row
         if not totals:
             raise ImageError("no images were given; expected at least one")
-        views = (len(scales) if scales else 1) * (1 + flip)
+        views = (len(lengths) if lengths else 1) * (1 + flip)
         return torch.stack([totals[i] for i in sorted(totals)]).div(views).float().cpu()
 
     def _views(
@@ -259,29 +306,27 @@ class FullyConvolutional(nn.Module):
         """Every image's input at every scale, and mirrored, with the image's index."""
         for index, image in enumerate(each_image(images)):
             prepared = self._prepared(image)
-            for view in [with_smallest_side(prepared, n) for n in scales] if scales else [prepared]:
+            for view in (with_smallest_side(prepared, n) for n in scales) if scales else [prepared]:
                 for pixels in (view, mirrored(view)) if flip else (view,):
                     yield index, None, pixels.tensor(self.preprocess)
 
     def _predicted(self, batch: Tensor, average: str, output: int) -> Tensor:
         """Class probabilities ``(N, K)`` of inputs of one size, each averaged over its map."""
-        maps = self._scores(batch, output)
         activation = self.activation_of(output)
+        maps = self._scores(batch, output)
         return torch.stack([average_over_space(scores, activation, average) for scores in maps])
 
     def _scores(self, batch: Tensor, output: int) -> Tensor:
         """One output's maps ``(N, K, h, w)`` in evaluation mode."""
         with torch.no_grad(), evaluating(self):
             maps = self(batch.to(device_of(self), dtype_of(self)))
-        outputs = maps if isinstance(maps, tuple) else (maps,)
-        if not 0 <= output < len(outputs):
-            raise ArgumentError(f"output={output} does not exist; the network has {len(outputs)}")
-        return outputs[output]
+        return maps[output] if isinstance(maps, tuple) else maps
 
     def _prepared(self, image: ImageLike) -> PreparedImage:
         return prepare(image, self.preprocess, self.in_channels)
 
     def _score_map(self, image: PreparedImage, output: int) -> ScoreMap:
+        activation = self.activation_of(output)
         pixels = image.tensor(self.preprocess)
         scores = self._scores(pixels, output)
         size = (pixels.shape[2], pixels.shape[3])
@@ -291,9 +336,14 @@ class FullyConvolutional(nn.Module):
             image_size=image.size,
             input_size=size,
             categories=self.categories if output == 0 else None,
-            activation=self.activation_of(output),
+            activation=activation,
             image=image.picture,
         )
+
+    def _score_map_at(self, image: PreparedImage, scale: int, output: int) -> ScoreMap:
+        """The score map of the rescaled image, in the pixels of the image as it was."""
+        made = self._score_map(with_smallest_side(image, scale), output)
+        return replace(made, image_size=image.size, image=image.picture)
 
     # -- files ------------------------------------------------------------------------------
 
@@ -385,7 +435,7 @@ def _source_keys(net: nn.Module, state: dict[str, Any], prefix: str, *_: Any) ->
         state[f"{prefix}network.{key.removeprefix(prefix)}"] = state.pop(key)
     net._loaded_from = prefix
     own = net.network.state_dict(keep_vars=True)
-    for name in own:  # further instances of a layer hold the same parameters
+    for name in own:  # further instances of a layer, which get its tensors when it has them
         if name.split(".")[0] in net.program.aliases:
             state.setdefault(f"{prefix}network.{name}", own[name])
 
@@ -393,11 +443,50 @@ def _source_keys(net: nn.Module, state: dict[str, Any], prefix: str, *_: Any) ->
 def _report_source_keys(net: nn.Module, incompatible: Any) -> None:
     """Report missing and unexpected keys under the source's names too."""
     assert isinstance(net, FullyConvolutional)
+    _tie(net)
     prefix = net._loaded_from
     for keys in (incompatible.missing_keys, incompatible.unexpected_keys):
         for i, key in enumerate(keys):
             if key.startswith(f"{prefix}network."):
                 keys[i] = f"{prefix}{key.removeprefix(f'{prefix}network.')}"
+
+
+def _ties_of(program: Program) -> dict[str, str]:
+    """The tensors of further instances of a layer, each with the first one's that it shares."""
+
+    def memory(tensor: Tensor) -> tuple[int, ...]:
+        return tensor.untyped_storage()._cdata, int(tensor.storage_offset()), tensor.numel()
+
+    first: dict[tuple[int, ...], str] = {}
+    further: dict[str, Tensor] = {}
+    for name, tensor in program.network.state_dict(keep_vars=True).items():
+        if name.split(".")[0] in program.aliases:
+            further[name] = tensor
+        else:
+            first.setdefault(memory(tensor), name)
+    found = {name: first.get(memory(tensor)) for name, tensor in further.items()}
+    return {name: place for name, place in found.items() if place is not None}
+
+
+def _tie(net: FullyConvolutional) -> None:
+    """Let further instances of a layer hold the first one's tensors again.
+
+    Loading with ``assign=True`` gives the first one new tensors, and copies and casts part tensors
+    that share memory in different shapes.
+    """
+    own = net.network.state_dict(keep_vars=True)
+    for name, place in net._ties.items():
+        further, first = own[name], own[place]
+        if further is first:
+            continue
+        if further.shape != first.shape:  # another window over the same columns
+            view = first.detach().view(further.shape)
+            if (view.dtype, view.device) == (further.dtype, further.device):
+                further.data = view  # stays the parameter that an optimizer may hold
+                continue
+            first = nn.Parameter(view, further.requires_grad)
+        owner, _, child = name.rpartition(".")
+        setattr(net.network.get_submodule(owner), child, first)
 
 
 @contextmanager
@@ -413,7 +502,14 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 
 
 def each_image(images: Any) -> Iterable[Any]:
-    """One image after the other from a batch, a sequence or a single image."""
-    if isinstance(images, Tensor):
+    """One image after the other from a batch, any other iterable of images, or a single image."""
+    if isinstance(images, (Tensor, np.ndarray)):
         return images if images.ndim == 4 else [images]
-    return images if isinstance(images, (list, tuple)) else [images]
+    several = isinstance(images, Iterable) and not isinstance(images, (str, bytes, os.PathLike))
+    return images if several else [images]
+
+
+def _lengths(scales: Sequence[int] | int) -> list[int]:
+    """Scales as a list, from several or one."""
+    several = isinstance(scales, Iterable) and not isinstance(scales, str)
+    return list(scales) if several else [scales]  # type: ignore[arg-type, list-item]

@@ -24,6 +24,7 @@ from fcvgg.fusion import fused
 from fcvgg.geometry import checked_size
 from fcvgg.graph_replay import GraphReplay
 from fcvgg.network import FullyConvolutional
+from fcvgg.trunk import run
 from fcvgg.verification import Equivalence, verify
 
 Pair = tuple[int, int]
@@ -114,11 +115,13 @@ class OptimizedNetwork(FullyConvolutional):
     def forward(self, images: Tensor) -> Any:
         """Score maps ``(N, K, h, w)`` of preprocessed images ``(N, C, H, W)``."""
         self._check_images(images)
-        given = images.dtype if images.is_floating_point() else torch.float32
-        scores = super().forward(images.to(self._computed_in()))
+        scores = run(self.network, self._padded(images).to(self._computed_in()))
         if isinstance(scores, Tensor):
-            return scores.to(given)
-        return tuple(s.to(given) for s in scores)
+            return scores.to(images.dtype)
+        return tuple(s.to(images.dtype) for s in scores)
+
+    def _check_dtype(self, images: Tensor) -> None:
+        """Every dtype will do: images are cast to the one that is computed in."""
 
     def _computed_in(self) -> torch.dtype:
         engine = self.optimization.engine != "torch"

@@ -5,16 +5,31 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fcvgg.errors import ArgumentError
+
 ACTIVATIONS = ("logits", "probabilities", "log_probabilities", "sigmoid")
 """What scores can be: before a softmax (one class: before a sigmoid), after a softmax, after a
 log-softmax, after a sigmoid for each class."""
+
+UNKNOWN = "unknown"
+"""What the scores are where the model computes on with its probabilities. A network may have it;
+nothing is made of such scores but maps of them."""
 
 
 def to_probabilities(scores: Tensor, activation: str, dim: int = 0) -> Tensor:
     """Probabilities of raw scores, never soft-maxed twice; in float32 at least.
 
     Logits of a single class go through a sigmoid, since a softmax over one class is always 1.
+
+    Raises:
+        ArgumentError: if what the scores are is not known.
     """
+    if activation == UNKNOWN:
+        *names, last = map(repr, ACTIVATIONS)
+        raise ArgumentError(
+            "what the scores are cannot be read off the model, which computes on after its softmax "
+            f"or sigmoid; pass activation= to fcvgg.convert: {', '.join(names)} or {last}"
+        )
     scores = widened(scores)
     if activation == "logits":
         return torch.sigmoid(scores) if scores.shape[dim] == 1 else torch.softmax(scores, dim)

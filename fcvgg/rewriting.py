@@ -9,7 +9,7 @@ every layer.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
 from math import gcd, prod
@@ -21,10 +21,12 @@ from torch import Tensor, fx, nn
 from fcvgg.capture import (
     BATCH,
     Captured,
+    FeatureSize,
     FollowsTraining,
     describe,
     device_of,
     operation_name,
+    storages_of,
 )
 from fcvgg.cells import Cells, Constant, channels_along, with_channels
 from fcvgg.errors import (
@@ -129,6 +131,10 @@ class Rewriter:
         if "error" in node.meta:
             self._note_head(node)
             self.captured.require_success()
+        changed = node.meta.get("changes")
+        if changed is not None and isinstance(self._values.get(changed), Cells):
+            self._part_before_change(call, changed)
+            args, kwargs = fx.node.map_aggregate((node.args, node.kwargs), self._operand)  # type: ignore
         _check_arguments(rule, call, args, kwargs)
         try:
             result = rule(self, call, *args, **kwargs)
@@ -136,7 +142,69 @@ class Rewriter:
             self._note_head(node)
             raise
         self._check_batch(call, result)
+        if changed is not None and isinstance(result, Cells):
+            self._follow_change(call, changed, result)
         return result
+
+    # -- layers that work in place ----------------------------------------------------------------
+
+    def _part_before_change(self, call: Call, changed: fx.Node) -> None:
+        """Copy the map that a layer is to change in place, where the source keeps another value.
+
+        Reshapes emit nothing, so values that the source copied (or slices that it left alone) may
+        lie on the same map here; those that are read later must not change.
+        """
+        x = self._values[changed]
+        apart = False
+        for node, cells in self._read_later(call.node, x.node):
+            known = _share_storage(node, changed) and cells.elements_within(x)
+            apart |= not known
+            if known == "some":
+                raise UnsupportedLayerError(
+                    f"{call} changes a part of {describe(node)} in place, which is read later as "
+                    "a whole; use the function that returns a new value"
+                )
+        if apart and not call.node.meta.get("anew"):
+            copied = self.graph.call_method("clone", (x.node,))
+            self._move(changed, x, lambda cells: replace(cells, node=copied))
+
+    def _follow_change(self, call: Call, changed: fx.Node, result: Cells) -> None:
+        """Values that share what was changed in place are what the result is."""
+        x = self._values[changed]
+        later = [n for n, _ in self._read_later(call.node, x.node) if _share_storage(n, changed)]
+        if later and not result.same_layout(x):
+            raise UnsupportedLayerError(
+                f"{call} changes {describe(later[0])} in place by values whose elements were "
+                "moved; use the function that returns a new value"
+            )
+        self._move(changed, x, lambda cells: replace(cells, node=result.node).alike(result))
+
+    def _move(self, changed: fx.Node, x: Cells, change: Callable[[Cells], Cells]) -> None:
+        """Change where the values are that share their elements with one of the source's."""
+
+        def moved(cells: Any) -> Any:
+            on_map = isinstance(cells, Cells) and cells.node is x.node
+            return change(cells) if on_map and cells.elements_within(x) == "all" else cells
+
+        for node in {n: None for n, _ in self._on_map(x.node) if _share_storage(n, changed)}:
+            value = self._values[node]
+            several = isinstance(value, (tuple, list))
+            self._values[node] = type(value)(map(moved, value)) if several else moved(value)
+
+    def _on_map(self, place: fx.Node) -> Iterator[tuple[fx.Node, Cells]]:
+        """The source's values that lie on a map of the new graph."""
+        for node, value in self._values.items():
+            for cells in value if isinstance(value, (tuple, list)) else [value]:
+                if isinstance(cells, Cells) and cells.node is place:
+                    yield node, cells
+
+    def _read_later(self, node: fx.Node, place: fx.Node) -> list[tuple[fx.Node, Cells]]:
+        """The source's values on a map that are read after a node."""
+        return [
+            (other, cells)
+            for other, cells in self._on_map(place)
+            if any(user > node for user in other.users)
+        ]
 
     def _sees_images(self, node: fx.Node) -> bool:
         """Whether a value is computed from the images, and not from parameters alone."""
@@ -223,7 +291,7 @@ class Rewriter:
         return Program(
             network=graph_module(self.modules, self.graph),
             geometry=geometry,
-            activations=tuple(cells.activation for cells in outputs),
+            activations=tuple(cells.meaning for cells in outputs),
             classes=tuple(cells.extent[0] for cells in outputs),
             in_channels=self.captured.channels,
             records=tuple(self.records),
@@ -250,6 +318,8 @@ class Rewriter:
         def node_of(argument: Any) -> Any:
             if isinstance(argument, (Cells, Constant)):
                 return argument.node
+            if isinstance(argument, FeatureSize):
+                return int(argument)
             return self._mode(call) if isinstance(argument, FollowsTraining) else argument
 
         return fx.node.map_aggregate(arguments, node_of)  # type: ignore[arg-type]
@@ -410,17 +480,21 @@ class Rewriter:
         emit: Callable[[Windows, bool], fx.Node],
         multiply_adds: int = 0,
         kind: str | None = None,
+        pools: str | None = None,
     ) -> Cells:
         """A layer that slides a kernel: convolution or pool.
 
         `emit` receives the windows as they must be on this map, and whether they differ from the
-        source's because strides before it, or its own, became dilation.
+        source's because strides before it, or its own, became dilation. `pools` is how a pool
+        makes one value of many, ``"avg"``, ``"max"`` or ``"other"``; other layers make new scores.
         """
         dense, dilation = self._densified(call, x, windows)
         node = emit(dense, dense != windows)
         step = self.steps.add(dense, (x.step,), str(call))
         extent = tuple(call.node.meta["value"].shape[1:])
         result = Cells(node, step, extent, dilation=dilation, margin=x.margin)
+        if pools is not None:
+            result = result.pooled_from(x, pools)
         self.record(call, kind or call.kind, dense, result, multiply_adds)
         return result
 
@@ -514,18 +588,31 @@ def _check_arguments(rule: Callable[..., Any], call: Call, args: Any, kwargs: An
 def _needed(graph: fx.Graph) -> list[fx.Node]:
     """The nodes that the outputs depend on; others, like unused branches, need no rule.
 
+    A layer that works in place is needed with what it changes, also if its result is not used.
     A graph that broke off has no output: all of its nodes may matter.
     """
     ends = [node for node in graph.nodes if node.op == "output"]
     if not ends:
         return list(graph.nodes)
+    changing = [
+        (node, storages_of(node.meta["value"]))
+        for node in graph.nodes
+        if node.meta.get("changes") is not None
+    ]
     needed: set[fx.Node] = set()
     while ends:
         node = ends.pop()
         if node not in needed:
             needed.add(node)
             ends.extend(node.all_input_nodes)
+            memory = storages_of(node.meta.get("value"))
+            ends.extend(n for n, changed in changing if not memory.isdisjoint(changed))
     return [node for node in graph.nodes if node in needed]
+
+
+def _share_storage(one: fx.Node, other: fx.Node) -> bool:
+    """Whether values of the source share memory: what is done in place to one changes the other."""
+    return not storages_of(one.meta["value"]).isdisjoint(storages_of(other.meta["value"]))
 
 
 def _features_wanted(node: fx.Node, captured: Captured) -> int | None:

@@ -48,6 +48,13 @@ class ScoreMap:
     activation: str = "logits"
     image: Image.Image | None = None
 
+    def __repr__(self) -> str:
+        classes, height, width = self.scores.shape
+        return (
+            f"ScoreMap({classes} classes, {height}x{width} cells on {self.image_size[0]}x"
+            f"{self.image_size[1]} pixels, {self.activation})"
+        )
+
     def average(self) -> Tensor:
         """The raw scores averaged over the cells, ``(K,)``."""
         return self.scores.mean((1, 2))

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fcvgg.capture import device_of, dtype_of
-from fcvgg.errors import EquivalenceError, ImageError
+from fcvgg.capture import device_of, dtype_of, has_hooks, one_line
+from fcvgg.errors import ArgumentError, EquivalenceError, ImageError
 from fcvgg.geometry import Axis
 from fcvgg.network import FullyConvolutional, evaluating
 
@@ -27,10 +27,12 @@ class Equivalence:
         max_abs_error: the largest difference of a score at the native size.
         max_rel_error: the same, relative to the largest score.
         tolerance: what `max_rel_error` may be.
-        top1_agreement: the share of images on which both name the same class.
+        top1_agreement: the share of images on which both name the same class, or classes whose
+            scores in the source lie within the tolerance of each other: a tie, which rounding may
+            break either way.
         translation_error: the largest difference between the map's interior and that of the input
             shifted by one stride, relative to the largest score; it may be 10 tolerances.
-        passed: whether all of it holds.
+        passed: whether both errors are within what they may be, and the top-1 agreement is 1.
         input_size: the native size ``(h, w)`` that was run.
         images: how many images were run.
     """
@@ -75,30 +77,42 @@ def verify(
 
     Returns:
         the report; it does not raise on a mismatch.
+
+    Raises:
+        ArgumentError: if one of the two is no model, or they have other outputs.
+        ImageError: if the images are not of the native size, or the network does not take them.
     """
+    _check_models(model, net)
     if images is None:
         images = _noise((2, net.in_channels, *net.input_size), net, seed)
-    if images.ndim != 4 or tuple(images.shape[2:]) != tuple(net.input_size):
+    net._check_images(images)
+    net._check_dtype(images)
+    if tuple(images.shape[2:]) != tuple(net.input_size):
         raise ImageError(
             f"images {tuple(images.shape)} do not have the native size {net.input_size}; "
             "expected (N, C, h, w) of that size"
         )
     with evaluating(model), evaluating(net):
-        expected = _outputs(model(images))
+        expected = _outputs(_scored(model, images))
         row, col = net.native_cell
         got = [maps[:, :, row, col] for maps in _outputs(net(images))]
         shifted = _translation_error(net, seed)
     expected = [scores.reshape(len(scores), -1) for scores in expected]  # also (N,), (N, K, 1, 1)
+    _check_shapes(expected, got)
     errors = [_largest(a - b) for a, b in zip(expected, got)]
     relative = [error / _scale(a) for a, error in zip(expected, errors)]
-    agreement = [(_labels(a) == _labels(b)).double().mean().item() for a, b in zip(expected, got)]
     tolerance = _TOLERANCES.get(dtype_of(net), 1e-5) if tolerance is None else tolerance
-    passed = _worst(relative) <= tolerance and shifted <= tolerance * _TRANSLATION_FACTOR
+    agreement = min(_agreement(a, b, tolerance * _scale(a)) for a, b in zip(expected, got))
+    passed = (
+        _worst(relative) <= tolerance
+        and shifted <= tolerance * _TRANSLATION_FACTOR
+        and agreement == 1
+    )
     return Equivalence(
         max_abs_error=_worst(errors),
         max_rel_error=_worst(relative),
         tolerance=tolerance,
-        top1_agreement=min(agreement),
+        top1_agreement=agreement,
         translation_error=shifted,
         passed=passed,
         input_size=net.input_size,
@@ -124,7 +138,13 @@ def check(model: nn.Module, net: FullyConvolutional) -> Equivalence:
         raise EquivalenceError(
             f"the converted network differs from the model at {report.input_size} by "
             f"{report.max_rel_error:.1e} of the largest score, more than {report.tolerance:.0e}; "
-            "please report the model, or pass verify=False to look at the network"
+            f"{_remedy(model)}, or pass verify=False to look at the network"
+        )
+    if report.top1_agreement < 1:
+        raise EquivalenceError(
+            f"the converted network names other classes than the model at {report.input_size}, for "
+            f"{1 - report.top1_agreement:.0%} of images whose scores are no tie; "
+            f"{_remedy(model)}, or pass verify=False to look at the network"
         )
     raise EquivalenceError(
         "the map does not move with the image: shifting the input by one stride changes its "
@@ -176,8 +196,45 @@ def _outputs(value: Any) -> list[Tensor]:
     return list(value) if isinstance(value, (tuple, list)) else [value]
 
 
-def _labels(scores: Tensor) -> Tensor:
-    return scores.argmax(1) if scores.shape[1] > 1 else scores[:, 0] > 0
+def _check_models(model: Any, net: Any) -> None:
+    if not isinstance(net, FullyConvolutional):
+        raise ArgumentError(
+            f"net is a {type(net).__name__}; expected what fcvgg.convert(model) made: "
+            "fcvgg.verify(model, net)"
+        )
+    if not isinstance(model, nn.Module):
+        raise ArgumentError(
+            f"model is a {type(model).__name__}; expected the torch.nn.Module that was converted"
+        )
+
+
+def _scored(model: nn.Module, images: Tensor) -> Any:
+    try:
+        return model(images)
+    except RuntimeError as error:
+        raise ArgumentError(
+            f"model, a {type(model).__name__}, does not run on images {tuple(images.shape)} of "
+            f"{images.dtype}: {one_line(error)}; expected the net's own source"
+        ) from error
+
+
+def _check_shapes(expected: list[Tensor], got: list[Tensor]) -> None:
+    shapes = [[tuple(scores.shape) for scores in scored] for scored in (expected, got)]
+    if shapes[0] != shapes[1]:
+        raise ArgumentError(
+            f"model and net give other outputs, {shapes[0]} and {shapes[1]}; "
+            "expected the net's own source"
+        )
+
+
+def _agreement(expected: Tensor, got: Tensor, tie: float) -> float:
+    """The share of images with the same top class, or with one whose score is `tie` below it."""
+    if expected.shape[1] == 1:  # the class, or not
+        same = ((expected > 0) == (got > 0)) | (expected.abs() <= tie)
+    else:
+        chosen = expected.gather(1, got.argmax(1, keepdim=True))
+        same = expected.amax(1, keepdim=True) - chosen <= tie
+    return same.double().mean().item()
 
 
 def _largest(difference: Tensor) -> float:
@@ -191,6 +248,17 @@ def _worst(errors: list[float]) -> float:
 
 def _scale(scores: Tensor) -> float:
     return max(_largest(scores), torch.finfo(torch.float32).tiny)
+
+
+def _remedy(model: nn.Module) -> str:
+    """What may be done about another answer: hooks can change it, and are not converted."""
+    hooked = [name for name, module in model.named_modules() if has_hooks(module)]
+    if not hooked:
+        return "please report the model"
+    return (
+        f"{hooked[0] or type(model).__name__} has forward hooks, which conversion leaves out: "
+        "remove them, or do their work in forward"
+    )
 
 
 def _not_finite(model: nn.Module) -> str:

@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchvision.models.vgg import cfgs, make_layers
 
 import fcvgg
 from fcvgg.score_map import ScoreMap
@@ -33,12 +34,17 @@ def detector(squares: int, pool: Callable[[], nn.Module] = lambda: nn.AvgPool2d(
         nn.init.dirac_(conv.weight)
         nn.init.constant_(conv.bias, -(BRIGHT + DIM) / 2 if stage == 0 else 0)
         layers += [conv, nn.ReLU(), pool()]
+    return nn.Sequential(*layers, nn.Flatten(), tent(squares)).eval()
+
+
+def tent(squares: int) -> nn.Linear:
+    """Weighs `squares` x `squares` features, the middle ones most."""
     fc = nn.Linear(squares * squares, 1)
-    tent = 1 + torch.minimum(torch.arange(squares), torch.arange(squares).flip(0))
+    weights = 1 + torch.minimum(torch.arange(squares), torch.arange(squares).flip(0))
     with torch.no_grad():
-        fc.weight.copy_((tent[:, None] * tent[None, :]).flatten() / tent.max() ** 2 * 8)
+        fc.weight.copy_((weights[:, None] * weights[None, :]).flatten() / weights.max() ** 2 * 8)
         fc.bias.fill_(-2)
-    return nn.Sequential(*layers, nn.Flatten(), fc).eval()
+    return fc
 
 
 def scene(size: Point, corner: Point) -> Tensor:
@@ -151,11 +157,41 @@ def test_stretching_misses_most_in_the_shape_of_vgg() -> None:
     assert len(stretched) > 0.6 * len(within_hull)
 
 
-def test_a_map_stretched_over_448_pixels_is_off_by_84() -> None:
-    """The design's number: VGG's outermost cells at 448 pixels."""
-    vgg_like = nn.Sequential(nn.AvgPool2d(32), nn.Conv2d(1, 1, 1), nn.Flatten(), nn.Linear(49, 1))
-    net = fcvgg.convert(vgg_like, verify=False)
-    assert net.output_size(448) == (8, 8)
-    stretched = (0 + 0.5) * 448 / 8 - 0.5
-    assert net.geometry.centre_of(0, 0) == (111.5, 111.5)
-    assert 111.5 - stretched == 84
+def vgg16_detector() -> nn.Module:
+    """The detector with VGG-16's thirteen convolutions and five pools, one channel wide."""
+    layers: list[nn.Module] = list(make_layers([v if v == "M" else 1 for v in cfgs["D"]]))
+    convolutions = [layer for layer in layers if isinstance(layer, nn.Conv2d)]
+    convolutions[0] = layers[0] = nn.Conv2d(1, 1, 3, padding=1)
+    for i, conv in enumerate(convolutions):
+        nn.init.dirac_(conv.weight)
+        nn.init.constant_(conv.bias, 0 if i else -(BRIGHT + DIM) / 2)
+    return nn.Sequential(*layers, nn.Flatten(), tent(7)).eval()
+
+
+@pytest.mark.parametrize("cell", [0, 7])
+def test_a_map_stretched_over_448_pixels_is_off_by_84(cell: int) -> None:
+    """The design's number, measured at VGG's outermost cells: aligned 0 pixels, stretched 84."""
+    net = fcvgg.convert(vgg16_detector())
+    assert net.geometry.window == (224, 224)
+    assert net.geometry.stride == (32, 32)
+    assert net.geometry.receptive_field == (404, 404)
+    centre = 111.5 + 32 * cell
+    corner = int(centre + 0.5) - BLOCK // 2
+    score_map = net.score_map(scene((448, 448), (corner, corner)))
+    assert score_map.scores.shape == (1, 8, 8)
+    block = middle_of_highest(scene((448, 448), (corner, corner))[0])
+    assert block == (centre, centre)
+
+    aligned = score_map.heatmap(0).peak
+    assert [abs(p - b) <= 0.5 for p, b in zip(aligned, block)] == [True, True]
+    stretched = F.interpolate(score_map.probabilities()[None], (448, 448), mode="nearest-exact")
+    highest = middle_of_highest(stretched[0, 0])
+    assert [abs(p - b) for p, b in zip(highest, block)] == [84, 84]
+    smooth = peak_of_stretched(score_map)  # the same, to where the interpolation is flat
+    assert all(abs(p - b) >= 84 for p, b in zip(smooth, block))
+
+
+def middle_of_highest(values: Tensor) -> tuple[float, float]:
+    """The middle of the pixels that hold the largest value."""
+    rows, cols = (values == values.max()).nonzero(as_tuple=True)
+    return rows.double().mean().item(), cols.double().mean().item()

@@ -1,5 +1,6 @@
 """A saved network comes back bit for bit, and a broken bundle as one clear line."""
 
+import copy
 import json
 import shutil
 
@@ -9,7 +10,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import fcvgg
+from fcvgg import graph_data
 from fcvgg.bundle import CONFIG, TENSORS
+from fcvgg.layers import pointwise
+from fcvgg.layers.registry import RULES
+from fcvgg.tensor_table import checksum
 
 
 class ManyOperations(nn.Module):
@@ -176,10 +181,10 @@ def call_a_function(config, target):
         (lambda b: (b / CONFIG).write_text("{}"), "is not fcvgg's: expected library_name 'fcvgg'"),
         (lambda b: edited(b, lambda c: c.update(format=99)), "format 99, .* upgrade fcvgg"),
         (lambda b: edited(b, lambda c: c.pop("graph")), "does not describe a network"),
-        (lambda b: edited(b, lambda c: c["graph"].pop(3)), "does not describe a network"),
+        (lambda b: edited(b, lambda c: c["graph"].pop(3)), "holds an unknown value"),
         (
             lambda b: edited(b, lambda c: call_a_function(c, "os.system")),
-            "calls 'os.system', which fcvgg has no rule for",
+            "calls 'os.system', which no bundle may call",
         ),
         (
             lambda b: edited(b, lambda c: c["layers"]["conv1"].update(type="evil.Layer")),
@@ -207,7 +212,7 @@ def test_missing_and_misshapen_tensors_are_named(bundle):
     with pytest.raises(fcvgg.LoadError, match=r"lacks 1 tensors: conv2\.weight"):
         fcvgg.load(bundle)
     save_file({**tensors, "conv2.weight": torch.zeros(6, 6, 5, 5)}, bundle / TENSORS)
-    with pytest.raises(fcvgg.LoadError, match=r"conv2.weight of shape \(6, 6, 5, 5\), expected"):
+    with pytest.raises(fcvgg.LoadError, match=r"conv2.weight of shape \(6, 6, 5, 5\)"):
         fcvgg.load(bundle)
 
 
@@ -215,6 +220,13 @@ def test_options_of_conversion_are_refused(bundle):
     with pytest.raises(fcvgg.LoadError, match="to which output_stride cannot be applied"):
         fcvgg.load(bundle, output_stride=2)
     assert fcvgg.load(bundle, verify=False).equivalence.passed  # nothing to verify anew
+
+
+def test_weights_and_arch_are_refused(bundle):
+    with pytest.raises(fcvgg.LoadError, match="comes with its weights, got weights='other.pth'"):
+        fcvgg.load(bundle, weights="other.pth")
+    with pytest.raises(fcvgg.LoadError, match="arch='vgg11' goes with a checkpoint"):
+        fcvgg.load(bundle, arch="vgg11")
 
 
 def test_parametrized_weights_are_refused_with_the_remedy(tmp_path):
@@ -240,3 +252,332 @@ def test_bundles_copy(bundle, tmp_path):
     moved = shutil.copytree(bundle, tmp_path / "moved")
     image = torch.randn(1, 3, 16, 16)
     assert torch.equal(fcvgg.load(moved)(image)[0], fcvgg.load(bundle)(image)[0])
+
+
+# -- files that somebody made ---------------------------------------------------------------------
+
+
+def refused(bundle, message):
+    """One line that says what is wrong, and nothing else."""
+    with pytest.raises(fcvgg.LoadError, match=message) as caught:
+        fcvgg.load(bundle)
+    assert "\n" not in str(caught.value)
+
+
+def node(config, op):
+    return next(n for n in config["graph"] if n["op"] == op)
+
+
+def rename_layer(config, old, new):
+    config["layers"][new] = config["layers"].pop(old)
+    config["tensors"] = {
+        name.replace(f"{old}.", f"{new}."): entry for name, entry in config["tensors"].items()
+    }
+    for call in config["graph"]:
+        if call["target"] == old:
+            call["target"] = new
+
+
+def read_tensor(config, target):
+    node(config, "get_attr")["target"] = target
+
+
+@pytest.mark.parametrize(
+    ("inject", "message"),
+    [
+        (
+            lambda c, code: node(c, "placeholder").update(target=f"images=({code})"),
+            "takes .*; expected 'images'",
+        ),
+        (
+            lambda c, code: node(c, "call_function")["kwargs"].update({f"a=({code}), b": 1}),
+            "has an argument named",
+        ),
+        (
+            lambda c, code: rename_layer(c, "pool", f'pool") if {code} else ("'),
+            "cannot hold the name",
+        ),
+        (lambda c, code: read_tensor(c, f'a") if {code} else ("'), "reads .* no tensor of it"),
+        (
+            lambda c, code: c["tensors"].update({f'a"), {code}, ("': c["tensors"]["scale"]}),
+            "cannot hold the name",
+        ),
+        (lambda c, code: node(c, "call_module").update(name=f"x, y={code}"), "is no new name"),
+        (lambda c, code: node(c, "call_method").update(target=f"view or {code}"), "may call"),
+    ],
+    ids=["placeholder", "kwargs", "layer", "get_attr", "tensor", "name", "method"],
+)
+def test_no_name_in_a_file_becomes_code(bundle, inject, message, tmp_path):
+    trace = tmp_path / "executed"
+    # fx splits a path at its dots, so the code has none
+    name = "".join(f"chr({ord(c)})+" for c in str(trace))[:-1]
+    edited(bundle, lambda c: inject(c, f"open({name}, chr(119))"))
+    try:
+        refused(bundle, message)
+    finally:
+        assert not trace.exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c["graph"].insert(0, {**c["graph"][0], "name": "more"}), "2 inputs and 1 out"),
+        (lambda c: c["graph"].append({**c["graph"][-1], "name": "more"}), "1 inputs and 2 out"),
+        (lambda c: c["graph"].pop(), "1 inputs and 0 outputs"),
+        (lambda c: rename_layer(c, "pool", "__class__"), "cannot hold the name '__class__'"),
+        (lambda c: rename_layer(c, "pool", "lambda"), "cannot hold the name 'lambda'"),
+        (lambda c: read_tensor(c, "_modules"), "reads '_modules', which is no tensor"),
+        (lambda c: node(c, "call_module").update(target="pool.forward"), "does not describe"),
+        (lambda c: node(c, "call_module")["kwargs"].update(other=1), "does not take: .*'other'"),
+        (lambda c: node(c, "call_module").update(kwargs={"class": 1}), "argument named 'class'"),
+        (lambda c: c["layers"]["conv1"]["settings"].update(stride=[0]), "cannot be made|not run"),
+        (lambda c: c["layers"]["conv1"]["settings"].update(stride={"tuple": [3, 3]}), "network"),
+        (lambda c: c["classes"].reverse(), "gives maps of .* classes say"),
+        (lambda c: c.update(in_channels=4), "does not run"),
+        (lambda c: c["geometry"]["height"].update(steps=[]), "geometry has no steps"),
+        (lambda c: c["geometry"]["width"]["steps"][0]["window"].update(stride=1.5), "no window"),
+        (lambda c: c.update(aliases=["nothing"]), "are no layers"),
+        (lambda c: c.update(graph=json.loads("[" * 200 + "]" * 200)), "not describe a network"),
+    ],
+    ids=range(17),
+)
+def test_a_description_that_does_not_hold_together_is_refused(bundle, change, message):
+    edited(bundle, change)
+    refused(bundle, message)
+
+
+def test_json_of_any_depth_is_one_line(bundle):
+    (bundle / CONFIG).write_text("[" * 100_000)
+    refused(bundle, "config.json is broken")
+
+
+@pytest.mark.parametrize(
+    "name", ["source", "input_size", "activation", "categories", "preprocess", "equivalence"]
+)
+def test_a_missing_setting_is_named(bundle, name):
+    edited(bundle, lambda c: c.pop(name))
+    refused(bundle, f"config.json lacks '{name}'")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("source", 3),
+        ("input_size", [16]),
+        ("input_size", "16"),
+        ("input_size", [16, -1]),
+        ("activation", "loud"),
+        ("activation", ["logits"]),
+        ("categories", ["one"]),
+        ("categories", [1, 2, 3, 4]),
+        ("preprocess", 3),
+        ("preprocess", {"mean": [0.5]}),
+        ("preprocess", {"mean": [0.5], "std": [0.0]}),
+        ("preprocess", {"mean": {"a": 1}, "std": [1]}),
+        ("equivalence", 3),
+        ("equivalence", {"passed": True}),
+        ("activations", ["logits", "loud"]),
+    ],
+)
+def test_a_setting_that_is_junk_is_named(bundle, name, value):
+    edited(bundle, lambda c: c.update({name: value}))
+    refused(bundle, name.removesuffix("s") if name == "activations" else name)
+
+
+def test_a_report_that_is_junk_is_named(bundle):
+    edited(bundle, lambda c: c["equivalence"].update(tolerance="low"))
+    refused(bundle, "equivalence whose tolerance is 'low'")
+
+
+# -- tensors --------------------------------------------------------------------------------------
+
+
+class Functional(nn.Module):
+    """Weights that no layer declares, channels in reverse, a buffer, and a permuted flatten."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(4, 3, 3, 3))
+        self.register_buffer("shift", torch.rand(1))
+        self.norm = nn.BatchNorm2d(4)
+        self.head = nn.Linear(64, 5)
+
+    def forward(self, x):
+        x = self.norm(torch.relu(nn.functional.conv2d(x, self.w, padding=1)) + self.shift)
+        return self.head(x.flip(1).sigmoid().permute(0, 2, 3, 1).flatten(1))
+
+
+class ChannelsLast(Functional):
+    def forward(self, x):
+        x = nn.functional.conv2d(x, self.w, padding=1)
+        return self.head(self.norm(x.flip(1)).permute(0, 2, 3, 1).flatten(1))
+
+
+@pytest.fixture(params=[Functional, ChannelsLast])
+def functional(request, tmp_path):
+    torch.manual_seed(0)
+    net = fcvgg.convert(request.param().eval(), input_size=4)
+    return net, net.save(tmp_path / "functional")
+
+
+def test_tensors_of_no_layer_come_back_as_they_were(functional):
+    net, bundle = functional
+    restored = fcvgg.load(bundle)
+    images = torch.randn(2, 3, 9, 7)
+    assert torch.equal(net(images), restored(images))
+    assert [n for n, _ in restored.named_parameters()] == [n for n, _ in net.named_parameters()]
+    assert restored.state_dict().keys() == net.state_dict().keys()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop("w"), "lacks 1 tensors: w"),
+        (lambda t: t.update(more=torch.ones(2)), "holds, unknown to config.json, 1 tensors: more"),
+        (lambda t: t.update(w=t["w"][:, :, :2].clone()), r"w of shape \(4, 3, 2, 3\)"),
+        (lambda t: t.update(w=t["w"].half()), "w of .* dtype float16, expected .* float32"),
+        (
+            lambda t: t.update({"head.column_order": t["head.column_order"].flip(0)}),
+            "other values of head.column_order than were saved",
+        ),
+    ],
+    ids=["missing", "unknown", "misshapen", "half", "reversed"],
+)
+def test_the_file_holds_just_the_tensors_that_were_saved(functional, change, message):
+    _, bundle = functional
+    tensors = load_file(bundle / TENSORS)
+    change(tensors)
+    save_file(tensors, bundle / TENSORS)
+    refused(bundle, message)
+
+
+@pytest.mark.parametrize("turned", [lambda o: o.flip(0), lambda o: o * 0, lambda o: o + 1])
+def test_a_changed_order_is_refused_whatever_the_table_says(tmp_path, turned):
+    net = fcvgg.convert(ChannelsLast().eval(), input_size=4)
+    bundle = net.save(tmp_path / "bundle")
+    tensors = load_file(bundle / TENSORS)
+    orders = [n for n in tensors if n.startswith("channel_order")]
+    assert orders
+    tensors.update({name: turned(tensors[name]) for name in orders})
+    save_file(tensors, bundle / TENSORS)
+    refused(bundle, "other values of channel_order")
+
+    def agree(config):
+        for name in orders:
+            config["tensors"][name]["crc32"] = checksum(tensors[name])
+
+    edited(bundle, agree)
+    order = tensors[orders[0]]
+    if sorted(order.tolist()) != list(range(len(order))):  # else it is another network
+        refused(bundle, "is not a choice of each at most once of 0 to 3")
+
+
+# -- what may be called ---------------------------------------------------------------------------
+
+
+def test_every_function_with_a_rule_can_be_saved():
+    known = set(graph_data.functions().values())
+    shipped = {
+        target
+        for target in RULES
+        if callable(target) and not isinstance(target, type) and target.__module__ != __name__
+    }
+    assert shipped <= known
+    methods = {t for t in RULES if isinstance(t, str) and hasattr(torch.Tensor, t)}
+    assert methods <= set(graph_data._METHODS.split())
+
+
+def test_registering_a_rule_does_not_widen_what_files_may_call(bundle, monkeypatch):
+    monkeypatch.setitem(RULES, torch.save, None)
+    monkeypatch.setitem(RULES, "numpy", None)
+    edited(bundle, lambda c: call_a_function(c, "torch.save"))
+    refused(bundle, "calls 'torch.save', which no bundle may call")
+    edited(bundle, lambda c: node(c, "call_function").update(op="call_method", target="numpy"))
+    refused(bundle, "calls 'Tensor.numpy', which no bundle may call")
+
+
+class Cubed(nn.Module):
+    def forward(self, x):
+        return x**3
+
+
+def test_own_functions_are_refused_and_own_layers_load_where_registered(tmp_path, monkeypatch):
+    for target in (torch.sinc, Cubed):
+        monkeypatch.setitem(RULES, target, None)
+        pointwise(target)
+
+    class Own(nn.Module):
+        def __init__(self, layer):
+            super().__init__()
+            self.layer = layer
+            self.head = nn.Linear(48, 2)
+
+        def forward(self, x):
+            x = torch.sinc(x) if self.layer is None else self.layer(x)
+            return self.head(x.flatten(1))
+
+    net = fcvgg.convert(Own(None).eval(), input_size=4)
+    with pytest.raises(fcvgg.FcvggError, match=r"calls sinc, which a bundle cannot hold; do it in"):
+        net.save(tmp_path / "function")
+    net = fcvgg.convert(Own(Cubed()).eval(), input_size=4)
+    bundle = net.save(tmp_path / "layer")
+    images = torch.randn(1, 3, 5, 5)
+    assert torch.equal(fcvgg.load(bundle)(images), net(images))
+    monkeypatch.delitem(RULES, Cubed)
+    refused(bundle, "Cubed, which this fcvgg has no rule for; register its rule")
+
+
+def test_a_name_that_no_bundle_holds_is_refused_as_it_is_saved(tmp_path):
+    model = nn.Sequential()
+    model.add_module("conv-1", nn.Conv2d(3, 4, 3))
+    model.add_module("flat", nn.Flatten())
+    model.add_module("head", nn.Linear(16, 2))
+    net = fcvgg.convert(model.eval(), input_size=4)
+    with pytest.raises(fcvgg.FcvggError, match=r"cannot hold the name 'conv-1'.*rename the layer"):
+        net.save(tmp_path / "bundle")
+
+
+# -- a layer at several places --------------------------------------------------------------------
+
+
+class Again(nn.Module):
+    """One fully connected layer over the whole window, and then over its own scores."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3, stride=2, padding=1)
+        self.fc = nn.Linear(16, 16)
+
+    def forward(self, x):
+        return self.fc(torch.relu(self.fc(torch.relu(self.conv(x)).flatten(1))))
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("way", ["converted", "copied", "cast", "saved"])
+def test_a_layer_called_twice_takes_a_checkpoint_at_both_places(assign, way, tmp_path):
+    torch.manual_seed(0)
+    net = fcvgg.convert(Again().eval(), input_size=4, copy=True)
+    if way == "copied":
+        net = copy.deepcopy(net)
+    if way == "cast":
+        net = net.double().float()
+    if way == "saved":
+        net = fcvgg.load(net.save(tmp_path / "bundle"))
+    other = Again().eval()
+    for state in (other.state_dict(), fcvgg.convert(other, input_size=4).state_dict()):
+        net.load_state_dict({k: v.clone() for k, v in state.items()}, assign=assign)
+        images = torch.randn(2, 3, 4, 4)
+        torch.testing.assert_close(net(images).flatten(1), other(images))
+    further, first = net.network.fc_call2, net.network.fc
+    assert further.bias is first.bias
+    assert further.weight.data_ptr() == first.weight.data_ptr()
+
+
+def test_a_network_without_values_takes_a_checkpoint_by_assignment():
+    other = Again().eval()
+    with torch.device("meta"):
+        model = Again().eval()
+    net = fcvgg.convert(model, input_size=4, verify=False)
+    net.load_state_dict(other.state_dict(), assign=True)
+    images = torch.randn(2, 3, 4, 4)
+    torch.testing.assert_close(net(images).flatten(1), other(images))

@@ -137,6 +137,70 @@ def test_probabilities_are_never_softmaxed_twice(ending: nn.Module, average: str
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
 
 
+ENDINGS = {
+    "limited": lambda x: x.softmax(1).clamp(1e-7, 1),
+    "divided": lambda x: x.softmax(1) / 1.0,
+    "averaged": lambda x: (x.softmax(1) + x.softmax(1)) / 2,
+}
+
+
+class Ending(nn.Module):
+    def __init__(self, call: Any):
+        super().__init__()
+        self.call = call
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.call(x)
+
+
+@pytest.mark.parametrize("ending", ENDINGS.values(), ids=ENDINGS.keys())
+def test_probabilities_that_are_computed_with_are_not_softmaxed_again(ending: Any) -> None:
+    expected = classifier().classify(pixels(), average="probabilities")
+    got = classifier(4, Ending(ending)).classify(pixels())
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+
+
+UNKNOWN = (
+    r"^what the scores are cannot be read off the model, which computes on after its softmax or "
+    r"sigmoid; pass activation= to fcvgg\.convert: 'logits', 'probabilities', "
+    r"'log_probabilities' or 'sigmoid'$"
+)
+
+
+def test_scores_that_may_be_anything_are_no_probabilities(tmp_path: Path) -> None:
+    unknown = classifier(4, Ending(lambda x: x.softmax(1) ** 2))
+    again = fcvgg.load(unknown.save(tmp_path / "bundle"), preprocess=PREPROCESS)
+    for net in (unknown, again):
+        assert net.activation == "unknown"
+        score_map = net.score_map(pixels())
+        assert score_map.label_map().shape == score_map.scores.shape[1:]
+        for use in (
+            score_map.probabilities,
+            score_map.predict,
+            score_map.top,
+            score_map.heatmap,
+            lambda: score_map.heatmap(1),  # noqa: B023
+            lambda: net.heatmap(pixels(), 1),  # noqa: B023
+            lambda: net.classify(pixels()),  # noqa: B023
+        ):
+            with pytest.raises(fcvgg.ArgumentError, match=UNKNOWN):
+                use()
+    unknown.activation = "sigmoid"
+    torch.testing.assert_close(unknown.classify(pixels()).shape, torch.Size([1, 4]))
+
+
+def test_scores_that_may_be_anything_are_what_the_user_says() -> None:
+    layers = [
+        nn.Conv2d(3, 4, 3),
+        nn.Flatten(),
+        nn.Linear(144, 3),
+        Ending(lambda x: 1 - x.sigmoid()),
+    ]
+    net = fcvgg.convert(nn.Sequential(*layers), input_size=8, activation="sigmoid")
+    batch = torch.randn(1, 3, 8, 8)
+    torch.testing.assert_close(net.classify(batch), net(batch).flatten(1).detach())
+
+
 def test_one_class_and_independent_classes_use_a_sigmoid() -> None:
     one = classifier(1)
     with torch.no_grad():
@@ -193,3 +257,42 @@ def test_an_output_that_does_not_exist(net: fcvgg.FullyConvolutional) -> None:
 def test_one_bad_image_of_many_is_named(net: fcvgg.FullyConvolutional) -> None:
     with pytest.raises(fcvgg.ImageError, match=r"there is no image file absent\.png"):
         net.classify([pixels(), "absent.png"])
+
+
+@pytest.mark.parametrize("scales", [16, np.int64(16), np.array([16]), (16,), range(16, 17)])
+def test_scales_may_be_one_length_or_any_sequence(
+    net: fcvgg.FullyConvolutional, scales: Any
+) -> None:
+    torch.testing.assert_close(
+        net.classify(pixels(), scales=scales), net.classify(pixels(), scales=[16]), rtol=0, atol=0
+    )
+
+
+@pytest.mark.parametrize("scales", ["16", 16.5, ["16"]])
+def test_what_is_no_length_is_no_scale(net: fcvgg.FullyConvolutional, scales: Any) -> None:
+    with pytest.raises(fcvgg.ImageError, match=r"^scale '?16(\.5)?'? is no length; expected a pos"):
+        net.classify(pixels(), scales=scales)
+
+
+def test_any_iterable_of_images(net: fcvgg.FullyConvolutional) -> None:
+    arrays = [pixels(seed=i) for i in range(3)]
+    expected = net.classify(arrays)
+    for images in (iter(arrays), dict(enumerate(arrays)).values(), np.stack(arrays)):
+        torch.testing.assert_close(net.classify(images), expected, rtol=0, atol=0)
+    of_tensors = net.classify(tensor(array) for array in arrays)
+    torch.testing.assert_close(of_tensors, expected, rtol=0, atol=0)
+
+
+def test_bytes_are_no_images(net: fcvgg.FullyConvolutional) -> None:
+    with pytest.raises(fcvgg.ImageError, match=r"^bytes is no image; expected a path"):
+        net.classify(b"photo.jpg")
+
+
+@pytest.mark.parametrize("output", [3, -1, "scores", None])
+def test_the_activation_of_an_output_that_does_not_exist(
+    net: fcvgg.FullyConvolutional, output: Any
+) -> None:
+    with pytest.raises(
+        fcvgg.ArgumentError, match=rf"^output={output!r} does not exist; the network has 1$"
+    ):
+        net.activation_of(output)

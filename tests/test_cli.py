@@ -8,9 +8,11 @@ import sys
 import urllib.error
 from dataclasses import dataclass
 
+import h5py
 import numpy as np
 import pytest
 import torch
+import torchvision
 from PIL import Image
 from rich.console import Console
 from typer.testing import CliRunner
@@ -218,6 +220,22 @@ def test_heatmap_at_another_scale_refers_to_the_image_as_it_is(images, folder):
         assert overlay.size == (512, 512)
 
 
+def test_heatmap_takes_the_scale_in_place_of_the_preprocessings_size(images, folder):
+    preprocess = fcvgg.Preprocess((0.5,) * 3, (0.25,) * 3, resize=40)
+    fcvgg.load("demo", preprocess=preprocess).save(folder / "resizing")
+    peaks = set()
+    for scale in (40, 72, 100):
+        out = run("heatmap", "one.png", "-m", "resizing", "-t", "face", "--scale", scale).out
+        net = fcvgg.load("demo")
+        heatmap = net.heatmap("one.png", "face", scales=[scale])
+        y, x = heatmap.peak
+        assert f"peak {heatmap.values[y, x]:.3f} at (y, x) = ({y}, {x})\n" in out
+        peaks.add(out)
+    assert len(peaks) == 3
+    unscaled = run("heatmap", "one.png", "-m", "resizing", "-t", "face").out
+    assert unscaled == run("heatmap", "one.png", "-m", "demo", "-t", "face", "--scale", 40).out
+
+
 def test_heatmap_with_a_finer_stride(images):
     fine = run("heatmap", "one.png", "-m", "demo", "-t", "1", "--output-stride", 2).out
     assert fine != run("heatmap", "one.png", "-m", "demo", "-t", "1").out
@@ -297,7 +315,7 @@ def test_names_with_brackets_and_colons_are_printed_as_they_are(images, folder):
 
 
 def test_an_image_too_large_for_memory_says_so(images, monkeypatch):
-    def exhaust(*args):
+    def exhaust(*args, **options):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
 
     monkeypatch.setattr(fcvgg.FullyConvolutional, "score_map", exhaust)
@@ -341,8 +359,6 @@ def test_a_checkpoint_without_its_architecture_asks_for_the_option(images, folde
 
 
 def test_a_checkpoint_with_its_architecture(images, folder):
-    import torchvision
-
     model = torchvision.models.squeezenet1_1(num_classes=3)
     torch.save(model.state_dict(), "own.pt")
     for options in (("-m", "own.pt", "--arch", "squeezenet1_1"), ("-m", "squeezenet1_1", "-w")):
@@ -476,6 +492,58 @@ def test_info_refuses_a_size_that_is_none(size):
     assert "Invalid value for --size" in usage_error("info", "demo", "--size", size)
 
 
+def test_info_of_a_bundle_a_checkpoint_and_an_onnx_file(folder):
+    def totals(*arguments):
+        ran = run("info", *arguments)
+        assert (ran.status, ran.err) == (0, "")
+        return (
+            re.search(r"parameters +([\d,]+),", ran.out)[1],
+            re.search(r"centre of cell 0 +(.*?) *\n", ran.out)[1],
+        )
+
+    model = torchvision.models.squeezenet1_1(num_classes=3)
+    torch.save(model.state_dict(), "own.pt")
+    parameters = f"{sum(p.numel() for p in model.parameters()):,}"
+    assert totals("own.pt", "--arch", "squeezenet1_1")[0] == parameters
+    expected = totals("demo")
+    for name in ("faces", "faces.onnx"):
+        assert run("convert", "demo", "-o", name).status == 0
+    assert totals("faces") == expected
+    stored = fcvgg.load("faces.onnx", input_size=32)
+    assert totals("faces.onnx")[1] == expected[1]
+    assert totals("faces.onnx")[0] == f"{sum(p.numel() for p in stored.parameters()):,}"
+
+
+def test_info_of_a_keras_file(folder):
+    layers = [
+        ("InputLayer", {"name": "image", "batch_input_shape": [None, 16, 16, 3]}, {}),
+        (
+            "Conv2D",
+            {"name": "conv", "filters": 4, "kernel_size": [3, 3], "activation": "relu"},
+            {"kernel": (3, 3, 3, 4), "bias": (4,)},
+        ),
+        ("MaxPooling2D", {"name": "pool", "pool_size": [2, 2]}, {}),
+        ("Flatten", {"name": "flat"}, {}),
+        ("Dense", {"name": "scores", "units": 5}, {"kernel": (196, 5), "bias": (5,)}),
+    ]
+    described = [{"class_name": kind, "config": config} for kind, config, _ in layers]
+    with h5py.File("net.h5", "w") as file:
+        file.attrs["model_config"] = json.dumps(
+            {"class_name": "Sequential", "config": {"name": "net", "layers": described}}
+        )
+        weights = file.create_group("model_weights")
+        weights.attrs["layer_names"] = [config["name"] for _, config, _ in layers]
+        for _, config, arrays in layers:
+            group = weights.create_group(config["name"])
+            group.attrs["weight_names"] = [f"{config['name']}/{name}:0" for name in arrays]
+            for name, shape in arrays.items():
+                group[f"{config['name']}/{name}:0"] = np.ones(shape, np.float32)
+    ran = run("info", "net.h5")
+    assert (ran.status, ran.err) == (0, "")
+    assert re.search(r"native size +16x16", ran.out)
+    assert re.search(rf"parameters +{3 * 9 * 4 + 4 + 4 * 49 * 5 + 5:,},", ran.out)
+
+
 def test_info_names_the_layer_that_is_refused():
     message = fails("info", "mobilenet_v3_small")
     assert "(SqueezeExcitation) is refused: squeeze-and-excitation" in message
@@ -531,6 +599,41 @@ def test_convert_with_a_finer_stride(folder):
     assert re.search(r"stride +2x2", run("info", "f").out)
 
 
+@pytest.mark.parametrize("ending", [".onnx", ".pt2"])
+def test_convert_exports_by_the_ending(folder, ending):
+    name = f"nets/faces{ending}"
+    ran = run("convert", "demo", "-o", name)
+    assert (ran.status, ran.err) == (0, "")
+    assert re.search(r"verdict +equivalent", ran.out)
+    assert f"wrote {name}\n" in ran.out
+    written = folder / name
+    assert f"  faces{ending}: {written.stat().st_size:,} bytes" in ran.out
+    assert [path.name for path in (folder / "nets").iterdir()] == [written.name]
+    images = torch.rand(2, 3, 40, 56)
+    if ending == ".onnx":
+        import onnxruntime
+
+        session = onnxruntime.InferenceSession(str(written), providers=["CPUExecutionProvider"])
+        scores = torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+    else:
+        scores = torch.export.load(str(written)).module()(images)
+    torch.testing.assert_close(scores, fcvgg.load("demo")(images), rtol=0, atol=1e-4)
+
+
+def test_convert_help_says_what_each_ending_gives():
+    text = " ".join(run("convert", "--help").out.replace("│", " ").split())
+    assert "a name in .onnx for ONNX or in .pt2 for torch.export, else a bundle" in text
+
+
+def test_convert_never_overwrites_its_source(folder):
+    assert run("convert", "demo", "-o", "faces.onnx").status == 0
+    before = (folder / "faces.onnx").read_bytes()
+    assert fails("convert", "faces.onnx", "-o", "./faces.onnx") == (
+        "faces.onnx is the source, which would be lost; choose another --output"
+    )
+    assert (folder / "faces.onnx").read_bytes() == before
+
+
 def test_convert_needs_an_output():
     assert "Missing option '--output'" in usage_error("convert", "demo")
 
@@ -556,7 +659,7 @@ def test_a_message_of_several_lines_is_printed_as_one(monkeypatch):
 
 
 def test_a_bug_is_not_dressed_up_as_bad_input(images, monkeypatch):
-    def fail(*args):
+    def fail(*args, **options):
         raise RuntimeError("shapes differ")
 
     monkeypatch.setattr(fcvgg.FullyConvolutional, "score_map", fail)

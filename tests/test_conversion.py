@@ -74,6 +74,12 @@ def test_torchvision_classifiers_are_exact(name: str, size: int | None) -> None:
     assert net.num_classes == 7
 
 
+def test_the_smallest_size_of_alexnet() -> None:
+    """223, not 224: the smallest size that gives the 6x6 features that its head takes."""
+    net = fcvgg.convert(torchvision.models.alexnet(num_classes=3), verify=False)
+    assert net.input_size == (223, 223)
+
+
 # -- ways of writing the same classifier ----------------------------------------------------------
 
 
@@ -183,6 +189,28 @@ def test_layers_on_vectors_become_layers_on_channels(head) -> None:
         (Lambda(lambda x: x.softmax(1).float().double()), "probabilities"),
         (Lambda(lambda x: x.log_softmax(1).exp()), "probabilities"),
         (Lambda(lambda x: x.softmax(1).log()), "log_probabilities"),
+        (Lambda(lambda x: x.softmax(1).clamp(1e-7, 1)), "probabilities"),
+        (Lambda(lambda x: x.sigmoid().clamp(min=1e-6, max=1 - 1e-6)), "sigmoid"),
+        (Lambda(lambda x: x.softmax(1) / 1.0), "probabilities"),
+        (Lambda(lambda x: (x.softmax(1) + (2 * x).softmax(1)) / 2), "probabilities"),
+        (Lambda(lambda x: 0.3 * x.softmax(1) + 0.7 * (2 * x).softmax(1)), "probabilities"),
+        (Lambda(lambda x: sum([x.sigmoid(), (2 * x).sigmoid()]) * 0.5), "sigmoid"),
+        (Lambda(lambda x: x.sigmoid() * 1), "sigmoid"),
+        (Lambda(lambda x: F.hardsigmoid(x)), "sigmoid"),
+        (nn.Hardsigmoid(), "sigmoid"),
+        (Lambda(lambda x: (0.2 * x + 0.5).clamp(0, 1)), "sigmoid"),
+        (Lambda(lambda x: F.logsigmoid(x)), "log_probabilities"),
+        (Lambda(lambda x: x.softmax(1).log().clamp(min=-100)), "log_probabilities"),
+        (Lambda(lambda x: x * x.sigmoid()), "unknown"),
+        (Lambda(lambda x: x.softmax(1) ** 2), "unknown"),
+        (Lambda(lambda x: 1 - x.sigmoid()), "unknown"),
+        (Lambda(lambda x: x.softmax(1) / 2), "unknown"),
+        (Lambda(lambda x: x.softmax(1) + 1e-6), "unknown"),
+        (Lambda(lambda x: x.softmax(1) + (2 * x).softmax(1)), "unknown"),
+        (Lambda(lambda x: x.softmax(1).clamp(0.2, 0.3)), "unknown"),
+        (Lambda(lambda x: x.log_softmax(1) * 0.5), "unknown"),
+        (Lambda(lambda x, fc: fc(x.sigmoid() * x), nn.Linear(5, 4)), "logits"),
+        (Lambda(lambda x: x * 2 - 1), "logits"),
     ],
 )
 def test_what_the_scores_are_is_read_off_the_graph(last: nn.Module, activation: str) -> None:
@@ -190,6 +218,28 @@ def test_what_the_scores_are_is_read_off_the_graph(last: nn.Module, activation: 
     net = fcvgg.convert(model)
     assert net.activation == activation
     assert native_error(model, net) <= (1e-6 if "float" in str(last) else 1e-12)
+
+
+@pytest.mark.parametrize(
+    ("head", "activation"),
+    [
+        (lambda x, conv: conv(x).softmax(1).mean((2, 3)), "probabilities"),
+        (
+            lambda x, conv: F.avg_pool2d(conv(x).softmax(1), x.size()[2:]).flatten(1),
+            "probabilities",
+        ),
+        (lambda x, conv: conv(x).sigmoid().amax((2, 3)), "sigmoid"),
+        (lambda x, conv: conv(x).softmax(1).amax((2, 3)), "unknown"),
+        (lambda x, conv: conv(x).log_softmax(1).mean((2, 3)), "unknown"),
+        (lambda x, conv: conv(x).sigmoid().sum((2, 3)), "unknown"),
+        (lambda x, conv: conv(x.sigmoid() * x).mean((2, 3)), "logits"),
+    ],
+)
+def test_what_pooled_scores_are(head, activation: str) -> None:
+    model = seeded(Headed, Lambda(head, nn.Conv2d(8, 5, 1)))
+    net = fcvgg.convert(model, input_size=24)
+    assert native_error(model, net) <= 1e-12
+    assert net.activation == activation
 
 
 def test_several_heads_give_several_maps() -> None:
@@ -253,6 +303,83 @@ def test_global_pools(head: nn.Module) -> None:
     assert native_error(model, net) <= 1e-12
     assert net.geometry.stride == (4, 4)
     assert net.geometry.window == (24, 24)
+
+
+GLOBAL_BY_SIZE = {
+    "size": lambda x: F.avg_pool2d(x, x.size()[2:]),
+    "shape": lambda x: F.avg_pool2d(x, kernel_size=x.shape[-2:]),
+    "one number": lambda x: F.avg_pool2d(x, x.size(2) // 1),
+    "rows and columns": lambda x: F.avg_pool2d(x, (x.size(2), x.shape[3]), stride=1),
+    "unpacked": lambda x: F.max_pool2d(x, (lambda n, c, h, w: [h, w])(*x.shape)),
+    "maximum": lambda x: F.max_pool2d(x, x.size(-1)),
+}
+
+
+@pytest.mark.parametrize("pool", GLOBAL_BY_SIZE.values(), ids=GLOBAL_BY_SIZE.keys())
+@pytest.mark.parametrize("size", [8, 12])
+def test_a_pool_of_the_features_own_size_is_global_however_small(pool, size: int) -> None:
+    model = seeded(Headed, Lambda(lambda x, fc: fc(pool(x).flatten(1)), nn.Linear(8, 5)))
+    net = fcvgg.convert(model, input_size=size)
+    assert native_error(model, net) <= 1e-12
+    assert net.geometry.stride == (4, 4)
+    assert net.geometry.window == (size, size)
+
+
+def test_an_average_written_out_that_ends_the_trunk_is_global() -> None:
+    """Early ResNets end in AvgPool2d(7); in such a net 1x1 layers and the head follow."""
+    pool = nn.AvgPool2d(6)
+    for head in (
+        nn.Sequential(pool, nn.Flatten(), nn.Linear(8, 5)),
+        nn.Sequential(pool, nn.Conv2d(8, 6, 1), nn.ReLU(), nn.Flatten(), nn.Linear(6, 5)),
+    ):
+        model = seeded(Headed, head)
+        net = fcvgg.convert(model, input_size=24)
+        assert native_error(model, net) <= 1e-12
+        assert net.geometry.stride == (4, 4)
+
+
+class Trunk(nn.Module):
+    """A pool over all of the native features, 4x4, and what follows it."""
+
+    def __init__(self, pool: nn.Module, *after: nn.Module):
+        super().__init__()
+        stem = [nn.Conv2d(3, 6, 3, padding=1), nn.ReLU(), nn.MaxPool2d(4)]
+        self.trunk = nn.Sequential(*stem, pool, *after)
+        self.fc = nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.trunk(x).flatten(1))
+
+
+@pytest.mark.parametrize(
+    "layers",
+    [
+        [nn.MaxPool2d(4)],
+        [nn.MaxPool2d(4), nn.Conv2d(6, 6, 3, padding=1)],
+        [nn.AvgPool2d(4), nn.Conv2d(6, 6, 3, padding=1)],
+        [nn.AvgPool2d(4), nn.ReLU(), Lambda(lambda x: F.pad(x, (1, 1, 1, 1))), nn.MaxPool2d(3)],
+        [nn.AvgPool2d(4), nn.AdaptiveAvgPool2d(1)],
+    ],
+)
+def test_a_pool_inside_the_trunk_keeps_its_stride(layers: list[nn.Module]) -> None:
+    model = seeded(Trunk, *layers)
+    net = fcvgg.convert(model, input_size=16)
+    assert native_error(model, net) <= 1e-12
+    stride = 48 if len(layers) == 4 else 16
+    assert net.geometry.stride == (stride, stride)
+    if len(layers) == 2 and isinstance(layers[1], nn.Conv2d):  # the trunk as it is written
+        batch = images(1, 3, 64, 48)
+        with torch.no_grad():
+            expected = model.fc(model.trunk(batch).movedim(1, -1)).movedim(-1, 1)
+        assert relative_error(expected, net(batch)) <= 1e-12
+
+
+def test_a_vgg_of_32_pixels_with_average_pools_keeps_its_stride() -> None:
+    layers: list[nn.Module] = []
+    for channels in (3, 4, 4, 4, 4):
+        layers += [nn.Conv2d(channels, 4, 3, padding=1), nn.ReLU(), nn.AvgPool2d(2)]
+    net = fcvgg.convert(seeded(nn.Sequential, *layers, nn.Flatten(), nn.Linear(4, 5)))
+    assert (net.input_size, net.geometry.stride) == ((32, 32), (32, 32))
 
 
 @pytest.mark.parametrize("pool", [nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d])
@@ -577,6 +704,99 @@ def test_a_copy_before_an_in_place_layer_is_a_copy() -> None:
 
     model = seeded(Headed, Lambda(head, nn.Linear(288, 5)))
     assert native_error(model, fcvgg.convert(model)) <= 1e-12
+
+
+def _reshaped(x: Tensor) -> Tensor:
+    return x.permute(0, 2, 3, 1).reshape(x.size(0), -1)
+
+
+def _in_place(change):
+    """A copy of the features is changed in place; the features are read later."""
+
+    def head(x, f, g, *layers):
+        y = _reshaped(x)
+        return f(change(y, *layers)) + g(x.flatten(1))
+
+    return head
+
+
+def _renamed(x, f, g):
+    kept = x
+    x += 0.5
+    x.relu_()
+    return f(kept.flatten(1)) + g(x.flatten(1))
+
+
+def _viewed(x, f, g):
+    y = x.view(x.size(0), -1)
+    F.relu_(y)
+    return f(y) + g(x.flatten(1))
+
+
+def _copied_before(x, f, g):
+    y = x.flip(2)
+    x.relu_()
+    return f(y.flatten(1)) + g(x.flatten(1))
+
+
+def _half(x, f, g):
+    a, b = x.chunk(2, 1)
+    a.relu_()
+    return f(torch.cat([a, b], 1).flatten(1))
+
+
+def _pooled(x, f, g):
+    y = F.adaptive_avg_pool2d(x, 6)  # the identity here, and a copy
+    y.relu_()
+    return f(y.flatten(1)) + g(x.flatten(1))
+
+
+IN_PLACE = {
+    "function": (_in_place(lambda y: F.relu_(y)), []),
+    "argument": (_in_place(lambda y: F.relu(y, True)), []),
+    "method": (_in_place(lambda y: y.sub_(0.5)), []),
+    "layer": (_in_place(lambda y, relu: relu(y)), [nn.ReLU(inplace=True)]),
+    "dropout": (_in_place(lambda y, drop: drop(y)), [nn.Dropout(0.5, inplace=True)]),
+    "another name": (_renamed, []),
+    "a view": (_viewed, []),
+    "a copy before": (_copied_before, []),
+    "a half": (_half, []),
+    "an adaptive pool": (_pooled, []),
+}
+
+
+@pytest.mark.parametrize(("head", "layers"), IN_PLACE.values(), ids=IN_PLACE.keys())
+def test_layers_in_place_change_what_they_change_in_the_source(head, layers) -> None:
+    def signed(x, *rest):
+        return head(x - 0.4, *rest)
+
+    model = seeded(Headed, Lambda(signed, nn.Linear(288, 5), nn.Linear(288, 5), *layers))
+    net = fcvgg.convert(model)
+    assert native_error(model, net) <= 1e-12
+
+
+@pytest.mark.parametrize("layer", [nn.Dropout(1.0, inplace=True), nn.ReLU(inplace=True)])
+def test_layers_in_place_after_a_copy_leave_the_rest_alone_in_training_too(layer) -> None:
+    head = _in_place(lambda y, change: change(y))
+    model = seeded(
+        Headed, Lambda(head, nn.Linear(288, 5, bias=False), nn.Linear(288, 5, bias=False), layer)
+    )
+    net = fcvgg.convert(model)
+    batch = images(2, 3, 24, 24)
+    with torch.no_grad():
+        assert relative_error(model.train()(batch), net.train()(batch).flatten(1)) <= 1e-12
+
+
+def test_scores_changed_in_place_are_what_they_became() -> None:
+    def head(x, fc):
+        scores = fc(x.flatten(1))
+        torch.sigmoid_(scores)
+        return scores
+
+    model = seeded(Headed, Lambda(head, nn.Linear(288, 5)))
+    net = fcvgg.convert(model)
+    assert net.activation == "sigmoid"
+    assert native_error(model, net) <= 1e-12
 
 
 def test_unused_layers_keep_their_place_in_checkpoints() -> None:

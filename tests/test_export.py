@@ -76,6 +76,17 @@ def test_one_onnx_file_with_metadata(net, onnx_file):
     assert fcvgg.Geometry.from_dict(entries["fcvgg.geometry"]) == net.geometry
 
 
+def test_free_dimensions_have_names(onnx_file):
+    graph = onnx.load(onnx_file).graph
+    shapes = [
+        [d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim]
+        for value in (graph.input[0], graph.output[0])
+    ]
+    assert shapes[0] == ["batch", 3, "height", "width"]
+    assert shapes[1][:2] == ["batch", 2]
+    assert "height//8" in shapes[1][2]
+
+
 def test_torch_export_carries_the_metadata(pt2_file):
     entries = {"fcvgg.categories": ""}
     torch.export.load(pt2_file, extra_files=entries)

@@ -8,7 +8,6 @@ import torch
 from PIL import Image
 
 import fcvgg
-from fcvgg.cli.scaling import score_map_at
 from fcvgg.figures import save_figure, side_by_side
 
 
@@ -30,7 +29,7 @@ def cells_of(figure):
 
 @pytest.mark.parametrize("scale", [None, 40, 120])
 def test_cells_are_drawn_around_their_centres(net, image, scale):
-    score_map = score_map_at(net, image, scale)
+    score_map = net.score_map(image, scale=scale)
     cells = cells_of(side_by_side(score_map, "face"))
     rows, cols = score_map.scores.shape[1:]
     assert np.array_equal(cells.get_array(), score_map.scores[1].numpy())
@@ -54,7 +53,7 @@ def test_panels_show_the_whole_image(net, image):
 
 
 def test_titles_say_what_is_shown(net, image):
-    figure = side_by_side(score_map_at(net, image, 40), "face")
+    figure = side_by_side(net.score_map(image, scale=40), "face")
     assert [ax.get_title() for ax in figure.axes[:3]] == [
         "photograph: 60 x 90 pixels",
         "score map: 2 x 4 cells at 40 x 60 pixels",

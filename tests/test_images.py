@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import nn
 
 import fcvgg
 from fcvgg.images import in_mode, mirrored, prepare, read_image, with_smallest_side
+from fcvgg.preprocessing import INTERPOLATIONS
 
 
 def classifier(channels: int = 3, **options: Any) -> fcvgg.FullyConvolutional:
@@ -400,3 +402,92 @@ def test_mirrored_exchanges_left_and_right() -> None:
     of_tensor = mirrored(prepare(preprocess(Image.fromarray(pixels)), None, 3)).pixels
     assert torch.equal(of_picture, of_tensor)
     assert torch.equal(of_picture.flip(-1), preprocess(Image.fromarray(pixels)))
+
+
+# -- scaled score maps ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("resize", [None, 12, (10, 30)], ids=str)
+def test_a_scale_takes_the_place_of_the_preprocessings_resize(resize: Any) -> None:
+    preprocess = fcvgg.Preprocess((0,) * 3, (1,) * 3, resize=resize)
+    net, image = classifier(preprocess=preprocess), Image.fromarray(noise(20, 30, 3))
+    made = net.score_map(image, scale=40)
+    assert (made.input_size, made.image_size) == ((40, 60), (20, 30))
+    assert made.image.size == image.size
+    larger = image.resize((60, 40), Image.Resampling.BILINEAR)
+    with torch.no_grad():
+        expected = net(replace(preprocess, resize=None)(larger))[0]
+    torch.testing.assert_close(made.scores, expected, rtol=0, atol=0)
+    np.testing.assert_array_equal(made.heatmap(1).values, net.heatmap(image, 1, scales=[40]).values)
+    np.testing.assert_array_equal(made.heatmap(1).values, net.heatmap(image, 1, scales=40).values)
+
+
+def test_a_scaled_score_map_of_a_tensor_keeps_its_pixels(net: fcvgg.FullyConvolutional) -> None:
+    made = net.score_map(torch.rand(3, 20, 30), scale=40)
+    assert (made.input_size, made.image_size, made.image) == ((40, 60), (20, 30), None)
+    with pytest.raises(fcvgg.ImageError, match="scale 0 is no length"):
+        net.score_map(torch.rand(3, 20, 30), scale=0)
+
+
+@pytest.mark.parametrize("name", ["nearest", "bilinear", "bicubic", "lanczos"])
+def test_scales_are_interpolated_as_the_preprocessing_says(name: str) -> None:
+    preprocess = fcvgg.Preprocess((0,) * 3, (1,) * 3, interpolation=name)
+    image = Image.fromarray(noise(20, 30, 3))
+    scaled = with_smallest_side(prepare(image, preprocess, 3), 13)
+    expected = image.resize((20, 13), INTERPOLATIONS[name])
+    assert np.array_equal(np.asarray(scaled.picture), np.asarray(expected))
+    of_tensor = with_smallest_side(prepare(preprocess(image), preprocess, 3), 13).pixels
+    assert of_tensor.shape == (1, 3, 13, 20)
+    if name != "lanczos":  # which torch does not have
+        difference = (of_tensor - preprocess(expected)).clamp(-1, 1).abs()
+        assert difference.mean() < 0.01
+
+
+def test_integers_of_32_bits_that_fit_a_byte_are_bytes() -> None:
+    pixels = noise(5, 7)
+    image = Image.fromarray(pixels.astype(np.int32))
+    assert image.mode == "I"
+    assert np.array_equal(np.asarray(in_mode(image, 1)), pixels)
+    brighter = Image.fromarray(np.array([[0, 257 * 100]], np.int32))
+    assert np.asarray(in_mode(brighter, 1)).tolist() == [[0, 100]]
+    dark = Image.fromarray(np.array([[0, 200]], np.uint16))  # mode I;16 says that it has 16 bits
+    assert np.asarray(in_mode(dark, 1)).tolist() == [[0, 1]]
+
+
+# -- what the network is given --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("dtype", "remedy"),
+    [
+        (torch.uint8, r"preprocess them to floats, or use net\.score_map or net\.classify on pixe"),
+        (torch.float64, r"cast them with images\.to\(torch\.float32\), or the network with net\.t"),
+        (torch.float16, r"cast them with images\.to\(torch\.float32\), or the network with net\.t"),
+    ],
+    ids=str,
+)
+def test_images_of_another_dtype_are_refused(
+    net: fcvgg.FullyConvolutional, dtype: torch.dtype, remedy: str
+) -> None:
+    with pytest.raises(
+        fcvgg.ImageError,
+        match=rf"^the network takes images of torch\.float32, got {dtype}; {remedy}",
+    ):
+        net(torch.zeros(1, 3, 9, 9).to(dtype))
+
+
+def test_autocast_takes_what_it_casts(net: fcvgg.FullyConvolutional) -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        assert net(torch.zeros(1, 3, 9, 9).bfloat16()).shape == (1, 2, 1, 1)
+
+
+@pytest.mark.parametrize("preprocess", ["imagenet", lambda image: image], ids=["name", "function"])
+def test_what_is_no_preprocessing_is_refused(preprocess: Any) -> None:
+    expected = r"; expected fcvgg\.Preprocess, such as fcvgg\.Preprocess\(mean, std\) or fcvgg\.Pre"
+    with pytest.raises(
+        fcvgg.PreprocessError, match=rf"^preprocess=.* is a (str|function){expected}"
+    ):
+        classifier(preprocess=preprocess)
+    net = classifier()
+    with pytest.raises(fcvgg.PreprocessError, match=expected):
+        net.preprocess = preprocess

@@ -420,3 +420,28 @@ def test_what_training_scripts_keep_beside_the_state_does_no_harm(tmp_path, suff
     beside = {"best_acc": np.float64(0.9), "epoch": np.int64(3), "args": argparse.Namespace(lr=0.1)}
     torch.save({"state_dict": {"conv.weight": torch.ones(2)}, **beside}, path)
     assert torch.equal(read_state(path)["conv.weight"], torch.ones(2))
+
+
+# -- arguments ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("source", [None, 16, b"vgg16", nn.Identity()])
+def test_what_is_no_source(source: Any) -> None:
+    kind = type(source).__name__
+    with pytest.raises(
+        fcvgg.LoadError, match=rf"^{kind} is no source; expected a name such as 'vgg16' or 'demo', "
+    ):
+        fcvgg.load(source)
+
+
+def test_an_option_that_load_does_not_have(tmp_path: Path) -> None:
+    fcvgg.load("demo").save(tmp_path / "bundle")
+    for name in ("demo", tmp_path / "bundle", "absent.onnx"):
+        with pytest.raises(
+            fcvgg.ArgumentError,
+            match=r"^load has no option foo; expected some of arch, weights, preprocess, categories"
+            r", input_size, output_stride, padding, copy, verify, activation$",
+        ):
+            fcvgg.load(name, foo=1)
+    with pytest.raises(fcvgg.PreprocessError, match=r"expected fcvgg\.Preprocess"):
+        fcvgg.load(tmp_path / "bundle", preprocess="imagenet")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -476,6 +478,42 @@ def test_weights_that_are_not_finite(output: int, value: float) -> None:
         r"scores are not finite at the native size: "
         rf"head\.layers\.{output}\.weight holds values that are not finite; check the checkpoint",
         fcvgg.EquivalenceError,
+    )
+
+
+@pytest.mark.parametrize("make", [threading.Lock, lambda: open(os.devnull)])  # noqa: SIM115
+def test_a_model_that_holds_what_cannot_be_copied(make: Any) -> None:
+    model = seeded(SmallVGG)
+    model.features[3].held = held = make()
+    refused(
+        model,
+        r"^the modules of SmallVGG cannot be copied: attribute features\.3\.held: cannot pickle "
+        r".*; delete what cannot be copied, or set it to None, before converting$",
+    )
+    if hasattr(held, "close"):
+        held.close()
+
+
+def test_hooks_that_change_the_answer_are_named() -> None:
+    model = seeded(SmallVGG)
+    model.features[3].register_forward_hook(lambda module, args, output: output * 2)
+    refused(
+        model,
+        r"differs from the model at .*; features\.3 has forward hooks, which conversion leaves "
+        r"out: remove them, or do their work in forward, or pass verify=False",
+        fcvgg.EquivalenceError,
+    )
+
+
+def test_a_part_changed_in_place_and_read_as_a_whole() -> None:
+    def head(x, fc):
+        x[:, :4].relu_()
+        return fc(x.flatten(1))
+
+    refused(
+        headed(head, nn.Linear(288, 4)),
+        r"relu_ \(.*\) changes a part of .* in place, which is read later as a whole; use the",
+        fcvgg.UnsupportedLayerError,
     )
 
 

@@ -47,11 +47,13 @@ def one_heatmap() -> Run:
 
 def grad_cam() -> Run:
     """pytorch-grad-cam, one class."""
-    from pytorch_grad_cam import GradCAM
-    from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
+    from pytorch_grad_cam import GradCAM  # type: ignore[import-untyped]
+    from pytorch_grad_cam.utils.model_targets import (  # type: ignore[import-untyped]
+        ClassifierOutputTarget,
+    )
 
     model = classifier()
-    cam = GradCAM(model=model, target_layers=[model.features[-1]])
+    cam = GradCAM(model=model, target_layers=[model.get_submodule("features.30")])
     return lambda image: cam(image, targets=[ClassifierOutputTarget(TARGET)])
 
 

@@ -3,8 +3,8 @@
     pip install 'fcvgg[bench]'
     python examples/benchmarks/speed.py --output results
 
-The same as ``fcvgg bench``; writes ``speed.md``, ``speed.json`` and ``speed.png``. On a busy machine
-``--clock cpu --threads 1`` counts the processor's time, which neighbours hardly disturb.
+The same as ``fcvgg bench``; writes ``speed.md``, ``speed.json`` and ``speed.png``. On a busy
+machine ``--clock cpu --threads 1`` counts the processor's time, which neighbours hardly disturb.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""``fcvgg convert``: a converted network as files."""
+"""``fcvgg convert``: a converted network as a bundle, or for another runtime."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ import typer
 from fcvgg.cli.console import folder, say, say_wrote
 from fcvgg.cli.options import MODEL_HELP, Arch, OutputStride, Weights, loaded
 from fcvgg.cli.reports import equivalence_report, geometry_report
+from fcvgg.errors import FcvggError
 
 NAME = "convert"
 EXAMPLES = (
     "fcvgg convert vgg16 -o vgg16-fcn",
     "fcvgg convert flowers.pth --arch vgg11 -o flowers-fcn",
+    "fcvgg convert flowers-fcn -o flowers.onnx",
     "fcvgg heatmap rose.jpg --model flowers-fcn",
 )
 
@@ -34,7 +36,8 @@ def run(
             "--output",
             "-o",
             metavar="OUT",
-            help="The folder to write: config.json and model.safetensors.",
+            help="What to write: a name in .onnx for ONNX or in .pt2 for torch.export, else a "
+            "bundle, the folder that the other commands and fcvgg.load take.",
             show_default=False,
         ),
     ],
@@ -42,14 +45,22 @@ def run(
     arch: Arch = None,
     output_stride: OutputStride = None,
 ) -> None:
-    """Convert a classifier, check it and save the network."""
+    """Convert a classifier, check it and write the network."""
+    from fcvgg.exporting import SUFFIXES
+
+    exports = out.suffix in SUFFIXES
+    if exports and out.exists() and out.resolve() == Path(source).resolve():
+        raise FcvggError(f"{out} is the source, which would be lost; choose another --output")
     net = loaded(source, weights=weights, arch=arch, output_stride=output_stride)
     folder(out.parent)
-    net.save(out)
+    if exports:
+        net.export(out)
+    else:
+        net.save(out)
     say(equivalence_report(net))
     say()
     say(geometry_report(net))
     say()
     say_wrote(out)
-    for path in sorted(out.iterdir()):
+    for path in [out] if exports else sorted(out.iterdir()):
         say(f"  {path.name}: {path.stat().st_size:,} bytes")

@@ -26,7 +26,6 @@ OVERLAY = "fcvgg-demo-overlay.png"
 
 def run(output: OutputFolder = Path()) -> None:
     """Find the face in the packaged photograph; needs no download."""
-    from fcvgg.cli.scaling import score_map_at
     from fcvgg.demo import SCALES, demo_photograph
     from fcvgg.figures import save_figure, side_by_side
     from fcvgg.loading import load
@@ -38,7 +37,7 @@ def run(output: OutputFolder = Path()) -> None:
     say(geometry_report(net))
     say()
     photograph = demo_photograph()
-    maps = {scale: score_map_at(net, photograph, scale) for scale in SCALES}
+    maps = {scale: net.score_map(photograph, scale=scale) for scale in SCALES}
     heatmaps = {scale: score_map.heatmap(TARGET) for scale, score_map in maps.items()}
     best = max(heatmaps, key=lambda scale: _peak(heatmaps[scale]))
     say(_table(maps, heatmaps, best))

@@ -81,9 +81,7 @@ def _show(
     scale: int | None,
     path: Path,
 ) -> Path:
-    from fcvgg.cli.scaling import score_map_at
-
-    score_map = score_map_at(net, image, scale)
+    score_map = net.score_map(image, scale=scale)
     prediction = score_map.predict()
     shown = int(prediction.argmax()) if index is None else index
     heatmap = score_map.heatmap(shown)

@@ -48,7 +48,7 @@ def batch_norm_module(build: Rewriter, call: Call, x: Any) -> Cells:
     else:
         _check_plain(call)
         node = build.emit_module(call, _batch_norm2d(norm), x, "2d")
-    result = replace(x, node=node, activation="logits")
+    result = replace(x, node=node).meaning_of("logits")
     build.record(call, call.kind, (Window(), Window()), result)
     return result
 
@@ -91,7 +91,7 @@ def batch_norm(
     node = build.emit(
         call, (x, running_mean, running_var, weight, bias, training, momentum, eps), {}
     )
-    result = replace(x, node=node, activation="logits")
+    result = replace(x, node=node).meaning_of("logits")
     build.record(call, "BatchNorm2d", (Window(), Window()), result)
     return result
 
@@ -108,7 +108,7 @@ def prelu_module(build: Rewriter, call: Call, x: Any) -> Cells:
 def prelu(build: Rewriter, call: Call, input: Any, weight: Constant) -> Cells:
     x = input if weight.value.numel() == 1 else build.features(call, input, 0)
     node = build.emit(call, (x, weight), {})
-    return replace(x, node=node, activation="logits")
+    return replace(x, node=node).computed_from([x])
 
 
 @rule(nn.LayerNorm)
@@ -121,7 +121,8 @@ def layer_norm_module(build: Rewriter, call: Call, x: Any) -> Cells:
         list(norm.normalized_shape), norm.eps, norm.elementwise_affine, device="meta"
     )
     twin.weight, twin.bias = norm.weight, norm.bias
-    result = replace(x, node=build.emit_module(call, twin, x, "channels"), activation="logits")
+    node = build.emit_module(call, twin, x, "channels")
+    result = replace(x, node=node).meaning_of("logits")
     build.record(call, "LayerNorm", (Window(), Window()), result)
     return result
 
@@ -142,7 +143,7 @@ def layer_norm(
         call, F.layer_norm, replace(x, node=last), tuple(normalized_shape), weight, bias, eps
     )
     node = build.graph.call_method("movedim", (normed, -1, 1))
-    return replace(x, node=node, activation="logits")
+    return replace(x, node=node).meaning_of("logits")
 
 
 def _last_axis(build: Rewriter, call: Call, x: Any, shape: Sequence[int]) -> Cells:
@@ -156,7 +157,9 @@ def _last_axis(build: Rewriter, call: Call, x: Any, shape: Sequence[int]) -> Cel
 @rule(nn.LocalResponseNorm, nn.Softmax2d, *calling("local_response_norm"))
 def across_channels(build: Rewriter, call: Call, x: Any, *args: Any, **kwargs: Any) -> Cells:
     x = build.as_map(x, call)
-    return replace(x, node=build.emit(call, (x, *args), kwargs), activation="logits")
+    softmax = isinstance(call.module, nn.Softmax2d)
+    node = build.emit(call, (x, *args), kwargs)
+    return replace(x, node=node).meaning_of("probabilities" if softmax else "logits")
 
 
 @rule(*calling("normalize"))
@@ -170,9 +173,8 @@ def normalize(
     out: None = None,
 ) -> Cells:
     x = build.features(call, input, _axis(call, input, dim))
-    return replace(
-        x, node=build.emit_function(call, F.normalize, x, p, 1, eps), activation="logits"
-    )
+    node = build.emit_function(call, F.normalize, x, p, 1, eps)
+    return replace(x, node=node).meaning_of("logits")
 
 
 @rule(nn.Softmax, nn.LogSoftmax)
@@ -200,7 +202,7 @@ def _softmax(build: Rewriter, call: Call, x: Any, dim: int | None, log: bool) ->
     x = build.features(call, x, _axis(call, x, dim))
     function = torch.log_softmax if log else torch.softmax
     activation = "log_probabilities" if log else "probabilities"
-    return replace(x, node=build.emit_function(call, function, x, 1), activation=activation)
+    return replace(x, node=build.emit_function(call, function, x, 1)).meaning_of(activation)
 
 
 def _axis(call: Call, x: Any, dim: Any) -> int:
@@ -226,6 +228,6 @@ def cat(build: Rewriter, call: Call, tensors: Sequence[Any], dim: int = 0, **nam
     channels = sum(p.extent[0] for p in parts)
     node = build.emit_function(call, torch.cat, list(parts), 1)
     step = build.join(parts, call)
-    kinds = {p.activation for p in parts}
-    activation = kinds.pop() if len(kinds) == 1 else "logits"
-    return with_channels(parts[0], axis, channels, node=node, step=step, activation=activation)
+    result = with_channels(parts[0], axis, channels, node=node, step=step)
+    same = len({(p.activation, p.share) for p in parts}) == 1
+    return result.alike(parts[0]) if same else result.computed_from(parts)

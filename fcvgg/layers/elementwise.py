@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from math import inf
+from math import log as log_of
 from typing import Any
 
 import torch
@@ -44,7 +46,7 @@ def act_elementwise(build: Rewriter, call: Call, *args: Any, **kwargs: Any) -> A
     args, kwargs = fx.node.map_aggregate((args, kwargs), prepared)  # type: ignore
     node = build.emit(call, args, kwargs)
     step = build.join(aligned, call) if len(aligned) > 1 else first.step
-    result = replace(first, node=node, step=step, activation="logits")
+    result = replace(first, node=node, step=step).computed_from(aligned)
     if call.parameters():
         build.record(call, call.kind, (Window(), Window()), result)
     return result
@@ -104,16 +106,14 @@ def _per_channel(build: Rewriter, call: Call, constant: Constant, cells: Cells) 
 
 pointwise(
     *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish),
-    *(nn.Hardswish, nn.Hardsigmoid, nn.Hardtanh, nn.Tanh, nn.Softplus, nn.Softsign, nn.LogSigmoid),
+    *(nn.Hardswish, nn.Tanh, nn.Softplus, nn.Softsign),
     *(nn.RReLU, nn.Softshrink, nn.Hardshrink, nn.Tanhshrink, nn.Threshold),
     *calling("relu", "relu_", "relu6", "leaky_relu", "leaky_relu_", "elu", "elu_", "selu"),
-    *calling("celu", "gelu", "silu", "mish", "hardswish", "hardsigmoid", "hardtanh", "tanh"),
-    *calling("tanh_", "softplus", "softsign", "logsigmoid", "threshold", "rrelu"),
-    *calling("add", "add_", "sub", "sub_", "mul", "mul_", "div", "div_", "truediv", "neg", "pos"),
-    *calling("iadd", "isub", "imul", "itruediv", "pow", "square", "sqrt", "rsqrt"),
-    *calling("log1p", "abs", "clamp", "clamp_", "clip", "maximum", "minimum", "erf", "sign"),
+    *calling("celu", "gelu", "silu", "mish", "hardswish", "tanh"),
+    *calling("tanh_", "softplus", "softsign", "threshold", "rrelu"),
+    *calling("sub", "sub_", "isub", "neg", "pow", "square", "sqrt", "rsqrt"),
+    *calling("log1p", "abs", "maximum", "minimum", "erf", "sign"),
     *calling("where", "masked_fill", "gt", "ge", "lt", "le"),
-    *(StochasticDepth, stochastic_depth),
 )
 
 
@@ -121,26 +121,115 @@ pointwise(
     *(nn.Dropout, nn.AlphaDropout, nn.Dropout2d, nn.FeatureAlphaDropout),
     *("float", "half", "double", "bfloat16", "to", "type", "type_as"),
     *calling("clone"),  # emitted, since a layer that works in place may follow
+    *(StochasticDepth, stochastic_depth, *calling("pos")),
 )
 def keep(build: Rewriter, call: Call, x: Any, *rest: Any, **names: Any) -> Any:
     """Layers after which the scores are still what they were."""
     result = act_elementwise(build, call, x, *rest, **names)
-    return replace(result, activation=x.activation) if isinstance(x, Cells) else result
+    return result.alike(x) if isinstance(x, Cells) else result
 
 
 @rule(*calling("exp"))
 def exp(build: Rewriter, call: Call, x: Any) -> Any:
-    return _turned(act_elementwise(build, call, x), x, "log_probabilities", "probabilities")
+    result = act_elementwise(build, call, x)
+    return result.meaning_of("probabilities") if _is(x, "log_probabilities") else result
 
 
 @rule(*calling("log"))
 def log(build: Rewriter, call: Call, x: Any) -> Any:
-    return _turned(act_elementwise(build, call, x), x, "probabilities", "log_probabilities")
+    result = act_elementwise(build, call, x)
+    return result.meaning_of("log_probabilities") if _is(x, *_PROBABILITIES) else result
 
 
-def _turned(result: Any, x: Any, before: str, after: str) -> Any:
-    turned = isinstance(x, Cells) and x.activation == before
-    return replace(result, activation=after) if turned else result
+_PROBABILITIES = ("probabilities", "sigmoid")
+
+
+def _is(x: Any, *meanings: str) -> bool:
+    return isinstance(x, Cells) and x.meaning in meanings
+
+
+@rule(*calling("add", "add_", "iadd"))
+def add(build: Rewriter, call: Call, *args: Any, **kwargs: Any) -> Any:
+    result = act_elementwise(build, call, *args, **kwargs)
+    first, *others = (*args, *kwargs.values())
+    operands = [x for x in (first, *others) if isinstance(x, Cells)]
+    kinds = {x.activation for x in operands}
+    whole = all(isinstance(x, Cells) or _is_zero(x) for x in (first, *others))
+    if len(others) != 1 or len(kinds) > 1 or not kinds.issubset(_PROBABILITIES) or not whole:
+        return result
+    return result.meaning_of(kinds.pop(), sum(x.share for x in operands))
+
+
+def _is_zero(x: Any) -> bool:
+    """Whether it is the number with which Python's `sum` begins."""
+    return isinstance(x, (int, float)) and x == 0
+
+
+@rule(*calling("mul", "mul_", "imul"))
+def mul(build: Rewriter, call: Call, *args: Any, **kwargs: Any) -> Any:
+    result = act_elementwise(build, call, *args, **kwargs)
+    first, *others = (*args, *kwargs.values())
+    if isinstance(first, (int, float)) and len(others) == 1:
+        first, others = others[0], [first]
+    return _scaled(result, first, others[0]) if len(others) == 1 else result
+
+
+@rule(*calling("div", "div_", "truediv", "itruediv"))
+def div(build: Rewriter, call: Call, *args: Any, **kwargs: Any) -> Any:
+    result = act_elementwise(build, call, *args, **kwargs)
+    first, *others = (*args, *kwargs.values())
+    known = len(others) == 1 and isinstance(others[0], (int, float)) and others[0] > 0
+    return _scaled(result, first, 1 / others[0]) if known else result
+
+
+def _scaled(result: Any, x: Any, factor: Any) -> Any:
+    """Probabilities multiplied by a number, as for an average of several."""
+    tagged = isinstance(x, Cells) and x.activation in _PROBABILITIES
+    if not tagged or not isinstance(factor, (int, float)) or factor <= 0:
+        return result
+    return result.meaning_of(x.activation, x.share * factor)
+
+
+@rule(nn.Hardtanh)
+def hardtanh_module(build: Rewriter, call: Call, x: Any) -> Any:
+    limits: Any = call.module
+    return _clamped(act_elementwise(build, call, x), x, limits.min_val, limits.max_val)
+
+
+@rule(*calling("hardtanh"))
+def hardtanh(
+    build: Rewriter,
+    call: Call,
+    input: Any,
+    min_val: float = -1.0,
+    max_val: float = 1.0,
+    inplace: bool = False,
+) -> Any:
+    result = act_elementwise(build, call, input, min_val, max_val, inplace)
+    return _clamped(result, input, min_val, max_val)
+
+
+@rule(*calling("clamp", "clamp_", "clip", "clip_"))
+def clamp(build: Rewriter, call: Call, input: Any, min: Any = None, max: Any = None) -> Any:
+    return _clamped(act_elementwise(build, call, input, min, max), input, min, max)
+
+
+_LEAST = 1e-3
+"""How far from 0 and 1 limits of probabilities may be that only guard against rounding."""
+
+
+def _clamped(result: Any, x: Any, lowest: Any, highest: Any) -> Any:
+    """Probabilities stay what they are within limits that hold them; logits cut to [0, 1] are the
+    hard sigmoid of Keras and others."""
+    low = -inf if lowest is None else lowest
+    high = inf if highest is None else highest
+    if not isinstance(low, (int, float)) or not isinstance(high, (int, float)):
+        return result
+    if _is(x, "logits") and (low, high) == (0, 1):
+        return result.meaning_of("sigmoid")
+    holds = _is(x, *_PROBABILITIES) and low <= _LEAST and high >= 1 - _LEAST
+    holds_logs = _is(x, "log_probabilities") and low <= log_of(_LEAST) and high >= 0
+    return result.alike(x) if holds or holds_logs else result
 
 
 @rule(F.alpha_dropout, F.feature_alpha_dropout)
@@ -167,6 +256,11 @@ def dropout(
     return keep(build, call, x, p, training, inplace)
 
 
-@rule(nn.Sigmoid, *calling("sigmoid", "sigmoid_"))
+@rule(nn.Sigmoid, nn.Hardsigmoid, *calling("sigmoid", "sigmoid_", "hardsigmoid"))
 def sigmoid(build: Rewriter, call: Call, x: Any, *rest: Any, **names: Any) -> Any:
-    return replace(act_elementwise(build, call, x, *rest, **names), activation="sigmoid")
+    return act_elementwise(build, call, x, *rest, **names).meaning_of("sigmoid")
+
+
+@rule(nn.LogSigmoid, *calling("logsigmoid"))
+def log_sigmoid(build: Rewriter, call: Call, x: Any) -> Any:
+    return act_elementwise(build, call, x).meaning_of("log_probabilities")

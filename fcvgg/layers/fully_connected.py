@@ -84,7 +84,7 @@ def _fully_connected(build: Rewriter, call: Call, x: Any, weight: Any, bias: Any
         layer = _window_linear_layer(shaped, bias, dilation, columns)
         node = build.emit_module(call, layer, x, (kernel, dilation))
     step = build.steps.add(windows, (x.step,), str(call))
-    result = replace(target, node=node, step=step, activation="logits")
+    result = replace(target, node=node, step=step).meaning_of("logits")
     build.record(call, "Linear", windows, result, features * inputs)
     return result
 

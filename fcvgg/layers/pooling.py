@@ -56,12 +56,12 @@ def pool_window(
             node=node,
             step=step,
             dilation=(dilation[0], dilation[1]),
-            activation="logits",
         )
     else:
         channels = x.extent[0] * bins[0] * bins[1]
         layout = torch.arange(channels).reshape(x.extent[0], *bins)
         result = Cells(node, step, (channels, 1, 1), layout, x.dilation, margin=x.margin)
+    result = result.pooled_from(x, kind, divisor)
     build.record(call, type(pool).__name__, windows, result)
     return result
 

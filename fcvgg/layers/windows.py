@@ -10,11 +10,19 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+from fcvgg.capture import FeatureSize
 from fcvgg.cells import Cells, Constant
 from fcvgg.errors import UnsupportedLayerError
 from fcvgg.geometry import Window
-from fcvgg.layers.pooling import pool_window
-from fcvgg.layers.registry import calling, rule
+from fcvgg.layers.pooling import (
+    adaptive_avg_pool2d,
+    adaptive_avg_pool2d_module,
+    adaptive_max_pool2d,
+    adaptive_max_pool2d_module,
+    pool_window,
+    reduce_positions,
+)
+from fcvgg.layers.registry import RULES, calling, class_of, rule
 from fcvgg.modules import DilatedAvgPool2d
 from fcvgg.program import Windows
 from fcvgg.rewriting import Call, Rewriter
@@ -24,7 +32,7 @@ Pair = tuple[int, int]
 
 def _pair(value: Any) -> Pair:
     values = (value, value) if isinstance(value, int) else tuple(value)
-    return (values[0], values[-1])
+    return (int(values[0]), int(values[-1]))
 
 
 def _windows(
@@ -128,13 +136,51 @@ def conv2d(
     return build.window(call, x, windows, emit, weight.value.numel(), "Conv2d")
 
 
-def _is_global(x: Cells, kernel: Pair, padding: Any) -> bool:
-    """Whether a pool is a global one with its size written out: ``F.avg_pool2d(x, x.size()[2:])``.
+def _is_global(
+    build: Rewriter, call: Call, x: Cells, kernel: Any, padding: Any, average: bool
+) -> bool:
+    """Whether a pool stands for a global one: at every size it covers all of the features.
 
-    It covers the features at the native size and is wider than the pools inside a trunk, whose
-    stride counts: a VGG's last 2x2 pool has 2x2 features at 32 pixels.
+    That is certain where its kernel is the features' own size, ``F.avg_pool2d(x, x.size()[2:])``.
+    A number written out is a global average only where nothing after it has an extent (the
+    ``AvgPool2d(7)`` of early ResNets) and it is wider than the pools inside a trunk, whose stride
+    counts: a VGG's last 2x2 pool has 2x2 features at 32 pixels.
     """
-    return kernel == x.extent[1:] and _pair(padding) == (0, 0) and min(kernel) > 3
+    sizes = kernel if isinstance(kernel, (tuple, list)) else (kernel,)
+    if _pair(kernel) != x.extent[1:] or _pair(padding) != (0, 0):
+        return False
+    if all(isinstance(size, FeatureSize) for size in sizes):
+        return True
+    return average and min(_pair(kernel)) > 3 and not _extent_follows(build, call)
+
+
+def _extent_follows(build: Rewriter, call: Call) -> bool:
+    """Whether a layer with a spatial extent follows a call in the source."""
+    later, seen = list(call.node.users), set()
+    while later:
+        node = later.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        later.extend(node.users)
+        if node.op.startswith("call") and _has_extent(node, build.module_of(node)):
+            return True
+    return False
+
+
+def _has_extent(node: fx.Node, module: nn.Module | None) -> bool:
+    """Whether a layer of the source sees more than one position, or makes it so."""
+    found = RULES.get(class_of(module) if module is not None else node.target)
+    if found is conv2d_module:
+        settings: Any = module
+        return _pair(settings.kernel_size) != (1, 1) or settings.padding not in (0, (0, 0), "valid")
+    if found is conv2d:
+        weight = node.kwargs.get("weight", node.args[1] if len(node.args) > 1 else None)
+        padding = node.kwargs.get("padding", node.args[4] if len(node.args) > 4 else 0)
+        known = isinstance(weight, fx.Node) and "value" in weight.meta
+        point = known and tuple(weight.meta["value"].shape[2:]) == (1, 1)  # type: ignore[union-attr]
+        return not point or padding not in (0, (0, 0), "valid")
+    return found in _WITH_EXTENT
 
 
 @rule(nn.MaxPool2d)
@@ -163,7 +209,8 @@ def max_pool2d(
         raise UnsupportedLayerError(f"{call} returns indices, which depend on the map's size")
     x = build.as_map(input, call)
     kernel = _pair(kernel_size)
-    if _is_global(x, kernel, padding) and _pair(dilation) == (1, 1):
+    plain = _pair(dilation) == (1, 1)
+    if plain and _is_global(build, call, x, kernel_size, padding, average=False):
         return pool_window(build, call, x, "max", (1, 1))
     windows = _windows(kernel, stride, padding, dilation, ceil_mode)
 
@@ -180,7 +227,7 @@ def max_pool2d(
             call, nn.MaxPool2d(kernel, **settings), replace(x, node=padded), dense
         )
 
-    return build.window(call, x, windows, emit, kind="MaxPool2d")
+    return build.window(call, x, windows, emit, kind="MaxPool2d", pools="max")
 
 
 @rule(nn.AvgPool2d)
@@ -207,7 +254,7 @@ def avg_pool2d(
 ) -> Cells:
     x = build.as_map(input, call)
     kernel = _pair(kernel_size)
-    if _is_global(x, kernel, padding):
+    if _is_global(build, call, x, kernel_size, padding, average=True):
         return pool_window(build, call, x, "avg", (1, 1), divisor_override)
     windows = _windows(kernel, stride, padding, 1, ceil_mode)
 
@@ -222,7 +269,9 @@ def avg_pool2d(
         )
         return build.emit_module(call, dilated, x, dense)
 
-    return build.window(call, x, windows, emit, kind="AvgPool2d")
+    plain = divisor_override is None and not any(w.before for w in windows)
+    pools = "avg" if plain else "other"
+    return build.window(call, x, windows, emit, kind="AvgPool2d", pools=pools)
 
 
 @rule(nn.ZeroPad2d, nn.ConstantPad2d, nn.ReflectionPad2d, nn.ReplicationPad2d)
@@ -247,7 +296,7 @@ def pad(
         raise UnsupportedLayerError(
             f"{call} pads {mode!r} by {tuple(pad)}; expected rows and columns"
         )
-    left, right, top, bottom = (*pad, 0, 0)[:4]
+    left, right, top, bottom = map(int, (*pad, 0, 0)[:4])
     windows = Window(before=top, after=bottom), Window(before=left, after=right)
 
     def emit(dense: Windows, changed: bool) -> fx.Node:
@@ -257,4 +306,11 @@ def pad(
         amounts = (width.before, width.after, height.before, height.after)
         return build.emit_function(call, F.pad, x, amounts, mode, value)
 
-    return build.window(call, x, windows, emit, kind="Pad")
+    return build.window(call, x, windows, emit, kind="Pad", pools="other")
+
+
+_WITH_EXTENT = {
+    *(max_pool2d_module, max_pool2d, avg_pool2d_module, avg_pool2d, pad_module, pad),
+    *(adaptive_avg_pool2d_module, adaptive_avg_pool2d, reduce_positions),
+    *(adaptive_max_pool2d_module, adaptive_max_pool2d),
+}

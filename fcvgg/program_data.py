@@ -1,0 +1,220 @@
+"""A `Program` as plain data, and the same program again, checked before it is returned."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from fcvgg.capture import dtype_of, one_line
+from fcvgg.errors import LoadError
+from fcvgg.geometry import IMAGE, Geometry, Window
+from fcvgg.graph import graph_module
+from fcvgg.graph_data import (
+    called_layers,
+    decoded_graph,
+    decoded_layer,
+    encoded_graph,
+    encoded_layer,
+)
+from fcvgg.modules import WindowLinear
+from fcvgg.probability import ACTIVATIONS, UNKNOWN
+from fcvgg.program import LayerRecord, Program
+from fcvgg.tensor_table import TENSORS, TensorEntry, check_declared, check_path, fill, owner_of
+
+BROKEN = (
+    *(KeyError, TypeError, ValueError, AttributeError, IndexError, AssertionError),
+    *(RuntimeError, ArithmeticError, SyntaxError),
+)
+"""What reading a description may raise that is none of fcvgg's."""
+
+
+def describe_program(program: Program) -> dict[str, Any]:
+    """The graph, the layers it calls and what is known of them, as plain data."""
+    network = program.network
+    return {
+        "graph": encoded_graph(network.graph),
+        "layers": {name: encoded_layer(name, layer) for name, layer in called_layers(network)},
+        "aliases": sorted(program.aliases),
+        "geometry": program.geometry.to_dict(),
+        "activations": list(program.activations),
+        "classes": list(program.classes),
+        "in_channels": program.in_channels,
+        "records": [asdict(record) for record in program.records],
+    }
+
+
+def rebuilt_program(
+    description: Mapping[str, Any],
+    table: Mapping[str, TensorEntry],
+    tensors: Mapping[str, Tensor],
+) -> Program:
+    """The program that `describe_program` described, holding `tensors`.
+
+    It is built and run without values first, so nothing is returned that would fail in forward.
+
+    Raises:
+        LoadError: if the description names what fcvgg does not know, or does not hold together.
+    """
+    layers: dict[str, nn.Module] = {}
+    tree = nn.Module()
+    for name, layer in description["layers"].items():
+        check_path(name, LoadError)
+        layers[name] = decoded_layer(name, layer)
+        owner, _, child = name.rpartition(".")
+        owner_of(tree, owner).add_module(child, layers[name])
+    check_declared(tree, table)
+    meta = {
+        name: torch.empty(entry.shape, dtype=entry.dtype, device="meta")
+        for name, entry in table.items()
+    }
+    fill(tree, table, meta)
+    aliases = frozenset(description["aliases"])
+    if not aliases <= layers.keys():
+        raise LoadError(f"the bundle's aliases {sorted(aliases - layers.keys())} are no layers")
+    program = Program(
+        network=graph_module(tree.eval(), decoded_graph(description["graph"], layers, table)),
+        geometry=_geometry(description["geometry"]),
+        activations=tuple(checked_activation(a) for a in description["activations"]),
+        classes=tuple(_positive(n, "classes") for n in description["classes"]),
+        in_channels=_positive(description["in_channels"], "in_channels"),
+        records=tuple(_record(record) for record in description["records"]),
+        aliases=aliases,
+    )
+    if not program.classes or len(program.classes) != len(program.activations):
+        raise LoadError("the bundle has not one activation for each output")
+    orders = _check_runs(program)
+    fill(program.network, table, tensors)
+    _check_orders(program.network, orders)
+    return program
+
+
+def _geometry(data: Mapping[str, Any]) -> Geometry:
+    geometry = Geometry.from_dict(dict(data))
+    for axis in geometry.axes:
+        numbers = (axis.origin, axis.context_start, axis.context or 1)
+        if not axis.steps or any(type(n) is not int for n in numbers):
+            raise LoadError("the bundle's geometry has no steps or no integers")
+        for i, step in enumerate(axis.steps):
+            _check_window(step.window)
+            if not step.inputs or any(
+                type(k) is not int or not IMAGE <= k < i for k in step.inputs
+            ):
+                raise LoadError(f"the bundle's geometry has a step {i} with inputs {step.inputs}")
+    return geometry
+
+
+def _check_window(window: Window) -> None:
+    positive = window.kernel, window.stride, window.dilation
+    numbers = (*positive, window.before, window.after)
+    if any(type(n) is not int for n in numbers) or min(positive) < 1:
+        raise LoadError(f"the bundle's geometry has {window}, which is no window")
+    if type(window.ceil_mode) is not bool:
+        raise LoadError(f"the bundle's geometry has {window}, whose ceil_mode is no bool")
+
+
+def _record(data: Mapping[str, Any]) -> LayerRecord:
+    height, width = (Window(**window) for window in data["windows"])
+    record = LayerRecord(**{**data, "windows": (height, width)})
+    for window in record.windows:
+        _check_window(window)
+    numbers = (
+        *(record.step, record.channels, record.parameters),
+        record.multiply_adds_per_position,
+    )
+    if any(type(n) is not int for n in numbers) or type(record.name) is not str:
+        raise LoadError(f"the bundle's record of layer {record.name!r} holds no integers")
+    return record
+
+
+def _positive(value: Any, name: str) -> int:
+    if type(value) is not int or value < 1:
+        raise LoadError(f"the bundle's {name} holds {value!r}; expected a positive integer")
+    return value
+
+
+def checked_activation(value: Any) -> str:
+    """What scores are, if it is one of the known names."""
+    if value not in (*ACTIVATIONS, UNKNOWN):
+        raise LoadError(
+            f"the bundle's activation {value!r} is unknown; expected one of "
+            f"{', '.join(ACTIVATIONS)}"
+        )
+    return str(value)
+
+
+# -- whether it runs ------------------------------------------------------------------------------
+
+
+class _Trial(fx.Interpreter):
+    """A run on tensors without values, node by node, that notes every choice of channels."""
+
+    def __init__(self, network: fx.GraphModule):
+        super().__init__(network)
+        self.orders: dict[str, int] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        if n.target is torch.index_select and len(n.args) == 3:
+            source, dim, order = n.args
+            if isinstance(order, fx.Node) and order.op == "get_attr":
+                size = self.env[source].shape[dim]  # type: ignore[index]
+                name = str(order.target)
+                self.orders[name] = min(size, self.orders.get(name, size))
+        return super().run_node(n)
+
+
+def _check_runs(program: Program) -> dict[str, int]:
+    """Run the network, still without values, on an image of one window.
+
+    Returns:
+        the buffers that choose channels, each with the number of channels that it chooses from.
+    """
+    geometry = program.geometry
+    images = torch.empty(
+        *(1, program.in_channels, *geometry.window),
+        dtype=dtype_of(program.network),
+        device="meta",
+    )
+    trial = _Trial(program.network)
+    try:
+        with torch.no_grad():
+            maps = trial.run(images)
+    except NotImplementedError:  # a user's layer that torch cannot run without values
+        return trial.orders
+    except BROKEN as error:
+        raise LoadError(f"the bundle's network does not run: {one_line(error)}") from error
+    maps = maps if isinstance(maps, (tuple, list)) else (maps,)
+    shapes = [tuple(m.shape) for m in maps]
+    cells = geometry.output_size(geometry.window)
+    expected = [(1, classes, *cells) for classes in program.classes]
+    if shapes != expected:
+        raise LoadError(
+            f"the bundle's network gives maps of {shapes} where its geometry and classes say "
+            f"{expected}"
+        )
+    return trial.orders
+
+
+def _check_orders(network: nn.Module, orders: Mapping[str, int]) -> None:
+    """Refuse orders that are no permutation, or that choose a channel twice or one beyond."""
+    for name, size in orders.items():
+        _check_order(name, network.get_buffer(name), size, whole=False)
+    for name, module in network.named_modules():
+        if isinstance(module, WindowLinear) and module.column_order is not None:
+            columns = module.weight[0].numel()
+            _check_order(f"{name}.column_order", module.column_order, columns, whole=True)
+
+
+def _check_order(name: str, order: Tensor, size: int, whole: bool) -> None:
+    values = order.tolist() if order.ndim == 1 and order.dtype == torch.int64 else None
+    if (
+        values is None
+        or len(set(values)) != len(values)
+        or not all(0 <= v < size for v in values)
+        or (whole and len(values) != size)
+    ):
+        what = "a permutation" if whole else "a choice of each at most once"
+        raise LoadError(f"{TENSORS} holds {name}, which is not {what} of 0 to {size - 1}")

@@ -1,0 +1,108 @@
+"""The benchmark on a narrow VGG: what it computes and writes, not how fast anything is."""
+
+import json
+
+import pytest
+import torch
+import torchvision
+from nets import images, narrow_vgg, relative_error, seeded
+from typer.testing import CliRunner
+
+import fcvgg
+from fcvgg import benchmarking, contenders
+from fcvgg.cli import app
+from fcvgg.errors import ArgumentError
+
+NARROW = ["fcvgg", "fcvgg optimised", "usual recipe", "FC model", "FC sliding window"]
+
+
+@pytest.fixture
+def narrow(monkeypatch):
+    """Stands for torchvision's vgg16: full depth, 1/64 of the channels."""
+    model = seeded(narrow_vgg, "vgg16", width=64, dtype=torch.float32)
+    monkeypatch.setattr(torchvision.models, "get_model", lambda name, weights: model)
+    monkeypatch.setattr(benchmarking, "measured_peak", lambda clock: 100.0)
+    monkeypatch.setattr(benchmarking, "_PAUSE", 0.0)
+    return model
+
+
+@pytest.mark.parametrize("name", ["fcvgg", "fcvgg optimised", "usual recipe"])
+def test_contenders_give_the_same_score_map(narrow, name):
+    image = images(1, 3, 300, 260, dtype=torch.float32)
+    with torch.no_grad():
+        expected = fcvgg.convert(narrow, input_size=224)(image)
+        assert relative_error(expected, contenders.made(name, narrow, 224)(image)) < 1e-4
+
+
+def test_sliding_windows_give_the_map_of_an_unpadded_image(narrow):
+    image = images(2, 3, 224, 256, dtype=torch.float32)
+    with torch.no_grad():
+        run = contenders.made("FC sliding window", narrow, 224)
+        scores = run(image)
+        assert scores.shape == (2, 10, 1, 2)
+        assert relative_error(narrow(image[..., 32:]), scores[..., 0, 1]) < 1e-5
+
+
+def test_operations_count_every_layer(narrow):
+    net = fcvgg.convert(narrow, input_size=224)
+    one = benchmarking.operations(net, 224)
+    first = 2 * 9 * 3 * 1 * 224 * 224
+    assert one > first
+    assert 4 < benchmarking.operations(net, 448) / one < 8
+
+
+def test_a_benchmark_measures_and_writes(narrow, tmp_path):
+    result = fcvgg_benchmark(sizes=[224, 256])
+    assert [(r.contender, r.size) for r in result.rows] == [
+        *((name, 224) for name in NARROW),
+        *((name, 256) for name in NARROW if name != "FC model"),
+    ]
+    own = result.rows[0]
+    assert own.ratio == 1.0
+    assert own.share == pytest.approx(own.gflops / 100)
+    assert all(r.error < 1e-4 for r in result.rows if r.error is not None)
+    assert result.rows[-1].error is None
+    markdown, data, plot = result.write(tmp_path)
+    assert "| fcvgg optimised | " in markdown.read_text()
+    assert json.loads(data.read_text())["peak_gflops"] == 100
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_is_absent_is_left_out_by_name(narrow, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "timm", None)
+    result = fcvgg_benchmark(sizes=[224], contenders=["fcvgg", "timm"])
+    assert "pip install 'fcvgg[bench]'" in result.skipped["timm"]
+    assert "- timm: " in result.markdown()
+
+
+def test_the_memory_of_a_process(narrow, capsys):
+    benchmarking._measure_memory(json.dumps(["fcvgg", "vgg16", 224, 224, 1]))
+    assert int(capsys.readouterr().out) > 50e6
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"contenders": ["caffe"]}, "there is no contender 'caffe'; expected some of 'fcvgg', "),
+        ({"model": "vgg17"}, "there is no model 'vgg17'; expected a torchvision name"),
+        ({"clock": "sun"}, "clock='sun' is unknown; expected 'wall' or 'cpu'"),
+        ({"sizes": []}, "sizes, batches and repeats must be positive"),
+    ],
+)
+def test_arguments_are_checked(options, message):
+    with pytest.raises(ArgumentError, match=message):
+        fcvgg_benchmark(**options)
+
+
+def test_the_command_writes_a_table_and_a_plot(narrow, tmp_path):
+    only = [part for name in NARROW[:2] for part in ("--only", name)]
+    options = ["--sizes", "224", "--repeats", "1", "--no-memory", "-o", str(tmp_path)]
+    ran = CliRunner().invoke(app, ["bench", *options, *only])
+    assert ran.exit_code == 0, ran.output
+    assert "## 224x224, batch 1" in ran.output
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["speed.json", "speed.md", "speed.png"]
+
+
+def fcvgg_benchmark(model="vgg16", **options):
+    settings = {"sizes": [224], "repeats": 2, "contenders": NARROW, "memory": False}
+    return benchmarking.benchmark(model, **{**settings, **options})
