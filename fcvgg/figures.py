@@ -53,7 +53,7 @@ def side_by_side(score_map: ScoreMap, target: int | str | None = None) -> Figure
     photograph, cells, heatmap = figure.subplots(1, 3)
     _plot_photograph(photograph, image)
     _plot_cells(cells, score_map, index, image)
-    score_map.heatmap(index).plot(heatmap)
+    score_map.heatmap(index).plot(heatmap, contours=())
     name = class_name(index, score_map.categories)
     heatmap.set_title(f"heatmap: probability of {name!r}")
     return figure
