@@ -27,7 +27,7 @@ _SAFETY = 1.1
 _FIXED = 24 << 20
 """Bytes beside the maps: the libraries' own buffers, the allocator's gaps."""
 
-_STRIP_BYTES = 4 << 20
+_STRIP_BYTES = 8 << 20
 """Bytes of a map, per thread, that an operation computes at once: they stay in the cache."""
 
 _POSITIONS = 1024

@@ -223,7 +223,7 @@ def test_options_of_conversion_are_refused(bundle):
 
 
 def test_weights_and_arch_are_refused(bundle):
-    with pytest.raises(fcvgg.LoadError, match="comes with its weights, got weights='other.pth'"):
+    with pytest.raises(fcvgg.LoadError, match=r"comes with its weights, got weights='other\.pth'"):
         fcvgg.load(bundle, weights="other.pth")
     with pytest.raises(fcvgg.LoadError, match="arch='vgg11' goes with a checkpoint"):
         fcvgg.load(bundle, arch="vgg11")

@@ -125,7 +125,7 @@ def tiled(net: fcvgg.FullyConvolutional, image: Tensor) -> Tensor:
 @torch.no_grad()
 def with_monai(net: fcvgg.FullyConvolutional, image: Tensor) -> Tensor:
     """MONAI's tiles, blended where they overlap; they need a map as large as its input."""
-    from monai.inferers import sliding_window_inference  # type: ignore[import-not-found]
+    from monai.inferers import sliding_window_inference  # type: ignore
 
     def predictor(tile: Tensor) -> Tensor:
         cells: Tensor = net(tile)
