@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -25,6 +24,7 @@ import torchvision
 from torch import Tensor
 
 import fcvgg
+from fcvgg.benchmarking import peak_bytes
 
 Run = Callable[[Tensor], object]
 
@@ -121,8 +121,7 @@ def measure_memory(name: str, size: int) -> None:
     run = CONTENDERS[name][0]()
     for _ in range(2):
         run(torch.zeros(1, 3, size, size))
-    unit = 1 if sys.platform == "darwin" else 1024
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
+    print(peak_bytes())
 
 
 def parse_arguments() -> argparse.Namespace:
