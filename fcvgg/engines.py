@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 Runner = Callable[[Any], list[Any]]
 
+_EXTRAS = {"onnxruntime": "onnx", "openvino": "openvino"}
+
 
 class EngineNetwork(nn.Module):
     """Calls a runtime with float32 images on the CPU."""
@@ -39,14 +41,14 @@ def engine_network(net: FullyConvolutional, engine: str, dtype: torch.dtype) -> 
         MissingExtraError: if it is not installed.
     """
     open_engine = ENGINES[engine]
-    imported(engine, engine)
+    imported(engine, _EXTRAS[engine])
     with tempfile.TemporaryDirectory(prefix="fcvgg-") as folder:
         path = net.export(Path(folder) / "network.onnx")
         return EngineNetwork(open_engine(path, dtype), len(net.program.classes))
 
 
 def _onnxruntime(path: Path, dtype: torch.dtype) -> Runner:
-    runtime = imported("onnxruntime", "onnxruntime")
+    runtime = imported("onnxruntime", _EXTRAS["onnxruntime"])
     options = runtime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
@@ -55,7 +57,7 @@ def _onnxruntime(path: Path, dtype: torch.dtype) -> Runner:
 
 
 def _openvino(path: Path, dtype: torch.dtype) -> Runner:
-    runtime = imported("openvino", "openvino")
+    runtime = imported("openvino", _EXTRAS["openvino"])
     precision = {torch.bfloat16: "bf16"}.get(dtype, "f32")
     compiled = runtime.Core().compile_model(
         str(path),

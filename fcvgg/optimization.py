@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fcvgg.capture import device_of, dtype_of
@@ -115,13 +116,29 @@ class OptimizedNetwork(FullyConvolutional):
     def forward(self, images: Tensor) -> Any:
         """Score maps ``(N, K, h, w)`` of preprocessed images ``(N, C, H, W)``."""
         self._check_images(images)
-        scores = run(self.network, self._padded(images).to(self._computed_in()))
-        if isinstance(scores, Tensor):
-            return scores.to(images.dtype)
-        return tuple(s.to(images.dtype) for s in scores)
+        images = self._padded(images)
+        maps = run(self.network, images.to(self._computed_in()))
+        finite = bool(images.isfinite().all())
+        if isinstance(maps, Tensor):
+            return self._given_back(maps, images, finite)
+        return tuple(self._given_back(scores, images, finite) for scores in maps)
 
-    def _check_dtype(self, images: Tensor) -> None:
-        """Every dtype will do: images are cast to the one that is computed in."""
+    def _given_back(self, scores: Tensor, images: Tensor, finite: bool) -> Tensor:
+        """Scores in the images' dtype; not a number where a cell sees a pixel that is not finite.
+
+        Fused ReLUs turn what is not a number into 0, and the scores would look plausible.
+        """
+        scores = scores.to(images.dtype)
+        if finite:
+            return scores
+        seen = (~images.isfinite()).any(1, keepdim=True).float()  # (N, 1, H, W)
+        pads: list[int] = []
+        for axis, cells, pixels in zip(self.geometry.axes, scores.shape[2:], images.shape[2:]):
+            end = axis.offset + (cells - 1) * axis.stride + axis.receptive_field
+            pads = [-axis.offset, end - pixels, *pads]
+        geometry = self.geometry
+        seen = F.max_pool2d(F.pad(seen, pads), geometry.receptive_field, geometry.stride)
+        return scores.masked_fill(seen.bool(), torch.nan)
 
     def _computed_in(self) -> torch.dtype:
         engine = self.optimization.engine != "torch"

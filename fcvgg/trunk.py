@@ -33,7 +33,7 @@ _WHOLE_BYTES = 32 * 1024**2
 _STRIP_BYTES = 4 * 1024**2
 """The largest map of a strip, per thread."""
 
-_LEAST_ROWS = 8
+_LEAST_ROWS = 16
 """Output rows of a strip at least, or the halo costs too much."""
 
 

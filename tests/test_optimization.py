@@ -7,6 +7,7 @@ Winograd's transforms, 5e-2 for bfloat16.
 
 import copy
 import pickle
+import sys
 
 import pytest
 import torch
@@ -26,7 +27,7 @@ from torch import nn
 
 import fcvgg
 from fcvgg import fused, modules, optimization, trunk, winograd
-from fcvgg.errors import ArgumentError, EquivalenceError, FcvggError
+from fcvgg.errors import ArgumentError, EquivalenceError, FcvggError, MissingExtraError
 
 REORDERED = 1e-5
 WINOGRAD = 1e-4
@@ -302,6 +303,24 @@ def test_copies_and_pickles(small):
         assert torch.equal(twin(batch), fast(batch))
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("model", [SmallVGG, Unpadded])
+def test_pixels_that_are_not_finite_show_where_they_are_seen(model, value):
+    net = fcvgg.convert(seeded(model, dtype=torch.float32))
+    height, width = net.geometry.window
+    batch = images(2, 3, height + 40, width + 52, dtype=torch.float32)
+    batch[1, 0, 7, height + 11] = value
+    got = fcvgg.optimize(net)(batch)
+    assert got[0].isfinite().all()
+    rows, cols = net.output_size(batch.shape[2:])
+    for row in range(rows):
+        for col in range(cols):
+            top, left, bottom, right = net.geometry.receptive_field_of(row, col)
+            sees = top <= 7 < bottom and left <= height + 11 < right
+            assert bool(got[1, :, row, col].isnan().all()) == sees
+            assert bool(got[1, :, row, col].isfinite().all()) != sees
+
+
 def test_releasing_the_plain_network(small):
     fast = fcvgg.optimize(small)
     fast.release()
@@ -339,6 +358,13 @@ def test_engines_equal_plain(small, engine):
     assert fast.optimization.engine == engine
     assert error_at(small, fast, 2, 3, 60, 44) < REORDERED
     assert fast.equivalence.passed
+
+
+@pytest.mark.parametrize(("engine", "extra"), [("onnxruntime", "onnx"), ("openvino", "openvino")])
+def test_an_engine_that_is_absent_is_named(monkeypatch, small, engine, extra):
+    monkeypatch.setitem(sys.modules, engine, None)
+    with pytest.raises(MissingExtraError, match=rf"'{engine}'.* pip install 'fcvgg\[{extra}\]'"):
+        fcvgg.optimize(small, engine=engine)
 
 
 def test_a_network_that_differs_is_refused(monkeypatch, small):
