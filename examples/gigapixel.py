@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 import fcvgg
 from fcvgg.demo import demo_photograph
 from fcvgg.images import read_image
-from fcvgg.slide_maps import SlideMap
+from fcvgg.streaming.slide_maps import SlideMap
 
 TILE = 512
 

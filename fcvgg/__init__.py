@@ -13,8 +13,6 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from fcvgg.boxes import ScoredBox as ScoredBox
     from fcvgg.conversion import convert as convert
-    from fcvgg.effective_field import EffectiveReceptiveField as EffectiveReceptiveField
-    from fcvgg.effective_field import effective_receptive_field as effective_receptive_field
     from fcvgg.errors import ArgumentError as ArgumentError
     from fcvgg.errors import CaptureError as CaptureError
     from fcvgg.errors import CategoryError as CategoryError
@@ -30,20 +28,26 @@ if TYPE_CHECKING:
     from fcvgg.errors import PreprocessError as PreprocessError
     from fcvgg.errors import RefusedLayerError as RefusedLayerError
     from fcvgg.errors import UnsupportedLayerError as UnsupportedLayerError
-    from fcvgg.evaluation import Evaluation as Evaluation
-    from fcvgg.evaluation import evaluate as evaluate
+    from fcvgg.evaluation.effective_field import EffectiveReceptiveField as EffectiveReceptiveField
+    from fcvgg.evaluation.effective_field import (
+        effective_receptive_field as effective_receptive_field,
+    )
+    from fcvgg.evaluation.protocols import Evaluation as Evaluation
+    from fcvgg.evaluation.protocols import evaluate as evaluate
+    from fcvgg.evaluation.window_comparison import WindowComparison as WindowComparison
+    from fcvgg.evaluation.window_comparison import compare_windows as compare_windows
     from fcvgg.geometry import Geometry as Geometry
     from fcvgg.heatmap import Heatmap as Heatmap
     from fcvgg.layer_table import LayerTable as LayerTable
     from fcvgg.layer_table import receptive_fields as receptive_fields
     from fcvgg.loading import load as load
     from fcvgg.network import FullyConvolutional as FullyConvolutional
-    from fcvgg.optimization import OptimizedNetwork as OptimizedNetwork
-    from fcvgg.optimization import optimize as optimize
+    from fcvgg.optimization.networks import OptimizedNetwork as OptimizedNetwork
+    from fcvgg.optimization.networks import optimize as optimize
     from fcvgg.preprocessing import Preprocess as Preprocess
     from fcvgg.score_map import ScoreMap as ScoreMap
-    from fcvgg.streaming import stream as stream
-    from fcvgg.strip_sources import open_image as open_image
+    from fcvgg.streaming.jobs import stream as stream
+    from fcvgg.streaming.strip_sources import open_image as open_image
     from fcvgg.transfer import Features as Features
     from fcvgg.transfer import GeometryChanges as GeometryChanges
     from fcvgg.transfer import LayerNames as LayerNames
@@ -65,13 +69,11 @@ if TYPE_CHECKING:
     from fcvgg.transfer.estimators import VGGFeatures as VGGFeatures
     from fcvgg.verification import Equivalence as Equivalence
     from fcvgg.verification import verify as verify
-    from fcvgg.window_comparison import WindowComparison as WindowComparison
-    from fcvgg.window_comparison import compare_windows as compare_windows
 
 _PUBLIC: dict[str, tuple[str, ...]] = {
     "boxes": ("ScoredBox",),
     "conversion": ("convert",),
-    "effective_field": (
+    "evaluation.effective_field": (
         "EffectiveReceptiveField",
         "effective_receptive_field",
     ),
@@ -92,7 +94,7 @@ _PUBLIC: dict[str, tuple[str, ...]] = {
         "RefusedLayerError",
         "UnsupportedLayerError",
     ),
-    "evaluation": (
+    "evaluation.protocols": (
         "Evaluation",
         "evaluate",
     ),
@@ -104,14 +106,14 @@ _PUBLIC: dict[str, tuple[str, ...]] = {
     ),
     "loading": ("load",),
     "network": ("FullyConvolutional",),
-    "optimization": (
+    "optimization.networks": (
         "OptimizedNetwork",
         "optimize",
     ),
     "preprocessing": ("Preprocess",),
     "score_map": ("ScoreMap",),
-    "streaming": ("stream",),
-    "strip_sources": ("open_image",),
+    "streaming.jobs": ("stream",),
+    "streaming.strip_sources": ("open_image",),
     "transfer": (
         "Features",
         "GeometryChanges",
@@ -137,7 +139,7 @@ _PUBLIC: dict[str, tuple[str, ...]] = {
         "Equivalence",
         "verify",
     ),
-    "window_comparison": (
+    "evaluation.window_comparison": (
         "WindowComparison",
         "compare_windows",
     ),

@@ -12,9 +12,7 @@ from numpy.typing import NDArray
 from torchvision.ops import nms
 
 from fcvgg.errors import ArgumentError
-from fcvgg.geometry import Geometry
-
-Pair = tuple[int, int]
+from fcvgg.geometry import Geometry, Pair
 
 OVERLAP = 0.3
 """Neighbouring windows share more than that at common strides, windows one object apart less."""

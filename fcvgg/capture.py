@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fcvgg.errors import CaptureError, ConversionError, InputSizeError
+from fcvgg.errors import CaptureError, ConversionError, InputSizeError, one_line
+from fcvgg.placement import dtype_of
 
 BATCH = 2
 """Images in the traced batch. Two, so that a reshape that moves pixels into the batch shows."""
@@ -149,16 +150,6 @@ def _channels_read(captured: Captured) -> int | None:
     return None
 
 
-def dtype_of(model: nn.Module) -> torch.dtype:
-    """The dtype of the first floating-point parameter."""
-    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-
-
-def device_of(model: nn.Module) -> torch.device:
-    """The device of the first parameter."""
-    return next((p.device for p in model.parameters()), torch.device("cpu"))
-
-
 def describe(node: fx.Node) -> str:
     """A node as its author knows it: ``features.0 (Conv2d)`` or ``flatten (in classifier)``."""
     if node.op == "call_module":
@@ -174,11 +165,6 @@ def operation_name(node: fx.Node) -> str:
     if node.op == "call_function":
         return getattr(node.target, "__name__", str(node.target))
     return str(node.target)
-
-
-def one_line(error: BaseException) -> str:
-    """The first line of an error's message."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 _HOOKS = (

@@ -18,9 +18,8 @@ import torch
 from torch import Tensor, fx
 
 from fcvgg.capture import BATCH
+from fcvgg.geometry import Pair
 from fcvgg.probability import UNKNOWN
-
-Pair = tuple[int, int]
 
 
 @dataclass(frozen=True)

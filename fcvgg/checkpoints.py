@@ -16,8 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from fcvgg.capture import one_line
-from fcvgg.errors import LoadError
+from fcvgg.errors import LoadError, one_line
 
 SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".pth.tar", ".safetensors")
 

@@ -14,15 +14,13 @@ from torch import Tensor, nn
 
 from fcvgg.capture import capture, twin_of
 from fcvgg.errors import ArgumentError, ConversionError, GeometryError, InputSizeError
-from fcvgg.geometry import checked_size
+from fcvgg.geometry import Pair, checked_size
 from fcvgg.layers import is_leaf, rule_for
 from fcvgg.network import FullyConvolutional
 from fcvgg.preprocessing import Preprocess
 from fcvgg.program import Program
 from fcvgg.rewriting import Boundary, Rewriter
 from fcvgg.verification import check
-
-Pair = tuple[int, int]
 
 _TRIAL_SIZES = (224, 1024)
 """Sizes at which a model is traced to find its native size: the usual one, and a large one."""

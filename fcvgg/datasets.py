@@ -14,9 +14,8 @@ from torch import Tensor
 from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from fcvgg.capture import one_line
 from fcvgg.categories import class_index
-from fcvgg.errors import CategoryError, DatasetError, ImageError
+from fcvgg.errors import CategoryError, DatasetError, ImageError, one_line
 
 _LISTED = 3
 

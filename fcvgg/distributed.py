@@ -23,9 +23,10 @@ from torch import Tensor
 
 from fcvgg.categories import class_name
 from fcvgg.errors import ArgumentError, FcvggError, ImageError
+from fcvgg.geometry import Pair
 from fcvgg.network import FullyConvolutional, evaluating
 from fcvgg.sources.extras import imported
-from fcvgg.streaming import (
+from fcvgg.streaming.jobs import (
     StreamJob,
     as_array,
     as_result,
@@ -33,9 +34,8 @@ from fcvgg.streaming import (
     opened_store,
     plan_in_memory,
 )
-from fcvgg.strip_plan import StripPlan, parsed_memory
+from fcvgg.streaming.strip_plan import StripPlan, parsed_memory
 
-Pair = tuple[int, int]
 Bundle = dict[str, bytes]
 """The files of a network that `FullyConvolutional.save` wrote."""
 

@@ -69,3 +69,8 @@ class LoadError(FcvggError):
 
 class MissingExtraError(FcvggError, ImportError):
     """An optional dependency is not installed."""
+
+
+def one_line(error: BaseException) -> str:
+    """The first line of an error's message."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -13,12 +13,11 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from fcvgg.capture import one_line
-from fcvgg.errors import ImageError, PreprocessError
+from fcvgg.errors import ImageError, PreprocessError, one_line
+from fcvgg.geometry import Pair
 from fcvgg.preprocessing import INTERPOLATIONS, Preprocess
 from fcvgg.probability import widened
 
-Pair = tuple[int, int]
 ImageLike = Union[str, "os.PathLike[str]", Image.Image, np.ndarray, Tensor]
 
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}

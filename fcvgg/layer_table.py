@@ -12,11 +12,9 @@ from torch import nn
 
 from fcvgg.conversion import convert
 from fcvgg.errors import InputSizeError
-from fcvgg.geometry import checked_size
+from fcvgg.geometry import Pair, checked_size
 from fcvgg.network import FullyConvolutional
 from fcvgg.program import LayerRecord
-
-Pair = tuple[int, int]
 
 _COLUMNS = (
     "layer",

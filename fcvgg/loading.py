@@ -11,11 +11,11 @@ from typing import Any
 from torch import nn
 
 from fcvgg import checkpoints, demo
-from fcvgg.bundle import read_bundle
 from fcvgg.conversion import convert
 from fcvgg.errors import ArgumentError, LoadError
 from fcvgg.network import FullyConvolutional
 from fcvgg.preprocessing import Preprocess
+from fcvgg.serialization.bundle import read_bundle
 from fcvgg.sources import keras_file, onnx_file, timm_model, torchvision_model
 
 DEFAULT_WEIGHTS = "DEFAULT"

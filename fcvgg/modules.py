@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-Pair = tuple[int, int]
+from fcvgg.geometry import Pair
 
 _GEMM_CELLS = 400
 """Cells whose windows are gathered at a time for one matrix product.

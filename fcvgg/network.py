@@ -15,22 +15,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fcvgg.batching import run_in_batches
-from fcvgg.bundle import encoded_preprocess, write_bundle
-from fcvgg.capture import device_of, dtype_of
 from fcvgg.errors import ArgumentError, CategoryError, ImageError, PreprocessError
-from fcvgg.exporting import export_network
-from fcvgg.geometry import Geometry
+from fcvgg.geometry import Geometry, Pair
 from fcvgg.heatmap import Heatmap
 from fcvgg.images import ImageLike, PreparedImage, mirrored, prepare, with_smallest_side
 from fcvgg.modules import WindowLinear
+from fcvgg.placement import device_of, dtype_of
 from fcvgg.preprocessing import Preprocess
 from fcvgg.probability import ACTIVATIONS, UNKNOWN, average_over_space
 from fcvgg.program import Program
 from fcvgg.pyramid import pyramid_heatmap
 from fcvgg.score_map import ScoreMap
+from fcvgg.serialization.bundle import encoded_preprocess, write_bundle
+from fcvgg.serialization.exporting import export_network
 from fcvgg.trunk import run
-
-Pair = tuple[int, int]
 
 
 class FullyConvolutional(nn.Module):

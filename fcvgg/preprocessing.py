@@ -13,9 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from fcvgg.errors import GeometryError, PreprocessError
-from fcvgg.geometry import checked_size
-
-Pair = tuple[int, int]
+from fcvgg.geometry import Pair, checked_size
 
 INTERPOLATIONS = {
     "nearest": Image.Resampling.NEAREST,

@@ -24,7 +24,6 @@ from fcvgg.capture import (
     FeatureSize,
     FollowsTraining,
     describe,
-    device_of,
     operation_name,
     storages_of,
 )
@@ -36,13 +35,12 @@ from fcvgg.errors import (
     RefusedLayerError,
     UnsupportedLayerError,
 )
-from fcvgg.geometry import IMAGE, Window
+from fcvgg.geometry import IMAGE, Pair, Window
 from fcvgg.graph import graph_module
 from fcvgg.modules import TrainingFlag
+from fcvgg.placement import device_of
 from fcvgg.program import LayerRecord, Program, Windows
 from fcvgg.steps import Steps, same_grid
-
-Pair = tuple[int, int]
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fcvgg.boxes import cell_windows
 from fcvgg.categories import class_index, class_name
-from fcvgg.geometry import Axis, Geometry, checked_size
+from fcvgg.geometry import Axis, Geometry, Pair, checked_size
 from fcvgg.heatmap import Heatmap
 from fcvgg.probability import average_over_space, to_probabilities, widened
 
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from PIL import Image
 
-Pair = tuple[int, int]
 
 _ROUNDING = 1e-9
 """In cells; a centre that lies on a pixel must count as inside."""

@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from fcvgg.errors import UnsupportedLayerError
-from fcvgg.geometry import IMAGE, Axis, Geometry, Step, Window
+from fcvgg.geometry import IMAGE, Axis, Geometry, Pair, Step, Window
 from fcvgg.program import Windows
-
-Pair = tuple[int, int]
 
 
 class Steps:

@@ -19,10 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.modules import module as hooks
 
-from fcvgg.geometry import Window
+from fcvgg.geometry import Pair, Window
 from fcvgg.layers.strips import STRIP_RULES, Part, Sliding, is_positional, sliding_of
-
-Pair = tuple[int, int]
 
 _CHANNELS_LAST = {torch.float32, torch.bfloat16}
 """The dtypes for which oneDNN's convolutions are faster with the channels last."""

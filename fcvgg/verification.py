@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fcvgg.capture import device_of, dtype_of, has_hooks, one_line
-from fcvgg.errors import ArgumentError, EquivalenceError, ImageError
+from fcvgg.capture import has_hooks
+from fcvgg.errors import ArgumentError, EquivalenceError, ImageError, one_line
 from fcvgg.geometry import Axis
 from fcvgg.network import FullyConvolutional, evaluating
+from fcvgg.placement import device_of, dtype_of
 
 _TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 

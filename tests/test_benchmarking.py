@@ -9,7 +9,8 @@ from nets import images, narrow_vgg, relative_error, seeded
 from typer.testing import CliRunner
 
 import fcvgg
-from fcvgg import benchmarking, contenders
+from fcvgg.benchmarking import contenders
+from fcvgg.benchmarking import measurements as benchmarking
 from fcvgg.cli import app
 from fcvgg.errors import ArgumentError
 

@@ -10,11 +10,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import fcvgg
-from fcvgg import graph_data
-from fcvgg.bundle import CONFIG, TENSORS
 from fcvgg.layers import pointwise
 from fcvgg.layers.registry import RULES
-from fcvgg.tensor_table import checksum
+from fcvgg.serialization import graph_data
+from fcvgg.serialization.bundle import CONFIG, TENSORS
+from fcvgg.serialization.tensor_table import checksum
 
 
 class ManyOperations(nn.Module):
@@ -156,7 +156,7 @@ def test_a_failing_save_leaves_nothing(net, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("fcvgg.bundle.save_file", full)
+    monkeypatch.setattr("fcvgg.serialization.bundle.save_file", full)
     with pytest.raises(fcvgg.FcvggError, match=r"cannot write .*No space left on device"):
         net.save(tmp_path / "bundle")
     assert list(tmp_path.iterdir()) == []

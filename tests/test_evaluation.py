@@ -17,7 +17,7 @@ from torchvision.datasets import ImageFolder
 
 import fcvgg
 from fcvgg.batching import run_in_batches
-from fcvgg.cropping import GRID, centre_crop, grid_crops, ten_crops
+from fcvgg.evaluation.cropping import GRID, centre_crop, grid_crops, ten_crops
 
 CLASSES = ("apple", "pear", "plum", "sloe", "fig", "date", "lime")
 PREPROCESS = fcvgg.Preprocess((0.5, 0.4, 0.3), (0.25, 0.2, 0.3))

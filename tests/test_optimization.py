@@ -26,8 +26,10 @@ from nets import (
 from torch import nn
 
 import fcvgg
-from fcvgg import fused, modules, optimization, trunk, winograd
+from fcvgg import modules, trunk
 from fcvgg.errors import ArgumentError, EquivalenceError, FcvggError, MissingExtraError
+from fcvgg.optimization import fused, winograd
+from fcvgg.optimization import networks as optimization
 
 REORDERED = 1e-5
 WINOGRAD = 1e-4

@@ -22,11 +22,11 @@ from nets import Functional, GlobalPooled, SmallVGG, images, narrow_vgg, relativ
 from torch import Tensor, nn
 
 import fcvgg
-from fcvgg import streaming
 from fcvgg.errors import FcvggError
-from fcvgg.line_buffers import Extents, LineBuffers, Schedule, stages_of
-from fcvgg.score_store import is_store, open_store
-from fcvgg.strip_plan import parsed_memory
+from fcvgg.streaming import jobs as streaming
+from fcvgg.streaming.line_buffers import Extents, LineBuffers, Schedule, stages_of
+from fcvgg.streaming.score_store import is_store, open_store
+from fcvgg.streaming.strip_plan import parsed_memory
 
 pytest.importorskip("zarr")
 
@@ -435,9 +435,9 @@ def test_kinds_of_maps_on_disk(net: Any, tmp_path: Path, classes: Any) -> None:
 def small_strips(monkeypatch: pytest.MonkeyPatch) -> None:
     """Many strips and chunks, also for a small image."""
     monkeypatch.setattr(streaming, "_CHUNK_ROWS", 4)
-    monkeypatch.setattr("fcvgg.strip_plan._STRIP_BYTES", 30_000)
-    monkeypatch.setattr("fcvgg.strip_plan._LEAST_BYTES", 30_000)
-    monkeypatch.setattr("fcvgg.strip_plan._POSITIONS", 1)
+    monkeypatch.setattr("fcvgg.streaming.strip_plan._STRIP_BYTES", 30_000)
+    monkeypatch.setattr("fcvgg.streaming.strip_plan._LEAST_BYTES", 30_000)
+    monkeypatch.setattr("fcvgg.streaming.strip_plan._POSITIONS", 1)
 
 
 def test_an_interrupted_run_resumes_with_identical_bits(
@@ -476,7 +476,7 @@ def test_a_killed_process_loses_nothing_that_was_finished(net: Any, tmp_path: Pa
         import numpy as np
         import torch
         import fcvgg
-        from fcvgg import score_store, streaming, strip_plan
+        from fcvgg.streaming import jobs as streaming, score_store, strip_plan
 
         torch.set_num_threads(1)
         streaming._CHUNK_ROWS = 4
@@ -580,7 +580,7 @@ _PEAK = """
 import sys
 import numpy as np, torch
 import fcvgg
-from fcvgg.line_buffers import LineBuffers
+from fcvgg.streaming.line_buffers import LineBuffers
 torch.set_num_threads(1)
 
 def status(key):

@@ -18,7 +18,7 @@ from nets import (
 from torch import nn
 
 import fcvgg
-from fcvgg.window_comparison import _rank_correlation, _ranks
+from fcvgg.evaluation.window_comparison import _rank_correlation, _ranks
 
 
 @pytest.mark.parametrize("size", [(61, 50), (34, 34), (90, 35)])

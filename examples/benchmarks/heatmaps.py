@@ -24,7 +24,7 @@ import torchvision
 from torch import Tensor
 
 import fcvgg
-from fcvgg.benchmarking import peak_bytes
+from fcvgg.benchmarking.measurements import peak_bytes
 
 Run = Callable[[Tensor], object]
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from fcvgg.benchmarking import CLOCKS, benchmark
+from fcvgg.benchmarking.measurements import CLOCKS, benchmark
 
 
 def main() -> None:

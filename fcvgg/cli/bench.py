@@ -55,7 +55,7 @@ def run(
     out: OutputFolder = Path(),
 ) -> None:
     """Time score maps side by side with other ways to compute them."""
-    from fcvgg.benchmarking import benchmark
+    from fcvgg.benchmarking.measurements import benchmark
 
     result = benchmark(
         model,

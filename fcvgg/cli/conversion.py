@@ -46,7 +46,7 @@ def run(
     output_stride: OutputStride = None,
 ) -> None:
     """Convert a classifier, check it and write the network."""
-    from fcvgg.exporting import SUFFIXES
+    from fcvgg.serialization.exporting import SUFFIXES
 
     exports = out.suffix in SUFFIXES
     if exports and out.exists() and out.resolve() == Path(source).resolve():

@@ -75,7 +75,7 @@ def run(
 ) -> None:
     """Measure accuracy on labelled images: dense evaluation, crops, and both combined."""
     from fcvgg.errors import FcvggError
-    from fcvgg.evaluation import evaluate
+    from fcvgg.evaluation.protocols import evaluate
 
     sides = lengths(scales, "--scales")
     if not output.parent.is_dir():  # before the long work, not after it

@@ -8,10 +8,10 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from fcvgg.geometry import Pair
+
 if TYPE_CHECKING:
     from fcvgg.network import FullyConvolutional
-
-Pair = tuple[int, int]
 
 
 def equivalence_report(net: FullyConvolutional) -> RenderableType:

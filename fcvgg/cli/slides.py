@@ -10,8 +10,8 @@ from fcvgg.cli.console import folder, say, say_wrote
 
 def show_slides(paths: Sequence[Path], target: str | None, output: Path) -> list[Path]:
     """Write the pictures of those paths that are streamed score maps; the others are returned."""
-    from fcvgg.score_store import is_store, open_store
-    from fcvgg.slide_maps import SlideMap
+    from fcvgg.streaming.score_store import is_store, open_store
+    from fcvgg.streaming.slide_maps import SlideMap
 
     others = []
     for path in paths:

@@ -58,8 +58,8 @@ def run(
     output_stride: OutputStride = None,
 ) -> None:
     """Write the score map of an image of any size, in bounded memory."""
-    from fcvgg.streaming import stream
-    from fcvgg.strip_sources import open_image
+    from fcvgg.streaming.jobs import stream
+    from fcvgg.streaming.strip_sources import open_image
 
     source = open_image(slide, level)
     net = loaded(model, weights=weights, arch=arch, output_stride=output_stride)

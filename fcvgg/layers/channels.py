@@ -19,8 +19,6 @@ from fcvgg.layers.registry import calling, rule
 from fcvgg.modules import ChannelLayerNorm
 from fcvgg.rewriting import Call, Rewriter
 
-Pair = tuple[int, int]
-
 
 def _check_plain(call: Call) -> None:
     if nn.utils.parametrize.is_parametrized(call.module):  # type: ignore[arg-type]

@@ -19,8 +19,6 @@ from fcvgg.geometry import Window
 from fcvgg.layers.registry import RULES, calling, rule
 from fcvgg.rewriting import Call, Rewriter
 
-Pair = tuple[int, int]
-
 
 def pointwise(*targets: Any) -> None:
     """Register layers and functions that act on each element, or combine values elementwise."""

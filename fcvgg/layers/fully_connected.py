@@ -15,12 +15,10 @@ from torch import Tensor, fx, nn
 
 from fcvgg.cells import Cells, Constant, with_channels
 from fcvgg.errors import UnsupportedLayerError
-from fcvgg.geometry import Window
+from fcvgg.geometry import Pair, Window
 from fcvgg.layers.registry import calling, rule
 from fcvgg.modules import WindowLinear, window_linear
 from fcvgg.rewriting import Call, Rewriter
-
-Pair = tuple[int, int]
 
 
 @rule(nn.Linear)

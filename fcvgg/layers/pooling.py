@@ -10,11 +10,10 @@ from torch import nn
 
 from fcvgg.cells import Cells, pooled_layout, with_channels
 from fcvgg.errors import UnsupportedLayerError
+from fcvgg.geometry import Pair
 from fcvgg.layers.registry import calling, rule
 from fcvgg.modules import BinnedPool2d, DilatedAvgPool2d
 from fcvgg.rewriting import Call, Rewriter
-
-Pair = tuple[int, int]
 
 
 def pool_window(

@@ -13,9 +13,6 @@ from fcvgg.errors import InputSizeError, UnsupportedLayerError
 from fcvgg.layers.registry import RULES, calling
 from fcvgg.rewriting import Call, Rewriter
 
-Pair = tuple[int, int]
-
-
 _SELECTIONS = {*calling("getitem", "narrow", "select", "unbind", "flip", "chunk", "split")}
 """Functions that reach into the batch on purpose, not for want of the right size."""
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from fcvgg.geometry import Window
+from fcvgg.geometry import Pair, Window
 from fcvgg.layers import channels, elementwise
 from fcvgg.layers.registry import RULES, calling
 from fcvgg.layers.windows import _pair, _windows
@@ -28,7 +28,6 @@ from fcvgg.modules import (
     window_linear,
 )
 
-Pair = tuple[int, int]
 Windows = tuple[Window, Window]
 
 

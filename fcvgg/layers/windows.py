@@ -13,7 +13,7 @@ from torch import fx, nn
 from fcvgg.capture import FeatureSize
 from fcvgg.cells import Cells, Constant
 from fcvgg.errors import UnsupportedLayerError
-from fcvgg.geometry import Window
+from fcvgg.geometry import Pair, Window
 from fcvgg.layers.pooling import (
     adaptive_avg_pool2d,
     adaptive_avg_pool2d_module,
@@ -26,8 +26,6 @@ from fcvgg.layers.registry import RULES, calling, class_of, rule
 from fcvgg.modules import DilatedAvgPool2d
 from fcvgg.program import Windows
 from fcvgg.rewriting import Call, Rewriter
-
-Pair = tuple[int, int]
 
 
 def _pair(value: Any) -> Pair:

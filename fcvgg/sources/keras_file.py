@@ -22,8 +22,7 @@ import numpy as np
 import torchvision
 from torch import Tensor
 
-from fcvgg.capture import one_line
-from fcvgg.errors import FcvggError, LoadError
+from fcvgg.errors import FcvggError, LoadError, one_line
 from fcvgg.preprocessing import Preprocess
 from fcvgg.sources.assembly import Assembled, scores_of
 from fcvgg.sources.extras import imported

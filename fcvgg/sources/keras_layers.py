@@ -17,10 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fcvgg.geometry import Pair
 from fcvgg.sources import padding
 from fcvgg.sources.keras_file import Builder, Layer, Value
 
-Pair = tuple[int, int]
 Reader = Callable[..., Value]
 
 LAYERS: dict[str, Reader] = {}

@@ -19,10 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fcvgg.bundle import decoded_preprocess
-from fcvgg.capture import one_line
-from fcvgg.errors import FcvggError, LoadError
+from fcvgg.errors import FcvggError, LoadError, one_line
 from fcvgg.geometry import checked_size
+from fcvgg.serialization.bundle import decoded_preprocess
 from fcvgg.sources.assembly import Assembled, scores_of
 from fcvgg.sources.extras import imported
 
@@ -30,7 +29,7 @@ SUFFIX = ".onnx"
 EXTRA = "onnx"
 
 PREPROCESS_KEY = "fcvgg.preprocess"
-"""Metadata: JSON of `fcvgg.Preprocess` as `fcvgg.bundle.encoded_preprocess` gives it."""
+"""Metadata: a `fcvgg.Preprocess` as JSON, by `serialization.bundle.encoded_preprocess`."""
 CATEGORIES_KEY = "fcvgg.categories"
 """Metadata: JSON list of the class names."""
 INPUT_SIZE_KEY = "fcvgg.input_size"

@@ -17,10 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fcvgg.geometry import Pair
 from fcvgg.sources import padding
 from fcvgg.sources.onnx_file import Graph, Node, as_tensor
 
-Pair = tuple[int, int]
 Operator = Callable[[Graph, Node], None]
 
 OPERATORS: dict[str, Operator] = {}

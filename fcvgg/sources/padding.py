@@ -10,8 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fcvgg.errors import CaptureError
-
-Pair = tuple[int, int]
+from fcvgg.geometry import Pair
 
 
 def same_pads(size: int, kernel: int, stride: int, dilation: int = 1, lower: bool = False) -> Pair:

@@ -9,8 +9,7 @@ from typing import Any
 from torch import nn
 
 from fcvgg import checkpoints
-from fcvgg.capture import one_line
-from fcvgg.errors import LoadError
+from fcvgg.errors import LoadError, one_line
 from fcvgg.preprocessing import INTERPOLATIONS, Preprocess
 from fcvgg.sources.extras import imported
 

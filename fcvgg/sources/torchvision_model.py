@@ -11,8 +11,7 @@ import torchvision
 from torch import Tensor, nn
 
 from fcvgg import checkpoints
-from fcvgg.capture import one_line
-from fcvgg.errors import LoadError
+from fcvgg.errors import LoadError, one_line
 from fcvgg.preprocessing import Preprocess
 
 

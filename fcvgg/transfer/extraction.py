@@ -12,12 +12,10 @@ from torch import Tensor, fx, nn
 from fcvgg.capture import BATCH, FollowsTraining, capture, describe, operation_name
 from fcvgg.conversion import convert
 from fcvgg.errors import ConversionError, UnsupportedLayerError
-from fcvgg.geometry import Geometry
+from fcvgg.geometry import Geometry, Pair
 from fcvgg.layers import is_leaf
 from fcvgg.network import FullyConvolutional
 from fcvgg.transfer.naming import LayerNames, NamedLayer, layer_names
-
-Pair = tuple[int, int]
 
 _TRIAL_SIZES = (32, 64, 128, 224, 512, 1024)
 

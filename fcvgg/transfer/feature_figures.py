@@ -10,10 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fcvgg.capture import device_of, dtype_of, input_channels
+from fcvgg.capture import input_channels
 from fcvgg.errors import ArgumentError, ConversionError, ImageError
 from fcvgg.images import ImageLike, prepare
 from fcvgg.network import FullyConvolutional, evaluating
+from fcvgg.placement import device_of, dtype_of
 from fcvgg.preprocessing import Preprocess
 from fcvgg.transfer.extraction import features_upto
 

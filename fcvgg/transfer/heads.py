@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from fcvgg.capture import device_of, dtype_of
 from fcvgg.conversion import unwrapped
 from fcvgg.errors import ArgumentError, ConversionError
+from fcvgg.placement import device_of, dtype_of
 from fcvgg.transfer.naming import LayerNames, NamedLayer, layer_names
 
 WEIGHT_STD = 0.01

@@ -15,18 +15,17 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fcvgg.capture import device_of, dtype_of, input_channels
+from fcvgg.capture import input_channels
 from fcvgg.errors import ArgumentError, ConversionError, GeometryError, ImageError, PreprocessError
-from fcvgg.geometry import checked_size
+from fcvgg.geometry import Pair, checked_size
 from fcvgg.images import prepare
 from fcvgg.loading import load
 from fcvgg.network import FullyConvolutional, evaluating
+from fcvgg.placement import device_of, dtype_of
 from fcvgg.preprocessing import Preprocess
 from fcvgg.transfer.extraction import Features, features_upto
 from fcvgg.transfer.feature_cache import cache_for, digest_of, key_of
 from fcvgg.transfer.naming import layer_names
-
-Pair = tuple[int, int]
 
 POOLINGS = ("avg", "max", None)
 

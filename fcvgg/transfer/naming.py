@@ -18,11 +18,10 @@ from torch import Tensor, fx, nn
 from fcvgg.capture import capture, operation_name
 from fcvgg.conversion import infer_input_size, unwrapped
 from fcvgg.errors import ArgumentError, ConversionError
+from fcvgg.geometry import Pair
 from fcvgg.layers import is_leaf
 from fcvgg.modules import DilatedAvgPool2d, WindowLinear
 from fcvgg.network import FullyConvolutional
-
-Pair = tuple[int, int]
 
 FIRST_FC = 6
 """The number of the first fully connected layer; VGG has five blocks before it."""

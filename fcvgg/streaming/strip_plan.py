@@ -15,10 +15,9 @@ import numpy as np
 import torch
 
 from fcvgg.errors import ArgumentError
-from fcvgg.line_buffers import Extents, Schedule, Stage
+from fcvgg.geometry import Pair
 from fcvgg.modules import _GEMM_CELLS
-
-Pair = tuple[int, int]
+from fcvgg.streaming.line_buffers import Extents, Schedule, Stage
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _UNITS.update({f"{unit}I": 1 << 10 * i for i, unit in enumerate("KMGT", 1)})

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fcvgg.errors import FcvggError, LoadError
-from fcvgg.graph_data import is_plain_path
+from fcvgg.serialization.graph_data import is_plain_path
 
 CONFIG = "config.json"
 TENSORS = "model.safetensors"

@@ -19,13 +19,11 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from fcvgg.capture import one_line
-from fcvgg.errors import FcvggError, ImageError, MissingExtraError, PreprocessError
+from fcvgg.errors import FcvggError, ImageError, MissingExtraError, PreprocessError, one_line
+from fcvgg.geometry import Pair
 from fcvgg.images import in_mode, read_image
 from fcvgg.preprocessing import Preprocess
 from fcvgg.sources.extras import imported
-
-Pair = tuple[int, int]
 
 _ORIENTATION = 0x0112
 _TURNED = 5

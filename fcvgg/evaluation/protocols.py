@@ -17,14 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from fcvgg.batching import run_in_batches
-from fcvgg.capture import device_of, dtype_of
 from fcvgg.categories import class_name
-from fcvgg.cropping import centre_crop, grid_crops, ten_crops
 from fcvgg.datasets import LabelledImages, Unreadable
 from fcvgg.errors import ArgumentError, DatasetError, ImageError, MissingExtraError
+from fcvgg.evaluation.cropping import centre_crop, grid_crops, ten_crops
 from fcvgg.files import written_whole
 from fcvgg.images import PreparedImage, prepare, with_size, with_smallest_side
 from fcvgg.network import FullyConvolutional, evaluating
+from fcvgg.placement import device_of, dtype_of
 from fcvgg.probability import to_probabilities
 from fcvgg.progress import progress_bar
 
@@ -80,7 +80,7 @@ class ProtocolResult:
     """What one protocol gave.
 
     Attributes:
-        protocol: its name, one of `fcvgg.evaluation.PROTOCOLS`.
+        protocol: its name, one of `fcvgg.evaluation.protocols.PROTOCOLS`.
         input: what it feeds to the network.
         scales: the smaller sides in pixels; for ``resize`` the native size ``(h, w)``.
         flip: whether mirror images were averaged in.

@@ -21,13 +21,17 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from fcvgg.capture import one_line
-from fcvgg.errors import FcvggError, LoadError
-from fcvgg.geometry import checked_size
+from fcvgg.errors import FcvggError, LoadError, one_line
+from fcvgg.geometry import Pair, checked_size
 from fcvgg.preprocessing import Preprocess
 from fcvgg.program import Program
-from fcvgg.program_data import BROKEN, checked_activation, describe_program, rebuilt_program
-from fcvgg.tensor_table import (
+from fcvgg.serialization.program_data import (
+    BROKEN,
+    checked_activation,
+    describe_program,
+    rebuilt_program,
+)
+from fcvgg.serialization.tensor_table import (
     CONFIG,
     TENSORS,
     check_path,
@@ -39,7 +43,6 @@ from fcvgg.tensor_table import (
 if TYPE_CHECKING:
     from fcvgg.verification import Equivalence
 
-Pair = tuple[int, int]
 
 _FORMAT = 2
 

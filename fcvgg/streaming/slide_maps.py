@@ -14,14 +14,12 @@ from PIL import Image
 from fcvgg.categories import class_index, class_name
 from fcvgg.errors import ArgumentError, CategoryError, FcvggError, ImageError
 from fcvgg.files import written_whole
-from fcvgg.geometry import Axis, Geometry
+from fcvgg.geometry import Axis, Geometry, Pair
 from fcvgg.heatmap import Heatmap
 from fcvgg.probability import to_probabilities
-from fcvgg.score_store import ScoreStore
 from fcvgg.sources.extras import imported
-from fcvgg.strip_sources import StripSource, open_image
-
-Pair = tuple[int, int]
+from fcvgg.streaming.score_store import ScoreStore
+from fcvgg.streaming.strip_sources import StripSource, open_image
 
 THUMBNAIL = 1600
 """Pixels of a thumbnail's larger side."""

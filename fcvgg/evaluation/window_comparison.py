@@ -17,10 +17,11 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fcvgg.capture import device_of, dtype_of
 from fcvgg.categories import class_index, class_name
+from fcvgg.geometry import Pair
 from fcvgg.images import ImageLike
 from fcvgg.network import FullyConvolutional, evaluating
+from fcvgg.placement import device_of, dtype_of
 from fcvgg.probability import to_probabilities
 from fcvgg.progress import progress_bar
 from fcvgg.score_map import ScoreMap
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-Pair = tuple[int, int]
 
 _BATCH = 16
 """Crops that the source model is given at once."""

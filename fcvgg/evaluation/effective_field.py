@@ -15,17 +15,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fcvgg.capture import device_of, dtype_of
 from fcvgg.categories import class_index
 from fcvgg.errors import ArgumentError, ImageError
-from fcvgg.geometry import Geometry
+from fcvgg.geometry import Geometry, Pair
 from fcvgg.network import FullyConvolutional, each_image, evaluating
+from fcvgg.placement import device_of, dtype_of
 from fcvgg.progress import progress_bar
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-Pair = tuple[int, int]
 
 _TWO_SIGMA = 0.9545
 """The share of a normal distribution within two standard deviations of its middle."""

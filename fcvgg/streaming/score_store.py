@@ -19,9 +19,8 @@ from numpy.typing import NDArray
 
 from fcvgg.errors import FcvggError
 from fcvgg.files import written_whole
+from fcvgg.geometry import Pair
 from fcvgg.sources.extras import imported
-
-Pair = tuple[int, int]
 
 ATTRIBUTE = "fcvgg"
 FORMAT = 1

@@ -14,12 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fcvgg.geometry import Window
+from fcvgg.geometry import Pair, Window
 from fcvgg.layers.strips import Part, Sliding, Windows, strip_rule
 from fcvgg.modules import by_windows, window_linear
-from fcvgg.winograd import tiles_of, transformed_kernels, winograd_convolution
-
-Pair = tuple[int, int]
+from fcvgg.optimization.winograd import tiles_of, transformed_kernels, winograd_convolution
 
 _USUAL_ROWS = 100
 """Rows of the product that packed fully connected weights are ordered for; any number runs."""

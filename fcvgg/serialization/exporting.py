@@ -18,9 +18,9 @@ from torch import nn
 from torch.export import Dim, ExportedProgram
 from torch.fx.experimental import _config as shape_config
 
-from fcvgg.capture import device_of, dtype_of, one_line
-from fcvgg.errors import FcvggError, MissingExtraError
+from fcvgg.errors import FcvggError, MissingExtraError, one_line
 from fcvgg.files import written_whole
+from fcvgg.placement import device_of, dtype_of
 
 SUFFIXES = (".onnx", ".pt2")
 

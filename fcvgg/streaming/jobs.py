@@ -20,17 +20,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fcvgg.allocator import trimmer
-from fcvgg.capture import device_of, dtype_of
 from fcvgg.categories import class_index
 from fcvgg.errors import ArgumentError, CategoryError
-from fcvgg.geometry import Axis, Geometry
-from fcvgg.line_buffers import LineBuffers, stages_of
+from fcvgg.geometry import Axis, Geometry, Pair
 from fcvgg.network import FullyConvolutional, evaluating
+from fcvgg.placement import device_of, dtype_of
 from fcvgg.probability import to_probabilities
 from fcvgg.score_map import ScoreMap
-from fcvgg.score_store import FORMAT, ScoreStore, check_same, create_store, open_store
-from fcvgg.strip_plan import (
+from fcvgg.streaming.allocator import trimmer
+from fcvgg.streaming.line_buffers import LineBuffers, stages_of
+from fcvgg.streaming.score_store import FORMAT, ScoreStore, check_same, create_store, open_store
+from fcvgg.streaming.strip_plan import (
     Layout,
     StripPlan,
     estimated_peak,
@@ -39,12 +39,11 @@ from fcvgg.strip_plan import (
     plan_strips,
     readable,
 )
-from fcvgg.strip_sources import StripSource, strip_reader, strip_source
+from fcvgg.streaming.strip_sources import StripSource, strip_reader, strip_source
 
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-Pair = tuple[int, int]
 
 _CHUNK_BYTES = 8 << 20
 """Bytes of the rows of cells that wait until a whole chunk of them can be written."""

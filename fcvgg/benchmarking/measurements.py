@@ -23,10 +23,9 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 
-from fcvgg.capture import one_line
-from fcvgg.contenders import CONTENDERS, PLAIN, Run, made
+from fcvgg.benchmarking.contenders import CONTENDERS, PLAIN, Run, made
 from fcvgg.conversion import convert
-from fcvgg.errors import ArgumentError, FcvggError
+from fcvgg.errors import ArgumentError, FcvggError, one_line
 from fcvgg.files import written_whole
 from fcvgg.network import FullyConvolutional
 
@@ -175,7 +174,7 @@ def benchmark(
         sizes: sides of the square images.
         batches: images per call.
         repeats: calls of each, after one that is not counted.
-        contenders: names of `fcvgg.contenders.CONTENDERS`; None takes all.
+        contenders: names of `fcvgg.benchmarking.contenders.CONTENDERS`; None takes all.
         threads: of every contender; None keeps torch's setting.
         clock: ``"wall"`` or ``"cpu"``.
         memory: also run each in a process of its own and measure the memory, with batch 1.
@@ -413,7 +412,9 @@ def peak_memory(contender: str, model: str, native: int, size: int) -> int | Non
     """Bytes that a new process holds at most while it runs a contender on one image."""
     job = json.dumps([contender, model, native, size, torch.get_num_threads()])
     ran = subprocess.run(
-        [sys.executable, "-m", "fcvgg.benchmarking", job], capture_output=True, text=True
+        [sys.executable, "-m", "fcvgg.benchmarking.measurements", job],
+        capture_output=True,
+        text=True,
     )
     lines = ran.stdout.split()
     return int(lines[-1]) if ran.returncode == 0 and lines else None

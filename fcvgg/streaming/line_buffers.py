@@ -24,10 +24,8 @@ from torch import Tensor, fx, nn
 
 from fcvgg.capture import operation_name
 from fcvgg.errors import UnsupportedLayerError
-from fcvgg.geometry import Window
+from fcvgg.geometry import Pair, Window
 from fcvgg.layers.strips import Part, Sliding, is_positional, sliding_of
-
-Pair = tuple[int, int]
 
 _RELUS = {F.relu, torch.relu, "relu"}
 

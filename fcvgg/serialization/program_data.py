@@ -9,21 +9,28 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fcvgg.capture import dtype_of, one_line
-from fcvgg.errors import LoadError
+from fcvgg.errors import LoadError, one_line
 from fcvgg.geometry import IMAGE, Geometry, Window
 from fcvgg.graph import graph_module
-from fcvgg.graph_data import (
+from fcvgg.modules import WindowLinear
+from fcvgg.placement import dtype_of
+from fcvgg.probability import ACTIVATIONS, UNKNOWN
+from fcvgg.program import LayerRecord, Program
+from fcvgg.serialization.graph_data import (
     called_layers,
     decoded_graph,
     decoded_layer,
     encoded_graph,
     encoded_layer,
 )
-from fcvgg.modules import WindowLinear
-from fcvgg.probability import ACTIVATIONS, UNKNOWN
-from fcvgg.program import LayerRecord, Program
-from fcvgg.tensor_table import TENSORS, TensorEntry, check_declared, check_path, fill, owner_of
+from fcvgg.serialization.tensor_table import (
+    TENSORS,
+    TensorEntry,
+    check_declared,
+    check_path,
+    fill,
+    owner_of,
+)
 
 BROKEN = (
     *(KeyError, TypeError, ValueError, AttributeError, IndexError, AssertionError),

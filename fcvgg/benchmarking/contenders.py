@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fcvgg.conversion import convert
 from fcvgg.errors import FcvggError, MissingExtraError
 from fcvgg.network import FullyConvolutional
-from fcvgg.optimization import has_bfloat16, optimize
+from fcvgg.optimization.networks import has_bfloat16, optimize
 from fcvgg.sources.extras import imported
 
 Run = Callable[[Tensor], Any]

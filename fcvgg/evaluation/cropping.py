@@ -12,7 +12,7 @@ import numpy as np
 import torch.nn.functional as F
 from torch import Tensor
 
-Pair = tuple[int, int]
+from fcvgg.geometry import Pair
 
 GRID = 5
 """Crops along each side in the VGG paper's multi-crop evaluation (section 4.3)."""

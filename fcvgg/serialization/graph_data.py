@@ -24,8 +24,7 @@ import torchvision
 from torch import fx, nn
 
 from fcvgg import modules as own_modules
-from fcvgg.capture import one_line
-from fcvgg.errors import FcvggError, LoadError
+from fcvgg.errors import FcvggError, LoadError, one_line
 from fcvgg.layers.registry import RULES, class_of
 
 INPUT = "images"

@@ -11,24 +11,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fcvgg.capture import device_of, dtype_of
-from fcvgg.engines import ENGINES, engine_network
 from fcvgg.errors import ArgumentError, EquivalenceError, FcvggError
-from fcvgg.fused import (
+from fcvgg.geometry import Pair, checked_size
+from fcvgg.network import FullyConvolutional
+from fcvgg.optimization.engines import ENGINES, engine_network
+from fcvgg.optimization.fused import (
     FusedConv2d,
     FusedWindowLinear,
     PackedConv2d,
     PackedWindowLinear,
     has_packing,
 )
-from fcvgg.fusion import fused
-from fcvgg.geometry import checked_size
-from fcvgg.graph_replay import GraphReplay
-from fcvgg.network import FullyConvolutional
+from fcvgg.optimization.fusion import fused
+from fcvgg.optimization.graph_replay import GraphReplay
+from fcvgg.placement import device_of, dtype_of
 from fcvgg.trunk import run
 from fcvgg.verification import Equivalence, verify
-
-Pair = tuple[int, int]
 
 TOLERANCES = {
     torch.float64: 1e-12,

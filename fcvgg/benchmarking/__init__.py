@@ -1,0 +1,1 @@
+"""`fcvgg bench`: a network beside what a user could pick instead."""

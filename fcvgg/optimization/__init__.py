@@ -1,0 +1,1 @@
+"""`optimize`: networks for evaluation, as fast as the machine allows."""

@@ -1,0 +1,1 @@
+"""Networks as files: bundles without code, ONNX and torch.export."""
