@@ -6,10 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from nets import SmallVGG, Unpadded, images, seeded
+import torch.nn.functional as F
+from nets import EXACT, Lambda, SmallVGG, Unpadded, images, relative_error, seeded
 from torch import nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 import fcvgg
+from fcvgg.saturation import Temperature
 from fcvgg.verification import check
 
 
@@ -111,3 +114,62 @@ def test_another_model_than_the_source(pair: Any) -> None:
         match=r"^model, a Unpadded, does not run on images \(2, 3, 32, 32\) of torch\.float64: ",
     ):
         fcvgg.verify(seeded(Unpadded, extent=(9, 9)), net)
+
+
+SATURATING = {
+    "softmax": nn.Softmax(1),
+    "log-softmax": Lambda(lambda x: F.log_softmax(x, 1).clamp(min=-50)),
+    "sigmoid": nn.Sigmoid(),
+    "sigmoid in place": Lambda(lambda x: x.sigmoid_()),
+    "hard sigmoid": nn.Hardsigmoid(),
+    "clamp": Lambda(lambda x: x.clamp(0, 1)),
+    "tanh": nn.Tanh(),
+    "mean of two": Lambda(lambda x: (x.softmax(1) + (2 * x).softmax(1)) / 2),
+    "logarithm": Lambda(lambda x: torch.log(x.softmax(1) + 1e-30)),
+}
+
+
+@pytest.mark.parametrize("ending", SATURATING)
+def test_a_saturated_ending_does_not_hide_a_changed_weight(ending: str) -> None:
+    model = nn.Sequential(seeded(SmallVGG), SATURATING[ending]).eval()
+    with torch.no_grad():
+        model[0].classifier[-1].weight *= 1e5
+    net = fcvgg.convert(model, copy=True)
+    assert fcvgg.verify(model, net).passed
+    with torch.no_grad():
+        net.network.get_submodule("0.features.4").weight[0] *= 1.01
+    batch = images(2, 3, 32, 32)
+    hidden = relative_error(model(batch), net(batch).flatten(1))
+    assert hidden <= EXACT[torch.float64]  # the scores alone do not show it
+    report = fcvgg.verify(model, net, batch)
+    assert report.max_rel_error > 1e-5
+    assert not report.passed
+    with pytest.raises(fcvgg.EquivalenceError, match=r"differs from the model at \(32, 32\)"):
+        check(model, net)
+
+
+def test_a_temperature_leaves_what_is_small_as_it_is() -> None:
+    model = nn.Sequential(constant(0.5, -0.5), nn.Softmax(1))
+    x = images(1, 3, 4, 4)
+    with Temperature() as seen:
+        plain = model(x)
+    assert (seen.seen, seen.largest) == (1, 0.5)
+    assert torch.equal(plain, model(x))
+    with Temperature(10.0):
+        tempered = model(x)
+    torch.testing.assert_close(tempered, torch.tensor([[0.05, -0.05]]).double().softmax(1))
+
+
+def test_an_engine_that_runs_elsewhere_is_compared_by_its_scores() -> None:
+    model = nn.Sequential(seeded(SmallVGG), nn.Softmax(1)).eval()
+    with torch.no_grad():
+        model[0].classifier[-1].weight *= 1e5
+    net = fcvgg.convert(model)
+    whole = net.forward
+
+    def unseen(x: Any) -> Any:
+        with _disable_current_modes():
+            return whole(x)
+
+    net.forward = unseen
+    assert fcvgg.verify(model, net).passed
