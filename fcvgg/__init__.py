@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from fcvgg.errors import MissingExtraError as MissingExtraError
     from fcvgg.errors import PreprocessError as PreprocessError
     from fcvgg.errors import RefusedLayerError as RefusedLayerError
+    from fcvgg.errors import TrainingError as TrainingError
     from fcvgg.errors import UnsupportedLayerError as UnsupportedLayerError
     from fcvgg.evaluation.effective_field import EffectiveReceptiveField as EffectiveReceptiveField
     from fcvgg.evaluation.effective_field import (
@@ -92,6 +93,7 @@ _PUBLIC: dict[str, tuple[str, ...]] = {
         "MissingExtraError",
         "PreprocessError",
         "RefusedLayerError",
+        "TrainingError",
         "UnsupportedLayerError",
     ),
     "evaluation.protocols": (

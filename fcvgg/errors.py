@@ -67,6 +67,10 @@ class LoadError(FcvggError):
     """A model or checkpoint that cannot be loaded."""
 
 
+class TrainingError(FcvggError):
+    """Training cannot begin or go on; what was good is kept."""
+
+
 class MissingExtraError(FcvggError, ImportError):
     """An optional dependency is not installed."""
 

@@ -1,0 +1,11 @@
+"""Training by PyTorch Lightning (extra ``train``), shared by fine-tuning and dense training.
+
+- `settings`: how long, how fast, with what precision,
+- `loop`: `fit`, the one path through Lightning,
+- `guards`: its callbacks: checkpoints, history, losses that are not finite,
+- `order`: batches and augmentation that depend on seed, epoch and index only.
+"""
+
+from fcvgg.training.settings import Settings
+
+__all__ = ["Settings"]

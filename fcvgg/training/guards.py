@@ -1,0 +1,281 @@
+"""What watches a training run: whole checkpoints, its history, and losses that are not finite."""
+
+from __future__ import annotations
+
+import csv
+import errno
+import sys
+import time
+from collections.abc import Mapping
+from math import inf, isfinite
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import Callback, Checkpoint
+from pytorch_lightning.plugins.io import TorchCheckpointIO
+
+from fcvgg.errors import FcvggError, TrainingError, one_line
+from fcvgg.files import written_whole
+from fcvgg.training.order import mixed_seed
+
+BEST, LAST, HISTORY = "best.ckpt", "last.ckpt", "history.csv"
+RUN_KEY = "fcvgg_run"
+"""Where a checkpoint tells of which run it is."""
+
+_LOOKED_AT_EVERY = 16
+"""Steps between two looks at a loss on a device, each of which waits for it."""
+
+
+class WholeFiles(TorchCheckpointIO):
+    """Checkpoints written under a temporary name, so that a failure keeps the one before."""
+
+    def save_checkpoint(self, checkpoint: Any, path: Any, storage_options: Any = None) -> None:
+        write_checkpoint(checkpoint, Path(path))
+
+
+def write_checkpoint(checkpoint: Any, path: Path) -> None:
+    """Write what torch.save takes, whole or not at all.
+
+    Raises:
+        TrainingError: if the disk is full or the folder cannot be written.
+    """
+    kept = f"; the one before is kept, {path}" if path.exists() else ""
+    try:
+        with written_whole(path) as temporary, open(temporary, "wb") as file:
+            torch.save(checkpoint, file)
+    except (OSError, RuntimeError, FcvggError) as error:
+        # torch's writer ends in a RuntimeError of its own, of which the OSError is the context
+        cause = _os_error_in(error)
+        reason = cause.strerror if cause is not None else one_line(error)
+        full = cause is not None and cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        what = "the disk is full" if full else "it could not be written"
+        raise TrainingError(
+            f"cannot save the checkpoint {path}: {what} ({reason}){kept}; "
+            "make room and resume the run"
+        ) from error
+
+
+class Determinism(Callback):
+    """Seeds dropout and the like anew at every step, so that a resumed run draws the same."""
+
+    def __init__(self, seed: int):
+        self.seed = seed
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int
+    ) -> None:
+        torch.manual_seed(
+            mixed_seed(self.seed, trainer.current_epoch, batch_idx, trainer.global_rank)
+        )
+
+
+class FiniteLoss(Callback):
+    """Stops a run whose loss is not finite, before anything of it is saved."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._finite: torch.Tensor | None = None
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        loss = outputs["loss"] if isinstance(outputs, Mapping) else outputs
+        if loss is None:
+            return
+        finite = torch.isfinite(loss.detach()).all()
+        self._finite = finite if self._finite is None else self._finite & finite
+        if loss.device.type == "cpu" or batch_idx % _LOOKED_AT_EVERY == 0:
+            self._check(trainer, f"step {batch_idx + 1} of epoch {trainer.current_epoch + 1}")
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        epoch = trainer.current_epoch + 1
+        self._check(trainer, f"epoch {epoch}")
+        for name, value in trainer.callback_metrics.items():
+            if "loss" in name and not isfinite(float(value)):
+                self._stop(trainer, f"the validation of epoch {epoch}", float(value))
+
+    def _check(self, trainer: pl.Trainer, where: str) -> None:
+        if self._finite is not None and not bool(self._finite):
+            self._stop(trainer, where, None)
+
+    def _stop(self, trainer: pl.Trainer, where: str, value: float | None) -> None:
+        rates = sorted({group["lr"] for group in trainer.optimizers[0].param_groups})
+        best = self.folder / BEST
+        kept = (
+            f"the last good checkpoint is kept, {best}"
+            if best.exists()
+            else "no epoch was finished, so there is no checkpoint"
+        )
+        found = "not finite" if value is None else f"{value}"
+        raise TrainingError(
+            f"the loss is {found} at {where}, with the learning rate "
+            f"{' to '.join(f'{r:.3g}' for r in (rates[:1] + rates[-1:] if rates[1:] else rates))}; "
+            f"{kept}; choose a smaller lr"
+        )
+
+
+class History(Callback):
+    """The logged values of every epoch, as plain numbers; a resumed run goes on with them.
+
+    Args:
+        folder: where ``history.csv`` is written after every epoch.
+        lines: print a line for every epoch on stderr.
+    """
+
+    def __init__(self, folder: Path, lines: bool):
+        self.folder = folder
+        self.lines = lines
+        self.epochs: list[dict[str, float]] = []
+        self._began = time.monotonic()
+        self._rate = 0.0
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        self._began = time.monotonic()
+        self._rate = max(group["lr"] for group in trainer.optimizers[0].param_groups)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        values = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        self.epochs.append(
+            {
+                "epoch": trainer.current_epoch + 1,
+                **dict(sorted(values.items())),
+                "lr": self._rate,
+                "seconds": time.monotonic() - self._began,
+            }
+        )
+        if trainer.is_global_zero:
+            self._write()
+            if self.lines:
+                self._print(trainer.max_epochs)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"epochs": self.epochs}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.epochs = list(state_dict["epochs"])
+
+    def _write(self) -> None:
+        names = list(dict.fromkeys(name for epoch in self.epochs for name in epoch))
+        with (
+            written_whole(self.folder / HISTORY) as temporary,
+            open(temporary, "w", newline="") as file,
+        ):
+            writer = csv.DictWriter(file, names)
+            writer.writeheader()
+            writer.writerows(self.epochs)
+
+    def _print(self, epochs: int | None) -> None:
+        last = self.epochs[-1]
+        shown = [
+            f"{name.replace('_', ' ')} {value:{'.3g' if name == 'lr' else '.4f'}}"
+            for name, value in last.items()
+            if name not in ("epoch", "seconds")
+        ]
+        line = f"epoch {int(last['epoch'])}/{epochs}  {'  '.join(shown)}  {last['seconds']:.1f} s"
+        print(line, file=sys.stderr)
+
+
+class BestAndLast(Checkpoint):
+    """``last.ckpt`` with all it takes to go on, and ``best.ckpt`` with the best weights.
+
+    The best is written first: interrupted between the two, the run goes on from the epoch before
+    and finds the same best again.
+
+    Args:
+        folder: where they go.
+        monitor: the logged value that tells the best epoch.
+        mode: ``"min"`` or ``"max"``.
+        run: what run this is, kept in both.
+    """
+
+    def __init__(self, folder: Path, monitor: str, mode: str, run: Mapping[str, Any]):
+        self.folder = folder
+        self.monitor = monitor
+        self.mode = mode
+        self.run = dict(run)
+        self.best_value = inf if mode == "min" else -inf
+        self.best_epoch = 0
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        if self.monitor not in trainer.callback_metrics:
+            raise TrainingError(
+                f"the task logs no {self.monitor!r}; it logs {', '.join(trainer.callback_metrics)}"
+            )
+        value = float(trainer.callback_metrics[self.monitor])
+        if value < self.best_value if self.mode == "min" else value > self.best_value:
+            self.best_value, self.best_epoch = value, trainer.current_epoch + 1
+            if trainer.is_global_zero:
+                best = {"state_dict": pl_module.state_dict(), RUN_KEY: self.run}
+                write_checkpoint(best, self.folder / BEST)
+        trainer.save_checkpoint(self.folder / LAST)
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]
+    ) -> None:
+        checkpoint[RUN_KEY] = {**self.run, "stopped": trainer.should_stop}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best_value": self.best_value, "best_epoch": self.best_epoch}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.best_value = state_dict["best_value"]
+        self.best_epoch = state_dict["best_epoch"]
+
+
+class Bar(Callback):
+    """A bar on stderr over the steps of an epoch, where that is a terminal."""
+
+    def __init__(self) -> None:
+        self._progress: Any = None
+        self._task: Any = None
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        from rich.console import Console
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeRemainingColumn,
+        )
+
+        console = Console(stderr=True)
+        if not console.is_terminal or not trainer.is_global_zero:
+            return
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+        self._progress = Progress(
+            *columns, TimeRemainingColumn(), console=console, transient=True, redirect_stdout=False
+        )
+        self._progress.start()
+        self._task = self._progress.add_task("training")
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        if self._progress is not None:
+            name = f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}"
+            steps = int(trainer.num_training_batches)
+            self._progress.reset(self._task, description=name, total=steps)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        if self._progress is not None:
+            self._progress.advance(self._task)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        self._close()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: Any, exception: BaseException) -> None:
+        self._close()
+
+    def _close(self) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+
+def _os_error_in(error: BaseException | None) -> OSError | None:
+    while error is not None:
+        if isinstance(error, OSError):
+            return error
+        error = error.__cause__ or error.__context__
+    return None
