@@ -3,12 +3,57 @@
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Sequence
 from numbers import Integral
+from pathlib import Path
+from typing import Any
 
 from fcvgg.errors import CategoryError
 
 _LISTED = 5
+
+
+def read_categories(path: str | Path) -> tuple[str, ...]:
+    """The class names in a text file, one per line and in the order of the scores, or in JSON.
+
+    JSON holds a list of names, or an object of them by index (``{"0": "cat", "1": "dog"}``).
+
+    Raises:
+        CategoryError: if the file cannot be read as that, or holds no names.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        if path.suffix == ".json":
+            names = _names_in(json.loads(text))
+        else:
+            names = [line.strip() for line in text.splitlines() if line.strip()]
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise CategoryError(
+            f"the categories in {path} cannot be read: {reason}; expected one name per line, or "
+            "JSON with a list of names"
+        ) from error
+    if not names:
+        raise CategoryError(f"{path} holds no categories; expected one name per line, or JSON")
+    return tuple(names)
+
+
+def _names_in(content: Any) -> list[str]:
+    """The names of a list, or of an object by index.
+
+    Raises:
+        ValueError: if it is neither.
+    """
+    if isinstance(content, dict):
+        try:
+            content = [content[str(index)] for index in range(len(content))]
+        except KeyError as error:
+            raise ValueError(f"it has no index {error}") from error
+    if not isinstance(content, list) or not all(isinstance(name, str) for name in content):
+        raise ValueError("it is no list of names")
+    return content
 
 
 def class_name(index: int, categories: Sequence[str] | None) -> str:

@@ -22,6 +22,17 @@ INTERPOLATIONS = {
     "lanczos": Image.Resampling.LANCZOS,
 }
 
+_IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+PRESETS: dict[str, tuple[tuple[float, ...], tuple[float, ...], float, str]] = {
+    "imagenet": (*_IMAGENET, 1 / 255, "RGB"),
+    "caffe": ((103.939, 116.779, 123.68), (1.0, 1.0, 1.0), 1.0, "BGR"),
+    "tf": ((0.5,), (0.5,), 1 / 255, "RGB"),
+    "unit": ((0.0,), (1.0,), 1 / 255, "RGB"),
+    "none": ((0.0,), (1.0,), 1.0, "RGB"),
+}
+"""Mean, std, scale and channel order by name; one mean stands for every channel."""
+
 
 @dataclass(frozen=True)
 class Preprocess:
@@ -80,7 +91,32 @@ class Preprocess:
     @classmethod
     def imagenet(cls, **changes: Any) -> Preprocess:
         """What torchvision's ImageNet classifiers were trained with."""
-        return cls((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), **changes)
+        return cls(*_IMAGENET, **changes)
+
+    @classmethod
+    def preset(cls, name: str, channels: int = 3) -> Preprocess:
+        """A usual preprocessing by name, for a network of some channels.
+
+        Args:
+            name: ``"imagenet"``; ``"caffe"``, BGR with the means of ImageNet subtracted; ``"tf"``,
+                values from -1 to 1; ``"unit"``, from 0 to 1; ``"none"``, from 0 to 255 as they are.
+            channels: of the network.
+
+        Raises:
+            PreprocessError: if there is none of that name, or it is for other channels.
+        """
+        if name not in PRESETS:
+            raise PreprocessError(
+                f"preprocess {name!r} is unknown; expected one of {', '.join(PRESETS)}"
+            )
+        mean, std, scale, order = PRESETS[name]
+        if len(mean) not in (1, channels):
+            raise PreprocessError(
+                f"preprocess {name!r} is for {len(mean)} channels and the network takes {channels};"
+                " give mean and std"
+            )
+        several = channels // len(mean)
+        return cls(mean * several, std * several, scale=scale, channel_order=order)
 
     @property
     def channels(self) -> int:

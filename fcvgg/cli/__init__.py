@@ -22,6 +22,7 @@ from fcvgg.cli import (
     streaming,
 )
 from fcvgg.cli.console import examples, reporting_errors, say
+from fcvgg.cli.options import with_own_model
 
 app = typer.Typer(
     name="fcvgg",
@@ -74,4 +75,5 @@ for _module in (
     streaming,
     bench,
 ):
-    app.command(_module.NAME, epilog=examples(*_module.EXAMPLES))(reporting_errors(_module.run))
+    _command = reporting_errors(with_own_model(_module.run))
+    app.command(_module.NAME, epilog=examples(*_module.EXAMPLES))(_command)

@@ -12,7 +12,7 @@ from rich.console import RenderableType
 from rich.table import Table
 
 from fcvgg.cli.console import exit_if_any_failed, for_each_image, say
-from fcvgg.cli.options import Arch, Images, Model, Weights, lengths, loaded
+from fcvgg.cli.options import Arch, Device, Images, Model, OwnModel, Weights, lengths, loaded
 from fcvgg.cli.reports import titled
 
 if TYPE_CHECKING:
@@ -58,10 +58,12 @@ def run(
         Average, typer.Option("--average", help="What is averaged over the cells.")
     ] = Average.scores,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    own: OwnModel = OwnModel(),
+    device: Device = "cpu",
 ) -> None:
     """Name every image's most probable classes, averaged over it."""
     sides = lengths(scales, "--scales")
-    net = loaded(model, weights=weights, arch=arch)
+    net = loaded(model, own, device, weights=weights, arch=arch)
 
     def classify(image: Path) -> dict[str, Any]:
         probabilities = net.classify(image, scales=sides, flip=flip, average=average.value)[0]

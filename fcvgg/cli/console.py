@@ -15,6 +15,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from fcvgg.cli.options import in_option_words
 from fcvgg.errors import FcvggError, ImageError
 
 BAD_INPUT = 2
@@ -48,7 +49,8 @@ def say_wrote(path: Path) -> None:
 
 def complain(message: object) -> None:
     """Print one line on stderr, whatever the message holds."""
-    line = Text.assemble(("fcvgg: error: ", "bold red"), " ".join(str(message).split()))
+    words = in_option_words(" ".join(str(message).split()))
+    line = Text.assemble(("fcvgg: error: ", "bold red"), words)
     _errors().print(line, soft_wrap=True)
 
 

@@ -8,14 +8,14 @@ from typing import Annotated
 import typer
 
 from fcvgg.cli.console import folder, say, say_wrote
-from fcvgg.cli.options import MODEL_HELP, Arch, OutputStride, Weights, loaded
+from fcvgg.cli.options import MODEL_HELP, Arch, OutputStride, OwnModel, Weights, loaded
 from fcvgg.cli.reports import equivalence_report, geometry_report
 from fcvgg.errors import FcvggError
 
 NAME = "convert"
 EXAMPLES = (
     "fcvgg convert vgg16 -o vgg16-fcn",
-    "fcvgg convert flowers.pth --arch vgg11 -o flowers-fcn",
+    "fcvgg convert flowers.pth --arch vgg11 --categories flowers.txt -o flowers-fcn",
     "fcvgg convert flowers-fcn -o flowers.onnx",
     "fcvgg heatmap rose.jpg --model flowers-fcn",
 )
@@ -44,6 +44,7 @@ def run(
     weights: Weights = "DEFAULT",
     arch: Arch = None,
     output_stride: OutputStride = None,
+    own: OwnModel = OwnModel(),
 ) -> None:
     """Convert a classifier, check it and write the network."""
     from fcvgg.serialization.exporting import SUFFIXES
@@ -51,7 +52,7 @@ def run(
     exports = out.suffix in SUFFIXES
     if exports and out.exists() and out.resolve() == Path(source).resolve():
         raise FcvggError(f"{out} is the source, which would be lost; choose another --output")
-    net = loaded(source, weights=weights, arch=arch, output_stride=output_stride)
+    net = loaded(source, own, weights=weights, arch=arch, output_stride=output_stride)
     folder(out.parent)
     if exports:
         net.export(out)

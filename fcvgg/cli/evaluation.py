@@ -11,7 +11,7 @@ from rich.text import Text
 
 from fcvgg.cli.classification import Average
 from fcvgg.cli.console import say, say_wrote
-from fcvgg.cli.options import Arch, Model, Weights, lengths, loaded
+from fcvgg.cli.options import Arch, Device, Model, OwnModel, Weights, lengths, loaded
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -72,6 +72,8 @@ def run(
             help="The JSON file to write, with confusion matrices and every class.",
         ),
     ] = Path("evaluation.json"),
+    own: OwnModel = OwnModel(),
+    device: Device = "cpu",
 ) -> None:
     """Measure accuracy on labelled images: dense evaluation, crops, and both combined."""
     from fcvgg.errors import FcvggError
@@ -80,7 +82,7 @@ def run(
     sides = lengths(scales, "--scales")
     if not output.parent.is_dir():  # before the long work, not after it
         raise FcvggError(f"cannot write {output}: there is no folder {output.parent}")
-    net = loaded(model, weights=weights, arch=arch)
+    net = loaded(model, own, device, weights=weights, arch=arch)
     evaluation = evaluate(
         net,
         data,

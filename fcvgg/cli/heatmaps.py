@@ -9,7 +9,17 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fcvgg.cli.console import exit_if_any_failed, folder, for_each_image, say, say_wrote
-from fcvgg.cli.options import Arch, Images, Model, OutputFolder, OutputStride, Weights, loaded
+from fcvgg.cli.options import (
+    Arch,
+    Device,
+    Images,
+    Model,
+    OutputFolder,
+    OutputStride,
+    OwnModel,
+    Weights,
+    loaded,
+)
 from fcvgg.errors import ImageError
 
 if TYPE_CHECKING:
@@ -21,6 +31,7 @@ EXAMPLES = (
     "fcvgg heatmap *.jpg --target 'golden retriever' --output heatmaps",
     "fcvgg heatmap dog.jpg --weights vgg16.pth --scale 512",
     "fcvgg heatmap scores.zarr --target tumour",
+    "fcvgg heatmap rose.jpg -w own.pth --categories names.txt --preprocess tf",
     "fcvgg heatmap portrait.jpg --model demo --target face --scale 160",
 )
 
@@ -53,6 +64,8 @@ def run(
         ),
     ] = None,
     output_stride: OutputStride = None,
+    own: OwnModel = OwnModel(),
+    device: Device = "cpu",
 ) -> None:
     """Lay one class's heatmap on every image: where the network sees it.
 
@@ -63,7 +76,7 @@ def run(
     images = show_slides(images, target, output)
     if not images:
         return
-    net = loaded(model, weights=weights, arch=arch, output_stride=output_stride)
+    net = loaded(model, own, device, weights=weights, arch=arch, output_stride=output_stride)
     index = _index(net, target)
     overlays = Overlays(images, folder(output))
 

@@ -9,7 +9,7 @@ from rich.console import RenderableType
 from rich.table import Table
 
 from fcvgg.cli.console import output, say
-from fcvgg.cli.options import MODEL_HELP, Arch, loaded, size
+from fcvgg.cli.options import MODEL_HELP, Arch, InputSize, OwnModel, loaded, size
 from fcvgg.cli.reports import by, count, facts, geometry_report, titled
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def run(
             show_default=False,
         ),
     ],
-    input_size: Annotated[
+    at: Annotated[
         str | None,
         typer.Option(
             "--size",
@@ -43,12 +43,14 @@ def run(
         ),
     ] = None,
     arch: Arch = None,
+    input_size: InputSize = None,
 ) -> None:
     """Show what every layer sees and costs; no weights are downloaded."""
     from fcvgg.layer_table import receptive_fields
 
-    wanted = size(input_size, "--size")
-    net = loaded(model, arch=arch, weights=None, verify=False)  # built only to be described
+    wanted = size(at, "--size")
+    own = OwnModel(input_size=input_size)
+    net = loaded(model, own, arch=arch, weights=None, verify=False)  # only to be described
     table = receptive_fields(net, input_size=wanted)
     frozen = _frozen_layers(net, table)
     say(_layer_table(f"{model} ({net.source})", table, frozen))

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import inspect
 import re
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
 if TYPE_CHECKING:
     from fcvgg.network import FullyConvolutional
+    from fcvgg.preprocessing import Preprocess
 
 MODEL_HELP = (
     "A torchvision name, timm:NAME, a checkpoint (with --arch), an .onnx or Keras file, a folder "
@@ -72,20 +77,208 @@ OutputFolder = Annotated[
 ]
 
 
-def loaded(model: str, **options: Any) -> FullyConvolutional:
-    """The network that `fcvgg.load` gives.
+_PANEL = "Own models"
+"""The part of a command's help for models that publish nothing about themselves."""
+
+InputSize = Annotated[
+    str | None,
+    typer.Option(
+        "--input-size",
+        metavar="N|HxW",
+        help="The native size, which the model was trained at.",
+        show_default="the weights' own, or inferred",
+        rich_help_panel=_PANEL,
+    ),
+]
+Device = Annotated[
+    str,
+    typer.Option(
+        "--device", metavar="NAME", help="Where to compute: cpu, cuda, cuda:1, mps, as in torch."
+    ),
+]
+
+
+@dataclass(frozen=True)
+class OwnModel:
+    """What a model's user knows of it: its native size, class names and preprocessing.
+
+    A command whose `run` takes one has its fields as options.
+    """
+
+    input_size: InputSize = None
+    categories: Annotated[
+        Path | None,
+        typer.Option(
+            "--categories",
+            metavar="FILE",
+            help="The class names: one per line in the order of the scores, or a list in JSON.",
+            show_default="the weights' own",
+            rich_help_panel=_PANEL,
+        ),
+    ] = None
+    preprocess: Annotated[
+        str | None,
+        typer.Option(
+            "--preprocess",
+            metavar="NAME",
+            help="What the model was trained on: imagenet, caffe (BGR minus means), tf (-1 to 1), "
+            "unit (0 to 1) or none (0 to 255).",
+            show_default="the weights' own",
+            rich_help_panel=_PANEL,
+        ),
+    ] = None
+    mean: Annotated[
+        str | None,
+        typer.Option(
+            "--mean",
+            metavar="X,X,X",
+            help="With --std, in place of --preprocess: subtracted from values from 0 to 1.",
+            show_default=False,
+            rich_help_panel=_PANEL,
+        ),
+    ] = None
+    std: Annotated[
+        str | None,
+        typer.Option(
+            "--std",
+            metavar="X,X,X",
+            help="With --mean: what they are then divided by, one number per channel or for all.",
+            show_default=False,
+            rich_help_panel=_PANEL,
+        ),
+    ] = None
+
+    def settings(self) -> dict[str, Any]:
+        """Arguments of `fcvgg.load`.
+
+        Raises:
+            FcvggError: if an option cannot be used; before anything is loaded.
+        """
+        from fcvgg.categories import read_categories
+
+        self._check_preprocess()
+        return {
+            "input_size": size(self.input_size, "--input-size"),
+            "categories": None if self.categories is None else read_categories(self.categories),
+        }
+
+    def preprocess_for(self, channels: int) -> Preprocess | None:
+        """The preprocessing for a network of some channels; None if none was given.
+
+        Raises:
+            PreprocessError: if it is for other channels.
+        """
+        from fcvgg.errors import PreprocessError
+        from fcvgg.preprocessing import Preprocess
+
+        if self.preprocess is not None:
+            return Preprocess.preset(self.preprocess, channels)
+        if self.mean is None or self.std is None:
+            return None
+        mean, std = _numbers(self.mean, "--mean"), _numbers(self.std, "--std")
+        for option, values in (("--mean", mean), ("--std", std)):
+            if len(values) not in (1, channels):
+                raise PreprocessError(
+                    f"{option} has {len(values)} numbers and the network takes {channels} "
+                    "channel(s); give one for each, or one for all"
+                )
+        return Preprocess(mean * (channels // len(mean)), std * (channels // len(std)))
+
+    def _check_preprocess(self) -> None:
+        from fcvgg.errors import ArgumentError
+
+        if (self.mean is None) != (self.std is None):
+            raise ArgumentError("--mean and --std go together; give both")
+        if self.mean is not None and self.preprocess is not None:
+            raise ArgumentError("--preprocess and --mean say the same; give one of the two")
+        texts = (("--mean", self.mean), ("--std", self.std))
+        given = [len(_numbers(text, option)) for option, text in texts if text is not None]
+        self.preprocess_for(max(given, default=3))
+
+
+def with_own_model(command: Callable[..., None]) -> Callable[..., None]:
+    """A command whose parameter of type `OwnModel`, if it has one, is given by options."""
+    signature = inspect.signature(command)
+    hints = get_type_hints(command, include_extras=True)
+    place = next((name for name, hint in hints.items() if hint is OwnModel), None)
+    if place is None:
+        return command
+    kinds = get_type_hints(OwnModel, include_extras=True)
+    options = {f.name: f for f in fields(OwnModel)}
+
+    @functools.wraps(command)
+    def taking_options(**arguments: Any) -> None:
+        given = {name: arguments.pop(name) for name in options}
+        command(**arguments, **{place: OwnModel(**given)})
+
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    kept = [
+        p.replace(annotation=hints[p.name], kind=keyword)
+        for p in signature.parameters.values()
+        if p.name != place
+    ]
+    added = [
+        inspect.Parameter(name, keyword, default=f.default, annotation=kinds[name])
+        for name, f in options.items()
+    ]
+    taking_options.__signature__ = signature.replace(parameters=[*kept, *added])  # type: ignore
+    taking_options.__annotations__ = {p.name: p.annotation for p in [*kept, *added]}
+    return taking_options
+
+
+def loaded(
+    model: str, own: OwnModel | None = None, device: str = "cpu", **options: Any
+) -> FullyConvolutional:
+    """The network that `fcvgg.load` gives, on a device.
 
     Raises:
-        LoadError: in which keyword arguments are named as the command line's options.
+        FcvggError: if it cannot be had; what an option says wrongly is found before the model is
+            looked for.
     """
-    from fcvgg.errors import LoadError
     from fcvgg.loading import load
 
+    own = own or OwnModel()
+    place = _checked_device(device)
+    settings = own.settings()
+    with contextlib.redirect_stdout(sys.stderr):  # torch.hub announces downloads on stdout
+        net = load(model, **options, **settings)
+    preprocess = own.preprocess_for(net.in_channels)
+    if preprocess is not None:
+        net.preprocess = preprocess
+    return net.to(place)
+
+
+def _checked_device(name: str) -> Any:
+    import torch
+
+    from fcvgg.errors import ArgumentError, one_line
+
     try:
-        with contextlib.redirect_stdout(sys.stderr):  # torch.hub announces downloads on stdout
-            return load(model, **options)
-    except LoadError as error:
-        raise LoadError(_with_option_names(str(error))) from error
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ArgumentError(
+            f"--device {name!r} cannot be used here ({one_line(error)}); expected cpu, or a device "
+            "of torch's that this machine has, such as cuda or mps"
+        ) from error
+    return device
+
+
+def in_option_words(message: str) -> str:
+    """A message of the library in the words of the command line: ``--arch 'x'`` for ``arch='x'``.
+
+    >>> in_option_words("pass input_size=, the size it was trained at")
+    'pass --input-size, the size it was trained at'
+    """
+    message = message.replace("input_size=(height, width)", "--input-size HxW")
+    message = message.replace(
+        "preprocess=fcvgg.Preprocess(mean, std) to convert or load",
+        "--preprocess, or --mean and --std",
+    )
+    message = message.replace("categories= to convert or load", "--categories")
+    message = re.sub(r"\b(arch|weights)=(?=')", r"--\1 ", message)
+    message = re.sub(r"(?<!-)\barch=", "--arch", message)
+    return re.sub(r"(?<![-.])\binput_size\b=?", "--input-size", message)
 
 
 def lengths(text: str | None, option: str) -> list[int] | None:
@@ -105,13 +298,18 @@ def size(text: str | None, option: str) -> tuple[int, int] | None:
     return parts[0], parts[-1]
 
 
-def _with_option_names(message: str) -> str:
-    """A message of the library, ``arch='vgg16'`` in it become ``--arch 'vgg16'``."""
-    message = re.sub(r"\b(arch|weights)=(?=')", r"--\1 ", message)
-    return re.sub(r"\barch=", "--arch", message)
-
-
 def _length(text: str, option: str) -> int:
     if not (text.strip().isdecimal() and int(text) > 0):
         raise typer.BadParameter(f"{text!r} is no positive number of pixels", param_hint=option)
     return int(text)
+
+
+def _numbers(text: str, option: str) -> tuple[float, ...]:
+    from fcvgg.errors import ArgumentError
+
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError as error:
+        raise ArgumentError(
+            f"{option} {text!r} is no list of numbers; expected such as 0.485,0.456,0.406"
+        ) from error

@@ -10,7 +10,7 @@ import typer
 from rich.table import Table
 
 from fcvgg.cli.console import complain, say, say_wrote
-from fcvgg.cli.options import Arch, Model, Weights, loaded
+from fcvgg.cli.options import Arch, Device, Model, OwnModel, Weights, loaded
 from fcvgg.cli.options import size as size_of
 from fcvgg.errors import FcvggError
 
@@ -82,6 +82,8 @@ def run(
     output: Annotated[
         Path, typer.Option("--output", "-o", metavar="FILE", help="Where the figure goes.")
     ] = Path("probe.png"),
+    own: OwnModel = OwnModel(),
+    device: Device = "cpu",
 ) -> None:
     """Fit a linear classifier on each layer's features: which depth suits these images."""
     from fcvgg.figures import save_figure
@@ -91,7 +93,7 @@ def run(
     found = class_folders(data)
     for unreadable in found.skipped:
         complain(f"skipped {unreadable}")
-    net = loaded(model, weights=weights, arch=arch)
+    net = loaded(model, own, device, weights=weights, arch=arch)
     try:
         result = probe(
             net,

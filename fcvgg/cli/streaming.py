@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from fcvgg.cli.console import say, say_wrote
-from fcvgg.cli.options import Arch, Model, OutputStride, Weights, loaded
+from fcvgg.cli.options import Arch, Device, Model, OutputStride, OwnModel, Weights, loaded
 
 NAME = "stream"
 EXAMPLES = (
@@ -56,13 +56,15 @@ def run(
         int, typer.Option("--level", min=0, help="The level of a pyramid; 0 is the full size.")
     ] = 0,
     output_stride: OutputStride = None,
+    own: OwnModel = OwnModel(),
+    device: Device = "cpu",
 ) -> None:
     """Write the score map of an image of any size, in bounded memory."""
     from fcvgg.streaming.jobs import stream
     from fcvgg.streaming.strip_sources import open_image
 
     source = open_image(slide, level)
-    net = loaded(model, weights=weights, arch=arch, output_stride=output_stride)
+    net = loaded(model, own, device, weights=weights, arch=arch, output_stride=output_stride)
     store = stream(net, source, out=output, classes=_classes(classes), memory=memory, progress=True)
     height, width = source.size
     shape = "x".join(map(str, store.array.shape))

@@ -30,7 +30,7 @@ from fcvgg.sources.extras import imported
 SUFFIXES = (".keras", ".h5", ".hdf5")
 EXTRA = "keras"
 
-CAFFE = Preprocess((103.939, 116.779, 123.68), (1.0, 1.0, 1.0), scale=1.0, channel_order="BGR")
+CAFFE = Preprocess.preset("caffe")
 """What keras.applications' VGG16 and VGG19 were trained with."""
 
 _APPLICATIONS = {"vgg16": (2, 2, 3, 3, 3), "vgg19": (2, 2, 4, 4, 4)}
