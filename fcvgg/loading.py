@@ -72,22 +72,34 @@ def load(
     if bundle:
         unused = {"input_size": input_size, **options}
         return _from_bundle(Path(source), preprocess, categories, unused)
-    model: nn.Module
-    if name == "demo":
-        model, found = demo.demo_model(), _demo_settings()
-    elif name.endswith(checkpoints.SUFFIXES):
-        model, found = torchvision_model.read_checkpoint(Path(source), arch)
-    elif name.startswith(timm_model.PREFIX):
-        model, found = timm_model.read(name.removeprefix(timm_model.PREFIX), weights)
-    elif name.endswith(onnx_file.SUFFIX):
-        model, found = onnx_file.read(name, input_size, options.get("verify", True))
-    elif name.endswith(keras_file.SUFFIXES):
-        model, found = keras_file.read(name, arch)
-    else:
-        model, found = torchvision_model.read(name, weights)
+    model, found = read_source(name, arch, weights, input_size, options.get("verify", True))
     settings = {"preprocess": preprocess, "categories": categories, "input_size": input_size}
     found.update({key: value for key, value in settings.items() if value is not None})
     return convert(model, **{**found, **options})
+
+
+def read_source(
+    name: str,
+    arch: str | None = None,
+    weights: str | Path | None = DEFAULT_WEIGHTS,
+    input_size: int | Iterable[int] | None = None,
+    verify: bool = True,
+) -> tuple[nn.Module, dict[str, Any]]:
+    """The classifier of a name or file, and what is known of it, as options of `fcvgg.convert`.
+
+    The arguments are those of `load`; a bundle is no classifier.
+    """
+    if name == "demo":
+        return demo.demo_model(), _demo_settings()
+    if name.endswith(checkpoints.SUFFIXES):
+        return torchvision_model.read_checkpoint(Path(name), arch)
+    if name.startswith(timm_model.PREFIX):
+        return timm_model.read(name.removeprefix(timm_model.PREFIX), weights)
+    if name.endswith(onnx_file.SUFFIX):
+        return onnx_file.read(name, input_size, verify)
+    if name.endswith(keras_file.SUFFIXES):
+        return keras_file.read(name, arch)
+    return torchvision_model.read(name, weights)
 
 
 def _check_options(options: dict[str, Any]) -> None:
