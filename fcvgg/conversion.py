@@ -87,6 +87,16 @@ def convert(
     return net
 
 
+def check_convertible(model: nn.Module, input_size: int | Iterable[int]) -> None:
+    """Raise what `convert` would raise about a model's layers; its weights are not looked at.
+
+    Raises:
+        ConversionError: if the model cannot be converted exactly; the message names the layer.
+    """
+    model = unwrapped(model)
+    _rewritten(model, _twin(model), _checked_input_size(input_size), None, False)
+
+
 def infer_input_size(model: nn.Module) -> Pair:
     """The smallest square size at which the model's graph runs and keeps the batch.
 

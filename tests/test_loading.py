@@ -445,3 +445,46 @@ def test_an_option_that_load_does_not_have(tmp_path: Path) -> None:
             fcvgg.load(name, foo=1)
     with pytest.raises(fcvgg.PreprocessError, match=r"expected fcvgg\.Preprocess"):
         fcvgg.load(tmp_path / "bundle", preprocess="imagenet")
+
+
+# -- before a download ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("vit_b_16", r"self_attention \(MultiheadAttention\) is refused: attention mixes"),
+        ("efficientnet_b0", r"\(SqueezeExcitation\) is refused: squeeze-and-excitation"),
+        ("regnet_y_400mf", r"\(SqueezeExcitation\) is refused: squeeze-and-excitation"),
+    ],
+)
+def test_what_cannot_be_converted_is_refused_before_its_weights_are_downloaded(
+    name: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetched: list[str] = []
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", fetched.append)
+    with pytest.raises(fcvgg.RefusedLayerError, match=message):
+        fcvgg.load(name)
+    assert not fetched
+
+
+def test_what_can_be_converted_is_downloaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    model = torchvision.models.squeezenet1_1().eval()
+    fetched = []
+
+    def fetch(url: str, *_: Any, **__: Any) -> dict[str, Tensor]:
+        fetched.append(url)
+        return model.state_dict()
+
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", fetch)
+    net = fcvgg.load("squeezenet1_1")
+    assert fetched == ["https://download.pytorch.org/models/squeezenet1_1-b8a52dc0.pth"]
+    assert net.categories[283] == "Persian cat"
+    images = torch.rand(1, 3, 224, 224)
+    with torch.no_grad():
+        torch.testing.assert_close(net(images).flatten(1), model(images), atol=1e-5, rtol=1e-5)

@@ -107,3 +107,17 @@ def test_missing_package_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(fcvgg.MissingExtraError, match=r"pip install 'fcvgg\[timm\]'"):
         fcvgg.load("timm:vgg11", weights=None)
+
+
+def test_what_cannot_be_converted_is_refused_before_its_weights_are_downloaded(monkeypatch):
+    asked = []
+    build = timm.create_model
+
+    def create(name, pretrained=False, **options):
+        asked.append(pretrained)
+        return build(name, pretrained=False, **options)
+
+    monkeypatch.setattr(timm, "create_model", create)
+    with pytest.raises(fcvgg.ConversionError, match=r"attention mixes all positions"):
+        fcvgg.load("timm:vit_tiny_patch16_224")
+    assert asked == [False]

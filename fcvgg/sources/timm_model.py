@@ -6,9 +6,11 @@ import difflib
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from fcvgg import checkpoints
+from fcvgg.conversion import check_convertible
 from fcvgg.errors import LoadError, one_line
 from fcvgg.preprocessing import INTERPOLATIONS, Preprocess
 from fcvgg.sources.extras import imported
@@ -30,6 +32,7 @@ def read(name: str, weights: str | Path | None) -> tuple[nn.Module, dict[str, An
 
     Raises:
         LoadError: if there is no such model, or its weights cannot be had or do not fit.
+        ConversionError: if timm's own weights are wanted for a model that cannot be converted.
         MissingExtraError: if timm is not installed.
     """
     timm = imported("timm", EXTRA)
@@ -50,6 +53,7 @@ def read(name: str, weights: str | Path | None) -> tuple[nn.Module, dict[str, An
 
 
 def _pretrained(name: str, timm: Any) -> nn.Module:
+    _check_architecture(name, timm)
     try:
         return timm.create_model(name, pretrained=True)
     except Exception as error:  # of timm, of the hub or of the network: many classes
@@ -57,6 +61,16 @@ def _pretrained(name: str, timm: Any) -> nn.Module:
             f"the weights of timm's {name} could not be downloaded ({one_line(error)}); pass "
             "weights=PATH (--weights PATH) of a checkpoint, or weights=None for random ones"
         ) from error
+
+
+def _check_architecture(name: str, timm: Any) -> None:
+    """Refuse what cannot be converted before its weights are downloaded."""
+    try:
+        with torch.device("meta"):
+            model = timm.create_model(name, pretrained=False).eval()
+    except (NotImplementedError, RuntimeError):  # its builder needs numbers: convert will tell
+        return
+    check_convertible(model, _settings(model, timm)["input_size"])
 
 
 def _from_checkpoint(name: str, path: Path, timm: Any) -> nn.Module:

@@ -11,6 +11,7 @@ import torchvision
 from torch import Tensor, nn
 
 from fcvgg import checkpoints
+from fcvgg.conversion import check_convertible
 from fcvgg.errors import LoadError, one_line
 from fcvgg.preprocessing import Preprocess
 
@@ -20,6 +21,7 @@ def read(name: str, weights: Any) -> tuple[nn.Module, dict[str, Any]]:
 
     Raises:
         LoadError: if there is no such model, or its weights cannot be had.
+        ConversionError: if it cannot be converted, where its weights would have to be downloaded.
     """
     check_name(name)
     if str(weights).endswith(checkpoints.SUFFIXES):
@@ -34,6 +36,8 @@ def read(name: str, weights: Any) -> tuple[nn.Module, dict[str, Any]]:
             f"{name} has no weights {str(weights)!r}; expected {', '.join(names)}, DEFAULT or the "
             f"path of a checkpoint ({', '.join(checkpoints.SUFFIXES)})"
         ) from error
+    if not _is_downloaded(entry.url):
+        check_convertible(_without_weights(name), _settings_of(entry)["input_size"])
     try:
         model = torchvision.models.get_model(name, weights=entry, progress=True)
     except (OSError, RuntimeError) as error:
@@ -71,14 +75,27 @@ def _built(name: str, **options: Any) -> nn.Module:
     return torchvision.models.get_model(name, weights=None, **options).eval()  # type: ignore[no-any-return]
 
 
+def _without_weights(name: str) -> nn.Module:
+    """A model to look at: on the meta device, where its builder can do without numbers."""
+    try:
+        with torch.device("meta"):
+            return _built(name)
+    except NotImplementedError:  # RegNet computes its widths in tensors
+        return _built(name)
+
+
+def _is_downloaded(url: str) -> bool:
+    """Whether torch.hub has a file already, in its cache."""
+    return (Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]).is_file()
+
+
 def _classes_in(state: dict[str, Tensor], arch: str) -> int:
     """The number of classes: the outputs of the architecture's last layer, in this checkpoint."""
-    with torch.device("meta"):
-        names = [
-            name
-            for name, module in _built(arch).named_modules()
-            if isinstance(module, (nn.Linear, nn.Conv2d))
-        ]
+    names = [
+        name
+        for name, module in _without_weights(arch).named_modules()
+        if isinstance(module, (nn.Linear, nn.Conv2d))
+    ]
     weight = state.get(f"{names[-1]}.weight")
     if weight is None:
         raise LoadError(
