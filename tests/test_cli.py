@@ -449,16 +449,22 @@ def test_info_of_vgg16_downloads_nothing_and_fits_80_columns(no_network):
     assert max(map(len, ran.out.splitlines())) <= 80
 
 
-@pytest.mark.parametrize("columns", [80, 100, 140])
+@pytest.mark.parametrize("columns", [40, 60, 80, 100, 140])
 def test_info_of_long_names_keeps_one_line_per_layer(columns):
     out = run("info", "densenet121", columns=columns).out
     lines = out.splitlines()
     assert max(map(len, lines)) <= columns
     assert lines[1].split()[0] == "layer"
     assert ("kind" in lines[1]) == (columns == 140)
-    table = lines[2 : lines.index("Totals") - 2]
+    table = lines[2 : next(i for i, line in enumerate(lines) if line.startswith("field:"))]
     assert str(len(table)) in lines[lines.index("Totals") + 1]
     assert all("denselayer" not in line or line.startswith(("…", "feat")) for line in table)
+    assert not any("…" in line[1:] for line in lines)  # no number is cut
+    left_out = next((line for line in lines if line.startswith("not shown")), "width: ")
+    names = left_out.partition("width: ")[2]
+    shown = lines[1].split()[1:]
+    every = {"kind", "kernel", "stride", "field", "jump", "output", "params", "train", "MACs"}
+    assert every == {*shown, *filter(None, names.split(", "))}
 
 
 def test_info_at_another_size():

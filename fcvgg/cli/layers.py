@@ -71,44 +71,55 @@ def _frozen_layers(net: FullyConvolutional, table: LayerTable) -> set[str]:
 
 
 def _layer_table(title: str, table: LayerTable, frozen: set[str]) -> RenderableType:
-    """A row per layer; a narrow terminal gets no kinds, and long names without their beginning."""
-    shown = _rows(table, frozen)
-    if _excess(shown) > 0:
-        shown = _rows(table, frozen, kinds=False)
-        longest = max(len(row.name) for row in table)
-        limit = max(longest - max(_excess(shown), 0), _LEAST_NAME)
-        shown = _rows(table, frozen, limit, kinds=False)
+    """A row per layer; on a narrow terminal without some columns, and names without their start."""
+    longest = max(len(row.name) for row in table)
+
+    def excess(dropped: int, limit: int) -> int:
+        return max(_excess(_rows(table, frozen, dropped, limit)), 0)
+
+    dropped = 0
+    while excess(dropped, _LEAST_NAME if dropped else longest) and dropped < len(_DROPPED):
+        dropped += 1
+    limit = max(longest - excess(dropped, longest), _LEAST_NAME)
+    left_out = [name for name in _HEADINGS if name in _DROPPED[:dropped]]
     return titled(
         f"{title} at {by(table.input_size)} pixels",
-        shown,
-        "field: receptive field; jump: pixels between outputs; MACs: multiply-adds",
+        _rows(table, frozen, dropped, limit),
+        "field: receptive field; jump: pixels between outputs; MACs: multiply-adds"
+        + (f"\nnot shown at this width: {', '.join(left_out)}" if left_out else ""),
     )
 
 
-def _rows(
-    table: LayerTable, frozen: set[str], limit: int | None = None, kinds: bool = True
-) -> Table:
+_HEADINGS = ("kind", "kernel", "stride", "field", "jump", "output", "params", "train", "MACs")
+
+_DROPPED = ("kind", "train", "stride", "kernel", "params", "MACs")
+"""What a terminal that is too narrow does without, in this order."""
+
+
+def _rows(table: LayerTable, frozen: set[str], dropped: int, limit: int) -> Table:
+    """The rows without the first `dropped` of `_DROPPED`, with names of `limit` characters."""
     from fcvgg.layer_table import short
 
     shown = Table(box=None, padding=(0, 1, 0, 0), header_style="cyan")
     shown.add_column("layer", no_wrap=True)
-    if kinds:
-        shown.add_column("kind", no_wrap=True)
-    for heading in ("kernel", "stride", "field", "jump", "output", "params", "train", "MACs"):
-        shown.add_column(heading, justify="right", no_wrap=True)
+    kept = [name for name in _HEADINGS if name not in _DROPPED[:dropped]]
+    for heading in kept:
+        shown.add_column(heading, justify="left" if heading == "kind" else "right", no_wrap=True)
     for row in table:
-        shown.add_row(
-            row.name if limit is None or len(row.name) <= limit else f"…{row.name[1 - limit :]}",
-            *((row.kind,) if kinds else ()),
-            short(row.kernel) + (f" d{short(row.dilation)}" if max(row.dilation) > 1 else ""),
-            short(row.stride),
-            short(row.receptive_field),
-            short(row.output_stride),
-            f"{row.channels}x{by(row.output_size)}",
-            count(row.parameters) if row.parameters else "",
-            ("no" if row.name in frozen else "yes") if row.parameters else "",
-            count(row.multiply_adds) if row.multiply_adds else "",
-        )
+        cells = {
+            "kind": row.kind,
+            "kernel": short(row.kernel)
+            + (f" d{short(row.dilation)}" if max(row.dilation) > 1 else ""),
+            "stride": short(row.stride),
+            "field": short(row.receptive_field),
+            "jump": short(row.output_stride),
+            "output": f"{row.channels}x{by(row.output_size)}",
+            "params": count(row.parameters) if row.parameters else "",
+            "train": ("no" if row.name in frozen else "yes") if row.parameters else "",
+            "MACs": count(row.multiply_adds) if row.multiply_adds else "",
+        }
+        name = row.name if len(row.name) <= limit else f"…{row.name[1 - limit :]}"
+        shown.add_row(name, *(cells[heading] for heading in kept))
     return shown
 
 
