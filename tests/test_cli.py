@@ -460,8 +460,8 @@ def test_info_of_long_names_keeps_one_line_per_layer(columns):
     assert str(len(table)) in lines[lines.index("Totals") + 1]
     assert all("denselayer" not in line or line.startswith(("…", "feat")) for line in table)
     assert not any("…" in line[1:] for line in lines)  # no number is cut
-    left_out = next((line for line in lines if line.startswith("not shown")), "width: ")
-    names = left_out.partition("width: ")[2]
+    foot = " ".join(" ".join(lines[: lines.index("Totals")]).split())
+    names = foot.partition("not shown at this width: ")[2]
     shown = lines[1].split()[1:]
     every = {"kind", "kernel", "stride", "field", "jump", "output", "params", "train", "MACs"}
     assert every == {*shown, *filter(None, names.split(", "))}
