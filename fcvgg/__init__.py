@@ -47,6 +47,15 @@ if TYPE_CHECKING:
     from fcvgg.optimization.networks import optimize as optimize
     from fcvgg.preprocessing import Preprocess as Preprocess
     from fcvgg.score_map import ScoreMap as ScoreMap
+    from fcvgg.segmentation.label_map import LabelMap as LabelMap
+    from fcvgg.segmentation.mask_folders import MaskFolder as MaskFolder
+    from fcvgg.segmentation.mask_folders import mask_folder as mask_folder
+    from fcvgg.segmentation.metrics import SegmentationMetrics as SegmentationMetrics
+    from fcvgg.segmentation.metrics import label_metrics as label_metrics
+    from fcvgg.segmentation.network import FCN as FCN
+    from fcvgg.segmentation.training import DenseTraining as DenseTraining
+    from fcvgg.segmentation.training import evaluate_fcn as evaluate_fcn
+    from fcvgg.segmentation.training import train_fcn as train_fcn
     from fcvgg.streaming.jobs import stream as stream
     from fcvgg.streaming.strip_sources import open_image as open_image
     from fcvgg.transfer import Features as Features
@@ -114,6 +123,21 @@ _PUBLIC: dict[str, tuple[str, ...]] = {
     ),
     "preprocessing": ("Preprocess",),
     "score_map": ("ScoreMap",),
+    "segmentation.label_map": ("LabelMap",),
+    "segmentation.mask_folders": (
+        "MaskFolder",
+        "mask_folder",
+    ),
+    "segmentation.metrics": (
+        "SegmentationMetrics",
+        "label_metrics",
+    ),
+    "segmentation.network": ("FCN",),
+    "segmentation.training": (
+        "DenseTraining",
+        "evaluate_fcn",
+        "train_fcn",
+    ),
     "streaming.jobs": ("stream",),
     "streaming.strip_sources": ("open_image",),
     "transfer": (

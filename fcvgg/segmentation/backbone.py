@@ -1,0 +1,273 @@
+"""A converted network without its classifier, giving the maps that a dense network scores."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch.nn.functional as F
+from torch import fx, nn
+
+from fcvgg.errors import ArgumentError, UnsupportedLayerError
+from fcvgg.geometry import IMAGE, Geometry, Pair
+from fcvgg.graph import graph_module
+from fcvgg.network import FullyConvolutional
+from fcvgg.probability import UNKNOWN
+from fcvgg.program import LayerRecord, Program
+from fcvgg.transfer.naming import LayerNames, NamedLayer, layer_names
+
+_ACTIVATIONS = ("bn", "relu", "activation")
+
+
+@dataclass(frozen=True)
+class MapSource:
+    """One map inside a network.
+
+    Attributes:
+        name: the canonical name of its layer.
+        node: the name of its node in the network's graph.
+        geometry: where its cells lie.
+        channels: how many it has.
+    """
+
+    name: str
+    node: str
+    geometry: Geometry
+    channels: int
+
+
+def without_classifier(net: FullyConvolutional, own: bool) -> FullyConvolutional:
+    """A network that gives the map before a converted network's last fully connected layer.
+
+    For VGG that is fc7. Layers after it are dropped.
+
+    Args:
+        net: a converted network of one output.
+        own: whether it has parameters of its own, or shares the storage of the net's.
+
+    Raises:
+        ArgumentError: if the network has several outputs.
+        UnsupportedLayerError: if there is no such map.
+    """
+    if len(net.program.classes) != 1:
+        raise ArgumentError(
+            f"the network has {len(net.program.classes)} outputs; a dense network is built on one "
+            "with one output, so convert the model without its further heads"
+        )
+    names = layer_names(net)
+    source = _hidden(net, names)
+    network = copy.deepcopy(net.network, _memo(net, names, own))
+    kept = _nodes_before(network.graph, source.node)
+    graph = _ending(network.graph, kept, source.node)
+    called = {str(n.target) for n in graph.nodes if n.op == "call_module"}
+    _drop_uncalled(network, graph)
+    program = Program(
+        network=graph_module(network, graph),
+        geometry=source.geometry,
+        activations=(UNKNOWN,),
+        classes=(source.channels,),
+        in_channels=net.in_channels,
+        records=tuple(r for r in net.program.records if r.name in called | kept),
+        aliases=net.program.aliases & called,
+    )
+    return FullyConvolutional(
+        program, input_size=net.input_size, preprocess=net.preprocess, source=net.source
+    )
+
+
+def map_sources(backbone: FullyConvolutional, count: int) -> list[MapSource]:
+    """The backbone's own map and `count` finer ones, each of half the stride of the one before.
+
+    A finer map is that of the layer at which the network reaches its stride, with the activation
+    after it: pool4 and pool3 for VGG.
+
+    Raises:
+        ArgumentError: if the network has no map of such a stride.
+    """
+    names = layer_names(backbone)
+    end = _result(backbone.network.graph)
+    layer = _origin(end, names)
+    sources = [MapSource(layer.name, end.name, backbone.geometry, backbone.program.classes[0])]
+    for halvings in range(1, count + 1):
+        height, width = backbone.geometry.stride
+        wanted = height / 2**halvings, width / 2**halvings
+        sources.append(_first_of_stride(backbone, names, wanted))
+    return sources
+
+
+def giving(backbone: FullyConvolutional, sources: list[MapSource]) -> FullyConvolutional:
+    """The backbone, which then returns the maps of all sources as a tuple."""
+    graph = backbone.network.graph
+    nodes = {n.name: n for n in graph.nodes}
+    backbone.network.graph = _ending(graph, set(nodes), *(s.node for s in sources))
+    return backbone
+
+
+def giving_first(program: Program) -> Program:
+    """The program as it was before `giving`: with its first map alone."""
+    graph = program.network.graph
+    results = next(n for n in graph.nodes if n.op == "output").args[0]
+    single = _ending(graph, {n.name for n in graph.nodes}, results[0].name)  # type: ignore
+    return replace(program, network=graph_module(program.network, single))
+
+
+# -- finding maps -----------------------------------------------------------------------------
+
+
+def _hidden(net: FullyConvolutional, names: LayerNames) -> MapSource:
+    """The map that the last fully connected layer reads."""
+    last = next((x for x in reversed(names.layers) if x.role == "fc"), None)
+    if last is None:
+        raise UnsupportedLayerError(
+            f"{net.source} has no fully connected layer whose input could be scored"
+        )
+    node = last.node.all_input_nodes[0]
+    if node.target is F.pad:  # put there for padding="same"; the score layer is 1x1 and needs none
+        node = node.all_input_nodes[0]
+    if node.op == "placeholder":
+        raise UnsupportedLayerError(
+            f"{last.name} of {net.source} reads the image itself, so there is no map to score"
+        )
+    step = _step_of(net, node)
+    origin = _origin(node, names)
+    return MapSource(origin.name, node.name, net.geometry.upto(step), _channels(net, node))
+
+
+def _first_of_stride(
+    backbone: FullyConvolutional, names: LayerNames, stride: tuple[float, float]
+) -> MapSource:
+    strides = []
+    for layer in names:
+        record = _record_of(backbone, layer.node)
+        if not layer.block or record is None:
+            continue
+        geometry = backbone.geometry.upto(record.step)
+        strides.append(geometry.stride)
+        if geometry.stride == stride:
+            node = _activated(layer, names)
+            return MapSource(layer.name, node.name, geometry, record.channels)
+    known = ", ".join(_short(s) for s in dict.fromkeys(strides))
+    wanted = " x ".join(f"{s:g}" for s in dict.fromkeys(stride))
+    raise ArgumentError(
+        f"the network has no map of stride {wanted} for this variant (its strides are {known}); "
+        "choose a coarser variant"
+    )
+
+
+def _activated(layer: NamedLayer, names: LayerNames) -> fx.Node:
+    """The layer's node, or that of the activation that alone follows a convolution."""
+    by_node = {x.node: x for x in names}
+    node = layer.node
+    while layer.role == "conv" and len(node.users) == 1:
+        follower = by_node.get(next(iter(node.users)))
+        if follower is None or follower.role not in _ACTIVATIONS:
+            break
+        node = follower.node
+    return node
+
+
+def _origin(node: fx.Node, names: LayerNames) -> NamedLayer:
+    """The layer with a kernel that a map comes from."""
+    by_node = {x.node: x for x in names}
+    while node in by_node and by_node[node].role not in ("fc", "conv", "pool", "avgpool"):
+        node = node.all_input_nodes[0]
+    if node not in by_node:
+        raise UnsupportedLayerError(f"the map at {node} comes from no layer that is known by name")
+    return by_node[node]
+
+
+def _step_of(net: FullyConvolutional, node: fx.Node) -> int:
+    """A node's place in the geometry."""
+    if node.op == "placeholder":
+        return IMAGE
+    record = _record_of(net, node)
+    if record is not None:
+        return record.step
+    fed = [n for n in node.all_input_nodes if n.op != "get_attr"]
+    inputs = tuple(dict.fromkeys(_step_of(net, n) for n in fed))
+    if len(inputs) == 1:
+        return inputs[0]
+    for i, step in enumerate(net.geometry.height.steps):
+        if step.inputs == inputs:
+            return i
+    raise UnsupportedLayerError(f"the geometry of {node} is not known")
+
+
+def _channels(net: FullyConvolutional, node: fx.Node) -> int:
+    """How many channels the map at a node has: those of the layer that it comes from."""
+    record = _record_of(net, node)
+    return record.channels if record is not None else _channels(net, node.all_input_nodes[0])
+
+
+def _record_of(net: FullyConvolutional, node: fx.Node) -> LayerRecord | None:
+    """What is known of a node: by its module's path, or by its name where it was a function."""
+    records = {r.name: r for r in net.program.records}
+    return records.get(str(node.target)) or records.get(node.name)
+
+
+def _short(stride: Pair) -> str:
+    return f"{stride[0]}" if stride[0] == stride[1] else f"{stride[0]}x{stride[1]}"
+
+
+# -- cutting the graph ------------------------------------------------------------------------
+
+
+def _result(graph: fx.Graph) -> fx.Node:
+    results = next(n for n in graph.nodes if n.op == "output").args[0]
+    first = results[0] if isinstance(results, (tuple, list)) else results
+    assert isinstance(first, fx.Node)
+    return first
+
+
+def _nodes_before(graph: fx.Graph, end: str) -> set[str]:
+    """The names of the nodes that one depends on, with its own."""
+    waiting = [n for n in graph.nodes if n.name == end]
+    needed: set[str] = set()
+    while waiting:
+        node = waiting.pop()
+        if node.name not in needed:
+            needed.add(node.name)
+            waiting.extend(node.all_input_nodes)
+    return needed
+
+
+def _ending(graph: fx.Graph, kept: set[str], *ends: str) -> fx.Graph:
+    """A graph of the kept nodes that returns the value of one node, or a tuple of several."""
+    new, made = fx.Graph(), dict[fx.Node, fx.Node]()
+    for node in graph.nodes:
+        if node.name in kept and node.op != "output":
+            made[node] = new.node_copy(node, made.__getitem__)
+    by_name = {node.name: copied for node, copied in made.items()}
+    results = tuple(by_name[name] for name in ends)
+    new.output(results if len(results) > 1 else results[0])
+    new.lint()
+    return new
+
+
+def _drop_uncalled(tree: nn.Module, graph: fx.Graph) -> None:
+    """Remove the modules that the graph neither calls nor reads tensors of."""
+    used = {str(n.target) for n in graph.nodes if n.op == "call_module"}
+    used |= {str(n.target).rpartition(".")[0] for n in graph.nodes if n.op == "get_attr"}
+
+    def drop(module: nn.Module, path: str) -> None:
+        for name, child in list(module.named_children()):
+            place = f"{path}{name}"
+            if any(other == place or other.startswith(f"{place}.") for other in used):
+                drop(child, f"{place}.")
+            else:
+                delattr(module, name)
+
+    drop(tree, "")
+
+
+def _memo(net: FullyConvolutional, names: LayerNames, own: bool) -> dict[int, Any]:
+    """Which tensors of the net are not copied: all of them, or the dropped classifier's."""
+    if own:
+        last = next((x for x in reversed(names.layers) if x.role == "fc"), None)
+        left = net.network.get_submodule(last.path) if last is not None and last.path else None
+        return {id(p): p for p in left.parameters()} if left is not None else {}
+    return {
+        **{id(p): nn.Parameter(p.detach(), p.requires_grad) for p in net.parameters()},
+        **{id(b): b.detach() for b in net.buffers()},
+    }

@@ -1,0 +1,155 @@
+"""`LabelMap`: one class for every pixel, and how it is shown.
+
+matplotlib is imported where it is used, so that importing fcvgg stays light.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from fcvgg.errors import ArgumentError, ImageError
+from fcvgg.files import written_whole
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+IGNORE_INDEX = 255
+"""The label of pixels that are of no class, neither trained on nor counted."""
+
+ALPHA = 0.55
+
+_FIRST_COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7")
+"""Okabe and Ito's, which colour-blind readers tell apart too (https://jfly.uni-koeln.de/color)."""
+
+
+@dataclass(frozen=True, eq=False)
+class LabelMap:
+    """The class of every pixel of an image.
+
+    Attributes:
+        labels: integers ``(H, W)``, indices into `categories`, or `IGNORE_INDEX`.
+        categories: the names of the classes.
+        image: the image that the labels speak about, if it is known.
+    """
+
+    labels: NDArray[Any]
+    categories: tuple[str, ...]
+    image: Image.Image | None = None
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """The share of the labelled pixels that each class has."""
+        known = self.labels[self.labels != IGNORE_INDEX]
+        counts = np.bincount(known.ravel(), minlength=len(self.categories))
+        return {name: n / max(known.size, 1) for name, n in zip(self.categories, counts.tolist())}
+
+    def coloured(self) -> Image.Image:
+        """The labels alone, each class in its colour, what is ignored in black."""
+        table = np.zeros((256, 3), np.uint8)
+        table[: len(self.categories)] = class_colours(len(self.categories))
+        return Image.fromarray(table[self.labels.astype(np.uint8)])
+
+    def overlay(self, alpha: float = ALPHA) -> Image.Image:
+        """The colours laid on the image, which is shown in grey; alone where there is none.
+
+        Raises:
+            ArgumentError: if `alpha` is not in [0, 1].
+        """
+        if not 0 <= alpha <= 1:
+            raise ArgumentError(f"alpha={alpha} is no opacity; expected 0 <= alpha <= 1")
+        colours = self.coloured()
+        if self.image is None:
+            return colours
+        grey = self.image.convert("RGB").convert("L").convert("RGB")
+        known = Image.fromarray((self.labels != IGNORE_INDEX).astype(np.uint8) * 255)
+        return Image.composite(Image.blend(grey, colours, alpha), grey, known)
+
+    def plot(self, ax: Axes | None = None, *, alpha: float = ALPHA, legend: bool = True) -> Axes:
+        """Draw the overlay, with a legend of the classes that are there.
+
+        Args:
+            ax: where to draw; a new figure when None.
+            alpha: as for `overlay`.
+            legend: name the classes and their shares beside the image.
+        """
+        from matplotlib import pyplot as plt
+
+        own = ax is None
+        if ax is None:
+            _, ax = plt.subplots(layout="constrained")
+        ax.imshow(self.overlay(alpha))
+        ax.set_axis_off()
+        if legend:
+            look: dict[str, Any] = {
+                **{"handles": self._patches(), "title": "class (share of pixels)"},
+                **{"frameon": False, "alignment": "left"},
+            }
+            if own:  # the layout makes room for a figure's legend, not for one beside an image
+                ax.figure.legend(loc="outside right upper", **look)
+            else:
+                ax.legend(loc="upper left", bbox_to_anchor=(1.01, 1), borderaxespad=0, **look)
+        return ax
+
+    def _patches(self) -> list[Any]:
+        from matplotlib.patches import Patch
+
+        colours = class_colours(len(self.categories)) / 255
+        return [
+            Patch(color=colour, label=f"{name} ({share:.0%})")
+            for (name, share), colour in zip(self.shares.items(), colours)
+            if share > 0
+        ]
+
+    def save(self, path: str | Path) -> Path:
+        """Write the labels as a PNG of class indices with a palette, as `MaskFolder` reads them.
+
+        Raises:
+            ImageError: if the name does not end in ``.png``, or there are more than 255 classes.
+            FcvggError: if the file cannot be written.
+        """
+        path = Path(path)
+        if path.suffix.lower() != ".png":
+            raise ImageError(f"labels are saved as .png, which keeps them exact; got {path.name!r}")
+        if len(self.categories) > IGNORE_INDEX:
+            raise ImageError(
+                f"a PNG holds up to {IGNORE_INDEX} classes, got {len(self.categories)}"
+            )
+        indexed = Image.fromarray(self.labels.astype(np.uint8))
+        table = np.zeros((256, 3), np.uint8)
+        table[: len(self.categories)] = class_colours(len(self.categories))
+        indexed.putpalette(table.tobytes())
+        with written_whole(path) as temporary:
+            indexed.save(temporary, "PNG")
+        return path
+
+    def _repr_png_(self) -> bytes:
+        """The overlay, as a notebook shows it."""
+        import io
+
+        buffer = io.BytesIO()
+        self.overlay().save(buffer, "PNG")
+        return buffer.getvalue()
+
+    def __repr__(self) -> str:
+        height, width = self.labels.shape
+        most = sorted(self.shares.items(), key=lambda item: -item[1])[:3]
+        shown = ", ".join(f"{name} {share:.0%}" for name, share in most if share)
+        return f"LabelMap({height}x{width} pixels, {len(self.categories)} classes: {shown})"
+
+
+def class_colours(count: int) -> NDArray[np.uint8]:
+    """A colour for each class, ``uint8 (count, 3)``: seven to be told apart, then evenly spaced."""
+    from matplotlib.colors import hsv_to_rgb, to_rgb
+
+    first = [to_rgb(colour) for colour in _FIRST_COLOURS[:count]]
+    further = max(count - len(first), 0)
+    hues = np.arange(further) * 0.618 % 1  # by the golden ratio: neighbours differ
+    rest: Sequence[Any] = [hsv_to_rgb((hue, 0.65, 0.85)) for hue in hues]
+    return np.rint(np.array([*first, *rest]).reshape(-1, 3) * 255).astype(np.uint8)

@@ -1,0 +1,93 @@
+"""How good label maps are: pixel accuracy and intersection over union, by torchmetrics."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fcvgg.errors import DatasetError
+from fcvgg.segmentation.label_map import IGNORE_INDEX
+from fcvgg.sources.extras import imported
+
+
+@dataclass(frozen=True)
+class SegmentationMetrics:
+    """How good label maps are, over all pixels together that are not ignored.
+
+    Attributes:
+        pixel_accuracy: the share of pixels with the right label.
+        mean_iou: the mean of `iou` over the classes that are in a mask or were predicted.
+        iou: intersection over union of each class, by name; NaN where neither is the case.
+    """
+
+    pixel_accuracy: float
+    mean_iou: float
+    iou: dict[str, float]
+
+    def __str__(self) -> str:
+        classes = ", ".join(f"{name} {value:.3f}" for name, value in self.iou.items())
+        return f"mean IoU {self.mean_iou:.3f}, pixel accuracy {self.pixel_accuracy:.3f} ({classes})"
+
+
+def confusion_metric(num_classes: int) -> Any:
+    """A torchmetrics metric of the confusion matrix ``(K, K)``, rows being the truth.
+
+    Raises:
+        MissingExtraError: if torchmetrics is not installed.
+    """
+    torchmetrics = imported("torchmetrics", "train")
+    return torchmetrics.ConfusionMatrix(
+        task="multiclass", num_classes=num_classes, ignore_index=IGNORE_INDEX
+    )
+
+
+def metrics_of(confusion: Tensor, categories: Iterable[str]) -> SegmentationMetrics:
+    """The metrics of a confusion matrix ``(K, K)``.
+
+    Raises:
+        DatasetError: if it counts no pixel.
+    """
+    counts = confusion.double()
+    hits = counts.diag()
+    union = counts.sum(0) + counts.sum(1) - hits
+    if not union.any():
+        raise DatasetError(
+            f"the masks label no pixel (all are {IGNORE_INDEX}), so nothing can be measured"
+        )
+    iou = hits / union  # NaN where a class is nowhere
+    return SegmentationMetrics(
+        pixel_accuracy=float(hits.sum() / counts.sum()),
+        mean_iou=float(iou.nanmean()),
+        iou=dict(zip(categories, iou.tolist())),
+    )
+
+
+def label_metrics(
+    pairs: Iterable[tuple[NDArray[Any], NDArray[Any]]], categories: Iterable[str]
+) -> SegmentationMetrics:
+    """The metrics of label maps, whatever made them.
+
+    Args:
+        pairs: predicted labels and true ones, integers ``(H, W)`` each; `IGNORE_INDEX` among the
+            true ones is not counted.
+        categories: the names of the classes.
+
+    Raises:
+        MissingExtraError: if torchmetrics is not installed.
+    """
+    names = tuple(categories)
+    confusion = confusion_metric(len(names))
+    for predicted, truth in pairs:
+        confusion.update(
+            *(
+                torch.from_numpy(np.ascontiguousarray(x).astype(np.int64))
+                for x in (predicted, truth)
+            )
+        )
+    return metrics_of(confusion.confmat, names)

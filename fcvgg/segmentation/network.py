@@ -1,0 +1,279 @@
+"""`FCN`: a converted classifier as a network that labels every pixel."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fcvgg.errors import ArgumentError, CategoryError
+from fcvgg.images import ImageLike, prepare
+from fcvgg.network import FullyConvolutional, evaluating
+from fcvgg.placement import device_of, dtype_of
+from fcvgg.preprocessing import Preprocess
+from fcvgg.segmentation.backbone import MapSource, giving, map_sources, without_classifier
+from fcvgg.segmentation.label_map import LabelMap
+from fcvgg.segmentation.storage import write_fcn
+from fcvgg.segmentation.upsampling import PIXELS, BilinearUpsampling
+from fcvgg.transfer.heads import check_classes
+
+VARIANTS = {"32s": 0, "16s": 1, "8s": 2}
+"""How many finer maps a variant scores beside the coarsest; named for VGG's strides."""
+
+
+class Score(nn.Module):
+    """Scores of every cell of a map: a 1x1 convolution that starts at zero.
+
+    The map is divided by `magnitude` first, 1 unless `FCN.calibrate_` measured it: pool3 of a VGG
+    may be a hundred times as large as fc7, and would learn as much faster.
+    """
+
+    magnitude: Tensor
+
+    def __init__(self, channels: int, num_classes: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, num_classes, 1)
+        nn.init.zeros_(self.conv.weight)
+        nn.init.zeros_(self.conv.bias)  # type: ignore[arg-type]
+        self.register_buffer("magnitude", torch.ones(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x / self.magnitude)
+
+
+class FCN(nn.Module):
+    """Class scores for every pixel of images of any size (FCN-32s, FCN-16s, FCN-8s).
+
+    The classifier's last layer is replaced by a score layer, zero at first, on the map before it
+    (fc7 for VGG). ``"16s"`` also scores the map of half the stride (pool4), ``"8s"`` that of a
+    quarter (pool3). Each sum of scores is brought to the next finer grid by a transposed
+    convolution that starts as bilinear interpolation and learns; the last one, to the pixels, stays
+    bilinear (Long, Shelhamer and Darrell, section 3, https://arxiv.org/abs/1411.4038).
+
+    Nothing is padded by 100 pixels or cropped by numbers found by trial: every map's place comes
+    from the network's geometry, and scores lie on the pixels that they speak about. Outside the
+    outermost cells' centres the nearest cell's score is held.
+
+    Convert with ``padding="same"``, and the cells of fc7 lie on those of pool5 and reach the
+    image's border; its window is then one cell of pool5, 32 pixels for VGG. With
+    ``padding="valid"`` cells begin half a window inside, and a wide margin holds the outermost
+    scores. Images below the window are padded with zeros, centred, and the result is cut.
+
+    Args:
+        net: a converted network with a fully connected layer at its end and one output.
+        num_classes: how many classes a pixel may have.
+        variant: ``"32s"``, ``"16s"`` or ``"8s"``. The names are those of VGG's strides; on a net of
+            another stride s they score the maps of stride s, s/2 and s/4.
+        copy: own the parameters, the default, since dense training changes the features. False
+            shares the net's storage, as `fcvgg.convert` does: training one then changes both.
+        init_from: a coarser `FCN` of the same classes whose weights are the start, which is how the
+            paper trains: 32s, then 16s, then 8s.
+        learn_upsampling: let the kernels between score layers learn.
+        categories: the names of the classes.
+        preprocess: how images become input; the net's when None.
+
+    Attributes:
+        backbone: the network up to fc7, whose ``geometry`` places the coarsest scores.
+        sources: the maps that are scored, coarsest first.
+        scores: the score layers, by the canonical name of the layer that each one reads.
+
+    Raises:
+        ArgumentError: if the variant is unknown, or the network has no map that it needs.
+        UnsupportedLayerError: if there is no map before a last fully connected layer.
+    """
+
+    def __init__(
+        self,
+        net: FullyConvolutional,
+        num_classes: int,
+        variant: str = "32s",
+        *,
+        copy: bool = True,
+        init_from: FCN | None = None,
+        learn_upsampling: bool = True,
+        categories: Sequence[str] | None = None,
+        preprocess: Preprocess | None = None,
+    ):
+        super().__init__()
+        if not isinstance(net, FullyConvolutional):
+            raise ArgumentError(
+                f"FCN takes a converted network, got {type(net).__name__}; pass "
+                'fcvgg.convert(model, padding="same")'
+            )
+        if variant not in VARIANTS:
+            raise ArgumentError(
+                f"variant={variant!r} is unknown; expected one of {', '.join(VARIANTS)}"
+            )
+        check_classes(num_classes)
+        self._build(without_classifier(net, copy), num_classes, variant, learn_upsampling)
+        self.categories = categories
+        self.preprocess = net.preprocess if preprocess is None else preprocess
+        if init_from is not None:
+            self._start_from(init_from)
+
+    @classmethod
+    def _of(
+        cls, backbone: FullyConvolutional, num_classes: int, variant: str, learned: bool
+    ) -> FCN:
+        """A network on a backbone as it is, for reading files."""
+        if variant not in VARIANTS:
+            raise ArgumentError(f"variant={variant!r} is unknown")
+        fcn = cls.__new__(cls)
+        nn.Module.__init__(fcn)
+        fcn._build(backbone, num_classes, variant, learned)
+        return fcn
+
+    def _build(
+        self, backbone: FullyConvolutional, num_classes: int, variant: str, learned: bool
+    ) -> None:
+        dtype = dtype_of(backbone)
+        self.num_classes = num_classes
+        self.variant = variant
+        self.learn_upsampling = learned
+        self.sources = map_sources(backbone, VARIANTS[variant])
+        self.backbone = giving(backbone, self.sources)
+        self.training = backbone.training
+        self.scores = nn.ModuleDict(
+            {_key(source): Score(source.channels, num_classes) for source in self.sources}
+        ).train(self.training)
+        grids = [source.geometry for source in self.sources]
+        self.upsamplings = nn.ModuleDict(
+            {
+                _key(finer): BilinearUpsampling(num_classes, cells, finer.geometry, learned, dtype)
+                for cells, finer in zip(grids, self.sources[1:])
+            }
+        ).train(self.training)
+        self.to_pixels = BilinearUpsampling(num_classes, grids[-1], PIXELS, dtype=dtype)
+        self.to(device_of(backbone), dtype)
+
+    def _start_from(self, coarser: FCN) -> None:
+        """Take the weights of a variant that scores fewer maps.
+
+        Raises:
+            ArgumentError: if they do not fit.
+        """
+        if not isinstance(coarser, FCN):
+            raise ArgumentError(
+                f"init_from is a {type(coarser).__name__}; expected a trained fcvgg.FCN"
+            )
+        state = coarser.state_dict()
+        own = self.state_dict()
+        wrong = [k for k, v in state.items() if k not in own or own[k].shape != v.shape]
+        if wrong:
+            raise ArgumentError(
+                f"init_from is FCN-{coarser.variant} of {coarser.num_classes} classes, whose "
+                f"{wrong[0]} does not fit FCN-{self.variant} of {self.num_classes}; expected a "
+                "coarser or equal variant of the same network and classes"
+            )
+        self.load_state_dict(state, strict=False)
+
+    @property
+    def categories(self) -> tuple[str, ...] | None:
+        """The names of the classes, or None."""
+        return self._categories
+
+    @categories.setter
+    def categories(self, names: Sequence[str] | None) -> None:
+        if names is not None and len(names) != self.num_classes:
+            raise CategoryError(
+                f"{len(names)} categories were given for {self.num_classes} classes; "
+                "pass one name per class, in the order of the labels"
+            )
+        self._categories = None if names is None else tuple(names)
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The categories, or the classes' numbers as text."""
+        return self.categories or tuple(map(str, range(self.num_classes)))
+
+    # -- scores -----------------------------------------------------------------------------------
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Scores ``(N, num_classes, H, W)`` of preprocessed images ``(N, C, H, W)``."""
+        maps = self.backbone(images)
+        maps = maps if isinstance(maps, tuple) else (maps,)
+        (top, bottom), (left, right) = self.backbone.geometry.padding_for(images.shape[2:])
+        height, width = images.shape[2:]
+        scores: Tensor | None = None
+        for source, features in zip(self.sources, maps):
+            own = self.scores[_key(source)](features)  # (N, K, h, w)
+            if scores is not None:
+                own = own + self.upsamplings[_key(source)](scores, own.shape[2:])
+            scores = own
+        assert scores is not None
+        pixels = self.to_pixels(scores, (top + height + bottom, left + width + right))
+        return pixels[..., top : top + height, left : left + width]
+
+    def predict(self, image: ImageLike) -> LabelMap:
+        """The most probable class of every pixel of one image.
+
+        Args:
+            image: as for `FullyConvolutional.score_map`.
+
+        Raises:
+            PreprocessError: if the image needs preprocessing and there is none.
+            ImageError: if it cannot be used as an image.
+        """
+        prepared = prepare(image, self.preprocess, self.backbone.in_channels)
+        pixels = prepared.tensor(self.preprocess).to(device_of(self), dtype_of(self))
+        with torch.no_grad(), evaluating(self):
+            scores = self(pixels)
+        if scores.shape[2:] != prepared.size:  # preprocessing resized it
+            scores = F.interpolate(scores, prepared.size, mode="bilinear", align_corners=False)
+        return LabelMap(
+            labels=scores[0].argmax(0).cpu().numpy(),
+            categories=self.class_names,
+            image=prepared.picture,
+        )
+
+    @torch.no_grad()
+    def calibrate_(self, images: Tensor) -> FCN:
+        """Set every score layer's `Score.magnitude` to the root mean square of its map.
+
+        Do this before training. Layers that have learned keep theirs, so a variant that started
+        from a coarser one calibrates only what is new.
+
+        Args:
+            images: preprocessed ``(N, C, H, W)``.
+        """
+        with evaluating(self):
+            maps = self.backbone(images.to(device_of(self), dtype_of(self)))
+        for source, features in zip(self.sources, maps if isinstance(maps, tuple) else (maps,)):
+            score = self.scores[_key(source)]
+            assert isinstance(score, Score)
+            if not score.conv.weight.any():
+                magnitude = features.square().mean().sqrt()
+                score.magnitude.copy_(magnitude if magnitude > 0 else torch.ones(()))
+        return self
+
+    # -- files ------------------------------------------------------------------------------------
+
+    def save(self, path: str | Path) -> Path:
+        """Write a folder that `FCN.load` reads back bit for bit; it holds data, no code.
+
+        Raises:
+            FcvggError: if `path` is something else than such a folder, or cannot be written.
+        """
+        return write_fcn(self, Path(path))
+
+    @classmethod
+    def load(cls, path: str | Path) -> FCN:
+        """The network of a folder that `save` wrote.
+
+        Raises:
+            LoadError: if it is none, or is broken.
+        """
+        from fcvgg.segmentation.storage import read_fcn
+
+        return read_fcn(cls, Path(path))
+
+    def extra_repr(self) -> str:
+        read = ", ".join(f"{s.name} at stride {s.geometry.stride[0]}" for s in self.sources)
+        return f"FCN-{self.variant}, {self.num_classes} classes, scoring {read}"
+
+
+def _key(source: MapSource) -> str:
+    return source.name.replace(".", "_")

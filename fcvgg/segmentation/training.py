@@ -1,0 +1,184 @@
+"""`train_fcn`: dense training on images with masks, by the one path through Lightning."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fcvgg.datasets import Unreadable
+from fcvgg.errors import ArgumentError, GeometryError, PreprocessError
+from fcvgg.geometry import Pair, checked_size
+from fcvgg.segmentation.mask_folders import MaskFolder, read_mask, train_and_valid
+from fcvgg.segmentation.metrics import SegmentationMetrics, confusion_metric, metrics_of
+from fcvgg.segmentation.network import FCN
+from fcvgg.segmentation.samples import MaskedImages, collated
+from fcvgg.training.settings import Settings
+
+if TYPE_CHECKING:
+    from fcvgg.training.loop import TrainingRun
+
+_CALIBRATION_IMAGES = 4
+
+
+@dataclass(frozen=True)
+class DenseTraining:
+    """What `train_fcn` leaves.
+
+    Attributes:
+        fcn: the network that was given, with the weights of its best epoch.
+        run: the run's files, and the values of every epoch.
+        metrics: on the validation images, with these weights.
+        skipped: the images that could not be read, and why.
+    """
+
+    fcn: FCN
+    run: TrainingRun
+    metrics: SegmentationMetrics
+    skipped: tuple[Unreadable, ...] = ()
+
+
+def train_fcn(
+    fcn: FCN,
+    data: str | Path | tuple[MaskFolder, MaskFolder],
+    folder: str | Path,
+    *,
+    settings: Settings | None = None,
+    crop: int | Iterable[int] | None = None,
+    flip: bool = True,
+    class_weights: str | Sequence[float] | None = None,
+    backbone_lr: float | None = None,
+    valid_share: float = 0.2,
+    resume: bool = False,
+    progress: bool = False,
+) -> DenseTraining:
+    """Train a dense network on images with masks; the best epoch is that of the highest mean IoU.
+
+    The network is trained in place. Score layers without weights yet are calibrated first
+    (`FCN.calibrate_`). The folder gets ``best.ckpt``, ``last.ckpt`` and ``history.csv``, and
+    ``fcn``, which `FCN.load` reads.
+
+    Args:
+        fcn: the network; what its parameters' ``requires_grad`` excludes stays as it is.
+        data: a folder as for `train_and_valid`, whose masks are read by the network's categories;
+            or the two parts.
+        folder: where the files go. It is made if absent.
+        settings: how to train; AdamW at 1e-3 in batches of 4 when None.
+        crop: the size of the random part of each training image, an int or ``(h, w)``; smaller
+            images are padded with zeros, whose pixels are ignored. None takes whole images.
+        flip: mirror every other training image.
+        class_weights: factors of the classes' losses: one for each, ``"balanced"`` (inverse to
+            their pixels in the training masks, the mean over pixels being 1), or None.
+        backbone_lr: the learning rate of the layers that came with the converted network; that of
+            the settings when None.
+        valid_share: of the images that are for validation, where the folder is not split.
+        resume: go on with the run of the folder, if there is one.
+        progress: show a bar, and print a line for every epoch, on stderr.
+
+    Raises:
+        DatasetError: if images or masks are not usable; see `mask_folder`.
+        PreprocessError: if the network has no preprocessing.
+        ArgumentError: if an option is out of range.
+        TrainingError: if the loss is not finite or a file cannot be written; see `fcvgg.training`.
+        MissingExtraError: if Lightning or torchmetrics are not installed.
+    """
+    from fcvgg.segmentation.task import MONITOR, DenseTask
+    from fcvgg.training.loop import fit
+
+    settings = settings or Settings(optimizer="adamw", batch_size=4)
+    if fcn.preprocess is None:
+        raise PreprocessError(
+            "the network's preprocessing is unknown, so image files cannot be fed to it; set "
+            "fcn.preprocess = fcvgg.Preprocess(mean, std)"
+        )
+    train, valid = (
+        data
+        if isinstance(data, tuple)
+        else train_and_valid(data, fcn.class_names, valid_share, settings.seed)
+    )
+    for part in (train, valid):
+        if len(part.categories) != fcn.num_classes:
+            raise ArgumentError(
+                f"the masks have {len(part.categories)} classes and the network {fcn.num_classes}; "
+                "expected as many"
+            )
+    weights = _checked_weights(class_weights, train.counts, fcn.num_classes)
+    samples = MaskedImages(train, fcn, _checked_crop(crop), flip)
+    fcn.calibrate_(torch.stack(samples.whole(_CALIBRATION_IMAGES)))
+    task = DenseTask(fcn, weights, backbone_lr)
+    run = fit(
+        task,
+        samples,
+        MaskedImages(valid, fcn),
+        settings,
+        folder,
+        monitor=MONITOR,
+        mode="max",
+        identity={
+            "variant": fcn.variant,
+            "classes": fcn.num_classes,
+            "images": [p.name for p in train.images],
+            "crop": samples.crop,
+            "flip": flip,
+            "class_weights": None if weights is None else weights.tolist(),
+            "backbone_lr": backbone_lr,
+        },
+        resume=resume,
+        collate=collated,
+        progress=progress,
+    )
+    fcn.eval()
+    fcn.save(run.folder / "fcn")
+    return DenseTraining(fcn, run, evaluate_fcn(fcn, valid), (*train.skipped, *valid.skipped))
+
+
+def evaluate_fcn(fcn: FCN, data: MaskFolder) -> SegmentationMetrics:
+    """Pixel accuracy and intersection over union on images with masks, each image whole.
+
+    Raises:
+        MissingExtraError: if torchmetrics is not installed.
+    """
+    confusion = confusion_metric(fcn.num_classes)
+    for image, mask in zip(data.images, data.masks):
+        predicted = torch.from_numpy(fcn.predict(image).labels)
+        confusion.update(predicted[None], torch.from_numpy(read_mask(mask))[None])
+    return metrics_of(confusion.confmat, fcn.class_names)
+
+
+def _checked_crop(crop: int | Iterable[int] | None) -> Pair | None:
+    if crop is None:
+        return None
+    try:
+        return checked_size(crop)
+    except (GeometryError, TypeError) as error:
+        raise ArgumentError(
+            f"crop={crop!r} is no size; expected None, a positive int or (h, w)"
+        ) from error
+
+
+def _checked_weights(
+    weights: str | Sequence[float] | None, counts: Sequence[int], classes: int
+) -> Tensor | None:
+    if weights is None:
+        return None
+    if isinstance(weights, str):
+        if weights != "balanced":
+            raise ArgumentError(
+                f"class_weights={weights!r} is unknown; expected 'balanced', one number for each "
+                "class, or None"
+            )
+        known = np.array(counts, np.float64)
+        inverse = np.divide(known.sum(), known, out=np.zeros_like(known), where=known > 0)
+        return torch.tensor(inverse / np.count_nonzero(known), dtype=torch.float32)
+    values = torch.as_tensor(list(weights), dtype=torch.float32)
+    if values.shape != (classes,) or not values.isfinite().all() or values.min() < 0:
+        raise ArgumentError(
+            f"class_weights={list(weights)} are none; expected {classes} numbers >= 0, one for "
+            "each class"
+        )
+    return values

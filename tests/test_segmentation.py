@@ -1,0 +1,564 @@
+"""Dense networks: upsampling against ScoreMap's, alignment, training, files and folders."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from nets import GlobalPooled, Headed, SmallVGG, Unpadded, images, narrow_vgg, seeded
+from PIL import Image
+from torch import Tensor, nn
+
+import fcvgg
+from fcvgg.geometry import IMAGE, Axis, Geometry, Step, Window
+from fcvgg.segmentation.mask_folders import read_mask, train_and_valid
+from fcvgg.segmentation.network import VARIANTS
+from fcvgg.segmentation.samples import MaskedImages
+from fcvgg.segmentation.upsampling import PIXELS, BilinearUpsampling
+from fcvgg.training import Settings
+
+CLASSES = ("dark", "light")
+PLAIN = fcvgg.Preprocess((0.0,) * 3, (1.0,) * 3)
+
+
+def geometry_of(stride: int, kernel: int, before: int, after: int) -> Geometry:
+    axis = Axis((Step(Window(kernel, stride, before=before, after=after), (IMAGE,)),))
+    return Geometry(axis, axis)
+
+
+def small_fcn(
+    variant: str = "8s", model: nn.Module | None = None, padding: str = "same", **options: Any
+) -> fcvgg.FCN:
+    """A tiny FCN whose score layers are not zero."""
+    net = fcvgg.convert(model or seeded(SmallVGG), padding=padding, preprocess=PLAIN)
+    fcn = fcvgg.FCN(net, len(CLASSES), variant, **options)
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        for score in fcn.scores.values():
+            nn.init.normal_(score.conv.weight, std=0.3)
+            nn.init.normal_(score.conv.bias, std=0.3)
+    return fcn
+
+
+# -- upsampling -------------------------------------------------------------------------------
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    stride=st.integers(1, 9),
+    kernel=st.integers(1, 12),
+    before=st.integers(0, 6),
+    after=st.integers(0, 6),
+    cells=st.tuples(st.integers(1, 5), st.integers(1, 5)),
+    size=st.tuples(st.integers(1, 40), st.integers(1, 40)),
+)
+def test_bilinear_kernels_give_what_score_maps_resample_to(
+    stride: int,
+    kernel: int,
+    before: int,
+    after: int,
+    cells: tuple[int, int],
+    size: tuple[int, int],
+) -> None:
+    geometry = geometry_of(stride, kernel, before, after)
+    scores = images(1, 2, *cells)
+    expected = fcvgg.ScoreMap(scores[0], geometry, size, size).resample()
+    upsampling = BilinearUpsampling(2, geometry, PIXELS, dtype=torch.float64)
+    torch.testing.assert_close(upsampling(scores, size)[0], expected, rtol=0, atol=1e-12)
+
+
+def test_upsampling_to_a_finer_grid_interpolates_at_its_centres() -> None:
+    coarse, fine = geometry_of(8, 8, 0, 0), geometry_of(4, 3, 1, 1)  # centres 3.5 + 8i, 4i
+    ramp = torch.arange(4.0, dtype=torch.float64) * 8 + 3.5
+    maps = ramp.expand(1, 1, 4, 4)
+    made = BilinearUpsampling(1, coarse, fine, dtype=torch.float64)(maps, (8, 8))[0, 0]
+    expected = (torch.arange(8.0, dtype=torch.float64) * 4).clamp(3.5, 27.5)
+    torch.testing.assert_close(made[2], expected, rtol=0, atol=1e-12)
+
+
+def test_a_stride_that_does_not_divide_is_refused() -> None:
+    with pytest.raises(fcvgg.GeometryError, match=r"cells 6 pixels apart .* grid of 4; expected"):
+        BilinearUpsampling(1, geometry_of(6, 6, 0, 0), geometry_of(4, 4, 0, 0))
+
+
+# -- the network ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("padding", ["same", "valid"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_output_has_the_size_of_every_input(variant: str, padding: str) -> None:
+    fcn = small_fcn(variant, padding=padding).eval()
+    for size in [(1, 1), (3, 50), (31, 33), (64, 48), (77, 40)]:
+        assert fcn(images(2, 3, *size)).shape == (2, 2, *size)
+
+
+@pytest.mark.parametrize(
+    ("model", "size", "names"),
+    [
+        (seeded(narrow_vgg, "vgg11"), None, ("fc7", "pool4", "pool3")),
+        (seeded(narrow_vgg, "vgg16_bn"), None, ("fc7", "pool4", "pool3")),
+        (seeded(SmallVGG), None, ("fc7", "pool1", "conv1_1")),
+        (seeded(Unpadded), None, ("fc6", "conv2_1", "pool1")),
+        (seeded(GlobalPooled), 64, ("avgpool", "pool1", "conv1_1")),
+        (seeded(Headed, nn.Sequential(nn.Flatten(), nn.Linear(288, 4))), 24, ("pool2", "pool1")),
+    ],
+    ids=["vgg11", "vgg16_bn", "small", "unpadded", "resnet-like", "one-layer-head"],
+)
+def test_the_maps_scored_are_those_of_half_and_quarter_the_stride(
+    model: nn.Module, size: int | None, names: tuple[str, ...]
+) -> None:
+    variant = ("32s", "16s", "8s")[len(names) - 1]
+    for padding in ("same", "valid"):
+        net = fcvgg.convert(model, input_size=size, padding=padding)
+        fcn = fcvgg.FCN(net, 3, variant).eval()
+        assert tuple(source.name for source in fcn.sources) == names
+        strides = [source.geometry.stride[0] for source in fcn.sources]
+        assert strides == [strides[0] // 2**i for i in range(len(names))]
+        batch = images(1, 3, 71, 90)
+        for source, found in zip(fcn.sources, fcn.backbone(batch)):
+            assert found.shape[1] == source.channels
+            padded = [max(n, w) for n, w in zip((71, 90), fcn.backbone.geometry.window)]
+            assert tuple(found.shape[2:]) == source.geometry.output_size(padded)
+
+
+def test_the_score_of_fc7_is_the_classifiers_when_it_has_its_weights() -> None:
+    """The oracle: FCN-32s with the classifier's last layer is the aligned map of the network."""
+    net = fcvgg.convert(seeded(SmallVGG))
+    fcn = fcvgg.FCN(net, 5, "32s").eval()
+    last = fcvgg.layer_names(net)["fc8"].path
+    layer = net.network.get_submodule(last)
+    fcn.scores["fc7"].conv.weight.data = layer.weight.data.clone()
+    fcn.scores["fc7"].conv.bias.data = layer.bias.data.clone()
+    for size in [(64, 64), (47, 70), (20, 40)]:
+        batch = images(1, 3, *size)
+        with torch.no_grad():
+            expected = net.score_map(batch).resample()
+            torch.testing.assert_close(fcn(batch)[0], expected, rtol=0, atol=1e-10)
+
+
+class Brightness(nn.Module):
+    """Passes brightness through: convolutions that copy, average pools, a head that averages."""
+
+    def __init__(self, kernel: int = 3, pools: int = 3):
+        super().__init__()
+        layers: list[nn.Module] = []
+        for _ in range(pools):
+            conv = nn.Conv2d(1, 1, kernel, padding=kernel // 2, bias=False)
+            nn.init.zeros_(conv.weight)
+            conv.weight.data[..., kernel // 2, kernel // 2] = 1
+            layers += [conv, nn.AvgPool2d(2)]
+        self.features = nn.Sequential(*layers)
+        self.head = nn.Sequential(nn.Flatten(), nn.Linear(4, 1), nn.ReLU(), nn.Linear(1, 2))
+        nn.init.constant_(self.head[1].weight, 0.25)
+        nn.init.zeros_(self.head[1].bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.features(x))
+
+
+def brightness_fcn(variant: str, padding: str) -> fcvgg.FCN:
+    """Scores one class by brightness less one half, and the other by zero, on its finest map."""
+    net = fcvgg.convert(Brightness().double().eval(), padding=padding)
+    fcn = fcvgg.FCN(net, 2, variant).eval()
+    finest = fcn.scores[fcn.sources[-1].name]
+    finest.conv.weight.data[1] = 1
+    finest.conv.bias.data[1] = -0.5
+    return fcn
+
+
+@pytest.mark.parametrize("padding", ["same", "valid"])
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("edge", [40, 48, 53])
+def test_an_edge_of_the_image_is_an_edge_of_the_labels(
+    variant: str, padding: str, edge: int
+) -> None:
+    """A cell averages the pixels around its centre, so the labels change where the image does."""
+    fcn = brightness_fcn(variant, padding)
+    image = torch.zeros(1, 1, 96, 96, dtype=torch.float64)
+    image[..., edge:] = 1
+    with torch.no_grad():
+        across = fcn(image)[0].argmax(0)
+        down = fcn(image.mT)[0].argmax(0)
+    assert torch.equal(across, down.T)
+    found = (across[48] == 0).sum().item()
+    # averages over a window of w pixels cross one half within a fraction of the stride
+    assert abs(found - edge) <= fcn.sources[-1].geometry.stride[0] / 4
+    # padding="same" puts zeros below the image, which the last row of cells averages in
+    assert (across[:80] == across[48]).all()
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_moving_the_image_by_the_stride_moves_the_inner_labels(variant: str) -> None:
+    model = seeded(SmallVGG)
+    fcn = small_fcn(variant, model).eval()
+    stride = fcn.backbone.geometry.stride[0]
+    image = images(1, 3, 120, 120 + stride)
+    with torch.no_grad():
+        first, moved = fcn(image[..., :-stride]), fcn(image[..., stride:])
+    inner = slice(44, 76)  # further than half the receptive field from every border
+    expected = first[..., inner, stride:][..., inner]
+    assert expected.abs().max() > 0.1
+    torch.testing.assert_close(moved[..., inner, inner], expected, rtol=0, atol=1e-10)
+
+
+def test_pixels_of_a_small_image_lie_where_they_do_on_its_padded_form() -> None:
+    fcn = small_fcn("8s", padding="valid").eval()
+    image = images(1, 3, 20, 25)
+    (top, bottom), (left, right) = fcn.backbone.geometry.padding_for((20, 25))
+    padded = nn.functional.pad(image, (left, right, top, bottom))
+    with torch.no_grad():
+        expected = fcn(padded)[..., top : top + 20, left : left + 25]
+        torch.testing.assert_close(fcn(image), expected, rtol=0, atol=0)
+
+
+def test_score_layers_start_at_zero_and_gradients_reach_all() -> None:
+    net = fcvgg.convert(seeded(SmallVGG, bn=True), padding="same")
+    fresh = fcvgg.FCN(net, 3, "8s").train()
+    assert not fresh(images(1, 3, 40, 40)).any()
+    fcn = small_fcn("8s", seeded(SmallVGG, bn=True)).train()
+    fcn(images(2, 3, 40, 40)).square().sum().backward()
+    without = [name for name, p in fcn.named_parameters() if p.grad is None or not p.grad.any()]
+    # a bias before a batch norm has no effect in training
+    assert [n for n in without if n != "backbone.network.features.0.bias"] == []
+    assert any("upsamplings" in name for name, _ in fcn.named_parameters())
+    fixed = fcvgg.FCN(net, 3, "8s", learn_upsampling=False)
+    assert not any("upsamplings" in name for name, _ in fixed.named_parameters())
+
+
+def test_the_source_is_untouched_and_shares_only_if_asked() -> None:
+    model = seeded(SmallVGG)
+    net = fcvgg.convert(model, padding="same")
+    before = copy.deepcopy(net.state_dict())
+    batch = images(1, 3, 40, 40)
+    expected = net(batch)
+    own = fcvgg.FCN(net, 3, "16s")
+    shared = fcvgg.FCN(net, 3, "16s", copy=False)
+    assert torch.equal(net(batch), expected)
+    assert list(net.state_dict()) == list(before)
+    storage = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    assert not any(p.untyped_storage().data_ptr() in storage for p in own.parameters())
+    assert all(p.untyped_storage().data_ptr() in storage for p in shared.backbone.parameters())
+    assert "classifier.6.weight" not in own.backbone.state_dict()
+
+
+def test_a_finer_variant_starts_from_a_coarser_ones_weights() -> None:
+    net = fcvgg.convert(seeded(SmallVGG), padding="same")
+    coarse = small_fcn("32s").eval()
+    fine = fcvgg.FCN(net, 2, "8s", init_from=coarse).eval()
+    state = fine.state_dict()
+    assert all(torch.equal(state[key], value) for key, value in coarse.state_dict().items())
+    batch = images(1, 3, 64, 64)
+    with torch.no_grad():
+        # interpolated in three steps in place of one, since the new score layers are zero
+        difference = (fine(batch) - coarse(batch)).abs().max()
+        assert 0 < difference < 0.2 * coarse(batch).std()
+    with pytest.raises(fcvgg.ArgumentError, match="init_from is FCN-8s of 2 classes, whose scores"):
+        fcvgg.FCN(net, 2, "32s", init_from=fine)
+    with pytest.raises(fcvgg.ArgumentError, match=r"does not fit FCN-32s of 3; expected a coarser"):
+        fcvgg.FCN(net, 3, "32s", init_from=coarse)
+    with pytest.raises(fcvgg.ArgumentError, match=r"init_from is a Linear; expected a trained"):
+        fcvgg.FCN(net, 3, "32s", init_from=nn.Linear(1, 1))  # type: ignore[arg-type]
+
+
+def test_what_cannot_be_built_is_said_in_one_line() -> None:
+    net = fcvgg.convert(seeded(SmallVGG))
+    with pytest.raises(fcvgg.ArgumentError, match=r"variant='4s' is unknown; expected one of 32s"):
+        fcvgg.FCN(net, 3, "4s")
+    with pytest.raises(fcvgg.ArgumentError, match="takes a converted network, got SmallVGG; pass"):
+        fcvgg.FCN(seeded(SmallVGG), 3)  # type: ignore[arg-type]
+    with pytest.raises(fcvgg.ArgumentError, match="num_classes=0 is no number of classes"):
+        fcvgg.FCN(net, 0)
+    with pytest.raises(fcvgg.CategoryError, match="3 categories were given for 2 classes"):
+        fcvgg.FCN(net, 2, categories="abc")
+    one_pool = nn.Sequential(
+        nn.Conv2d(3, 4, 3, padding=1), nn.MaxPool2d(3), nn.Flatten(), nn.Linear(16, 2)
+    )
+    tripled = fcvgg.convert(one_pool.eval())
+    with pytest.raises(fcvgg.ArgumentError, match=r"no map of stride 1.5 .*\(its strides are 1, 3"):
+        fcvgg.FCN(tripled, 2, "16s")
+
+    class Two(SmallVGG):
+        def forward(self, x: Tensor) -> Any:
+            scores = super().forward(x)
+            return scores, scores
+
+    with pytest.raises(fcvgg.ArgumentError, match="the network has 2 outputs"):
+        fcvgg.FCN(fcvgg.convert(seeded(Two)), 2)
+
+
+def test_calibration_divides_by_the_size_of_each_map_once() -> None:
+    fcn = fcvgg.FCN(fcvgg.convert(seeded(SmallVGG), padding="same"), 2, "16s")
+    batch = images(2, 3, 40, 40)
+    maps = fcn.backbone(batch)
+    fcn.calibrate_(batch)
+    for score, features in zip(fcn.scores.values(), maps):
+        torch.testing.assert_close(score.magnitude, features.square().mean().sqrt())
+    fcn.scores["fc7"].conv.weight.data.fill_(1)
+    fcn.calibrate_(10 * batch)
+    assert fcn.scores["fc7"].magnitude == maps[0].square().mean().sqrt()
+    assert fcn.scores["pool1"].magnitude != maps[1].square().mean().sqrt()
+
+
+# -- files ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_saved_network_is_restored_bit_for_bit(variant: str, tmp_path: Path) -> None:
+    fcn = small_fcn(variant, categories=CLASSES).eval()
+    fcn.save(tmp_path / "fcn")
+    again = fcvgg.FCN.load(fcn.save(tmp_path / "fcn"))
+    batch = images(1, 3, 45, 37)
+    with torch.no_grad():
+        assert torch.equal(again(batch), fcn(batch))
+    assert (again.variant, again.categories, again.preprocess) == (variant, CLASSES, PLAIN)
+    assert list(again.state_dict()) == list(fcn.state_dict())
+    assert not [p for p in tmp_path.iterdir() if p.name != "fcn"]
+
+
+def test_what_cannot_be_saved_or_loaded_is_said_in_one_line(tmp_path: Path) -> None:
+    fcn = small_fcn("16s")
+    (tmp_path / "other").mkdir()
+    with pytest.raises(fcvgg.FcvggError, match="other exists and is no folder of an FCN"):
+        fcn.save(tmp_path / "other")
+    with pytest.raises(fcvgg.FcvggError, match="there is no folder"):
+        fcn.save(tmp_path / "none" / "fcn")
+    with pytest.raises(
+        fcvgg.LoadError, match=r"other is no folder of an FCN: it holds no fcn.json"
+    ):
+        fcvgg.FCN.load(tmp_path / "other")
+    config = fcn.save(tmp_path / "fcn") / "fcn.json"
+    good = json.loads(config.read_text())
+    for change, message in [
+        ({"variant": "4s"}, "describe an FCN: variant='4s'"),
+        ({"num_classes": 3}, "describe an FCN: "),
+        ({"num_classes": "x"}, "has 'x' classes"),
+        ({"format": 9}, "not of format 1"),
+    ]:
+        config.write_text(json.dumps({**good, **change}))
+        with pytest.raises(fcvgg.LoadError, match=message) as caught:
+            fcvgg.FCN.load(tmp_path / "fcn")
+        assert "\n" not in str(caught.value)
+    config.write_text("{")
+    with pytest.raises(fcvgg.LoadError, match=r"fcn.json is broken"):
+        fcvgg.FCN.load(tmp_path / "fcn")
+
+
+# -- label maps -------------------------------------------------------------------------------
+
+
+def test_predict_gives_labels_of_the_images_own_size(tmp_path: Path) -> None:
+    fcn = small_fcn("8s", categories=CLASSES)
+    fcn.preprocess = fcvgg.Preprocess((0.0,) * 3, (1.0,) * 3, resize=32)
+    pixels = np.random.default_rng(0).integers(0, 256, (45, 60, 3), dtype=np.uint8)
+    label_map = fcn.train().predict(pixels)
+    assert label_map.labels.shape == (45, 60)
+    assert fcn.training
+    assert sum(label_map.shares.values()) == pytest.approx(1)
+    assert "LabelMap(45x60 pixels, 2 classes:" in repr(label_map)
+
+
+def test_a_label_map_is_drawn_and_saved(tmp_path: Path) -> None:
+    labels = np.array([[0, 1, 255], [1, 1, 0]])
+    picture = Image.new("RGB", (3, 2), (100, 100, 100))
+    label_map = fcvgg.LabelMap(labels, CLASSES, picture)
+    assert label_map.shares == {"dark": 0.4, "light": 0.6}
+    coloured = np.asarray(label_map.coloured())
+    assert len({tuple(c) for c in coloured.reshape(-1, 3).tolist()}) == 3
+    overlay = np.asarray(label_map.overlay())
+    assert overlay[0, 2].tolist() == [100, 100, 100]
+    assert overlay[0, 0].tolist() != overlay[0, 1].tolist()
+    assert np.array_equal(fcvgg.LabelMap(labels, CLASSES).overlay(), coloured)
+    assert np.array_equal(read_mask(label_map.save(tmp_path / "labels.png")), labels)
+    assert label_map._repr_png_().startswith(b"\x89PNG")
+    ax = label_map.plot()
+    texts = [t.get_text() for t in ax.figure.legends[0].get_texts()]
+    assert texts == ["dark (40%)", "light (60%)"]
+    with pytest.raises(fcvgg.ArgumentError, match="alpha=2 is no opacity"):
+        label_map.overlay(2)
+    with pytest.raises(fcvgg.ImageError, match=r"saved as .png, .* got 'labels.jpg'"):
+        label_map.save(tmp_path / "labels.jpg")
+
+
+def test_metrics_are_those_counted_by_hand() -> None:
+    truth = np.array([[0, 0, 1], [1, 2, 255]])
+    found = np.array([[0, 1, 1], [1, 1, 0]])
+    metrics = fcvgg.label_metrics([(found, truth)], ("a", "b", "c", "d"))
+    assert metrics.pixel_accuracy == pytest.approx(3 / 5)
+    assert metrics.iou["a"] == pytest.approx(1 / 2)
+    assert metrics.iou["b"] == pytest.approx(2 / 4)
+    assert metrics.iou["c"] == 0
+    assert np.isnan(metrics.iou["d"])
+    assert metrics.mean_iou == pytest.approx(1 / 3)
+    assert str(metrics).startswith("mean IoU 0.333, pixel accuracy 0.600 (a 0.500")
+    with pytest.raises(fcvgg.DatasetError, match="the masks label no pixel"):
+        fcvgg.label_metrics([(found, np.full((2, 3), 255))], ("a", "b", "c"))
+
+
+# -- folders ----------------------------------------------------------------------------------
+
+
+def write_masked(folder: Path, count: int = 6, side: int = 40, seed: int = 0) -> Path:
+    """Noisy images of a dark and a light part, and their masks, one of them with a palette."""
+    rng = np.random.default_rng(seed)
+    for kind in ("images", "masks"):
+        (folder / kind).mkdir(parents=True)
+    for i in range(count):
+        labels = np.zeros((side, side + i), np.uint8)
+        labels[:, rng.integers(10, side - 10) :] = 1
+        if i % 2:
+            labels = labels[:, ::-1]
+        grey = rng.normal(60 + 120 * labels, 15).clip(0, 255).astype(np.uint8)
+        Image.fromarray(grey).convert("RGB").save(folder / "images" / f"{i}.png")
+        mask = Image.fromarray(np.ascontiguousarray(labels))
+        if i == 1:
+            mask.putpalette([0, 0, 0, 255, 0, 0])
+        mask.save(folder / "masks" / f"{i}.png")
+    return folder
+
+
+def test_a_mask_folder_is_read_with_its_counts(tmp_path: Path) -> None:
+    folder = write_masked(tmp_path / "data")
+    (folder / "images" / "2.png").write_bytes(b"no image")
+    found = fcvgg.mask_folder(folder, CLASSES)
+    assert [p.name for p in found.images] == [f"{i}.png" for i in (0, 1, 3, 4, 5)]
+    assert sum(found.counts) == sum(40 * (40 + i) for i in (0, 1, 3, 4, 5))
+    assert len(found.skipped) == 1
+    assert "2.png is no image" in str(found.skipped[0])
+    assert fcvgg.mask_folder(folder, 2).categories == ("0", "1")
+
+
+def test_a_folder_is_split_by_seed_or_as_it_is(tmp_path: Path) -> None:
+    whole = write_masked(tmp_path / "whole")
+    train, valid = train_and_valid(whole, CLASSES, share=0.3, seed=1)
+    assert (len(train), len(valid)) == (4, 2)
+    assert not set(train.images) & set(valid.images)
+    assert train_and_valid(whole, CLASSES, 0.3, 1)[1].images == valid.images
+    assert any(train_and_valid(whole, CLASSES, 0.3, s)[1].images != valid.images for s in (2, 3, 4))
+    assert sum(train.counts) + sum(valid.counts) == sum(fcvgg.mask_folder(whole, 2).counts)
+    write_masked(tmp_path / "split" / "train", 3)
+    write_masked(tmp_path / "split" / "valid", 2)
+    assert [len(part) for part in train_and_valid(tmp_path / "split", CLASSES)] == [3, 2]
+    with pytest.raises(fcvgg.ArgumentError, match="valid_share=1 is no share"):
+        train_and_valid(whole, CLASSES, 1)
+
+
+def test_bad_folders_are_refused_in_one_line(tmp_path: Path) -> None:
+    folder = write_masked(tmp_path / "data")
+
+    def refused(message: str, categories: Any = CLASSES, where: Path = folder) -> None:
+        with pytest.raises(fcvgg.FcvggError, match=message) as caught:
+            fcvgg.mask_folder(where, categories)
+        assert "\n" not in str(caught.value)
+
+    mask, image = folder / "masks" / "3.png", folder / "images" / "3.png"
+    good = Image.open(mask)
+    good.load()
+    good.resize((30, 20)).save(mask)
+    refused(r"the mask .*3.png is 20x30 and its image .*3.png 40x43; expected one label")
+    labels = np.array(good)
+    labels[5, 7] = 9
+    Image.fromarray(labels).save(mask)
+    refused(r"3.png holds the label 9 at \(y, x\) = \(5, 7\); expected 0 to 1, or 255")
+    good.convert("RGB").save(mask)
+    refused(r"the mask .*3.png has mode RGB; expected a PNG of class indices")
+    mask.unlink()
+    refused(r"there is no mask for .*images.3.png; expected .*masks.3.png")
+    good.save(mask)
+    image.rename(image.with_suffix(".bmp"))
+    Image.new("RGB", (4, 4)).save(image)
+    refused(r"3.bmp and .*3.png would have the same mask, 3.png; rename one")
+    image.unlink()
+    refused("categories='ab' are none", "ab")
+    refused("1 classes cannot be told apart by masks; expected 2 to 255", 1)
+    refused("images does not exist; expected none/images/NAME.jpg", where=tmp_path / "none")
+    for path in (folder / "masks").iterdir():
+        Image.fromarray(np.zeros_like(np.array(Image.open(path)))).save(path)
+    refused(r"all labelled pixels of .*data are of one class \(dark\); expected two or more")
+    for path in (folder / "images").iterdir():
+        path.write_bytes(b"")
+    refused(r"none of the 6 images in .*images can be read with its mask; the first: ")
+    for path in (folder / "images").iterdir():
+        path.unlink()
+    refused(r"there are no images in .*images")
+
+
+# -- training ---------------------------------------------------------------------------------
+
+
+def test_crops_and_flips_move_image_and_mask_together(tmp_path: Path) -> None:
+    folder = fcvgg.mask_folder(write_masked(tmp_path / "data"), CLASSES)
+    fcn = small_fcn("32s")
+    samples = MaskedImages(folder, fcn, crop=(60, 24), flip=True)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        drawn = [samples[i % 6] for i in range(24)]
+    flipped = 0
+    for image, mask in drawn:
+        assert image.shape == (3, 60, 24)
+        assert type(image) is Tensor
+        known = mask != 255
+        assert known.sum() == 40 * 24  # the rest is padding
+        assert not image[:, ~known].any()
+        light = image.mean(0) > 120 / 255
+        assert (light == (mask == 1))[known].float().mean() > 0.98
+        flipped += bool((mask[:, 0] == 1).any())
+    assert 3 < flipped < 21
+
+
+def train(folder: Path, out: Path, epochs: int = 4, resume: bool = False, **options: Any) -> Any:
+    fcn = fcvgg.FCN(
+        fcvgg.convert(seeded(SmallVGG, dtype=torch.float32), padding="same", preprocess=PLAIN),
+        2,
+        "16s",
+        categories=CLASSES,
+    )
+    chosen = Settings(epochs=epochs, optimizer="adamw", lr=5e-3, batch_size=2, cosine=False)
+    return fcvgg.train_fcn(fcn, folder, out, settings=chosen, crop=32, resume=resume, **options)
+
+
+def test_training_finds_the_parts_and_a_resumed_run_ends_the_same(tmp_path: Path) -> None:
+    folder = write_masked(tmp_path / "data", 8)
+    whole = train(folder, tmp_path / "whole", class_weights="balanced", backbone_lr=1e-3)
+    assert whole.metrics.mean_iou > 0.85
+    assert whole.run.best_value == pytest.approx(whole.metrics.mean_iou, abs=1e-6)
+    assert {"train_loss", "valid_iou_dark", "valid_pixel_accuracy"} <= whole.run.history[0].keys()
+    again = fcvgg.FCN.load(tmp_path / "whole" / "fcn")
+    image = next((folder / "images").iterdir())
+    assert np.array_equal(again.predict(image).labels, whole.fcn.predict(image).labels)
+
+    options: dict[str, Any] = {"class_weights": "balanced", "backbone_lr": 1e-3}
+    train(folder, tmp_path / "parts", epochs=2, **options)
+    resumed = train(folder, tmp_path / "parts", resume=True, **options)
+    assert resumed.run.resumed_after == 2
+    for name, value in whole.fcn.state_dict().items():
+        assert torch.equal(resumed.fcn.state_dict()[name], value), name
+    with pytest.raises(fcvgg.LoadError, match="its class weights is"):
+        train(folder, tmp_path / "parts", resume=True, backbone_lr=1e-3)
+
+
+def test_what_cannot_be_trained_is_said_in_one_line(tmp_path: Path) -> None:
+    folder = write_masked(tmp_path / "data", 4)
+    for options, message in [
+        ({"class_weights": "even"}, "class_weights='even' is unknown; expected 'balanced'"),
+        ({"class_weights": [1.0]}, r"class_weights=\[1.0\] are none; expected 2 numbers"),
+        ({"backbone_lr": -1.0}, "backbone_lr=-1.0 is no rate"),
+        ({"valid_share": 2.0}, "valid_share=2.0 is no share"),
+    ]:
+        with pytest.raises(fcvgg.ArgumentError, match=message):
+            train(folder, tmp_path / "run", **options)
+    fcn = small_fcn()
+    with pytest.raises(fcvgg.ArgumentError, match=r"crop='x' is no size; expected None"):
+        fcvgg.train_fcn(fcn, folder, tmp_path / "run", crop="x")
+    three = fcvgg.mask_folder(folder, 3)
+    with pytest.raises(fcvgg.ArgumentError, match="the masks have 3 classes and the network 2"):
+        fcvgg.train_fcn(fcn, (three, three), tmp_path / "run")
+    fcn.preprocess = None
+    with pytest.raises(fcvgg.PreprocessError, match=r"set fcn\.preprocess"):
+        fcvgg.train_fcn(fcn, folder, tmp_path / "run")
