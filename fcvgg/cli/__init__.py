@@ -16,6 +16,7 @@ from fcvgg.cli import (
     conversion,
     demonstration,
     evaluation,
+    finetuning,
     heatmaps,
     layers,
     probing,
@@ -74,6 +75,7 @@ for _module in (
     probing,
     streaming,
     bench,
+    finetuning,
 ):
     _command = reporting_errors(with_own_model(_module.run))
     app.command(_module.NAME, epilog=examples(*_module.EXAMPLES))(_command)

@@ -28,6 +28,7 @@ from fcvgg.training.settings import Settings, optimizer_and_schedule
 try:
     import pytorch_lightning as pl
     from lightning_fabric.utilities.exceptions import MisconfigurationException
+    from lightning_utilities.core.rank_zero import rank_zero_only
     from pytorch_lightning.callbacks import EarlyStopping
 except ImportError as _error:
     raise MissingExtraError(
@@ -146,10 +147,11 @@ def fit(
     """
     if mode not in ("min", "max"):
         raise ArgumentError(f"mode={mode!r} is unknown; expected 'min' or 'max'")
-    folder = _made(Path(folder))
+    folder = made_folder(Path(folder))
     run = {"identity": _plain(identity or {}), "settings": settings.fixed}
     begun = _begun(folder, run, resume)
     task.settings = settings
+    task.train()  # Lightning takes the modes that it finds
     history = History(folder, progress)
     kept = BestAndLast(folder, monitor, mode, run)
     done = 0
@@ -178,6 +180,7 @@ def fit(
             stopped = bool(trainer.should_stop) and len(history.epochs) < settings.epochs
     task.load_state_dict(_read(folder / BEST)["state_dict"])
     task.trainer = None
+    task.eval()
     return TrainingRun(
         folder,
         tuple(history.epochs),
@@ -249,7 +252,17 @@ def _trainer(settings: Settings, folder: Path, callbacks: list[Any]) -> pl.Train
         ) from error
 
 
-def _made(folder: Path) -> Path:
+def is_main_process() -> bool:
+    """Whether this is the process that writes, of several that train together."""
+    return int(getattr(rank_zero_only, "rank", None) or 0) == 0
+
+
+def made_folder(folder: Path) -> Path:
+    """The folder of a run, made if it is absent.
+
+    Raises:
+        TrainingError: if it cannot be made.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -348,4 +361,13 @@ def _whole_interrupts() -> Iterator[None]:
             signal.signal(signal.SIGINT, handler)
 
 
-__all__ = ["BEST", "HISTORY", "LAST", "Task", "TrainingRun", "fit"]
+__all__ = [
+    "BEST",
+    "HISTORY",
+    "LAST",
+    "Task",
+    "TrainingRun",
+    "fit",
+    "is_main_process",
+    "made_folder",
+]

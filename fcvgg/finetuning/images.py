@@ -1,0 +1,235 @@
+"""Labelled images for training: found, split, resized and augmented."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from fcvgg.datasets import Unreadable
+from fcvgg.errors import ArgumentError, DatasetError
+from fcvgg.geometry import Pair
+from fcvgg.images import in_mode, read_image
+from fcvgg.preprocessing import Preprocess, resized_to_side
+from fcvgg.transfer.image_folders import ClassFolders, class_folders
+
+TRAIN, VALID = "train", ("valid", "val", "validation")
+RESIZES = ("resize", "centre-crop")
+
+_LEAST_AREA = 0.5
+"""The least share of an image that a random crop keeps; ImageNet's 0.08 loses small objects."""
+
+_JITTER = {"brightness": 0.2, "contrast": 0.2, "saturation": 0.2, "hue": 0.02}
+
+
+@dataclass(frozen=True)
+class LabelledFiles:
+    """Image files and the index of their class."""
+
+    paths: tuple[Path, ...]
+    labels: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+
+@dataclass(frozen=True)
+class SplitFolders:
+    """Images to train on and images to judge by.
+
+    Attributes:
+        train: the images that are learnt from.
+        valid: the images that are held out.
+        classes: the class names, sorted.
+        skipped: the files that cannot be read, and why.
+        origin: how the two came about, for a reader.
+    """
+
+    train: LabelledFiles
+    valid: LabelledFiles
+    classes: tuple[str, ...]
+    skipped: tuple[Unreadable, ...]
+    origin: str
+
+    @property
+    def counts(self) -> dict[str, tuple[int, int]]:
+        """How many images of every class there are to train on, and held out."""
+        return {
+            name: (self.train.labels.count(i), self.valid.labels.count(i))
+            for i, name in enumerate(self.classes)
+        }
+
+
+def split_folders(folder: str | Path, fraction: float = 0.2, seed: int = 0) -> SplitFolders:
+    """The images of a folder, to train on and held out.
+
+    Args:
+        folder: holds ``train`` and ``valid`` (or ``val``), each with one folder per class; or the
+            class folders themselves, which are then split.
+        fraction: the share of every class that is held out where the folder is split; at least one
+            image.
+        seed: of the split.
+
+    Raises:
+        DatasetError: if there are no two classes, one is empty or too small to be split, or the two
+            parts have other classes.
+        ArgumentError: if `fraction` is none.
+    """
+    folder = Path(folder)
+    if not 0 < fraction < 1:
+        raise ArgumentError(f"valid_fraction={fraction} is no share; expected 0 < share < 1")
+    held_out = next((folder / name for name in VALID if (folder / name).is_dir()), None)
+    train = folder / TRAIN
+    if train.is_dir() and held_out is not None:
+        return _given(class_folders(train), class_folders(held_out), train, held_out)
+    alone = train.is_dir() and not any(
+        p.is_dir() and p != train and not p.name.startswith(".") for p in folder.iterdir()
+    )
+    if not train.is_dir() and held_out is not None:
+        raise DatasetError(
+            f"{folder} has {held_out.name} and no {TRAIN}; expected both, or class folders only"
+        )
+    return _split(class_folders(train if alone else folder), fraction, seed)
+
+
+def _given(train: ClassFolders, valid: ClassFolders, *folders: Path) -> SplitFolders:
+    if train.classes != valid.classes:
+        only = [
+            f"only {folder} has {', '.join(sorted(set(a) - set(b)))}"
+            for folder, a, b in (
+                (folders[0], train.classes, valid.classes),
+                (folders[1], valid.classes, train.classes),
+            )
+            if set(a) - set(b)
+        ]
+        raise DatasetError(
+            f"the classes to train on and those held out differ: {'; '.join(only)}; "
+            "expected the same class folders in both"
+        )
+    return SplitFolders(
+        LabelledFiles(train.paths, train.labels),
+        LabelledFiles(valid.paths, valid.labels),
+        train.classes,
+        (*train.skipped, *valid.skipped),
+        f"held out are the images of {folders[1]}",
+    )
+
+
+def _split(found: ClassFolders, fraction: float, seed: int) -> SplitFolders:
+    rng = np.random.default_rng(seed)
+    held_out: set[int] = set()
+    for label, name in enumerate(found.classes):
+        places = [i for i, other in enumerate(found.labels) if other == label]
+        if len(places) < 2:
+            raise DatasetError(
+                f"the class {name!r} has one image, which cannot be both trained on and held out; "
+                "add images"
+            )
+        count = min(max(round(len(places) * fraction), 1), len(places) - 1)
+        held_out.update(rng.permutation(places)[:count].tolist())
+    return SplitFolders(
+        _at(found, [i for i in range(len(found.paths)) if i not in held_out]),
+        _at(found, sorted(held_out)),
+        found.classes,
+        found.skipped,
+        f"held out are {fraction:.0%} of every class, drawn with seed {seed}",
+    )
+
+
+def _at(found: ClassFolders, places: Sequence[int]) -> LabelledFiles:
+    return LabelledFiles(
+        tuple(found.paths[i] for i in places), tuple(found.labels[i] for i in places)
+    )
+
+
+class ImageRows(Dataset[tuple[Tensor, int]]):
+    """Images as a network's input ``(C, h, w)`` with their labels.
+
+    Args:
+        files: which images.
+        preprocess: how ``uint8`` pixels become input; its resize is not used.
+        size: ``(h, w)`` of the input.
+        resize: ``"resize"`` to that size whatever the aspect ratio, or ``"centre-crop"``: the
+            smaller side to that size and the middle of the rest.
+        augment: a random crop of half the image's area or more, mirrored or not, with random
+            brightness, contrast and colour; drawn from torch's generator.
+    """
+
+    def __init__(
+        self,
+        files: LabelledFiles,
+        preprocess: Preprocess,
+        size: Pair,
+        resize: str = "resize",
+        augment: bool = False,
+    ):
+        if resize not in RESIZES:
+            raise ArgumentError(
+                f"resize={resize!r} is unknown; expected {' or '.join(map(repr, RESIZES))}"
+            )
+        self.files = files
+        self.preprocess = replace(preprocess, resize=None)
+        self.size = size
+        self.resize = resize
+        self.transform = _augmentation(size, preprocess) if augment else None
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        picture = in_mode(read_image(self.files.paths[index]), self.preprocess.channels)
+        if self.transform is None:
+            pixels = np.asarray(self.fitted(picture))
+        else:
+            pixels = _augmented(picture, self.transform)
+        return self.preprocess.normalized(pixels)[0], self.files.labels[index]
+
+    def fitted(self, picture: Image.Image) -> Image.Image:
+        """The picture at the network's input size."""
+        if self.resize == "resize":
+            return replace(self.preprocess, resize=self.size).resized(picture)
+        height, width = self.size
+        scale = max(height / picture.height, width / picture.width)
+        side = max(round(min(picture.size) * scale), 1)
+        picture = resized_to_side(picture, side, self.preprocess.interpolation)
+        left, top = (picture.width - width) // 2, (picture.height - height) // 2
+        return picture.crop((left, top, left + width, top + height))
+
+
+def balanced_weights(labels: Sequence[int], classes: int) -> Tensor:
+    """For every class its weight in the loss, such that all classes count the same in sum."""
+    counts = torch.bincount(torch.tensor(labels), minlength=classes)
+    return len(labels) / (classes * counts.double()).float()
+
+
+def _augmentation(size: Pair, preprocess: Preprocess) -> Any:
+    from torchvision.transforms import InterpolationMode, v2
+
+    modes = {mode.value: mode for mode in InterpolationMode}
+    colour = [v2.ColorJitter(**_JITTER)] if preprocess.channels in (1, 3) else []
+    return v2.Compose(
+        [
+            v2.RandomResizedCrop(
+                size,
+                scale=(_LEAST_AREA, 1.0),
+                interpolation=modes[preprocess.interpolation],
+                antialias=True,
+            ),
+            v2.RandomHorizontalFlip(),
+            *colour,
+        ]
+    )
+
+
+def _augmented(picture: Image.Image, transform: Any) -> np.ndarray[Any, Any]:
+    values = torch.from_numpy(np.array(picture))
+    values = values[None] if values.ndim == 2 else values.permute(2, 0, 1)  # (C, H, W)
+    changed = transform(values).permute(1, 2, 0).numpy()
+    return changed[..., 0] if changed.shape[2] == 1 else changed

@@ -1,0 +1,306 @@
+"""What is trained of a network, and which way suits how many images of what kind.
+
+The cases are those that the literature on transfer tells apart by how large a data set is and how
+like the images are to those that the network knows (the CS231n course notes on transfer learning,
+https://cs231n.github.io/transfer-learning; Yosinski et al., "How transferable are features in deep
+neural networks?", 2014, https://arxiv.org/abs/1411.1792).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import MethodType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fcvgg.errors import ArgumentError, ConversionError
+from fcvgg.finetuning.images import RESIZES, LabelledFiles
+from fcvgg.geometry import Pair
+from fcvgg.preprocessing import Preprocess
+from fcvgg.transfer.freezing import freeze_, parameter_groups, unfreeze_
+from fcvgg.transfer.heads import WEIGHT_STD, fully_connected, replace_head
+from fcvgg.transfer.input_sizes import for_input_size
+from fcvgg.transfer.naming import LayerNames, layer_names
+
+STRATEGIES = ("auto", "linear", "partial", "all", "svm", "scratch")
+
+FEW, MANY = 100, 500
+"""Training images per class below which a data set is small, and from which on it is large."""
+
+MEANINGS = {
+    "linear": "all features are frozen and one linear layer is trained",
+    "partial": "the early layers are frozen, the later ones and the head are trained",
+    "all": "every layer is trained, the early ones more slowly",
+    "svm": "early features are frozen, and a linear support vector machine is fitted to them",
+    "scratch": "every layer is trained from random weights",
+}
+
+RATES = {"partial": 3e-4, "all": 3e-4, "scratch": 3e-4}
+"""Learning rates of the head for AdamW; `SGD_FACTOR` times that for SGD with momentum."""
+
+SGD_FACTOR = 3.0
+
+EPOCHS = {"linear": 100}
+"""Where they cost little, since features are computed once."""
+
+_STEP = 0.3
+"""How far the first step of a linear layer moves the scores; see `linear_rate`."""
+
+_FEATURES_RATE, _DECAY = 0.1, 0.5
+"""The rate of the last block relative to the head's, and of every block to the next."""
+
+_PROBED, _FOLDS, _MARGIN = 120, 3, 0.02
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What is done with the network and the images.
+
+    Args:
+        strategy: ``"linear"``, ``"partial"``, ``"all"``, ``"svm"``, ``"scratch"``, or ``"auto"`` to
+            choose among them by the number of images and their likeness.
+        similar: whether the images are like those that the network was trained on; None measures
+            it for ``"auto"``.
+        freeze_upto: for ``"partial"`` the last frozen layer, for ``"svm"`` the layer whose features
+            are used; a name such as ``"pool3"``. The pool at half depth when None.
+        hidden: widths of new hidden layers before the last, ``()`` for one linear layer on the
+            features; None keeps the fully connected layers but for the last.
+        size: another input size, an int or ``(h, w)``; the network's own when None.
+        resize: ``"resize"`` or ``"centre-crop"``.
+        augment: vary the training images; by default where more than the head is trained.
+        class_weights: None, or ``"balanced"`` for classes of very different numbers.
+        valid_fraction: the share that is held out where the folder has no ``valid``.
+
+    Raises:
+        ArgumentError: if a value is unknown.
+    """
+
+    strategy: str = "auto"
+    similar: bool | None = None
+    freeze_upto: str | None = None
+    hidden: Sequence[int] | None = None
+    size: int | Pair | None = None
+    resize: str = "resize"
+    augment: bool | None = None
+    class_weights: str | None = None
+    valid_fraction: float = 0.2
+
+    def __post_init__(self) -> None:
+        for name, known in (("strategy", STRATEGIES), ("resize", RESIZES)):
+            if getattr(self, name) not in known:
+                raise ArgumentError(
+                    f"{name}={getattr(self, name)!r} is unknown; expected one of {', '.join(known)}"
+                )
+        if self.class_weights not in (None, "balanced"):
+            raise ArgumentError(
+                f"class_weights={self.class_weights!r} is unknown; expected None or 'balanced'"
+            )
+        if self.freeze_upto is not None and self.strategy not in ("auto", "partial", "svm"):
+            raise ArgumentError(
+                f"freeze_upto goes with the strategies partial and svm, got {self.strategy}"
+            )
+        if self.strategy == "linear" and self.hidden:
+            raise ArgumentError(
+                f"hidden={tuple(self.hidden)} are not linear; use strategy='partial', or hidden=()"
+            )
+
+    def augmented(self, strategy: str) -> bool:
+        """Whether the training images are varied."""
+        return strategy in ("partial", "all", "scratch") if self.augment is None else self.augment
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A strategy and, in one sentence, why."""
+
+    strategy: str
+    reason: str
+
+
+def chosen(
+    recipe: Recipe, model: nn.Module, files: LabelledFiles, preprocess: Preprocess, size: Pair
+) -> Choice:
+    """The recipe's strategy, or the one that suits the images.
+
+    Args:
+        recipe: with the wish.
+        model: the pretrained classifier.
+        files: the training images.
+        preprocess: how they become input.
+        size: the model's native size.
+    """
+    if recipe.strategy != "auto":
+        return Choice(recipe.strategy, f"as asked for: {MEANINGS[recipe.strategy]}")
+    if recipe.freeze_upto is not None:
+        return Choice("partial", f"since freeze_upto is given: {MEANINGS['partial']}")
+    per_class = len(files) / len(set(files.labels))
+    amount = f"{per_class:.0f} training images per class are"
+    if per_class >= MANY:
+        return Choice(
+            "all",
+            f"{amount} many (from {MANY}), so {MEANINGS['all']}; pretrained weights are the better "
+            "start even for images of another kind",
+        )
+    similar, why = (
+        (recipe.similar, f"the images are called {'similar' if recipe.similar else 'different'}")
+        if recipe.similar is not None
+        else _measured(model, recipe, files, preprocess, size)
+    )
+    if per_class < FEW:
+        strategy = "linear" if similar else "svm"
+        return Choice(strategy, f"{amount} few (below {FEW}) and {why}, so {MEANINGS[strategy]}")
+    return Choice("partial", f"{amount} neither few nor many, and {why}, so {MEANINGS['partial']}")
+
+
+def _measured(
+    model: nn.Module, recipe: Recipe, files: LabelledFiles, preprocess: Preprocess, size: Pair
+) -> tuple[bool, str]:
+    """Whether late features tell the classes apart as well as early ones do, and what was found.
+
+    Late features, those that a new last layer would get, are made for the images that the network
+    knows; where early ones are clearly better, the images are of another kind.
+    """
+    from fcvgg.transfer.probing import probe
+
+    classes = sorted(set(files.labels))
+    if min(files.labels.count(label) for label in classes) < _FOLDS:
+        return True, "too few to measure how like they are to the network's own images"
+    rng = np.random.default_rng(0)
+    share = max(_PROBED // len(classes), _FOLDS)
+    places = [
+        int(i)
+        for label in classes
+        for i in rng.permutation([k for k, x in enumerate(files.labels) if x == label])[:share]
+    ]
+    try:
+        names = layer_names(model)
+        early, late = middle_pool(names), _fed_to_new(names, recipe)
+        probed = probe(
+            model,
+            [files.paths[i] for i in places],
+            [files.labels[i] for i in places],
+            layers=[early, late],
+            folds=_FOLDS,
+            size=size,
+            preprocess=preprocess,
+        )
+    except (ArgumentError, ConversionError):
+        return (
+            True,
+            "how like they are to the network's own images cannot be measured on its layers",
+        )
+    found = {row.layer: row.mean for row in probed.rows}
+    similar = found[late] >= found[early] - _MARGIN
+    verb = "no worse than" if similar else "worse than"
+    return similar, (
+        f"features of {late} tell them apart {verb} those of {early} "
+        f"({found[late]:.0%} and {found[early]:.0%} of held-out images right)"
+    )
+
+
+def _fed_to_new(names: LayerNames, recipe: Recipe) -> str:
+    """The layer whose output the first new layer gets; a dropout counts for what it drops."""
+    layers = fully_connected(names)
+    new = layers[-1] if recipe.hidden is None else layers[0]
+    before = names.layers[: names.layers.index(new)]
+    return next(x.name for x in reversed(before) if x.role not in ("drop", "flatten", "avgpool"))
+
+
+def prepared(
+    model: nn.Module, choice: Choice, recipe: Recipe, classes: int, native: Pair, seed: int
+) -> nn.Module:
+    """A copy of the model with a new head, for the size, frozen as the strategy asks.
+
+    For all strategies but ``"svm"``, which has a model of its own. The new weights depend on the
+    seed only.
+
+    Raises:
+        ConversionError: if the head cannot be replaced.
+        ArgumentError: if there is no such layer.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        new = replace_head(model, classes, recipe.hidden)
+        size = size_of(recipe, native)
+        if size != native:
+            # kept fully connected layers are carried over; new ones start anew at any size
+            new = for_input_size(new, size, init="resample" if recipe.hidden is None else "random")
+        if choice.strategy == "scratch":
+            _initialize_(new)
+    names = layer_names(new)
+    unfreeze_(new)
+    if choice.strategy == "linear":
+        last = names.layers.index(fully_connected(names)[-1])
+        freeze_(new, names.layers[last - 1].name)
+    if choice.strategy == "partial":
+        freeze_(new, recipe.freeze_upto or middle_pool(names))
+    if not any(p.requires_grad for p in new.parameters()):
+        raise ArgumentError(f"freeze_upto={recipe.freeze_upto!r} freezes all layers")
+    return new
+
+
+def size_of(recipe: Recipe, native: Pair) -> Pair:
+    """``(h, w)`` at which the network is trained."""
+    from fcvgg.geometry import checked_size
+
+    if recipe.size is None:
+        return native
+    height, width = checked_size(recipe.size)
+    return height, width
+
+
+def middle_pool(names: LayerNames) -> str:
+    """The pool at half depth, the third of five.
+
+    Raises:
+        ArgumentError: if there is none.
+    """
+    pools = [layer.name for layer in names if layer.role == "pool" and layer.block]
+    if not pools:
+        raise ArgumentError(
+            "the model has no pool layer among its features; name a layer with freeze_upto"
+        )
+    return pools[(len(pools) - 1) // 2]
+
+
+def rates(model: nn.Module, strategy: str, lr: float) -> list[dict[str, Any]]:
+    """Parameter groups: early layers change slowly, since their features are general."""
+    if strategy in ("linear", "scratch"):
+        return parameter_groups(model, {}, lr=lr)
+    blocks = sorted({layer.block for layer in layer_names(model) if layer.block})
+    by_block = {
+        f"block{block}": lr * _FEATURES_RATE * _DECAY ** (len(blocks) - 1 - i)
+        for i, block in enumerate(blocks)
+    }
+    return parameter_groups(model, {**by_block, "head": lr}, lr=lr * _FEATURES_RATE)
+
+
+def linear_rate(rows: Tensor, optimizer: str) -> float:
+    """A learning rate for one linear layer, by how large its features ``(N, D)`` are.
+
+    AdamW moves every weight by the rate, and so a score by the rate times the sum of the features'
+    magnitudes; SGD moves it by up to the rate times the sum of their squares. Rounded to two
+    digits, so that rounding elsewhere does not make another run of a resumed one.
+    """
+    sizes = rows.abs() if optimizer == "adamw" else rows.square()
+    size = float(sizes.sum(1).mean())
+    return float(f"{_STEP / max(size, 1e-6):.1e}")
+
+
+def _initialize_(model: nn.Module) -> None:
+    """Random weights: convolutions after He et al. 2015, fully connected layers as VGG's."""
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, 0, WEIGHT_STD)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(getattr(module, "reset_parameters", None), MethodType):
+            module.reset_parameters()  # type: ignore[operator]

@@ -1,0 +1,124 @@
+"""Early features under a linear support vector machine, as one network (extra ``sklearn``)."""
+
+from __future__ import annotations
+
+import warnings
+from collections import OrderedDict
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from fcvgg.finetuning.images import ImageRows
+from fcvgg.images import in_mode, read_image
+from fcvgg.progress import progress_bar
+from fcvgg.sources.extras import imported
+from fcvgg.transfer.extraction import features_upto
+from fcvgg.transfer.image_features import FeatureExtractor
+
+_ITERATIONS = 20_000
+_FOLDS = 3
+_CHUNK = 64
+_SHARPNESS = np.geomspace(0.05, 20, 200)
+
+
+def fitted_svm(
+    model: nn.Module,
+    images: ImageRows,
+    layer: str,
+    *,
+    balanced: bool = False,
+    batch_size: int = 16,
+    seed: int = 0,
+    progress: bool = False,
+) -> nn.Module:
+    """A classifier: the layers up to `layer`, their average over positions, and one linear layer.
+
+    The linear layer holds what scikit-learn's `LinearSVC` learnt on the standardised features, with
+    the standardisation folded in, so its scores are the machine's decision values but for one
+    factor (for two classes, minus and plus half the one decision value). The factor makes their
+    softmax fit held-out folds; it changes no decision.
+
+    Args:
+        model: the pretrained classifier.
+        images: not augmented.
+        layer: whose features are used.
+        balanced: weight classes by their numbers.
+        batch_size: images that run at once.
+        seed: of the machine and the folds.
+        progress: show a bar.
+    """
+    svm = imported("sklearn.svm", "sklearn")
+    pipeline = imported("sklearn.pipeline", "sklearn")
+    preprocessing = imported("sklearn.preprocessing", "sklearn")
+    rows = pooled_features(model, images, layer, batch_size, progress)
+    labels = np.array(images.files.labels)
+    machine = pipeline.make_pipeline(
+        preprocessing.StandardScaler(),
+        svm.LinearSVC(
+            class_weight="balanced" if balanced else None, max_iter=_ITERATIONS, random_state=seed
+        ),
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a machine that has not quite converged decides as well
+        machine.fit(rows, labels)
+        factor = _sharpness(machine, rows, labels, seed)
+    features = features_upto(model, layer)
+    head = _linear(machine[0], machine[1], factor)
+    return nn.Sequential(
+        OrderedDict(
+            features=features, pool=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten(), classifier=head
+        )
+    ).eval()
+
+
+def pooled_features(
+    model: nn.Module, images: ImageRows, layer: str, batch_size: int, progress: bool
+) -> NDArray[Any]:
+    """A layer's features averaged over positions ``(N, C)`` of images at the native size."""
+    extractor = FeatureExtractor(
+        model, (layer,), pooling="avg", preprocess=images.preprocess, batch_size=batch_size
+    )
+    rows = []
+    paths = images.files.paths
+    with progress_bar(f"features of {layer}", len(paths), progress) as advance:
+        for start in range(0, len(paths), _CHUNK):
+            pictures = [
+                images.fitted(in_mode(read_image(path), images.preprocess.channels))
+                for path in paths[start : start + _CHUNK]
+            ]
+            rows.append(extractor.rows(pictures)[layer])
+            advance(len(pictures))
+    return np.concatenate(rows)
+
+
+def _linear(scaler: Any, machine: Any, factor: float) -> nn.Linear:
+    """The machine's decision on features as they are, in double precision until the end."""
+    weight = machine.coef_ / scaler.scale_  # (K, C), or (1, C) for two classes
+    bias = machine.intercept_ - weight @ scaler.mean_
+    if len(weight) == 1:
+        weight, bias = np.concatenate([-weight, weight]) / 2, np.concatenate([-bias, bias]) / 2
+    layer = nn.Linear(weight.shape[1], weight.shape[0])
+    with torch.no_grad():
+        layer.weight.copy_(torch.from_numpy(weight * factor))
+        layer.bias.copy_(torch.from_numpy(bias * factor))
+    return layer
+
+
+def _sharpness(machine: Any, rows: NDArray[Any], labels: NDArray[Any], seed: int) -> float:
+    """The factor on the decision values whose softmax fits images of folds left out best."""
+    selection = imported("sklearn.model_selection", "sklearn")
+    if np.bincount(labels).min() < _FOLDS:
+        return 1.0
+    folds = selection.StratifiedKFold(_FOLDS, shuffle=True, random_state=seed)
+    decided = selection.cross_val_predict(
+        machine, rows, labels, cv=folds, method="decision_function"
+    )
+    scores = torch.from_numpy(decided)
+    if scores.ndim == 1:
+        scores = torch.stack([-scores, scores], 1) / 2
+    truth = torch.from_numpy(labels)
+    losses = [nn.functional.cross_entropy(scores * float(s), truth).item() for s in _SHARPNESS]
+    return float(_SHARPNESS[int(np.argmin(losses))])
