@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Union
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from fcvgg.errors import ImageError, PreprocessError, one_line
+from fcvgg.errors import ArgumentError, ImageError, PreprocessError, one_line
 from fcvgg.geometry import Pair
 from fcvgg.preprocessing import INTERPOLATIONS, Preprocess
 from fcvgg.probability import widened
@@ -145,16 +146,48 @@ def in_mode(image: Image.Image, channels: int) -> Image.Image:
         ) from error
 
 
+def smaller_sides(scales: Iterable[int] | int) -> tuple[int, ...]:
+    """Scales, several or one, as lengths of an image's smaller side.
+
+    Raises:
+        ArgumentError: if there is none.
+        ImageError: if one is no length.
+    """
+    several = isinstance(scales, Iterable) and not isinstance(scales, str)
+    sides = tuple(scales) if several else (scales,)  # type: ignore[arg-type]
+    if not sides:
+        raise ArgumentError(
+            f"scales={scales!r} names none; expected smaller sides in pixels, or None to keep the "
+            "image's size"
+        )
+    return tuple(_checked_side(side) for side in sides)
+
+
+def checked_flip(flip: Any) -> bool:
+    """Whether the mirrored image is evaluated too.
+
+    Raises:
+        ArgumentError: if it is neither true nor false.
+    """
+    if not isinstance(flip, (bool, np.bool_)):
+        raise ArgumentError(f"flip={flip!r} is unknown; expected True or False")
+    return bool(flip)
+
+
 def with_smallest_side(image: PreparedImage, side: int) -> PreparedImage:
     """The image rescaled as its preprocessing interpolates, the aspect ratio kept.
 
     Results then refer to the new pixels, and preprocessing does not resize it again.
     """
+    height, width = image.size
+    factor = _checked_side(side) / min(height, width)
+    return with_size(image, (max(round(height * factor), 1), max(round(width * factor), 1)))
+
+
+def _checked_side(side: Any) -> int:
     if not isinstance(side, (int, np.integer)) or isinstance(side, bool) or side < 1:
         raise ImageError(f"scale {side!r} is no length; expected a positive number of pixels")
-    height, width = image.size
-    factor = int(side) / min(height, width)
-    return with_size(image, (max(round(height * factor), 1), max(round(width * factor), 1)))
+    return int(side)
 
 
 def with_size(image: PreparedImage, size: Pair) -> PreparedImage:

@@ -18,7 +18,15 @@ from fcvgg.batching import run_in_batches
 from fcvgg.errors import ArgumentError, CategoryError, ImageError, PreprocessError
 from fcvgg.geometry import Geometry, Pair
 from fcvgg.heatmap import Heatmap
-from fcvgg.images import ImageLike, PreparedImage, mirrored, prepare, with_smallest_side
+from fcvgg.images import (
+    ImageLike,
+    PreparedImage,
+    checked_flip,
+    mirrored,
+    prepare,
+    smaller_sides,
+    with_smallest_side,
+)
 from fcvgg.modules import WindowLinear
 from fcvgg.placement import device_of, dtype_of
 from fcvgg.preprocessing import Preprocess
@@ -252,7 +260,7 @@ class FullyConvolutional(nn.Module):
         if scales is None:
             return self.score_map(image, output=output).heatmap(target)
         prepared = self._prepared(image)
-        maps = [self._score_map_at(prepared, scale, output) for scale in _lengths(scales)]
+        maps = [self._score_map_at(prepared, scale, output) for scale in smaller_sides(scales)]
         return pyramid_heatmap(maps, target, combine)
 
     @torch.no_grad()
@@ -286,7 +294,8 @@ class FullyConvolutional(nn.Module):
             raise ArgumentError(
                 f"average={average!r} is unknown; expected 'scores' or 'probabilities'"
             )
-        lengths = None if scales is None else _lengths(scales)
+        flip = checked_flip(flip)
+        lengths = None if scales is None else smaller_sides(scales)
         totals: dict[int, Tensor] = {}
         for index, row in run_in_batches(
             self._views(images, lengths, flip),
@@ -505,9 +514,3 @@ def each_image(images: Any) -> Iterable[Any]:
         return images if images.ndim == 4 else [images]
     several = isinstance(images, Iterable) and not isinstance(images, (str, bytes, os.PathLike))
     return images if several else [images]
-
-
-def _lengths(scales: Sequence[int] | int) -> list[int]:
-    """Scales as a list, from several or one."""
-    several = isinstance(scales, Iterable) and not isinstance(scales, str)
-    return list(scales) if several else [scales]  # type: ignore[arg-type, list-item]

@@ -274,6 +274,20 @@ def test_what_is_no_length_is_no_scale(net: fcvgg.FullyConvolutional, scales: An
         net.classify(pixels(), scales=scales)
 
 
+@pytest.mark.parametrize("scales", [[], (), np.array([], int), {}.values()])
+def test_no_scale_is_not_the_same_as_none_given(net: fcvgg.FullyConvolutional, scales: Any) -> None:
+    with pytest.raises(
+        fcvgg.ArgumentError, match=r"^scales=.* names none; expected smaller sides i"
+    ):
+        net.classify(pixels(), scales=scales)
+
+
+@pytest.mark.parametrize("flip", [[], None, "no", 1])
+def test_flip_is_true_or_false(net: fcvgg.FullyConvolutional, flip: Any) -> None:
+    with pytest.raises(fcvgg.ArgumentError, match=r"^flip=.* is unknown; expected True or False$"):
+        net.classify(pixels(), flip=flip)
+
+
 def test_any_iterable_of_images(net: fcvgg.FullyConvolutional) -> None:
     arrays = [pixels(seed=i) for i in range(3)]
     expected = net.classify(arrays)

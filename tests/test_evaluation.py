@@ -458,6 +458,10 @@ def test_errors_of_options(net, pairs, monkeypatch) -> None:
         fcvgg.evaluate(net, pairs, protocols=["dense", "tencrop"])
     with pytest.raises(fcvgg.ArgumentError, match="no protocol was given"):
         fcvgg.evaluate(net, pairs, protocols=[])
+    with pytest.raises(fcvgg.ArgumentError, match=r"scales=\[\] names none; expected smaller"):
+        fcvgg.evaluate(net, pairs, scales=[])
+    with pytest.raises(fcvgg.ArgumentError, match=r"flip=\[\] is unknown; expected True or False"):
+        fcvgg.evaluate(net, pairs, flip=[])
     with pytest.raises(fcvgg.ArgumentError, match="average='mean' is unknown"):
         fcvgg.evaluate(net, pairs, average="mean")
     with pytest.raises(fcvgg.ImageError, match="scale 0 is no length"):

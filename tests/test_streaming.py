@@ -373,6 +373,7 @@ def _least(net: Any, image: np.ndarray[Any, Any]) -> str:
         ({"classes": "best"}, "classes='best' is unknown; expected 'argmax', 'top5'"),
         ({"classes": []}, "names no class, or one twice"),
         ({"classes": ["a", 0]}, "names no class, or one twice"),
+        ({"classes": 0}, r"classes=0 is no sequence; expected class indices and names, such as"),
         ({"classes": ["dog"]}, "dog"),
         ({"classes": [9]}, "9"),
         ({"output": 1}, "output=1 is unknown; the network has 1"),

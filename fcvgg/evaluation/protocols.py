@@ -22,7 +22,14 @@ from fcvgg.datasets import LabelledImages, Unreadable
 from fcvgg.errors import ArgumentError, DatasetError, ImageError, MissingExtraError
 from fcvgg.evaluation.cropping import centre_crop, grid_crops, ten_crops
 from fcvgg.files import written_whole
-from fcvgg.images import PreparedImage, prepare, with_size, with_smallest_side
+from fcvgg.images import (
+    PreparedImage,
+    checked_flip,
+    prepare,
+    smaller_sides,
+    with_size,
+    with_smallest_side,
+)
 from fcvgg.network import FullyConvolutional, evaluating
 from fcvgg.placement import device_of, dtype_of
 from fcvgg.probability import to_probabilities
@@ -228,7 +235,7 @@ def evaluate(
     dataset: Any,
     *,
     protocols: Iterable[str] | str = DEFAULT_PROTOCOLS,
-    scales: Sequence[int] | None = None,
+    scales: Sequence[int] | int | None = None,
     flip: bool = False,
     average: str = "scores",
     model: nn.Module | None = None,
@@ -263,8 +270,8 @@ def evaluate(
     if average not in ("scores", "probabilities"):
         raise ArgumentError(f"average={average!r} is unknown; expected 'scores' or 'probabilities'")
     data = LabelledImages(dataset, net.categories, net.num_classes)
-    sides = tuple(scales) if scales else (round(min(net.input_size) * _MARGIN),)
-    plan = _Plan(names, sides, flip)
+    sides = smaller_sides(round(min(net.input_size) * _MARGIN) if scales is None else scales)
+    plan = _Plan(names, sides, checked_flip(flip))
     tallies = {name: _Tally(net.num_classes) for name in names}
     run = _Run(net, model, data, plan, average)
     with progress_bar("images", data.count, progress) as advance:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import sys
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -140,6 +140,11 @@ class Selection:
                     "class indices and names"
                 )
             return cls(classes, (), count, activation)
+        if not isinstance(classes, Iterable):
+            raise ArgumentError(
+                f"classes={classes!r} is no sequence; expected class indices and names, such as "
+                f"[{classes!r}]"
+            )
         names = net.categories if output == 0 else None
         indices = tuple(class_index(c, names, count) for c in classes)
         if not indices or len(set(indices)) < len(indices):
