@@ -8,6 +8,7 @@ import onnxruntime
 import openvino
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import fcvgg
@@ -128,3 +129,44 @@ def test_a_missing_package_is_named(net, tmp_path, monkeypatch):
     with pytest.raises(fcvgg.MissingExtraError, match=r"pip install 'fcvgg\[onnx\]'"):
         net.export(tmp_path / "demo.onnx")
     assert list(tmp_path.iterdir()) == []
+
+
+class Normed(nn.Module):
+    """Local response normalisation, as a layer and as a function, and scores that are unknown."""
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3)
+        self.norm = nn.LocalResponseNorm(size, alpha=0.5, k=2.0)
+        self.size = size
+        self.fc = nn.Linear(8 * 6 * 6, 4)
+
+    def forward(self, x):
+        x = self.norm(self.conv(x).relu())
+        x = F.local_response_norm(x, self.size, beta=0.5, alpha=0.3)
+        return self.fc(x.flatten(1)).softmax(1) * 2 - 1
+
+
+@pytest.mark.parametrize("size", [3, 4])
+def test_local_response_normalisation(size, tmp_path):
+    torch.manual_seed(0)
+    net = fcvgg.convert(Normed(size).eval(), input_size=8)
+    path = net.export(tmp_path / "normed.onnx")
+    operators = [node.op_type for node in onnx.load(path).graph.node]
+    assert operators.count("LRN") == (2 if size == 3 else 0)
+    images = torch.randn(3, 3, 11, 13)
+    (scores,) = onnxruntime.InferenceSession(path).run(None, {"images": images.numpy()})
+    torch.testing.assert_close(torch.from_numpy(scores), net(images).detach(), rtol=1e-5, atol=1e-6)
+
+
+def test_what_was_exported_loads_back(tmp_path):
+    torch.manual_seed(0)
+    net = fcvgg.convert(Normed(5).eval(), input_size=8, categories=list("abcd"))
+    assert net.activation == "unknown"
+    back = fcvgg.load(net.export(tmp_path / "normed.onnx"))
+    assert back.activation == "unknown"
+    assert back.categories == net.categories
+    assert back.equivalence.passed
+    assert back.geometry == net.geometry
+    images = torch.randn(2, 3, 11, 13)
+    torch.testing.assert_close(back(images), net(images), rtol=1e-6, atol=1e-6)

@@ -10,13 +10,16 @@ import json
 import re
 import warnings
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.fx.experimental import _config as shape_config
+from torch.overrides import TorchFunctionMode
 
 from fcvgg.errors import FcvggError, MissingExtraError, one_line
 from fcvgg.files import written_whole
@@ -45,7 +48,8 @@ def export_network(
     """
     if path.suffix not in SUFFIXES:
         raise FcvggError(f"{path.name!r} has no format to export to; use a name in .onnx or .pt2")
-    program = exported(network, images)
+    with _OnnxOperators() if path.suffix == ".onnx" else nullcontext():
+        program = exported(network, images)
     entries = {f"fcvgg.{name}": json.dumps(value) for name, value in metadata.items()}
     with written_whole(path) as temporary:
         if path.suffix == ".pt2":
@@ -74,6 +78,30 @@ def exported(network: nn.Module, images: tuple[int, int, int, int]) -> ExportedP
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+class _OnnxOperators(TorchFunctionMode):
+    """Functions as the ONNX operators that they are, where torch would write out their arithmetic.
+
+    Local response normalisation would become a pool over a third dimension, which other programs
+    run slowly and `fcvgg.load` does not read.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.local_response_norm and hasattr(torch.onnx, "ops"):  # since torch 2.8
+            func = _response_norm
+        return func(*args, **(kwargs or {}))
+
+
+def _response_norm(
+    input: Tensor, size: int, alpha: float = 1e-4, beta: float = 0.75, k: float = 1.0
+) -> Tensor:
+    if size % 2 == 0:  # ONNX has the further channel of an even size on the other side
+        return F.local_response_norm(input, size, alpha, beta, k)
+    attributes: dict[str, Any] = {"size": size, "alpha": alpha, "beta": beta, "bias": float(k)}
+    return torch.onnx.ops.symbolic(
+        "LRN", [input], attributes, dtype=input.dtype, shape=input.shape, version=None
+    )
 
 
 def _write_onnx(
