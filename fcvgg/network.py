@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -58,6 +59,9 @@ class FullyConvolutional(nn.Module):
 
     _loaded_from: str
     """The prefix of the last checkpoint's keys, by which its problems are reported."""
+
+    _load_problems: list[str]
+    """torch's own list of what does not fit, while a checkpoint is loaded."""
 
     def __init__(
         self,
@@ -435,12 +439,15 @@ class FullyConvolutional(nn.Module):
         return f"{self.source}, native size {self.input_size}, {self.geometry}"
 
 
-def _source_keys(net: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+def _source_keys(
+    net: nn.Module, state: dict[str, Any], prefix: str, _meta: Any, _strict: Any, *reports: Any
+) -> None:
     """Put the source's keys where the network's modules look for them."""
     assert isinstance(net, FullyConvolutional)
     for key in [k for k in state if k.startswith(prefix)]:
         state[f"{prefix}network.{key.removeprefix(prefix)}"] = state.pop(key)
     net._loaded_from = prefix
+    net._load_problems = reports[-1]
     own = net.network.state_dict(keep_vars=True)
     for name in own:  # further instances of a layer, which get its tensors when it has them
         if name.split(".")[0] in net.program.aliases:
@@ -448,10 +455,13 @@ def _source_keys(net: nn.Module, state: dict[str, Any], prefix: str, *_: Any) ->
 
 
 def _report_source_keys(net: nn.Module, incompatible: Any) -> None:
-    """Report missing and unexpected keys under the source's names too."""
+    """Report missing, unexpected and misshapen keys under the source's names too."""
     assert isinstance(net, FullyConvolutional)
     _tie(net)
     prefix = net._loaded_from
+    inner = re.compile(rf'(?<=[ "]){re.escape(prefix)}network\.')
+    net._load_problems[:] = [inner.sub(prefix, problem) for problem in net._load_problems]
+    net._load_problems = []
     for keys in (incompatible.missing_keys, incompatible.unexpected_keys):
         for i, key in enumerate(keys):
             if key.startswith(f"{prefix}network."):

@@ -321,3 +321,13 @@ def test_strict_loading_names_what_is_wrong() -> None:
     assert result.unexpected_keys == ["classifier.9.weight"]
     with pytest.raises(RuntimeError, match=r"size mismatch for .*classifier\.6\.weight"):
         net.load_state_dict({**model.state_dict(), "classifier.6.weight": torch.ones(3, 3)})
+
+
+@pytest.mark.parametrize("prefix", ["", "model."])
+def test_a_misshapen_tensor_is_named_as_in_the_source(prefix: str) -> None:
+    net = fcvgg.convert(seeded(SmallVGG), copy=True)
+    state = net.state_dict(prefix=prefix)
+    state[f"{prefix}features.0.weight"] = torch.ones(3)
+    holder = nn.ModuleDict({"model": net}) if prefix else net
+    with pytest.raises(RuntimeError, match=rf"size mismatch for {prefix}features\.0\.weight: copy"):
+        holder.load_state_dict(state)
