@@ -59,8 +59,8 @@ if TYPE_CHECKING:
     from fcvgg.segmentation.training import DenseTraining as DenseTraining
     from fcvgg.segmentation.training import evaluate_fcn as evaluate_fcn
     from fcvgg.segmentation.training import train_fcn as train_fcn
-    from fcvgg.streaming.jobs import stream as stream
-    from fcvgg.streaming.strip_sources import open_image as open_image
+    from fcvgg.streaming.execution import stream as stream
+    from fcvgg.streaming.opening import open_image as open_image
     from fcvgg.transfer import Features as Features
     from fcvgg.transfer import GeometryChanges as GeometryChanges
     from fcvgg.transfer import LayerNames as LayerNames
@@ -146,8 +146,8 @@ _PUBLIC: dict[str, tuple[str, ...]] = {
         "evaluate_fcn",
         "train_fcn",
     ),
-    "streaming.jobs": ("stream",),
-    "streaming.strip_sources": ("open_image",),
+    "streaming.execution": ("stream",),
+    "streaming.opening": ("open_image",),
     "transfer": (
         "Features",
         "GeometryChanges",

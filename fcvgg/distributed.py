@@ -26,14 +26,9 @@ from fcvgg.errors import ArgumentError, FcvggError, ImageError
 from fcvgg.geometry import Pair
 from fcvgg.network import FullyConvolutional, evaluating
 from fcvgg.sources.extras import imported
-from fcvgg.streaming.jobs import (
-    StreamJob,
-    as_array,
-    as_result,
-    bands,
-    opened_store,
-    plan_in_memory,
-)
+from fcvgg.streaming.execution import as_array, bands
+from fcvgg.streaming.job import StreamJob, as_result, plan_in_memory
+from fcvgg.streaming.resumption import opened_store
 from fcvgg.streaming.strip_plan import StripPlan, parsed_memory
 
 Bundle = dict[str, bytes]

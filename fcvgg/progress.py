@@ -8,14 +8,16 @@ from contextlib import contextmanager
 
 @contextmanager
 def progress_bar(
-    what: str, total: int | None, shown: bool = True
-) -> Iterator[Callable[[int], None]]:
+    what: str, total: float | None, shown: bool = True, rate: str | None = None
+) -> Iterator[Callable[[float], None]]:
     """Gives what to call with the number of steps that were done.
 
     Args:
         what: the steps' name.
         total: how many there will be, if that is known.
         shown: False draws nothing.
+        rate: the unit of the steps done in a second, such as ``"MP/s"``, which is then shown in
+            place of their number.
     """
     if not shown:
         yield lambda done: None
@@ -25,13 +27,24 @@ def progress_bar(
         BarColumn,
         MofNCompleteColumn,
         Progress,
+        ProgressColumn,
+        Task,
+        TaskProgressColumn,
         TextColumn,
         TimeElapsedColumn,
         TimeRemainingColumn,
     )
+    from rich.text import Text
 
+    class RateColumn(ProgressColumn):
+        """Steps per second."""
+
+        def render(self, task: Task) -> Text:
+            return Text(f"{task.speed:.2f} {rate}" if task.speed else f"- {rate}")
+
+    counted = (MofNCompleteColumn(),) if rate is None else (TaskProgressColumn(), RateColumn())
     columns = (
-        *(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()),
+        *(TextColumn("{task.description}"), BarColumn(), *counted),
         *(TimeElapsedColumn(), TimeRemainingColumn()),
     )
     console = Console(stderr=True)

@@ -16,7 +16,7 @@ from PIL import Image
 
 import fcvgg
 from fcvgg.errors import FcvggError
-from fcvgg.streaming.strip_sources import strip_source
+from fcvgg.streaming.opening import strip_source
 
 tifffile = pytest.importorskip("tifffile")
 zarr = pytest.importorskip("zarr")

@@ -23,9 +23,12 @@ from torch import Tensor, nn
 
 import fcvgg
 from fcvgg.errors import FcvggError
-from fcvgg.streaming import jobs as streaming
-from fcvgg.streaming.line_buffers import Extents, LineBuffers, Schedule, stages_of
+from fcvgg.streaming import resumption
+from fcvgg.streaming.job import StreamJob
+from fcvgg.streaming.line_buffers import LineBuffers
+from fcvgg.streaming.schedule import Extents, Schedule
 from fcvgg.streaming.score_store import is_store, open_store
+from fcvgg.streaming.stages import stages_of
 from fcvgg.streaming.strip_plan import parsed_memory
 
 pytest.importorskip("zarr")
@@ -349,7 +352,7 @@ def test_little_memory_gives_the_same_in_blocks_of_columns(net: Any) -> None:
     least = _least(net, image)
     tight = fcvgg.stream(net, image, memory=least)
     assert relative_error(whole, tight.scores) <= EXACT
-    job = streaming.StreamJob.prepared(net, image, None, None)
+    job = StreamJob.prepared(net, image, None, None)
     assert len(job.plan(parsed_memory(least), job.row_bytes * job.shape[-2]).blocks) > 1
 
 
@@ -397,15 +400,18 @@ def test_amounts_of_memory(text: Any, size: int) -> None:
 
 
 def test_modes_are_given_back_and_progress_is_shown(
-    net: Any, capsys: pytest.CaptureFixture[str]
+    net: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as on a terminal
     net.train()
     net.network.get_submodule("features").eval()
     modes = [m.training for m in net.modules()]
     fcvgg.stream(net, photograph(60, 40), progress=True)
     assert modes == [m.training for m in net.modules()]
     net.eval()
-    assert "streaming" in capsys.readouterr().err
+    shown = capsys.readouterr().err
+    assert "streaming" in shown
+    assert "MP/s" in shown
 
 
 # -- on disk --------------------------------------------------------------------------------------
@@ -435,7 +441,7 @@ def test_kinds_of_maps_on_disk(net: Any, tmp_path: Path, classes: Any) -> None:
 
 def small_strips(monkeypatch: pytest.MonkeyPatch) -> None:
     """Many strips and chunks, also for a small image."""
-    monkeypatch.setattr(streaming, "_CHUNK_ROWS", 4)
+    monkeypatch.setattr(resumption, "_CHUNK_ROWS", 4)
     monkeypatch.setattr("fcvgg.streaming.strip_plan._STRIP_BYTES", 30_000)
     monkeypatch.setattr("fcvgg.streaming.strip_plan._LEAST_BYTES", 30_000)
     monkeypatch.setattr("fcvgg.streaming.strip_plan._POSITIONS", 1)
@@ -477,10 +483,10 @@ def test_a_killed_process_loses_nothing_that_was_finished(net: Any, tmp_path: Pa
         import numpy as np
         import torch
         import fcvgg
-        from fcvgg.streaming import jobs as streaming, score_store, strip_plan
+        from fcvgg.streaming import resumption, score_store, strip_plan
 
         torch.set_num_threads(1)
-        streaming._CHUNK_ROWS = 4
+        resumption._CHUNK_ROWS = 4
         strip_plan._STRIP_BYTES = strip_plan._LEAST_BYTES = 30_000
         strip_plan._POSITIONS = 1
         folder, name, slow = sys.argv[1:]

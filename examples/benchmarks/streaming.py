@@ -1,14 +1,25 @@
 """Time, memory and exactness of streaming, against the ways people cut large images today.
 
+    pip install 'fcvgg[bench]'
     python examples/benchmarks/streaming.py                        # 1024 and 2048 rows
-    python examples/benchmarks/streaming.py --rows 1024 2048 4096 8192 --memory 1GiB
+    python examples/benchmarks/streaming.py --rows 1024 2048 4096 8192 --folder results
+    python examples/benchmarks/streaming.py --folder results --report examples/benchmarks
 
-Every way runs in a process of its own on the same noise: ``whole`` is the network on the whole
-image, ``stream`` is `fcvgg.stream`, ``tiles`` runs 1024-pixel tiles whose halo makes them exact
-away from the borders (and cells beside the tiles' borders see zeros where pixels are),
-and ``monai`` is its `sliding_window_inference` if MONAI is installed. The memory is what the
-operating system counts; the difference is the largest from ``whole``, relative to its largest
-score. The network is VGG-16 with random weights; ``--width`` divides its channels.
+The network is VGG-16 with random weights and ten classes, the image noise. Every way runs in a
+process of its own:
+
+- ``whole``: the network on the whole image;
+- ``stream``: `fcvgg.stream`;
+- ``halo``: tiles of 1024 pixels with the halo that makes every kept cell exact: cells that see the
+  zeros around their tile are thrown away;
+- ``tiles``: tiles of 1024 pixels that overlap by a window, as a sliding window would have it, so
+  that cells beside the tiles' borders see zeros where pixels are;
+- ``monai``: MONAI's `sliding_window_inference` with tiles of 1024 pixels that overlap by a quarter.
+
+The memory is what the operating system says that the call added at most, its result included. The
+difference is the largest from ``whole``, relative to its largest score. Figures are kept in
+``--folder``, so that a long table can be measured in pieces (``--ways``, ``--rows``); ``--report``
+writes them as ``streaming.md`` and ``streaming.png``.
 """
 
 from __future__ import annotations
@@ -19,113 +30,146 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torchvision
 from torch import Tensor, nn
-from torchvision.models.vgg import VGG, cfgs, make_layers
 
 import fcvgg
+from fcvgg.benchmarking.measurements import machine
+from fcvgg.geometry import Axis, Pair
 
-WAYS = ("whole", "stream", "tiles", "monai")
+WAYS = {
+    "whole": "whole image",
+    "stream": "fcvgg.stream",
+    "halo": "tiles with halo",
+    "tiles": "tiles by window",
+    "monai": "MONAI",
+}
 TILE = 1024
 CLASSES = 10
+WHOLE_BYTES = 256
+"""Bytes per pixel that the whole-image pass of VGG-16 certainly does with."""
+
+Figures = dict[str, Any]
 
 
 def main() -> None:
-    """Run every way at every height and print a table."""
+    """Run every way at every height, or report what was measured."""
     arguments = parse_arguments()
     if arguments.child:
-        print(json.dumps(measured(arguments, arguments.child, arguments.rows[0])))
+        way, folder = arguments.child, arguments.folder
+        print(json.dumps(measured(arguments, way, arguments.rows[0], folder)))
         return
-    print(f"{'rows':>6} {'way':>7} {'CPU s':>7} {'s':>7} {'MiB added':>10} {'difference':>11}")
-    with tempfile.TemporaryDirectory() as folder:
+    if arguments.report:
+        report(kept(arguments.folder), arguments.report)
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = arguments.folder or Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
         for rows in arguments.rows:
-            for way in WAYS:
-                if way == "whole" and rows > arguments.whole_up_to:
+            for way in arguments.ways:
+                if way == "whole" and not fits(rows * arguments.cols):
+                    print(f"{rows} rows, whole: left out, the machine has too little memory")
                     continue
-                show(folder, rows, way, run_child(arguments, folder, rows, way))
+                figures = run_child(arguments, folder, rows, way)
+                (folder / f"{way}-{rows}.json").write_text(json.dumps(figures))
+                print(line(figures), flush=True)
+        print(f"\n{table(kept(folder))}")
 
 
-def run_child(
-    arguments: argparse.Namespace, folder: str, rows: int, way: str
-) -> dict[str, float] | None:
-    """One way's figures, measured in a process of its own; None where it cannot run."""
-    command = [sys.executable, __file__, "--child", way, "--folder", folder]
-    command += ["--rows", str(rows), "--cols", str(arguments.cols), "--width", str(arguments.width)]
+def run_child(arguments: argparse.Namespace, folder: Path, rows: int, way: str) -> Figures:
+    """One way's figures, measured in a process of its own."""
+    command = [sys.executable, __file__, "--child", way, "--folder", str(folder)]
+    command += ["--rows", str(rows), "--cols", str(arguments.cols)]
     command += ["--memory", arguments.memory, "--threads", str(arguments.threads)]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    return None if result.returncode else json.loads(result.stdout.splitlines()[-1])
-
-
-def show(folder: str, rows: int, way: str, figures: dict[str, float] | None) -> None:
-    """Print one line of the table."""
-    if figures is None:
-        print(f"{rows:>6} {way:>7}   did not run (not installed, or too little memory)")
-        return
-    whole, own = (Path(folder) / f"{name}-{rows}.npy" for name in ("whole", way))
-    difference = "-"
+    result = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    if result.returncode:
+        raise SystemExit(f"{way} failed at {rows} rows")
+    figures: Figures = json.loads(result.stdout.splitlines()[-1])
+    whole, own = (folder / f"{name}-{rows}.npy" for name in ("whole", way))
     if whole.exists():
-        a, b = np.load(whole), np.load(own)
-        difference = (
-            f"{np.abs(a - b).max() / np.abs(a).max():.1e}" if a.shape == b.shape else "size"
-        )
-    print(
-        f"{rows:>6} {way:>7} {figures['cpu']:>7.1f} {figures['seconds']:>7.1f} "
-        f"{figures['added'] / 2**20:>10.0f} {difference:>11}",
-        flush=True,
-    )
+        expected, scores = np.load(whole), np.load(own)
+        figures["difference"] = float(np.abs(expected - scores).max() / np.abs(expected).max())
+    return figures
 
 
-def measured(arguments: argparse.Namespace, way: str, rows: int) -> dict[str, float]:
-    """Run one way in this process."""
+def fits(pixels: int) -> bool:
+    """Whether the whole-image pass leaves half of the free memory."""
+    return WHOLE_BYTES * pixels < status("MemAvailable", "/proc/meminfo") / 2
+
+
+# -- one measurement ------------------------------------------------------------------------------
+
+
+def measured(arguments: argparse.Namespace, way: str, rows: int, folder: Path) -> Figures:
+    """Run one way in this process; the scores are left in the folder."""
     torch.set_num_threads(arguments.threads)
-    net = fcvgg.convert(model(arguments.width), verify=False)
-    image = torch.from_numpy(noise(rows, arguments.cols))
-    net.score_map(image[:, :256, :256])
-    Path("/proc/self/clear_refs").write_text("5")
+    torch.manual_seed(0)
+    model = torchvision.models.vgg16(num_classes=CLASSES)
+    net = fcvgg.convert(model, input_size=224, verify=False)
+    image = torch.randn(3, rows, arguments.cols)
+    run(net, way, image[:, :TILE, :TILE], arguments.memory)  # libraries load, threads start
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     before, cpu, start = status("VmRSS"), time.process_time(), time.perf_counter()
     scores = run(net, way, image, arguments.memory)
     figures = {
+        "way": way,
+        "rows": rows,
+        "cols": arguments.cols,
+        "memory": arguments.memory,
+        "threads": arguments.threads,
         "seconds": time.perf_counter() - start,
         "cpu": time.process_time() - cpu,
         "added": status("VmHWM") - before,
     }
-    np.save(Path(arguments.folder) / f"{way}-{rows}.npy", scores.numpy())
+    np.save(folder / f"{way}-{rows}.npy", scores.numpy())
     return figures
 
 
+@torch.no_grad()
 def run(net: fcvgg.FullyConvolutional, way: str, image: Tensor, memory: str) -> Tensor:
     """The scores ``(K, h, w)`` of a preprocessed image by one of `WAYS`."""
     if way == "whole":
         return net.score_map(image).scores
     if way == "stream":
         return fcvgg.stream(net, image, memory=memory).scores
-    return tiled(net, image) if way == "tiles" else with_monai(net, image)
+    if way == "monai":
+        return with_monai(net, image)
+    return tiled(net, image, halo=way == "halo")
 
 
-@torch.no_grad()
-def tiled(net: fcvgg.FullyConvolutional, image: Tensor) -> Tensor:
-    """Tiles that overlap by a window less a stride, so that every cell lies in one."""
-    stride, window = net.geometry.stride[0], net.geometry.window[0]
-    step = (TILE - window) // stride + 1
+def tiled(net: fcvgg.FullyConvolutional, image: Tensor, halo: bool) -> Tensor:
+    """The scores tile by tile."""
     h, w = net.output_size(image.shape[1:])
     scores = torch.empty(CLASSES, h, w)
-    for row in range(0, h, step):
-        for col in range(0, w, step):
-            y, x = row * stride, col * stride
-            cells = net(image[None, :, y : y + TILE, x : x + TILE])[0, :, :step, :step]
-            part = scores[:, row : row + step, col : col + step]
-            part[:] = cells[:, : part.shape[1], : part.shape[2]]
+    across = list(tiles(net.geometry.width, image.shape[2], w, halo))
+    for top, bottom, pixels_y, first_y in tiles(net.geometry.height, image.shape[1], h, halo):
+        for left, right, pixels_x, first_x in across:
+            cells = net(image[None, :, slice(*pixels_y), slice(*pixels_x)])[0]
+            cells = cells[:, top - first_y : bottom - first_y, left - first_x : right - first_x]
+            scores[:, top:bottom, left:right] = cells
     return scores
 
 
-@torch.no_grad()
+def tiles(axis: Axis, size: int, cells: int, halo: bool) -> Iterator[tuple[int, int, Pair, int]]:
+    """Half-open ranges of cells along an axis, the pixels of their tile, and its first cell."""
+    around = -(-max(-axis.offset, 0) // axis.stride) if halo else 0  # cells that see the tile's end
+    step = (TILE - axis.window) // axis.stride + 1 - 2 * around
+    for first in range(0, cells, step):
+        end = min(first + step, cells)
+        begin = max(first - around, 0)
+        last = (end + around - 1) * axis.stride + axis.window
+        yield first, end, (begin * axis.stride, min(last, size)), begin
+
+
 def with_monai(net: fcvgg.FullyConvolutional, image: Tensor) -> Tensor:
     """MONAI's tiles, blended where they overlap; they need a map as large as its input."""
-    from monai.inferers import sliding_window_inference  # type: ignore
+    from monai.inferers import sliding_window_inference
 
     def predictor(tile: Tensor) -> Tensor:
         cells: Tensor = net(tile)
@@ -135,27 +179,75 @@ def with_monai(net: fcvgg.FullyConvolutional, image: Tensor) -> Tensor:
     return nn.functional.interpolate(pixels, net.output_size(image.shape[1:]))[0]
 
 
-def model(width: int) -> nn.Module:
-    """VGG-16 with 1/`width` of its channels and one fully connected layer."""
-    torch.manual_seed(0)
-    narrow = [v if v == "M" else int(v) // width for v in cfgs["D"]]
-    with torch.device("meta"):
-        vgg = VGG(nn.Sequential(), init_weights=False)
-    vgg.features = make_layers(narrow)  # type: ignore[arg-type]
-    vgg.classifier = nn.Sequential(nn.Linear(512 // width * 49, CLASSES))
-    return vgg.eval()
-
-
-def noise(rows: int, cols: int) -> np.ndarray[Any, Any]:
-    """A preprocessed image ``(3, H, W)``."""
-    generator = np.random.default_rng(0)
-    return generator.standard_normal((3, rows, cols), np.float32)
-
-
-def status(key: str) -> int:
-    """A figure of this process's memory in bytes, as Linux counts it."""
-    lines = Path("/proc/self/status").read_text().splitlines()
+def status(key: str, file: str = "/proc/self/status") -> int:
+    """A figure of memory in bytes, as Linux counts it."""
+    lines = Path(file).read_text().splitlines()
     return int(next(line for line in lines if line.startswith(key)).split()[1]) * 1024
+
+
+# -- the report -----------------------------------------------------------------------------------
+
+
+def kept(folder: Path) -> list[Figures]:
+    """The figures in a folder, by height and way."""
+    figures = [json.loads(path.read_text()) for path in folder.glob("*-*.json")]
+    return sorted(figures, key=lambda f: (f["rows"], list(WAYS).index(f["way"])))
+
+
+def line(figures: Figures) -> str:
+    """One row of the table."""
+    megapixels = figures["rows"] * figures["cols"] / 1e6
+    difference = figures.get("difference")
+    shown = "" if difference is None else "0" if difference == 0 else f"{difference:.0e}"
+    return (
+        f"| {figures['rows']} | {WAYS[figures['way']]} | {figures['seconds']:.1f} s "
+        f"| {figures['seconds'] / megapixels:.2f} s | {figures['cpu'] / megapixels:.2f} s "
+        f"| {figures['added'] / 2**20:,.0f} MiB | {shown} |"
+    )
+
+
+def table(rows: list[Figures]) -> str:
+    """The figures as Markdown."""
+    heads = ("rows", "way", "time", "per megapixel", "of processor", "memory added", "difference")
+    lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
+    return "\n".join([*lines, *map(line, rows)])
+
+
+def report(rows: list[Figures], folder: Path) -> None:
+    """Write ``streaming.md`` and ``streaming.png``."""
+    first = rows[0]
+    title = f"VGG-16 at {first['cols']} columns: streaming, and other ways"
+    about = f"{machine()}; {first['threads']} threads; streamed with memory={first['memory']!r}."
+    path = folder / "streaming.md"
+    path.write_text(f"# {title}\n\n{about}\n\n{table(rows)}\n\n![](streaming.png)\n")
+    print(f"wrote {path}\nwrote {plotted(rows, title, folder / 'streaming.png')}")
+
+
+def plotted(rows: list[Figures], title: str, path: Path) -> Path:
+    """Memory and time per megapixel against the height."""
+    import matplotlib.pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    for way, name in WAYS.items():
+        own = [f for f in rows if f["way"] == way]
+        if not own:
+            continue
+        heights = [f["rows"] for f in own]
+        style = {"marker": "o", "linewidth": 2.5 if way == "stream" else 1.5, "label": name}
+        left.plot(heights, [f["added"] / 2**20 for f in own], **style)
+        right.plot(heights, [f["seconds"] / f["rows"] / f["cols"] * 1e6 for f in own], **style)
+    for axes, what in ((left, "memory added (MiB)"), (right, "seconds per megapixel")):
+        axes.set_xscale("log", base=2)
+        heights = sorted({f["rows"] for f in rows})
+        axes.set_xticks(heights, list(map(str, heights)))
+        axes.set(xlabel="rows of the image", ylabel=what)
+        axes.grid(alpha=0.3)
+    left.set_yscale("log")
+    right.set_ylim(bottom=0)
+    right.legend(fontsize="small")
+    figure.suptitle(title)
+    figure.savefig(path, dpi=130)
+    return path
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -163,12 +255,12 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Streaming against other ways.")
     parser.add_argument("--rows", type=int, nargs="+", default=[1024, 2048])
     parser.add_argument("--cols", type=int, default=2048, help="(%(default)s)")
-    parser.add_argument("--width", type=int, default=1, help="divides the channels (%(default)s)")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--memory", default="1GiB", help="for fcvgg.stream (%(default)s)")
     parser.add_argument("--threads", type=int, default=2, help="(%(default)s)")
-    parser.add_argument("--whole-up-to", type=int, default=4096, help="rows (%(default)s)")
+    parser.add_argument("--folder", type=Path, help="where figures and scores are kept")
+    parser.add_argument("--report", type=Path, help="only write the table and plot there")
     parser.add_argument("--child", choices=WAYS, help=argparse.SUPPRESS)
-    parser.add_argument("--folder", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 

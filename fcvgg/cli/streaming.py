@@ -60,8 +60,8 @@ def run(
     device: Device = "cpu",
 ) -> None:
     """Write the score map of an image of any size, in bounded memory."""
-    from fcvgg.streaming.jobs import stream
-    from fcvgg.streaming.strip_sources import open_image
+    from fcvgg.streaming.execution import stream
+    from fcvgg.streaming.opening import open_image
 
     source = open_image(slide, level)
     net = loaded(model, own, device, weights=weights, arch=arch, output_stride=output_stride)

@@ -18,8 +18,9 @@ from fcvgg.geometry import Axis, Geometry, Pair
 from fcvgg.heatmap import Heatmap
 from fcvgg.probability import to_probabilities
 from fcvgg.sources.extras import imported
+from fcvgg.streaming.opening import open_image
 from fcvgg.streaming.score_store import ScoreStore
-from fcvgg.streaming.strip_sources import StripSource, open_image
+from fcvgg.streaming.strip_sources import StripSource
 
 THUMBNAIL = 1600
 """Pixels of a thumbnail's larger side."""

@@ -1,6 +1,6 @@
 """How a network is streamed within a memory bound: the height of strips, the width of blocks.
 
-The estimate walks the schedule of `fcvgg.line_buffers` and adds up, for every operation at every
+The estimate walks the `fcvgg.streaming.schedule.Schedule` and adds up, for every operation at every
 strip, the rows that wait, the operation's input and output and the library's workspace.
 """
 
@@ -17,7 +17,8 @@ import torch
 from fcvgg.errors import ArgumentError
 from fcvgg.geometry import Pair
 from fcvgg.modules import _GEMM_CELLS
-from fcvgg.streaming.line_buffers import Extents, Schedule, Stage
+from fcvgg.streaming.schedule import Extents, Schedule
+from fcvgg.streaming.stages import Stage
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _UNITS.update({f"{unit}I": 1 << 10 * i for i, unit in enumerate("KMGT", 1)})
@@ -29,7 +30,7 @@ _FIXED = 24 << 20
 _STRIP_BYTES = 8 << 20
 """Bytes of a map, per thread, that an operation computes at once: they stay in the cache."""
 
-_POSITIONS = 1024
+_POSITIONS = 4096
 """Positions for which weights are fetched often enough to be used well."""
 
 _LEAST_BYTES = 1 << 18

@@ -1,0 +1,180 @@
+"""Exact score maps of images of any size, in bounded memory.
+
+`stream` reads an image strip by strip, runs the network over the strips with line buffers
+(`fcvgg.streaming.line_buffers`), and keeps the scores or writes them to disk row by row.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fcvgg.geometry import Pair
+from fcvgg.network import FullyConvolutional, evaluating
+from fcvgg.placement import device_of
+from fcvgg.progress import progress_bar
+from fcvgg.streaming.allocator import trimmer
+from fcvgg.streaming.job import StreamJob, as_result, plan_in_memory
+from fcvgg.streaming.line_buffers import LineBuffers
+from fcvgg.streaming.resumption import opened_store
+from fcvgg.streaming.score_store import ScoreStore
+from fcvgg.streaming.strip_plan import (
+    StripPlan,
+    parsed_memory,
+)
+
+_MEGA = 10**6
+
+
+@torch.no_grad()
+def stream(
+    net: FullyConvolutional,
+    source: Any,
+    *,
+    out: str | os.PathLike[str] | None = None,
+    classes: Sequence[int | str] | str | None = None,
+    rows: Pair | None = None,
+    memory: int | str = "1GiB",
+    progress: bool = False,
+    output: int = 0,
+) -> Any:
+    """The score map of an image of any size, equal to the network's on the whole image.
+
+    The image is read in strips of rows. Every layer keeps the last rows that its next output needs,
+    so no position is computed twice, and the memory does not grow with the image's height.
+
+    Args:
+        net: a converted network.
+        source: a path (TIFF, BigTIFF, OME-TIFF, zarr, OME-Zarr; what else Pillow reads is decoded
+            whole), what `fcvgg.open_image` gives (for a level of a pyramid), a PIL image, or an
+            array that can be sliced (NumPy, memmap, zarr, h5py, dask): ``uint8`` pixels
+            ``(H, W, C)`` or ``(H, W)``, which are preprocessed, or preprocessed floats
+            ``(C, H, W)``, also as a tensor.
+        out: a folder for the map as a zarr array, with class names and geometry in its attributes.
+            Rows are written as they are finished; after an interruption the same call resumes.
+            None keeps the map in memory.
+        classes: class indices or names to keep, ``"argmax"`` for the best class of every cell, or
+            ``"top5"``; None keeps all.
+        rows: half-open range of the map's rows; only the image's rows that they need are read.
+        memory: bytes that the call may add, or text such as ``"512MiB"``, the map itself included
+            where it is kept in memory. Images too wide for it are cut into blocks of columns, whose
+            borders are computed twice.
+        progress: show a bar with the rate and the time left.
+        output: which output, for a network with several.
+
+    Returns:
+        a `ScoreMap` with the scores ``(K, h, w)``, or ``(len(classes), h, w)``; for ``"argmax"`` an
+        int64 tensor ``(h, w)`` as of `ScoreMap.label_map`; for ``"top5"`` a tensor ``(2, 5, h, w)``
+        of class indices and their scores, the best first. With `out`, the `ScoreStore` on disk.
+
+    Raises:
+        ArgumentError: if an option is none of these, or `memory` too little; the least is named.
+        ImageError: if the image cannot be used, is truncated or shrinks.
+        FcvggError: if `out` exists and holds something else, or cannot be written.
+    """
+    job = StreamJob.prepared(net, source, classes, rows, output)
+    budget = parsed_memory(memory)
+    if out is None:
+        return _in_memory(job, budget, progress)
+    store, plan = opened_store(job, Path(out), budget)
+    with evaluating(net), _bar(progress, job, plan) as advance:
+        for block in range(len(plan.blocks)):
+            _fill(job, plan, store, block, advance)
+    return store
+
+
+def bands(
+    job: StreamJob, plan: StripPlan, cols: Pair, rows: Pair, advance: Callable[[float], None]
+) -> Iterator[Tensor]:
+    """The result's rows ``[first, end)`` for some columns, a few at a time, from top to bottom.
+
+    The same plan gives the same bits wherever `rows` begins.
+    """
+    schedule = job.layout.schedule(plan.strip_bytes, cols)
+    width = job.layout.width(cols)
+    buffers = LineBuffers(schedule, width, rows[0], trimmer(plan.peak))
+    left = rows[1] - rows[0]
+    while left:
+        first, end = buffers.image_rows
+        cells = buffers.push(job.strip((first, end), buffers.image_cols))
+        left_col, right_col = buffers.image_cols
+        advance((end - first) * (right_col - left_col) / _MEGA)
+        if cells is not None:
+            kept = job.selection(cells[0, :, :left])
+            del cells
+            left -= kept.shape[-2]
+            yield kept
+
+
+def _in_memory(job: StreamJob, memory: int, progress: bool) -> Any:
+    plan = plan_in_memory(job, memory)
+    device = device_of(job.net)
+    result = torch.empty(job.shape, dtype=job.dtype, device=device)
+    with evaluating(job.net), _bar(progress, job, plan) as advance:
+        for cols in plan.blocks:
+            row = 0
+            for cells in bands(job, plan, cols, job.layout.rows, advance):
+                result[..., row : row + cells.shape[-2], cols[0] : cols[1]] = cells
+                row += cells.shape[-2]
+    return as_result(job, result)
+
+
+def _fill(
+    job: StreamJob,
+    plan: StripPlan,
+    store: ScoreStore,
+    block: int,
+    advance: Callable[[float], None],
+) -> None:
+    """Compute and write the rows of a block that are not finished."""
+    first, end = job.layout.rows
+    begin = first + store.finished[block]
+    if begin == end:
+        return
+    for row, cells in chunked(
+        bands(job, plan, plan.blocks[block], (begin, end), advance),
+        store.finished[block],
+        store.chunk_rows,
+        end - first,
+    ):
+        store.write(block, row, as_array(cells))
+
+
+def chunked(
+    parts: Iterator[Tensor], row: int, chunk_rows: int, end: int
+) -> Iterator[tuple[int, Tensor]]:
+    """Rows in whole chunks, each with its first row; the last chunk may be shorter."""
+    waiting: list[Tensor] = []
+    count = 0
+    for part in parts:
+        waiting.append(part)
+        count += part.shape[-2]
+        whole = count if row + count == end else count - count % chunk_rows
+        if whole:
+            joined = torch.cat(waiting, -2) if len(waiting) > 1 else part
+            yield row, joined[..., :whole, :]
+            waiting = [joined[..., whole:, :].clone()] if whole < count else []
+            row, count = row + whole, count - whole
+
+
+def as_array(cells: Tensor) -> np.ndarray[Any, Any]:
+    """Values as zarr stores them."""
+    cells = cells.float() if cells.dtype == torch.bfloat16 else cells
+    return np.ascontiguousarray(cells.cpu().numpy())
+
+
+def _bar(
+    progress: bool, job: StreamJob, plan: StripPlan
+) -> AbstractContextManager[Callable[[float], None]]:
+    """A function that is told how many megapixels were done, and shows it if asked to."""
+    first, end = job.layout.height().ranges[0]
+    cols = [job.layout.width(block).ranges[0] for block in plan.blocks]
+    total = sum((end - first) * (b - a) for a, b in cols)
+    return progress_bar("streaming", total / _MEGA, progress, rate="MP/s")

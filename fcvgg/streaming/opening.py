@@ -1,0 +1,166 @@
+"""Images of every kind, opened to be read strip by strip.
+
+tifffile and zarr are imported where they are used; the extra ``fcvgg[stream]`` brings them.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from fcvgg.errors import ImageError, one_line
+from fcvgg.geometry import Pair
+from fcvgg.sources.extras import imported
+from fcvgg.streaming.strip_sources import (
+    _SAMPLES,
+    ArraySource,
+    PillowSource,
+    StripSource,
+    _level,
+    _numpy_dtype,
+)
+from fcvgg.streaming.tiff_source import TiffSource
+
+
+class RasterSource(StripSource):
+    """An open rasterio dataset."""
+
+    def __init__(self, dataset: Any):
+        super().__init__()
+        self._dataset = dataset
+        self.name = str(getattr(dataset, "name", "the dataset"))
+        self.size = (dataset.height, dataset.width)
+        self.channels = dataset.count
+        self.itemsize = np.dtype(dataset.dtypes[0]).itemsize
+        self.block_rows = min(max(shape[0] for shape in dataset.block_shapes), self.size[0])
+        self._check(np.dtype(dataset.dtypes[0]))
+
+    def _read(self, rows: Pair, cols: Pair) -> NDArray[Any]:
+        return np.moveaxis(np.asarray(self._dataset.read(window=(rows, cols))), 0, -1)
+
+
+def open_image(path: str | os.PathLike[str], level: int = 0) -> StripSource:
+    """An image file for `fcvgg.stream`, which takes paths too and then reads level 0.
+
+    Args:
+        path: TIFF, BigTIFF, OME-TIFF, a zarr array or OME-Zarr image, or what Pillow reads; of
+            these Pillow's formats are decoded whole, and count towards the memory.
+        level: of a pyramid; 0 is the full resolution.
+
+    Raises:
+        ImageError: if it is no image, is broken, or has no such level.
+        MissingExtraError: if reading it needs the packages of ``fcvgg[stream]``.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise ImageError(f"there is no image file {path}")
+    source = _zarr_source(path, level) if path.is_dir() else _file_source(path, level)
+    source.path, source.level = path, level
+    return source
+
+
+def _file_source(path: Path, level: int) -> StripSource:
+    try:
+        with open(path, "rb") as file:
+            magic = file.read(4)
+    except OSError as error:
+        raise ImageError(f"{path} cannot be read: {error.strerror}") from error
+    if not magic:
+        raise ImageError(f"{path} is empty")
+    if magic[:2] in (b"II", b"MM"):
+        return TiffSource(path, level)
+    if level:
+        raise ImageError(f"{path} has no level {level}: only TIFF and zarr hold pyramids")
+    return PillowSource(path)
+
+
+def strip_source(source: Any) -> StripSource:
+    """What `fcvgg.stream` accepts, as a `StripSource`.
+
+    Raises:
+        ImageError: if it cannot be used as an image.
+    """
+    if isinstance(source, StripSource):
+        return source
+    if isinstance(source, (str, os.PathLike)):
+        return open_image(source)
+    if isinstance(source, Image.Image):
+        return PillowSource(source)
+    if hasattr(source, "block_shapes") and hasattr(source, "read"):
+        return RasterSource(source)
+    if hasattr(source, "shape") and hasattr(source, "dtype") and hasattr(source, "__getitem__"):
+        return _array_source(source)
+    raise ImageError(
+        f"{type(source).__name__} is no image; expected a path, a PIL image, uint8 pixels "
+        "(H, W, C) or preprocessed floats (C, H, W)"
+    )
+
+
+def _array_source(array: Any) -> StripSource:
+    name = f"the {'tensor' if isinstance(array, Tensor) else 'array'} {tuple(array.shape)}"
+    floating = np.issubdtype(_numpy_dtype(array), np.floating)
+    if isinstance(array, Tensor) and not floating:
+        raise ImageError(
+            f"{name} is taken as preprocessed and must hold floats, got {array.dtype}; pass uint8 "
+            "pixels as a NumPy array (H, W, C)"
+        )
+    if floating:
+        axes = {3: "SYX", 4: "NSYX"}.get(len(array.shape))
+        if axes is None or (axes == "NSYX" and array.shape[0] != 1):
+            raise ImageError(
+                f"{name} of floats is no preprocessed image; expected (C, H, W) or (1, C, H, W)"
+            )
+        return ArraySource(array, axes, name, preprocessed=True)
+    axes = {2: "YX", 3: "YXS"}.get(len(array.shape))
+    if axes is None:
+        raise ImageError(f"{name} is no image; expected (H, W), (H, W, 3) or (H, W, 4)")
+    return ArraySource(array, axes, name)
+
+
+def _zarr_source(path: Path, level: int) -> StripSource:
+    zarr = imported("zarr", "stream")
+    try:
+        node = zarr.open(str(path), mode="r")
+    except Exception as error:
+        raise ImageError(f"{path} is a folder and no zarr image: {one_line(error)}") from error
+    axes: Sequence[str] | None = None
+    if isinstance(node, zarr.Group):
+        image = (node.attrs.get("ome") or node.attrs).get("multiscales")
+        if not image:
+            raise ImageError(
+                f"{path} is a zarr group and no OME-Zarr image; pass one of its arrays: "
+                f"{', '.join(sorted(node.array_keys())) or 'it has none'}"
+            )
+        datasets = image[0]["datasets"]
+        node = node[_level(datasets, level, str(path))["path"]]
+        axes = [a["name"] if isinstance(a, dict) else a for a in image[0].get("axes", [])]
+    elif level:
+        raise ImageError(f"{path} has no level {level}: it is one zarr array")
+    if "fcvgg" in node.attrs:
+        raise ImageError(f"{path} is a score map that fcvgg.stream wrote, and no image")
+    return ArraySource(node, _axes_of(node.shape, axes, path), str(path))
+
+
+def _axes_of(shape: Sequence[int], names: Sequence[str] | None, path: Path) -> str:
+    """One letter per dimension, of which those that are not Y, X or S have length 1."""
+    if names:
+        letters = "".join({"c": "S", "s": "S"}.get(n.lower(), n.upper()[:1]) for n in names)
+    elif len(shape) == 2:
+        letters = "YX"
+    elif len(shape) == 3:
+        letters = "YXS" if shape[2] in _SAMPLES else "SYX"
+    else:
+        letters = "?" * len(shape)
+    others = [n for letter, n in zip(letters, shape) if letter not in "YXS"]
+    if len(letters) != len(shape) or any(n > 1 for n in others) or "Y" not in letters:
+        raise ImageError(
+            f"{path} has shape {tuple(shape)}; expected (H, W, C) or (C, H, W): pass one plane"
+        )
+    return letters

@@ -1,0 +1,92 @@
+"""Maps on disk that an interrupted stream goes on with: the same image, weights and plan."""
+
+from __future__ import annotations
+
+import zlib
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fcvgg.errors import ArgumentError
+from fcvgg.network import FullyConvolutional
+from fcvgg.placement import dtype_of
+from fcvgg.streaming.job import StreamJob
+from fcvgg.streaming.score_store import FORMAT, ScoreStore, check_same, create_store, open_store
+from fcvgg.streaming.strip_plan import (
+    StripPlan,
+    readable,
+)
+
+_CHUNK_BYTES = 8 << 20
+"""Bytes of the rows of cells that wait until a whole chunk of them can be written."""
+
+_CHUNK_ROWS = 32
+
+
+def opened_store(job: StreamJob, path: Path, memory: int) -> tuple[ScoreStore, StripPlan]:
+    """The store of a job on disk, new or to be resumed, and the plan it is computed by."""
+    chunk_rows = max(min(_CHUNK_BYTES // job.row_bytes, _CHUNK_ROWS, job.shape[-2]), 1)
+    description = _description(job)
+    if path.exists():
+        store = open_store(path, writable=True)
+        check_same(store, description)
+        return store, _resumed_plan(job, store, memory)
+    plan = job.plan(memory, 3 * chunk_rows * job.row_bytes)
+    description.update(strip_bytes=plan.strip_bytes, blocks=[list(block) for block in plan.blocks])
+    dtype = job.dtype if job.dtype != torch.bfloat16 else torch.float32
+    name = str(dtype).removeprefix("torch.")
+    return create_store(path, job.shape, name, chunk_rows, description), plan
+
+
+def _resumed_plan(job: StreamJob, store: ScoreStore, memory: int) -> StripPlan:
+    """The plan by which the finished rows were computed: only it gives the same bits."""
+    strip_bytes, blocks = int(store.description["strip_bytes"]), tuple(store.blocks)
+    waiting = 3 * store.chunk_rows * job.row_bytes
+    peak = job.peak(strip_bytes, max(b - a for a, b in blocks), waiting)
+    if peak > memory and not store.complete:
+        raise ArgumentError(
+            f"memory={readable(memory)} is too little to resume {store.path}, which was begun with "
+            f"more; the same strips need {readable(peak)}"
+        )
+    return StripPlan(strip_bytes, blocks, peak)
+
+
+def _description(job: StreamJob) -> dict[str, Any]:
+    categories = job.categories
+    return {
+        "format": FORMAT,
+        "kind": job.selection.kind,
+        "geometry": job.geometry.to_dict(),
+        "image_size": list(job.source.size),
+        "rows": list(job.layout.rows),
+        "classes": list(job.selection.indices),
+        "all_classes": job.selection.whole,
+        "categories": None if categories is None else list(categories),
+        "activation": job.selection.activation,
+        "dtype": str(dtype_of(job.net)).removeprefix("torch."),
+        "weights": _weights_checksum(job.net),
+        "image": _image_checksum(job),
+        "source": None if job.source.path is None else str(job.source.path.resolve()),
+        "level": job.source.level,
+    }
+
+
+def _weights_checksum(net: FullyConvolutional) -> str:
+    checksum = 0
+    for tensor in net.state_dict().values():
+        flat = tensor.detach().contiguous().cpu().view(-1)
+        if flat.numel():
+            checksum = zlib.crc32(flat.view(torch.uint8).numpy().data, checksum)
+    return f"{checksum:08x}"
+
+
+def _image_checksum(job: StreamJob) -> str:
+    """Of the first, the middle and the last row that the network reads."""
+    first, end = job.layout.height().ranges[0]
+    cols = job.layout.width(job.layout.cols).ranges[0]
+    checksum = 0
+    for row in dict.fromkeys((first, (first + end) // 2, end - 1)):
+        values = job.strip((row, row + 1), cols).double().cpu().contiguous()
+        checksum = zlib.crc32(values.numpy().data, checksum)
+    return f"{checksum:08x}"

@@ -1,0 +1,174 @@
+"""TIFF, BigTIFF and OME-TIFF, of which only the tiles or strips that are needed are read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fcvgg.errors import FcvggError, ImageError, MissingExtraError, one_line
+from fcvgg.geometry import Pair
+from fcvgg.sources.extras import imported
+from fcvgg.streaming.strip_sources import _SAMPLES, StripSource, _level
+
+_WHITE_IS_ZERO, _PALETTE = 0, 3
+"""TIFF's photometric interpretations that need more than reading."""
+
+_SEPARATE = 2
+"""TIFF's planar configuration of which every sample has tiles of its own."""
+
+
+@dataclass(frozen=True)
+class _Plane:
+    """Where the tiles or strips of one page of a TIFF stand in the file."""
+
+    offsets: Sequence[int]
+    counts: Sequence[int]
+    jpeg_tables: bytes | None
+
+
+class TiffSource(StripSource):
+    """One level of a TIFF, BigTIFF or OME-TIFF; only the tiles or strips that are needed are read.
+
+    Args:
+        level: of the pyramid; 0 is the full resolution.
+    """
+
+    def __init__(self, path: Path, level: int = 0):
+        super().__init__()
+        self.name = str(path)
+        self.path = path
+        tifffile = imported("tifffile", "stream")
+        try:
+            with tifffile.TiffFile(path) as file:
+                self._describe(file, level)
+                found = file.filehandle.size
+        except FcvggError:
+            raise
+        except Exception as error:
+            raise ImageError(f"{path} is no readable TIFF: {one_line(error)}") from error
+        self._check(self._page.dtype)
+        self._check_whole(found)
+
+    def _describe(self, file: Any, level: int) -> None:
+        """Read everything but the pixels."""
+        series = _level(file.series[0].levels, level, self.name)
+        self._page = page = series.keyframe
+        squeezed = [axis for axis, n in zip(series.axes, series.shape) if n > 1 or axis in "YX"]
+        planes = len(series.pages)
+        if set(squeezed) - set("YXSC") or (planes > 1 and planes not in _SAMPLES):
+            raise ImageError(
+                f"{self.name} has axes {series.axes} of lengths {tuple(series.shape)}; expected "
+                "one plane of rows, columns and channels: pass it as an array"
+            )
+        orientation = page.tags.get(274)
+        if orientation is not None and orientation.value != 1:
+            raise ImageError(
+                f"{self.name} is stored turned (TIFF orientation {int(orientation.value)}), which "
+                "cannot be read strip by strip; save it upright"
+            )
+        self._planes = [_Plane(p.dataoffsets, p.databytecounts, p.jpegtables) for p in series.pages]
+        self._decode = page.decode
+        self._byteorder = file.byteorder
+        self._samples = page.samplesperpixel
+        self._colours = None
+        if page.photometric == _PALETTE:
+            self._colours = (np.asarray(page.colormap) >> 8).astype(np.uint8).T  # (colours, 3)
+        self.size = (page.imagelength, page.imagewidth)
+        self.channels = 3 if self._colours is not None else self._samples * planes
+        self.itemsize = np.dtype(page.dtype).itemsize if page.dtype is not None else 1
+        self._direct = page.is_contiguous and page.compression == 1 and page.predictor == 1
+        self._direct = self._direct and page.planarconfig == 1 and page.fillorder == 1
+        rows = page.tilelength if page.is_tiled else page.rowsperstrip
+        self.block_rows = 1 if self._direct else min(int(rows), self.size[0])
+
+    @property
+    def _tile(self) -> Pair:
+        key = self._page
+        if key.is_tiled:
+            return key.tilelength, key.tilewidth
+        return min(key.rowsperstrip, self.size[0]), self.size[1]
+
+    def _check_whole(self, found: int) -> None:
+        tall, wide = self._tile
+        tiles = -(-self.size[0] // tall) * -(-self.size[1] // wide)
+        tiles *= self._samples if self._page.planarconfig == _SEPARATE else 1
+        for plane in self._planes:
+            ends = [offset + count for offset, count in zip(plane.offsets, plane.counts)]
+            if (len(ends) < tiles and not self._direct) or not ends or max(ends) > found:
+                reach = f", and its pixels reach to byte {max(ends)}" if ends else ""
+                raise ImageError(f"{self.name} is truncated: it has {found} bytes{reach}")
+
+    def _read(self, rows: Pair, cols: Pair) -> NDArray[Any]:
+        read = self._rows if self._direct else self._segments
+        assert self.path is not None
+        with open(self.path, "rb") as file:
+            planes = [read(file, plane, rows, cols) for plane in self._planes]
+        pixels = planes[0] if len(planes) == 1 else np.concatenate(planes, 2)
+        if self._page.photometric == _WHITE_IS_ZERO:
+            return np.iinfo(pixels.dtype).max - pixels
+        return pixels if self._colours is None else self._colours[pixels[..., 0]]
+
+    def _bytes(self, file: BinaryIO, offset: int, count: int) -> bytes:
+        file.seek(offset)
+        data = file.read(count)
+        if len(data) != count:
+            raise ImageError(
+                f"{self.name} has shrunk while it was read: byte {offset + count} is beyond its end"
+            )
+        return data
+
+    def _rows(self, file: BinaryIO, plane: _Plane, rows: Pair, cols: Pair) -> NDArray[Any]:
+        """Rows of an uncompressed image, which follow each other in the file."""
+        dtype = np.dtype(self._page.dtype).newbyteorder(self._byteorder)
+        row = self.size[1] * self._samples * dtype.itemsize
+        data = self._bytes(file, plane.offsets[0] + rows[0] * row, (rows[1] - rows[0]) * row)
+        pixels = np.frombuffer(data, dtype).reshape(-1, self.size[1], self._samples)
+        return pixels[:, cols[0] : cols[1]].astype(self._page.dtype, copy=False)
+
+    def _segments(self, file: BinaryIO, plane: _Plane, rows: Pair, cols: Pair) -> NDArray[Any]:
+        """Pixels of the tiles or strips that cover rows and columns."""
+        height, width = self.size
+        tall, wide = self._tile
+        across, down = -(-width // wide), -(-height // tall)
+        samples = self._samples if self._page.planarconfig == _SEPARATE else 1
+        shape = (rows[1] - rows[0], cols[1] - cols[0], self._samples)
+        pixels: NDArray[Any] = np.zeros(shape, self._page.dtype)
+        for sample in range(samples):
+            part = pixels[..., sample : sample + 1] if samples > 1 else pixels
+            for y in range(rows[0] // tall, -(-rows[1] // tall)):
+                for x in range(cols[0] // wide, -(-cols[1] // wide)):
+                    segment = self._segment(file, plane, (sample * down + y) * across + x)
+                    if segment is not None:
+                        _paste(part, segment, y * tall - rows[0], x * wide - cols[0])
+        return pixels
+
+    def _segment(self, file: BinaryIO, plane: _Plane, index: int) -> NDArray[Any] | None:
+        """One tile or strip; None for one that was not stored."""
+        if not plane.counts[index]:
+            return None
+        data = self._bytes(file, plane.offsets[index], plane.counts[index])
+        tables = {"jpegtables": plane.jpeg_tables} if plane.jpeg_tables is not None else {}
+        try:
+            segment, _, shape = self._decode(data, index, **tables)
+        except ValueError as error:
+            if "imagecodecs" in str(error):
+                raise MissingExtraError(
+                    f"{self.name} is compressed with a method that needs the package imagecodecs; "
+                    "install it with: pip install 'fcvgg[stream]'"
+                ) from error
+            raise
+        return None if segment is None else segment[0, : shape[1], : shape[2]]
+
+
+def _paste(target: NDArray[Any], part: NDArray[Any], top: int, left: int) -> None:
+    """Put a tile at its place, cut to the target."""
+    rows, cols = target.shape[:2]
+    y, x = max(-top, 0), max(-left, 0)
+    part = part[y : rows - top, x : cols - left]
+    height, width = part.shape[:2]
+    target[top + y : top + y + height, left + x : left + x + width] = part
