@@ -25,12 +25,20 @@ def photographs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     demo_photograph().resize((300, 280)).save("photo.jpg")
     Image.effect_noise((270, 300), 60).save("other.png")
+    for kind in ("images", "masks"):
+        (tmp_path / "labelled" / kind).mkdir(parents=True)
+    for i, left in enumerate((170, 190, 210)):  # a face and what is beside it
+        small = demo_photograph().crop((left, 60, left + 96, 156))
+        small.save(f"labelled/images/{i}.jpg")
+        mask = Image.new("L", small.size)
+        mask.paste(1, (220 - left, 20, 270 - left, 96))
+        mask.save(f"labelled/masks/{i}.png")
     return tmp_path
 
 
 def test_python_blocks_run_in_order(photographs, capsys):
     namespace = {}
-    assert len(blocks("python")) == 9
+    assert len(blocks("python")) == 10
     for block in blocks("python"):
         exec(compile(block, "README.md", "exec"), namespace)
     assert "equivalent at 224x224" in capsys.readouterr().out
