@@ -200,8 +200,8 @@ def run(
         typer.Option(
             "--lr",
             metavar="X",
-            help="The head's learning rate; early layers get less.",
-            show_default="by strategy",
+            help="The new layers' learning rate; others get less.",
+            show_default="by the features",
             rich_help_panel=_TRAINING,
         ),
     ] = None,

@@ -20,13 +20,13 @@ from fcvgg.finetuning.images import ImageRows, LabelledFiles, balanced_weights, 
 from fcvgg.finetuning.strategies import (
     EPOCHS,
     MEANINGS,
-    RATES,
-    SGD_FACTOR,
+    SCRATCH_RATES,
     Choice,
     Recipe,
     chosen,
-    linear_rate,
     middle_pool,
+    new_layer_rate,
+    new_layers,
     prepared,
     rates,
     size_of,
@@ -52,7 +52,7 @@ _DEFAULTS: dict[str, Any] = {"optimizer": "adamw", "patience": 10}
 
 
 _MEASURED = 32
-"""Images whose features tell the learning rate of a linear layer."""
+"""Images whose features tell the learning rate of a new layer."""
 
 _NAMED = 8
 """Classes whose accuracies stand in one line."""
@@ -189,8 +189,8 @@ def finetune(
         progress: show bars, and print a line for every epoch, on stderr.
         options: fields of `fcvgg.Recipe` (`strategy`, `size`, `hidden`, `augment`, ...: what is
             done) and of `fcvgg.training.Settings` (`epochs`, `lr`, `batch_size`, `seed`, ...: how
-            it is trained). `lr` follows the strategy by default (and the size of the features for
-            ``"linear"``, which has 100 epochs), `optimizer` is ``"adamw"``, `patience` 10.
+            it is trained). `lr` by default follows the size of the features that the new layers
+            get; `optimizer` is ``"adamw"``, `patience` 10, `epochs` 30 (100 for ``"linear"``).
 
     Raises:
         DatasetError: if the folder holds no such images.
@@ -229,8 +229,8 @@ def finetune(
         )
         _converted(trained, size, source.preprocess, found.classes, verify=False)  # or refuse now
         identity = _identity(source, recipe, choice, size, found)
-        if choice.strategy == "linear" and "lr" not in given:
-            settings = replace(settings, lr=_linear_rate(trained, found.train, train, settings))
+        if choice.strategy != "scratch" and "lr" not in given:
+            settings = replace(settings, lr=_measured_rate(trained, train, recipe, settings))
         run = _fit(
             trained, train, valid, recipe, choice, settings, folder, identity, resume, progress
         )
@@ -292,10 +292,9 @@ def _options(options: dict[str, Any]) -> tuple[Recipe, dict[str, Any]]:
 def _settings(given: dict[str, Any], strategy: str) -> Settings:
     epochs = {"epochs": EPOCHS[strategy]} if strategy in EPOCHS else {}
     settings = Settings(**{**_DEFAULTS, **epochs, **given})
-    if "lr" in given or strategy not in RATES:  # the rate of "linear" follows the features
-        return settings
-    factor = SGD_FACTOR if settings.optimizer == "sgd" else 1.0
-    return replace(settings, lr=RATES[strategy] * factor)
+    if strategy == "scratch" and "lr" not in given:
+        return replace(settings, lr=SCRATCH_RATES[settings.optimizer])
+    return settings  # the rate of the others follows their features
 
 
 def _source(
@@ -393,17 +392,19 @@ def _fit(
     progress: bool,
 ) -> TrainingRun:
     """Train the model in place; of one with frozen features only the last layer is run."""
-    from fcvgg.finetuning.tasks import frozen_features, last_linear
+    from fcvgg.finetuning.tasks import frozen_features
     from fcvgg.training.loop import fit
 
     linear = choice.strategy == "linear"
     task: Classification
     images: tuple[Any, Any] = (train, valid)
     if linear and not recipe.augmented("linear"):
-        task = _task(last_linear(model), nn.CrossEntropyLoss(), train, recipe, None, still=True)
+        last = _new_layers(model, recipe)[-1]
+        task = _task(last, nn.CrossEntropyLoss(), train, recipe, None, still=True)
         images = tuple(  # type: ignore[assignment]
             frozen_features(
                 model,
+                last,
                 part,
                 what,
                 batch_size=settings.batch_size,
@@ -415,27 +416,35 @@ def _fit(
     else:
 
         def groups(lr: float) -> list[dict[str, Any]]:
-            return rates(model, choice.strategy, lr)
+            return rates(model, choice.strategy, lr, recipe.hidden)
 
         task = _task(model, loss_for(model), train, recipe, groups, still=linear)
     return fit(task, *images, settings, folder, identity=identity, resume=resume, progress=progress)
 
 
-def _linear_rate(
-    model: nn.Module, files: LabelledFiles, train: ImageRows, settings: Settings
-) -> float:
+def _measured_rate(model: nn.Module, train: ImageRows, recipe: Recipe, settings: Settings) -> float:
     """The learning rate that suits the features of some images."""
     from fcvgg.finetuning.tasks import frozen_features
 
+    files = train.files
     places = np.linspace(0, len(files) - 1, min(len(files), _MEASURED)).astype(int)
     some = LabelledFiles(
         tuple(files.paths[i] for i in places), tuple(files.labels[i] for i in places)
     )
-    images = ImageRows(some, train.preprocess, train.size, train.resize)
     rows, _ = frozen_features(
-        model, images, "", batch_size=settings.batch_size, device=_device(settings)
+        model,
+        _new_layers(model, recipe)[0],
+        ImageRows(some, train.preprocess, train.size, train.resize),
+        "of some",
+        batch_size=settings.batch_size,
+        device=_device(settings),
     ).tensors
-    return linear_rate(rows, settings.optimizer)
+    return new_layer_rate(rows, settings.optimizer)
+
+
+def _new_layers(model: nn.Module, recipe: Recipe) -> list[nn.Module]:
+    names = layer_names(model)
+    return [names.root.get_submodule(x.path) for x in new_layers(names, recipe.hidden)]
 
 
 def _task(

@@ -92,9 +92,8 @@ def _curves(result: FineTuned) -> Figure:
         ax.set_xlabel("epoch")
         ax.set_ylabel(what)
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-        ax.set_ylim(bottom=0)
-        if what == "accuracy":
-            ax.set_ylim(0, 1.02)
+        most = max(row[f"{part}_loss"] for row in history for part in ("train", "valid"))
+        ax.set_ylim(0, 1.02 if what == "accuracy" else most * 1.05)
         ax.grid(alpha=0.3)
         ax.legend()
     return figure

@@ -24,7 +24,7 @@ from fcvgg.preprocessing import Preprocess
 from fcvgg.transfer.freezing import freeze_, parameter_groups, unfreeze_
 from fcvgg.transfer.heads import WEIGHT_STD, fully_connected, replace_head
 from fcvgg.transfer.input_sizes import for_input_size
-from fcvgg.transfer.naming import LayerNames, layer_names
+from fcvgg.transfer.naming import LayerNames, NamedLayer, layer_names
 
 STRATEGIES = ("auto", "linear", "partial", "all", "svm", "scratch")
 
@@ -39,16 +39,15 @@ MEANINGS = {
     "scratch": "every layer is trained from random weights",
 }
 
-RATES = {"partial": 3e-4, "all": 3e-4, "scratch": 3e-4}
-"""Learning rates of the head for AdamW; `SGD_FACTOR` times that for SGD with momentum."""
-
-SGD_FACTOR = 3.0
+SCRATCH_RATES = {"adamw": 3e-4, "sgd": 1e-2}
+"""Learning rates for random weights; VGG's was 0.01."""
 
 EPOCHS = {"linear": 100}
 """Where they cost little, since features are computed once."""
 
-_STEP = 0.3
-"""How far the first step of a linear layer moves the scores; see `linear_rate`."""
+_STEPS = {"adamw": 0.3, "sgd": 1.0}
+_LARGEST_RATE = 1e-2
+"""How far the first step of a new layer moves what it gives, and a limit; see `new_layer_rate`."""
 
 _FEATURES_RATE, _DECAY = 0.1, 0.5
 """The rate of the last block relative to the head's, and of every block to the next."""
@@ -267,28 +266,38 @@ def middle_pool(names: LayerNames) -> str:
     return pools[(len(pools) - 1) // 2]
 
 
-def rates(model: nn.Module, strategy: str, lr: float) -> list[dict[str, Any]]:
-    """Parameter groups: early layers change slowly, since their features are general."""
+def rates(
+    model: nn.Module, strategy: str, lr: float, hidden: Sequence[int] | None
+) -> list[dict[str, Any]]:
+    """Parameter groups: what is new changes fast, early layers slowly, as they are general."""
     if strategy in ("linear", "scratch"):
         return parameter_groups(model, {}, lr=lr)
-    blocks = sorted({layer.block for layer in layer_names(model) if layer.block})
+    names = layer_names(model)
+    blocks = sorted({layer.block for layer in names if layer.block})
     by_block = {
         f"block{block}": lr * _FEATURES_RATE * _DECAY ** (len(blocks) - 1 - i)
         for i, block in enumerate(blocks)
     }
-    return parameter_groups(model, {**by_block, "head": lr}, lr=lr * _FEATURES_RATE)
+    new = {layer.name: lr for layer in new_layers(names, hidden)}
+    return parameter_groups(model, {**by_block, **new}, lr=lr * _FEATURES_RATE)
 
 
-def linear_rate(rows: Tensor, optimizer: str) -> float:
-    """A learning rate for one linear layer, by how large its features ``(N, D)`` are.
+def new_layers(names: LayerNames, hidden: Sequence[int] | None) -> list[NamedLayer]:
+    """The fully connected layers of a prepared model that start anew."""
+    layers = fully_connected(names)
+    return layers[-1:] if hidden is None else layers
 
-    AdamW moves every weight by the rate, and so a score by the rate times the sum of the features'
-    magnitudes; SGD moves it by up to the rate times the sum of their squares. Rounded to two
-    digits, so that rounding elsewhere does not make another run of a resumed one.
+
+def new_layer_rate(rows: Tensor, optimizer: str) -> float:
+    """A learning rate for a new linear layer, by how large the features ``(N, D)`` are it gets.
+
+    AdamW's first step moves every weight by the rate, and so an output by the rate times the sum of
+    the features' magnitudes; SGD's moves it by up to the rate times the sum of their squares.
+    Rounded to two digits, so that rounding elsewhere does not make a resumed run another.
     """
     sizes = rows.abs() if optimizer == "adamw" else rows.square()
     size = float(sizes.sum(1).mean())
-    return float(f"{_STEP / max(size, 1e-6):.1e}")
+    return min(float(f"{_STEPS[optimizer] / max(size, 1e-6):.1e}"), _LARGEST_RATE)
 
 
 def _initialize_(model: nn.Module) -> None:

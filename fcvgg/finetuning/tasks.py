@@ -15,8 +15,6 @@ from fcvgg.network import evaluating
 from fcvgg.progress import progress_bar
 from fcvgg.sources.extras import imported
 from fcvgg.training.loop import Task
-from fcvgg.transfer.heads import fully_connected
-from fcvgg.transfer.naming import layer_names
 
 
 class Classification(Task):
@@ -111,17 +109,10 @@ class Classification(Task):
         )
 
 
-def last_linear(model: nn.Module) -> nn.Linear:
-    """The classifier's last fully connected layer."""
-    names = layer_names(model)
-    layer = names.root.get_submodule(fully_connected(names)[-1].path)
-    assert isinstance(layer, nn.Linear)
-    return layer
-
-
 @torch.no_grad()
 def frozen_features(
     model: nn.Module,
+    layer: nn.Module,
     images: Dataset[Any],
     what: str,
     *,
@@ -129,7 +120,7 @@ def frozen_features(
     device: torch.device,
     progress: bool = False,
 ) -> TensorDataset:
-    """What comes to the last layer ``(N, D)`` for every image, with its label.
+    """What comes to a fully connected layer ``(N, D)`` for every image, with its label.
 
     In evaluation mode, so that dropout leaves it as it is.
     """
@@ -140,7 +131,7 @@ def frozen_features(
     def keep(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         seen.append(inputs[0])
 
-    handle = last_linear(model).register_forward_pre_hook(keep)
+    handle = layer.register_forward_pre_hook(keep)
     model.to(device)
     total = len(images)  # type: ignore[arg-type]
     try:
