@@ -25,6 +25,7 @@ writes them as ``streaming.md`` and ``streaming.png``.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import subprocess
 import sys
@@ -55,6 +56,9 @@ CLASSES = 10
 WHOLE_BYTES = 256
 """Bytes per pixel that the whole-image pass of VGG-16 certainly does with."""
 
+SHARE = 0.93
+"""Of the threads' time that is the process's own where nothing disturbs it."""
+
 Figures = dict[str, Any]
 
 
@@ -76,10 +80,20 @@ def main() -> None:
                 if way == "whole" and not fits(rows * arguments.cols):
                     print(f"{rows} rows, whole: left out, the machine has too little memory")
                     continue
-                figures = run_child(arguments, folder, rows, way)
+                figures = undisturbed(arguments, folder, rows, way)
                 (folder / f"{way}-{rows}.json").write_text(json.dumps(figures))
                 print(line(figures), flush=True)
         print(f"\n{table(kept(folder))}")
+
+
+def undisturbed(arguments: argparse.Namespace, folder: Path, rows: int, way: str) -> Figures:
+    """One way's figures, measured again while other processes took part of the processor."""
+    tries = []
+    for _ in range(arguments.tries):
+        tries.append(run_child(arguments, folder, rows, way))
+        if tries[-1]["cpu"] > SHARE * arguments.threads * tries[-1]["seconds"]:
+            break
+    return min(tries, key=lambda figures: figures["seconds"])
 
 
 def run_child(arguments: argparse.Namespace, folder: Path, rows: int, way: str) -> Figures:
@@ -110,10 +124,11 @@ def measured(arguments: argparse.Namespace, way: str, rows: int, folder: Path) -
     """Run one way in this process; the scores are left in the folder."""
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
-    model = torchvision.models.vgg16(num_classes=CLASSES)
+    model = torchvision.models.vgg16(num_classes=CLASSES).eval()
     net = fcvgg.convert(model, input_size=224, verify=False)
     image = torch.randn(3, rows, arguments.cols)
-    run(net, way, image[:, :TILE, :TILE], arguments.memory)  # libraries load, threads start
+    run(net, way, image[:, :256, :256], arguments.memory)  # libraries load, threads start
+    ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     before, cpu, start = status("VmRSS"), time.process_time(), time.perf_counter()
     scores = run(net, way, image, arguments.memory)
@@ -169,7 +184,7 @@ def tiles(axis: Axis, size: int, cells: int, halo: bool) -> Iterator[tuple[int, 
 
 def with_monai(net: fcvgg.FullyConvolutional, image: Tensor) -> Tensor:
     """MONAI's tiles, blended where they overlap; they need a map as large as its input."""
-    from monai.inferers import sliding_window_inference
+    from monai.inferers.utils import sliding_window_inference
 
     def predictor(tile: Tensor) -> Tensor:
         cells: Tensor = net(tile)
@@ -258,6 +273,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--memory", default="1GiB", help="for fcvgg.stream (%(default)s)")
     parser.add_argument("--threads", type=int, default=2, help="(%(default)s)")
+    parser.add_argument("--tries", type=int, default=3, help="on a busy machine (%(default)s)")
     parser.add_argument("--folder", type=Path, help="where figures and scores are kept")
     parser.add_argument("--report", type=Path, help="only write the table and plot there")
     parser.add_argument("--child", choices=WAYS, help=argparse.SUPPRESS)

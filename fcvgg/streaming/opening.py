@@ -15,12 +15,13 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from fcvgg.errors import ImageError, one_line
+from fcvgg.errors import ArgumentError, ImageError, one_line
 from fcvgg.geometry import Pair
 from fcvgg.sources.extras import imported
 from fcvgg.streaming.strip_sources import (
     _SAMPLES,
     ArraySource,
+    Bands,
     PillowSource,
     StripSource,
     _level,
@@ -30,43 +31,64 @@ from fcvgg.streaming.tiff_source import TiffSource
 
 
 class RasterSource(StripSource):
-    """An open rasterio dataset."""
+    """An open rasterio dataset. Pixels without data have the value that the file gives them."""
 
-    def __init__(self, dataset: Any):
-        super().__init__()
+    def __init__(self, dataset: Any, bands: Bands = None):
+        super().__init__(bands)
         self._dataset = dataset
         self.name = str(getattr(dataset, "name", "the dataset"))
         self.size = (dataset.height, dataset.width)
         self.channels = dataset.count
+        meanings = [meaning.name for meaning in getattr(dataset, "colorinterp", ())]
+        self.alpha = meanings[3:4] in ([], ["alpha"])
+        self._colours: NDArray[np.uint8] | None = None
+        if meanings[:1] == ["palette"]:
+            colours = dataset.colormap(1)
+            self._colours = np.array([colours[i][:3] for i in range(len(colours))], np.uint8)
+            self.channels = 3
         self.itemsize = np.dtype(dataset.dtypes[0]).itemsize
         self.block_rows = min(max(shape[0] for shape in dataset.block_shapes), self.size[0])
         self._check(np.dtype(dataset.dtypes[0]))
 
     def _read(self, rows: Pair, cols: Pair) -> NDArray[Any]:
-        return np.moveaxis(np.asarray(self._dataset.read(window=(rows, cols))), 0, -1)
+        pixels = np.moveaxis(np.asarray(self._dataset.read(window=(rows, cols))), 0, -1)
+        return pixels if self._colours is None else self._colours[pixels[..., 0]]
 
 
-def open_image(path: str | os.PathLike[str], level: int = 0) -> StripSource:
+def open_image(
+    path: Any, level: int = 0, *, bands: Sequence[int] | None = None, missing: str = "fill"
+) -> StripSource:
     """An image file for `fcvgg.stream`, which takes paths too and then reads level 0.
 
     Args:
-        path: TIFF, BigTIFF, OME-TIFF, a zarr array or OME-Zarr image, or what Pillow reads; of
-            these Pillow's formats are decoded whole, and count towards the memory.
+        path: TIFF, GeoTIFF, BigTIFF, OME-TIFF, a zarr array or OME-Zarr image, or what Pillow
+            reads; of these Pillow's formats are decoded whole, and count towards the memory. Also
+            an open rasterio dataset, which brings the formats of GDAL.
         level: of a pyramid; 0 is the full resolution.
+        bands: the channels to take, counted from 0 and in the network's order, such as ``(3, 2,
+            1)`` of a satellite scene; None takes all.
+        missing: what tiles or chunks are that the file does not store. Both TIFF and zarr mean the
+            fill value, zero as a rule, and writers leave out background so: ``"fill"``. An
+            incomplete copy looks the same; ``"error"`` refuses both.
 
     Raises:
-        ImageError: if it is no image, is broken, or has no such level.
+        ImageError: if it is no image, is broken, or has no such level or band.
         MissingExtraError: if reading it needs the packages of ``fcvgg[stream]``.
     """
+    if missing not in ("fill", "error"):
+        raise ArgumentError(f"missing={missing!r} is unknown; expected 'fill' or 'error'")
+    if not isinstance(path, (str, os.PathLike)):
+        return RasterSource(path, bands)
     path = Path(path)
     if not path.exists():
         raise ImageError(f"there is no image file {path}")
-    source = _zarr_source(path, level) if path.is_dir() else _file_source(path, level)
+    opened = _zarr_source if path.is_dir() else _file_source
+    source = opened(path, level, bands, missing)
     source.path, source.level = path, level
     return source
 
 
-def _file_source(path: Path, level: int) -> StripSource:
+def _file_source(path: Path, level: int, bands: Bands, missing: str) -> StripSource:
     try:
         with open(path, "rb") as file:
             magic = file.read(4)
@@ -75,9 +97,11 @@ def _file_source(path: Path, level: int) -> StripSource:
     if not magic:
         raise ImageError(f"{path} is empty")
     if magic[:2] in (b"II", b"MM"):
-        return TiffSource(path, level)
+        return TiffSource(path, level, bands, missing)
     if level:
         raise ImageError(f"{path} has no level {level}: only TIFF and zarr hold pyramids")
+    if bands is not None:
+        raise ImageError(f"bands={tuple(bands)} of {path}: only TIFF and zarr have bands to choose")
     return PillowSource(path)
 
 
@@ -124,7 +148,7 @@ def _array_source(array: Any) -> StripSource:
     return ArraySource(array, axes, name)
 
 
-def _zarr_source(path: Path, level: int) -> StripSource:
+def _zarr_source(path: Path, level: int, bands: Bands, missing: str) -> StripSource:
     zarr = imported("zarr", "stream")
     try:
         node = zarr.open(str(path), mode="r")
@@ -145,7 +169,12 @@ def _zarr_source(path: Path, level: int) -> StripSource:
         raise ImageError(f"{path} has no level {level}: it is one zarr array")
     if "fcvgg" in node.attrs:
         raise ImageError(f"{path} is a score map that fcvgg.stream wrote, and no image")
-    return ArraySource(node, _axes_of(node.shape, axes, path), str(path))
+    if missing == "error" and node.nchunks_initialized < node.nchunks:
+        raise ImageError(
+            f"{path} lacks {node.nchunks - node.nchunks_initialized} of its {node.nchunks} chunks; "
+            "missing='fill' takes them for the fill value"
+        )
+    return ArraySource(node, _axes_of(node.shape, axes, path), str(path), bands=bands)
 
 
 def _axes_of(shape: Sequence[int], names: Sequence[str] | None, path: Path) -> str:

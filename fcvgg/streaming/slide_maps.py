@@ -73,7 +73,7 @@ class SlideMap:
         path = self._description["source"]
         if path is None or not Path(path).exists():
             return None
-        return open_image(path, self._description["level"])
+        return open_image(path, self._description["level"], bands=self._description.get("bands"))
 
     def heatmap(self, source: StripSource | None = None, side: int = THUMBNAIL) -> Heatmap:
         """A heatmap of reduced size, on a thumbnail of the image if it is given.

@@ -25,6 +25,9 @@ _TURNED = 5
 
 _SAMPLES = (1, 3, 4)
 
+Bands = Sequence[int] | None
+"""Which channels of an image are taken, counted from 0 and in this order; None takes all."""
+
 
 class StripSource:
     """An image whose rows are read as they are needed.
@@ -38,6 +41,8 @@ class StripSource:
         block_rows: rows that the file or array can only give together; they are held while needed.
         path: of the file, if it is one.
         level: of the pyramid in the file.
+        bands: the channels that were chosen, if some were.
+        alpha: whether the fourth of four channels is transparency.
     """
 
     name = "the image"
@@ -49,14 +54,18 @@ class StripSource:
     preprocessed = False
     resident = 0
     block_rows = 1
+    alpha = True
 
-    def __init__(self) -> None:
+    def __init__(self, bands: Bands = None) -> None:
+        self.bands = None if bands is None else tuple(bands)
         self._held: tuple[int, Pair, Any] | None = None
+        self._stored = 0  # channels, before some are chosen
 
     @property
     def column_bytes(self) -> int:
         """Bytes that are held per column of the image, beside the strip itself."""
-        return 3 * self.block_rows * self.channels * self.itemsize if self.block_rows > 1 else 0
+        channels = max(self._stored, self.channels)
+        return 3 * self.block_rows * channels * self.itemsize if self.block_rows > 1 else 0
 
     def read(self, rows: Pair, cols: Pair) -> NDArray[Any]:
         """Pixels ``(rows, cols, C)``, ``uint8``; preprocessed floats are ``(C, rows, cols)``.
@@ -68,14 +77,14 @@ class StripSource:
         step, height = self.block_rows, self.size[0]
         if step <= 1:
             with self._reading(rows):
-                return self._as_bytes(self._read(rows, cols))
+                return self._pixels(rows, cols)
         parts = []
         for block in range(rows[0] // step, -(-rows[1] // step)):
             first = block * step
             if self._held is None or self._held[:2] != (block, cols):
                 self._held = None
                 with self._reading((first, min(first + step, height))):
-                    pixels = self._as_bytes(self._read((first, min(first + step, height)), cols))
+                    pixels = self._pixels((first, min(first + step, height)), cols)
                 self._held = (block, cols, pixels)
             low, high = max(rows[0] - first, 0), min(rows[1] - first, step)
             parts.append(self._held[2].take(range(low, high), axis=axis))
@@ -84,8 +93,11 @@ class StripSource:
     def _read(self, rows: Pair, cols: Pair) -> NDArray[Any]:
         raise NotImplementedError
 
-    def _as_bytes(self, pixels: NDArray[Any]) -> NDArray[Any]:
-        """``uint16`` scaled to ``uint8``, as for whole images."""
+    def _pixels(self, rows: Pair, cols: Pair) -> NDArray[Any]:
+        """The bands that were chosen, ``uint16`` scaled to ``uint8`` as for whole images."""
+        pixels = self._read(rows, cols)
+        if self.bands is not None:
+            pixels = pixels[..., list(self.bands)]
         if pixels.dtype == np.uint16:
             return np.round(pixels / np.float32(257)).astype(np.uint8)
         return pixels
@@ -112,10 +124,18 @@ class StripSource:
                 f"{self.name} holds {dtype}, which has no known range; expected uint8 or uint16 "
                 "pixels (H, W, C), or preprocessed floats (C, H, W)"
             )
-        if self.channels not in _SAMPLES:
+        self._stored = self.channels
+        if self.bands is not None:
+            if not self.bands or not all(band in range(self.channels) for band in self.bands):
+                raise ImageError(
+                    f"bands={self.bands} are not among those of {self.name}, which has "
+                    f"{self.channels}, counted from 0"
+                )
+            self.channels = len(self.bands)
+        elif self.channels not in _SAMPLES:
             raise ImageError(
                 f"{self.name} has {self.channels} channels; expected 1, 3 or 4, in the order "
-                "(H, W, C)"
+                "(H, W, C); fcvgg.open_image(path, bands=(0, 1, 2)) chooses some"
             )
 
 
@@ -126,8 +146,10 @@ class ArraySource(StripSource):
         axes: what the dimensions are: Y and X, S for the samples of a pixel, others have length 1.
     """
 
-    def __init__(self, array: Any, axes: str, name: str, preprocessed: bool = False):
-        super().__init__()
+    def __init__(
+        self, array: Any, axes: str, name: str, preprocessed: bool = False, bands: Bands = None
+    ):
+        super().__init__(bands)
         self._array, self._axes = array, axes
         self.name, self.preprocessed = name, preprocessed
         shape = dict(zip(axes, array.shape))

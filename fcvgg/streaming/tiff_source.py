@@ -13,10 +13,16 @@ from numpy.typing import NDArray
 from fcvgg.errors import FcvggError, ImageError, MissingExtraError, one_line
 from fcvgg.geometry import Pair
 from fcvgg.sources.extras import imported
-from fcvgg.streaming.strip_sources import _SAMPLES, StripSource, _level
+from fcvgg.streaming.strip_sources import _SAMPLES, Bands, StripSource, _level
 
-_WHITE_IS_ZERO, _PALETTE = 0, 3
-"""TIFF's photometric interpretations that need more than reading."""
+_WHITE_IS_ZERO, _BLACK_IS_ZERO, _RGB, _PALETTE, _YCBCR = 0, 1, 2, 3, 6
+"""TIFF's photometric interpretations that can be read."""
+
+_JPEG = (6, 7)
+"""TIFF's compressions whose decoder turns YCbCr into RGB."""
+
+_ALPHA = (1, 2)
+"""TIFF's kinds of extra samples that are transparency."""
 
 _SEPARATE = 2
 """TIFF's planar configuration of which every sample has tiles of its own."""
@@ -36,10 +42,12 @@ class TiffSource(StripSource):
 
     Args:
         level: of the pyramid; 0 is the full resolution.
+        bands: the channels to take; None takes all.
+        missing: ``"fill"`` takes tiles that the file does not store for zeros, ``"error"`` refuses.
     """
 
-    def __init__(self, path: Path, level: int = 0):
-        super().__init__()
+    def __init__(self, path: Path, level: int = 0, bands: Bands = None, missing: str = "fill"):
+        super().__init__(bands)
         self.name = str(path)
         self.path = path
         tifffile = imported("tifffile", "stream")
@@ -53,6 +61,8 @@ class TiffSource(StripSource):
             raise ImageError(f"{path} is no readable TIFF: {one_line(error)}") from error
         self._check(self._page.dtype)
         self._check_whole(found)
+        if missing == "error":
+            self._check_stored()
 
     def _describe(self, file: Any, level: int) -> None:
         """Read everything but the pixels."""
@@ -60,7 +70,8 @@ class TiffSource(StripSource):
         self._page = page = series.keyframe
         squeezed = [axis for axis, n in zip(series.axes, series.shape) if n > 1 or axis in "YX"]
         planes = len(series.pages)
-        if set(squeezed) - set("YXSC") or (planes > 1 and planes not in _SAMPLES):
+        known = planes in _SAMPLES or self.bands is not None
+        if set(squeezed) - set("YXSC") or (planes > 1 and not known):
             raise ImageError(
                 f"{self.name} has axes {series.axes} of lengths {tuple(series.shape)}; expected "
                 "one plane of rows, columns and channels: pass it as an array"
@@ -71,6 +82,15 @@ class TiffSource(StripSource):
                 f"{self.name} is stored turned (TIFF orientation {int(orientation.value)}), which "
                 "cannot be read strip by strip; save it upright"
             )
+        colours = (_WHITE_IS_ZERO, _BLACK_IS_ZERO, _RGB, _PALETTE)
+        decoded = page.photometric == _YCBCR and page.compression in _JPEG
+        if page.photometric not in colours and not decoded:
+            raise ImageError(
+                f"{self.name} stores its colours as {getattr(page.photometric, 'name', '?')}; "
+                "expected RGB, grey or a palette: save it so"
+            )
+        extra = page.extrasamples
+        self.alpha = page.photometric == _RGB and bool(extra) and extra[0] in _ALPHA
         self._planes = [_Plane(p.dataoffsets, p.databytecounts, p.jpegtables) for p in series.pages]
         self._decode = page.decode
         self._byteorder = file.byteorder
@@ -102,6 +122,14 @@ class TiffSource(StripSource):
             if (len(ends) < tiles and not self._direct) or not ends or max(ends) > found:
                 reach = f", and its pixels reach to byte {max(ends)}" if ends else ""
                 raise ImageError(f"{self.name} is truncated: it has {found} bytes{reach}")
+
+    def _check_stored(self) -> None:
+        counts = [count for plane in self._planes for count in plane.counts]
+        if not all(counts):
+            raise ImageError(
+                f"{self.name} lacks {counts.count(0)} of its {len(counts)} tiles; "
+                "missing='fill' takes them for zeros"
+            )
 
     def _read(self, rows: Pair, cols: Pair) -> NDArray[Any]:
         read = self._rows if self._direct else self._segments
