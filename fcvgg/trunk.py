@@ -29,19 +29,28 @@ _WHOLE_BYTES = 32 * 1024**2
 """Maps below this size are computed whole: beyond, glibc maps every allocation anew."""
 
 _STRIP_BYTES = 4 * 1024**2
-"""The largest map of a strip, per thread."""
+"""The largest map of a strip, per thread; half of it for numbers of two bytes, which take less
+time than fetching them from farther than the second-level cache."""
 
 _LEAST_ROWS = 16
 """Output rows of a strip at least, or the halo costs too much."""
 
 
-def run(network: Any, images: Tensor) -> Any:
-    """``network(images)``, in the layout and in the order that is fastest here."""
+def run(network: Any, images: Tensor, plan: Plan | None = None) -> Any:
+    """``network(images)``, in the layout and in the order that is fastest here.
+
+    Args:
+        plan: of a network that stays as it is, so that it is not read anew at every call.
+    """
     if images.device.type != "cpu" or _is_traced() or not isinstance(network, fx.GraphModule):
         return network(images)
     if images.dtype in _CHANNELS_LAST:
         images = images.contiguous(memory_format=torch.channels_last)
-    return network(images) if torch.is_grad_enabled() else _by_blocks(network, images)
+    if torch.is_grad_enabled():
+        return network(images)
+    if plan is None or plan.is_watched():
+        return _by_blocks(network, images, _blocks(network), None)
+    return _by_blocks(network, images, plan.blocks, plan.rest)
 
 
 def _is_traced() -> bool:
@@ -75,23 +84,72 @@ class Link:
         return Window() if self.sliding is None else self.sliding.windows[1]
 
 
-def _by_blocks(network: fx.GraphModule, images: Tensor) -> Any:
+class Plan:
+    """How a network runs that stays as it is: its graph read once, not at every call.
+
+    Copies and pickles of it are None, since it belongs to one network.
+    """
+
+    def __init__(self, network: fx.GraphModule):
+        self.blocks = _blocks(network)
+        self.rest = _after(network, self.blocks[-1][-1].node) if self.blocks else network
+        self._watchable = list(network.modules())
+
+    def is_watched(self) -> bool:
+        """Whether a hook was added since."""
+        return any(map(_has_hooks, self._watchable))
+
+    def __reduce__(self) -> Any:
+        return _nothing, ()
+
+
+def _nothing() -> None:
+    return None
+
+
+def _by_blocks(
+    network: fx.GraphModule,
+    x: Tensor,
+    blocks: list[list[Link]],
+    rest: Callable[[Tensor], Any] | None,
+) -> Any:
     """The leading blocks here, and the rest of the graph as it stands."""
-    x, last = images, None
-    for block in _blocks(network):
-        if min(_maps(block, x.shape)[-1]) < 1:
-            break
-        x, last = computed(block, x), block[-1].node
-    if last is None:
-        return network(images)
+    channels_and_size = x.shape[1:]
+    for block in blocks:
+        channels_and_size = _maps(block, (1, *channels_and_size))[-1]
+        if min(channels_and_size) < 1:
+            return network(x)
+    for block in blocks:
+        x = computed(block, x)
+    if rest is not None:
+        return rest(x)
+    return _interpreted(network, blocks[-1][-1].node, x) if blocks else network(x)
+
+
+def _interpreted(network: fx.GraphModule, last: fx.Node, x: Tensor) -> Any:
+    """The graph from the output of a node of its leading chain on."""
     known: dict[fx.Node, Any] = {}
     for node in network.graph.nodes:
         known[node] = None
         if node is last:
             break
     known[last] = x
-    del x, images
+    del x
     return fx.Interpreter(network).run(initial_env=known)
+
+
+def _after(network: fx.GraphModule, last: fx.Node) -> fx.GraphModule:
+    """The same as a network of its own, which shares the modules."""
+    graph = fx.Graph()
+    made = {last: graph.placeholder("x")}
+    leading = {last}
+    for node in reversed(network.graph.nodes):
+        if node in leading:
+            leading.update(node.all_input_nodes)
+    for node in network.graph.nodes:
+        if node not in leading:
+            made[node] = graph.node_copy(node, made.__getitem__)
+    return fx.GraphModule(network, graph)
 
 
 def _blocks(network: fx.GraphModule) -> list[list[Link]]:
@@ -190,7 +248,8 @@ def computed(block: Sequence[Link], x: Tensor) -> Tensor:
 def _rows_of_a_strip(maps: Sequence[tuple[int, int, int]], itemsize: int) -> int:
     height = maps[-1][1]
     row_bytes = max(map(prod, maps[1:])) * itemsize / height  # of the largest map, per output row
-    fitting = int(_STRIP_BYTES * torch.get_num_threads() / row_bytes)
+    allowed = _STRIP_BYTES // 2 if itemsize == 2 else _STRIP_BYTES
+    fitting = int(allowed * torch.get_num_threads() / row_bytes)
     return min(max(fitting, _LEAST_ROWS), height)
 
 

@@ -180,25 +180,51 @@ def test_training_runs_the_graph_as_it_is(in_strips, monkeypatch, small):
 # -- Winograd -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("padding", [(0, 0), (1, 1), (0, 2), (2, 1)])
-@pytest.mark.parametrize("size", [(4, 4), (5, 9), (16, 16), (3, 30)])
-def test_winograd_equals_the_convolution(monkeypatch, size, padding):
-    monkeypatch.setattr(winograd, "_tiles_at_a_time", lambda: 3)
-    x = images(2, 7, *size, dtype=torch.float32)
-    weight = images(6, 7, 3, 3, seed=2, dtype=torch.float32)
+TILINGS = {k: winograd.window_tiling(k) for k in (5, 6, 7)} | {3: winograd.CONVOLUTION}
+
+
+@pytest.mark.parametrize("at_a_time", [3, 1000])
+@pytest.mark.parametrize("padding", [(0, 0), (0, 2), (2, 1)])
+@pytest.mark.parametrize("size", [(7, 7), (9, 14), (16, 16), (8, 30)])
+@pytest.mark.parametrize("kernel", TILINGS)
+def test_winograd_equals_the_convolution(monkeypatch, kernel, size, padding, at_a_time):
+    monkeypatch.setattr(winograd.Tiling, "tiles_at_a_time", lambda self, *_: at_a_time)
+    monkeypatch.setattr(winograd, "_FEATURES", 2)
+    x = images(3, 7, *size, dtype=torch.float32)
+    weight = images(6, 7, kernel, kernel, seed=2, dtype=torch.float32)
     bias = images(1, 6, 1, 1, seed=3, dtype=torch.float32).flatten()
-    kernels = winograd.transformed_kernels(weight)
+    tiling = TILINGS[kernel]
+    kernels = tiling.kernels(weight)
     for relu in (False, True):
         exact = F.conv2d(x.double(), weight.double(), bias.double(), padding=padding)
-        got = winograd.winograd_convolution(x, kernels, bias, padding, relu)
+        got = winograd.winograd_convolution(tiling, x, kernels, bias, padding, relu)
         assert relative_error(exact.relu() if relu else exact, got.double()) < WINOGRAD
 
 
-def test_winograd_is_exact_up_to_rounding_in_float64():
-    x, weight = images(1, 3, 9, 9), images(4, 3, 3, 3, seed=2)
-    kernels = winograd.transformed_kernels(weight)
-    got = winograd.winograd_convolution(x, kernels, torch.zeros(4, dtype=x.dtype), (1, 1))
-    assert relative_error(F.conv2d(x, weight, padding=1), got) < 1e-13
+@pytest.mark.parametrize("kernel", TILINGS)
+def test_winograd_is_exact_up_to_rounding_in_float64(kernel):
+    x, weight = images(1, 3, 9, 9), images(4, 3, kernel, kernel, seed=2)
+    tiling = TILINGS[kernel]
+    bias = torch.zeros(4, dtype=x.dtype)
+    got = winograd.winograd_convolution(tiling, x, tiling.kernels(weight), bias, (1, 1))
+    assert relative_error(F.conv2d(x, weight, padding=1), got) < 1e-12
+
+
+@needs_packing
+def test_winograd_at_every_window_of_fc6():
+    layers = [nn.Conv2d(3, 128, 3, stride=4), nn.ReLU(), nn.AdaptiveAvgPool2d(7), nn.Flatten()]
+    model = nn.Sequential(*layers, nn.Linear(128 * 49, 128), nn.ReLU(), nn.Linear(128, 5))
+    net = fcvgg.convert(seeded(lambda: model, dtype=torch.float32), input_size=28)
+    fast = fcvgg.optimize(net)
+    assert fast.optimization.winograd == 1
+    for shape in ((1, 3, 28, 28), (1, 3, 64, 60), (1, 3, 29, 200), (3, 3, 50, 61)):
+        assert error_at(net, fast, *shape) < WINOGRAD
+    large, tiny = (fcvgg.optimize(net, size=size) for size in (90, 28))
+    assert (large.optimization.winograd, tiny.optimization.winograd) == (1, 0)
+    assert large.optimization.packed_bytes > tiny.optimization.packed_bytes
+    for shape in ((2, 3, 28, 28), (1, 3, 64, 60)):
+        assert error_at(net, large, *shape) < WINOGRAD
+        assert error_at(net, tiny, *shape) < REORDERED
 
 
 @needs_packing
@@ -221,8 +247,8 @@ def test_a_size_keeps_the_faster_form_of_the_weights_only(wide):
 
 
 def test_winograd_is_given_up_where_its_error_is_too_large(monkeypatch, wide):
-    real = winograd.transformed_kernels
-    monkeypatch.setattr(fused, "transformed_kernels", lambda weight: real(weight) * 1.01)
+    real = winograd.Tiling.kernels
+    monkeypatch.setattr(winograd.Tiling, "kernels", lambda self, weight: real(self, weight) * 1.01)
     monkeypatch.setattr(fused, "_LEAST_TILES", 1)
     fast = fcvgg.optimize(wide)
     assert fast.optimization.winograd == 0
@@ -258,9 +284,42 @@ def test_bfloat16_takes_and_gives_float32(name):
 
 @needs_bfloat16
 @pytest.mark.parametrize("size", [(8, 8), (9, 7)])
-def test_halving_pool_equals_max_pool(size):
+@pytest.mark.parametrize("positive", [False, True])
+def test_halving_pool_equals_max_pool(size, positive):
     x = images(2, 3, *size, dtype=torch.bfloat16)
-    assert torch.equal(fused.HalvingMaxPool2d()(x), F.max_pool2d(x, 2))
+    x[0, 0, 0, 0] = torch.inf
+    x = x.relu() if positive else x
+    assert torch.equal(fused.HalvingMaxPool2d(positive)(x), F.max_pool2d(x, 2))
+
+
+@needs_bfloat16
+def test_only_pools_after_a_relu_compare_integers():
+    layers = [nn.Conv2d(3, 4, 3), nn.MaxPool2d(2), nn.Conv2d(4, 4, 3), nn.ReLU(), nn.MaxPool2d(2)]
+    model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(4 * 16, 5))
+    net = fcvgg.convert(seeded(lambda: model, dtype=torch.float32), input_size=24)
+    fast = fcvgg.optimize(net, dtype=torch.bfloat16)
+    pools = [m for m in fast.network.modules() if isinstance(m, fused.HalvingMaxPool2d)]
+    assert [pool.positive for pool in pools] == [False, True]
+    assert error_at(net, fast, 2, 3, 40, 33) < BFLOAT16
+
+
+@needs_packing
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, pytest.param(torch.bfloat16, marks=needs_bfloat16)]
+)
+def test_packed_weights_are_ordered_anew_for_other_widths(wide, dtype):
+    fast = fcvgg.optimize(wide, dtype=dtype)
+    tolerance = {torch.float32: WINOGRAD, torch.bfloat16: BFLOAT16}[dtype]
+    for shape in ((1, 3, 32, 100), (8, 3, 40, 33), (1, 3, 32, 100), (2, 3, 70, 600)):
+        assert error_at(wide, fast, *shape) < tolerance
+
+
+@needs_bfloat16
+def test_strips_in_bfloat16(in_strips, small):
+    fast = fcvgg.optimize(small, dtype=torch.bfloat16)
+    batch = images(2, 3, 61, 45, dtype=torch.float32)
+    assert relative_error(fast.network(batch.bfloat16()).float(), fast(batch)) < 1e-2
+    assert relative_error(small(batch), fast(batch)) < BFLOAT16
 
 
 def test_batch_norm_and_relu_are_folded(small):
@@ -301,8 +360,28 @@ def test_an_optimised_network_streams(small):
 def test_copies_and_pickles(small):
     fast = fcvgg.optimize(small)
     batch = images(1, 3, 40, 40, dtype=torch.float32)
+    expected = fast(batch)
     for twin in (copy.deepcopy(fast), pickle.loads(pickle.dumps(fast))):
-        assert torch.equal(twin(batch), fast(batch))
+        assert torch.equal(twin(batch), expected)
+
+
+def test_a_layer_of_an_optimised_network_can_be_watched(in_strips, small):
+    fast = fcvgg.optimize(small)
+    batch = images(1, 3, 40, 40, dtype=torch.float32)
+    expected = fast(batch)
+    seen = []
+    layer = next(m for m in fast.network.modules() if isinstance(m, fused.FusedConv2d))
+    handle = layer.register_forward_hook(lambda module, args, out: seen.append(out.shape[2:]))
+    assert relative_error(expected, fast(batch)) < REORDERED
+    handle.remove()
+    assert seen == [(40, 40)]
+
+
+def test_very_bright_pixels_are_finite(small):
+    fast = fcvgg.optimize(small)
+    batch = torch.full((1, 3, 32, 32), 1e36)
+    assert batch.sum().isinf()
+    assert fast(batch).isfinite().all() == small(batch).isfinite().all()
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -8,6 +8,8 @@ reorders them, and may hold a convolution's weights transformed for Winograd's a
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
+from math import prod
 from typing import Any
 
 import torch
@@ -17,19 +19,30 @@ from torch import Tensor, nn
 from fcvgg.geometry import Pair, Window
 from fcvgg.layers.strips import Part, Sliding, Windows, strip_rule
 from fcvgg.modules import by_windows, window_linear
-from fcvgg.optimization.winograd import tiles_of, transformed_kernels, winograd_convolution
+from fcvgg.optimization.winograd import (
+    CONVOLUTION,
+    Tiling,
+    window_tiling,
+    winograd_convolution,
+)
 
 _USUAL_ROWS = 100
 """Rows of the product that packed fully connected weights are ordered for; any number runs."""
 
 _USUAL_SIZE = 56
-"""Rows and columns of the map that packed convolution weights are ordered for; any size runs."""
+"""Rows and columns of the map that convolution weights are ordered for before one was seen."""
 
 _LEAST_CHANNELS = 128
 """Channels from which Winograd's transforms cost less than the products they save."""
 
 _LEAST_TILES = 32
-"""Tiles below which reading the larger transformed weights takes longer."""
+"""Tiles of a convolution below which reading the larger transformed weights takes longer."""
+
+_LEAST_WINDOW_TILES = 16
+"""The same for a fully connected layer at every window."""
+
+_WINDOW_KERNELS = range(5, 8)
+"""Extents of the windows for which Winograd's algorithm saves enough multiplications."""
 
 
 class FusedConv2d(nn.Module):
@@ -67,16 +80,59 @@ class FusedConv2d(nn.Module):
         return f"{self.out_channels}, kernel={self.kernel}, padding={self.padding}, {self.relu=}"
 
 
-class _Packed(nn.Module):
-    """Weights that only oneDNN can read: shared by copies, and packed anew after a pickle."""
+class Packed(nn.Module):
+    """Weights in an order that only oneDNN can read, and perhaps Winograd's kernels beside them.
+
+    Both are shared by copies; oneDNN's are packed anew after a pickle.
+    """
 
     _packed: Any
+    _bias: Tensor
+    _kernels: Tensor | None
+    _tiling: Tiling
 
     def _pack(self, weight: Tensor) -> Any:
         raise NotImplementedError
 
+    def _padding(self) -> Pair:
+        return (0, 0)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._bias.dtype
+
+    @property
+    def has_winograd(self) -> bool:
+        return self._kernels is not None
+
+    def settle(self, x: Tensor) -> None:
+        """Keep only the form of the weights that is faster on maps of this size."""
+        if self._kernels is None:
+            return
+        if self._suits(x, self._padding()):
+            self._packed = None
+        else:
+            self._kernels = None
+
+    def _by_winograd(self, x: Tensor, padding: Pair, relu: bool) -> Tensor | None:
+        """The layer by Winograd's algorithm; None where oneDNN is faster."""
+        if self._kernels is None or not (self._packed is None or self._suits(x, padding)):
+            return None
+        return winograd_convolution(self._tiling, x, self._kernels, self._bias, padding, relu)
+
+    def _suits(self, x: Tensor, padding: Pair) -> bool:
+        raise NotImplementedError
+
+    def _outputs(self, x: Tensor, padding: Pair) -> Pair:
+        height, width = (n + 2 * p - self._tiling.kernel + 1 for n, p in zip(x.shape[2:], padding))
+        return height, width
+
+    def _held_bytes(self, weights: int) -> int:
+        own = 0 if self._packed is None else weights * self._bias.element_size()
+        return own + _bytes(self._kernels)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        twin = copy.copy(self)  # nothing that it holds ever changes
+        twin = copy.copy(self)  # what it holds is replaced, never changed
         memo[id(self)] = twin
         return twin
 
@@ -90,8 +146,10 @@ class _Packed(nn.Module):
             self._packed = self._pack(self._packed)
 
 
-class PackedConv2d(_Packed, FusedConv2d):
+class PackedConv2d(Packed, FusedConv2d):
     """The same on a CPU through oneDNN: weights in its order, and perhaps Winograd's beside."""
+
+    _tiling = CONVOLUTION
 
     def __init__(
         self, conv: nn.Conv2d, weight: Tensor, bias: Tensor, relu: bool, winograd: bool = False
@@ -100,59 +158,49 @@ class PackedConv2d(_Packed, FusedConv2d):
         super().__init__(conv, weight, bias, relu)
 
     def _take(self, weight: Tensor, bias: Tensor) -> None:
-        self._packed = self._pack(weight)
         self._bias = bias
         self._kernels = None
-        if self._tries_winograd and self._suits_winograd(weight):
-            self._kernels = transformed_kernels(weight)
+        self._width = 0
+        self._packed = self._pack(weight)
+        if self._tries_winograd and self._allows_winograd(weight):
+            self._kernels = self._tiling.kernels(weight)
 
     def _pack(self, weight: Tensor) -> Any:
-        reorder: Any = torch._C._nn.mkldnn_reorder_conv2d_weight
-        shape = (1, weight.shape[1] * self.groups, _USUAL_SIZE, _USUAL_SIZE)
-        window = (self.padding, self.stride, self.dilation)
-        return reorder(weight.to_mkldnn(), *window, self.groups, shape)
+        channels = self.in_channels * self.groups
+        return self._ordered(weight.to_mkldnn(), (1, channels, _USUAL_SIZE, _USUAL_SIZE))
 
-    def _suits_winograd(self, weight: Tensor) -> bool:
+    def _ordered(self, weight: Tensor, shape: Sequence[int]) -> Any:
+        reorder: Any = torch._C._nn.mkldnn_reorder_conv2d_weight
+        window = (self.padding, self.stride, self.dilation)
+        return reorder(weight, *window, self.groups, shape)
+
+    def _allows_winograd(self, weight: Tensor) -> bool:
         regular = self.kernel == (3, 3) and self.stride == self.dilation == (1, 1)
         wide = min(weight.shape[:2]) >= _LEAST_CHANNELS
         return regular and wide and self.groups == 1 and weight.dtype == torch.float32
 
-    @property
-    def has_winograd(self) -> bool:
-        return self._kernels is not None
+    def _padding(self) -> Pair:
+        return self.padding
 
-    @property
-    def dtype(self) -> torch.dtype:
-        return self._bias.dtype
-
-    def settle(self, x: Tensor) -> None:
-        """Keep only the form of the weights that is faster on maps of this size."""
-        if self._kernels is None:
-            return
-        if self._tiles(x, self.padding) >= _LEAST_TILES:
-            self._packed = None
-        else:
-            self._kernels = None
+    def _suits(self, x: Tensor, padding: Pair) -> bool:
+        return len(x) * self._tiling.tiles(*self._outputs(x, padding)) >= _LEAST_TILES
 
     def convolved(self, x: Tensor, padding: Pair) -> Tensor:
-        if self._kernels is not None and (
-            self._packed is None or self._tiles(x, padding) >= _LEAST_TILES
-        ):
-            return winograd_convolution(x, self._kernels, self._bias, padding, self.relu)
+        scores = self._by_winograd(x, padding, self.relu)
+        if scores is not None:
+            return scores
+        if x.shape[3] != self._width:  # or oneDNN would reorder the weights at every call
+            self._packed = self._ordered(self._packed, x.shape)
+            self._width = x.shape[3]
         attribute = "relu" if self.relu else "none"
         return torch.ops.mkldnn._convolution_pointwise(
             *(x, self._packed, self._bias, padding, self.stride, self.dilation, self.groups),
             *(attribute, [], ""),
         )
 
-    def _tiles(self, x: Tensor, padding: Pair) -> int:
-        height, width = (n + 2 * p - 2 for n, p in zip(x.shape[2:], padding))
-        return tiles_of(height, width) * len(x)
-
     def held_bytes(self) -> int:
-        own = self.out_channels * self.in_channels * self.kernel[0] * self.kernel[1]
-        own = 0 if self._packed is None else own * self._bias.element_size()
-        return own + _bytes(self._kernels)
+        kernel = self.kernel[0] * self.kernel[1]
+        return self._held_bytes(self.out_channels * self.in_channels * kernel)
 
 
 class FusedWindowLinear(nn.Module):
@@ -182,20 +230,43 @@ class FusedWindowLinear(nn.Module):
         return f"{self.out_channels}, kernel={self.kernel}, dilation={self.dilation}, {self.relu=}"
 
 
-class PackedWindowLinear(_Packed, FusedWindowLinear):
+class PackedWindowLinear(Packed, FusedWindowLinear):
     """The same on a CPU through oneDNN, with the weights in its order."""
 
-    def _take(self, weight: Tensor, bias: Tensor) -> None:
-        columns = weight.permute(0, 2, 3, 1).reshape(len(weight), -1)  # (O, kh*kw*C)
-        self._packed = self._pack(columns)
-        self._bias = bias
+    def __init__(
+        self, weight: Tensor, bias: Tensor, dilation: Pair, relu: bool, winograd: bool = False
+    ):
+        self._tries_winograd = winograd
+        super().__init__(weight, bias, dilation, relu)
 
-    def _pack(self, weight: Tensor) -> Any:
+    def _take(self, weight: Tensor, bias: Tensor) -> None:
+        self._bias = bias
+        self._kernels = None
+        self._tiling = window_tiling(self.kernel[0])
+        if self._tries_winograd and self._allows_winograd(weight):
+            self._kernels = self._tiling.kernels(weight)
+        self._packed = self._pack(weight.permute(0, 2, 3, 1).reshape(len(weight), -1))
+
+    def _pack(self, weight: Tensor) -> Any:  # (O, kh*kw*C)
         return torch.ops.mkldnn._reorder_linear_weight(weight, _USUAL_ROWS)
+
+    def _allows_winograd(self, weight: Tensor) -> bool:
+        square = self.kernel[0] == self.kernel[1] and self.kernel[0] in _WINDOW_KERNELS
+        wide = min(weight.shape[:2]) >= _LEAST_CHANNELS
+        return square and wide and self.dilation == (1, 1) and weight.dtype == torch.float32
+
+    def _suits(self, x: Tensor, padding: Pair) -> bool:
+        outputs = self._outputs(x, padding)
+        tiles = self._tiling.tiles(*outputs)
+        saves = tiles * self._tiling.inputs**2 < prod((*outputs, *self.kernel))
+        return saves and len(x) * tiles >= _LEAST_WINDOW_TILES
 
     def forward(self, x: Tensor) -> Tensor:
         if self.kernel == (1, 1):
             return self._linear(x.movedim(1, -1)).movedim(-1, 1)
+        scores = self._by_winograd(x, (0, 0), self.relu)
+        if scores is not None:
+            return scores
         return by_windows(x, self.kernel, self.dilation, self._linear, channels_last=True)
 
     def _linear(self, rows: Tensor) -> Tensor:
@@ -205,17 +276,32 @@ class PackedWindowLinear(_Packed, FusedWindowLinear):
         )
 
     def held_bytes(self) -> int:
-        inputs = self.in_channels * self.kernel[0] * self.kernel[1]
-        return self.out_channels * inputs * self._bias.element_size()
+        kernel = self.kernel[0] * self.kernel[1]
+        return self._held_bytes(self.out_channels * self.in_channels * kernel)
 
 
 class HalvingMaxPool2d(nn.Module):
-    """``nn.MaxPool2d(2)`` without the indices that torch computes beside it."""
+    """``nn.MaxPool2d(2)`` in bfloat16, without the indices that torch computes beside it.
+
+    Args:
+        positive: whether the map comes from a ReLU. The bits of such numbers are in order as
+            integers, which the processor compares without widening them.
+    """
+
+    def __init__(self, positive: bool = False):
+        super().__init__()
+        self.positive = positive
 
     def forward(self, x: Tensor) -> Tensor:
-        height, width = (n // 2 * 2 for n in x.shape[2:])
-        rows = torch.maximum(x[:, :, 0:height:2], x[:, :, 1:height:2])
-        return torch.maximum(rows[..., 0:width:2], rows[..., 1:width:2])
+        if not self.positive:
+            return _halved(x)
+        return _halved(x.view(torch.int16)).view(x.dtype)
+
+
+def _halved(x: Tensor) -> Tensor:
+    height, width = (n // 2 * 2 for n in x.shape[2:])
+    rows = torch.maximum(x[:, :, 0:height:2], x[:, :, 1:height:2])
+    return torch.maximum(rows[..., 0:width:2], rows[..., 1:width:2])
 
 
 def has_packing() -> bool:

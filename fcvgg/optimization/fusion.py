@@ -76,7 +76,7 @@ class _Fusion:
         elif isinstance(module, nn.Conv2d) and _is_plain(module):
             self._add_layer(node, module)
         elif module is not None:
-            self._made[node] = self._call(node, node.target, lambda: self._own(module))
+            self._made[node] = self._call(node, node.target, lambda: self._own(node, module))
         else:
             if node.op == "get_attr":
                 self._keep_tensor(str(node.target))
@@ -119,9 +119,12 @@ class _Fusion:
         kwargs = fx.node.map_arg(node.kwargs, self._made.__getitem__)
         return self._graph.call_module(self._names[key], args, kwargs)
 
-    def _own(self, module: nn.Module) -> nn.Module:
+    def _own(self, node: fx.Node, module: nn.Module) -> nn.Module:
         if self._dtype == torch.bfloat16 and _halves(module):
-            return HalvingMaxPool2d()
+            calls = [n for n in self._network.graph.nodes if n.target == node.target]
+            return HalvingMaxPool2d(
+                positive=all(self._is_relu(n.all_input_nodes[0]) for n in calls)
+            )
         own = copy.deepcopy(module).to(self._dtype)
         return own.requires_grad_(False)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from fcvgg.errors import ArgumentError, EquivalenceError, FcvggError
 from fcvgg.geometry import Pair, checked_size
@@ -18,6 +18,7 @@ from fcvgg.optimization.engines import ENGINES, engine_network
 from fcvgg.optimization.fused import (
     FusedConv2d,
     FusedWindowLinear,
+    Packed,
     PackedConv2d,
     PackedWindowLinear,
     has_packing,
@@ -25,7 +26,7 @@ from fcvgg.optimization.fused import (
 from fcvgg.optimization.fusion import fused
 from fcvgg.optimization.graph_replay import GraphReplay
 from fcvgg.placement import device_of, dtype_of
-from fcvgg.trunk import run
+from fcvgg.trunk import Plan, run
 from fcvgg.verification import Equivalence, verify
 
 TOLERANCES = {
@@ -88,6 +89,7 @@ class OptimizedNetwork(FullyConvolutional):
         self._activations = plain._activations
         self.optimization = optimization
         self._plain: tuple[FullyConvolutional, ...] = (plain,)  # no submodule: not its parameters
+        self._plan: Plan | None = None
         like = torch.zeros((), device=device_of(plain), dtype=dtype_of(plain))
         self._like = nn.Parameter(like, requires_grad=False)  # tells what images it takes
         super().train(False)
@@ -115,8 +117,10 @@ class OptimizedNetwork(FullyConvolutional):
         """Score maps ``(N, K, h, w)`` of preprocessed images ``(N, C, H, W)``."""
         self._check_images(images)
         images = self._padded(images)
-        maps = run(self.network, images.to(self._computed_in()))
-        finite = bool(images.isfinite().all())
+        if self._plan is None and isinstance(self.network, fx.GraphModule):
+            self._plan = Plan(self.network)
+        maps = run(self.network, images.to(self._computed_in()), self._plan)
+        finite = _all_finite(images)
         if isinstance(maps, Tensor):
             return self._given_back(maps, images, finite)
         return tuple(self._given_back(scores, images, finite) for scores in maps)
@@ -176,6 +180,11 @@ class OptimizedNetwork(FullyConvolutional):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {self.optimization}"
+
+
+def _all_finite(images: Tensor) -> bool:
+    """Whether all pixels are finite: their sum tells, unless it overflows, and is read faster."""
+    return bool(images.sum().isfinite()) or bool(images.isfinite().all())
 
 
 _FIXED = "an optimised network only evaluates; {} the plain network (net.plain) and optimise that"
@@ -246,8 +255,9 @@ def _fused(
         return FusedConv2d(layer, weight, bias, relu)
 
     def linear(weight: Tensor, bias: Tensor, dilation: Pair, relu: bool) -> FusedWindowLinear:
-        kind = PackedWindowLinear if packs else FusedWindowLinear
-        return kind(weight, bias, dilation, relu)
+        if packs:
+            return PackedWindowLinear(weight, bias, dilation, relu, winograd)
+        return FusedWindowLinear(weight, bias, dilation, relu)
 
     network = fused(net.network, dtype, conv, linear)
     if size is not None and packs:
@@ -257,7 +267,7 @@ def _fused(
         engine="torch",
         dtype=dtype,
         layers=len(layers),
-        winograd=sum(isinstance(m, PackedConv2d) and m.has_winograd for m in layers),
+        winograd=sum(isinstance(m, Packed) and m.has_winograd for m in layers),
         packed_bytes=sum(m.held_bytes() for m in layers),
     )
     runner = GraphReplay(network) if device.type == "cuda" else network
@@ -268,7 +278,7 @@ def _fused(
 def _settle(net: FullyConvolutional, network: nn.Module, size: Pair) -> None:
     """Let every layer keep what it needs for images of `size` only, shown to it once."""
     size = tuple(max(n, w) for n, w in zip(size, net.geometry.window))  # type: ignore[assignment]
-    layers = [m for m in network.modules() if isinstance(m, PackedConv2d)]
+    layers = [m for m in network.modules() if isinstance(m, Packed)]
     handles = [m.register_forward_pre_hook(lambda m, args: m.settle(args[0])) for m in layers]
     try:
         network(torch.zeros(1, net.in_channels, *size, dtype=layers[0].dtype if layers else None))

@@ -1,159 +1,234 @@
-"""3x3 convolutions by Winograd's minimal filtering F(4x4, 3x3), written with matrix products.
+"""Convolutions by Winograd's minimal filtering, written with matrix products.
 
-A tile of 6x6 inputs gives 4x4 outputs with 36 multiplications where the direct sum takes 144 (Lavin
-and Gray, https://arxiv.org/abs/1509.09308). Both transforms are one matrix product each, with the
-two axes' matrices as a Kronecker product, and the tiles are taken in blocks small enough for the
-processor's cache, which is what makes it pay.
+A tile of 6x6 inputs gives 4x4 outputs of a 3x3 convolution with 36 multiplications where the direct
+sum takes 144, and a tile of 8x8 inputs gives 2x2 outputs of a 7x7 one with 64 instead of 196 (Lavin
+and Gray, https://arxiv.org/abs/1509.09308). The transforms of the tiles are one matrix product
+each, with the two axes' matrices as a Kronecker product, and tiles and features are taken in blocks
+small enough for the processor's cache, which is what makes it pay.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import cached_property
+from math import prod
 
 import torch
 from torch import Tensor
 
-Matrix = Sequence[Sequence[float]]
-
-_OUTPUT = 4
-"""Outputs of a tile along one axis."""
-
-_TILE = 6
-"""Inputs of a tile along one axis."""
-
-_INPUT_TRANSFORM: Matrix = [
-    [4, 0, -5, 0, 1, 0],
-    [0, -4, -4, 1, 1, 0],
-    [0, 4, -4, -1, 1, 0],
-    [0, -2, -1, 2, 1, 0],
-    [0, 2, -1, -2, 1, 0],
-    [0, 4, 0, -5, 0, 1],
-]
-_KERNEL_TRANSFORM: Matrix = [
-    [1 / 4, 0, 0],
-    [-1 / 6, -1 / 6, -1 / 6],
-    [-1 / 6, 1 / 6, -1 / 6],
-    [1 / 24, 1 / 12, 1 / 6],
-    [1 / 24, -1 / 12, 1 / 6],
-    [0, 0, 1],
-]
-_OUTPUT_TRANSFORM: Matrix = [
-    [1, 1, 1, 1, 1, 0],
-    [0, 1, -1, 2, -2, 0],
-    [0, 1, 1, 4, 4, 0],
-    [0, 1, -1, 8, -8, 1],
-]
+_POINTS = (0, 1, -1, 2, -2, Fraction(1, 2), Fraction(-1, 2))
+"""Where the polynomials are evaluated; infinity comes beside them. More points cost accuracy."""
 
 _TILES_PER_THREAD = 64
 """Tiles of a block: its transformed inputs, at 512 channels 4.7 MB, fit a core's share of cache."""
 
 _MOST_TILES = 512
 
+_MOST_BYTES = 28 * 1024**2
+"""Of a block's transformed inputs at most: beyond 32 MB glibc maps every allocation anew."""
 
-def tiles_of(height: int, width: int) -> int:
-    """The tiles that outputs ``(height, width)`` take."""
-    return -(-height // _OUTPUT) * -(-width // _OUTPUT)
+_FEATURES = 256
+"""Features of a block where the kernels are too large for the cache anyhow."""
 
 
-def transformed_kernels(weight: Tensor) -> Tensor:
-    """Kernels ``(O, C, 3, 3)`` as ``(36, C, O)``, which takes four times their memory."""
-    square = _both_axes(_KERNEL_TRANSFORM, torch.float64)  # (36, 9)
-    columns = weight.detach().double().permute(2, 3, 1, 0).flatten(2).flatten(0, 1)  # (9, C*O)
-    kernels = (square @ columns).unflatten(1, (weight.shape[1], weight.shape[0]))
-    return kernels.to(weight.dtype).contiguous()
+@dataclass(frozen=True)
+class Tiling:
+    """Winograd's algorithm for square kernels.
+
+    Attributes:
+        kernel: extent of the kernels, at most 7.
+        outputs: of a tile along one axis; `kernel` + `outputs` is at most 9.
+        resident: whether a block's kernels stay in the cache, so that blocks of few tiles pay.
+    """
+
+    kernel: int
+    outputs: int
+    resident: bool = True
+
+    @property
+    def inputs(self) -> int:
+        """Of a tile along one axis."""
+        return self.outputs + self.kernel - 1
+
+    def tiles(self, height: int, width: int) -> int:
+        """The tiles that outputs ``(height, width)`` take."""
+        return -(-height // self.outputs) * -(-width // self.outputs)
+
+    def kernels(self, weight: Tensor) -> Tensor:
+        """Weights ``(O, C, k, k)`` as ``(O/F, inputs**2, C, F)`` for blocks of F features.
+
+        That is ``inputs**2 / k**2`` times their memory.
+        """
+        features, channels = weight.shape[:2]
+        block = features if self.resident or features % _FEATURES else _FEATURES
+        square = torch.kron(self._kernel_transform, self._kernel_transform)
+        kernels = weight.new_empty(features // block, len(square), channels, block)
+        for part, target in zip(weight.detach().split(block), kernels):
+            columns = part.double().permute(2, 3, 1, 0).flatten(2).flatten(0, 1)  # (k*k, C*F)
+            target.copy_((square @ columns).view(target.shape))
+        return kernels
+
+    def input_transform(self, dtype: torch.dtype) -> Tensor:
+        """``(inputs**2, inputs**2)``."""
+        return torch.kron(self._input_transform, self._input_transform).to(dtype)
+
+    def output_transform(self, dtype: torch.dtype) -> Tensor:
+        """``(outputs**2, inputs**2)``."""
+        return torch.kron(self._output_transform, self._output_transform).to(dtype)
+
+    def tiles_at_a_time(self, channels: int, itemsize: int) -> int:
+        """Tiles of a block."""
+        if self.resident:
+            return min(_TILES_PER_THREAD * torch.get_num_threads(), _MOST_TILES)
+        return min(_MOST_BYTES // (self.inputs**2 * channels * itemsize), _MOST_TILES)
+
+    @cached_property
+    def _points(self) -> list[Fraction]:
+        return [Fraction(point) for point in _POINTS[: self.inputs - 1]]
+
+    def _rows(self) -> list[list[Fraction]]:
+        """The polynomials with roots at all points but one, and at all points."""
+        points = self._points
+        without = [points[:i] + points[i + 1 :] for i in range(len(points))]
+        return [[*_with_roots(roots), Fraction(0)] for roots in without] + [_with_roots(points)]
+
+    @cached_property
+    def _input_transform(self) -> Tensor:
+        return _matrix(self._rows())
+
+    @cached_property
+    def _kernel_transform(self) -> Tensor:
+        rows = [
+            [p**i / prod(p - q for q in self._points if q != p) for i in range(self.kernel)]
+            for p in self._points
+        ]
+        return _matrix([*rows, [Fraction(i == self.kernel - 1) for i in range(self.kernel)]])
+
+    @cached_property
+    def _output_transform(self) -> Tensor:
+        last = self.outputs - 1
+        return _matrix(
+            [[*(p**i for p in self._points), Fraction(i == last)] for i in range(last + 1)]
+        )
+
+
+CONVOLUTION = Tiling(kernel=3, outputs=4)
+"""For 3x3 convolutions: a quarter of the multiplications."""
+
+
+def window_tiling(kernel: int) -> Tiling:
+    """For fully connected layers at every window: a third of the multiplications for 7x7."""
+    return Tiling(kernel=kernel, outputs=2, resident=False)
 
 
 def winograd_convolution(
-    x: Tensor, kernels: Tensor, bias: Tensor, padding: tuple[int, int], relu: bool = False
+    tiling: Tiling,
+    x: Tensor,
+    kernels: Tensor,
+    bias: Tensor,
+    padding: tuple[int, int] = (0, 0),
+    relu: bool = False,
 ) -> Tensor:
     """``F.conv2d(x, weight, bias, padding=padding)`` with stride 1, and the ReLU after it.
 
     Args:
+        tiling: of the weights' extent.
         x: map ``(N, C, H, W)``, read fastest in channels_last.
-        kernels: of `transformed_kernels`.
+        kernels: of `Tiling.kernels`.
         bias: ``(O,)``.
         padding: zeros around the map, rows and columns.
         relu: apply a ReLU.
 
     Returns:
-        ``(N, O, H + 2*padding - 2, W + 2*padding - 2)`` in channels_last.
+        ``(N, O, H + 2*padding - k + 1, W + 2*padding - k + 1)`` in channels_last.
     """
-    inputs = _both_axes(_INPUT_TRANSFORM, x.dtype)  # (36, 36)
-    outputs = _both_axes(_OUTPUT_TRANSFORM, x.dtype)  # (16, 36)
+    inputs, outputs = tiling.input_transform(x.dtype), tiling.output_transform(x.dtype)
+    step, extent = tiling.outputs, tiling.inputs
     count, channels, height, width = x.shape
-    features = kernels.shape[2]
-    rows, cols = height + 2 * padding[0] - 2, width + 2 * padding[1] - 2
-    down, across = -(-rows // _OUTPUT), -(-cols // _OUTPUT)
-    block = max(min(_tiles_at_a_time() // across, down), 1)  # rows of tiles
+    features = kernels.shape[3]
+    rows, cols = (n + 2 * p - tiling.kernel + 1 for n, p in zip((height, width), padding))
+    down, across = -(-rows // step), -(-cols // step)
+    most = tiling.tiles_at_a_time(channels, x.element_size())
+    block = max(min(most // across, down), 1)  # rows of tiles
+    images = max(min(most // (down * across), count), 1) if block == down else 1
 
     result = torch.empty(
-        (count, features, rows, cols), dtype=x.dtype, memory_format=torch.channels_last
+        (count, len(bias), rows, cols), dtype=x.dtype, memory_format=torch.channels_last
     )
     places, source = result.permute(0, 2, 3, 1), x.permute(0, 2, 3, 1)  # (N, H, W, C)
-    right = across * _OUTPUT + 2
-    strip = x.new_zeros(block * _OUTPUT + 2, right, channels)
-    most = block * across
-    tiles = x.new_empty(36 * most * channels)
-    spread = x.new_empty(36 * most * channels)
-    products = x.new_empty(36 * most * features)
-    sums = x.new_empty(16 * most * features)
-    for image in range(count):
-        for first in range(0, down, block):
-            lines = min(block, down - first)
-            number = lines * across
-            _fill(strip, source[image], first * _OUTPUT - padding[0], padding[1], lines)
-            taken = tiles[: 36 * number * channels].view(36, -1)
-            taken.view(_TILE, _TILE, lines, across, channels).copy_(_tiled(strip, lines, across))
-            moved = spread[: 36 * number * channels].view(36, -1)
-            torch.mm(inputs, taken, out=moved)
-            product = products[: 36 * number * features].view(36, number, features)
-            torch.bmm(moved.view(36, number, channels), kernels, out=product)
-            values = sums[: 16 * number * features].view(16, -1)
-            torch.mm(outputs, product.view(36, -1), out=values)
-            _place(values, bias, relu, places[image], first * _OUTPUT, lines, across)
+    halo = extent - step
+    strip = x.new_zeros(images, block * step + halo, across * step + halo, channels)
+    most = images * block * across
+    taken = x.new_empty(extent**2 * most * channels)
+    spread = x.new_empty(extent**2 * most * channels)
+    products = x.new_empty(extent**2 * most * features)
+    sums = x.new_empty(step**2 * most * features)
+    for image, first in itertools.product(range(0, count, images), range(0, down, block)):
+        some = min(images, count - image)
+        lines = min(block, down - first)
+        grid = (some, lines, across)
+        number = prod(grid)
+        padded = strip[:some, : lines * step + halo]
+        _fill(padded, source[image : image + some], first * step - padding[0], padding[1])
+        tiles = taken[: extent**2 * number * channels].view(extent**2, -1)
+        tiles.view(extent, extent, *grid, channels).copy_(_tiled(padded, tiling, lines, across))
+        moved = spread[: extent**2 * number * channels].view(extent**2, -1)
+        torch.mm(inputs, tiles, out=moved)
+        product = products[: extent**2 * number * features].view(extent**2, number, features)
+        values = sums[: step**2 * number * features].view(step**2, -1)
+        target = places[image : image + some, first * step : (first + lines) * step]
+        for i, kernel in enumerate(kernels):
+            torch.bmm(moved.view(extent**2, number, channels), kernel, out=product)
+            torch.mm(outputs, product.view(extent**2, -1), out=values)
+            squares = values.view(step, step, *grid, features).permute(2, 3, 0, 4, 1, 5)
+            part = slice(i * features, (i + 1) * features)
+            _place(squares, bias[part], relu, target[..., part])
     return result
 
 
-def _tiles_at_a_time() -> int:
-    return min(_TILES_PER_THREAD * torch.get_num_threads(), _MOST_TILES)
+def _matrix(rows: list[list[Fraction]]) -> Tensor:
+    return torch.tensor([[float(value) for value in row] for row in rows], dtype=torch.float64)
 
 
-def _both_axes(matrix: Matrix, dtype: torch.dtype) -> Tensor:
-    one = torch.tensor(matrix, dtype=torch.float64)
-    return torch.kron(one, one).to(dtype)
+def _with_roots(roots: list[Fraction]) -> list[Fraction]:
+    """The coefficients of the product of ``x - root``, lowest power first."""
+    coefficients = [Fraction(1)]
+    for root in roots:
+        shifted, scaled = [Fraction(0), *coefficients], [*coefficients, Fraction(0)]
+        coefficients = [a - root * b for a, b in zip(shifted, scaled)]
+    return coefficients
 
 
-def _fill(strip: Tensor, image: Tensor, top: int, left: int, lines: int) -> None:
-    """Copy the padded rows that `lines` rows of tiles read, from row `top` on."""
-    needed = lines * _OUTPUT + 2
-    low, high = max(top, 0), min(top + needed, image.shape[0])
-    strip[: low - top].zero_()
-    strip[max(high - top, 0) : needed].zero_()
+def _fill(strip: Tensor, source: Tensor, top: int, left: int) -> None:
+    """Copy the rows of images ``(N, H, W, C)`` from row `top` on, zeros outside."""
+    height, width = source.shape[1:3]
+    low, high = max(top, 0), min(top + strip.shape[1], height)
+    strip[:, : low - top].zero_()
+    strip[:, max(high - top, 0) :].zero_()
     if high > low:
-        strip[low - top : high - top, left : left + image.shape[1]].copy_(image[low:high])
+        strip[:, low - top : high - top, left : left + width].copy_(source[:, low:high])
 
 
-def _tiled(strip: Tensor, lines: int, across: int) -> Tensor:
-    """The overlapping tiles of a strip ``(H, W, C)`` as a view ``(6, 6, lines, across, C)``."""
-    row, col, channel = strip.stride()
+def _tiled(strip: Tensor, tiling: Tiling, lines: int, across: int) -> Tensor:
+    """The overlapping tiles of ``(N, H, W, C)``: a view ``(inputs, inputs, N, h, w, C)``."""
+    image, row, col, channel = strip.stride()
     return strip.as_strided(
-        (_TILE, _TILE, lines, across, strip.shape[2]),
-        (row, col, _OUTPUT * row, _OUTPUT * col, channel),
+        (tiling.inputs, tiling.inputs, len(strip), lines, across, strip.shape[3]),
+        (row, col, image, tiling.outputs * row, tiling.outputs * col, channel),
     )
 
 
-def _place(
-    values: Tensor, bias: Tensor, relu: bool, image: Tensor, top: int, lines: int, across: int
-) -> None:
-    """Put outputs ``(16, tiles, O)`` with bias and ReLU into the rows of an image ``(H, W, O)``."""
-    features = len(bias)
-    squares = values.view(_OUTPUT, _OUTPUT, lines, across, features).permute(2, 0, 3, 1, 4)
-    rows = min(lines * _OUTPUT, image.shape[0] - top)
-    target = image[top : top + rows]
-    if rows == lines * _OUTPUT and image.shape[1] == across * _OUTPUT:
-        torch.add(squares, bias, out=target.view(squares.shape))
+def _place(squares: Tensor, bias: Tensor, relu: bool, target: Tensor) -> None:
+    """Put outputs ``(N, h, outputs, w, outputs, O)`` with bias and ReLU into ``(N, H, W, O)``."""
+    count, lines, step, across = squares.shape[:4]
+    rows, cols = target.shape[1:3]
+    if (rows, cols) == (lines * step, across * step):
+        whole = target.unflatten(2, (across, step)).unflatten(1, (lines, step))
+        torch.add(squares, bias, out=whole)
     else:
-        whole = squares.reshape(lines * _OUTPUT, across * _OUTPUT, features)
-        torch.add(whole[:rows, : image.shape[1]], bias, out=target)
+        whole = squares.reshape(count, lines * step, across * step, len(bias))
+        torch.add(whole[:, :rows, :cols], bias, out=target)
     if relu:
         target.relu_()
