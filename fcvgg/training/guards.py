@@ -102,10 +102,10 @@ class FiniteLoss(Callback):
 
     def _stop(self, trainer: pl.Trainer, where: str, value: float | None) -> None:
         rates = sorted({group["lr"] for group in trainer.optimizers[0].param_groups})
-        best = self.folder / BEST
+        last = self.folder / LAST
         kept = (
-            f"the last good checkpoint is kept, {best}"
-            if best.exists()
+            f"the last good checkpoint is kept, {last} (epoch {trainer.current_epoch})"
+            if last.exists()
             else "no epoch was finished, so there is no checkpoint"
         )
         found = "not finite" if value is None else f"{value}"
@@ -200,9 +200,8 @@ class BestAndLast(Checkpoint):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         if self.monitor not in trainer.callback_metrics:
-            raise TrainingError(
-                f"the task logs no {self.monitor!r}; it logs {', '.join(trainer.callback_metrics)}"
-            )
+            logged = ", ".join(sorted(trainer.callback_metrics))
+            raise TrainingError(f"the task logs no {self.monitor!r}; it logs {logged}")
         value = float(trainer.callback_metrics[self.monitor])
         if value < self.best_value if self.mode == "min" else value > self.best_value:
             self.best_value, self.best_epoch = value, trainer.current_epoch + 1

@@ -13,7 +13,7 @@ from torch import Tensor
 from fcvgg.errors import ArgumentError
 
 OPTIMIZERS = ("sgd", "adamw")
-PRECISIONS = ("auto", "32", "bf16-mixed", "16-mixed", "64")
+PRECISIONS = ("auto", "32", "bf16-mixed", "16-mixed")
 
 _MOMENTUM = 0.9
 
@@ -32,7 +32,7 @@ class Settings:
         batch_size: images per step, on every device.
         workers: processes that read images; 0 reads in this one. It does not change the result.
         seed: of batch order, augmentation and dropout.
-        precision: ``"32"``, ``"bf16-mixed"``, ``"16-mixed"`` or ``"64"``; ``"auto"`` is bf16-mixed
+        precision: ``"32"``, ``"bf16-mixed"`` or ``"16-mixed"``; ``"auto"`` is bf16-mixed
             on a GPU that has it, else 32.
         accelerator: ``"auto"``, ``"cpu"``, ``"gpu"`` and others of Lightning.
         devices: how many, as for Lightning's `Trainer`; ``"auto"`` takes all.
@@ -74,7 +74,7 @@ class Settings:
         if self.precision == "auto":
             gpu = self.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
             return "bf16-mixed" if gpu and torch.cuda.is_bf16_supported(False) else "32-true"
-        return {"32": "32-true", "64": "64-true"}.get(str(self.precision), str(self.precision))
+        return "32-true" if self.precision == "32" else str(self.precision)
 
     @property
     def fixed(self) -> dict[str, Any]:
