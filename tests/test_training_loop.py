@@ -165,6 +165,19 @@ def test_no_last_batch_of_one_image(tmp_path: Path) -> None:
     assert sizes == [5, 5, 5, 5]
 
 
+def test_every_epoch_has_an_order_of_its_own(tmp_path: Path) -> None:
+    seen: dict[int, list[float]] = {}
+
+    class Watching(Small):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            seen.setdefault(self.current_epoch, []).extend(batch[0][:, 0].tolist())
+            return super().training_step(batch, batch_idx)
+
+    fit(Watching(), Fixed(20), Fixed(4), SETTINGS, tmp_path)
+    assert len({tuple(order) for order in seen.values()}) == 4
+    assert len({tuple(sorted(order)) for order in seen.values()}) == 1
+
+
 # -- resuming ---------------------------------------------------------------------------------
 
 

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fcvgg.conversion import convert, infer_input_size, unwrapped
+from fcvgg.conversion import convert, unwrapped
 from fcvgg.datasets import Unreadable
 from fcvgg.errors import ArgumentError, InputSizeError, PreprocessError
 from fcvgg.finetuning.images import ImageRows, LabelledFiles, balanced_weights, split_folders
@@ -33,6 +33,7 @@ from fcvgg.finetuning.strategies import (
 )
 from fcvgg.geometry import Pair
 from fcvgg.loading import DEFAULT_WEIGHTS, read_source
+from fcvgg.native_size import infer_input_size
 from fcvgg.network import FullyConvolutional
 from fcvgg.preprocessing import Preprocess
 from fcvgg.sources import torchvision_model
@@ -132,6 +133,12 @@ class FineTuned:
         """`accuracy` of every class."""
         table = self.confusion
         return {n: float(table[i, i] / table[i].sum()) for i, n in enumerate(self.classes)}
+
+    def __repr__(self) -> str:
+        return (
+            f"FineTuned({self.source!r}, {self.choice.strategy}, {len(self.classes)} classes, "
+            f"accuracy {self.accuracy:.3f}, {str(self.model_path)!r})"
+        )
 
     def __str__(self) -> str:
         held_out = len(self.valid)

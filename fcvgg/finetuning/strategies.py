@@ -53,6 +53,8 @@ _FEATURES_RATE, _DECAY = 0.1, 0.5
 """The rate of the last block relative to the head's, and of every block to the next."""
 
 _PROBED, _FOLDS, _MARGIN = 120, 3, 0.02
+"""Images that tell the likeness, in how many folds, and by how much early features must be better,
+if the standard error of that is not more."""
 
 
 @dataclass(frozen=True)
@@ -193,7 +195,9 @@ def _measured(
             "how like they are to the network's own images cannot be measured on its layers",
         )
     found = {row.layer: row.mean for row in probed.rows}
-    similar = found[late] >= found[early] - _MARGIN
+    mean = (found[late] + found[early]) / 2
+    error = (mean * (1 - mean) / len(places)) ** 0.5
+    similar = found[late] >= found[early] - max(error, _MARGIN)
     verb = "no worse than" if similar else "worse than"
     return similar, (
         f"features of {late} tell them apart {verb} those of {early} "

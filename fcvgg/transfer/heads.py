@@ -90,9 +90,10 @@ def loss_for(model: nn.Module) -> nn.Module:
         ConversionError: if the head ends in probabilities, for which both are wrong.
     """
     last = layer_names(model)[-1]
-    if last.kind.lower().replace("_", "") == "logsoftmax":
+    kind = last.kind.rpartition(".")[2].lower().replace("_", "")  # also of Tensor.log_softmax
+    if kind == "logsoftmax":
         return nn.NLLLoss()
-    if last.role == "prob" or last.kind.lower() in ("sigmoid", "tensor.sigmoid"):
+    if last.role == "prob" or kind == "sigmoid":
         raise ConversionError(
             f"the model ends in probabilities ({last.name}, {last.kind}), and cross entropy would "
             "take a softmax of them again; give it scores with replace_head(..., hidden=None)"
