@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from imagenet_weights import imagenet_example
 from PIL import Image
 from torchvision.models import squeezenet1_1
 
@@ -89,3 +90,34 @@ def test_equivalence_of_all_eight_vggs(tmp_path: Path) -> None:
 def test_train_demo_trains(tmp_path: Path) -> None:
     run("train_demo.py", "--quick", "--output", "weights.safetensors", cwd=tmp_path)
     assert 0 < (tmp_path / "weights.safetensors").stat().st_size < 2e6
+
+
+def test_textures_compares_all_methods(tmp_path: Path) -> None:
+    imagenet_example()  # skips without the package that holds the weights
+    printed = run("textures.py", "--quick", cwd=tmp_path)
+    rows = [line.split(" | ") for line in printed.splitlines() if line.startswith("| ")][1:]
+    assert [int(row[1]) for row in rows] == [32, 16, 8] * 3
+    assert [row[0].split()[1] for row in rows[::3]] == ["crop", "crop", "FCN-32s,"]
+    assert all(0 <= float(row[2]) <= 1 for row in rows)
+    assert all(float(row[5].rstrip(" |")) > 0 for row in rows)
+    assert printed.endswith("wrote textures.png\n")
+    with Image.open(tmp_path / "textures.png") as figure:
+        assert figure.width > 900
+    again = fcvgg.FCN.load(tmp_path / "textures-run" / "fcn-8s" / "fcn")
+    assert again.predict(tmp_path / "textures-run" / "test" / "images" / "00.png").labels.any()
+
+
+def test_finetune_trains_converts_and_labels_a_mosaic(tmp_path: Path) -> None:
+    imagenet_example()  # or skip
+    options = ["--patches", "6", "--epochs", "3", "--output", "made"]
+    printed = run("finetune.py", *options, cwd=tmp_path)
+    shares = [float(share) for share in re.findall(r"mosaic: ([\d.]+)% of", printed)]
+    assert len(shares) == 2
+    assert shares[1] > 70  # four classes; early features need few images
+    assert "strategy svm: as asked for" in printed
+    assert printed.endswith("wrote made/mosaic.png\n")
+    for strategy in ("auto", "svm"):
+        assert (tmp_path / "made" / strategy / "report" / "report.md").exists()
+        assert fcvgg.load(tmp_path / "made" / strategy / "model").categories[1] == "fur"
+    with Image.open(tmp_path / "made" / "mosaic.png") as figure:
+        assert figure.width > 1000

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 import fcvgg
 from fcvgg.geometry import IMAGE, Axis, Geometry, Step, Window
+from fcvgg.segmentation.backbone import giving, giving_first
 from fcvgg.segmentation.mask_folders import read_mask, train_and_valid
 from fcvgg.segmentation.network import VARIANTS
 from fcvgg.segmentation.samples import MaskedImages
@@ -28,9 +30,12 @@ CLASSES = ("dark", "light")
 PLAIN = fcvgg.Preprocess((0.0,) * 3, (1.0,) * 3)
 
 
-def geometry_of(stride: int, kernel: int, before: int, after: int) -> Geometry:
-    axis = Axis((Step(Window(kernel, stride, before=before, after=after), (IMAGE,)),))
-    return Geometry(axis, axis)
+def axis_of(stride: int, kernel: int, before: int, after: int) -> Axis:
+    return Axis((Step(Window(kernel, stride, before=before, after=after), (IMAGE,)),))
+
+
+def geometry_of(*window: int) -> Geometry:
+    return Geometry(axis_of(*window), axis_of(*window))
 
 
 def small_fcn(
@@ -50,24 +55,19 @@ def small_fcn(
 # -- upsampling -------------------------------------------------------------------------------
 
 
-@settings(max_examples=60, deadline=None)
-@given(
-    stride=st.integers(1, 9),
-    kernel=st.integers(1, 12),
-    before=st.integers(0, 6),
-    after=st.integers(0, 6),
-    cells=st.tuples(st.integers(1, 5), st.integers(1, 5)),
-    size=st.tuples(st.integers(1, 40), st.integers(1, 40)),
+axes = st.builds(
+    axis_of, st.integers(1, 9), st.integers(1, 12), st.integers(0, 6), st.integers(0, 6)
 )
+extents = st.tuples(st.integers(1, 5), st.integers(1, 5))
+sizes = st.tuples(st.integers(1, 40), st.integers(1, 40))
+
+
+@settings(max_examples=60, deadline=None)
+@given(height=axes, width=axes, cells=extents, size=sizes)
 def test_bilinear_kernels_give_what_score_maps_resample_to(
-    stride: int,
-    kernel: int,
-    before: int,
-    after: int,
-    cells: tuple[int, int],
-    size: tuple[int, int],
+    height: Axis, width: Axis, cells: tuple[int, int], size: tuple[int, int]
 ) -> None:
-    geometry = geometry_of(stride, kernel, before, after)
+    geometry = Geometry(height, width)
     scores = images(1, 2, *cells)
     expected = fcvgg.ScoreMap(scores[0], geometry, size, size).resample()
     upsampling = BilinearUpsampling(2, geometry, PIXELS, dtype=torch.float64)
@@ -275,6 +275,8 @@ def test_what_cannot_be_built_is_said_in_one_line() -> None:
         fcvgg.FCN(seeded(SmallVGG), 3)  # type: ignore[arg-type]
     with pytest.raises(fcvgg.ArgumentError, match="num_classes=0 is no number of classes"):
         fcvgg.FCN(net, 0)
+    with pytest.raises(fcvgg.ArgumentError, match=r"num_classes=1 cannot label pixels; expected 2"):
+        fcvgg.FCN(net, 1)
     with pytest.raises(fcvgg.CategoryError, match="3 categories were given for 2 classes"):
         fcvgg.FCN(net, 2, categories="abc")
     one_pool = nn.Sequential(
@@ -562,3 +564,17 @@ def test_what_cannot_be_trained_is_said_in_one_line(tmp_path: Path) -> None:
     fcn.preprocess = None
     with pytest.raises(fcvgg.PreprocessError, match=r"set fcn\.preprocess"):
         fcvgg.train_fcn(fcn, folder, tmp_path / "run")
+
+
+def test_a_geometry_that_does_not_fit_the_map_is_refused() -> None:
+    fcn = small_fcn("16s")
+    wrong = [replace(s, geometry=s.geometry.upto(0)) for s in fcn.sources]
+    with pytest.raises(fcvgg.UnsupportedLayerError, match=r"the map of fc7 is .* geometry says"):
+        giving(giving_first_of(fcn), wrong)
+
+
+def giving_first_of(fcn: fcvgg.FCN) -> fcvgg.FullyConvolutional:
+    """The backbone of a network as it was before it gave several maps."""
+    backbone = copy.deepcopy(fcn.backbone)
+    backbone.network = giving_first(backbone.program).network
+    return backbone

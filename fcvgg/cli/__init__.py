@@ -20,6 +20,8 @@ from fcvgg.cli import (
     heatmaps,
     layers,
     probing,
+    segment_training,
+    segmentation,
     streaming,
 )
 from fcvgg.cli.console import examples, reporting_errors, say
@@ -76,6 +78,8 @@ for _module in (
     streaming,
     bench,
     finetuning,
+    segment_training,
+    segmentation,
 ):
     _command = reporting_errors(with_own_model(_module.run))
     app.command(_module.NAME, epilog=examples(*_module.EXAMPLES))(_command)

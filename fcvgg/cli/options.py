@@ -238,7 +238,7 @@ def loaded(
     from fcvgg.loading import load
 
     own = own or OwnModel()
-    place = _checked_device(device)
+    place = checked_device(device)
     settings = own.settings()
     with contextlib.redirect_stdout(sys.stderr):  # torch.hub announces downloads on stdout
         net = load(model, **options, **settings)
@@ -248,7 +248,12 @@ def loaded(
     return net.to(place)
 
 
-def _checked_device(name: str) -> Any:
+def checked_device(name: str) -> Any:
+    """The torch device of a name.
+
+    Raises:
+        ArgumentError: if this machine has no such device.
+    """
     import torch
 
     from fcvgg.errors import ArgumentError, one_line

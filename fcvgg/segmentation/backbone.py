@@ -9,15 +9,19 @@ from typing import Any
 import torch.nn.functional as F
 from torch import fx, nn
 
+from fcvgg.capture import capture
 from fcvgg.errors import ArgumentError, UnsupportedLayerError
 from fcvgg.geometry import IMAGE, Geometry, Pair
 from fcvgg.graph import graph_module
+from fcvgg.layers import is_leaf
 from fcvgg.network import FullyConvolutional
 from fcvgg.probability import UNKNOWN
 from fcvgg.program import LayerRecord, Program
 from fcvgg.transfer.naming import LayerNames, NamedLayer, layer_names
 
 _ACTIVATIONS = ("bn", "relu", "activation")
+_NEW_POOL = "_window"
+"""What the name of a function ends in where a pool over the window took its place."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +90,7 @@ def map_sources(backbone: FullyConvolutional, count: int) -> list[MapSource]:
         ArgumentError: if the network has no map of such a stride.
     """
     names = layer_names(backbone)
-    end = _result(backbone.network.graph)
+    end = _results(backbone.network.graph)[0]
     layer = _origin(end, names)
     sources = [MapSource(layer.name, end.name, backbone.geometry, backbone.program.classes[0])]
     for halvings in range(1, count + 1):
@@ -101,14 +105,34 @@ def giving(backbone: FullyConvolutional, sources: list[MapSource]) -> FullyConvo
     graph = backbone.network.graph
     nodes = {n.name: n for n in graph.nodes}
     backbone.network.graph = _ending(graph, set(nodes), *(s.node for s in sources))
+    _check_sizes(backbone, sources)
     return backbone
+
+
+def _check_sizes(backbone: FullyConvolutional, sources: list[MapSource]) -> None:
+    """Compare the maps' sizes, computed without values, with what geometry says.
+
+    Raises:
+        UnsupportedLayerError: if they differ, since scores would lie on the wrong pixels.
+    """
+    window, stride = backbone.geometry.window, backbone.geometry.stride
+    for steps in ((0, 0), (1, 2)):
+        size = window[0] + steps[0] * stride[0], window[1] + steps[1] * stride[1]
+        results = _results(capture(backbone.network, size, is_leaf).graph)
+        for source, result in zip(sources, results):
+            found = tuple(result.meta["value"].shape[1:])
+            expected = (source.channels, *source.geometry.output_size(size))
+            if found != expected:
+                raise UnsupportedLayerError(
+                    f"the map of {source.name} is {found} for an input of {size} where its "
+                    f"geometry says {expected}; a dense network cannot be built on it"
+                )
 
 
 def giving_first(program: Program) -> Program:
     """The program as it was before `giving`: with its first map alone."""
     graph = program.network.graph
-    results = next(n for n in graph.nodes if n.op == "output").args[0]
-    single = _ending(graph, {n.name for n in graph.nodes}, results[0].name)  # type: ignore
+    single = _ending(graph, {n.name for n in graph.nodes}, _results(graph)[0].name)
     return replace(program, network=graph_module(program.network, single))
 
 
@@ -203,7 +227,8 @@ def _channels(net: FullyConvolutional, node: fx.Node) -> int:
 def _record_of(net: FullyConvolutional, node: fx.Node) -> LayerRecord | None:
     """What is known of a node: by its module's path, or by its name where it was a function."""
     records = {r.name: r for r in net.program.records}
-    return records.get(str(node.target)) or records.get(node.name)
+    names = (str(node.target), node.name, node.name.removesuffix(_NEW_POOL))
+    return next((records[name] for name in names if name in records), None)
 
 
 def _short(stride: Pair) -> str:
@@ -213,11 +238,10 @@ def _short(stride: Pair) -> str:
 # -- cutting the graph ------------------------------------------------------------------------
 
 
-def _result(graph: fx.Graph) -> fx.Node:
+def _results(graph: fx.Graph) -> list[fx.Node]:
+    """The nodes that a graph returns."""
     results = next(n for n in graph.nodes if n.op == "output").args[0]
-    first = results[0] if isinstance(results, (tuple, list)) else results
-    assert isinstance(first, fx.Node)
-    return first
+    return list(results) if isinstance(results, (tuple, list)) else [results]  # type: ignore
 
 
 def _nodes_before(graph: fx.Graph, end: str) -> set[str]:

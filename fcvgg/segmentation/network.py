@@ -15,7 +15,7 @@ from fcvgg.network import FullyConvolutional, evaluating
 from fcvgg.placement import device_of, dtype_of
 from fcvgg.preprocessing import Preprocess
 from fcvgg.segmentation.backbone import MapSource, giving, map_sources, without_classifier
-from fcvgg.segmentation.label_map import LabelMap
+from fcvgg.segmentation.label_map import IGNORE_INDEX, LabelMap
 from fcvgg.segmentation.storage import write_fcn
 from fcvgg.segmentation.upsampling import PIXELS, BilinearUpsampling
 from fcvgg.transfer.heads import check_classes
@@ -64,7 +64,7 @@ class FCN(nn.Module):
 
     Args:
         net: a converted network with a fully connected layer at its end and one output.
-        num_classes: how many classes a pixel may have.
+        num_classes: how many classes a pixel may have, 2 to 255.
         variant: ``"32s"``, ``"16s"`` or ``"8s"``. The names are those of VGG's strides; on a net of
             another stride s they score the maps of stride s, s/2 and s/4.
         copy: own the parameters, the default, since dense training changes the features. False
@@ -108,6 +108,11 @@ class FCN(nn.Module):
                 f"variant={variant!r} is unknown; expected one of {', '.join(VARIANTS)}"
             )
         check_classes(num_classes)
+        if not 2 <= num_classes <= IGNORE_INDEX:
+            raise ArgumentError(
+                f"num_classes={num_classes} cannot label pixels; expected 2 to {IGNORE_INDEX}, "
+                "where one kind of thing and all else are two classes"
+            )
         self._build(without_classifier(net, copy), num_classes, variant, learn_upsampling)
         self.categories = categories
         self.preprocess = net.preprocess if preprocess is None else preprocess

@@ -46,24 +46,36 @@ def write_fcn(fcn: FCN, path: Path) -> Path:
         "preprocess": encoded_preprocess(fcn.preprocess),
     }
     own = {k: v for k, v in fcn.state_dict().items() if not k.startswith(_BACKBONE_PREFIX)}
-    folder = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
     try:
-        _write_backbone(fcn, folder / BACKBONE)
-        save_file({k: v.contiguous() for k, v in own.items()}, folder / SCORES)
-        (folder / CONFIG).write_text(json.dumps(config, indent=1, allow_nan=False) + "\n")
-        folder.chmod(0o755)
-        if path.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{path.name}-old-", dir=path.parent))
-            path.rename(old / path.name)
-            folder.rename(path)
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            folder.rename(path)
+        folder = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+        try:
+            _write_backbone(fcn, folder / BACKBONE)
+            save_file({k: v.contiguous() for k, v in own.items()}, folder / SCORES)
+            (folder / SCORES).chmod(0o644)
+            (folder / CONFIG).write_text(json.dumps(config, indent=1, allow_nan=False) + "\n")
+            folder.chmod(0o755)
+            _take_place(folder, path)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
     except (OSError, SafetensorError, ValueError) as error:
         raise FcvggError(f"cannot write {path}: {one_line(error)}") from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
     return path
+
+
+def _take_place(folder: Path, path: Path) -> None:
+    """Give a finished folder its name; the one that had it is removed only then."""
+    if not path.exists():
+        folder.rename(path)
+        return
+    old = path.with_name(f".{path.name}-replaced")
+    shutil.rmtree(old, ignore_errors=True)
+    path.rename(old)
+    try:
+        folder.rename(path)
+    except OSError:
+        old.rename(path)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _write_backbone(fcn: FCN, path: Path) -> None:

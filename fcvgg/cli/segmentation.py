@@ -1,0 +1,47 @@
+"""``fcvgg segment``: the class of every pixel of images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fcvgg.cli.console import exit_if_any_failed, folder, for_each_image, say, say_wrote
+from fcvgg.cli.options import Device, Images, OutputFolder
+
+NAME = "segment"
+EXAMPLES = ("fcvgg segment photo.jpg --fcn segmented/fcn --output labels",)
+
+
+def run(
+    images: Images,
+    fcn: Annotated[
+        Path,
+        typer.Option(
+            "--fcn", metavar="DIR", help="What 'fcvgg segment-train' wrote.", show_default=False
+        ),
+    ],
+    output: OutputFolder = Path(),
+    device: Device = "cpu",
+) -> None:
+    """Label every pixel of images: NAME-labels.png of class indices, NAME-overlay.png."""
+    from fcvgg.cli.options import checked_device
+    from fcvgg.files import written_whole
+    from fcvgg.segmentation.network import FCN
+
+    network = FCN.load(fcn).to(checked_device(device))
+    place = folder(output)
+
+    def label(image: Path) -> Path:
+        found = network.predict(image)
+        shares = sorted(found.shares.items(), key=lambda item: -item[1])
+        say(f"{image}: " + ", ".join(f"{name} {share:.1%}" for name, share in shares if share))
+        overlay = place / f"{image.stem}-overlay.png"
+        with written_whole(overlay) as temporary:
+            found.overlay().save(temporary, "PNG")
+        say_wrote(found.save(place / f"{image.stem}-labels.png"))
+        say_wrote(overlay)
+        return overlay
+
+    exit_if_any_failed(images, for_each_image(images, "label maps", label))

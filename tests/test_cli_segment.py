@@ -1,0 +1,82 @@
+"""``fcvgg segment-train`` and ``fcvgg segment``, with the packaged net on a few tiny pictures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+import fcvgg
+from fcvgg.cli import app
+
+
+def run(*args: object) -> Any:
+    environment = {"NO_COLOR": "1", "TERM": "dumb", "COLUMNS": "200"}
+    result = CliRunner(env=environment).invoke(app, [str(a) for a in args], prog_name="fcvgg")
+    if result.exception and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
+
+
+@pytest.fixture
+def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Pictures of a dark and a light half, with masks."""
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    for kind in ("images", "masks"):
+        (tmp_path / "data" / kind).mkdir(parents=True)
+    for i in range(4):
+        labels = np.zeros((40, 48), np.uint8)
+        labels[:, 15 + 5 * i :] = 1
+        grey = (60 + 130 * labels + rng.normal(0, 9, labels.shape)).astype(np.uint8)
+        Image.fromarray(grey).convert("RGB").save(tmp_path / "data" / "images" / f"{i}.png")
+        Image.fromarray(labels).save(tmp_path / "data" / "masks" / f"{i}.png")
+    return tmp_path / "data"
+
+
+def test_train_resume_and_label(data: Path) -> None:
+    (data / "images" / "3.png").write_text("no image")
+    options = ("--classes", "dark, light", "--model", "demo", "--crop", "32", "--batch-size", "2")
+    ran = run("segment-train", data, *options, "--epochs", 2, "--freeze-upto", "pool2", "-o", "c")
+    assert ran.exit_code == 0, ran.output
+    assert "skipped" in ran.stderr
+    assert "3.png is no image" in ran.stderr
+    assert "FCN-32s, epoch " in ran.stdout
+    assert "wrote c/fcn" in ran.stdout
+    coarse = fcvgg.FCN.load("c/fcn")
+    first = fcvgg.load("demo").state_dict()["features.0.weight"]
+    assert coarse.state_dict()["backbone.features.0.weight"].equal(first)
+    fine = ("--variant", "8s", "--init-from", "c/fcn", "--class-weights", "balanced", "-o", "f")
+    assert run("segment-train", data, *options, *fine, "--epochs", 6).exit_code == 0
+    ran = run("segment-train", data, *options, *fine, "--epochs", 8, "--resume")
+    assert ran.exit_code == 0, ran.output
+    assert "resumed after epoch 6" in ran.stdout
+
+    ran = run("segment", data / "images" / "0.png", "--fcn", "f/fcn", "--output", "out")
+    assert ran.exit_code == 0, ran.output
+    labels = np.asarray(Image.open("out/0-labels.png"))
+    truth = np.asarray(Image.open(data / "masks" / "0.png"))
+    assert (labels == truth).mean() > 0.8
+    with Image.open("out/0-overlay.png") as overlay:
+        assert overlay.size == (48, 40)
+    assert "dark" in ran.stdout
+
+
+def test_bad_input_is_one_line_and_exit_2(data: Path) -> None:
+    for arguments, message in [
+        (("segment-train", data, "--classes", "dark", "-m", "demo"), "cannot label pixels"),
+        (("segment-train", "none", "-c", "a,b", "-m", "demo"), "none/images does not exist"),
+        (
+            ("segment-train", data, "-c", "a,b", "-m", "demo", "--init-from", "none"),
+            "none is no folder of an FCN",
+        ),
+        (("segment", data / "images" / "0.png", "--fcn", "none"), "none is no folder of an FCN"),
+    ]:
+        ran = run(*arguments)
+        assert ran.exit_code == 2
+        assert message in ran.stderr
+        assert len(ran.stderr.splitlines()) == 1
