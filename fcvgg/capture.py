@@ -210,6 +210,19 @@ def twin_of(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
         ) from error
 
 
+def sharing_twin(model: nn.Module, own: bool = False) -> nn.Module:
+    """The model's modules anew, with parameters and buffers of their own or on shared storage."""
+
+    def data(tensor: Tensor) -> Tensor:
+        return tensor.detach().clone() if own else tensor.detach()
+
+    memo: dict[int, Any] = {
+        **{id(p): nn.Parameter(data(p), p.requires_grad) for p in model.parameters()},
+        **{id(b): data(b) for b in model.buffers()},
+    }
+    return twin_of(model, memo)
+
+
 def _uncopied(model: nn.Module, memo: dict[int, Any]) -> str:
     """The name of an attribute that cannot be copied, as the beginning of a message."""
     for path, module in model.named_modules():
@@ -424,6 +437,12 @@ class _ShapedProxy(fx.Proxy):
             return torch.device("cpu")
         if name in self._VALUE_METHODS:
             raise self._depends_on_values(f"Tensor.{name}")
+        parts = self.node.meta.get("value")
+        if isinstance(parts, tuple) and hasattr(parts, name):  # x.max(2).values
+            named = getattr(parts, name)
+            for i, part in enumerate(parts):
+                if part is named:
+                    return operator.getitem(self, i)  # type: ignore[call-overload]
         return super().__getattr__(name)
 
     def _size(self, dim: int | None = None) -> Any:

@@ -131,6 +131,13 @@ class Constant:
     value: Tensor
 
 
+@dataclass(frozen=True)
+class Unusable:
+    """A value of the source that is none on maps; what takes it is refused, saying why."""
+
+    why: str
+
+
 def in_order(extent: tuple[int, ...]) -> Tensor:
     """The layout of a value that is the window itself."""
     return torch.arange(prod(extent)).reshape(extent)

@@ -10,20 +10,18 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from fcvgg.capture import capture, twin_of
+from fcvgg.capture import capture, sharing_twin
 from fcvgg.errors import ArgumentError, ConversionError, GeometryError, InputSizeError
 from fcvgg.geometry import Pair, checked_size
 from fcvgg.layers import is_leaf, rule_for
+from fcvgg.native_size import infer_input_size
 from fcvgg.network import FullyConvolutional
 from fcvgg.preprocessing import Preprocess
 from fcvgg.program import Program
-from fcvgg.rewriting import Boundary, Rewriter
+from fcvgg.rewriting import Rewriter
 from fcvgg.verification import check
-
-_TRIAL_SIZES = (224, 1024)
-"""Sizes at which a model is traced to find its native size: the usual one, and a large one."""
 
 
 def convert(
@@ -73,7 +71,9 @@ def convert(
     _check_options(padding, output_stride)
     model = unwrapped(model)
     size = _checked_input_size(input_size) if input_size is not None else infer_input_size(model)
-    program = _rewritten(model, _twin(model, copy), size, output_stride, padding == "same")
+    program = _rewritten(
+        model, sharing_twin(model, own=copy), size, output_stride, padding == "same"
+    )
     net = FullyConvolutional(
         program,
         input_size=size,
@@ -94,77 +94,7 @@ def check_convertible(model: nn.Module, input_size: int | Iterable[int]) -> None
         ConversionError: if the model cannot be converted exactly; the message names the layer.
     """
     model = unwrapped(model)
-    _rewritten(model, _twin(model), _checked_input_size(input_size), None, False)
-
-
-def infer_input_size(model: nn.Module) -> Pair:
-    """The smallest square size at which the model's graph runs and keeps the batch.
-
-    Raises:
-        InputSizeError: if the graph does not determine it.
-    """
-    failure: Exception | None = None
-    for trial in _TRIAL_SIZES:
-        try:
-            rewriter = Rewriter(capture(model, (trial, trial), is_leaf), _twin(model))
-        except InputSizeError as error:
-            failure = error
-            continue
-        try:
-            rewriter.run(rule_for)
-        except InputSizeError as error:
-            failure = error
-        if rewriter.boundary is not None:
-            return _size_at(rewriter.boundary, rewriter)
-    reason = f": {str(failure).partition('; pass ')[0]}" if failure else ""
-    raise InputSizeError(
-        f"the native size cannot be inferred from {type(model).__name__}{reason}; "
-        "pass input_size=, the size it was trained at"
-    )
-
-
-def _size_at(boundary: Boundary, rewriter: Rewriter) -> Pair:
-    """The smallest square input whose features are what the head asks for."""
-    place, wants = boundary.place, boundary.wants
-    if wants is None:
-        raise InputSizeError(
-            f"{place} takes features of any size, so the native size is not determined; "
-            "pass input_size=, the size the model was trained at (often 224)"
-        )
-    height, width = rewriter.steps.geometry_at(boundary.cells.step).axes
-    channels = boundary.cells.extent[0]
-
-    def enough(size: int) -> bool:
-        h, w = height.cells(size), width.cells(size)
-        if isinstance(wants, int):
-            return channels * h * w >= wants
-        return h >= wants[0] and w >= wants[1]
-
-    try:
-        size = _smallest(enough)
-    except GeometryError as error:
-        raise InputSizeError(f"no input gives {place} its features: {error}") from error
-    h, w = height.cells(size), width.cells(size)
-    if (channels * h * w if isinstance(wants, int) else (h, w)) != wants:
-        expected = f"{wants} features" if isinstance(wants, int) else f"features of size {wants}"
-        raise InputSizeError(
-            f"no square input gives {place} the {expected} it takes: {size} pixels give "
-            f"{channels}x{h}x{w}; pass input_size=(height, width)"
-        )
-    return size, size
-
-
-def _smallest(enough: Any) -> int:
-    """The smallest size for which a monotone condition holds."""
-    low, high = 1, 1
-    while not enough(high):
-        low, high = high + 1, high * 2
-        if high > 1 << 20:
-            raise GeometryError("the input would be larger than 1048576 pixels")
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (low, middle) if enough(middle) else (middle + 1, high)
-    return low
+    _rewritten(model, sharing_twin(model), _checked_input_size(input_size), None, False)
 
 
 def _rewritten(
@@ -218,16 +148,3 @@ def unwrapped(model: Any) -> nn.Module:
             f"convert takes a torch.nn.Module, got {what}; load names and files with fcvgg.load"
         )
     return model
-
-
-def _twin(model: nn.Module, own: bool = False) -> nn.Module:
-    """The model's modules anew, with parameters and buffers of their own or on shared storage."""
-
-    def data(tensor: Tensor) -> Tensor:
-        return tensor.detach().clone() if own else tensor.detach()
-
-    memo: dict[int, Any] = {
-        **{id(p): nn.Parameter(data(p), p.requires_grad) for p in model.parameters()},
-        **{id(b): data(b) for b in model.buffers()},
-    }
-    return twin_of(model, memo)

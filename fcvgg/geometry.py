@@ -9,7 +9,7 @@ Convolutional Neural Networks" (https://distill.pub/2019/computing-receptive-fie
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -25,7 +25,8 @@ Box = tuple[int, int, int, int]
 IMAGE = -1
 """The input of a step that reads the image itself."""
 
-_LARGEST_WINDOW = 1 << 20
+LARGEST_SIZE = 1 << 20
+"""Pixels along one axis beyond which no smallest input is looked for."""
 
 
 @dataclass(frozen=True)
@@ -135,21 +136,13 @@ class Axis:
 
     def smallest_input(self, cells: int) -> int:
         """The smallest input extent that gives at least `cells` cells."""
-        low, high = 1, 1
-        while self.cells(high) < cells:
-            low, high = high + 1, high * 2
-            if high > _LARGEST_WINDOW:
-                raise GeometryError(
-                    f"no input up to {_LARGEST_WINDOW} pixels gives {cells} cell(s); "
-                    "check the kernel sizes and paddings of the layers"
-                )
-        while low < high:
-            middle = (low + high) // 2
-            if self.cells(middle) < cells:
-                low = middle + 1
-            else:
-                high = middle
-        return low
+        size = smallest_size(lambda extent: self.cells(extent) >= cells)
+        if size is None:
+            raise GeometryError(
+                f"no input up to {LARGEST_SIZE} pixels gives {cells} cell(s); "
+                "check the kernel sizes and paddings of the layers"
+            )
+        return size
 
     def span_of(self, cell: int) -> Pair:
         """Half-open range of image pixels that a cell depends on, padding included."""
@@ -317,6 +310,19 @@ class Geometry:
             f"window {pair(self.window)}, stride {pair(self.stride)}, receptive field "
             f"{pair(self.receptive_field)} from pixel {self.offset}, first centre ({y:g}, {x:g})"
         )
+
+
+def smallest_size(enough: Callable[[int], bool]) -> int | None:
+    """The smallest size from 1 to `LARGEST_SIZE` for which a monotone condition holds, if any."""
+    low, high = 1, 1
+    while not enough(high):
+        low, high = high + 1, high * 2
+        if high > LARGEST_SIZE:
+            return None
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if enough(middle) else (middle + 1, high)
+    return low
 
 
 def checked_size(size: Iterable[int] | int) -> Pair:

@@ -27,7 +27,7 @@ from fcvgg.capture import (
     operation_name,
     storages_of,
 )
-from fcvgg.cells import Cells, Constant, channels_along, with_channels
+from fcvgg.cells import Cells, Constant, Unusable, channels_along, with_channels
 from fcvgg.errors import (
     CaptureError,
     ConversionError,
@@ -126,6 +126,9 @@ class Rewriter:
         if not self._sees_images(node) and "value" in node.meta:
             return Constant(self.emit(call, args, kwargs), node.meta["value"])
         rule = rule_for(node, module)
+        given: tuple[Any, ...] = (*args, *kwargs.values())
+        for unusable in (argument for argument in given if isinstance(argument, Unusable)):
+            raise UnsupportedLayerError(f"{call} takes {unusable.why}")
         if "error" in node.meta:
             self._note_head(node)
             self.captured.require_success()
@@ -349,11 +352,15 @@ class Rewriter:
         (`key` tells equal ones) that stay out of checkpoints.
         """
         if call.module is None:
-            name = self._fresh(f"{call.node.name}_window")
-            self.modules.add_module(name, module)
-        else:
-            name = self._replace(str(call.node.target), module, key)
+            return self.emit_new_module(f"{call.node.name}_window", module, x)
+        name = self._replace(str(call.node.target), module, key)
         return self.graph.create_node("call_module", name, (x.node,), {}, call.node.name)
+
+    def emit_new_module(self, name: str, module: nn.Module, x: Cells) -> fx.Node:
+        """Call a layer that stands for none of the source's, under a name of its own."""
+        name = self._fresh(name)
+        self.modules.add_module(name, module)
+        return self.graph.create_node("call_module", name, (x.node,), {}, name)
 
     def _replace(self, name: str, module: nn.Module, key: Any) -> str:
         versions = self._rewritten.setdefault(name, [])

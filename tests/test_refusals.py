@@ -153,8 +153,8 @@ def test_functions_and_layers_that_are_known_to_break_it(call, layers, message: 
             r"head\.layers\.0 \(Conv2d\) needs a map \(N, C, H, W\), but got .* were moved",
         ),
         (
-            lambda x, norm, fc: fc(norm(x.flatten(1))),
-            [nn.LayerNorm(288), nn.Linear(288, 4)],
+            lambda x, norm, fc: fc(norm(x.flatten(2)).flatten(1)),
+            [nn.LayerNorm(36), nn.Linear(288, 4)],
             r"head\.layers\.0 \(LayerNorm\) mixes positions",
         ),
         (
@@ -163,9 +163,24 @@ def test_functions_and_layers_that_are_known_to_break_it(call, layers, message: 
             r"\(LayerNorm\) normalises over \(8, 6, 6\), which mixes positions",
         ),
         (
-            lambda x, norm, fc: fc(norm(x.flatten(1))),
-            [nn.BatchNorm1d(288), nn.Linear(288, 4)],
+            lambda x, norm, fc: fc(norm(x[:, :, 1:].flatten(1))),
+            [nn.BatchNorm1d(240), nn.Linear(240, 4)],
             r"head\.layers\.0 \(BatchNorm1d\) mixes positions",
+        ),
+        (
+            lambda x, fc: fc(x.flatten(2).max(2)[1].to(x.dtype)),
+            [nn.Linear(8, 4)],
+            r"to \(Tensor\.to in head\) takes the indices of a maximum, which depend on the map's",
+        ),
+        (
+            lambda x, fc: fc(x.max(1).values.flatten(1)),
+            [nn.Linear(36, 4)],
+            r"max_1 \(Tensor\.max in head\) reduces over 1, which is not all rows or columns of ea",
+        ),
+        (
+            lambda x, fc: fc((x / x.max()).amax((2, 3))),
+            [nn.Linear(8, 4)],
+            r"max_1 \(Tensor\.max in head\) reduces over the images of the batch",
         ),
         (
             lambda x, fc: fc(x.softmax(3).flatten(1)),

@@ -13,10 +13,11 @@ from torch import nn
 from fcvgg.capture import FollowsTraining
 from fcvgg.cells import Cells, Constant, with_channels
 from fcvgg.errors import RefusedLayerError, UnsupportedLayerError
-from fcvgg.geometry import Window
 from fcvgg.layers.elementwise import act_elementwise
+from fcvgg.layers.pooling import features_of
 from fcvgg.layers.registry import calling, rule
 from fcvgg.modules import ChannelLayerNorm
+from fcvgg.program import Windows
 from fcvgg.rewriting import Call, Rewriter
 
 
@@ -40,14 +41,14 @@ def batch_norm_module(build: Rewriter, call: Call, x: Any) -> Cells:
     assert isinstance(norm, (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm))
     if norm.running_mean is None:
         raise RefusedLayerError(f"{call} is refused: {_BATCH_STATISTICS}")
-    x = build.features(call, x, 0)
+    x, windows = features_of(build, call, x, 0)
     if not isinstance(norm, nn.BatchNorm1d):
         node = build.emit(call, (x,), {})
     else:
         _check_plain(call)
         node = build.emit_module(call, _batch_norm2d(norm), x, "2d")
     result = replace(x, node=node).meaning_of("logits")
-    build.record(call, call.kind, (Window(), Window()), result)
+    build.record(call, call.kind, windows, result)
     return result
 
 
@@ -85,12 +86,12 @@ def batch_norm(
     if isinstance(build.owner_of(call), nn.modules.batchnorm._BatchNorm):
         # torch's own forward, in a subclass, computes the mode that it passes from self.training
         training = FollowsTraining(False)
-    x = build.features(call, input, 0)
+    x, windows = features_of(build, call, input, 0)
     node = build.emit(
         call, (x, running_mean, running_var, weight, bias, training, momentum, eps), {}
     )
     result = replace(x, node=node).meaning_of("logits")
-    build.record(call, "BatchNorm2d", (Window(), Window()), result)
+    build.record(call, "BatchNorm2d", windows, result)
     return result
 
 
@@ -114,14 +115,14 @@ def layer_norm_module(build: Rewriter, call: Call, x: Any) -> Cells:
     norm = call.module
     assert isinstance(norm, nn.LayerNorm)
     _check_plain(call)
-    x = _last_axis(build, call, x, norm.normalized_shape)
+    x, windows = _last_axis(build, call, x, norm.normalized_shape)
     twin = ChannelLayerNorm(
         list(norm.normalized_shape), norm.eps, norm.elementwise_affine, device="meta"
     )
     twin.weight, twin.bias = norm.weight, norm.bias
     node = build.emit_module(call, twin, x, "channels")
     result = replace(x, node=node).meaning_of("logits")
-    build.record(call, "LayerNorm", (Window(), Window()), result)
+    build.record(call, "LayerNorm", windows, result)
     return result
 
 
@@ -135,7 +136,7 @@ def layer_norm(
     bias: Any = None,
     eps: float = 1e-5,
 ) -> Cells:
-    x = _last_axis(build, call, input, normalized_shape)
+    x, _ = _last_axis(build, call, input, normalized_shape)
     last = build.graph.call_method("movedim", (x.node, 1, -1))
     normed = build.emit_function(
         call, F.layer_norm, replace(x, node=last), tuple(normalized_shape), weight, bias, eps
@@ -144,12 +145,12 @@ def layer_norm(
     return replace(x, node=node).meaning_of("logits")
 
 
-def _last_axis(build: Rewriter, call: Call, x: Any, shape: Sequence[int]) -> Cells:
+def _last_axis(build: Rewriter, call: Call, x: Any, shape: Sequence[int]) -> tuple[Cells, Windows]:
     if len(shape) != 1:
         raise UnsupportedLayerError(
             f"{call} normalises over {tuple(shape)}, which mixes positions; expected the channels"
         )
-    return build.features(call, x, -1)
+    return features_of(build, call, x, -1)
 
 
 @rule(nn.LocalResponseNorm, nn.Softmax2d, *calling("local_response_norm"))

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from fcvgg.cells import Cells, pooled_layout, with_channels
+from fcvgg.cells import Cells, Constant, Unusable, pooled_layout, with_channels
 from fcvgg.errors import UnsupportedLayerError
-from fcvgg.geometry import Pair
+from fcvgg.geometry import Pair, Window
+from fcvgg.layers.elementwise import act_elementwise
 from fcvgg.layers.registry import calling, rule
 from fcvgg.modules import BinnedPool2d, DilatedAvgPool2d
+from fcvgg.program import Windows
 from fcvgg.rewriting import Call, Rewriter
 
 
@@ -71,6 +73,25 @@ def _spread_over(x: Cells, bins: Pair) -> Cells:
     return replace(x, extent=extent, moved=None)
 
 
+def features_of(build: Rewriter, call: Call, x: Any, axis: int) -> tuple[Cells, Windows]:
+    """The value with all its channels along one axis, and the window that was gathered for it.
+
+    Flattened features of a whole window, which a layer treats each by itself before the first fully
+    connected one, become the channels of every cell: ``C*h*w`` numbers for each, exactly.
+    """
+    if not isinstance(x, Cells) or x.positions == 1 or x.dims != (x.elements,):
+        return build.features(call, x, axis), (Window(), Window())
+    build.begin_head(x, x.elements, call)
+    x, windows = build.head_window(call, x, x.extent[1:])
+    step = build.steps.add(windows, (x.step,), str(call))
+    bins = x.extent[1:]
+    name = f"{call.node.name}_windows"
+    node = build.emit_new_module(name, BinnedPool2d("max", bins, bins, x.dilation), x)
+    # element k of the window is channel k now, so the layout holds as it is
+    gathered = replace(x, node=node, step=step, extent=(x.elements, 1, 1), moved=x.layout)
+    return build.features(call, gathered, axis), windows
+
+
 @rule(nn.AdaptiveAvgPool2d)
 def adaptive_avg_pool2d_module(build: Rewriter, call: Call, x: Any) -> Cells:
     return adaptive_avg_pool2d(build, call, x, call.module.output_size)  # type: ignore[union-attr]
@@ -107,15 +128,40 @@ def _adaptive(build: Rewriter, call: Call, input: Any, kind: str, output_size: A
     return pool_window(build, call, x, kind, (height, width), wants=wants)
 
 
+class Maximum(NamedTuple):
+    """What ``Tensor.max(dim)`` returns."""
+
+    values: Cells
+    indices: Unusable
+
+
+@rule(*calling("max"))
+def maximum(
+    build: Rewriter, call: Call, input: Any, dim: Any = None, keepdim: bool = False, **names: Any
+) -> Any:
+    """The larger of two values, or a maximum over the rows or columns of each channel."""
+    other = names.get("other", dim)
+    if isinstance(other, (Cells, Constant)):
+        return act_elementwise(build, call, input, other)
+    dim = names.get("axis", dim)
+    if dim is None:
+        raise UnsupportedLayerError(f"{call} reduces over the images of the batch")
+    indices = Unusable("the indices of a maximum, which depend on the map's size")
+    return Maximum(_reduced(build, call, input, dim, keepdim, "max"), indices)
+
+
 @rule(*calling("mean", "sum", "amax"))
 def reduce_positions(
     build: Rewriter, call: Call, input: Any, dim: Any = None, keepdim: bool = False, **names: Any
 ) -> Any:
     """A mean, sum or maximum over the rows and columns of each channel, whatever their order."""
     dim = names.get("axis", dim)
+    return _reduced(build, call, input, dim, keepdim, call.kind.removeprefix("Tensor."))
+
+
+def _reduced(build: Rewriter, call: Call, input: Any, dim: Any, keepdim: bool, name: str) -> Cells:
     if not isinstance(input, Cells):
         raise UnsupportedLayerError(f"{call} reduces something that is no value of the image")
-    name = call.kind.removeprefix("Tensor.")
     ndim = len(input.dims) + 1
     dims = tuple(range(ndim)) if dim is None else (dim,) if isinstance(dim, int) else tuple(dim)
     axes = tuple(sorted(d % ndim - 1 for d in dims))
@@ -129,7 +175,7 @@ def reduce_positions(
         )
     bins, layout = left
     whole = replace(input, moved=None)
-    kind = "max" if name == "amax" else "avg"
+    kind = "max" if name in ("amax", "max") else "avg"
     pooled = pool_window(build, call, whole, kind, bins, 1 if name == "sum" else None)
     for axis in axes if keepdim else ():
         layout = layout.unsqueeze(axis)

@@ -249,7 +249,7 @@ def _opened(path: Path) -> Iterator[tuple[dict[str, Any] | None, Any]]:
         file = h5py.File(content, "r")
         if "model_config" in file.attrs:
             config = json.loads(_text(file.attrs["model_config"]))
-    except (OSError, KeyError, ValueError, RuntimeError, zipfile.BadZipFile) as error:
+    except (OSError, LookupError, ValueError, TypeError, RuntimeError, zipfile.BadZipFile) as error:
         raise LoadError(f"{path} is no readable Keras file: {one_line(error)}") from error
     with file:
         yield config, file

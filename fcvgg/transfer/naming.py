@@ -16,11 +16,12 @@ from typing import overload
 from torch import Tensor, fx, nn
 
 from fcvgg.capture import capture, operation_name
-from fcvgg.conversion import infer_input_size, unwrapped
+from fcvgg.conversion import unwrapped
 from fcvgg.errors import ArgumentError, ConversionError
 from fcvgg.geometry import Pair
 from fcvgg.layers import is_leaf
 from fcvgg.modules import DilatedAvgPool2d, WindowLinear
+from fcvgg.native_size import infer_input_size
 from fcvgg.network import FullyConvolutional
 
 FIRST_FC = 6
