@@ -354,7 +354,9 @@ def _in_words(message: str) -> str:
     """A message of the library in the options' words."""
     for name in ("freeze_upto", "class_weights", "valid_fraction", "batch_size"):
         option = f"--{name.replace('_', '-')}"
-        message = message.replace(f"{name}=", f"{option} ").replace(f"{name} goes", f"{option} goes")
+        message = message.replace(f"{name}=", f"{option} ").replace(
+            f"{name} goes", f"{option} goes"
+        )
     message = message.replace("choose a smaller lr", "choose a smaller --lr")
     message = message.replace("resume it, or", "pass --resume, or")
     return message.replace("pass size=,", "pass --size,")
