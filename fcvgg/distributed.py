@@ -22,7 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 from fcvgg.categories import class_name
-from fcvgg.errors import ArgumentError, FcvggError, ImageError
+from fcvgg.errors import ArgumentError, FcvggError, ImageError, one_line
 from fcvgg.geometry import Pair
 from fcvgg.network import FullyConvolutional, evaluating
 from fcvgg.sources.extras import imported
@@ -82,7 +82,7 @@ def stream(
         for band in _split(finished[block], job.shape[-2], workers, chunk)
     ]
     first = job.layout.rows[0]
-    shared = ray.put(packed(net)), ray.put(source)
+    shared = ray.put(packed(net)), _sent(ray, source)
     work = ray.remote(_band).options(num_cpus=threads, max_retries=_RETRIES)
     waiting = [
         work.remote(*shared, classes, rows, plan, block, (first + a, first + b), threads)
@@ -104,6 +104,21 @@ def stream(
             assert result is not None
             result[..., a:b, left:right] = torch.from_numpy(cells).to(result.dtype)
     return store if store is not None else as_result(job, result)  # type: ignore[arg-type]
+
+
+def _sent(ray: Any, source: Any) -> Any:
+    """A reference to the source for other processes.
+
+    Raises:
+        ImageError: if they cannot have it.
+    """
+    try:
+        return ray.put(source)
+    except Exception as error:  # whatever an array or dataset of some library raises
+        raise ImageError(
+            f"{type(source).__name__} cannot be sent to workers: {one_line(error)}; pass a path "
+            "that every machine finds"
+        ) from error
 
 
 def _split(first: int, end: int, parts: int, chunk: int) -> Iterator[Pair]:

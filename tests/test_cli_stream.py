@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from xml.etree import ElementTree as ET
+
 import numpy as np
 import pytest
 import tifffile
@@ -10,6 +12,7 @@ from typer.testing import CliRunner
 import fcvgg
 from fcvgg.cli import app
 from fcvgg.demo import demo_photograph
+from fcvgg.streaming.score_store import open_store
 
 
 @pytest.fixture
@@ -38,9 +41,77 @@ def test_stream_writes_the_map_and_heatmap_shows_it(slide):
     np.testing.assert_allclose(values / max(values.max(), 1) * expected.max(), expected, atol=0.02)
 
 
+def pyramid_of(slide, **options):
+    """The pyramid that `fcvgg heatmap` writes for a TIFF of the packaged photograph."""
+    pixels = np.tile(np.asarray(demo_photograph()), (1, 3, 1))[:500, :1030]
+    tifffile.imwrite("large.tif", pixels, photometric="rgb", tile=(256, 256), **options)
+    for command in (
+        ("stream", "large.tif", "-o", "large.zarr", "--model", "demo"),
+        ("heatmap", "large.zarr", "--target", "face", "--output", "pictures"),
+    ):
+        ran = fcvgg_command(*command)
+        assert ran.exit_code == 0, ran.output
+    return slide.parent / "pictures" / "large-heatmap.ome.tif"
+
+
+OME_SIZE = {"PhysicalSizeY": 250, "PhysicalSizeYUnit": "nm", "PhysicalSizeX": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("options", "pixel_size"),
+    [
+        ({"ome": True, "metadata": {"axes": "YXS", **OME_SIZE}}, (0.25, 0.5)),
+        ({"description": "Aperio Image|AppMag = 20|MPP = 0.4990", "metadata": None}, (0.499,) * 2),
+        ({"resolution": (20000, 40000), "resolutionunit": "CENTIMETER"}, (0.25, 0.5)),
+        ({"resolution": (300, 300), "resolutionunit": "INCH"}, None),  # how it prints
+        ({}, None),
+    ],
+)
+def test_viewers_find_levels_pixel_size_and_the_class(slide, options, pixel_size):
+    with tifffile.TiffFile(pyramid_of(slide, **options)) as file:
+        (series,) = file.series
+        assert [level.shape for level in series.levels] == [(500, 1030), (250, 515), (125, 258)]
+        assert series.axes == "YX"
+        image = ET.fromstring(file.ome_metadata).find("{*}Image")
+        pixels, channel = image.find("{*}Pixels"), image.find(".//{*}Channel")
+        assert image.get("Name") == channel.get("Name") == "face"
+        found = [pixels.get(f"PhysicalSize{axis}") for axis in "YX"]
+        if pixel_size is None:
+            assert found == [None, None]
+            return
+        assert list(map(float, found)) == pytest.approx(pixel_size)
+        for level in series.levels:
+            across, down = level.keyframe.get_resolution("CENTIMETER")
+            scale = np.divide((500, 1030), level.shape)
+            assert (1e4 / down, 1e4 / across) == pytest.approx(pixel_size * scale, rel=1e-3)
+
+
 def test_a_slide_that_is_none_is_one_line(slide):
     (slide.parent / "note.tif").write_text("no slide")
     ran = fcvgg_command("stream", "note.tif", "-o", "scores.zarr", "--model", "demo")
     assert ran.exit_code == 2
     assert "note.tif" in ran.stderr
     assert not (slide.parent / "scores.zarr").exists()
+
+
+def test_bands_are_chosen(slide):
+    bands = np.moveaxis(np.asarray(demo_photograph().resize((200, 168))), -1, 0)
+    options = {"photometric": "minisblack", "metadata": {"axes": "CYX"}}
+    tifffile.imwrite("scene.tif", np.concatenate([bands[:1], bands]), **options)
+    stream = ("stream", "scene.tif", "--model", "demo", "-o")
+    ran = fcvgg_command(*stream, "all.zarr")
+    assert ran.exit_code == 2
+    assert "has four bands" in ran.stderr
+    ran = fcvgg_command(*stream, "bands.zarr", "--bands", "1,2,3")
+    assert ran.exit_code == 0, ran.output
+    fcvgg_command("stream", slide, "-o", "scores.zarr", "--model", "demo")
+    chosen, whole = (open_store(name).array[:] for name in ("bands.zarr", "scores.zarr"))
+    assert np.array_equal(chosen, whole)
+    ran = fcvgg_command("heatmap", "bands.zarr", "--output", "pictures")  # on the same bands
+    assert ran.exit_code == 0, ran.output
+    ran = fcvgg_command(*stream, "bands.zarr", "--bands", "3,2,1")
+    assert ran.exit_code == 2
+    assert "holds another score map" in ran.stderr
+    ran = fcvgg_command(*stream, "none.zarr", "--bands", "red")
+    assert ran.exit_code == 2
+    assert "--bands 'red' is no list; expected numbers" in ran.stderr

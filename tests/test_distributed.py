@@ -59,6 +59,31 @@ def test_bands_on_two_workers(net: Any, tmp_path: Path) -> None:
     assert torch.equal(labels, single.label_map())
 
 
+def test_levels_and_bands_reach_the_workers(net: Any, tmp_path: Path) -> None:
+    tifffile = pytest.importorskip("tifffile")
+    planes = np.moveaxis(np.concatenate([photograph(220, 60)] * 2, 2), -1, 0)
+    options = {"photometric": "minisblack", "metadata": {"axes": "CYX"}, "tile": (32, 32)}
+    tifffile.imwrite(tmp_path / "scene.tif", planes, **options)
+    source = fcvgg.open_image(tmp_path / "scene.tif", bands=(2, 0, 1))
+    expected = fcvgg.stream(net, source)
+    assert torch.equal(distributed.stream(net, source, workers=2).scores, expected.scores)
+
+
+def test_a_source_that_cannot_be_sent(net: Any) -> None:
+    class Bound:
+        shape, dtype = (220, 60, 3), np.dtype(np.uint8)
+
+        def __reduce__(self) -> Any:
+            raise TypeError("it is bound to this process")
+
+        def __getitem__(self, key: Any) -> Any:
+            raise AssertionError
+
+    message = "Bound cannot be sent to workers: it is bound to this process; pass a path"
+    with pytest.raises(FcvggError, match=message):
+        distributed.stream(net, Bound())
+
+
 def test_a_killed_worker_is_replaced(net: Any, tmp_path: Path) -> None:
     class Killing:
         """An array whose reader dies in the middle, once."""

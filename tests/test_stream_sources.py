@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +18,7 @@ from PIL import Image
 import fcvgg
 from fcvgg.errors import FcvggError
 from fcvgg.streaming.opening import strip_source
+from fcvgg.streaming.strip_reader import normalizer
 
 tifffile = pytest.importorskip("tifffile")
 zarr = pytest.importorskip("zarr")
@@ -315,3 +317,133 @@ def test_a_missing_package(net: Any, tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setitem(__import__("sys").modules, "tifffile", None)
     with pytest.raises(FcvggError, match=r"'tifffile'.*pip install 'fcvgg\[stream\]'"):
         fcvgg.stream(net, tmp_path / "a.tif")
+
+
+# -- satellite scenes and what files leave out ----------------------------------------------------
+
+
+def geotiff(path: Path, bands: Pixels, **options: Any) -> Path:
+    """A GeoTIFF of bands ``(C, H, W)``, as GDAL writes it."""
+    rasterio = pytest.importorskip("rasterio")
+    count, height, width = bands.shape
+    tiles = {"tiled": True, "blockxsize": 32, "blockysize": 16, "compress": "deflate"}
+    options = {**tiles, "dtype": bands.dtype, "crs": "EPSG:32633", **options}
+    options["transform"] = rasterio.Affine(10, 0, 4e5, 0, -10, 5e6)
+    with rasterio.open(
+        path, "w", driver="GTiff", height=height, width=width, count=count, **options
+    ) as file:
+        file.write(bands)
+    return path
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_geotiffs_by_rasterio_and_as_files(net: Any, tmp_path: Path, dtype: Any) -> None:
+    rasterio = pytest.importorskip("rasterio")
+    pixels = photograph(90, 70, 3, dtype=dtype)
+    pixels[20:40, :30] = 0  # no data: the value that stands there
+    path = geotiff(tmp_path / "a.tif", pixels.transpose(2, 0, 1), nodata=0, interleave="band")
+    agree(net, path, pixels)
+    with rasterio.open(path) as dataset:
+        agree(net, dataset, pixels)
+    windows: list[Any] = []
+    with rasterio.open(path) as dataset:
+        spied = SimpleNamespace(
+            read=lambda window: windows.append(window) or dataset.read(window=window),
+            **{n: getattr(dataset, n) for n in ("height", "width", "count", "dtypes", "name")},
+            **{n: getattr(dataset, n) for n in ("block_shapes", "colorinterp")},
+        )
+        fcvgg.stream(net, spied)
+    assert len(windows) == len(set(windows)) == 6  # row of tiles by row of tiles, each once
+
+
+def test_a_palette_by_rasterio(net: Any, tmp_path: Path) -> None:
+    rasterio = pytest.importorskip("rasterio")
+    image = Image.fromarray(photograph(80, 70, 3)).quantize(32)
+    image.save(tmp_path / "p.tif")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
+        with rasterio.open(tmp_path / "p.tif") as dataset:
+            agree(net, dataset, np.asarray(image.convert("RGB")))
+
+
+def test_a_fourth_band_that_is_no_transparency(net: Any, tmp_path: Path) -> None:
+    rasterio = pytest.importorskip("rasterio")
+    bands = photograph(90, 70, 4).transpose(2, 0, 1)
+    path = geotiff(tmp_path / "a.tif", bands, photometric="RGB")
+    message = r"has four bands, and the last is no transparency.*bands=\(0, 1, 2\)"
+    with pytest.raises(FcvggError, match=message):
+        fcvgg.stream(net, path)
+    agree(net, fcvgg.open_image(path, bands=(2, 1, 3)), bands[[2, 1, 3]].transpose(1, 2, 0))
+    with rasterio.open(path) as dataset:
+        with pytest.raises(FcvggError, match=message):
+            fcvgg.stream(net, dataset)
+        chosen = fcvgg.open_image(dataset, bands=(2, 1, 3))
+        agree(net, chosen, bands[[2, 1, 3]].transpose(1, 2, 0))
+    four = fcvgg.convert(
+        seeded(SmallVGG, in_channels=4),
+        preprocess=fcvgg.Preprocess((0.5,) * 4, (0.2,) * 4),
+        verify=False,
+    )
+    x = four.preprocess.normalized(bands.transpose(1, 2, 0)).double()
+    assert relative_error(four.score_map(x).scores, fcvgg.stream(four, path).scores) <= 1e-12
+    geotiff(path, bands)  # the fourth is marked as transparency
+    agree(net, path, bands.transpose(1, 2, 0))
+
+
+def test_bands_of_many(net: Any, tmp_path: Path) -> None:
+    bands = photograph(6, 90, 70, dtype=np.uint16)
+    path = geotiff(tmp_path / "a.tif", bands)
+    with pytest.raises(FcvggError, match=r"has 6 channels; expected 1, 3 or 4.*chooses some"):
+        fcvgg.stream(net, path)
+    agree(net, fcvgg.open_image(path, bands=(3, 2, 1)), bands[[3, 2, 1]].transpose(1, 2, 0))
+    with pytest.raises(FcvggError, match=r"bands=\(0, 6\) are not among .* has 6, counted from 0"):
+        fcvgg.open_image(path, bands=(0, 6))
+    with pytest.raises(FcvggError, match=r"takes 3 channels, and bands=\(0, 1\).*choose 3"):
+        fcvgg.stream(net, fcvgg.open_image(path, bands=(0, 1)))
+    planes = zarr.create_array(
+        str(tmp_path / "b.zarr"), shape=(1, 6, 90, 70), dtype="u2", chunks=(1, 2, 32, 32)
+    )
+    planes[:] = bands[None]
+    group = zarr.open_group(str(tmp_path / "ome.zarr"), mode="w")
+    group.create_array("0", data=bands[None], chunks=(1, 2, 32, 32))
+    axes = [{"name": name} for name in "tcyx"]
+    group.attrs["multiscales"] = [{"axes": axes, "datasets": [{"path": "0"}]}]
+    source = fcvgg.open_image(tmp_path / "ome.zarr", bands=(5, 0, 1))
+    agree(net, source, bands[[5, 0, 1]].transpose(1, 2, 0))
+    Image.fromarray(photograph(40, 40, 3)).save(tmp_path / "a.png")
+    with pytest.raises(FcvggError, match=r"only TIFF and zarr have bands to choose"):
+        fcvgg.open_image(tmp_path / "a.png", bands=(0, 1, 2))
+
+
+def test_what_a_file_does_not_store(net: Any, tmp_path: Path) -> None:
+    pixels = photograph(96, 64, 3)
+    pixels[:32, :20] = 0  # zarr leaves such a chunk out
+    _zarr(tmp_path, pixels)
+    path = tmp_path / "a.zarr"
+    agree(net, path, pixels)
+    with pytest.raises(FcvggError, match=r"a.zarr lacks 1 of its 12 chunks; missing='fill'"):
+        fcvgg.open_image(path, missing="error")
+    sparse = geotiff(tmp_path / "a.tif", np.zeros((3, 96, 64), np.uint8), sparse_ok=True)
+    agree(net, sparse, np.zeros((96, 64, 3), np.uint8))
+    with pytest.raises(FcvggError, match=r"a.tif lacks 12 of its 12 tiles; missing='fill'"):
+        fcvgg.open_image(sparse, missing="error")
+    agree(net, fcvgg.open_image(geotiff(sparse, pixels.T), missing="error"), pixels.swapaxes(0, 1))
+    with pytest.raises(FcvggError, match=r"missing='zero' is unknown; expected 'fill' or 'error'"):
+        fcvgg.open_image(path, missing="zero")
+
+
+def test_colours_that_are_not_rgb(net: Any, tmp_path: Path) -> None:
+    path = tmp_path / "a.tif"
+    tifffile.imwrite(path, photograph(40, 40, 4), photometric="separated")
+    with pytest.raises(FcvggError, match="stores its colours as SEPARATED; expected RGB, grey"):
+        fcvgg.stream(net, path)
+
+
+@pytest.mark.parametrize("order", ["RGB", "BGR"])
+def test_the_table_gives_the_bits_of_the_preprocessing(order: str) -> None:
+    preprocess = fcvgg.Preprocess.imagenet(channel_order=order)
+    pixels = photograph(33, 21, 3)
+    assert torch.equal(normalizer(preprocess)(pixels), preprocess.normalized(pixels))
+    grey = fcvgg.Preprocess((0.4,), (0.3,), scale=1.0)
+    pixels = photograph(33, 21)
+    assert torch.equal(normalizer(grey)(pixels), grey.normalized(pixels))

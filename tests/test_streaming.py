@@ -18,7 +18,16 @@ import torch
 import torchvision
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
-from nets import Functional, GlobalPooled, SmallVGG, images, narrow_vgg, relative_error, seeded
+from nets import (
+    Functional,
+    GlobalPooled,
+    Lambda,
+    SmallVGG,
+    images,
+    narrow_vgg,
+    relative_error,
+    seeded,
+)
 from torch import Tensor, nn
 
 import fcvgg
@@ -385,6 +394,20 @@ def _least(net: Any, image: np.ndarray[Any, Any]) -> str:
 def test_unusable_options(net: Any, options: dict[str, Any], message: str) -> None:
     with pytest.raises(FcvggError, match=message):
         fcvgg.stream(net, photograph(60, 40), **options)
+
+
+def test_one_class_whose_scores_are_unknown_is_refused_before_any_work(net: Any) -> None:
+    single = fcvgg.convert(
+        nn.Sequential(seeded(SmallVGG, classes=1), nn.Sigmoid(), Lambda(lambda x: x * 2)),
+        verify=False,
+        preprocess=net.preprocess,
+    )
+    assert single.activation == "unknown"
+    counting = CountingArray(photograph(60, 40))
+    with pytest.raises(FcvggError, match="what the scores are cannot be read off the model"):
+        fcvgg.stream(single, counting, classes="argmax")
+    assert not counting.rows
+    assert fcvgg.stream(single, counting).scores.shape[0] == 1
 
 
 def test_a_model_that_is_not_converted() -> None:

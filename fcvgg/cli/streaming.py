@@ -9,6 +9,7 @@ import typer
 
 from fcvgg.cli.console import say, say_wrote
 from fcvgg.cli.options import Arch, Device, Model, OutputStride, OwnModel, Weights, loaded
+from fcvgg.errors import ArgumentError
 
 NAME = "stream"
 EXAMPLES = (
@@ -55,6 +56,15 @@ def run(
     level: Annotated[
         int, typer.Option("--level", min=0, help="The level of a pyramid; 0 is the full size.")
     ] = 0,
+    bands: Annotated[
+        str | None,
+        typer.Option(
+            "--bands",
+            metavar="NUMBERS",
+            help="The channels to take, counted from 0 and in the model's order, such as 3,2,1.",
+            show_default="all",
+        ),
+    ] = None,
     output_stride: OutputStride = None,
     own: OwnModel = OwnModel(),
     device: Device = "cpu",
@@ -63,13 +73,24 @@ def run(
     from fcvgg.streaming.execution import stream
     from fcvgg.streaming.opening import open_image
 
-    source = open_image(slide, level)
+    source = open_image(slide, level, bands=_bands(bands))
     net = loaded(model, own, device, weights=weights, arch=arch, output_stride=output_stride)
     store = stream(net, source, out=output, classes=_classes(classes), memory=memory, progress=True)
     height, width = source.size
     shape = "x".join(map(str, store.array.shape))
     say(f"{slide}: {height}x{width} pixels gave {shape} {store.description['kind']}")
     say_wrote(output)
+
+
+def _bands(text: str | None) -> list[int] | None:
+    if text is None:
+        return None
+    try:
+        return [int(number) for number in text.split(",")]
+    except ValueError as error:
+        raise ArgumentError(
+            f"--bands {text!r} is no list; expected numbers with commas between them, such as 2,1,0"
+        ) from error
 
 
 def _classes(text: str | None) -> str | list[int | str] | None:

@@ -53,8 +53,9 @@ def stream(
     Args:
         net: a converted network.
         source: a path (TIFF, BigTIFF, OME-TIFF, zarr, OME-Zarr; what else Pillow reads is decoded
-            whole), what `fcvgg.open_image` gives (for a level of a pyramid), a PIL image, or an
-            array that can be sliced (NumPy, memmap, zarr, h5py, dask): ``uint8`` pixels
+            whole), what `fcvgg.open_image` gives (for a level of a pyramid, or some bands), an
+            open rasterio dataset, a PIL image, or an array that can be sliced (NumPy, memmap,
+            zarr, h5py, dask): ``uint8`` pixels
             ``(H, W, C)`` or ``(H, W)``, which are preprocessed, or preprocessed floats
             ``(C, H, W)``, also as a tensor.
         out: a folder for the map as a zarr array, with class names and geometry in its attributes.

@@ -118,9 +118,10 @@ class StreamJob:
             shape = (1, self.net.in_channels, rows[1] - rows[0], cols[1] - cols[0])
             return torch.zeros(shape, device=device, dtype=dtype)
         pixels = self.read(y, x).to(device, dtype)
-        if device.type == "cpu" and pixels.element_size() <= 4:
-            # oneDNN is faster so, and a row of a map is one piece of memory
-            pixels = pixels.contiguous(memory_format=torch.channels_last)
+        # with the channels last oneDNN is faster, and a row of a map is one piece of memory
+        last = device.type == "cpu" and pixels.element_size() <= 4
+        order = torch.channels_last if last else torch.contiguous_format
+        pixels = pixels.contiguous(memory_format=order)
         around = (x[0] + left - cols[0], cols[1] - x[1] - left)
         around = (*around, y[0] + top - rows[0], rows[1] - y[1] - top)  # type: ignore[assignment]
         return F.pad(pixels, around) if any(around) else pixels

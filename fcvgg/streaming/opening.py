@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,7 @@ def open_image(
     opened = _zarr_source if path.is_dir() else _file_source
     source = opened(path, level, bands, missing)
     source.path, source.level = path, level
+    source.reopened = partial(open_image, path, level, bands=bands, missing=missing)
     return source
 
 
@@ -155,6 +157,7 @@ def _zarr_source(path: Path, level: int, bands: Bands, missing: str) -> StripSou
     except Exception as error:
         raise ImageError(f"{path} is a folder and no zarr image: {one_line(error)}") from error
     axes: Sequence[str] | None = None
+    pixel_size = None
     if isinstance(node, zarr.Group):
         image = (node.attrs.get("ome") or node.attrs).get("multiscales")
         if not image:
@@ -163,7 +166,9 @@ def _zarr_source(path: Path, level: int, bands: Bands, missing: str) -> StripSou
                 f"{', '.join(sorted(node.array_keys())) or 'it has none'}"
             )
         datasets = image[0]["datasets"]
-        node = node[_level(datasets, level, str(path))["path"]]
+        dataset = _level(datasets, level, str(path))
+        node = node[dataset["path"]]
+        pixel_size = _pixel_size(dataset, image[0].get("axes", []))
         axes = [a["name"] if isinstance(a, dict) else a for a in image[0].get("axes", [])]
     elif level:
         raise ImageError(f"{path} has no level {level}: it is one zarr array")
@@ -174,7 +179,23 @@ def _zarr_source(path: Path, level: int, bands: Bands, missing: str) -> StripSou
             f"{path} lacks {node.nchunks - node.nchunks_initialized} of its {node.nchunks} chunks; "
             "missing='fill' takes them for the fill value"
         )
-    return ArraySource(node, _axes_of(node.shape, axes, path), str(path), bands=bands)
+    source = ArraySource(node, _axes_of(node.shape, axes, path), str(path), bands=bands)
+    source.pixel_size = pixel_size
+    return source
+
+
+def _pixel_size(dataset: Any, axes: Sequence[Any]) -> tuple[float, float] | None:
+    """Micrometres of a pixel of one level of an OME-Zarr image."""
+    for transformation in dataset.get("coordinateTransformations", ()):
+        scale = transformation.get("scale")
+        if transformation.get("type") == "scale" and isinstance(scale, list):
+            sizes = {
+                axis["name"]: float(factor)
+                for axis, factor in zip(axes, scale)
+                if isinstance(axis, dict) and axis.get("unit") == "micrometer"
+            }
+            return (sizes["y"], sizes["x"]) if {"y", "x"} <= sizes.keys() else None
+    return None
 
 
 def _axes_of(shape: Sequence[int], names: Sequence[str] | None, path: Path) -> str:

@@ -26,7 +26,7 @@ ATTRIBUTE = "fcvgg"
 FORMAT = 1
 
 _PROGRESS = "fcvgg-progress.json"
-_MAY_DIFFER = ("blocks", "strip_bytes", "source")
+_MAY_DIFFER = ("blocks", "strip_bytes", "source", "pixel_size")
 """How the map is computed, and where the image lies now."""
 
 _CHUNK_CHANNELS = 64

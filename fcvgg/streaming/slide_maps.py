@@ -49,6 +49,8 @@ class SlideMap:
         self.path = store.path
         self.geometry = Geometry.from_dict(store.description["geometry"])
         self.image_size: Pair = tuple(store.description["image_size"])
+        sizes = store.description.get("pixel_size")
+        self.pixel_size: tuple[float, float] | None = sizes and (sizes[0], sizes[1])
         names = store.description["categories"]
         self.index = _target(store, target)
         self.label = class_name(self.index, names)
@@ -101,7 +103,8 @@ class SlideMap:
     def save_pyramid(self, path: str | Path) -> Path:
         """Write the probability at every pixel as a pyramidal OME-TIFF, 0 to 255 for 0 to 1.
 
-        napari and QuPath open it and lay it on the slide, whose size it has.
+        It has the slide's size in pixels, its pixel size where the slide states one, and the class
+        as the name of its channel, as viewers of OME-TIFF (napari, QuPath) read them.
 
         Raises:
             FcvggError: if it cannot be written.
@@ -122,12 +125,30 @@ class SlideMap:
             tifffile.TiffWriter(temporary, bigtiff=True, ome=True) as file,
         ):
             for level, size in enumerate(sizes):
-                options["metadata"] = {"axes": "YX", "Name": self.label} if level == 0 else None
-                if level == 0:
-                    file.write(self._tiles(size), shape=size, subifds=len(sizes) - 1, **options)
-                else:
-                    file.write(self._tiles(size), shape=size, subfiletype=1, **options)
+                options.update(self._resolution(size))
+                first = {"metadata": self._metadata(), "subifds": len(sizes) - 1}
+                kind = first if level == 0 else {"metadata": None, "subfiletype": 1}
+                file.write(self._tiles(size), shape=size, **kind, **options)
         return path
+
+    def _metadata(self) -> dict[str, Any]:
+        """What the file says in OME's terms."""
+        metadata: dict[str, Any] = {"axes": "YX", "Name": self.label}
+        metadata["Channel"] = {"Name": [self.label]}
+        for axis, size in zip("YX", self.pixel_size or ()):
+            metadata[f"PhysicalSize{axis}"] = size
+            metadata[f"PhysicalSize{axis}Unit"] = "µm"
+        return metadata
+
+    def _resolution(self, size: Pair) -> dict[str, Any]:
+        """A level's pixels per centimetre, for readers that look at TIFF's own tags."""
+        if self.pixel_size is None:
+            return {}
+        down, across = (
+            1e4 / pixel * n / whole
+            for pixel, n, whole in zip(self.pixel_size, size, self.image_size)
+        )
+        return {"resolution": (across, down), "resolutionunit": "CENTIMETER"}
 
     def _levels(self) -> list[Pair]:
         sizes = [self.image_size]

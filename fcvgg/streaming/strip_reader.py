@@ -88,7 +88,9 @@ def _check_convertible(source: StripSource, channels: int) -> None:
 
 
 def _owned(pixels: NDArray[Any]) -> Tensor:
-    return torch.from_numpy(np.array(pixels, dtype=pixels.dtype.newbyteorder("="), order="C"))[None]
+    """A copy ``(1, C, h, w)`` of preprocessed floats, with the channels last in memory."""
+    last = np.array(pixels.transpose(1, 2, 0), pixels.dtype.newbyteorder("="), order="C")
+    return torch.from_numpy(last).permute(2, 0, 1)[None]
 
 
 def _checked_preprocess(preprocess: Preprocess | None, channels: int) -> Preprocess:

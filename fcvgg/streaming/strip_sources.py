@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,7 @@ class StripSource:
         level: of the pyramid in the file.
         bands: the channels that were chosen, if some were.
         alpha: whether the fourth of four channels is transparency.
+        pixel_size: height and width of a pixel in micrometres, if the file says so.
     """
 
     name = "the image"
@@ -55,11 +56,17 @@ class StripSource:
     resident = 0
     block_rows = 1
     alpha = True
+    pixel_size: tuple[float, float] | None = None
+    reopened: Callable[[], StripSource] | None = None
+    """Opens the same image once more, in another process too."""
 
     def __init__(self, bands: Bands = None) -> None:
         self.bands = None if bands is None else tuple(bands)
         self._held: tuple[int, Pair, Any] | None = None
         self._stored = 0  # channels, before some are chosen
+
+    def __reduce__(self) -> Any:
+        return (self.reopened, ()) if self.reopened is not None else super().__reduce__()
 
     @property
     def column_bytes(self) -> int:

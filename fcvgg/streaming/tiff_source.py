@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,12 @@ _ALPHA = (1, 2)
 
 _SEPARATE = 2
 """TIFF's planar configuration of which every sample has tiles of its own."""
+
+
+_CENTIMETRE = 3
+"""TIFF's unit of resolutions that describe the object rather than the print."""
+
+_MICROMETRES = {"µm": 1.0, "um": 1.0, "nm": 1e-3, "mm": 1e3, "cm": 1e4}
 
 
 @dataclass(frozen=True)
@@ -54,6 +61,7 @@ class TiffSource(StripSource):
         try:
             with tifffile.TiffFile(path) as file:
                 self._describe(file, level)
+                self.pixel_size = _pixel_size(file, self.size)
                 found = file.filehandle.size
         except FcvggError:
             raise
@@ -191,6 +199,35 @@ class TiffSource(StripSource):
                 ) from error
             raise
         return None if segment is None else segment[0, : shape[1], : shape[2]]
+
+
+def _pixel_size(file: Any, size: Pair) -> tuple[float, float] | None:
+    """Micrometres of a pixel of a level of this size, as OME, Aperio or TIFF's tags state them."""
+    first = file.series[0].keyframe
+    sizes = _ome_pixel_size(file.ome_metadata) if file.is_ome else None
+    scanned = re.search(r"\bMPP ?= ?([\d.]+)", first.description)
+    if sizes is None and scanned is not None:
+        sizes = (float(scanned[1]), float(scanned[1]))
+    if sizes is None and first.resolutionunit == _CENTIMETRE:  # inches are about printing
+        across, down = first.get_resolution(_CENTIMETRE)
+        sizes = (1e4 / down, 1e4 / across) if min(down, across) > 0 else None
+    if sizes is None:
+        return None
+    return sizes[0] * first.imagelength / size[0], sizes[1] * first.imagewidth / size[1]
+
+
+def _ome_pixel_size(description: str) -> tuple[float, float] | None:
+    tag = re.search(r"<(?:\w+:)?Pixels\b[^>]*>", description)
+    found = dict(re.findall(r'(PhysicalSize\w+)="([^"]*)"', tag[0])) if tag else {}
+    try:
+        sizes = [
+            float(found[f"PhysicalSize{axis}"])
+            * _MICROMETRES[found.get(f"PhysicalSize{axis}Unit", "µm")]
+            for axis in "YX"
+        ]
+    except (KeyError, ValueError):
+        return None
+    return (sizes[0], sizes[1]) if min(sizes) > 0 else None
 
 
 def _paste(target: NDArray[Any], part: NDArray[Any], top: int, left: int) -> None:
