@@ -10,8 +10,8 @@ Runs offline in two minutes on two cores. ``pip install 'fcvgg[train,examples,on
    with one linear layer on all of VGG16's features, and once with early features and a support
    vector machine.
 3. Each network, loaded from its run's bundle, labels a mosaic of the right halves, at a size that
-   it was never trained at. Held out, the two do about as well; but cells of early features see less
-   of their neighbours, so they tell better where a texture ends.
+   it was never trained at. Both name nearly all held-out patches right; but a cell of early
+   features sees less beyond its window, so it tells better where a texture ends.
 """
 
 from __future__ import annotations

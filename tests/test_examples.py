@@ -109,7 +109,7 @@ def test_textures_compares_all_methods(tmp_path: Path) -> None:
 
 def test_finetune_trains_converts_and_labels_a_mosaic(tmp_path: Path) -> None:
     imagenet_example()  # or skip
-    options = ["--patches", "6", "--epochs", "3", "--output", "made"]
+    options = ["--patches", "4", "--epochs", "3", "--output", "made"]
     printed = run("finetune.py", *options, cwd=tmp_path)
     shares = [float(share) for share in re.findall(r"mosaic: ([\d.]+)% of", printed)]
     assert len(shares) == 2

@@ -651,6 +651,33 @@ def test_bad_options_are_one_line(
     assert ran.stdout == ""
 
 
+def test_interrupted_the_command_says_how_to_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fcvgg.finetuning.finetuning.finetune", interrupted)
+    ran = run(tmp_path, "-o", tmp_path)
+    assert (ran.exit_code, ran.stderr) == (130, "fcvgg: error: interrupted\n")
+    (tmp_path / "last.ckpt").touch()
+    ran = run(tmp_path, "-o", tmp_path)
+    assert ran.exit_code == 130
+    assert ran.stderr.endswith(f"the epochs done are kept in {tmp_path}, --resume goes on\n")
+
+
+def test_without_lightning_the_error_names_the_extra(textures: Path, tmp_path: Path) -> None:
+    script = (
+        "import sys; sys.modules['pytorch_lightning'] = None; import fcvgg\n"
+        f"try: fcvgg.finetune({str(textures)!r}, 'demo', {str(tmp_path / 'run')!r})\n"
+        "except fcvgg.MissingExtraError as error: print(error)"
+    )
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert ran.stdout.startswith("training needs PyTorch Lightning, which cannot be imported (")
+    assert ran.stdout.endswith("install it with: pip install 'fcvgg[train]'\n")
+    assert not (tmp_path / "run").exists()
+
+
 def test_killed_and_resumed_ends_with_the_same_weights(textures: Path, tmp_path: Path) -> None:
     """A process of its own is killed without warning, in the midst of training all layers."""
     options = ["--arch", "demo", "--strategy", "all", "--epochs", 6, "--batch-size", 9]

@@ -28,6 +28,8 @@ OPTIONAL = [
     "pytest",
     "hypothesis",
     "openvino",
+    "pytorch_lightning",
+    "torchmetrics",
 ]
 
 
