@@ -30,12 +30,12 @@ from fcvgg.images import (
 )
 from fcvgg.modules import WindowLinear
 from fcvgg.placement import device_of, dtype_of
-from fcvgg.preprocessing import Preprocess
+from fcvgg.preprocessing import Preprocess, encoded_preprocess
 from fcvgg.probability import ACTIVATIONS, UNKNOWN, average_over_space
 from fcvgg.program import Program
 from fcvgg.pyramid import pyramid_heatmap
 from fcvgg.score_map import ScoreMap
-from fcvgg.serialization.bundle import encoded_preprocess, write_bundle
+from fcvgg.serialization.bundle import write_bundle
 from fcvgg.serialization.exporting import export_network
 from fcvgg.trunk import run
 

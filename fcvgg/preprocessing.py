@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from math import isfinite
 from typing import Any
 
@@ -159,6 +159,24 @@ def resized_to_side(image: Image.Image, side: int, interpolation: str = "bilinea
     factor = side / min(width, height)
     size = (max(round(width * factor), 1), max(round(height * factor), 1))
     return image.resize(size, INTERPOLATIONS[interpolation])
+
+
+def encoded_preprocess(preprocess: Preprocess | None) -> dict[str, Any] | None:
+    """A `Preprocess` as plain data."""
+    return None if preprocess is None else asdict(preprocess)
+
+
+def decoded_preprocess(data: Mapping[str, Any] | None) -> Preprocess | None:
+    """The `Preprocess` of `encoded_preprocess`.
+
+    Raises:
+        PreprocessError: if its values are not usable.
+    """
+    if data is None:
+        return None
+    known = {field.name for field in fields(Preprocess)}
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items() if k in known}
+    return Preprocess(**values)  # type: ignore[arg-type]  # a broken file fails in its checks
 
 
 def _checked_resize(resize: Any) -> int | Pair | None:

@@ -557,6 +557,17 @@ def test_result_that_differs_from_onnxruntime_is_refused(tmp_path, monkeypatch):
     assert fcvgg.load(path, verify=False).equivalence is None
 
 
+def test_what_onnxruntime_cannot_run_is_read_with_a_warning(tmp_path, monkeypatch):
+    path = channels_first_file().write(tmp_path)
+
+    def fail(*_):
+        raise onnxruntime.capi.onnxruntime_pybind11_state.NotImplemented("no kernel\nfor this")
+
+    monkeypatch.setattr(onnx_file, "_run", fail)
+    with pytest.warns(UserWarning, match=r"not compared with onnxruntime, .* run it: no kernel$"):
+        assert fcvgg.load(path).equivalence.passed
+
+
 def test_weights_beside_a_file_are_refused(tmp_path):
     with pytest.raises(fcvgg.LoadError, match="comes with its weights"):
         fcvgg.load(channels_first_file().write(tmp_path), weights="other.pth")

@@ -13,10 +13,9 @@ from safetensors.torch import load_file, save_file
 
 from fcvgg.errors import FcvggError, LoadError, one_line
 from fcvgg.loading import load
+from fcvgg.preprocessing import decoded_preprocess, encoded_preprocess
 from fcvgg.segmentation.backbone import giving_first
 from fcvgg.serialization.bundle import (
-    decoded_preprocess,
-    encoded_preprocess,
     write_bundle,
 )
 

@@ -14,7 +14,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 
 from fcvgg.errors import FcvggError, LoadError, one_line
 from fcvgg.geometry import Pair, checked_size
-from fcvgg.preprocessing import Preprocess
+from fcvgg.preprocessing import Preprocess, decoded_preprocess
 from fcvgg.program import Program
 from fcvgg.serialization.program_data import (
     BROKEN,
@@ -115,20 +115,6 @@ def _equivalence(data: Any) -> Equivalence | None:
         if not isinstance(data[name], kind) or (isinstance(data[name], bool) and kind is not bool):
             raise LoadError(f"{CONFIG} has an equivalence whose {name} is {data[name]!r}")
     return Equivalence(**{**data, "input_size": _input_size(data["input_size"])})
-
-
-def encoded_preprocess(preprocess: Preprocess | None) -> dict[str, Any] | None:
-    """A `Preprocess` as plain data."""
-    return None if preprocess is None else asdict(preprocess)
-
-
-def decoded_preprocess(data: Mapping[str, Any] | None) -> Preprocess | None:
-    """The `Preprocess` of `encoded_preprocess`."""
-    if data is None:
-        return None
-    known = {field.name for field in fields(Preprocess)}
-    values = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items() if k in known}
-    return Preprocess(**values)  # type: ignore[arg-type]  # a broken file fails in its checks
 
 
 # -- files ----------------------------------------------------------------------------------------

@@ -44,8 +44,8 @@ _FUNCTIONS = {
         concatenate conv2d detach div erf exp flatten flip ge gt index_select layer_norm le log
         log1p log_softmax lt masked_fill max max_pool2d maximum mean minimum moveaxis movedim mul
         narrow neg permute pow prelu ravel relu relu_ reshape rrelu rsqrt select selu sigmoid
-        sigmoid_ sign softmax split sqrt square squeeze sub sum swapaxes swapdims tanh tanh_ tensor_split
-        threshold transpose unbind unflatten unsqueeze where""",
+        sigmoid_ sign softmax split sqrt square squeeze sub sum swapaxes swapdims tanh tanh_
+        tensor_split threshold transpose unbind unflatten unsqueeze where""",
     "F": """
         adaptive_avg_pool2d adaptive_max_pool2d alpha_dropout avg_pool2d batch_norm celu
         channel_shuffle conv2d dropout dropout2d elu elu_ feature_alpha_dropout gelu hardsigmoid

@@ -9,23 +9,20 @@ from __future__ import annotations
 
 import io
 import json
-import re
 import zipfile
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torchvision
-from torch import Tensor
 
 from fcvgg.errors import FcvggError, LoadError, one_line
 from fcvgg.preprocessing import Preprocess
-from fcvgg.sources.assembly import Assembled, scores_of
+from fcvgg.sources.assembly import scores_of
 from fcvgg.sources.extras import imported
+from fcvgg.sources.keras_layers import LAYERS
+from fcvgg.sources.keras_model import Builder, KerasModel, Layer, Value, Weights, text_of
 
 SUFFIXES = (".keras", ".h5", ".hdf5")
 EXTRA = "keras"
@@ -39,172 +36,6 @@ _HEAD = ("fc1", "fc2", "predictions")
 _IMAGENET_CLASSES = 1000
 
 _MODELS = ("Sequential", "Functional", "Model")
-
-
-class KerasModel(Assembled):
-    """A classifier that a Keras file describes."""
-
-
-@dataclass(frozen=True)
-class Layer:
-    """A layer as the file's architecture describes it.
-
-    Attributes:
-        path: its name, after those of the models that it lies in.
-        kind: Keras's class.
-        config: its settings.
-        inputs: the names of the layers it takes its values from, within its model.
-    """
-
-    path: tuple[str, ...]
-    kind: str
-    config: Mapping[str, Any]
-    inputs: tuple[str, ...]
-
-    @property
-    def name(self) -> str:
-        return self.path[-1]
-
-    def get(self, name: str, default: Any = None) -> Any:
-        value = self.config.get(name)
-        return default if value is None else value
-
-    def __str__(self) -> str:
-        return f"{'/'.join(self.path)} ({self.kind})"
-
-
-@dataclass(frozen=True)
-class Value:
-    """A value in the assembled model: its name there, and how many dimensions it has."""
-
-    name: str
-    rank: int
-
-
-class Weights:
-    """The arrays of a Keras file by layer, in Keras's order (kernel, bias; gamma, beta, ...)."""
-
-    def __init__(self, group: Any, origin: str):
-        self._group = group
-        self._origin = origin
-        self._by_name = "layer_names" in group.attrs  # as Keras wrote .h5 before version 3
-        self.aliases: dict[str, str] = {}
-        """The file's own names of layers that have others in the architecture."""
-
-    def of(self, path: Sequence[str], layers: Sequence[Layer]) -> list[Any]:
-        """The arrays of the layer at `path`; `layers` are all layers of its model."""
-        path = [self.aliases.get(path[0], path[0]), *path[1:]]
-        if self._by_name:
-            return self._named(path)
-        return self._counted(path, layers)
-
-    def layer_names(self) -> list[str]:
-        """The layers that hold weights, in order; convolutions first where the file has none."""
-        if self._by_name:
-            names = [_text(name) for name in self._group.attrs["layer_names"]]
-            return [n for n in names if n in self._group and self._weight_names(self._group[n])]
-        layers = self._group["layers"]
-        return [
-            _text(layers[key]["vars"].attrs.get("name", key))
-            for key in sorted(layers, key=_counted_key)
-            if "vars" in layers[key] and len(layers[key]["vars"])
-        ]
-
-    def _weight_names(self, group: Any) -> list[str]:
-        return [_text(name) for name in group.attrs.get("weight_names", ())]
-
-    def _named(self, path: Sequence[str]) -> list[Any]:
-        """By the layer's name; those of a model within the model stand in one list."""
-        group = self._group.get(path[0])
-        if group is None:
-            return []
-        names = self._weight_names(group)
-        if len(path) > 1:
-            order = ("kernel", "gamma", "bias", "beta", "moving_mean", "moving_variance")
-            names = [n for n in names if n.split("/")[-2:-1] == [path[-1]]]
-            kinds = [n.split("/")[-1].partition(":")[0] for n in names]
-            ranks = [order.index(k) if k in order else len(order) for k in kinds]
-            names = [name for _, name in sorted(zip(ranks, names), key=lambda pair: pair[0])]
-        return [np.asarray(group[name]) for name in names]
-
-    def _counted(self, path: Sequence[str], layers: Sequence[Layer]) -> list[Any]:
-        """By the class and its count, as Keras 3 does, or by the name where the file has it."""
-        group: Any = self._group
-        for depth in range(len(path)):
-            inside = [layer for layer in layers if layer.path[:depth] == tuple(path[:depth])]
-            siblings = _unique_at(inside, depth)
-            group = self._child(group.get("layers", {}), path[depth], siblings)
-            if group is None:
-                return []
-        variables = group.get("vars", {})
-        return [np.asarray(variables[str(i)]) for i in range(len(variables))]
-
-    def _child(self, group: Any, name: str, siblings: Mapping[str, str]) -> Any:
-        named = {
-            _text(child["vars"].attrs["name"]): child
-            for child in group.values()
-            if "vars" in child and "name" in child["vars"].attrs
-        }
-        if named:
-            return named.get(name)
-        counted: Counter[str] = Counter()
-        keys = {}
-        for sibling, kind in siblings.items():
-            base = _snake_case(kind)
-            keys[sibling] = f"{base}_{counted[base]}" if counted[base] else base
-            counted[base] += 1
-        return group.get(keys.get(name, name), group.get(name))
-
-
-class Builder:
-    """A Keras architecture on its way to a torch model; layers add their steps through it."""
-
-    def __init__(self, origin: str, weights: Weights, layers: Sequence[Layer]):
-        self.origin = origin
-        self.layers = layers
-        self.model = KerasModel("images")
-        self._weights = weights
-
-    def weights(self, layer: Layer, shapes: Mapping[str, tuple[int | None, ...]]) -> list[Any]:
-        """The layer's arrays by the shapes expected (None for any size), or an error."""
-        arrays = self._weights.of(layer.path, self.layers)
-        if len(arrays) < len(shapes):
-            raise LoadError(
-                f"{self.origin} holds {len(arrays)} weights of {layer} instead of {len(shapes)} "
-                f"({', '.join(shapes)})"
-            )
-        for (name, shape), array in zip(shapes.items(), arrays):
-            if array.ndim != len(shape) or any(
-                n is not None and n != m for n, m in zip(shape, array.shape)
-            ):
-                wanted = tuple("any" if n is None else n for n in shape)
-                raise LoadError(
-                    f"{self.origin}: the {name} of {layer} has shape {array.shape} instead of "
-                    f"{str(wanted).replace(chr(39), '')}"
-                )
-        return [np.asarray(array, dtype=np.float32) for array in arrays[: len(shapes)]]
-
-    def refuse(self, layer: Layer, why: str) -> LoadError:
-        return LoadError(f"{self.origin}: the layer {layer} {why}, which is not supported")
-
-    def step(
-        self, layer: Layer, target: Any, *inputs: Value, rank: int | None = None, **settings: Any
-    ) -> Value:
-        """A step that computes a new value from others."""
-        base = "/".join(layer.path)
-        number = sum(base in step.outputs[0] for step in self.model.steps)
-        value = Value(f"{base}#{number}", inputs[0].rank if rank is None else rank)
-        self.model.add_step(target, [v.name for v in inputs], value.name, **settings)
-        return value
-
-    def constant(self, layer: Layer, name: str, value: Tensor) -> Value:
-        full = f"{'/'.join(layer.path)}/{name}"
-        self.model.add_constant(full, value)
-        return Value(full, value.ndim)
-
-    def layer(self, layer: Layer, module: Any, x: Value, rank: int | None = None) -> Value:
-        name = self.model.add_layer(".".join(layer.path), module)
-        return self.step(layer, name, x, rank=rank)
 
 
 def read(path: str | Path, arch: str | None = None) -> tuple[KerasModel, dict[str, Any]]:
@@ -248,7 +79,7 @@ def _opened(path: Path) -> Iterator[tuple[dict[str, Any] | None, Any]]:
                 content = io.BytesIO(archive.read("model.weights.h5"))
         file = h5py.File(content, "r")
         if "model_config" in file.attrs:
-            config = json.loads(_text(file.attrs["model_config"]))
+            config = json.loads(text_of(file.attrs["model_config"]))
     except (OSError, LookupError, ValueError, TypeError, RuntimeError, zipfile.BadZipFile) as error:
         raise LoadError(f"{path} is no readable Keras file: {one_line(error)}") from error
     with file:
@@ -268,8 +99,6 @@ def _weights_within(file: Any, path: Path) -> Any:
 def _assembled(
     config: Mapping[str, Any], weights: Weights, path: Path
 ) -> tuple[KerasModel, dict[str, Any]]:
-    from fcvgg.sources.keras_layers import LAYERS
-
     layers = list(_layers_of(config, ()))
     builder = Builder(str(path), weights, layers)
     for layer in layers:
@@ -469,24 +298,3 @@ def _application(arch: str, weights: Weights) -> dict[str, Any]:
 
 
 # -- small helpers --------------------------------------------------------------------------------
-
-
-def _unique_at(layers: Sequence[Layer], depth: int) -> dict[str, str]:
-    """The names at one depth of the tree and their classes, in order."""
-    return {x.path[depth]: x.kind for x in layers if len(x.path) == depth + 1}
-
-
-def _snake_case(name: str) -> str:
-    """A class's name as Keras 3 writes it into its files."""
-    name = re.sub(r"(.)([A-Z][a-z]+)", r"\1_\2", name)
-    return re.sub(r"([a-z])([A-Z])", r"\1_\2", name).lower()
-
-
-def _counted_key(name: str) -> tuple[str, int]:
-    """Orders ``conv2d``, ``conv2d_1``, ..., ``conv2d_10``, ``dense``."""
-    base, _, number = name.rpartition("_")
-    return (base, int(number)) if number.isdigit() else (name, 0)
-
-
-def _text(value: Any) -> str:
-    return value.decode() if isinstance(value, bytes) else str(value)

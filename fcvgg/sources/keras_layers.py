@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from fcvgg.geometry import Pair
 from fcvgg.sources import padding
-from fcvgg.sources.keras_file import Builder, Layer, Value
+from fcvgg.sources.keras_model import Builder, Layer, Value
 
 Reader = Callable[..., Value]
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from fcvgg.geometry import Pair
 from fcvgg.sources import padding
-from fcvgg.sources.onnx_file import Graph, Node, as_tensor
+from fcvgg.sources.onnx_graph import Graph, Node, as_tensor
 
 Operator = Callable[[Graph, Node], None]
 
