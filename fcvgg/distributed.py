@@ -11,8 +11,9 @@ from __future__ import annotations
 import io
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -180,6 +181,10 @@ def classify(
 
     Returns:
         `out`.
+
+    Raises:
+        ImageError: if there are no images.
+        FcvggError: if `out` is a folder that holds files, or there is no cluster at `address`.
     """
     ray = started(address)
     data = imported("ray.data", "ray")
@@ -188,12 +193,12 @@ def classify(
     names = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
     if not names:
         raise ImageError("no images were given; expected at least one path")
+    if Path(out).is_dir() and any(Path(out).iterdir()):
+        raise FcvggError(f"{out} holds files already; choose another name, or remove it")
     data.DataContext.get_current().enable_progress_bars = False
-    # reading and writing must find room beside workers that hold every core
-    beside = {"num_cpus": 0}
     try:
         images = data.read_binary_files(
-            [str(name) for name in names], include_paths=True, ray_remote_args=beside
+            [str(name) for name in names], include_paths=True, **_beside(data.read_binary_files)
         )
         images.map_batches(
             _Classifier,
@@ -201,10 +206,16 @@ def classify(
             batch_size=8,
             compute=data.ActorPoolStrategy(size=workers),
             num_cpus=threads,
-        ).write_parquet(str(out), ray_remote_args=beside)
+        ).write_parquet(str(out), **_beside(data.Dataset.write_parquet))
     except FileNotFoundError as error:
         raise ImageError(f"{error}".splitlines()[0]) from error
     return str(out)
+
+
+def _beside(function: Callable[..., Any]) -> dict[str, Any]:
+    """Arguments by which reading and writing find room beside workers that hold every core."""
+    cores = {"num_cpus": 0}
+    return cores if "num_cpus" in signature(function).parameters else {"ray_remote_args": cores}
 
 
 class _Classifier:

@@ -142,3 +142,7 @@ def test_bad_input(net: Any, tmp_path: Path) -> None:
         distributed.classify(net, [], out=tmp_path / "classes")
     with pytest.raises(FcvggError, match=r"top=0 is no number"):
         distributed.classify(net, "x", out=tmp_path / "classes", top=0)
+    (tmp_path / "classes").mkdir()
+    (tmp_path / "classes" / "a.parquet").touch()
+    with pytest.raises(FcvggError, match="classes holds files already; choose another name"):
+        distributed.classify(net, "x", out=tmp_path / "classes")

@@ -4,12 +4,15 @@ import re
 import shlex
 from pathlib import Path
 
+import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
 from fcvgg.cli import app
 from fcvgg.demo import demo_photograph
+from fcvgg.streaming.score_store import open_store
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -42,11 +45,26 @@ def photographs(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_python_blocks_run_in_order(photographs, capsys):
+@pytest.fixture
+def ray(monkeypatch):
+    """Ray, which the block on many machines starts, is stopped."""
+    monkeypatch.setenv("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    ray = pytest.importorskip("ray")
+    yield ray
+    ray.shutdown()
+
+
+@pytest.mark.filterwarnings("ignore:.*:ResourceWarning", "ignore::DeprecationWarning:ray")
+def test_python_blocks_run_in_order(photographs, capsys, ray):
     namespace = {}
-    assert len(blocks("python")) == 11
+    assert len(blocks("python")) == 12
     for block in blocks("python"):
         exec(compile(block, "README.md", "exec"), namespace)
+    bands, whole = (open_store(f"{name}.zarr").array[:] for name in ("bands", "scores"))
+    np.testing.assert_allclose(bands, whole, rtol=1e-4, atol=1e-4)
+    table = pq.read_table("classes").to_pylist()
+    assert {Path(row["path"]).name for row in table} == {"photo.jpg", "other.png"}
+    assert all(len(row["classes"]) == 1 and not row["error"] for row in table)
     assert "equivalent at 224x224" in capsys.readouterr().out
     assert {"heatmap.png", "my-vgg", "faces.onnx"} <= {p.name for p in photographs.iterdir()}
 
