@@ -240,7 +240,7 @@ def preprocessed(grey: NDArray[np.uint8]) -> Tensor:
 
 def trained_fcns(classifier: nn.Module, folder: Path, sizes: Sizes) -> list[fcvgg.FCN]:
     """FCN-32s, 16s and 8s, each trained from the one before, the first from the classifier."""
-    net = fcvgg.convert(classifier, padding="same", preprocess=PREPROCESS)
+    net = fcvgg.convert(classifier, preprocess=PREPROCESS)
     settings = Settings(epochs=sizes.fcn_epochs, optimizer="adamw", lr=1e-3, batch_size=4)
     trained: list[fcvgg.FCN] = []
     for variant in VARIANTS:

@@ -59,7 +59,7 @@ def test_train_resume_and_label(data: Path) -> None:
     fcvgg.load("demo").save(Path("bundle"))
     ran = run("segment-train", data, "-c", "a,b", "-m", "bundle", "--epochs", 1, "-o", "b")
     assert ran.exit_code == 0, ran.output
-    assert fcvgg.FCN.load("b/fcn").backbone.geometry.window == (32, 32)
+    assert fcvgg.FCN.load("b/fcn").backbone.geometry.window == (8, 8)
 
     ran = run("segment", data / "images" / "0.png", "--fcn", "f/fcn", "--output", "out")
     assert ran.exit_code == 0, ran.output

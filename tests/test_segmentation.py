@@ -42,8 +42,8 @@ def small_fcn(
     variant: str = "8s", model: nn.Module | None = None, padding: str = "same", **options: Any
 ) -> fcvgg.FCN:
     """A tiny FCN whose score layers are not zero."""
-    net = fcvgg.convert(model or seeded(SmallVGG), padding=padding, preprocess=PLAIN)
-    fcn = fcvgg.FCN(net, len(CLASSES), variant, **options)
+    net = fcvgg.convert(model or seeded(SmallVGG), preprocess=PLAIN)
+    fcn = fcvgg.FCN(net, len(CLASSES), variant, padding=padding, **options)
     with torch.random.fork_rng():
         torch.manual_seed(3)
         for score in fcn.scores.values():
@@ -116,8 +116,8 @@ def test_the_maps_scored_are_those_of_half_and_quarter_the_stride(
 ) -> None:
     variant = ("32s", "16s", "8s")[len(names) - 1]
     for padding in ("same", "valid"):
-        net = fcvgg.convert(model, input_size=size, padding=padding)
-        fcn = fcvgg.FCN(net, 3, variant).eval()
+        net = fcvgg.convert(model, input_size=size)
+        fcn = fcvgg.FCN(net, 3, variant, padding=padding).eval()
         assert tuple(source.name for source in fcn.sources) == names
         strides = [source.geometry.stride[0] for source in fcn.sources]
         assert strides == [strides[0] // 2**i for i in range(len(names))]
@@ -128,10 +128,35 @@ def test_the_maps_scored_are_those_of_half_and_quarter_the_stride(
             assert tuple(found.shape[2:]) == source.geometry.output_size(padded)
 
 
+@pytest.mark.parametrize(
+    ("model", "size"),
+    [
+        (seeded(SmallVGG), None),
+        (seeded(narrow_vgg, "vgg11"), None),
+        (seeded(narrow_vgg, "vgg11"), 448),
+        (seeded(Unpadded, extent=(2, 4)), (25, 41)),
+        (seeded(GlobalPooled), 64),
+        (seeded(Headed, nn.Sequential(nn.Flatten(), nn.Linear(288, 6), nn.Linear(6, 4))), 24),
+    ],
+    ids=["small", "vgg11", "dilated-fc6", "not-square", "resnet-like", "two-layer-head"],
+)
+def test_the_heads_window_is_padded_as_convert_does(model: nn.Module, size: Any) -> None:
+    """Two ways to one network: padded here, or converted with padding."""
+    nets = [fcvgg.convert(model, input_size=size, padding=p) for p in ("valid", "same")]
+    ours, theirs = (fcvgg.FCN(net, 3).eval().backbone for net in nets)
+    assert ours.geometry.window == theirs.geometry.window
+    assert ours.geometry.offset == theirs.geometry.offset
+    batch = images(1, 3, 80, 97)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(batch), theirs(batch), rtol=0, atol=1e-12)
+    kept = fcvgg.FCN(nets[0], 3, padding="valid").backbone.geometry
+    assert kept.window == nets[0].geometry.window
+
+
 def test_the_score_of_fc7_is_the_classifiers_when_it_has_its_weights() -> None:
     """The oracle: FCN-32s with the classifier's last layer is the aligned map of the network."""
     net = fcvgg.convert(seeded(SmallVGG))
-    fcn = fcvgg.FCN(net, 5, "32s").eval()
+    fcn = fcvgg.FCN(net, 5, "32s", padding="valid").eval()
     last = fcvgg.layer_names(net)["fc8"].path
     layer = net.network.get_submodule(last)
     fcn.scores["fc7"].conv.weight.data = layer.weight.data.clone()
@@ -165,8 +190,8 @@ class Brightness(nn.Module):
 
 def brightness_fcn(variant: str, padding: str) -> fcvgg.FCN:
     """Scores one class by brightness less one half, and the other by zero, on its finest map."""
-    net = fcvgg.convert(Brightness().double().eval(), padding=padding)
-    fcn = fcvgg.FCN(net, 2, variant).eval()
+    net = fcvgg.convert(Brightness().double().eval())
+    fcn = fcvgg.FCN(net, 2, variant, padding=padding).eval()
     finest = fcn.scores[fcn.sources[-1].name]
     finest.conv.weight.data[1] = 1
     finest.conv.bias.data[1] = -0.5
@@ -219,7 +244,7 @@ def test_pixels_of_a_small_image_lie_where_they_do_on_its_padded_form() -> None:
 
 
 def test_score_layers_start_at_zero_and_gradients_reach_all() -> None:
-    net = fcvgg.convert(seeded(SmallVGG, bn=True), padding="same")
+    net = fcvgg.convert(seeded(SmallVGG, bn=True))
     fresh = fcvgg.FCN(net, 3, "8s").train()
     assert not fresh(images(1, 3, 40, 40)).any()
     fcn = small_fcn("8s", seeded(SmallVGG, bn=True)).train()
@@ -234,7 +259,7 @@ def test_score_layers_start_at_zero_and_gradients_reach_all() -> None:
 
 def test_the_source_is_untouched_and_shares_only_if_asked() -> None:
     model = seeded(SmallVGG)
-    net = fcvgg.convert(model, padding="same")
+    net = fcvgg.convert(model)
     before = copy.deepcopy(net.state_dict())
     batch = images(1, 3, 40, 40)
     expected = net(batch)
@@ -249,7 +274,7 @@ def test_the_source_is_untouched_and_shares_only_if_asked() -> None:
 
 
 def test_a_finer_variant_starts_from_a_coarser_ones_weights() -> None:
-    net = fcvgg.convert(seeded(SmallVGG), padding="same")
+    net = fcvgg.convert(seeded(SmallVGG))
     coarse = small_fcn("32s").eval()
     fine = fcvgg.FCN(net, 2, "8s", init_from=coarse).eval()
     state = fine.state_dict()
@@ -271,6 +296,8 @@ def test_what_cannot_be_built_is_said_in_one_line() -> None:
     net = fcvgg.convert(seeded(SmallVGG))
     with pytest.raises(fcvgg.ArgumentError, match=r"variant='4s' is unknown; expected one of 32s"):
         fcvgg.FCN(net, 3, "4s")
+    with pytest.raises(fcvgg.ArgumentError, match="padding='reflect' is unknown"):
+        fcvgg.FCN(net, 3, padding="reflect")
     with pytest.raises(fcvgg.ArgumentError, match="takes a converted network, got SmallVGG; pass"):
         fcvgg.FCN(seeded(SmallVGG), 3)  # type: ignore[arg-type]
     with pytest.raises(fcvgg.ArgumentError, match="num_classes=0 is no number of classes"):
@@ -296,7 +323,7 @@ def test_what_cannot_be_built_is_said_in_one_line() -> None:
 
 
 def test_calibration_divides_by_the_size_of_each_map_once() -> None:
-    fcn = fcvgg.FCN(fcvgg.convert(seeded(SmallVGG), padding="same"), 2, "16s")
+    fcn = fcvgg.FCN(fcvgg.convert(seeded(SmallVGG)), 2, "16s")
     batch = images(2, 3, 40, 40)
     maps = fcn.backbone(batch)
     fcn.calibrate_(batch)
@@ -516,7 +543,7 @@ def test_crops_and_flips_move_image_and_mask_together(tmp_path: Path) -> None:
 
 def train(folder: Path, out: Path, epochs: int = 4, resume: bool = False, **options: Any) -> Any:
     fcn = fcvgg.FCN(
-        fcvgg.convert(seeded(SmallVGG, dtype=torch.float32), padding="same", preprocess=PLAIN),
+        fcvgg.convert(seeded(SmallVGG, dtype=torch.float32), preprocess=PLAIN),
         2,
         "16s",
         categories=CLASSES,

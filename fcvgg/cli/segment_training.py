@@ -160,15 +160,12 @@ def run(
     """
     from fcvgg.segmentation.network import FCN
     from fcvgg.segmentation.training import train_fcn
-    from fcvgg.serialization.bundle import is_bundle
     from fcvgg.training import Settings
     from fcvgg.transfer.freezing import freeze_
 
     settings = Settings(epochs=epochs, optimizer="adamw", lr=lr, batch_size=batch_size, seed=seed)
     names = [name.strip() for name in classes.split(",")]
-    # a bundle is converted already; anything else so that cells reach the image's border
-    padding = {} if is_bundle(model) else {"padding": "same"}
-    net = loaded(model, own, weights=weights, **padding)
+    net = loaded(model, own, weights=weights)
     if freeze_upto is not None:
         freeze_(net, freeze_upto)
     coarser = None if init_from is None else FCN.load(init_from)

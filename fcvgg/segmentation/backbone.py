@@ -11,7 +11,7 @@ from torch import fx, nn
 
 from fcvgg.capture import capture
 from fcvgg.errors import ArgumentError, UnsupportedLayerError
-from fcvgg.geometry import IMAGE, Geometry, Pair
+from fcvgg.geometry import IMAGE, Axis, Geometry, Pair
 from fcvgg.graph import graph_module
 from fcvgg.layers import is_leaf
 from fcvgg.network import FullyConvolutional
@@ -20,6 +20,7 @@ from fcvgg.program import LayerRecord, Program
 from fcvgg.transfer.naming import LayerNames, NamedLayer, layer_names
 
 _ACTIVATIONS = ("bn", "relu", "activation")
+_HEAD_ROLES = ("fc", "avgpool", "maxpool")
 _NEW_POOL = "_window"
 """What the name of a function ends in where a pool over the window took its place."""
 
@@ -41,7 +42,7 @@ class MapSource:
     channels: int
 
 
-def without_classifier(net: FullyConvolutional, own: bool) -> FullyConvolutional:
+def without_classifier(net: FullyConvolutional, own: bool, same: bool) -> FullyConvolutional:
     """A network that gives the map before a converted network's last fully connected layer.
 
     For VGG that is fc7. Layers after it are dropped.
@@ -49,6 +50,8 @@ def without_classifier(net: FullyConvolutional, own: bool) -> FullyConvolutional
     Args:
         net: a converted network of one output.
         own: whether it has parameters of its own, or shares the storage of the net's.
+        same: whether the head's window is padded with zeros, so that its cells lie on those of the
+            features before it; see `fcvgg.convert`.
 
     Raises:
         ArgumentError: if the network has several outputs.
@@ -66,9 +69,12 @@ def without_classifier(net: FullyConvolutional, own: bool) -> FullyConvolutional
     graph = _ending(network.graph, kept, source.node)
     called = {str(n.target) for n in graph.nodes if n.op == "call_module"}
     _drop_uncalled(network, graph)
+    geometry = source.geometry
+    if same:
+        geometry = _padded(graph, geometry, _head_windows(net, names))
     program = Program(
         network=graph_module(network, graph),
-        geometry=source.geometry,
+        geometry=geometry,
         activations=(UNKNOWN,),
         classes=(source.channels,),
         in_channels=net.in_channels,
@@ -233,6 +239,47 @@ def _record_of(net: FullyConvolutional, node: fx.Node) -> LayerRecord | None:
 
 def _short(stride: Pair) -> str:
     return f"{stride[0]}" if stride[0] == stride[1] else f"{stride[0]}x{stride[1]}"
+
+
+# -- padding the head's window ------------------------------------------------------------------
+
+
+def _head_windows(net: FullyConvolutional, names: LayerNames) -> dict[str, LayerRecord]:
+    """The layers of the head that slide a window over the features, by their nodes' names.
+
+    They are fully connected layers, pools of stride 1, and whatever takes the features to one cell
+    at the native size. What is padded already, by `fcvgg.convert`, is left out.
+    """
+    sizes = [axis.sizes(n) for axis, n in zip(net.geometry.axes, net.input_size)]
+    found = {}
+    for node in net.network.graph.nodes:
+        record = _record_of(net, node)
+        if record is None or any(n.target is F.pad for n in node.all_input_nodes):
+            continue
+        slides = max(w.span for w in record.windows) > 1
+        plain = all((w.stride, w.before, w.after) == (1, 0, 0) for w in record.windows)
+        role = next((x.role for x in names if x.node is node), "")
+        ends = all(size[record.step] == 1 for size in sizes)
+        if slides and plain and (ends or role in _HEAD_ROLES):
+            found[node.name] = record
+    return found
+
+
+def _padded(graph: fx.Graph, geometry: Geometry, windows: dict[str, LayerRecord]) -> Geometry:
+    """Put zeros before layers of the graph, and tell the geometry with them."""
+    axes = [list(axis.steps) for axis in geometry.axes]
+    for node in [n for n in graph.nodes if n.name in windows]:
+        layer = windows[node.name]
+        pads = [((w.span - 1) // 2, w.span - 1 - (w.span - 1) // 2) for w in layer.windows]
+        (top, bottom), (left, right) = pads
+        fed = node.all_input_nodes[0]
+        with graph.inserting_before(node):
+            zeros = graph.call_function(F.pad, (fed, (left, right, top, bottom)))
+        node.replace_input_with(fed, zeros)
+        for steps, (before, after) in zip(axes, pads):
+            window = replace(steps[layer.step].window, before=before, after=after)
+            steps[layer.step] = replace(steps[layer.step], window=window)
+    return Geometry(Axis(tuple(axes[0])), Axis(tuple(axes[1])))
 
 
 # -- cutting the graph ------------------------------------------------------------------------

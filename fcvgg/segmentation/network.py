@@ -57,16 +57,18 @@ class FCN(nn.Module):
     from the network's geometry, and scores lie on the pixels that they speak about. Outside the
     outermost cells' centres the nearest cell's score is held.
 
-    Convert with ``padding="same"``, and the cells of fc7 lie on those of pool5 and reach the
-    image's border; its window is then one cell of pool5, 32 pixels for VGG. With
-    ``padding="valid"`` cells begin half a window inside, and a wide margin holds the outermost
-    scores. Images below the window are padded with zeros, centred, and the result is cut.
+    The head's window is padded with zeros by default, as by ``fcvgg.convert(padding="same")``: the
+    cells of fc7 then lie on those of pool5 and reach the image's border, and one cell of pool5 is
+    enough (32 pixels for VGG). Unpadded, cells begin half a window inside, and a wide margin holds
+    the outermost scores. Images below the least size are padded with zeros, centred, and the
+    result is cut.
 
     Args:
         net: a converted network with a fully connected layer at its end and one output.
         num_classes: how many classes a pixel may have, 2 to 255.
         variant: ``"32s"``, ``"16s"`` or ``"8s"``. The names are those of VGG's strides; on a net of
             another stride s they score the maps of stride s, s/2 and s/4.
+        padding: ``"same"``, or ``"valid"`` to leave the head's window as it was converted.
         copy: own the parameters, the default, since dense training changes the features. False
             shares the net's storage, as `fcvgg.convert` does: training one then changes both.
         init_from: a coarser `FCN` of the same classes whose weights are the start, which is how the
@@ -91,6 +93,7 @@ class FCN(nn.Module):
         num_classes: int,
         variant: str = "32s",
         *,
+        padding: str = "same",
         copy: bool = True,
         init_from: FCN | None = None,
         learn_upsampling: bool = True,
@@ -101,19 +104,22 @@ class FCN(nn.Module):
         if not isinstance(net, FullyConvolutional):
             raise ArgumentError(
                 f"FCN takes a converted network, got {type(net).__name__}; pass "
-                'fcvgg.convert(model, padding="same")'
+                "fcvgg.convert(model)"
             )
         if variant not in VARIANTS:
             raise ArgumentError(
                 f"variant={variant!r} is unknown; expected one of {', '.join(VARIANTS)}"
             )
+        if padding not in ("same", "valid"):
+            raise ArgumentError(f"padding={padding!r} is unknown; expected 'same' or 'valid'")
         check_classes(num_classes)
         if not 2 <= num_classes <= IGNORE_INDEX:
             raise ArgumentError(
                 f"num_classes={num_classes} cannot label pixels; expected 2 to {IGNORE_INDEX}, "
                 "where one kind of thing and all else are two classes"
             )
-        self._build(without_classifier(net, copy), num_classes, variant, learn_upsampling)
+        backbone = without_classifier(net, copy, padding == "same")
+        self._build(backbone, num_classes, variant, learn_upsampling)
         self.categories = categories
         self.preprocess = net.preprocess if preprocess is None else preprocess
         if init_from is not None:
