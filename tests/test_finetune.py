@@ -589,6 +589,9 @@ def test_resuming_another_run(linear: fcvgg.FineTuned, textures: Path) -> None:
         tuned(textures, run, strategy="all", resume=True)
     with pytest.raises(LoadError, match="its training images is 36, not 27"):
         tuned(textures / "train", run, resume=True, strategy="linear", valid_fraction=0.25)
+    other = type("demo", (fcvgg.demo.DemoNet,), {})().eval()  # the same name, random weights
+    with pytest.raises(LoadError, match=r"its pretrained weights is '\w+', not '\w+'; resume with"):
+        tuned(textures, run, model=other, preprocess=PREPROCESS, resume=True, **LINEAR)
     again = tuned(textures, run, resume=True, **LINEAR)
     assert torch.equal(again.model.classifier[0].weight, linear.model.classifier[0].weight)
 

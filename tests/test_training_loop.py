@@ -341,6 +341,18 @@ def test_a_checkpoint_of_another_run(tmp_path: Path, options: Any, message: str)
         train(tmp_path, resume=True, **{**options, "identity": {**identity, **options["identity"]}})
 
 
+def test_a_checkpoint_of_another_network(tmp_path: Path) -> None:
+    train(tmp_path, settings=Settings(epochs=1))
+    other = Small()
+    other.model[4] = nn.Linear(16, 3)
+    message = (
+        r"last.ckpt does not fit the network: model.4.weight is \(2, 16\) there and \(3, 16\) here "
+        r"\(2 such\); resume with the same network"
+    )
+    with pytest.raises(LoadError, match=message):
+        train(tmp_path, other, settings=Settings(epochs=1), resume=True)
+
+
 def test_a_checkpoint_that_is_none(tmp_path: Path) -> None:
     (tmp_path / "last.ckpt").write_bytes(b"PK nonsense")
     with pytest.raises(LoadError, match=r"last\.ckpt is a broken checkpoint: "):

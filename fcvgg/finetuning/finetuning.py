@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,13 @@ from torch import Tensor, nn
 from fcvgg.conversion import convert, unwrapped
 from fcvgg.datasets import Unreadable
 from fcvgg.errors import ArgumentError, InputSizeError, PreprocessError
-from fcvgg.finetuning.images import ImageRows, LabelledFiles, balanced_weights, split_folders
+from fcvgg.finetuning.images import (
+    ImageRows,
+    LabelledFiles,
+    SplitFolders,
+    balanced_weights,
+    split_folders,
+)
 from fcvgg.finetuning.strategies import (
     EPOCHS,
     MEANINGS,
@@ -38,6 +45,7 @@ from fcvgg.network import FullyConvolutional
 from fcvgg.preprocessing import Preprocess
 from fcvgg.sources import torchvision_model
 from fcvgg.training.settings import Settings
+from fcvgg.transfer.feature_cache import digest_of
 from fcvgg.transfer.heads import loss_for
 from fcvgg.transfer.naming import layer_names
 
@@ -54,6 +62,8 @@ _DEFAULTS: dict[str, Any] = {"optimizer": "adamw", "patience": 10}
 
 _MEASURED = 32
 """Images whose features tell the learning rate of a new layer."""
+
+_DIGITS = 12
 
 _NAMED = 8
 """Classes whose accuracies stand in one line."""
@@ -208,10 +218,11 @@ def finetune(
         MissingExtraError: if the extra ``train`` is not installed.
     """
     from fcvgg.finetuning.report import write_report
-    from fcvgg.training.loop import is_main_process, made_folder
+    from fcvgg.training.loop import LAST, check_new, is_main_process, made_folder
 
     began = time.monotonic()
     recipe, given = _options(options)
+    check_new(Path(folder), (LAST, MODEL), resume)
     found = split_folders(data, recipe.valid_fraction, given.get("seed", 0))
     if recipe.strategy == "scratch" and weights == DEFAULT_WEIGHTS:
         weights = None
@@ -346,7 +357,7 @@ def _native(model: nn.Module, known: dict[str, Any], recipe: Recipe) -> Pair:
 
 
 def _identity(
-    source: _Source, recipe: Recipe, choice: Choice, size: Pair, found: Any
+    source: _Source, recipe: Recipe, choice: Choice, size: Pair, found: SplitFolders
 ) -> dict[str, Any]:
     """What an interrupted run must have in common with the one that finishes it."""
     return {
@@ -361,7 +372,18 @@ def _identity(
         "class_weights": recipe.class_weights,
         "training_images": len(found.train),
         "held_out_images": len(found.valid),
+        "files": _digest_of_files(found),
+        "pretrained_weights": digest_of(source.model)[:_DIGITS],
     }
+
+
+def _digest_of_files(found: SplitFolders) -> str:
+    """What tells the images of one run from those of another: their names and sizes."""
+    seen = [
+        f"{path.parent.name}/{path.name} {path.stat().st_size}"
+        for path in (*found.train.paths, *found.valid.paths)
+    ]
+    return sha256("\n".join(seen).encode()).hexdigest()[:_DIGITS]
 
 
 def _fit_svm(

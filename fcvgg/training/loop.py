@@ -7,7 +7,7 @@ import logging
 import signal
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -149,7 +149,7 @@ def fit(
         raise ArgumentError(f"mode={mode!r} is unknown; expected 'min' or 'max'")
     folder = made_folder(Path(folder))
     run = {"identity": _plain(identity or {}), "settings": settings.fixed}
-    begun = _begun(folder, run, resume)
+    begun = _begun(folder, run, resume, task)
     task.settings = settings
     task.train()  # Lightning takes the modes that it finds
     history = History(folder, progress)
@@ -272,15 +272,12 @@ def made_folder(folder: Path) -> Path:
     return folder
 
 
-def _begun(folder: Path, run: dict[str, Any], resume: bool) -> dict[str, Any] | None:
+def _begun(folder: Path, run: dict[str, Any], resume: bool, task: Task) -> dict[str, Any] | None:
     """The checkpoint to go on from, if there is one, and it is of the same run."""
     last = folder / LAST
     if not last.exists():
         return None
-    if not resume:
-        raise TrainingError(
-            f"{folder} holds a run already ({LAST}); resume it, or choose another folder"
-        )
+    check_new(folder, (LAST,), resume)
     content = _read(last)
     found = content.get(RUN_KEY)
     if not isinstance(found, dict) or "callbacks" not in content:
@@ -293,7 +290,32 @@ def _begun(folder: Path, run: dict[str, Any], resume: bool) -> dict[str, Any] | 
                     f"{last} is of another run: its {name.replace('_', ' ')} is {was!r}, not "
                     f"{value!r}; resume with the same, or choose another folder"
                 )
+    shapes = (
+        {k: tuple(v.shape) for k, v in s.items()}
+        for s in (content["state_dict"], task.state_dict())
+    )
+    was, own = shapes
+    differing = [name for name in {**was, **own} if was.get(name) != own.get(name)]
+    if differing:
+        name = differing[0]
+        raise LoadError(
+            f"{last} does not fit the network: {name} is {was.get(name, 'absent')} there and "
+            f"{own.get(name, 'absent')} here ({len(differing)} such); resume with the same network"
+        )
     return content
+
+
+def check_new(folder: Path, names: Iterable[str], resume: bool) -> None:
+    """Refuse to write over another run.
+
+    Raises:
+        TrainingError: if a folder has one of the names, and no run is to be resumed.
+    """
+    found = next((name for name in names if (folder / name).exists()), None)
+    if found is not None and not resume:
+        raise TrainingError(
+            f"{folder} holds a run already ({found}); resume it, or choose another folder"
+        )
 
 
 def _read(path: Path) -> dict[str, Any]:
