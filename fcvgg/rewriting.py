@@ -9,7 +9,7 @@ every layer.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
 from math import gcd, prod
@@ -37,6 +37,7 @@ from fcvgg.errors import (
 )
 from fcvgg.geometry import IMAGE, Pair, Window
 from fcvgg.graph import graph_module
+from fcvgg.in_place import InPlaceChanges
 from fcvgg.modules import TrainingFlag
 from fcvgg.placement import device_of
 from fcvgg.program import LayerRecord, Program, Windows
@@ -84,6 +85,7 @@ class Rewriter:
         self.steps = Steps()
         self.window_weights: dict[Any, nn.Parameter] = {}
         self._values: dict[fx.Node, Any] = {}
+        self._in_place = InPlaceChanges(self.graph, self._values)
         self._rewritten: dict[str, list[tuple[Any, str]]] = {}
         self._aliases: set[str] = set()
         self._originals: dict[str, nn.Module] = {}
@@ -134,7 +136,7 @@ class Rewriter:
             self.captured.require_success()
         changed = node.meta.get("changes")
         if changed is not None and isinstance(self._values.get(changed), Cells):
-            self._part_before_change(call, changed)
+            self._in_place.part_before(node, changed)
             args, kwargs = fx.node.map_aggregate((node.args, node.kwargs), self._operand)  # type: ignore
         _check_arguments(rule, call, args, kwargs)
         try:
@@ -144,68 +146,8 @@ class Rewriter:
             raise
         self._check_batch(call, result)
         if changed is not None and isinstance(result, Cells):
-            self._follow_change(call, changed, result)
+            self._in_place.follow(node, changed, result)
         return result
-
-    # -- layers that work in place ----------------------------------------------------------------
-
-    def _part_before_change(self, call: Call, changed: fx.Node) -> None:
-        """Copy the map that a layer is to change in place, where the source keeps another value.
-
-        Reshapes emit nothing, so values that the source copied (or slices that it left alone) may
-        lie on the same map here; those that are read later must not change.
-        """
-        x = self._values[changed]
-        apart = False
-        for node, cells in self._read_later(call.node, x.node):
-            known = _share_storage(node, changed) and cells.elements_within(x)
-            apart |= not known
-            if known == "some":
-                raise UnsupportedLayerError(
-                    f"{call} changes a part of {describe(node)} in place, which is read later as "
-                    "a whole; use the function that returns a new value"
-                )
-        if apart and not call.node.meta.get("anew"):
-            copied = self.graph.call_method("clone", (x.node,))
-            self._move(changed, x, lambda cells: replace(cells, node=copied))
-
-    def _follow_change(self, call: Call, changed: fx.Node, result: Cells) -> None:
-        """Values that share what was changed in place are what the result is."""
-        x = self._values[changed]
-        later = [n for n, _ in self._read_later(call.node, x.node) if _share_storage(n, changed)]
-        if later and not result.same_layout(x):
-            raise UnsupportedLayerError(
-                f"{call} changes {describe(later[0])} in place by values whose elements were "
-                "moved; use the function that returns a new value"
-            )
-        self._move(changed, x, lambda cells: replace(cells, node=result.node).alike(result))
-
-    def _move(self, changed: fx.Node, x: Cells, change: Callable[[Cells], Cells]) -> None:
-        """Change where the values are that share their elements with one of the source's."""
-
-        def moved(cells: Any) -> Any:
-            on_map = isinstance(cells, Cells) and cells.node is x.node
-            return change(cells) if on_map and cells.elements_within(x) == "all" else cells
-
-        for node in {n: None for n, _ in self._on_map(x.node) if _share_storage(n, changed)}:
-            value = self._values[node]
-            several = isinstance(value, (tuple, list))
-            self._values[node] = type(value)(map(moved, value)) if several else moved(value)
-
-    def _on_map(self, place: fx.Node) -> Iterator[tuple[fx.Node, Cells]]:
-        """The source's values that lie on a map of the new graph."""
-        for node, value in self._values.items():
-            for cells in value if isinstance(value, (tuple, list)) else [value]:
-                if isinstance(cells, Cells) and cells.node is place:
-                    yield node, cells
-
-    def _read_later(self, node: fx.Node, place: fx.Node) -> list[tuple[fx.Node, Cells]]:
-        """The source's values on a map that are read after a node."""
-        return [
-            (other, cells)
-            for other, cells in self._on_map(place)
-            if any(user > node for user in other.users)
-        ]
 
     def _sees_images(self, node: fx.Node) -> bool:
         """Whether a value is computed from the images, and not from parameters alone."""
@@ -613,11 +555,6 @@ def _needed(graph: fx.Graph) -> list[fx.Node]:
             memory = storages_of(node.meta.get("value"))
             ends.extend(n for n, changed in changing if not memory.isdisjoint(changed))
     return [node for node in graph.nodes if node in needed]
-
-
-def _share_storage(one: fx.Node, other: fx.Node) -> bool:
-    """Whether values of the source share memory: what is done in place to one changes the other."""
-    return not storages_of(one.meta["value"]).isdisjoint(storages_of(other.meta["value"]))
 
 
 def _features_wanted(node: fx.Node, captured: Captured) -> int | None:

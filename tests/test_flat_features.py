@@ -104,6 +104,7 @@ MAXIMA: dict[str, Callable[[Tensor], Tensor]] = {
     "columns, then rows": lambda x: x.max(3)[0].max(2)[0],
     "values by name": lambda x: x.max(dim=-1).values.max(dim=-1, keepdim=True).values.flatten(1),
     "function over positions": lambda x: torch.max(x.flatten(2), 2)[0],
+    "changed in place": lambda x: x.max(3).values.tanh_().max(2).values,
     "of two maps": lambda x: torch.max(x, -0.3 * x).amax((2, 3)),
 }
 

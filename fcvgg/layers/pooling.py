@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
@@ -128,13 +128,6 @@ def _adaptive(build: Rewriter, call: Call, input: Any, kind: str, output_size: A
     return pool_window(build, call, x, kind, (height, width), wants=wants)
 
 
-class Maximum(NamedTuple):
-    """What ``Tensor.max(dim)`` returns."""
-
-    values: Cells
-    indices: Unusable
-
-
 @rule(*calling("max"))
 def maximum(
     build: Rewriter, call: Call, input: Any, dim: Any = None, keepdim: bool = False, **names: Any
@@ -147,7 +140,7 @@ def maximum(
     if dim is None:
         raise UnsupportedLayerError(f"{call} reduces over the images of the batch")
     indices = Unusable("the indices of a maximum, which depend on the map's size")
-    return Maximum(_reduced(build, call, input, dim, keepdim, "max"), indices)
+    return _reduced(build, call, input, dim, keepdim, "max"), indices
 
 
 @rule(*calling("mean", "sum", "amax"))
