@@ -114,7 +114,7 @@ def _by_blocks(
     rest: Callable[[Tensor], Any] | None,
 ) -> Any:
     """The leading blocks here, and the rest of the graph as it stands."""
-    channels_and_size = x.shape[1:]
+    channels_and_size: Sequence[int] = x.shape[1:]
     for block in blocks:
         channels_and_size = _maps(block, (1, *channels_and_size))[-1]
         if min(channels_and_size) < 1:

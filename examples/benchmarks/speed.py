@@ -5,6 +5,7 @@
 
 The same as ``fcvgg bench``; writes ``speed.md``, ``speed.json`` and ``speed.png``. On a busy
 machine ``--clock cpu --threads 1`` counts the processor's time, which neighbours hardly disturb.
+The whole table takes long; ``--sizes``, ``--batches``, ``--only`` and ``--add`` make it in pieces.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from fcvgg.benchmarking.measurements import CLOCKS, benchmark
+from fcvgg.benchmarking.measurements import CLOCKS, Benchmark, benchmark
 
 
 def main() -> None:
@@ -23,12 +24,15 @@ def main() -> None:
         sizes=arguments.sizes,
         batches=arguments.batches,
         repeats=arguments.repeats,
+        contenders=arguments.only,
         threads=arguments.threads,
         clock=arguments.clock,
         memory=not arguments.no_memory,
         report=print,
     )
     arguments.output.mkdir(parents=True, exist_ok=True)
+    if arguments.add and (arguments.output / "speed.json").exists():
+        result = Benchmark.read(arguments.output / "speed.json").joined(result)
     print(result.markdown())
     for path in result.write(arguments.output):
         print(f"wrote {path}")
@@ -44,6 +48,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int)
     parser.add_argument("--clock", choices=list(CLOCKS), default="wall")
     parser.add_argument("--no-memory", action="store_true")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="contenders, as in the table")
+    parser.add_argument(
+        "--add", action="store_true", help="to the speed.json of earlier runs in the output folder"
+    )
     parser.add_argument("--output", type=Path, default=Path("results"))
     return parser.parse_args()
 

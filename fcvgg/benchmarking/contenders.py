@@ -34,12 +34,14 @@ class Contender:
         make: gives what runs; raises `FcvggError` where it cannot.
         comparable: whether the result is the same score map, so that its error means something.
         native_only: whether it takes images of the native size only.
+        by_crops: whether it classifies the crop of every cell.
     """
 
     name: str
     make: Callable[[nn.Module, int], Run]
     comparable: bool = True
     native_only: bool = False
+    by_crops: bool = False
 
 
 def _plain(model: nn.Module, size: int) -> Run:
@@ -159,8 +161,8 @@ CONTENDERS: dict[str, Contender] = {
         Contender("usual recipe", _usual_recipe),
         Contender("timm", _timm),
         Contender("FC model", _classifier, native_only=True),
-        Contender("FC sliding window", _sliding_window, comparable=False),
-        Contender("MONAI sliding window", _monai, comparable=False),
+        Contender("FC sliding window", _sliding_window, comparable=False, by_crops=True),
+        Contender("MONAI sliding window", _monai, comparable=False, by_crops=True),
     )
 }
 """By name, in the order of the table."""

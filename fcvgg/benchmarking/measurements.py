@@ -13,7 +13,9 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,8 +40,8 @@ _SLOW = 10.0
 _PAUSE = 0.05
 """Seconds between calls, in which the threads of the contender before stop waiting for work."""
 
-_LARGEST_SLIDING = 512 * 512
-"""Pixels of a batch up to which sliding windows are run: their time grows with the crops."""
+_MOST_CROPS = 100
+"""Crops of a batch up to which sliding windows are run: 0.14 s each for a VGG-16."""
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 """``"cpu"`` counts the processor's time; with one thread, neighbours do not disturb it."""
@@ -85,6 +87,45 @@ class Benchmark:
     rows: tuple[Measurement, ...]
     skipped: dict[str, str]
 
+    @staticmethod
+    def read(path: Path) -> Benchmark:
+        """What `write` wrote as JSON.
+
+        Raises:
+            FcvggError: if the file is none.
+        """
+        try:
+            data = json.loads(path.read_text())
+            rows = [{**row, "quartiles": tuple(row["quartiles"])} for row in data["rows"]]
+            return Benchmark(**{**data, "rows": tuple(Measurement(**row) for row in rows)})
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise FcvggError(
+                f"{path} is no speed.json of fcvgg bench: {one_line(error)}"
+            ) from error
+
+    def joined(self, other: Benchmark) -> Benchmark:
+        """This run with another one of the same model on the same machine; the other one counts.
+
+        Ratios and shares of the peak stay those of each run.
+
+        Raises:
+            ArgumentError: if the two were made in different ways.
+        """
+        for name in ("model", "machine", "threads", "clock"):
+            mine, others = getattr(self, name), getattr(other, name)
+            if mine != others:
+                raise ArgumentError(
+                    f"the runs differ in {name}: {mine!r} and {others!r}; join runs made alike"
+                )
+        rows = {(r.size, r.batch, r.contender): r for r in (*self.rows, *other.rows)}
+        order = {name: i for i, name in enumerate(CONTENDERS)}
+        keys = sorted(rows, key=lambda key: (key[0], key[1], order[key[2]]))
+        peak = max(self.peak_gflops, other.peak_gflops)
+        skipped = {**self.skipped, **other.skipped}
+        return replace(
+            other, rows=tuple(rows[key] for key in keys), peak_gflops=peak, skipped=skipped
+        )
+
     def markdown(self) -> str:
         """A table for each size and batch."""
         lines = [
@@ -98,18 +139,46 @@ class Benchmark:
             lines += ["", f"## {size}x{size}, batch {batch}", "", _HEADER, _RULE]
             rows = [row for row in self.rows if (row.size, row.batch) == (size, batch)]
             lines += [_line(row) for row in rows]
+        lines += self._growth()
         if self.skipped:
             lines += ["", "Left out:", ""]
             lines += [f"- {name}: {reason}" for name, reason in self.skipped.items()]
         return "\n".join(lines) + "\n"
+
+    def _growth(self) -> list[str]:
+        """Seconds per megapixel and per 1000 GFLOP of one image, where there are several sizes."""
+        ones = [
+            row for row in self.rows if row.batch == 1 and not CONTENDERS[row.contender].by_crops
+        ]
+        sizes = sorted({row.size for row in ones})
+        if len(sizes) < 2:
+            return []
+        heads = " | ".join(f"{size}" for size in sizes)
+        lines = [
+            "",
+            "## Seconds per megapixel (per TFLOP), batch 1",
+            "",
+            f"| contender | {heads} |",
+        ]
+        lines.append("|---" * (len(sizes) + 1) + "|")
+        found = {(row.contender, row.size): row for row in ones}
+        for name in dict.fromkeys(row.contender for row in ones):
+            cells = [found.get((name, size)) for size in sizes]
+            if sum(row is not None for row in cells) > 1:
+                lines.append(f"| {name} | {' | '.join(map(_per_pixel, cells))} |")
+        return lines
 
     def plot(self) -> Figure:
         """Seconds per call of every contender, one panel for each size and batch."""
         from matplotlib.figure import Figure
 
         cases = list(dict.fromkeys((row.size, row.batch) for row in self.rows))
-        figure = Figure(figsize=(5.5 * len(cases), 4), dpi=110, layout="constrained")
-        axes = figure.subplots(1, len(cases), squeeze=False)[0]
+        across = min(len(cases), 3)
+        down = -(-len(cases) // across)
+        figure = Figure(figsize=(5.5 * across, 3.6 * down), dpi=110, layout="constrained")
+        axes = figure.subplots(down, across, squeeze=False).flatten()
+        for ax in axes[len(cases) :]:
+            ax.set_axis_off()
         for ax, (size, batch) in zip(axes, cases):
             rows = [r for r in self.rows if (r.size, r.batch) == (size, batch)][::-1]
             own = ["tab:blue" if r.contender.startswith(PLAIN) else "tab:gray" for r in rows]
@@ -155,6 +224,12 @@ def _line(row: Measurement) -> str:
     )
 
 
+def _per_pixel(row: Measurement | None) -> str:
+    if row is None:
+        return ""
+    return f"{row.seconds / row.size**2 * 1e6:.2f} ({1000 / row.gflops:.2f})"
+
+
 def benchmark(
     model: str = "vgg16",
     *,
@@ -196,13 +271,16 @@ def benchmark(
             for batch in batches:
                 report(f"{size}x{size}, batch {batch}")
                 images = torch.randn(batch, net.in_channels, size, size)
-                usable = {n: r for n, r in runs.items() if _fits(n, size, batch, native)}
+                crops = prod(net.output_size((size, size))) * batch
+                usable = {n: r for n, r in runs.items() if _fits(n, size, crops, native)}
                 times, best = _times(usable, images, repeats, CLOCKS[clock])
                 peak = max(peak, best)
                 rows += list(_rows(times, net, usable, images, peak))
         if memory:
             rows = [_with_memory(row, model, native, report) for row in rows]
         rows = [_shared(row, peak) for row in rows]
+        cases = [(size, batch) for size in sizes for batch in batches]
+        skipped |= _too_slow(rows, net, cases)
         return Benchmark(
             model=model,
             machine=machine(),
@@ -232,7 +310,13 @@ def machine() -> str:
     if cpuinfo.is_file():
         found = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
         name = found[0].partition(":")[2].strip() if found else name
-    return f"{name}, torch {torch.__version__}"
+    versions = [f"torch {torch.__version__}"]
+    for package in ("onnxruntime", "openvino", "timm", "monai"):
+        try:
+            versions.append(f"{package} {version(package)}")
+        except PackageNotFoundError:
+            continue
+    return ", ".join([name, *versions])
 
 
 def _check_arguments(
@@ -285,11 +369,33 @@ def _made(
     return runs, skipped
 
 
-def _fits(name: str, size: int, batch: int, native: int) -> bool:
+def _fits(name: str, size: int, crops: int, native: int) -> bool:
     contender = CONTENDERS[name]
     if contender.native_only:
         return size == native
-    return "sliding" not in name or size * size * batch <= _LARGEST_SLIDING
+    return not contender.by_crops or crops <= _MOST_CROPS
+
+
+def _too_slow(
+    rows: Sequence[Measurement], net: FullyConvolutional, cases: Sequence[tuple[int, int]]
+) -> dict[str, str]:
+    """What is said of sliding windows where they were not run, from the time of their crops."""
+
+    def crops(size: int, batch: int) -> int:
+        return prod(net.output_size((size, size))) * batch
+
+    reasons = {}
+    for name in dict.fromkeys(row.contender for row in rows if CONTENDERS[row.contender].by_crops):
+        last = [row for row in rows if row.contender == name][-1]
+        per_crop = last.seconds / crops(last.size, last.batch)
+        for size, batch in cases:
+            number = crops(size, batch)
+            if number > _MOST_CROPS:
+                reasons[f"{name} at {size}x{size}, batch {batch}"] = (
+                    f"{number:,} crops, about {number * per_crop:,.0f} s at the time per crop of "
+                    f"{last.size}x{last.size}, batch {last.batch} (not run)"
+                )
+    return reasons
 
 
 def _times(

@@ -259,7 +259,7 @@ class PackedWindowLinear(Packed, FusedWindowLinear):
         outputs = self._outputs(x, padding)
         tiles = self._tiling.tiles(*outputs)
         saves = tiles * self._tiling.inputs**2 < prod((*outputs, *self.kernel))
-        return saves and len(x) * tiles >= _LEAST_WINDOW_TILES
+        return saves and tiles >= _LEAST_WINDOW_TILES
 
     def forward(self, x: Tensor) -> Tensor:
         if self.kernel == (1, 1):
