@@ -342,7 +342,7 @@ def save_figure(test: fcvgg.MaskFolder, results: list[Result], path: Path) -> No
 
     from fcvgg.segmentation.label_map import class_colours
 
-    shown = 0
+    shown = min(3, len(test) - 1)
     photograph = Image.open(test.images[shown])
     truth = read_mask(test.masks[shown])
     figure = Figure(figsize=(10.4, 8), dpi=90, layout="constrained")
@@ -350,9 +350,9 @@ def save_figure(test: fcvgg.MaskFolder, results: list[Result], path: Path) -> No
     for ax in axes.flat:
         ax.set_axis_off()
     axes[0, 0].imshow(photograph, cmap="gray", vmin=0, vmax=255)
-    axes[0, 0].set_title("mosaic", fontsize="medium")
+    axes[0, 0].set_title("mosaic", fontsize="small")
     axes[1, 0].imshow(fcvgg.LabelMap(truth, CLASSES).coloured())
-    axes[1, 0].set_title("truth", fontsize="medium")
+    axes[1, 0].set_title("truth", fontsize="small")
     patches = [
         Patch(color=tuple(colour / 255), label=name)
         for name, colour in zip(CLASSES, class_colours(len(CLASSES)))
@@ -368,7 +368,7 @@ def save_figure(test: fcvgg.MaskFolder, results: list[Result], path: Path) -> No
                 f"FCN-{result.stride}s" if method == "FCN" else f"{method}, stride {result.stride}"
             )
             right = float((result.labels[shown] == truth).mean())
-            ax.set_title(f"{name}: {right:.0%} right", fontsize="medium")
+            ax.set_title(f"{name}: {right:.0%} right", fontsize="small")
     with_palette(figure, path)
 
 
