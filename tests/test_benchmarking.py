@@ -12,7 +12,7 @@ import fcvgg
 from fcvgg.benchmarking import contenders
 from fcvgg.benchmarking import measurements as benchmarking
 from fcvgg.cli import app
-from fcvgg.errors import ArgumentError
+from fcvgg.errors import ArgumentError, FcvggError
 
 NARROW = ["fcvgg", "fcvgg optimised", "usual recipe", "FC model", "FC sliding window"]
 
@@ -79,6 +79,46 @@ def test_what_is_absent_is_left_out_by_name(narrow, monkeypatch):
 def test_the_memory_of_a_process(narrow, capsys):
     benchmarking._measure_memory(json.dumps(["fcvgg", "vgg16", 224, 224, 1]))
     assert int(capsys.readouterr().out) > 50e6
+
+
+def test_sliding_windows_that_would_take_too_long_are_said_to(narrow, monkeypatch):
+    monkeypatch.setattr(benchmarking, "_MOST_CROPS", 2)
+    result = fcvgg_benchmark(sizes=[224, 288], contenders=["fcvgg", "FC sliding window"])
+    assert [(r.contender, r.size) for r in result.rows] == [
+        ("fcvgg", 224),
+        ("FC sliding window", 224),
+        ("fcvgg", 288),
+    ]
+    reason = result.skipped["FC sliding window at 288x288, batch 1"]
+    assert reason.startswith("9 crops, about ")
+    assert reason.endswith(" at the time per crop of 224x224, batch 1 (not run)")
+
+
+def test_seconds_per_megapixel_of_the_sizes(narrow):
+    result = fcvgg_benchmark(sizes=[224, 256], contenders=["fcvgg"])
+    small, large = result.rows
+    assert small.seconds / small.gflops != large.seconds / large.gflops
+    cells = [f"{r.seconds / r.size**2 * 1e6:.2f} ({1000 / r.gflops:.2f})" for r in result.rows]
+    assert f"| fcvgg | {' | '.join(cells)} |" in result.markdown()
+    assert "per megapixel" not in fcvgg_benchmark(sizes=[224], contenders=["fcvgg"]).markdown()
+
+
+def test_pieces_of_a_table_are_joined(narrow, tmp_path):
+    first = fcvgg_benchmark(sizes=[224], contenders=["fcvgg", "usual recipe"])
+    path = first.write(tmp_path)[1]
+    second = fcvgg_benchmark(sizes=[256, 224], contenders=["fcvgg optimised", "fcvgg"])
+    joined = benchmarking.Benchmark.read(path).joined(second)
+    assert [(r.size, r.contender) for r in joined.rows] == [
+        *((224, name) for name in ("fcvgg", "fcvgg optimised", "usual recipe")),
+        *((256, name) for name in ("fcvgg", "fcvgg optimised")),
+    ]
+    assert joined.rows[0] in second.rows
+    assert joined.rows[2] in first.rows
+    with pytest.raises(ArgumentError, match="the runs differ in model: 'vgg16' and 'vgg11'"):
+        first.joined(fcvgg_benchmark("vgg11", contenders=["fcvgg"]))
+    path.write_text("{}")
+    with pytest.raises(FcvggError, match=r"speed.json is no speed.json of fcvgg bench: "):
+        benchmarking.Benchmark.read(path)
 
 
 @pytest.mark.parametrize(

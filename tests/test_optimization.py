@@ -28,7 +28,7 @@ from torch import nn
 import fcvgg
 from fcvgg import modules, trunk
 from fcvgg.errors import ArgumentError, EquivalenceError, FcvggError, MissingExtraError
-from fcvgg.optimization import fused, winograd
+from fcvgg.optimization import fused, fusion, graph_replay, winograd
 from fcvgg.optimization import networks as optimization
 
 REORDERED = 1e-5
@@ -431,14 +431,69 @@ def test_a_trunk_that_was_left_training_evaluates(small):
     assert error_at(small, fast, 1, 3, 40, 40) < REORDERED
 
 
-@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
-def test_engines_equal_plain(small, engine):
+# -- every path on every kind of input, against the plain network in float64 -----------------------
+
+
+PATHS = {
+    "channels last": (lambda net: net, REORDERED),
+    "packed, fused, Winograd": (lambda net: fcvgg.optimize(net), WINOGRAD),
+    "packed for a size": (lambda net: fcvgg.optimize(net, size=44), WINOGRAD),
+    "bfloat16": (lambda net: fcvgg.optimize(net, dtype=torch.bfloat16), BFLOAT16),
+    "onnxruntime": (lambda net: fcvgg.optimize(net, engine="onnxruntime"), REORDERED),
+    "openvino": (lambda net: fcvgg.optimize(net, engine="openvino"), REORDERED),
+}
+
+CASES = {
+    "native size": ({}, (1, 32, 32)),
+    "odd size": ({}, (1, 61, 45)),
+    "batch of 8": ({}, (8, 50, 40)),
+    "below the window": ({}, (2, 20, 33)),
+    "output stride": ({"output_stride": 1}, (1, 41, 50)),
+    "padding same": ({"padding": "same"}, (1, 48, 37)),
+}
+
+
+@pytest.fixture(scope="module")
+def paths():
+    """Networks of each path, made once for each way to convert."""
+    made = {}
+
+    def get(path, options):
+        key = (path, *options.items())
+        if key not in made:
+            model = seeded(SmallVGG, bn=True, dtype=torch.float32)
+            net = fcvgg.convert(model, input_size=32, **options)
+            made[key] = PATHS[path][0](net) if path else net.double()
+        return made[key]
+
+    return get
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("path", PATHS)
+def test_every_path_equals_the_network_in_float64(paths, path, case):
+    if "bfloat16" in path and not optimization.has_bfloat16():
+        pytest.skip("the processor has no bfloat16")
+    for package in {"onnx": ("onnxscript", "onnxruntime"), "open": ("onnxscript", "openvino")}.get(
+        path[:4], ()
+    ):
+        pytest.importorskip(package)
+    options, (count, height, width) = CASES[case]
+    batch = images(count, 3, height, width, dtype=torch.float32)
+    expected = paths(None, options)(batch.double())
+    fast = paths(path, options)
+    assert relative_error(expected, fast(batch).double()) < PATHS[path][1]
+    assert fast.equivalence is None or fast.equivalence.passed
+
+
+@needs_bfloat16
+def test_openvino_in_bfloat16():
     pytest.importorskip("onnxscript")
-    pytest.importorskip(engine)
-    fast = fcvgg.optimize(small, engine=engine)
-    assert fast.optimization.engine == engine
-    assert error_at(small, fast, 2, 3, 60, 44) < REORDERED
-    assert fast.equivalence.passed
+    pytest.importorskip("openvino")
+    model, size = MODELS["narrow VGG-16 with batch norm"]
+    net = fcvgg.convert(seeded(model, dtype=torch.float32), input_size=size)
+    fast = fcvgg.optimize(net, engine="openvino", dtype=torch.bfloat16)
+    assert 1e-5 < error_at(net, fast, 1, 3, size + 33, size + 31) < BFLOAT16
 
 
 @pytest.mark.parametrize(("engine", "extra"), [("onnxruntime", "onnx"), ("openvino", "openvino")])
@@ -479,6 +534,61 @@ def test_what_is_not_a_converted_network_is_refused(small):
         fcvgg.optimize(nn.Linear(1, 1))
     with pytest.raises(ArgumentError, match="optimised already; pass the one it was made from"):
         fcvgg.optimize(fcvgg.optimize(small))
+
+
+# -- CUDA without a GPU: a stand-in for the recorder, which runs on the CPU ------------------------
+
+
+class FakeGraphs:
+    """Stands for torch.cuda: a graph is the function that was recorded, called again by replay."""
+
+    def __init__(self, network):
+        self.network, self.replays, self.records = network, 0, 0
+
+    def record(self, images):
+        inputs = images.clone()
+        scores = self.network(inputs)
+        self.records += 1
+        return self.Graph(self, inputs, scores), inputs, scores
+
+    class Graph:
+        def __init__(self, graphs, inputs, scores):
+            self.graphs, self.inputs, self.scores = graphs, inputs, scores
+
+        def replay(self):
+            self.graphs.replays += 1
+            self.scores.copy_(self.graphs.network(self.inputs))
+
+
+def test_graphs_are_recorded_once_per_size_and_give_own_results(monkeypatch, small):
+    replay = graph_replay.GraphReplay(small.network)
+    graphs = FakeGraphs(small.network)
+    monkeypatch.setattr(replay, "_record", graphs.record)
+    monkeypatch.setattr(graph_replay, "_is_replayed", lambda images: True)
+    monkeypatch.setattr(graph_replay, "_MOST_GRAPHS", 2)
+    batches = [images(2, 3, n, n, seed=i, dtype=torch.float32) for i, n in enumerate((32, 40, 32))]
+    kept = [replay(batch) for batch in batches]
+    for batch, scores in zip(batches, kept):  # an earlier result outlives a later replay
+        assert relative_error(small.network(batch), scores) < REORDERED
+    assert (graphs.records, graphs.replays) == (2, 3)
+    replay(images(1, 3, 32, 32, dtype=torch.float32))  # the batch counts, the oldest one goes
+    replay(batches[1])
+    assert graphs.records == 4
+    twin = copy.deepcopy(replay)
+    assert not twin._recorded
+
+
+def test_a_network_on_the_meta_device_is_neither_packed_nor_recorded(small):
+    """What a GPU would run, shape by shape: plain fused layers with the channels last."""
+    net = fcvgg.convert(seeded(SmallVGG, bn=True, dtype=torch.float32), input_size=32)
+    network = fusion.fused(net.network, torch.float16, fused.FusedConv2d, fused.FusedWindowLinear)
+    network = network.to("meta")
+    replay = graph_replay.GraphReplay(network)
+    assert replay(torch.zeros(2, 3, 60, 44, dtype=torch.float16, device="meta")).shape == (
+        *(2, 5),
+        *net.output_size((60, 44)),
+    )
+    assert not replay._recorded
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections import OrderedDict
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -17,7 +19,9 @@ _WARM_UP = 3
 class GraphReplay(nn.Module):
     """Runs a network on a GPU by replaying what was recorded for inputs of the same shape.
 
-    The channels come last, which is what half-precision convolutions want.
+    The channels come last, which is what half-precision convolutions want. One thread at a time: a
+    graph has one place for its input. Written without a GPU at hand: its bookkeeping is tested with
+    a stand-in for the recorder, its speed is not known.
     """
 
     def __init__(self, network: nn.Module):
@@ -27,8 +31,12 @@ class GraphReplay(nn.Module):
 
     def forward(self, images: Tensor) -> Any:
         images = images.contiguous(memory_format=torch.channels_last)
-        if not images.is_cuda or torch.compiler.is_compiling():
+        if not _is_replayed(images):
             return self.network(images)
+        with _device_of(images):
+            return self._replayed(images)
+
+    def _replayed(self, images: Tensor) -> Any:
         key = (tuple(images.shape), images.dtype)
         if key not in self._recorded:
             self._recorded[key] = self._record(images)
@@ -56,6 +64,16 @@ class GraphReplay(nn.Module):
         return graph, inputs, scores
 
     def __deepcopy__(self, memo: dict[int, Any]) -> GraphReplay:
-        import copy
-
         return GraphReplay(copy.deepcopy(self.network, memo))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_recorded": OrderedDict()}
+
+
+def _is_replayed(images: Tensor) -> bool:
+    return images.is_cuda and not torch.compiler.is_compiling()
+
+
+def _device_of(images: Tensor) -> AbstractContextManager[Any]:
+    """Makes the images' GPU the current one, whose streams are recorded."""
+    return torch.cuda.device(images.device) if images.is_cuda else nullcontext()
