@@ -116,9 +116,10 @@ def _sent(ray: Any, source: Any) -> Any:
     try:
         return ray.put(source)
     except Exception as error:  # whatever an array or dataset of some library raises
+        reason = one_line(error.__cause__ or error)
         raise ImageError(
-            f"{type(source).__name__} cannot be sent to workers: {one_line(error)}; pass a path "
-            "that every machine finds"
+            f"{type(source).__name__} cannot be sent to workers: {reason}; pass a path that every "
+            "machine finds"
         ) from error
 
 

@@ -9,32 +9,31 @@ from collections.abc import Callable
 from pathlib import Path
 
 _STATM = Path("/proc/self/statm")
-_SHARE = 0.5
-"""Of the bound, from which on freed memory is given back: earlier it would only cost time."""
-
-_MORE = 0.2
-"""Of the bound, by which the process must grow before memory is given back once more: each time,
-the system clears what is given back anew.
+_LEAST, _MOST = 0.5, 0.9
+"""Of the bytes in use, from which on freed memory is given back: as late as the bound allows, since
+what is given back must be cleared anew by the system, page by page.
 """
 
 
-def trimmer(memory: int) -> Callable[[], None]:
-    """A function to call between operations, which keeps what the process adds below `memory`.
+def trimmer(used: int, memory: int) -> Callable[[int], None]:
+    """A function to call before operations, which keeps what the process adds below `memory`.
+
+    It is told how many bytes the operation needs at once beside its input and output. `used` are
+    the bytes that are in use at most.
 
     The C library keeps freed blocks for itself, and gaps between blocks in use add up to a multiple
     of what is in use. On systems other than Linux with glibc the function does nothing.
     """
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is None or not _STATM.exists():
-        return lambda: None
-    pages = memory // os.sysconf("SC_PAGE_SIZE")
-    least = limit = _resident_pages() + int(_SHARE * pages)
+        return lambda needed: None
+    allowed = max(min(memory - used // 2, int(_MOST * used)), int(_LEAST * used))
+    page = os.sysconf("SC_PAGE_SIZE")
+    limit = _resident_pages() + allowed // page
 
-    def give_back() -> None:
-        nonlocal limit
-        if _resident_pages() > limit:
+    def give_back(needed: int) -> None:
+        if _resident_pages() + needed // page > limit:
             trim(0)
-            limit = max(least, _resident_pages() + int(_MORE * pages))
 
     return give_back
 

@@ -100,7 +100,7 @@ def bands(
     """
     schedule = job.layout.schedule(plan.strip_bytes, cols)
     width = job.layout.width(cols)
-    buffers = LineBuffers(schedule, width, rows[0], trimmer(plan.peak))
+    buffers = LineBuffers(schedule, width, rows[0], trimmer(plan.peak, plan.memory))
     left = rows[1] - rows[0]
     while left:
         first, end = buffers.image_rows

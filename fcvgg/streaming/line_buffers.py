@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fcvgg.geometry import Pair
 from fcvgg.layers.strips import Part, Sliding
+from fcvgg.modules import _GEMM_CELLS
 from fcvgg.streaming.schedule import Extents, Schedule
 
 
@@ -82,7 +83,7 @@ class LineBuffers:
         schedule: which rows are computed at which strip.
         width: the sizes and ranges along the width.
         row: the first row of cells that is wanted.
-        between: called between operations.
+        before: called before operations with the bytes that their gathered windows take.
     """
 
     def __init__(
@@ -90,9 +91,9 @@ class LineBuffers:
         schedule: Schedule,
         width: Extents,
         row: int,
-        between: Callable[[], None] = lambda: None,
+        before: Callable[[int], None] = lambda needed: None,
     ):
-        self._between = between
+        self._before = before
         self._schedule = schedule
         self._stages = schedule.stages
         self._height, self._width = schedule.height, width
@@ -136,10 +137,19 @@ class LineBuffers:
         for i in range(1, len(self._stages)):
             end = int(ends[i])
             if end > self._done[i]:
+                self._before(self._gathered(i, end))
                 cells = self._hand_on(i, self._compute(i, self._done[i], end), end)
-                self._between()
         self.strip += 1
         return cells
+
+    def _gathered(self, i: int, end: int) -> int:
+        """Bytes of the windows that an operation gathers for its next rows."""
+        sliding = self._stages[i].sliding
+        if sliding is None or not sliding.gathers:
+            return 0
+        first, last = self._width.ranges[i]
+        cells = min((end - self._done[i]) * (last - first), _GEMM_CELLS)
+        return 2 * cells * sliding.columns * self._waiting[i][0].pieces[0].element_size()
 
     def _hand_on(self, i: int, rows: Tensor, end: int) -> Tensor | None:
         first, self._done[i] = self._done[i], end

@@ -49,7 +49,7 @@ def _resumed_plan(job: StreamJob, store: ScoreStore, memory: int) -> StripPlan:
             f"memory={readable(memory)} is too little to resume {store.path}, which was begun with "
             f"more; the same strips need {readable(peak)}"
         )
-    return StripPlan(strip_bytes, blocks, peak)
+    return StripPlan(strip_bytes, blocks, peak, memory)
 
 
 def _description(job: StreamJob) -> dict[str, Any]:

@@ -120,11 +120,13 @@ class StripPlan:
         strip_bytes: of a map that an operation computes at once; strips of rows follow from it.
         blocks: of columns of cells, which are computed one after the other.
         peak: the bytes that it takes at most, by estimate.
+        memory: the bytes that were allowed.
     """
 
     strip_bytes: int
     blocks: tuple[Pair, ...]
     peak: int
+    memory: int
 
 
 def plan_strips(layout: Layout, memory: int, beside: int, source_row: int = 0) -> StripPlan:
@@ -147,12 +149,12 @@ def plan_strips(layout: Layout, memory: int, beside: int, source_row: int = 0) -
     sizes = [best >> i for i in range(best.bit_length()) if best >> i >= _LEAST_BYTES]
     for strip_bytes in sizes:
         if peak(strip_bytes, cells) <= memory:
-            return _planned(layout, strip_bytes, cells, peak(strip_bytes, cells))
+            return _planned(layout, strip_bytes, cells, peak(strip_bytes, cells), memory)
     for strip_bytes in (*(n for n in sizes if n <= _STRIP_BYTES), 1):
         if peak(strip_bytes, 1) <= memory:
             block = _widest(memory, cells, lambda n, size=strip_bytes: peak(size, n))  # type: ignore
             block -= block % _BLOCK if block > _BLOCK else 0
-            return _planned(layout, strip_bytes, block, peak(strip_bytes, block))
+            return _planned(layout, strip_bytes, block, peak(strip_bytes, block), memory)
     raise ArgumentError(
         f"memory={readable(memory)} is too little to stream an image of {layout.size[0]}x"
         f"{layout.size[1]} pixels through this network; the least that would do is "
@@ -169,10 +171,10 @@ def _widest(memory: int, cells: int, peak: Callable[[int], int]) -> int:
     return low
 
 
-def _planned(layout: Layout, strip_bytes: int, block: int, peak: int) -> StripPlan:
+def _planned(layout: Layout, strip_bytes: int, block: int, peak: int, memory: int) -> StripPlan:
     first, end = layout.cols
-    starts = range(first, end, block)
-    return StripPlan(strip_bytes, tuple((n, min(n + block, end)) for n in starts), peak)
+    blocks = tuple((n, min(n + block, end)) for n in range(first, end, block))
+    return StripPlan(strip_bytes, blocks, peak, memory)
 
 
 def estimated_peak(layout: Layout, strip_bytes: int, block: int, source_row: int = 0) -> int:
