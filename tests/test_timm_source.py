@@ -14,6 +14,19 @@ from fcvgg.sources import timm_model
 TOLERANCE = {"atol": 1e-5, "rtol": 0}
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _narrow():
+    """timm's VGG with a sixteenth of its head, whose 120 million weights would take the time."""
+    build = timm.create_model
+
+    def create(name, **options):
+        return build(name, **options, **({"mlp_ratio": 1 / 16} if name.startswith("vgg") else {}))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(timm, "create_model", create)
+        yield
+
+
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     """A VGG11 of timm's of seven classes, and its state in a file."""

@@ -67,9 +67,10 @@ def run(
     own: OwnModel = OwnModel(),
     device: Device = "cpu",
 ) -> None:
-    """Lay one class's heatmap on every image: where the network sees it.
+    """Lay one class's heatmap on every image.
 
-    Of what 'fcvgg stream' wrote it makes a thumbnail and a pyramidal OME-TIFF of the slide's size.
+    It shows where the network sees the class. Of what 'fcvgg stream' wrote it makes a thumbnail and
+    a pyramidal OME-TIFF of the slide's size.
     """
     from fcvgg.cli.slides import show_slides
 

@@ -45,7 +45,7 @@ def run(
     arch: Arch = None,
     input_size: InputSize = None,
 ) -> None:
-    """Show what every layer sees and costs; no weights are downloaded."""
+    """Show what every layer sees and costs; downloads no weights."""
     from fcvgg.layer_table import receptive_fields
 
     wanted = size(at, "--size")

@@ -85,7 +85,10 @@ def run(
     own: OwnModel = OwnModel(),
     device: Device = "cpu",
 ) -> None:
-    """Fit a linear classifier on each layer's features: which depth suits these images."""
+    """Find the depth whose features suit images best.
+
+    A linear classifier is fitted on each layer's features.
+    """
     from fcvgg.figures import save_figure
     from fcvgg.transfer import class_folders, probe
 
