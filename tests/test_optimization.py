@@ -28,7 +28,7 @@ from torch import nn
 import fcvgg
 from fcvgg import modules, trunk
 from fcvgg.errors import ArgumentError, EquivalenceError, FcvggError, MissingExtraError
-from fcvgg.optimization import fused, fusion, graph_replay, winograd
+from fcvgg.optimization import fused, fusion, graph_replay, huge_pages, winograd
 from fcvgg.optimization import networks as optimization
 
 REORDERED = 1e-5
@@ -253,6 +253,29 @@ def test_winograd_is_given_up_where_its_error_is_too_large(monkeypatch, wide):
     fast = fcvgg.optimize(wide)
     assert fast.optimization.winograd == 0
     assert fast.equivalence.passed
+
+
+@needs_packing
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("granted", [False, True])
+def test_asking_for_huge_pages_changes_nothing_else(monkeypatch, packed, granted):
+    asked = []
+    real = huge_pages._madvise()
+
+    def madvise(first, length, advice):
+        asked.append((first.value, length.value))
+        return real(first, length, advice) if granted and real else -1
+
+    monkeypatch.setattr(huge_pages, "_madvise", lambda: madvise)
+    weight = images(1, 1, 1200, 2048, dtype=torch.float32)[0, 0]
+    held = torch.ops.mkldnn._reorder_linear_weight(weight, 10) if packed else weight.clone()
+    assert huge_pages.on_huge_pages(held) is held
+    assert torch.equal(held.to_dense() if packed else held, weight)
+    ((first, length),) = asked
+    assert first % 4096 == length % 4096 == 0
+    assert weight.nbytes - 2 * 4096 <= length <= weight.nbytes
+    huge_pages.on_huge_pages(weight[:10].contiguous())
+    assert len(asked) == 1
 
 
 # -- optimised networks ---------------------------------------------------------------------------

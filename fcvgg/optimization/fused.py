@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from fcvgg.geometry import Pair, Window
 from fcvgg.layers.strips import Part, Sliding, Windows, strip_rule
 from fcvgg.modules import by_windows, window_linear
+from fcvgg.optimization.huge_pages import on_huge_pages
 from fcvgg.optimization.winograd import (
     CONVOLUTION,
     Tiling,
@@ -163,7 +164,7 @@ class PackedConv2d(Packed, FusedConv2d):
         self._width = 0
         self._packed = self._pack(weight)
         if self._tries_winograd and self._allows_winograd(weight):
-            self._kernels = self._tiling.kernels(weight)
+            self._kernels = on_huge_pages(self._tiling.kernels(weight))
 
     def _pack(self, weight: Tensor) -> Any:
         channels = self.in_channels * self.groups
@@ -244,11 +245,11 @@ class PackedWindowLinear(Packed, FusedWindowLinear):
         self._kernels = None
         self._tiling = window_tiling(self.kernel[0])
         if self._tries_winograd and self._allows_winograd(weight):
-            self._kernels = self._tiling.kernels(weight)
+            self._kernels = on_huge_pages(self._tiling.kernels(weight))
         self._packed = self._pack(weight.permute(0, 2, 3, 1).reshape(len(weight), -1))
 
     def _pack(self, weight: Tensor) -> Any:  # (O, kh*kw*C)
-        return torch.ops.mkldnn._reorder_linear_weight(weight, _USUAL_ROWS)
+        return on_huge_pages(torch.ops.mkldnn._reorder_linear_weight(weight, _USUAL_ROWS))
 
     def _allows_winograd(self, weight: Tensor) -> bool:
         square = self.kernel[0] == self.kernel[1] and self.kernel[0] in _WINDOW_KERNELS
