@@ -511,6 +511,15 @@ def test_a_global_pool_needs_a_size(textures: Path, tmp_path: Path) -> None:
     assert result.net.input_size == (32, 32)
 
 
+def test_a_network_with_shortcuts_and_a_global_pool(textures: Path, tmp_path: Path) -> None:
+    result = tuned(
+        textures, tmp_path, model="resnet18", weights=None, size=48, hidden=None, epochs=1
+    )
+    assert result.choice.strategy == "linear"
+    assert "how like they are to the network's own images cannot be measured" in str(result)
+    assert result.net.input_size == (48, 48)
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [

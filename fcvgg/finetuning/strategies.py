@@ -17,9 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fcvgg.errors import ArgumentError, ConversionError
+from fcvgg.errors import ArgumentError, ConversionError, InputSizeError
 from fcvgg.finetuning.images import RESIZES, LabelledFiles
 from fcvgg.geometry import Pair
+from fcvgg.native_size import infer_input_size
 from fcvgg.preprocessing import Preprocess
 from fcvgg.transfer.freezing import freeze_, parameter_groups, unfreeze_
 from fcvgg.transfer.heads import WEIGHT_STD, fully_connected, replace_head
@@ -229,7 +230,7 @@ def prepared(
         torch.manual_seed(seed)
         new = replace_head(model, classes, recipe.hidden)
         size = size_of(recipe, native)
-        if size != native:
+        if size != native and not _takes_any_size(new):
             # kept fully connected layers are carried over; new ones start anew at any size
             new = for_input_size(new, size, init="resample" if recipe.hidden is None else "random")
         if choice.strategy == "scratch":
@@ -244,6 +245,15 @@ def prepared(
     if not any(p.requires_grad for p in new.parameters()):
         raise ArgumentError(f"freeze_upto={recipe.freeze_upto!r} freezes all layers")
     return new
+
+
+def _takes_any_size(model: nn.Module) -> bool:
+    """Whether a global pool stands before the head, so that another size needs no other head."""
+    try:
+        infer_input_size(model)
+    except InputSizeError:
+        return True
+    return False
 
 
 def size_of(recipe: Recipe, native: Pair) -> Pair:
