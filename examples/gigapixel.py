@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import tifffile
 from numpy.typing import NDArray
+from PIL import Image
 
 import fcvgg
 from fcvgg.demo import demo_photograph
@@ -59,10 +60,27 @@ def main() -> None:
         f"{store.array.shape} scores, {seconds:.1f} s, {seconds / megapixels:.3f} s per megapixel, "
         f"{(peak_memory() - before) / 2**20:.0f} MiB added to the process's peak"
     )
-    slide_map = SlideMap(store, arguments.target)
+    target = arguments.target or ("face" if arguments.model == "demo" else None)
+    slide_map = SlideMap(store, target)
     heatmap = slide_map.heatmap(slide_map.source())
     print(f"wrote {heatmap.save(folder / f'heatmap-{side}.png')}")
+    print(f"wrote {detail(slide_map).save(folder / f'detail-{side}.png')}")
     print(f"wrote {slide_map.save_pyramid(folder / f'heatmap-{side}.ome.tif')}")
+
+
+def detail(slide_map: SlideMap) -> fcvgg.Heatmap:
+    """The surroundings of the highest cell, pixel by pixel."""
+    row, col = np.unravel_index(slide_map.cells.argmax(), slide_map.cells.shape)
+    centre = slide_map.geometry.centre_of(int(row), int(col))
+    (top, bottom), (left, right) = (
+        (max(min(int(place) - TILE, n - 2 * TILE), 0), min(max(int(place) + TILE, 2 * TILE), n))
+        for place, n in zip(centre, slide_map.image_size)
+    )
+    values = slide_map.sampled(np.arange(top, bottom), np.arange(left, right))
+    picture, source = None, slide_map.source()
+    if source is not None:
+        picture = Image.fromarray(source.read((top, bottom), (left, right)))
+    return fcvgg.Heatmap(values, np.ones(values.shape, bool), slide_map.label, picture)
 
 
 def tiles(photograph: NDArray[Any], side: int) -> Iterator[NDArray[Any]]:
@@ -87,7 +105,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("photo", nargs="?", help="a photograph (default: the packaged one)")
     parser.add_argument("--side", type=int, default=2048, help="pixels (%(default)s)")
     parser.add_argument("--model", default="demo", help="what fcvgg.load takes (%(default)s)")
-    parser.add_argument("--target", default=None, help="a class (default: the best on average)")
+    parser.add_argument(
+        "--target",
+        default=None,
+        help="a class (default: the demo's face, else the best on average)",
+    )
     parser.add_argument("--memory", default="512MiB", help="what may be added (%(default)s)")
     parser.add_argument("--output", default="gigapixel", help="a folder (%(default)s)")
     return parser.parse_args()

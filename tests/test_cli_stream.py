@@ -13,6 +13,7 @@ import fcvgg
 from fcvgg.cli import app
 from fcvgg.demo import demo_photograph
 from fcvgg.streaming.score_store import open_store
+from fcvgg.streaming.slide_maps import SlideMap
 
 
 @pytest.fixture
@@ -84,6 +85,27 @@ def test_viewers_find_levels_pixel_size_and_the_class(slide, options, pixel_size
             across, down = level.keyframe.get_resolution("CENTIMETER")
             scale = np.divide((500, 1030), level.shape)
             assert (1e4 / down, 1e4 / across) == pytest.approx(pixel_size * scale, rel=1e-3)
+
+
+def test_small_pictures_show_what_single_cells_found(slide):
+    tifffile.imwrite("dark.tif", np.zeros((2100, 1100, 3), np.uint8), photometric="rgb")
+    ran = fcvgg_command("stream", "dark.tif", "-o", "dark.zarr", "--model", "demo")
+    assert ran.exit_code == 0, ran.output
+    store = open_store("dark.zarr", writable=True)
+    face = fcvgg.load("demo", verify=False).categories.index("face")
+    store.array[face] = -20
+    store.array[face, 77, 33] = 20
+    slide_map = SlideMap(store, "face")
+    for side in (300, 64, 20):
+        heatmap = slide_map.heatmap(side=side)
+        assert heatmap.values.max() == pytest.approx(1, abs=0.05)
+        found = np.array(np.unravel_index(heatmap.values.argmax(), heatmap.values.shape)) + 0.5
+        scale = np.divide((2100, 1100), heatmap.values.shape)
+        centre = np.array(slide_map.geometry.centre_of(77, 33))
+        assert (np.abs(found * scale - 0.5 - centre) <= scale / 2 + 4).all()
+        assert (heatmap.values > 0.5).mean() < 0.02
+    with tifffile.TiffFile(slide_map.save_pyramid("dark.ome.tif")) as file:
+        assert [level.asarray().max() >= 220 for level in file.series[0].levels] == [True] * 4
 
 
 def test_a_slide_that_is_none_is_one_line(slide):

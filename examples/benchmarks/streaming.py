@@ -190,7 +190,8 @@ def with_monai(net: fcvgg.FullyConvolutional, image: Tensor) -> Tensor:
         cells: Tensor = net(tile)
         return nn.functional.interpolate(cells, tile.shape[2:])
 
-    pixels: Any = sliding_window_inference(image[None], TILE, 1, predictor, overlap=0.25)
+    tile = [min(TILE, n) for n in image.shape[1:]]
+    pixels: Any = sliding_window_inference(image[None], tile, 1, predictor, overlap=0.25)
     return nn.functional.interpolate(pixels, net.output_size(image.shape[1:]))[0]
 
 

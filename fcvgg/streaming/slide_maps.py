@@ -56,6 +56,26 @@ class SlideMap:
         self.label = class_name(self.index, names)
         self.cells = _probabilities(store, self.index)  # (h, w)
 
+    def shown(self, ys: NDArray[Any], xs: NDArray[Any], size: Pair) -> NDArray[np.float32]:
+        """The probability at pixels of a picture of the image of this size, at points `ys`, `xs`.
+
+        Where a pixel of a reduced picture covers cells, it shows the highest: on the small picture
+        of a large slide, what a few cells have found would else fall between the pixels.
+        """
+        values = self.sampled(ys, xs)
+        (top, bottom), (left, right) = (
+            _covered(axis, points, pixels / n, cells)
+            for axis, points, pixels, n, cells in zip(
+                self.geometry.axes, (ys, xs), self.image_size, size, self.cells.shape
+            )
+        )
+        reduced = size != self.image_size
+        if not reduced or (top >= bottom).all() or (left >= right).all():
+            return values
+        rows = _highest(self.cells[:, left.min() : right.max()], top, bottom)
+        highest = _highest(rows.T, left - left.min(), right - left.min()).T
+        return np.maximum(values, highest)
+
     def sampled(self, ys: NDArray[Any], xs: NDArray[Any]) -> NDArray[np.float32]:
         """The probability at points of the image, ``(len(ys), len(xs))``.
 
@@ -97,7 +117,7 @@ class SlideMap:
                 f"size {self.image_size}"
             )
         picture = None if source is None else _thumbnail(source, ys, xs)
-        values = self.sampled(ys, xs).clip(0, 1)
+        values = self.shown(ys, xs, size).clip(0, 1)
         return Heatmap(values, rows[:, None] & cols[None, :], self.label, picture)
 
     def save_pyramid(self, path: str | Path) -> Path:
@@ -161,7 +181,7 @@ class SlideMap:
         ys, xs = (_points(n, m) for n, m in zip(size, self.image_size))
         for top in range(0, size[0], _TILE):
             for left in range(0, size[1], _TILE):
-                values = self.sampled(ys[top : top + _TILE], xs[left : left + _TILE])
+                values = self.shown(ys[top : top + _TILE], xs[left : left + _TILE], size)
                 yield np.round(values.clip(0, 1) * 255).astype(np.uint8)
 
 
@@ -227,6 +247,22 @@ def _neighbours(axis: Axis, points: NDArray[Any], cells: int) -> tuple[NDArray[A
     places = _places(axis, points).clip(0, cells - 1)
     first = np.floor(places).astype(int)
     return first, (places - first).astype(np.float32)
+
+
+def _covered(
+    axis: Axis, points: NDArray[Any], extent: float, cells: int
+) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Half-open ranges of the cells whose centres lie within `extent` pixels around points."""
+    first = np.ceil(_places(axis, points - extent / 2)).clip(0, cells)
+    end = np.ceil(_places(axis, points + extent / 2)).clip(0, cells)
+    return first.astype(int), end.astype(int)
+
+
+def _highest(
+    values: NDArray[np.float32], first: NDArray[Any], end: NDArray[Any]
+) -> NDArray[np.float32]:
+    """The maximum of each range of rows; 0 for an empty one."""
+    return np.stack([values[a:b].max(0, initial=0) for a, b in zip(first, end)])
 
 
 def _within(axis: Axis, points: NDArray[Any], cells: int) -> NDArray[np.bool_]:
