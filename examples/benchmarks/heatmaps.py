@@ -1,7 +1,7 @@
 """Heatmaps side by side: all classes at once here, one class at a time by class activation maps.
 
     pip install 'fcvgg[bench]'
-    python examples/benchmarks/heatmaps.py --size 512
+    python examples/benchmarks/heatmaps.py --size 512 --output heatmaps.md
 
 The same classifier and the same image: `fcvgg` gives the probability maps of all K classes in one
 evaluation; pytorch-grad-cam's and torchcam's Grad-CAM give one class's map, by a backward pass.
@@ -13,18 +13,19 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
+import numpy as np
 import torch
 import torchvision
 from torch import Tensor
 
 import fcvgg
-from fcvgg.benchmarking.measurements import peak_bytes
+from fcvgg.benchmarking.measurements import machine, peak_bytes
 
 Run = Callable[[Tensor], object]
 
@@ -82,7 +83,7 @@ CONTENDERS: dict[str, tuple[Callable[[], Run], int]] = {
 
 
 def main() -> None:
-    """Measure and print a Markdown table."""
+    """Measure, print a Markdown table and perhaps write it."""
     arguments = parse_arguments()
     if arguments.child:
         measure_memory(arguments.child, arguments.size)
@@ -102,12 +103,27 @@ def main() -> None:
             start = time.perf_counter()
             run(image)
             times[name].append(time.perf_counter() - start)
-    print(f"| {arguments.size}x{arguments.size} | time | per class | memory |\n|---|---|---|---|")
+    lines = [
+        "# vgg16: heatmaps side by side",
+        "",
+        f"{machine()}; {torch.get_num_threads()} threads, medians of {arguments.repeats} calls "
+        "that take turns, memory of a process of its own.",
+        "",
+        f"| {arguments.size}x{arguments.size} | time | quartiles | per class | memory |",
+        "|---|---|---|---|---|",
+    ]
     for name, seconds in times.items():
-        median = statistics.median(seconds)
+        low, median, high = np.percentile(seconds, [25, 50, 75])
         per_class = median / CONTENDERS[name][1]
         memory = peak_memory(name, arguments.size)
-        print(f"| {name} | {median:.3f} s | {1000 * per_class:,.1f} ms | {memory / 1e6:,.0f} MB |")
+        lines.append(
+            f"| {name} | {median:.3f} s | {low:.3f} to {high:.3f} | {1000 * per_class:,.1f} ms | "
+            f"{memory / 1e6:,.0f} MB |"
+        )
+    text = "\n".join(lines) + "\n"
+    print(text)
+    if arguments.output:
+        arguments.output.write_text(text)
 
 
 def peak_memory(name: str, size: int) -> int:
@@ -129,6 +145,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", type=int, default=512)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--output", type=Path, help="a Markdown file")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     return parser.parse_args()
 
