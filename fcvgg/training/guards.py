@@ -168,12 +168,18 @@ class History(Callback):
 
     def _print(self, epochs: int | None) -> None:
         last = self.epochs[-1]
-        shown = [
-            f"{name.replace('_', ' ')} {value:{'.3g' if name == 'lr' else '.4f'}}"
-            for name, value in last.items()
-            if name not in ("epoch", "seconds")
-        ]
-        line = f"epoch {int(last['epoch'])}/{epochs}  {'  '.join(shown)}  {last['seconds']:.1f} s"
+        shown: list[str] = []
+        part = ""
+        for name, value in last.items():
+            if name in ("epoch", "seconds"):
+                continue
+            before, _, what = name.partition("_")  # train_loss, valid_loss, valid_accuracy
+            words = what if what and before == part else name
+            gap = "" if what and before == part else " "
+            part = before
+            text = f"{value:.3g}" if name == "lr" else f"{value:.3f}"
+            shown.append(f"{gap} {words.replace('_', ' ')} {text}")
+        line = f"epoch {int(last['epoch'])}/{epochs}{''.join(shown)}  {last['seconds']:.1f} s"
         print(line, file=sys.stderr)
 
 
