@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -85,6 +86,25 @@ def test_equivalence_of_all_eight_vggs(tmp_path: Path) -> None:
         assert top1 == "100%"
         assert all(float(time) > 0 for time in times)
     assert last == "all 8 agree on 1 images"
+
+
+def test_gigapixel_streams_and_shows_what_it_found(tmp_path: Path) -> None:
+    printed = run("gigapixel.py", "--side", "1024", cwd=tmp_path)
+    assert re.search(r"\(2, 125, 125\) scores, .* s per megapixel, \d+ MiB added", printed)
+    assert printed.count("wrote ") == 3
+    with Image.open(tmp_path / "gigapixel" / "detail-1024.png") as detail:
+        assert detail.size == (1024, 1024)
+
+
+def test_the_streaming_benchmark_reports_what_was_measured(tmp_path: Path) -> None:
+    figures = {"rows": 1024, "cols": 512, "memory": "1GiB", "threads": 1, "seconds": 2, "cpu": 2}
+    for way, added, difference in (("whole", 300 << 20, 0), ("stream", 100 << 20, 3e-7)):
+        kept = {**figures, "way": way, "added": added, "difference": difference}
+        (tmp_path / f"{way}-1024.json").write_text(json.dumps(kept))
+    printed = run("benchmarks/streaming.py", "--folder", ".", "--report", ".", cwd=tmp_path)
+    assert printed == "wrote streaming.md\nwrote streaming.png\n"
+    table = (tmp_path / "streaming.md").read_text()
+    assert "| 1024 | fcvgg.stream | 2.0 s | 3.81 s | 3.81 s | 100 MiB | 3e-07 |" in table
 
 
 def test_train_demo_trains(tmp_path: Path) -> None:
