@@ -99,7 +99,7 @@ def test_seconds_per_megapixel_of_the_sizes(narrow):
     small, large = result.rows
     assert small.seconds / small.gflops != large.seconds / large.gflops
     cells = [f"{r.seconds / r.size**2 * 1e6:.2f} ({1000 / r.gflops:.2f})" for r in result.rows]
-    assert f"| fcvgg | {' | '.join(cells)} |" in result.markdown()
+    assert f"| fcvgg     | {' | '.join(cells)} |" in result.markdown()
     assert "per megapixel" not in fcvgg_benchmark(sizes=[224], contenders=["fcvgg"]).markdown()
 
 

@@ -134,11 +134,16 @@ class Benchmark:
             f"{self.machine}; {self.threads} threads, {self.clock} time, contenders taking turns; "
             f"peak of this run {self.peak_gflops:,.0f} GFLOP/s in float32 (the best of a matrix "
             "product and a convolution).",
+            "",
+            "Medians; the ratio is to plain fcvgg's time. Memory is the peak of a process of its "
+            "own, the error the largest difference from float64 scores relative to the largest "
+            "score. Operations are the dense network's for everybody, so Winograd's algorithm and "
+            "bfloat16 may exceed the peak.",
         ]
         for size, batch in dict.fromkeys((row.size, row.batch) for row in self.rows):
-            lines += ["", f"## {size}x{size}, batch {batch}", "", _HEADER, _RULE]
             rows = [row for row in self.rows if (row.size, row.batch) == (size, batch)]
-            lines += [_line(row) for row in rows]
+            lines += ["", f"## {size}x{size}, batch {batch}", ""]
+            lines += _table(_HEADINGS, [_cells(row) for row in rows])
         lines += self._growth()
         if self.skipped:
             lines += ["", "Left out:", ""]
@@ -153,20 +158,14 @@ class Benchmark:
         sizes = sorted({row.size for row in ones})
         if len(sizes) < 2:
             return []
-        heads = " | ".join(f"{size}" for size in sizes)
-        lines = [
-            "",
-            "## Seconds per megapixel (per TFLOP), batch 1",
-            "",
-            f"| contender | {heads} |",
-        ]
-        lines.append("|---" * (len(sizes) + 1) + "|")
         found = {(row.contender, row.size): row for row in ones}
+        table = []
         for name in dict.fromkeys(row.contender for row in ones):
             cells = [found.get((name, size)) for size in sizes]
             if sum(row is not None for row in cells) > 1:
-                lines.append(f"| {name} | {' | '.join(map(_per_pixel, cells))} |")
-        return lines
+                table.append([name, *map(_per_pixel, cells)])
+        headings = ["contender", *(f"{size}x{size}" for size in sizes)]
+        return ["", "## Seconds per megapixel (per TFLOP), batch 1", "", *_table(headings, table)]
 
     def plot(self) -> Figure:
         """Seconds per call of every contender, one panel for each size and batch."""
@@ -210,18 +209,34 @@ class Benchmark:
         return paths
 
 
-_HEADER = "| contender | time | quartiles | ratio to fcvgg | GFLOP/s | of peak | memory | error |"
-_RULE = "|---|---|---|---|---|---|---|---|"
+_HEADINGS = ["contender", "time", "quartiles", "ratio", "GFLOP/s", "of peak", "memory", "error"]
 
 
-def _line(row: Measurement) -> str:
+def _cells(row: Measurement) -> list[str]:
     low, high = row.quartiles
-    memory = "" if row.memory is None else f"{row.memory / 1e6:,.0f} MB"
-    error = "" if row.error is None else f"{row.error:.0e}"
-    return (
-        f"| {row.contender} | {row.seconds:.3f} s | {low:.3f} to {high:.3f} | {row.ratio:.2f} | "
-        f"{row.gflops:,.0f} | {row.share:.0%} | {memory} | {error} |"
-    )
+    return [
+        row.contender,
+        f"{row.seconds:.3f} s",
+        f"{low:.3f} to {high:.3f}",
+        f"{row.ratio:.2f}",
+        f"{row.gflops:,.0f}",
+        f"{row.share:.0%}",
+        "" if row.memory is None else f"{row.memory / 1e6:,.0f} MB",
+        "" if row.error is None else f"{row.error:.0e}",
+    ]
+
+
+def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """A Markdown table that also reads well as text; columns of which nothing is known are left."""
+    known = [i for i in range(len(headings)) if any(row[i] for row in rows)]
+    lines = [[line[i] for i in known] for line in (headings, *rows)]
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    rule = [":" + "-" * (widths[0] - 1), *("-" * (width - 1) + ":" for width in widths[1:])]
+    texts = [
+        [line[0].ljust(widths[0]), *(text.rjust(n) for text, n in zip(line[1:], widths[1:]))]
+        for line in lines
+    ]
+    return [f"| {' | '.join(line)} |" for line in (texts[0], rule, *texts[1:])]
 
 
 def _per_pixel(row: Measurement | None) -> str:
