@@ -543,6 +543,9 @@ def test_crops_and_flips_move_image_and_mask_together(tmp_path: Path) -> None:
     assert 3 < flipped < 21
 
 
+SETTINGS = Settings(epochs=4, optimizer="adamw", lr=5e-3, batch_size=2, cosine=False)
+
+
 def train(folder: Path, out: Path, epochs: int = 4, resume: bool = False, **options: Any) -> Any:
     fcn = fcvgg.FCN(
         fcvgg.convert(seeded(SmallVGG, dtype=torch.float32), preprocess=PLAIN),
@@ -550,7 +553,7 @@ def train(folder: Path, out: Path, epochs: int = 4, resume: bool = False, **opti
         "16s",
         categories=CLASSES,
     )
-    chosen = Settings(epochs=epochs, optimizer="adamw", lr=5e-3, batch_size=2, cosine=False)
+    chosen = replace(SETTINGS, epochs=epochs)
     return fcvgg.train_fcn(fcn, folder, out, settings=chosen, crop=32, resume=resume, **options)
 
 
@@ -572,6 +575,12 @@ def test_training_finds_the_parts_and_a_resumed_run_ends_the_same(tmp_path: Path
         assert torch.equal(resumed.fcn.state_dict()[name], value), name
     with pytest.raises(fcvgg.LoadError, match="its class weights is"):
         train(folder, tmp_path / "parts", resume=True, backbone_lr=1e-3)
+    with pytest.raises(fcvgg.TrainingError, match="parts holds a run already"):
+        train(folder, tmp_path / "parts", **options)
+    with pytest.raises(fcvgg.LoadError, match="its starting weights is"):
+        fcvgg.train_fcn(
+            again, folder, tmp_path / "whole", settings=SETTINGS, crop=32, resume=True, **options
+        )
 
 
 def test_what_cannot_be_trained_is_said_in_one_line(tmp_path: Path) -> None:

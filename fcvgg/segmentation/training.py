@@ -19,11 +19,13 @@ from fcvgg.segmentation.metrics import SegmentationMetrics, confusion_metric, me
 from fcvgg.segmentation.network import FCN
 from fcvgg.segmentation.samples import MaskedImages, collated
 from fcvgg.training.settings import Settings
+from fcvgg.transfer.feature_cache import digest_of
 
 if TYPE_CHECKING:
     from fcvgg.training.loop import TrainingRun
 
 _CALIBRATION_IMAGES = 4
+_DIGITS = 12
 
 
 @dataclass(frozen=True)
@@ -123,6 +125,7 @@ def train_fcn(
             "variant": fcn.variant,
             "classes": fcn.num_classes,
             "images": [p.name for p in train.images],
+            "starting_weights": digest_of(fcn)[:_DIGITS],
             "crop": samples.crop,
             "flip": flip,
             "class_weights": None if weights is None else weights.tolist(),
