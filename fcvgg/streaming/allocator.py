@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 _STATM = Path("/proc/self/statm")
-_LEAST, _MOST = 0.5, 0.9
+_LEAST, _MOST = 0.5, 0.75
 """Of the bytes in use, from which on freed memory is given back: as late as the bound allows, since
 what is given back must be cleared anew by the system, page by page.
 """
