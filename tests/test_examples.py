@@ -104,7 +104,7 @@ def test_the_streaming_benchmark_reports_what_was_measured(tmp_path: Path) -> No
     printed = run("benchmarks/streaming.py", "--folder", ".", "--report", ".", cwd=tmp_path)
     assert printed == "wrote streaming.md\nwrote streaming.png\n"
     table = (tmp_path / "streaming.md").read_text()
-    assert "| 1024 | fcvgg.stream | 2.0 s | 3.81 s | 3.81 s | 100 MiB | 3e-07 |" in table
+    assert "| 1024 | fcvgg.stream | 2.0 s | 3.81 s | 100 MiB | 3e-07 |" in table
 
 
 def test_train_demo_trains(tmp_path: Path) -> None:
