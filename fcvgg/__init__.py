@@ -37,8 +37,8 @@ if TYPE_CHECKING:
     from fcvgg.evaluation.protocols import evaluate as evaluate
     from fcvgg.evaluation.window_comparison import WindowComparison as WindowComparison
     from fcvgg.evaluation.window_comparison import compare_windows as compare_windows
-    from fcvgg.finetuning.finetuning import FineTuned as FineTuned
     from fcvgg.finetuning.finetuning import finetune as finetune
+    from fcvgg.finetuning.result import FineTuned as FineTuned
     from fcvgg.finetuning.strategies import Recipe as Recipe
     from fcvgg.geometry import Geometry as Geometry
     from fcvgg.heatmap import Heatmap as Heatmap
@@ -112,10 +112,8 @@ _PUBLIC: dict[str, tuple[str, ...]] = {
         "Evaluation",
         "evaluate",
     ),
-    "finetuning.finetuning": (
-        "FineTuned",
-        "finetune",
-    ),
+    "finetuning.finetuning": ("finetune",),
+    "finetuning.result": ("FineTuned",),
     "finetuning.strategies": ("Recipe",),
     "geometry": ("Geometry",),
     "heatmap": ("Heatmap",),

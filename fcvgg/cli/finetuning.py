@@ -15,7 +15,7 @@ from fcvgg.cli.options import Weights
 from fcvgg.cli.options import size as size_of
 
 if TYPE_CHECKING:
-    from fcvgg.finetuning.finetuning import FineTuned
+    from fcvgg.finetuning.result import FineTuned
 
 NAME = "finetune"
 EXAMPLES = (

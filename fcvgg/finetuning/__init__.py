@@ -3,6 +3,7 @@
 - `images`: the folders' images, split, resized and augmented,
 - `strategies`: what is trained, and which way suits how many images of what kind,
 - `tasks`: what Lightning runs; `svm`: features and a support vector machine,
-- `finetuning`: `finetune`, from folder to bundle,
+- `finetuning`: `finetune`, from folder to bundle; `pretrained`: what it starts from; `fitting`: the
+  training of each strategy; `result`: `FineTuned`,
 - `report`: curves, confusion matrix, and heatmaps of the worst mistakes.
 """

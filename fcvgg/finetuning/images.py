@@ -17,10 +17,10 @@ from fcvgg.datasets import Unreadable
 from fcvgg.errors import ArgumentError, DatasetError
 from fcvgg.geometry import Pair
 from fcvgg.images import in_mode, read_image
-from fcvgg.preprocessing import Preprocess, resized_to_side
+from fcvgg.preprocessing import Preprocess
 from fcvgg.transfer.image_folders import ClassFolders, class_folders
 
-TRAIN, VALID = "train", ("valid", "val", "validation")
+TRAIN, VALID, TEST = "train", ("valid", "val", "validation"), ("test", "testing")
 RESIZES = ("resize", "centre-crop")
 
 _LEAST_AREA = 0.5
@@ -71,8 +71,9 @@ def split_folders(folder: str | Path, fraction: float = 0.2, seed: int = 0) -> S
     """The images of a folder, to train on and held out.
 
     Args:
-        folder: holds ``train`` and ``valid`` (or ``val``), each with one folder per class; or the
-            class folders themselves, which are then split.
+        folder: holds ``train`` and ``valid`` (or ``val``), each with one folder per class; or
+            ``train`` alone, or the class folders themselves, which are then split. A ``test``
+            beside ``train`` is left for the last judgement and not looked at.
         fraction: the share of every class that is held out where the folder is split; at least one
             image.
         seed: of the split.
@@ -89,14 +90,18 @@ def split_folders(folder: str | Path, fraction: float = 0.2, seed: int = 0) -> S
     train = folder / TRAIN
     if train.is_dir() and held_out is not None:
         return _given(class_folders(train), class_folders(held_out), train, held_out)
-    alone = train.is_dir() and not any(
-        p.is_dir() and p != train and not p.name.startswith(".") for p in folder.iterdir()
+    alone = (  # a part of the data with class folders, and no class named so
+        train.is_dir() and _folders(train) and not _folders(folder) - {TRAIN, *TEST}
     )
     if not train.is_dir() and held_out is not None:
         raise DatasetError(
             f"{folder} has {held_out.name} and no {TRAIN}; expected both, or class folders only"
         )
     return _split(class_folders(train if alone else folder), fraction, seed)
+
+
+def _folders(folder: Path) -> set[str]:
+    return {p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")}
 
 
 def _given(train: ClassFolders, valid: ClassFolders, *folders: Path) -> SplitFolders:
@@ -156,8 +161,8 @@ class ImageRows(Dataset[tuple[Tensor, int]]):
         files: which images.
         preprocess: how ``uint8`` pixels become input; its resize is not used.
         size: ``(h, w)`` of the input.
-        resize: ``"resize"`` to that size whatever the aspect ratio, or ``"centre-crop"``: the
-            smaller side to that size and the middle of the rest.
+        resize: ``"resize"`` to that size whatever the aspect ratio, or ``"centre-crop"``: as small
+            as covers that size, and the middle of it.
         augment: a random crop of half the image's area or more, mirrored or not, with random
             brightness, contrast and colour; drawn from torch's generator.
     """
@@ -197,8 +202,11 @@ class ImageRows(Dataset[tuple[Tensor, int]]):
             return replace(self.preprocess, resize=self.size).resized(picture)
         height, width = self.size
         scale = max(height / picture.height, width / picture.width)
-        side = max(round(min(picture.size) * scale), 1)
-        picture = resized_to_side(picture, side, self.preprocess.interpolation)
+        covering = (  # rounded down, either could be a pixel short
+            max(round(picture.height * scale), height),
+            max(round(picture.width * scale), width),
+        )
+        picture = replace(self.preprocess, resize=covering).resized(picture)
         left, top = (picture.width - width) // 2, (picture.height - height) // 2
         return picture.crop((left, top, left + width, top + height))
 

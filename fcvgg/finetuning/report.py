@@ -20,7 +20,7 @@ from fcvgg.network import FullyConvolutional
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from fcvgg.finetuning.finetuning import FineTuned
+    from fcvgg.finetuning.result import FineTuned
 
 SHOWN = 6
 """Mistakes with heatmaps."""

@@ -147,11 +147,16 @@ def chosen(
             f"{amount} many (from {MANY}), so {MEANINGS['all']}; pretrained weights are the better "
             "start even for images of another kind",
         )
+    if recipe.hidden:
+        return Choice("partial", f"since hidden layers are asked for: {MEANINGS['partial']}")
     similar, why = (
         (recipe.similar, f"the images are called {'similar' if recipe.similar else 'different'}")
         if recipe.similar is not None
         else _measured(model, recipe, files, preprocess, size)
     )
+    if per_class < FEW and not similar and recipe.augment:
+        why = f"{why}, and features that are varied suit no support vector machine"
+        return Choice("partial", f"{amount} few (below {FEW}), {why}, so {MEANINGS['partial']}")
     if per_class < FEW:
         strategy = "linear" if similar else "svm"
         return Choice(strategy, f"{amount} few (below {FEW}) and {why}, so {MEANINGS[strategy]}")

@@ -62,7 +62,10 @@ def fitted_svm(
         ),
     )
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a machine that has not quite converged decides as well
+        # a machine that has not quite converged decides as well
+        warnings.simplefilter(
+            "ignore", imported("sklearn.exceptions", "sklearn").ConvergenceWarning
+        )
         machine.fit(rows, labels)
         factor = _sharpness(machine, rows, labels, seed)
     features = features_upto(model, layer)

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from fcvgg.errors import ConversionError
 from fcvgg.network import evaluating
+from fcvgg.probability import to_probabilities
 from fcvgg.progress import progress_bar
 from fcvgg.sources.extras import imported
 from fcvgg.training.loop import Task
@@ -151,20 +152,24 @@ def frozen_features(
 def probabilities_of(
     model: nn.Module,
     images: Dataset[Any],
+    activation: str,
     *,
     batch_size: int,
     device: torch.device,
     progress: bool = False,
 ) -> Tensor:
-    """The class probabilities ``(N, K)`` that a classifier gives images at its native size."""
+    """The class probabilities ``(N, K)`` that a classifier gives images at its native size.
+
+    `activation` is what its scores are, as for `fcvgg.FullyConvolutional`.
+    """
     found = []
     model.to(device)
     total = len(images)  # type: ignore[arg-type]
     try:
         with evaluating(model), progress_bar("held-out images", total, progress) as advance:
             for batch, truth in DataLoader(images, batch_size):
-                # of log-probabilities the softmax is the exponential
-                found.append(model(batch.to(device)).float().softmax(1).cpu())
+                scores = model(batch.to(device))
+                found.append(to_probabilities(scores, activation, dim=1).cpu())
                 advance(len(truth))
     finally:
         model.cpu()

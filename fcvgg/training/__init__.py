@@ -2,7 +2,8 @@
 
 - `settings`: how long, how fast, with what precision,
 - `loop`: `fit`, the one path through Lightning,
-- `guards`: its callbacks: checkpoints, history, losses that are not finite,
+- `checkpoints`: a run's files, written whole and read by the same run only,
+- `guards`: callbacks: which checkpoints are kept, history, losses that are not finite,
 - `order`: batches and augmentation that depend on seed, epoch and index only.
 """
 

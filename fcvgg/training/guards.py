@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import errno
 import sys
 import time
 from collections.abc import Mapping
@@ -16,13 +15,10 @@ import torch
 from pytorch_lightning.callbacks import Callback, Checkpoint
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 
-from fcvgg.errors import FcvggError, TrainingError, one_line
+from fcvgg.errors import TrainingError
 from fcvgg.files import written_whole
+from fcvgg.training.checkpoints import BEST, HISTORY, LAST, RUN_KEY, state_and_run, write_checkpoint
 from fcvgg.training.order import mixed_seed
-
-BEST, LAST, HISTORY = "best.ckpt", "last.ckpt", "history.csv"
-RUN_KEY = "fcvgg_run"
-"""Where a checkpoint tells of which run it is."""
 
 _LOOKED_AT_EVERY = 16
 """Steps between two looks at a loss on a device, each of which waits for it."""
@@ -33,28 +29,6 @@ class WholeFiles(TorchCheckpointIO):
 
     def save_checkpoint(self, checkpoint: Any, path: Any, storage_options: Any = None) -> None:
         write_checkpoint(checkpoint, Path(path))
-
-
-def write_checkpoint(checkpoint: Any, path: Path) -> None:
-    """Write what torch.save takes, whole or not at all.
-
-    Raises:
-        TrainingError: if the disk is full or the folder cannot be written.
-    """
-    kept = f"; the one before is kept, {path}" if path.exists() else ""
-    try:
-        with written_whole(path) as temporary, open(temporary, "wb") as file:
-            torch.save(checkpoint, file)
-    except (OSError, RuntimeError, FcvggError) as error:
-        # torch's writer ends in a RuntimeError of its own, of which the OSError is the context
-        cause = _os_error_in(error)
-        reason = cause.strerror if cause is not None else one_line(error)
-        full = cause is not None and cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        what = "the disk is full" if full else "it could not be written"
-        raise TrainingError(
-            f"cannot save the checkpoint {path}: {what} ({reason}){kept}; "
-            "make room and resume the run"
-        ) from error
 
 
 class Determinism(Callback):
@@ -212,8 +186,7 @@ class BestAndLast(Checkpoint):
         if value < self.best_value if self.mode == "min" else value > self.best_value:
             self.best_value, self.best_epoch = value, trainer.current_epoch + 1
             if trainer.is_global_zero:
-                best = {"state_dict": pl_module.state_dict(), RUN_KEY: self.run}
-                write_checkpoint(best, self.folder / BEST)
+                write_checkpoint(state_and_run(pl_module, self.run), self.folder / BEST)
         trainer.save_checkpoint(self.folder / LAST)
 
     def on_save_checkpoint(
@@ -276,11 +249,3 @@ class Bar(Callback):
         if self._progress is not None:
             self._progress.stop()
             self._progress = None
-
-
-def _os_error_in(error: BaseException | None) -> OSError | None:
-    while error is not None:
-        if isinstance(error, OSError):
-            return error
-        error = error.__cause__ or error.__context__
-    return None

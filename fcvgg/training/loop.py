@@ -7,7 +7,7 @@ import logging
 import signal
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,17 @@ from fcvgg.errors import (
     ArgumentError,
     LoadError,
     MissingExtraError,
-    TrainingError,
     one_line,
+)
+from fcvgg.training.checkpoints import (
+    BEST,
+    LAST,
+    RUN_KEY,
+    begun_run,
+    check_fits,
+    made_folder,
+    read_checkpoint,
+    run_of,
 )
 from fcvgg.training.order import EpochOrder, SeededItems
 from fcvgg.training.settings import Settings, optimizer_and_schedule
@@ -37,10 +46,6 @@ except ImportError as _error:
     ) from _error
 
 from fcvgg.training.guards import (
-    BEST,
-    HISTORY,
-    LAST,
-    RUN_KEY,
     Bar,
     BestAndLast,
     Determinism,
@@ -148,8 +153,12 @@ def fit(
     if mode not in ("min", "max"):
         raise ArgumentError(f"mode={mode!r} is unknown; expected 'min' or 'max'")
     folder = made_folder(Path(folder))
-    run = {"identity": _plain(identity or {}), "settings": settings.fixed}
-    begun = _begun(folder, run, resume, task)
+    run = run_of(identity or {}, settings)
+    begun = begun_run(folder, run, resume)
+    if begun is not None:
+        if "callbacks" not in begun:
+            raise LoadError(f"{folder / LAST} is of no run that can go on; choose another folder")
+        check_fits(begun, task, folder / LAST)
     task.settings = settings
     task.train()  # Lightning takes the modes that it finds
     history = History(folder, progress)
@@ -159,8 +168,8 @@ def fit(
         done = int(begun["epoch"]) + 1
         history.load_state_dict(begun["callbacks"][history.state_key])
         kept.load_state_dict(begun["callbacks"][kept.state_key])
-    stopped = begun is not None and bool(begun[RUN_KEY]["stopped"])
-    if begun is None or (not stopped and done < settings.epochs):
+    stopped = begun is not None and bool(begun[RUN_KEY]["stopped"]) and done < settings.epochs
+    if not stopped and done < settings.epochs:
         callbacks = [Determinism(settings.seed), FiniteLoss(folder), history, kept]
         if settings.patience is not None:
             callbacks.append(
@@ -178,7 +187,7 @@ def fit(
                 weights_only=True if begun is not None else None,
             )
             stopped = bool(trainer.should_stop) and len(history.epochs) < settings.epochs
-    task.load_state_dict(_read(folder / BEST)["state_dict"])
+    task.load_state_dict(read_checkpoint(folder / BEST)["state_dict"])
     task.trainer = None
     task.eval()
     return TrainingRun(
@@ -206,9 +215,8 @@ class _Loaders(pl.LightningDataModule):  # type: ignore[misc]
         settings = self.settings
         assert self.trainer is not None
         # a last batch of one image is left out: batch norm cannot train on it
-        alone = len(self.train) > settings.batch_size and (
-            len(self.train) % settings.batch_size == 1
-        )
+        share = -(-len(self.train) // self.trainer.world_size)
+        alone = share > settings.batch_size and share % settings.batch_size == 1
         return DataLoader(
             SeededItems(self.train, settings.seed),
             sampler=EpochOrder(self.train, settings.seed, self.trainer.current_epoch),
@@ -257,84 +265,6 @@ def is_main_process() -> bool:
     return int(getattr(rank_zero_only, "rank", None) or 0) == 0
 
 
-def made_folder(folder: Path) -> Path:
-    """The folder of a run, made if it is absent.
-
-    Raises:
-        TrainingError: if it cannot be made.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise TrainingError(
-            f"cannot make the folder {folder} for the run: {error.strerror or error}"
-        ) from error
-    return folder
-
-
-def _begun(folder: Path, run: dict[str, Any], resume: bool, task: Task) -> dict[str, Any] | None:
-    """The checkpoint to go on from, if there is one, and it is of the same run."""
-    last = folder / LAST
-    if not last.exists():
-        return None
-    check_new(folder, (LAST,), resume)
-    content = _read(last)
-    found = content.get(RUN_KEY)
-    if not isinstance(found, dict) or "callbacks" not in content:
-        raise LoadError(f"{last} is no checkpoint of fcvgg's training; choose another folder")
-    for kind in ("identity", "settings"):
-        for name, value in run[kind].items():
-            was = found[kind].get(name)
-            if was != value:
-                raise LoadError(
-                    f"{last} is of another run: its {name.replace('_', ' ')} is {was!r}, not "
-                    f"{value!r}; resume with the same, or choose another folder"
-                )
-    shapes = (
-        {k: tuple(v.shape) for k, v in s.items()}
-        for s in (content["state_dict"], task.state_dict())
-    )
-    was, own = shapes
-    differing = [name for name in {**was, **own} if was.get(name) != own.get(name)]
-    if differing:
-        name = differing[0]
-        raise LoadError(
-            f"{last} does not fit the network: {name} is {was.get(name, 'absent')} there and "
-            f"{own.get(name, 'absent')} here ({len(differing)} such); resume with the same network"
-        )
-    return content
-
-
-def check_new(folder: Path, names: Iterable[str], resume: bool) -> None:
-    """Refuse to write over another run.
-
-    Raises:
-        TrainingError: if a folder has one of the names, and no run is to be resumed.
-    """
-    found = next((name for name in names if (folder / name).exists()), None)
-    if found is not None and not resume:
-        raise TrainingError(
-            f"{folder} holds a run already ({found}); resume it, or choose another folder"
-        )
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise LoadError(f"there is no checkpoint {path}") from error
-    except Exception as error:  # a broken file can lead the unpickler anywhere
-        raise LoadError(f"{path} is a broken checkpoint: {one_line(error)[:200]}") from error
-    if not isinstance(content, dict):
-        raise LoadError(f"{path} is no checkpoint: it holds {type(content).__name__}")
-    return content
-
-
-def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Values that a checkpoint gives back equal: tuples become lists."""
-    return {k: list(v) if isinstance(v, (tuple, list)) else v for k, v in values.items()}
-
-
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Without Lightning's tips and warnings, and with matching levels afterwards."""
@@ -381,15 +311,3 @@ def _whole_interrupts() -> Iterator[None]:
     finally:
         if handler is not None:
             signal.signal(signal.SIGINT, handler)
-
-
-__all__ = [
-    "BEST",
-    "HISTORY",
-    "LAST",
-    "Task",
-    "TrainingRun",
-    "fit",
-    "is_main_process",
-    "made_folder",
-]

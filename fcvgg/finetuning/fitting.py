@@ -1,0 +1,283 @@
+"""A run of fine-tuning: its classifier, prepared and trained as the strategy asks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from fcvgg.conversion import convert
+from fcvgg.errors import ArgumentError, ConversionError
+from fcvgg.finetuning.images import ImageRows, LabelledFiles, SplitFolders, balanced_weights
+from fcvgg.finetuning.pretrained import Pretrained
+from fcvgg.finetuning.strategies import (
+    Choice,
+    Recipe,
+    middle_pool,
+    new_layer_rate,
+    new_layers,
+    prepared,
+    rates,
+    size_of,
+)
+from fcvgg.finetuning.svm import fitted_svm
+from fcvgg.finetuning.tasks import Classification, frozen_features
+from fcvgg.geometry import Pair
+from fcvgg.network import FullyConvolutional
+from fcvgg.probability import UNKNOWN
+from fcvgg.training.checkpoints import (
+    LAST,
+    begun_run,
+    run_of,
+    state_and_run,
+    write_checkpoint,
+)
+from fcvgg.training.loop import TrainingRun, fit, is_main_process
+from fcvgg.training.settings import Settings
+from fcvgg.transfer.feature_cache import digest_of
+from fcvgg.transfer.heads import loss_for
+from fcvgg.transfer.naming import layer_names
+
+_MEASURED = 32
+"""Images whose features tell the learning rate of a new layer."""
+
+_DIGITS = 12
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that a run is made of.
+
+    Attributes:
+        source: the classifier to start from.
+        recipe: what is done with it and the images.
+        choice: the strategy.
+        settings: how it is trained.
+        measure_rate: let the learning rate follow the features that the new layers get.
+        found: the images.
+        folder: where the files of the run go.
+        resume: go on with the run of the folder.
+        progress: show bars and lines on stderr.
+    """
+
+    source: Pretrained
+    recipe: Recipe
+    choice: Choice
+    settings: Settings
+    measure_rate: bool
+    found: SplitFolders
+    folder: Path
+    resume: bool
+    progress: bool
+
+    @property
+    def strategy(self) -> str:
+        """What is trained."""
+        return self.choice.strategy
+
+    @property
+    def augmented(self) -> bool:
+        """Whether the training images are varied."""
+        return self.recipe.augmented(self.strategy)
+
+    @property
+    def size(self) -> Pair:
+        """``(h, w)`` of the network's input."""
+        return size_of(self.recipe, self.source.native)
+
+    @property
+    def device(self) -> torch.device:
+        """Where what Lightning does not run is computed."""
+        gpu = self.settings.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
+        return torch.device("cuda" if gpu else "cpu")
+
+    @property
+    def train(self) -> ImageRows:
+        """The images to train on."""
+        return self.images(self.found.train, self.augmented)
+
+    @property
+    def valid(self) -> ImageRows:
+        """The images that are held out."""
+        return self.images(self.found.valid)
+
+    def images(self, files: LabelledFiles, augment: bool = False) -> ImageRows:
+        """Images as the network's input."""
+        return ImageRows(files, self.source.preprocess, self.size, self.recipe.resize, augment)
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """What an interrupted run must have in common with the one that finishes it."""
+        recipe, source = self.recipe, self.source
+        return {
+            "architecture": source.name,
+            "strategy": self.strategy,
+            "classes": self.found.classes,
+            "input_size": self.size,
+            "preprocessing": repr(source.preprocess),
+            "freeze_upto": recipe.freeze_upto,
+            "hidden": recipe.hidden,
+            "resize": recipe.resize,
+            "augment": self.augmented,
+            "class_weights": recipe.class_weights,
+            "training_images": len(self.found.train),
+            "held_out_images": len(self.found.valid),
+            "files": _digest_of_files(self.found),
+            "pretrained_weights": digest_of(source.model)[:_DIGITS],
+        }
+
+    def converted(self, model: nn.Module, verify: bool) -> FullyConvolutional:
+        """A classifier of the run, fully convolutional; images keep their size."""
+        return convert(
+            model,
+            input_size=self.size,
+            preprocess=replace(self.source.preprocess, resize=None),
+            categories=self.found.classes,
+            verify=verify,
+        )
+
+
+def trained(job: Job) -> tuple[nn.Module, Settings, TrainingRun | None]:
+    """The classifier of a run, how it was trained, and its epochs; ``"svm"`` has none."""
+    if job.strategy == "svm":
+        return _fitted_svm(job), job.settings, None
+    model = prepared(
+        job.source.model,
+        job.choice,
+        job.recipe,
+        len(job.found.classes),
+        job.source.native,
+        job.settings.seed,
+    )
+    _check_scores(job.converted(model, verify=False))  # refused before any time is spent
+    if job.measure_rate:
+        job = replace(job, settings=replace(job.settings, lr=_measured_rate(model, job)))
+    last_only = job.strategy == "linear" and not job.augmented
+    run = _train_last(model, job) if last_only else _train_all(model, job)
+    return model.eval(), job.settings, run
+
+
+def _check_scores(net: FullyConvolutional) -> None:
+    """Refuse a head whose classes do not exclude each other."""
+    if net.activation in ("sigmoid", UNKNOWN):
+        found = "in a sigmoid for each class" if net.activation == "sigmoid" else "past a softmax"
+        raise ConversionError(
+            f"the model ends {found}, so cross entropy does not train it; expected a head that "
+            "ends in scores or a softmax: end it there, or pass hidden=()"
+        )
+
+
+def _fitted_svm(job: Job) -> nn.Module:
+    """Features and machine; computed anew when resumed, but never over another run."""
+    recipe = job.recipe
+    if recipe.augment:
+        raise ArgumentError("the strategy svm computes features once; it goes without augment")
+    run = run_of(job.identity, job.settings)
+    begun_run(job.folder, run, job.resume)
+    model = fitted_svm(
+        job.source.model,
+        job.train,
+        recipe.freeze_upto or middle_pool(layer_names(job.source.model)),
+        balanced=recipe.class_weights == "balanced",
+        batch_size=job.settings.batch_size,
+        seed=job.settings.seed,
+        progress=job.progress,
+    )
+    model.requires_grad_(False)
+    model.get_submodule("classifier").requires_grad_(True)
+    if is_main_process():
+        write_checkpoint(state_and_run(model, run), job.folder / LAST)
+    return model
+
+
+def _train_last(model: nn.Module, job: Job) -> TrainingRun:
+    """Train the last layer of a model in place, on features that are computed once."""
+    last = _new_layers(model, job.recipe)[-1]
+    train, valid = (
+        frozen_features(
+            model,
+            last,
+            images,
+            what,
+            batch_size=job.settings.batch_size,
+            device=job.device,
+            progress=job.progress,
+        )
+        for images, what in ((job.train, "to train on"), (job.valid, "held out"))
+    )
+    # the last layer gives logits, whatever the model makes of them
+    return _fit(_task(last, nn.CrossEntropyLoss(), job), train, valid, job)
+
+
+def _train_all(model: nn.Module, job: Job) -> TrainingRun:
+    """Train what is not frozen of a model in place, on images."""
+
+    def groups(lr: float) -> list[dict[str, Any]]:
+        return rates(model, job.strategy, lr, job.recipe.hidden)
+
+    return _fit(_task(model, loss_for(model), job, groups), job.train, job.valid, job)
+
+
+def _task(
+    model: nn.Module,
+    loss: nn.Module,
+    job: Job,
+    groups: Callable[[float], list[dict[str, Any]]] | None = None,
+) -> Classification:
+    classes = len(job.found.classes)
+    balanced = job.recipe.class_weights == "balanced"
+    weights = balanced_weights(job.found.train.labels, classes) if balanced else None
+    still = job.strategy == "linear"
+    return Classification(model, loss, classes, weights=weights, groups=groups, still=still)
+
+
+def _fit(task: Classification, train: Any, valid: Any, job: Job) -> TrainingRun:
+    return fit(
+        task,
+        train,
+        valid,
+        job.settings,
+        job.folder,
+        identity=job.identity,
+        resume=job.resume,
+        progress=job.progress,
+    )
+
+
+def _measured_rate(model: nn.Module, job: Job) -> float:
+    """The learning rate that suits the features of some images."""
+    files = job.found.train
+    places = np.linspace(0, len(files) - 1, min(len(files), _MEASURED)).astype(int)
+    some = LabelledFiles(
+        tuple(files.paths[i] for i in places), tuple(files.labels[i] for i in places)
+    )
+    rows, _ = frozen_features(
+        model,
+        _new_layers(model, job.recipe)[0],
+        job.images(some),
+        "of some",
+        batch_size=job.settings.batch_size,
+        device=job.device,
+    ).tensors
+    return new_layer_rate(rows, job.settings.optimizer)
+
+
+def _new_layers(model: nn.Module, recipe: Recipe) -> list[nn.Module]:
+    names = layer_names(model)
+    return [names.root.get_submodule(x.path) for x in new_layers(names, recipe.hidden)]
+
+
+def _digest_of_files(found: SplitFolders) -> str:
+    """What tells the images of one run from those of another: their names and sizes."""
+    seen = [
+        f"{path.parent.name}/{path.name} {path.stat().st_size}"
+        for path in (*found.train.paths, *found.valid.paths)
+    ]
+    return sha256("\n".join(seen).encode()).hexdigest()[:_DIGITS]

@@ -1,0 +1,94 @@
+"""The classifier that fine-tuning starts from, and what is known of it."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fcvgg.conversion import unwrapped
+from fcvgg.errors import ArgumentError, InputSizeError, PreprocessError
+from fcvgg.geometry import Pair, checked_size
+from fcvgg.loading import read_source
+from fcvgg.native_size import infer_input_size
+from fcvgg.placement import dtype_of
+from fcvgg.preprocessing import Preprocess
+from fcvgg.sources import torchvision_model
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """A trained classifier in float32.
+
+    Attributes:
+        model: the classifier; not changed by fine-tuning.
+        name: what it was asked for by, or its class.
+        preprocess: how images become its input.
+        native: its native size ``(h, w)``.
+    """
+
+    model: nn.Module
+    name: str
+    preprocess: Preprocess
+    native: Pair
+
+
+def pretrained(
+    model: nn.Module | str | Path,
+    weights: str | Path | None,
+    preprocess: Preprocess | None,
+    size: int | Pair | None,
+) -> Pretrained:
+    """The classifier of a name, a file or a module.
+
+    Args:
+        model: a classifier, or a name or file as for `fcvgg.load`.
+        weights: as for `fcvgg.load`.
+        preprocess: how images become input; what the source says when None.
+        size: the native size where the classifier takes images of any size.
+
+    Raises:
+        ArgumentError: if it is a bundle.
+        PreprocessError: if the preprocessing is not known.
+        InputSizeError: if it takes images of any size and `size` is None.
+    """
+    known: dict[str, Any] = {}
+    if isinstance(model, (str, Path)):
+        name = str(model)
+        if name not in ("demo", *torchvision_model.names()) and Path(name).is_dir():
+            raise ArgumentError(
+                f"{name} is a converted network, whose head cannot be replaced; pass its source "
+                "model, or its name and weights"
+            )
+        classifier, known = read_source(name, None, weights)
+    else:
+        classifier = unwrapped(model)
+        name = type(classifier).__name__
+    preprocess = preprocess or known.get("preprocess")
+    if preprocess is None:
+        raise PreprocessError(
+            f"the preprocessing of {name} is unknown; pass preprocess=fcvgg.Preprocess(mean, std), "
+            "the one it was trained with"
+        )
+    if dtype_of(classifier) != torch.float32:  # images are, and so are the layers that are new
+        classifier = copy.deepcopy(classifier).float()
+    return Pretrained(
+        classifier, name, preprocess, _native(classifier, known.get("input_size"), size)
+    )
+
+
+def _native(model: nn.Module, known: int | Pair | None, size: int | Pair | None) -> Pair:
+    if known is not None:
+        return checked_size(known)
+    try:
+        return infer_input_size(model)
+    except InputSizeError:
+        if size is None:
+            raise InputSizeError(
+                f"{type(model).__name__} takes images of any size; pass size=, the size to train at"
+            ) from None
+        return checked_size(size)

@@ -1,0 +1,150 @@
+"""The files of a training run: written whole, and read only by the run that they are of."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fcvgg.errors import FcvggError, LoadError, TrainingError, one_line
+from fcvgg.files import written_whole
+from fcvgg.training.settings import Settings
+
+BEST, LAST, HISTORY = "best.ckpt", "last.ckpt", "history.csv"
+RUN_KEY = "fcvgg_run"
+"""Where a checkpoint tells of which run it is."""
+
+
+def made_folder(folder: Path) -> Path:
+    """The folder of a run, made if it is absent.
+
+    Raises:
+        TrainingError: if it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise TrainingError(
+            f"cannot make the folder {folder} for the run: {error.strerror or error}"
+        ) from error
+    return folder
+
+
+def check_new(folder: Path, names: Iterable[str], resume: bool) -> None:
+    """Refuse to write over another run.
+
+    Raises:
+        TrainingError: if a folder has one of the names, and no run is to be resumed.
+    """
+    found = next((name for name in names if (folder / name).exists()), None)
+    if found is not None and not resume:
+        raise TrainingError(
+            f"{folder} holds a run already ({found}); resume it, or choose another folder"
+        )
+
+
+def run_of(identity: Mapping[str, Any], settings: Settings) -> dict[str, Any]:
+    """What run this is, as a checkpoint gives it back: tuples become lists."""
+    plain = {k: list(v) if isinstance(v, (tuple, list)) else v for k, v in identity.items()}
+    return {"identity": plain, "settings": settings.fixed}
+
+
+def state_and_run(model: nn.Module, run: Mapping[str, Any]) -> dict[str, Any]:
+    """A checkpoint of weights, and of which run they are."""
+    return {"state_dict": model.state_dict(), RUN_KEY: dict(run)}
+
+
+def begun_run(folder: Path, run: Mapping[str, Any], resume: bool) -> dict[str, Any] | None:
+    """The last checkpoint in a folder, if there is one, and it is of the same run.
+
+    Raises:
+        TrainingError: if there is one, and it is not to be resumed.
+        LoadError: if it is another run's, or broken.
+    """
+    last = folder / LAST
+    if not last.exists():
+        return None
+    check_new(folder, (LAST,), resume)
+    content = read_checkpoint(last)
+    found = content.get(RUN_KEY)
+    if not isinstance(found, dict):
+        raise LoadError(f"{last} is no checkpoint of fcvgg's training; choose another folder")
+    for kind in ("identity", "settings"):
+        for name, value in run[kind].items():
+            was = found[kind].get(name)
+            if was != value:
+                raise LoadError(
+                    f"{last} is of another run: its {name.replace('_', ' ')} is {was!r}, not "
+                    f"{value!r}; resume with the same, or choose another folder"
+                )
+    return content
+
+
+def check_fits(content: Mapping[str, Any], model: nn.Module, path: Path) -> None:
+    """Refuse a checkpoint of a network of other layers.
+
+    Raises:
+        LoadError: if a parameter is missing or has another shape.
+    """
+    was, own = (
+        {k: tuple(v.shape) for k, v in s.items()}
+        for s in (content["state_dict"], model.state_dict())
+    )
+    differing = [name for name in {**was, **own} if was.get(name) != own.get(name)]
+    if differing:
+        name = differing[0]
+        raise LoadError(
+            f"{path} does not fit the network: {name} is {was.get(name, 'absent')} there and "
+            f"{own.get(name, 'absent')} here ({len(differing)} such); resume with the same network"
+        )
+
+
+def write_checkpoint(checkpoint: Any, path: Path) -> None:
+    """Write what torch.save takes, whole or not at all.
+
+    Raises:
+        TrainingError: if the disk is full or the folder cannot be written.
+    """
+    kept = f"; the one before is kept, {path}" if path.exists() else ""
+    try:
+        with written_whole(path) as temporary, open(temporary, "wb") as file:
+            torch.save(checkpoint, file)
+    except (OSError, RuntimeError, FcvggError) as error:
+        # torch's writer ends in a RuntimeError of its own, of which the OSError is the context
+        cause = _os_error_in(error)
+        reason = cause.strerror if cause is not None else one_line(error)
+        full = cause is not None and cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        what = "the disk is full" if full else "it could not be written"
+        raise TrainingError(
+            f"cannot save the checkpoint {path}: {what} ({reason}){kept}; "
+            "make room and resume the run"
+        ) from error
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """What `write_checkpoint` wrote, on the CPU.
+
+    Raises:
+        LoadError: if there is no such file, or it is broken.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise LoadError(f"there is no checkpoint {path}") from error
+    except Exception as error:  # a broken file can lead the unpickler anywhere
+        raise LoadError(f"{path} is a broken checkpoint: {one_line(error)[:200]}") from error
+    if not isinstance(content, dict):
+        raise LoadError(f"{path} is no checkpoint: it holds {type(content).__name__}")
+    return content
+
+
+def _os_error_in(error: BaseException | None) -> OSError | None:
+    while error is not None:
+        if isinstance(error, OSError):
+            return error
+        error = error.__cause__ or error.__context__
+    return None
