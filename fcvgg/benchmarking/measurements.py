@@ -131,7 +131,7 @@ class Benchmark:
         lines = [
             f"# {self.model}: score maps side by side",
             "",
-            f"{self.machine}; {self.threads} threads, {self.clock} time, contenders taking turns; "
+            f"{self.machine}; {self._threads()}, {self.clock} time, contenders taking turns; "
             f"peak of this run {self.peak_gflops:,.0f} GFLOP/s in float32 (the best of a matrix "
             "product and a convolution).",
             "",
@@ -149,6 +149,9 @@ class Benchmark:
             lines += ["", "Left out:", ""]
             lines += [f"- {name}: {reason}" for name, reason in self.skipped.items()]
         return "\n".join(lines) + "\n"
+
+    def _threads(self) -> str:
+        return "1 thread" if self.threads == 1 else f"{self.threads} threads"
 
     def _growth(self) -> list[str]:
         """Seconds per megapixel and per 1000 GFLOP of one image, where there are several sizes."""
