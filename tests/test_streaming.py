@@ -157,6 +157,38 @@ def test_in_place_operations_keep_their_order() -> None:
         assert relative_error(net(x.clone()), in_strips(net, x, strip)) <= EXACT
 
 
+class InPlaceOnAView(nn.Module):
+    """A layer works in place on what lies, in strips at least, in memory that others read."""
+
+    def __init__(self, view: nn.Module):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 6, 3, padding=1)
+        self.left = nn.Conv2d(6, 6, 5, padding=2)
+        self.view = view
+        self.fc = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        left = self.left(x)
+        return self.fc((left + self.view(x)).mean((2, 3)))
+
+
+@pytest.mark.parametrize(
+    "view",
+    [
+        nn.Sequential(nn.Dropout(), nn.ReLU(inplace=True)),
+        nn.Sequential(nn.ZeroPad2d((0, 0, 1, 1)), nn.ReLU(inplace=True), nn.Conv2d(6, 6, (3, 1))),
+    ],
+    ids=["dropout", "pad"],
+)
+@torch.no_grad()
+def test_in_place_operations_leave_what_others_wait_for(view: nn.Module) -> None:
+    net = fcvgg.convert(seeded(InPlaceOnAView, view), input_size=16, verify=False)
+    x = images(1, 3, 31, 23)
+    for strip in (1, 2, 7, 31):
+        assert relative_error(net(x.clone()), in_strips(net, x, strip)) <= EXACT
+
+
 class RandomNet(nn.Module):
     """Layers and branches by a drawn recipe, before a global pool."""
 
@@ -382,6 +414,7 @@ def _least(net: Any, image: np.ndarray[Any, Any]) -> str:
         ({"rows": (5, 5)}, "no range of the map's"),
         ({"rows": (0, 10**6)}, "no range of the map's"),
         ({"rows": 7}, "rows=7 is no range"),
+        ({"rows": (1.5, 3)}, r"rows=\(1.5, 3\) is no range; expected whole numbers"),
         ({"classes": "best"}, "classes='best' is unknown; expected 'argmax', 'top5'"),
         ({"classes": []}, "names no class, or one twice"),
         ({"classes": ["a", 0]}, "names no class, or one twice"),
@@ -578,6 +611,45 @@ def test_another_map_is_not_overwritten(net: Any, tmp_path: Path) -> None:
         fcvgg.stream(net, image, out=tmp_path / "other")
     with pytest.raises(FcvggError, match="there is no folder"):
         fcvgg.stream(net, image, out=tmp_path / "absent" / "map.zarr")
+
+
+class TwoOutputs(nn.Module):
+    """Two outputs over a pool that has no weights."""
+
+    def __init__(self, pool: type[nn.Module]):
+        super().__init__()
+        self.features = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), pool(2))
+        self.first, self.second = nn.Linear(4, 3), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.features(x).mean((2, 3))
+        return self.first(x), self.second(x)
+
+
+def test_maps_of_another_output_or_of_other_layers_are_not_continued(tmp_path: Path) -> None:
+    image, out = images(3, 30, 30), tmp_path / "map.zarr"
+    highest, average = (
+        fcvgg.convert(seeded(TwoOutputs, pool), input_size=16, verify=False)
+        for pool in (nn.MaxPool2d, nn.AvgPool2d)
+    )
+    fcvgg.stream(highest, image, out=out)
+    with pytest.raises(FcvggError, match="holds another score map: its output is 0, not 1"):
+        fcvgg.stream(highest, image, out=out, output=1)
+    with pytest.raises(FcvggError, match="holds another score map: its network is"):
+        fcvgg.stream(average, image, out=out)
+
+
+def test_an_image_is_recognised_without_reading_whole_rows(net: Any, tmp_path: Path) -> None:
+    image = photograph(40, 5000)
+
+    class Wide(CountingArray):
+        def __getitem__(self, key: Any) -> Any:
+            assert key[1].stop - key[1].start <= 2500
+            return super().__getitem__(key)
+
+    options: dict[str, Any] = {"memory": _least(net, image), "classes": [0]}
+    store = fcvgg.stream(net, Wide(image), out=tmp_path / "map.zarr", **options)
+    assert len(store.blocks) > 1
 
 
 def test_a_full_disk_keeps_what_is_finished(

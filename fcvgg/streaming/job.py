@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -164,9 +165,11 @@ def _checked_rows(rows: Any, height: int) -> Pair:
     if rows is None:
         return 0, height
     try:
-        first, end = (int(n) for n in rows)
+        first, end = (operator.index(n) for n in rows)
     except (TypeError, ValueError) as error:
-        raise ArgumentError(f"rows={rows!r} is no range; expected (first, end)") from error
+        raise ArgumentError(
+            f"rows={rows!r} is no range; expected whole numbers (first, end)"
+        ) from error
     if not 0 <= first < end <= height:
         raise ArgumentError(
             f"rows={(first, end)} is no range of the map's {height} rows; "

@@ -176,7 +176,23 @@ class LineBuffers:
             rows = waiting.take(first, end, end, self._done[fed] - waiting.start)
             taken.append(_narrowed(rows, self._width.ranges[fed], cols))
             del rows
+        if stage.in_place and self._is_waiting(taken[0]):
+            taken[0] = taken[0].clone()
         return stage.call(taken)
+
+    def _is_waiting(self, rows: Tensor) -> bool:
+        """Whether rows lie in memory that others still wait to read.
+
+        The network may hand on its input as its output, as dropout does, and a strip that needs no
+        border is handed on where the network would pad a copy.
+        """
+        memory = rows.untyped_storage().data_ptr()
+        return any(
+            piece.untyped_storage().data_ptr() == memory
+            for inputs in self._waiting
+            for waiting in inputs
+            for piece in waiting.pieces
+        )
 
     def _is_placed(self, i: int) -> bool:
         """Whether an operation writes its rows right after those that wait for its only reader.

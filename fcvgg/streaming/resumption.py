@@ -23,6 +23,9 @@ _CHUNK_BYTES = 8 << 20
 
 _CHUNK_ROWS = 32
 
+_CHECKED_COLS = 2048
+"""Columns of the image that are read at a time to see which image it is."""
+
 
 def opened_store(job: StreamJob, path: Path, memory: int) -> tuple[ScoreStore, StripPlan]:
     """The store of a job on disk, new or to be resumed, and the plan it is computed by."""
@@ -65,6 +68,8 @@ def _description(job: StreamJob) -> dict[str, Any]:
         "categories": None if categories is None else list(categories),
         "activation": job.selection.activation,
         "dtype": str(dtype_of(job.net)).removeprefix("torch."),
+        "output": job.output,
+        "network": _network_checksum(job.net),
         "weights": _weights_checksum(job.net),
         "image": _image_checksum(job),
         "source": None if job.source.path is None else str(job.source.path.resolve()),
@@ -72,6 +77,11 @@ def _description(job: StreamJob) -> dict[str, Any]:
         "pixel_size": job.source.pixel_size and list(job.source.pixel_size),
         "bands": None if job.source.bands is None else list(job.source.bands),
     }
+
+
+def _network_checksum(net: FullyConvolutional) -> str:
+    """Of the operations and their options: networks of other layers may have the same weights."""
+    return f"{zlib.crc32(f'{net.network.code}{net.network!r}'.encode()):08x}"
 
 
 def _weights_checksum(net: FullyConvolutional) -> str:
@@ -84,11 +94,13 @@ def _weights_checksum(net: FullyConvolutional) -> str:
 
 
 def _image_checksum(job: StreamJob) -> str:
-    """Of the first, the middle and the last row that the network reads."""
+    """Of the first, the middle and the last row that the network reads, some columns at a time."""
     first, end = job.layout.height().ranges[0]
-    cols = job.layout.width(job.layout.cols).ranges[0]
+    left, right = job.layout.width(job.layout.cols).ranges[0]
     checksum = 0
     for row in dict.fromkeys((first, (first + end) // 2, end - 1)):
-        values = job.strip((row, row + 1), cols).double().cpu().contiguous()
-        checksum = zlib.crc32(values.numpy().data, checksum)
+        for col in range(left, right, _CHECKED_COLS):
+            cols = (col, min(col + _CHECKED_COLS, right))
+            values = job.strip((row, row + 1), cols).double().cpu().contiguous()
+            checksum = zlib.crc32(values.numpy().data, checksum)
     return f"{checksum:08x}"
