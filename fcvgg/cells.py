@@ -85,7 +85,9 @@ class Cells:
         """Whether all elements of the map, some or none (``""``) are among those of `other`."""
         if other.moved is None or self.moved is other.moved:
             return "all"
-        inside = torch.isin(self.layout, other.moved)
+        among = torch.zeros(max(self.elements, other.elements), dtype=torch.bool)
+        among[other.moved.flatten()] = True
+        inside = among[self.layout]
         return "all" if inside.all() else "some" if inside.any() else ""
 
     @property

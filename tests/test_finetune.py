@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,8 @@ import matplotlib as mpl
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from nets import GlobalPooled, SmallVGG, seeded
 from PIL import Image
 from torch import nn
@@ -118,6 +119,14 @@ def test_train_alone_is_split(tmp_path: Path) -> None:
     assert split_folders(tmp_path).counts["brick"] == (2, 1)
 
 
+def test_a_test_folder_is_no_class_and_not_looked_at(tmp_path: Path) -> None:
+    for part, count in (("train", 4), ("test", 2)):
+        write_patches(tmp_path / part, count, left=part == "train")
+    found = split_folders(tmp_path)
+    assert found.counts == dict.fromkeys(CLASSES, (3, 1))
+    assert all("test" not in p.parts[-3] for p in (*found.train.paths, *found.valid.paths))
+
+
 def test_a_class_may_be_called_train(tmp_path: Path) -> None:
     write_patches(tmp_path, 2, left=True, names=("brick", "grass"))
     (tmp_path / "brick").rename(tmp_path / "train")
@@ -182,6 +191,14 @@ def test_resize_and_centre_crop(tmp_path: Path) -> None:
         ImageRows(files, plain, (20, 20), "crop")
 
 
+@given(*[st.integers(1, 90)] * 2, *[st.integers(1, 60)] * 2)
+def test_a_centre_crop_has_no_border(height: int, width: int, rows: int, cols: int) -> None:
+    images = ImageRows(LabelledFiles((), ()), PREPROCESS, (rows, cols), "centre-crop")
+    cropped = np.asarray(images.fitted(Image.new("L", (width, height), 255)))
+    assert cropped.shape == (rows, cols)
+    assert cropped.min() == 255
+
+
 @pytest.mark.parametrize("channels", [1, 3, 4])
 def test_augmentation_depends_on_seed_epoch_and_index(files: LabelledFiles, channels: int) -> None:
     preprocess = fcvgg.Preprocess((0.5,) * channels, (0.25,) * channels)
@@ -233,6 +250,12 @@ def test_auto_by_number_and_by_what_the_user_says(
     assert different.strategy == "svm"
     assert "the images are called different, so early features are frozen" in different.reason
     assert choose(files, freeze_upto="pool1").strategy == "partial"
+    hidden = choose(files, similar=True, hidden=(16,))  # random layers must not be frozen
+    assert hidden.strategy == "partial"
+    assert hidden.reason.startswith("since hidden layers are asked for: the early layers")
+    varied = choose(files, similar=False, augment=True)  # nor can a machine be given varied images
+    assert varied.strategy == "partial"
+    assert "features that are varied suit no support vector machine" in varied.reason
     assert choose(files, strategy="scratch").reason.startswith("as asked for: every layer is train")
     monkeypatch.setattr(strategies, "FEW", 10)
     medium = choose(files, similar=False)
@@ -263,8 +286,15 @@ CHANGED = {
 def test_what_is_trained(textures: Path, tmp_path: Path, strategy: str) -> None:
     source = demo_model()
     result = tuned(
-        textures, tmp_path, model=source, preprocess=PREPROCESS, strategy=strategy, hidden=None
+        textures,
+        tmp_path,
+        model=source,
+        preprocess=PREPROCESS,
+        strategy=strategy,
+        hidden=None,
+        epochs=1,
     )
+    assert all(p.requires_grad for p in source.parameters())
     before, after = demo_model().state_dict(), result.model.state_dict()
     assert all(torch.equal(before[k], v) for k, v in source.state_dict().items())
     changed = {
@@ -285,6 +315,17 @@ def test_what_is_trained(textures: Path, tmp_path: Path, strategy: str) -> None:
     torch.testing.assert_close(native, expected, rtol=1e-5, atol=1e-6)
     assert result.net.equivalence is not None
     assert result.net.equivalence.passed
+
+
+@pytest.mark.parametrize("strategy", ["linear", "svm"])
+def test_other_precisions_are_trained_in_single(
+    textures: Path, tmp_path: Path, strategy: str
+) -> None:
+    source = demo_model().double()
+    options: dict[str, Any] = {"model": source, "preprocess": PREPROCESS, "strategy": strategy}
+    result = tuned(textures, tmp_path, **options)
+    assert {p.dtype for p in result.model.parameters()} == {torch.float32}
+    assert {p.dtype for p in source.parameters()} == {torch.float64}
 
 
 def test_scratch_starts_at_random(files: LabelledFiles) -> None:
@@ -345,6 +386,7 @@ def test_frozen_batch_norm_keeps_its_statistics(textures: Path, tmp_path: Path) 
         strategy="partial",
         freeze_upto="pool1",
         hidden=None,
+        epochs=1,
     )
     assert torch.equal(result.model.features[1].running_mean, before)
     free = tuned(
@@ -394,7 +436,7 @@ def test_svm_is_scikit_learns_machine(files: LabelledFiles, classes: int) -> Non
 
 # -- the whole path ---------------------------------------------------------------------------
 
-LINEAR: dict[str, Any] = {"strategy": "linear", "epochs": 60}
+LINEAR: dict[str, Any] = {"strategy": "linear", "epochs": 25}
 
 
 @pytest.fixture(scope="module")
@@ -474,31 +516,44 @@ def test_head_that_is_kept_is_resampled_to_another_size(textures: Path, tmp_path
     assert torch.equal(result.model.classifier[3].weight, demo_model().classifier[3].weight)
 
 
-def test_a_head_of_log_probabilities(textures: Path, tmp_path: Path) -> None:
-    class Ending(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.net = SmallVGG(classes=3)
+class Ending(nn.Module):
+    """SmallVGG and a function of its scores."""
 
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.net(x).log_softmax(1)
+    def __init__(self, function: Any):
+        super().__init__()
+        self.net = SmallVGG(classes=3)
+        self.function = function
 
-    model = seeded(Ending, dtype=torch.float32)
-    result = tuned(
-        textures,
-        tmp_path,
-        model=model,
-        preprocess=PREPROCESS,
-        strategy="all",
-        hidden=None,
-        epochs=1,
-    )
-    assert result.net.activation == "log_probabilities"
-    assert np.allclose(result.probabilities.sum(1), 1)
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.function(self.net(x))
+
+
+@pytest.mark.parametrize(
+    ("function", "strategy", "activation"),
+    [
+        (lambda x: x.log_softmax(1), "all", "log_probabilities"),
+        (lambda x: x.softmax(1), "linear", "probabilities"),
+    ],
+)
+def test_heads_of_probabilities(
+    textures: Path, tmp_path: Path, function: Any, strategy: str, activation: str
+) -> None:
+    model = seeded(Ending, function, dtype=torch.float32)
+    options: dict[str, Any] = {"model": model, "preprocess": PREPROCESS, "strategy": strategy}
+    result = tuned(textures, tmp_path, hidden=None, epochs=1, **options)
+    assert result.net.activation == activation
     with torch.no_grad():
         image = ImageRows(result.valid, PREPROCESS, SIZE)[0][0]
-        expected = result.model(image[None]).exp()[0]
+        given = result.model(image[None])[0]
+    expected = given.exp() if activation == "log_probabilities" else given
     torch.testing.assert_close(torch.from_numpy(result.probabilities[0]), expected)
+
+
+def test_heads_whose_classes_do_not_exclude_each_other(textures: Path, tmp_path: Path) -> None:
+    model = seeded(Ending, torch.sigmoid, dtype=torch.float32)
+    options: dict[str, Any] = {"model": model, "preprocess": PREPROCESS, "strategy": "linear"}
+    with pytest.raises(ConversionError, match="the model ends in a sigmoid for each class, so"):
+        tuned(textures, tmp_path, hidden=None, **options)
 
 
 def test_a_global_pool_needs_a_size(textures: Path, tmp_path: Path) -> None:
@@ -507,17 +562,17 @@ def test_a_global_pool_needs_a_size(textures: Path, tmp_path: Path) -> None:
     message = "GlobalPooled takes images of any size; pass size=, the size to train at"
     with pytest.raises(InputSizeError, match=message):
         tuned(textures, tmp_path, **options)
-    result = tuned(textures, tmp_path, size=32, strategy="linear", **options)
+    result = tuned(textures, tmp_path, size=32, epochs=1, **options)
+    assert result.choice.strategy == "linear"
+    assert "how like they are to the network's own images cannot be measured" in str(result)
     assert result.net.input_size == (32, 32)
 
 
-def test_a_network_with_shortcuts_and_a_global_pool(textures: Path, tmp_path: Path) -> None:
-    result = tuned(
-        textures, tmp_path, model="resnet18", weights=None, size=48, hidden=None, epochs=1
-    )
-    assert result.choice.strategy == "linear"
-    assert "how like they are to the network's own images cannot be measured" in str(result)
-    assert result.net.input_size == (48, 48)
+def test_a_global_pool_keeps_its_head_at_another_size() -> None:
+    model = seeded(GlobalPooled, dtype=torch.float32)
+    new = prepared(model, Choice("linear", ""), Recipe(size=48), 3, (224, 224), 0)
+    assert new.fc.weight.shape == (3, 12)
+    assert fcvgg.convert(new, input_size=48).output_size((48, 48)) == (1, 1)
 
 
 @pytest.mark.parametrize(
@@ -601,8 +656,26 @@ def test_resuming_another_run(linear: fcvgg.FineTuned, textures: Path) -> None:
     other = type("demo", (fcvgg.demo.DemoNet,), {})().eval()  # the same name, random weights
     with pytest.raises(LoadError, match=r"its pretrained weights is '\w+', not '\w+'; resume with"):
         tuned(textures, run, model=other, preprocess=PREPROCESS, resume=True, **LINEAR)
+    other_input = {**LINEAR, "preprocess": fcvgg.Preprocess((0,) * 3, (1,) * 3)}
+    with pytest.raises(
+        LoadError, match=r'its preprocessing is "Preprocess\(mean=\(0.5, 0.5, 0.5\)'
+    ):
+        tuned(textures, run, resume=True, **other_input)
+    with pytest.raises(LoadError, match="its strategy is 'linear', not 'svm'"):
+        tuned(textures, run, strategy="svm", resume=True)
     again = tuned(textures, run, resume=True, **LINEAR)
     assert torch.equal(again.model.classifier[0].weight, linear.model.classifier[0].weight)
+
+
+def test_a_machine_is_a_run_as_others_are(textures: Path, tmp_path: Path) -> None:
+    first = tuned(textures, tmp_path, strategy="svm")
+    assert first.training is None
+    with pytest.raises(TrainingError, match=r"holds a run already \(last.ckpt\)"):
+        tuned(textures, tmp_path, strategy="svm")
+    with pytest.raises(LoadError, match="its strategy is 'svm', not 'linear'"):
+        tuned(textures, tmp_path, resume=True, **LINEAR)
+    again = tuned(textures, tmp_path, strategy="svm", resume=True)
+    assert np.array_equal(again.probabilities, first.probabilities)
 
 
 # -- the command ------------------------------------------------------------------------------
@@ -678,44 +751,70 @@ def test_interrupted_the_command_says_how_to_go_on(
     assert ran.stderr.endswith(f"the epochs done are kept in {tmp_path}, --resume goes on\n")
 
 
-def test_without_lightning_the_error_names_the_extra(textures: Path, tmp_path: Path) -> None:
-    script = (
-        "import sys; sys.modules['pytorch_lightning'] = None; import fcvgg\n"
-        f"try: fcvgg.finetune({str(textures)!r}, 'demo', {str(tmp_path / 'run')!r})\n"
-        "except fcvgg.MissingExtraError as error: print(error)"
+def test_without_lightning_the_error_names_the_extra(
+    textures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "pytorch_lightning", None)
+    for name in ("training.loop", "training.guards", "finetuning.fitting", "finetuning.tasks"):
+        monkeypatch.delitem(sys.modules, f"fcvgg.{name}", raising=False)
+    message = (
+        r"^training needs PyTorch Lightning, which cannot be imported \(.*\); install it with: "
+        r"pip install 'fcvgg\[train\]'$"
     )
-    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert ran.stdout.startswith("training needs PyTorch Lightning, which cannot be imported (")
-    assert ran.stdout.endswith("install it with: pip install 'fcvgg[train]'\n")
+    with pytest.raises(fcvgg.MissingExtraError, match=message):
+        fcvgg.finetune(textures, "demo", tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
-def test_killed_and_resumed_ends_with_the_same_weights(textures: Path, tmp_path: Path) -> None:
-    """A process of its own is killed without warning, in the midst of training all layers."""
-    options = ["--arch", "demo", "--strategy", "all", "--epochs", 6, "--batch-size", 9]
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    assert run(textures, *options, "-o", whole).exit_code == 0
-    command = [sys.executable, "-m", "fcvgg", "finetune", textures, *options, "-o", killed]
-    child = subprocess.Popen(
-        [str(part) for part in command],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    try:
-        deadline = time.monotonic() + 120
-        while not (killed / "last.ckpt").exists() and child.poll() is None:
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-        time.sleep(0.2)
-    finally:
-        child.kill()
-    assert child.wait() == -signal.SIGKILL
-    done = len((killed / "history.csv").read_text().splitlines()) - 1
-    assert 1 <= done < 6
-    ran = run(textures, *options, "-o", killed, "--resume")
+COMMAND = ("--arch", "demo", "--strategy", "all", "--epochs", 3, "--batch-size", 12)
+"""Six checkpoints if every epoch is the best, which small rates make it."""
+
+
+@pytest.fixture(scope="module")
+def whole(textures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fcvgg.finetuning.report.write_report", lambda result: None)
+        ran = run(textures, *COMMAND, "-o", folder)
     assert ran.exit_code == 0, ran.output
-    assert "resumed after epoch " in ran.stdout
+    return folder
+
+
+def killed_while_writing(save: int, options: Any) -> int:
+    """Run the command in a process that is killed in the midst of a checkpoint; how it ended."""
+    child = os.fork()
+    if child:
+        return os.waitpid(child, 0)[1]
+    try:
+        saves = iter(range(1, save + 1))
+
+        def torn(content: Any, file: Any) -> None:
+            whole = io.BytesIO()
+            torch_save(content, whole)
+            if next(saves) == save:
+                file.write(whole.getvalue()[: whole.tell() // 2])
+                file.flush()
+                os.kill(os.getpid(), signal.SIGKILL)
+            file.write(whole.getvalue())
+
+        torch_save, torch.save = torch.save, torn
+        run(*options)
+    finally:
+        os._exit(1)
+
+
+@pytest.mark.parametrize("save", [4, 5])
+def test_killed_and_resumed_ends_with_the_same_weights(
+    textures: Path, tmp_path: Path, whole: Path, save: int
+) -> None:
+    """Without warning, half a checkpoint on the disk, in the midst of training all layers."""
+    killed = tmp_path / "killed"
+    options = [textures, *COMMAND, "-o", killed]
+    assert killed_while_writing(save, options) == signal.SIGKILL
+    assert len(list(killed.glob(".*.ckpt"))) == 1  # what was torn, beside what is whole
+    ran = run(*options, "--resume")
+    assert ran.exit_code == 0, ran.output
+    assert f"resumed after epoch {(save - 1) // 2}\n" in ran.stdout
     for name in ("last.ckpt", "best.ckpt"):
         a, b = (torch.load(f / name, weights_only=True)["state_dict"] for f in (whole, killed))
         assert all(torch.equal(a[key], b[key]) for key in a), name

@@ -6,15 +6,17 @@ import csv
 import resource
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DistributedSampler
 
 from fcvgg.errors import ArgumentError, LoadError, TrainingError
 from fcvgg.training import Settings
-from fcvgg.training.loop import Task, TrainingRun, fit
+from fcvgg.training.loop import Task, TrainingRun, _Loaders, fit
 from fcvgg.training.order import EpochOrder, SeededItems, mixed_seed
 
 SETTINGS = Settings(epochs=4, lr=0.1, batch_size=5, seed=3)
@@ -165,6 +167,17 @@ def test_no_last_batch_of_one_image(tmp_path: Path) -> None:
     assert sizes == [5, 5, 5, 5]
 
 
+@pytest.mark.parametrize(("devices", "count"), [(1, 21), (2, 41), (2, 42), (3, 61)])
+def test_no_device_gets_a_last_batch_of_one_image(devices: int, count: int) -> None:
+    loaders = _Loaders(Noisy(count), Noisy(4), Settings(batch_size=5), None)
+    loaders.trainer = SimpleNamespace(world_size=devices, current_epoch=0)
+    loader = loaders.train_dataloader()
+    sampler = DistributedSampler(range(count), devices, 0)  # what Lightning puts in its place
+    share = len(sampler) if devices > 1 else count
+    assert share % 5 == 1
+    assert loader.drop_last
+
+
 def test_every_epoch_has_an_order_of_its_own(tmp_path: Path) -> None:
     seen: dict[int, list[float]] = {}
 
@@ -188,7 +201,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(("epoch", "step"), [(1, 0), (1, 3), (2, 1), (3, 3)])
+@pytest.mark.parametrize(("epoch", "step"), [(1, 0), (3, 3)])
 def test_interrupted_and_resumed_ends_with_the_same_weights(
     whole: Path, tmp_path: Path, epoch: int, step: int
 ) -> None:
@@ -238,6 +251,21 @@ def test_early_stopping_and_resuming_after_it(tmp_path: Path) -> None:
     assert (again.stopped_early, len(again.history), again.best_epoch) == (True, 4, 2)
 
 
+def test_a_last_epoch_that_brought_no_better_is_not_stopping_early(tmp_path: Path) -> None:
+    settings = Settings(epochs=3, lr=0.01, batch_size=5, patience=2)
+    task = Small(valid=lambda epoch: [1.0, 2.0, 3.0][epoch])
+    for resume in (False, True):
+        run = train(tmp_path, task, settings=settings, resume=resume)
+        assert (run.stopped_early, len(run.history)) == (False, 3)
+
+
+def test_workers_change_nothing(tmp_path: Path) -> None:
+    for workers in (0, 2):
+        settings = Settings(epochs=1, lr=0.1, batch_size=5, workers=workers)
+        train(tmp_path / f"{workers}", settings=settings)
+    assert_same_run(tmp_path / "0", tmp_path / "2")
+
+
 def test_mode_max(tmp_path: Path) -> None:
     task = Small(valid=lambda epoch: [1.0, 5.0, 2.0, 2.0][epoch])
     run = train(tmp_path, task, mode="max")
@@ -258,7 +286,8 @@ def test_order_and_items_depend_on_seed_epoch_and_index_only() -> None:
     assert torch.equal(state, torch.get_rng_state())
     assert not torch.equal(items[3, 5][0], first)
     assert not torch.equal(SeededItems(Noisy(), 8)[2, 5][0], first)
-    assert mixed_seed(1, 2) != mixed_seed(2, 1)
+    seeds = [(1, 2), (2, 1), (1, 2, 0), (1, 2, 0, 0), (1, 5, 7), (1 + (5 << 32), 7)]
+    assert len({mixed_seed(*numbers) for numbers in seeds}) == len(seeds)
     assert 0 <= mixed_seed(1, 2, 3) < 2**63
 
 
