@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import re
@@ -10,6 +11,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from imagenet_weights import imagenet_example
 from PIL import Image
@@ -127,10 +129,20 @@ def test_textures_compares_all_methods(tmp_path: Path) -> None:
     assert again.predict(tmp_path / "textures-run" / "test" / "images" / "00.png").labels.any()
 
 
-def test_finetune_trains_converts_and_labels_a_mosaic(tmp_path: Path) -> None:
+def test_finetune_trains_converts_and_labels_a_mosaic(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In this process and at smaller sizes, since VGG16 takes its time."""
     imagenet_example()  # or skip
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    example = importlib.import_module("finetune")
+    monkeypatch.setattr(example, "SIZE", 64)
+    monkeypatch.setattr(example, "QUARTER", 96)
+    monkeypatch.chdir(tmp_path)
     options = ["--patches", "4", "--epochs", "3", "--output", "made"]
-    printed = run("finetune.py", *options, cwd=tmp_path)
+    monkeypatch.setattr(sys, "argv", ["finetune.py", *options])
+    example.main()
+    printed = capsys.readouterr().out
     shares = [float(share) for share in re.findall(r"mosaic: ([\d.]+)% of", printed)]
     assert len(shares) == 2
     assert shares[1] > 70  # four classes; early features need few images
