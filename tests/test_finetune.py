@@ -6,6 +6,7 @@ import io
 import os
 import signal
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -713,6 +714,27 @@ def test_the_command_from_folder_to_heatmap(tmp_path: Path, monkeypatch: Any) ->
     shown = CliRunner().invoke(app, ["heatmap", "photo.jpg", "--model", "made/model"])
     assert shown.exit_code == 0, shown.output
     assert "photo.jpg: brick (0)" in shown.stdout or "photo.jpg: grass (1)" in shown.stdout
+
+
+def test_an_own_network_of_one_channel(textures: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    source = tmp_path / "grey.onnx"
+    example = torch.zeros(1, 1, 32, 32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(SmallVGG(in_channels=1).eval(), (example,), source, dynamo=False)
+    options = (textures, "--arch", source, "--epochs", 1, "-o", tmp_path / "run")
+    ran = run(*options)
+    assert ran.exit_code == 2
+    told = " ".join(ran.stderr.split())
+    assert "is unknown; pass --preprocess, or --mean and --std, the one it was trained" in told
+    ran = run(*options, "--mean", "0.4", "--std", "0.2")
+    assert ran.exit_code == 0, ran.output
+    net = fcvgg.load(tmp_path / "run" / "model")
+    assert net.in_channels == 1
+    assert net.preprocess == fcvgg.Preprocess((0.4,), (0.2,))
+    ran = run(*options, "--mean", "0.4", "--resume")
+    assert ran.stderr == "fcvgg: error: --mean and --std go together; give both\n"
 
 
 @pytest.mark.parametrize(

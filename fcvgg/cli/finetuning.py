@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fcvgg.cli.console import complain, say, say_wrote
-from fcvgg.cli.options import Weights
+from fcvgg.cli.options import OwnPreprocess, Weights
 from fcvgg.cli.options import size as size_of
 
 if TYPE_CHECKING:
@@ -263,6 +263,7 @@ def run(
             rich_help_panel=_TRAINING,
         ),
     ] = 0,
+    own: OwnPreprocess = OwnPreprocess(),
 ) -> None:
     """Train a network for a folder's classes, convert it, and report how well it does.
 
@@ -292,9 +293,17 @@ def run(
         "workers": workers,
     }
     options.update({k: v for k, v in (("epochs", epochs), ("lr", lr)) if v is not None})
+    own.check()
     try:
         result = finetune(
-            data, arch, output, weights=weights, resume=resume, progress=True, **options
+            data,
+            arch,
+            output,
+            weights=weights,
+            preprocess=own.preprocess_for,
+            resume=resume,
+            progress=True,
+            **options,
         )
     except KeyboardInterrupt:
         if (output / "last.ckpt").exists():
@@ -358,5 +367,8 @@ def _in_words(message: str) -> str:
             f"{name} goes", f"{option} goes"
         )
     message = message.replace("choose a smaller lr", "choose a smaller --lr")
+    message = message.replace(
+        "preprocess=fcvgg.Preprocess(mean, std)", "--preprocess, or --mean and --std"
+    )
     message = message.replace("resume it, or", "pass --resume, or")
     return message.replace("pass size=,", "pass --size,")

@@ -99,23 +99,12 @@ Device = Annotated[
 
 
 @dataclass(frozen=True)
-class OwnModel:
-    """What a model's user knows of it: its native size, class names and preprocessing.
+class OwnPreprocess:
+    """What a model's user knows of its preprocessing.
 
-    A command whose `run` takes one has its fields as options.
+    A command whose `run` takes one, or an `OwnModel`, has its fields as options.
     """
 
-    input_size: InputSize = None
-    categories: Annotated[
-        Path | None,
-        typer.Option(
-            "--categories",
-            metavar="FILE",
-            help="The class names: one per line in the order of the scores, or a list in JSON.",
-            show_default="the weights' own",
-            rich_help_panel=_PANEL,
-        ),
-    ] = None
     preprocess: Annotated[
         str | None,
         typer.Option(
@@ -148,20 +137,6 @@ class OwnModel:
         ),
     ] = None
 
-    def settings(self) -> dict[str, Any]:
-        """Arguments of `fcvgg.load`.
-
-        Raises:
-            FcvggError: if an option cannot be used; before anything is loaded.
-        """
-        from fcvgg.categories import read_categories
-
-        self._check_preprocess()
-        return {
-            "input_size": size(self.input_size, "--input-size"),
-            "categories": None if self.categories is None else read_categories(self.categories),
-        }
-
     def preprocess_for(self, channels: int) -> Preprocess | None:
         """The preprocessing for a network of some channels; None if none was given.
 
@@ -184,7 +159,12 @@ class OwnModel:
                 )
         return Preprocess(mean * (channels // len(mean)), std * (channels // len(std)))
 
-    def _check_preprocess(self) -> None:
+    def check(self) -> None:
+        """Refuse what cannot be used, before anything is loaded.
+
+        Raises:
+            FcvggError: if the options contradict each other, or are none.
+        """
         from fcvgg.errors import ArgumentError
 
         if (self.mean is None) != (self.std is None):
@@ -196,20 +176,52 @@ class OwnModel:
         self.preprocess_for(max(given, default=3))
 
 
+@dataclass(frozen=True)
+class OwnModel(OwnPreprocess):
+    """What a model's user knows of it: also its native size and class names."""
+
+    input_size: InputSize = None
+    categories: Annotated[
+        Path | None,
+        typer.Option(
+            "--categories",
+            metavar="FILE",
+            help="The class names: one per line in the order of the scores, or a list in JSON.",
+            show_default="the weights' own",
+            rich_help_panel=_PANEL,
+        ),
+    ] = None
+
+    def settings(self) -> dict[str, Any]:
+        """Arguments of `fcvgg.load`.
+
+        Raises:
+            FcvggError: if an option cannot be used; before anything is loaded.
+        """
+        from fcvgg.categories import read_categories
+
+        self.check()
+        return {
+            "input_size": size(self.input_size, "--input-size"),
+            "categories": None if self.categories is None else read_categories(self.categories),
+        }
+
+
 def with_own_model(command: Callable[..., None]) -> Callable[..., None]:
-    """A command whose parameter of type `OwnModel`, if it has one, is given by options."""
+    """A command whose parameter of type `OwnPreprocess`, if it has one, is given by options."""
     signature = inspect.signature(command)
     hints = get_type_hints(command, include_extras=True)
-    place = next((name for name, hint in hints.items() if hint is OwnModel), None)
-    if place is None:
+    own = {n: h for n, h in hints.items() if isinstance(h, type) and issubclass(h, OwnPreprocess)}
+    if not own:
         return command
-    kinds = get_type_hints(OwnModel, include_extras=True)
-    options = {f.name: f for f in fields(OwnModel)}
+    place, group = next(iter(own.items()))
+    kinds = get_type_hints(group, include_extras=True)
+    options = {f.name: f for f in fields(group)}
 
     @functools.wraps(command)
     def taking_options(**arguments: Any) -> None:
         given = {name: arguments.pop(name) for name in options}
-        command(**arguments, **{place: OwnModel(**given)})
+        command(**arguments, **{place: group(**given)})
 
     keyword = inspect.Parameter.KEYWORD_ONLY
     kept = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ def finetune(
     folder: str | Path = "finetuned",
     *,
     weights: str | Path | None = DEFAULT_WEIGHTS,
-    preprocess: Preprocess | None = None,
+    preprocess: Preprocess | Callable[[int], Preprocess | None] | None = None,
     resume: bool = False,
     progress: bool = False,
     **options: Any,
@@ -45,7 +46,8 @@ def finetune(
         folder: the run: ``model`` (the bundle), ``report``, ``best.ckpt``, ``last.ckpt`` and
             ``history.csv``.
         weights: as for `fcvgg.load`.
-        preprocess: how images become input; the source's own when None.
+        preprocess: how images become input, or what tells it for a number of channels; the source's
+            own when None.
         resume: finish an interrupted run of the same arguments; it ends with the same weights, bit
             for bit on a CPU.
         progress: show bars, and print a line for every epoch, on stderr.

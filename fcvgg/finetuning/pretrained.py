@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fcvgg.capture import input_channels
 from fcvgg.conversion import unwrapped
 from fcvgg.errors import ArgumentError, InputSizeError, PreprocessError
 from fcvgg.geometry import Pair, checked_size
@@ -40,7 +42,7 @@ class Pretrained:
 def pretrained(
     model: nn.Module | str | Path,
     weights: str | Path | None,
-    preprocess: Preprocess | None,
+    preprocess: Preprocess | Callable[[int], Preprocess | None] | None,
     size: int | Pair | None,
 ) -> Pretrained:
     """The classifier of a name, a file or a module.
@@ -48,7 +50,8 @@ def pretrained(
     Args:
         model: a classifier, or a name or file as for `fcvgg.load`.
         weights: as for `fcvgg.load`.
-        preprocess: how images become input; what the source says when None.
+        preprocess: how images become input, or what tells it for a number of channels; what the
+            source says when None.
         size: the native size where the classifier takes images of any size.
 
     Raises:
@@ -68,6 +71,8 @@ def pretrained(
     else:
         classifier = unwrapped(model)
         name = type(classifier).__name__
+    if preprocess is not None and not isinstance(preprocess, Preprocess):
+        preprocess = preprocess(input_channels(classifier))
     preprocess = preprocess or known.get("preprocess")
     if preprocess is None:
         raise PreprocessError(
