@@ -59,8 +59,16 @@ class Temperature(TorchDispatchMode):
 
 def _saturates(operation: Any, args: tuple[Any, ...]) -> bool:
     if operation in _CUT:
-        return tuple(args[1:]) in ((0, 1), (-1, 1))
+        return tuple(map(_number, args[1:])) in ((0, 1), (-1, 1))
     return operation in _FLAT
+
+
+def _number(bound: Any) -> Any:
+    """A bound as a number, also where a tensor repeats it; None where that holds several."""
+    if not isinstance(bound, Tensor):
+        return bound
+    values = bound.unique()
+    return values.item() if len(values) == 1 else None
 
 
 def _largest(x: Tensor) -> float:

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from nets import EXACT, Lambda, SmallVGG, Unpadded, images, relative_error, seeded
-from torch import nn
+from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 import fcvgg
@@ -116,6 +116,18 @@ def test_another_model_than_the_source(pair: Any) -> None:
         fcvgg.verify(seeded(Unpadded, extent=(9, 9)), net)
 
 
+class Clamped(nn.Module):
+    """Cuts scores off at buffers, one for each class."""
+
+    def __init__(self, low: float, high: float):
+        super().__init__()
+        self.register_buffer("low", torch.full((5,), low))
+        self.register_buffer("high", torch.linspace(1, high, 5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.clamp(self.low, self.high)
+
+
 SATURATING = {
     "softmax": nn.Softmax(1),
     "log-softmax": Lambda(lambda x: F.log_softmax(x, 1).clamp(min=-50)),
@@ -123,6 +135,7 @@ SATURATING = {
     "sigmoid in place": Lambda(lambda x: x.sigmoid_()),
     "hard sigmoid": nn.Hardsigmoid(),
     "clamp": Lambda(lambda x: x.clamp(0, 1)),
+    "clamp by tensors": Clamped(0.0, 1.0),
     "tanh": nn.Tanh(),
     "mean of two": Lambda(lambda x: (x.softmax(1) + (2 * x).softmax(1)) / 2),
     "logarithm": Lambda(lambda x: torch.log(x.softmax(1) + 1e-30)),
@@ -146,6 +159,13 @@ def test_a_saturated_ending_does_not_hide_a_changed_weight(ending: str) -> None:
     assert not report.passed
     with pytest.raises(fcvgg.EquivalenceError, match=r"differs from the model at \(32, 32\)"):
         check(model, net)
+
+
+def test_bounds_that_differ_by_class_are_no_sigmoid() -> None:
+    x = images(1, 5)
+    with Temperature(10.0) as seen:
+        assert torch.equal(Clamped(0.0, 2.0)(x), x.clamp(torch.zeros(5), torch.linspace(1, 2, 5)))
+    assert seen.seen == 0
 
 
 def test_a_temperature_leaves_what_is_small_as_it_is() -> None:
