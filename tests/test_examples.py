@@ -139,7 +139,7 @@ def test_finetune_trains_converts_and_labels_a_mosaic(
     monkeypatch.setattr(example, "SIZE", 64)
     monkeypatch.setattr(example, "QUARTER", 96)
     monkeypatch.chdir(tmp_path)
-    options = ["--patches", "4", "--epochs", "3", "--output", "made"]
+    options = ["--patches", "3", "--epochs", "2", "--output", "made"]
     monkeypatch.setattr(sys, "argv", ["finetune.py", *options])
     example.main()
     printed = capsys.readouterr().out

@@ -41,10 +41,11 @@ def finetune(
 
     Args:
         data: a folder with one folder of images per class; or with ``train`` and ``valid`` (or
-            ``val``) that hold such folders. Files that cannot be read are skipped and listed.
+            ``val``) that hold such folders, a ``test`` beside them being left alone. Files that
+            cannot be read are skipped and listed.
         model: a classifier, or a name or file as for `fcvgg.load`. It is not changed.
         folder: the run: ``model`` (the bundle), ``report``, ``best.ckpt``, ``last.ckpt`` and
-            ``history.csv``.
+            ``history.csv``; for ``"svm"`` without the best and the history.
         weights: as for `fcvgg.load`.
         preprocess: how images become input, or what tells it for a number of channels; the source's
             own when None.

@@ -170,7 +170,7 @@ def _check_scores(net: FullyConvolutional) -> None:
         found = "in a sigmoid for each class" if net.activation == "sigmoid" else "past a softmax"
         raise ConversionError(
             f"the model ends {found}, so cross entropy does not train it; expected a head that "
-            "ends in scores or a softmax: end it there, or pass hidden=()"
+            "ends in scores or a softmax"
         )
 
 
