@@ -233,6 +233,22 @@ def test_auto_measures_likeness_of_few_images(files: LabelledFiles) -> None:
     assert "features of pool3 tell them apart " in choose(files, hidden=()).reason
 
 
+@pytest.mark.parametrize(("hidden", "size"), [((), (48, 48)), (None, SIZE)])
+def test_likeness_is_measured_at_the_size_that_is_trained(
+    files: LabelledFiles, monkeypatch: pytest.MonkeyPatch, hidden: Any, size: Any
+) -> None:
+    class AskedError(Exception):
+        pass
+
+    def probed(*_: Any, **options: Any) -> None:
+        raise AskedError(options["size"])
+
+    monkeypatch.setattr("fcvgg.transfer.probing.probe", probed)
+    with pytest.raises(AskedError) as asked:
+        choose(files, hidden=hidden, size=48)
+    assert asked.value.args == (size,)
+
+
 def test_auto_finds_faces_similar_to_faces(tmp_path: Path) -> None:
     crops = (skimage_data.lfw_subset() * 255).clip(0, 255).astype(np.uint8)
     paths = tuple(tmp_path / f"{i}.png" for i in range(24))

@@ -124,7 +124,7 @@ class Choice:
 
 
 def chosen(
-    recipe: Recipe, model: nn.Module, files: LabelledFiles, preprocess: Preprocess, size: Pair
+    recipe: Recipe, model: nn.Module, files: LabelledFiles, preprocess: Preprocess, native: Pair
 ) -> Choice:
     """The recipe's strategy, or the one that suits the images.
 
@@ -133,7 +133,7 @@ def chosen(
         model: the pretrained classifier.
         files: the training images.
         preprocess: how they become input.
-        size: the model's native size.
+        native: the model's native size.
     """
     if recipe.strategy != "auto":
         return Choice(recipe.strategy, f"as asked for: {MEANINGS[recipe.strategy]}")
@@ -152,7 +152,7 @@ def chosen(
     similar, why = (
         (recipe.similar, f"the images are called {'similar' if recipe.similar else 'different'}")
         if recipe.similar is not None
-        else _measured(model, recipe, files, preprocess, size)
+        else _measured(model, recipe, files, preprocess, native)
     )
     if per_class < FEW and not similar and recipe.augment:
         why = f"{why}, and features that are varied suit no support vector machine"
@@ -164,7 +164,7 @@ def chosen(
 
 
 def _measured(
-    model: nn.Module, recipe: Recipe, files: LabelledFiles, preprocess: Preprocess, size: Pair
+    model: nn.Module, recipe: Recipe, files: LabelledFiles, preprocess: Preprocess, native: Pair
 ) -> tuple[bool, str]:
     """Whether late features tell the classes apart as well as early ones do, and what was found.
 
@@ -192,7 +192,8 @@ def _measured(
             [files.labels[i] for i in places],
             layers=[early, late],
             folds=_FOLDS,
-            size=size,
+            # fully connected layers that are kept run at their own size only
+            size=native if recipe.hidden is None else size_of(recipe, native),
             preprocess=preprocess,
         )
     except (ArgumentError, ConversionError):
