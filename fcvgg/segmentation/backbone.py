@@ -317,14 +317,19 @@ def _ending(graph: fx.Graph, kept: set[str], *ends: str) -> fx.Graph:
 
 
 def _drop_uncalled(tree: nn.Module, graph: fx.Graph) -> None:
-    """Remove the modules that the graph neither calls nor reads tensors of."""
-    used = {str(n.target) for n in graph.nodes if n.op == "call_module"}
-    used |= {str(n.target).rpartition(".")[0] for n in graph.nodes if n.op == "get_attr"}
+    """Remove the modules that the graph does not call, and the tensors of theirs not read."""
+    called = {str(n.target) for n in graph.nodes if n.op == "call_module"}
+    read = {str(n.target) for n in graph.nodes if n.op == "get_attr"}
 
     def drop(module: nn.Module, path: str) -> None:
+        for name in [*module._parameters, *module._buffers]:
+            if f"{path}{name}" not in read:
+                delattr(module, name)
         for name, child in list(module.named_children()):
             place = f"{path}{name}"
-            if any(other == place or other.startswith(f"{place}.") for other in used):
+            if place in called:
+                continue
+            if any(other.startswith(f"{place}.") for other in called | read):
                 drop(child, f"{place}.")
             else:
                 delattr(module, name)

@@ -37,6 +37,7 @@ _FUNCTIONS = {
     "avg_pool2d": "pool",
     "boolean_dispatch": "pool",
     "linear": "fc",
+    "window_linear": "fc",
     "dropout": "drop",
     "flatten": "flatten",
     "view": "flatten",
@@ -203,8 +204,9 @@ def children_of(layers: Iterable[NamedLayer], root: nn.Module) -> list[nn.Module
 def _named(graph: fx.Graph, root: nn.Module) -> list[NamedLayer]:
     numbering = _Numbering()
     layers = []
+    constants = _constants(graph)
     for node in graph.nodes:
-        if not node.op.startswith("call") or node.target == "training_flag":
+        if not node.op.startswith("call") or node.target == "training_flag" or node in constants:
             continue
         module = root.get_submodule(str(node.target)) if node.op == "call_module" else None
         role = _role_of(node, module)
@@ -219,6 +221,16 @@ def _named(graph: fx.Graph, root: nn.Module) -> list[NamedLayer]:
     if fc:
         layers[fc[-1]] = replace(layers[fc[-1]], keras="predictions")
     return layers
+
+
+def _constants(graph: fx.Graph) -> set[fx.Node]:
+    """What is computed from parameters alone, such as a weight's reshape; it is no layer."""
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        fed = node.all_input_nodes
+        if node.op == "get_attr" or (fed and found.issuperset(fed)):
+            found.add(node)
+    return found
 
 
 def _role_of(node: fx.Node, module: nn.Module | None) -> str:
