@@ -56,6 +56,20 @@ def _names_in(content: Any) -> list[str]:
     return content
 
 
+def distinct_names(names: Sequence[str]) -> tuple[str, ...]:
+    """Class names by which results are told apart; ImageNet's, say, are not ("crane" twice).
+
+    Raises:
+        CategoryError: if one is empty or stands there twice.
+    """
+    names = tuple(map(str, names))
+    wrong = next((n for i, n in enumerate(names) if not n.strip() or n in names[:i]), None)
+    if wrong is not None:
+        what = "is there twice" if wrong.strip() else "is empty"
+        raise CategoryError(f"the category {wrong!r} {what}; expected one name for each class")
+    return names
+
+
 def class_name(index: int, categories: Sequence[str] | None) -> str:
     """The name of a class, or ``class 7`` where there are no names."""
     return categories[index] if categories is not None else f"class {index}"

@@ -52,9 +52,7 @@ class LabelMap:
 
     def coloured(self) -> Image.Image:
         """The labels alone, each class in its colour, what is ignored in black."""
-        table = np.zeros((256, 3), np.uint8)
-        table[: len(self.categories)] = class_colours(len(self.categories))
-        return Image.fromarray(table[self.labels.astype(np.uint8)])
+        return Image.fromarray(self._palette()[self.labels.astype(np.uint8)])
 
     def overlay(self, alpha: float = ALPHA) -> Image.Image:
         """The colours laid on the image, which is shown in grey; alone where there is none.
@@ -97,6 +95,12 @@ class LabelMap:
                 ax.legend(loc="upper left", bbox_to_anchor=(1.01, 1), borderaxespad=0, **look)
         return ax
 
+    def _palette(self) -> NDArray[np.uint8]:
+        """The colour of every label, ``uint8 (256, 3)``; black for what is no class."""
+        table = np.zeros((256, 3), np.uint8)
+        table[: len(self.categories)] = class_colours(len(self.categories))
+        return table
+
     def _patches(self) -> list[Any]:
         from matplotlib.patches import Patch
 
@@ -122,9 +126,7 @@ class LabelMap:
                 f"a PNG holds up to {IGNORE_INDEX} classes, got {len(self.categories)}"
             )
         indexed = Image.fromarray(self.labels.astype(np.uint8))
-        table = np.zeros((256, 3), np.uint8)
-        table[: len(self.categories)] = class_colours(len(self.categories))
-        indexed.putpalette(table.tobytes())
+        indexed.putpalette(self._palette().tobytes())
         with written_whole(path) as temporary:
             indexed.save(temporary, "PNG")
         return path

@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from fcvgg.categories import distinct_names
 from fcvgg.datasets import Unreadable
 from fcvgg.errors import ArgumentError, DatasetError, ImageError, one_line
-from fcvgg.images import read_image
+from fcvgg.images import in_mode, read_image
 from fcvgg.segmentation.label_map import IGNORE_INDEX
 
 IMAGES, MASKS = "images", "masks"
@@ -62,7 +62,8 @@ def mask_folder(folder: str | Path, categories: int | Sequence[str]) -> MaskFold
     Args:
         folder: with ``images/NAME.jpg`` (or another kind) and ``masks/NAME.png``. A mask holds
             class indices, as grey values or as a palette image's indices, and 255 for pixels that
-            are neither trained on nor counted.
+            are neither trained on nor counted. Images are turned as their EXIF entry says, so
+            masks label the upright image.
         categories: the names of the classes in the order of their indices, or how many there are.
 
     Raises:
@@ -78,7 +79,7 @@ def mask_folder(folder: str | Path, categories: int | Sequence[str]) -> MaskFold
     totals = np.zeros(len(names), np.int64)
     for image, mask in pairs:
         try:
-            picture = read_image(image)
+            picture = in_mode(read_image(image), 3)  # as training will, though a net may be grey
             labels = read_mask(mask)
         except ImageError as error:
             skipped.append(Unreadable(str(image), one_line(error)))
@@ -132,23 +133,19 @@ def train_and_valid(
 
 
 def read_mask(path: Path) -> NDArray[np.int64]:
-    """The class index of every pixel, int64 ``(H, W)``.
+    """The class index of every pixel, int64 ``(H, W)``, turned as an EXIF entry says.
 
     Raises:
         ImageError: if the file cannot be read.
         DatasetError: if it holds colours and not indices.
     """
-    try:
-        with Image.open(path) as image:
-            image.load()
-            if image.mode not in _MASK_MODES:
-                raise DatasetError(
-                    f"the mask {path} has mode {image.mode}; expected a PNG of class indices, grey "
-                    "or with a palette"
-                )
-            return np.asarray(image).astype(np.int64)
-    except (OSError, SyntaxError, ValueError) as error:
-        raise ImageError(f"the mask {path} cannot be read: {one_line(error)}") from error
+    image = read_image(path)
+    if image.mode not in _MASK_MODES:
+        raise DatasetError(
+            f"the mask {path} has mode {image.mode}; expected a PNG of class indices, grey "
+            "or with a palette"
+        )
+    return np.asarray(image).astype(np.int64)
 
 
 def _checked_categories(categories: int | Sequence[str]) -> tuple[str, ...]:
@@ -164,7 +161,7 @@ def _checked_categories(categories: int | Sequence[str]) -> tuple[str, ...]:
         raise ArgumentError(
             f"{len(names)} classes cannot be told apart by masks; expected 2 to {IGNORE_INDEX}"
         )
-    return names
+    return distinct_names(names)
 
 
 def _paired(folder: Path) -> list[tuple[Path, Path]]:
@@ -202,9 +199,10 @@ def _check_pair(
     image: Path, size: tuple[int, int], mask: Path, labels: NDArray[Any], classes: int
 ) -> None:
     if labels.shape != size:
+        turned = " of the upright image" if labels.shape == size[::-1] else ""
         raise DatasetError(
             f"the mask {mask} is {labels.shape[0]}x{labels.shape[1]} and its image {image} "
-            f"{size[0]}x{size[1]}; expected one label for each pixel"
+            f"{size[0]}x{size[1]}; expected one label for each pixel{turned}"
         )
     wrong = (labels != IGNORE_INDEX) & ((labels < 0) | (labels >= classes))
     if wrong.any():

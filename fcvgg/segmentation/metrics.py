@@ -11,7 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fcvgg.errors import DatasetError
+from fcvgg.categories import distinct_names
+from fcvgg.errors import ArgumentError, DatasetError
 from fcvgg.segmentation.label_map import IGNORE_INDEX
 from fcvgg.sources.extras import imported
 
@@ -79,15 +80,28 @@ def label_metrics(
         categories: the names of the classes.
 
     Raises:
+        ArgumentError: if two label maps differ in size, or a label is no class.
         MissingExtraError: if torchmetrics is not installed.
     """
-    names = tuple(categories)
+    names = distinct_names(tuple(categories))
     confusion = confusion_metric(len(names))
     for predicted, truth in pairs:
-        confusion.update(
-            *(
-                torch.from_numpy(np.ascontiguousarray(x).astype(np.int64))
-                for x in (predicted, truth)
-            )
-        )
+        _check_labels(predicted, truth, len(names))
+        confusion.update(*(torch.from_numpy(x.astype(np.int64)) for x in (predicted, truth)))
     return metrics_of(confusion.confmat, names)
+
+
+def _check_labels(predicted: NDArray[Any], truth: NDArray[Any], classes: int) -> None:
+    if predicted.shape != truth.shape:
+        raise ArgumentError(
+            f"the predicted labels are {predicted.shape} and the true ones {truth.shape}; expected "
+            "one for each pixel"
+        )
+    counted = truth != IGNORE_INDEX
+    for what, labels in (("predicted", predicted[counted]), ("true", truth[counted])):
+        wrong = labels[(labels < 0) | (labels >= classes)]
+        if wrong.size:
+            raise ArgumentError(
+                f"a {what} label is {wrong[0]}; expected 0 to {classes - 1}, or {IGNORE_INDEX} "
+                "among the true ones"
+            )

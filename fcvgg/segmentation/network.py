@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fcvgg.categories import distinct_names
 from fcvgg.errors import ArgumentError, CategoryError
 from fcvgg.images import ImageLike, prepare
 from fcvgg.network import FullyConvolutional, evaluating
@@ -72,7 +73,8 @@ class FCN(nn.Module):
         copy: own the parameters, the default, since dense training changes the features. False
             shares the net's storage, as `fcvgg.convert` does: training one then changes both.
         init_from: a coarser `FCN` of the same classes whose weights are the start, which is how the
-            paper trains: 32s, then 16s, then 8s.
+            paper trains: 32s, then 16s, then 8s. With ``copy=False`` its backbone must have the
+            net's weights.
         learn_upsampling: let the kernels between score layers learn.
         categories: the names of the classes.
         preprocess: how images become input; the net's when None.
@@ -123,7 +125,7 @@ class FCN(nn.Module):
         self.categories = categories
         self.preprocess = net.preprocess if preprocess is None else preprocess
         if init_from is not None:
-            self._start_from(init_from)
+            self._start_from(init_from, shared=not copy)
 
     @classmethod
     def _of(
@@ -160,7 +162,7 @@ class FCN(nn.Module):
         self.to_pixels = BilinearUpsampling(num_classes, grids[-1], PIXELS, dtype=dtype)
         self.to(device_of(backbone), dtype)
 
-    def _start_from(self, coarser: FCN) -> None:
+    def _start_from(self, coarser: FCN, shared: bool) -> None:
         """Take the weights of a variant that scores fewer maps.
 
         Raises:
@@ -179,6 +181,11 @@ class FCN(nn.Module):
                 f"{wrong[0]} does not fit FCN-{self.variant} of {self.num_classes}; expected a "
                 "coarser or equal variant of the same network and classes"
             )
+        if shared and not all(v.equal(own[k]) for k, v in state.items() if _of_backbone(k)):
+            raise ArgumentError(
+                "init_from has other weights than the network, which copy=False would overwrite "
+                "there; pass copy=True"
+            )
         self.load_state_dict(state, strict=False)
 
     @property
@@ -193,7 +200,7 @@ class FCN(nn.Module):
                 f"{len(names)} categories were given for {self.num_classes} classes; "
                 "pass one name per class, in the order of the labels"
             )
-        self._categories = None if names is None else tuple(names)
+        self._categories = None if names is None else distinct_names(names)
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -284,6 +291,10 @@ class FCN(nn.Module):
     def extra_repr(self) -> str:
         read = ", ".join(f"{s.name} at stride {s.geometry.stride[0]}" for s in self.sources)
         return f"FCN-{self.variant}, {self.num_classes} classes, scoring {read}"
+
+
+def _of_backbone(key: str) -> bool:
+    return key.startswith("backbone.")
 
 
 def _key(source: MapSource) -> str:

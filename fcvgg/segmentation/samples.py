@@ -12,6 +12,7 @@ from torchvision.transforms import v2
 
 from fcvgg.geometry import Pair
 from fcvgg.images import prepare
+from fcvgg.placement import dtype_of
 from fcvgg.preprocessing import Preprocess
 from fcvgg.segmentation.label_map import IGNORE_INDEX
 from fcvgg.segmentation.mask_folders import MaskFolder, read_mask
@@ -23,9 +24,9 @@ class MaskedImages(Dataset[tuple[Tensor, Tensor]]):
 
     Args:
         data: the files.
-        fcn: for its preprocessing, of which the resizing is left out.
+        fcn: for its dtype and its preprocessing, of which the resizing is left out.
         crop: the size of a random part; None for whole images.
-        flip: mirror every other image.
+        flip: mirror images by chance, one in two.
     """
 
     def __init__(
@@ -35,6 +36,7 @@ class MaskedImages(Dataset[tuple[Tensor, Tensor]]):
         self.data = data
         self.crop = crop
         self.channels = fcn.backbone.in_channels
+        self.dtype = dtype_of(fcn)
         self.preprocess: Preprocess = replace(fcn.preprocess, resize=None)
         steps: list[v2.Transform] = []
         if crop is not None:
@@ -55,15 +57,19 @@ class MaskedImages(Dataset[tuple[Tensor, Tensor]]):
         image, mask = self.transform(tv_tensors.Image(pixels), tv_tensors.Mask(labels))
         return image.as_subclass(Tensor), mask.as_subclass(Tensor)
 
-    def whole(self, count: int) -> list[Tensor]:
-        """The first images without chance, cut to the smallest common size."""
+    def middles(self, count: int) -> Tensor:
+        """The middles of the first images, without chance, ``(N, C, H, W)``.
+
+        They have the size of the crop, or of the smallest image along each axis.
+        """
         images = [self._pixels(i) for i in range(min(count, len(self)))]
-        height, width = (min(image.shape[dim] for image in images) for dim in (1, 2))
-        return [image[:, :height, :width] for image in images]
+        least = [min(image.shape[dim] for image in images) for dim in (1, 2)]
+        size = least if self.crop is None else [min(pair) for pair in zip(least, self.crop)]
+        return torch.stack([v2.functional.center_crop(image, size) for image in images])
 
     def _pixels(self, index: int) -> Tensor:
         prepared = prepare(self.data.images[index], self.preprocess, self.channels)
-        return prepared.tensor(self.preprocess)[0]
+        return prepared.tensor(self.preprocess)[0].to(self.dtype)
 
 
 def collated(items: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fcvgg.datasets import Unreadable
-from fcvgg.errors import ArgumentError, GeometryError, PreprocessError
+from fcvgg.errors import ArgumentError, DatasetError, GeometryError, PreprocessError
 from fcvgg.geometry import Pair, checked_size
 from fcvgg.segmentation.mask_folders import MaskFolder, read_mask, train_and_valid
 from fcvgg.segmentation.metrics import SegmentationMetrics, confusion_metric, metrics_of
@@ -61,7 +61,8 @@ def train_fcn(
 ) -> DenseTraining:
     """Train a dense network on images with masks; the best epoch is that of the highest mean IoU.
 
-    The network is trained in place. Score layers without weights yet are calibrated first
+    The network is trained in place, on images of their own size: where its preprocessing resizes
+    them, it does so no more. Score layers without weights yet are calibrated first
     (`FCN.calibrate_`). The folder gets ``best.ckpt``, ``last.ckpt`` and ``history.csv``, and
     ``fcn``, which `FCN.load` reads.
 
@@ -73,7 +74,7 @@ def train_fcn(
         settings: how to train; AdamW at 1e-3 in batches of 4 when None.
         crop: the size of the random part of each training image, an int or ``(h, w)``; smaller
             images are padded with zeros, whose pixels are ignored. None takes whole images.
-        flip: mirror every other training image.
+        flip: mirror training images by chance, one in two.
         class_weights: factors of the classes' losses: one for each, ``"balanced"`` (inverse to
             their pixels in the training masks, the mean over pixels being 1), or None.
         backbone_lr: the learning rate of the layers that came with the converted network; that of
@@ -83,7 +84,8 @@ def train_fcn(
         progress: show a bar, and print a line for every epoch, on stderr.
 
     Raises:
-        DatasetError: if images or masks are not usable; see `mask_folder`.
+        DatasetError: if images or masks are not usable; see `mask_folder`. Also if the part to
+            train on holds one class alone, or the part to validate on no labelled pixel.
         PreprocessError: if the network has no preprocessing.
         ArgumentError: if an option is out of range.
         TrainingError: if the loss is not finite or a file cannot be written; see `fcvgg.training`.
@@ -109,9 +111,11 @@ def train_fcn(
                 f"the masks have {len(part.categories)} classes and the network {fcn.num_classes}; "
                 "expected as many"
             )
+    _check_labelled(train, valid)
     weights = _checked_weights(class_weights, train.counts, fcn.num_classes)
+    fcn.preprocess = replace(fcn.preprocess, resize=None)
     samples = MaskedImages(train, fcn, _checked_crop(crop), flip)
-    fcn.calibrate_(torch.stack(samples.whole(_CALIBRATION_IMAGES)))
+    fcn.calibrate_(samples.middles(_CALIBRATION_IMAGES))
     task = DenseTask(fcn, weights, backbone_lr)
     run = fit(
         task,
@@ -153,6 +157,22 @@ def evaluate_fcn(fcn: FCN, data: MaskFolder) -> SegmentationMetrics:
     return metrics_of(confusion.confmat, fcn.class_names)
 
 
+def _check_labelled(train: MaskFolder, valid: MaskFolder) -> None:
+    """Refuse parts that nothing can be learned from, or measured on, before time is spent."""
+    known = [name for name, count in zip(train.categories, train.counts) if count]
+    if len(known) < 2:
+        what = f"of one class ({known[0]})" if known else "to be ignored"
+        raise DatasetError(
+            f"all pixels of the {len(train)} masks to train on are {what}; expected two classes or "
+            "more: label more images, or split them by another seed"
+        )
+    if not any(valid.counts):
+        raise DatasetError(
+            f"all pixels of the {len(valid)} masks to validate on are to be ignored; label more "
+            "images, or split them by another seed"
+        )
+
+
 def _checked_crop(crop: int | Iterable[int] | None) -> Pair | None:
     if crop is None:
         return None
@@ -178,10 +198,14 @@ def _checked_weights(
         known = np.array(counts, np.float64)
         inverse = np.divide(known.sum(), known, out=np.zeros_like(known), where=known > 0)
         return torch.tensor(inverse / np.count_nonzero(known), dtype=torch.float32)
-    values = torch.as_tensor(list(weights), dtype=torch.float32)
-    if values.shape != (classes,) or not values.isfinite().all() or values.min() < 0:
+    try:
+        values = torch.as_tensor(list(weights), dtype=torch.float32)
+    except (TypeError, ValueError):
+        values = torch.empty(0)
+    usable = values.shape == (classes,) and values.isfinite().all()
+    if not usable or values.min() < 0 or values.max() == 0:
         raise ArgumentError(
-            f"class_weights={list(weights)} are none; expected {classes} numbers >= 0, one for "
-            "each class"
+            f"class_weights={weights!r} are none; expected {classes} numbers >= 0, one for each "
+            "class, and one of them above 0"
         )
     return values
