@@ -41,6 +41,7 @@ def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_train_resume_and_label(data: Path) -> None:
     (data / "images" / "3.png").write_text("no image")
     options = ("--classes", "dark, light", "--model", "demo", "--crop", "32", "--batch-size", "2")
+    options += ("--lr", "5e-3")
     ran = run("segment-train", data, *options, "--epochs", 2, "--freeze-upto", "pool2", "-o", "c")
     assert ran.exit_code == 0, ran.output
     assert "skipped" in ran.stderr
@@ -65,7 +66,7 @@ def test_train_resume_and_label(data: Path) -> None:
     assert ran.exit_code == 0, ran.output
     labels = np.asarray(Image.open("out/0-labels.png"))
     truth = np.asarray(Image.open(data / "masks" / "0.png"))
-    assert (labels == truth).mean() > 0.8
+    assert (labels == truth).mean() > 0.9
     with Image.open("out/0-overlay.png") as overlay:
         assert overlay.size == (48, 40)
     assert "dark" in ran.stdout

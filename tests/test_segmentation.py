@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from nets import GlobalPooled, Headed, SmallVGG, Unpadded, images, narrow_vgg, seeded
+from nets import Functional, GlobalPooled, Headed, SmallVGG, Unpadded, images, narrow_vgg, seeded
 from PIL import Image
 from torch import Tensor, nn
 
@@ -23,6 +23,7 @@ from fcvgg.segmentation.backbone import giving, giving_first
 from fcvgg.segmentation.mask_folders import read_mask, train_and_valid
 from fcvgg.segmentation.network import VARIANTS
 from fcvgg.segmentation.samples import MaskedImages
+from fcvgg.segmentation.task import DenseTask
 from fcvgg.segmentation.upsampling import PIXELS, BilinearUpsampling
 from fcvgg.training import Settings
 
@@ -170,6 +171,68 @@ def test_the_score_of_fc7_is_the_classifiers_when_it_has_its_weights() -> None:
             torch.testing.assert_close(fcn(batch)[0], expected, rtol=0, atol=1e-10)
 
 
+def test_a_head_of_functions_is_scored_like_one_of_modules(tmp_path: Path) -> None:
+    """`F.linear` with the model's parameters becomes a function in the converted network too."""
+    net = fcvgg.convert(seeded(Functional), input_size=28)
+    head = [layer.name for layer in fcvgg.layer_names(net) if not layer.block]
+    assert head == ["fc6", "tanh", "fc7", "prob"]
+    fcn = fcvgg.FCN(net, 3, "16s", padding="valid").eval()
+    assert [source.name for source in fcn.sources] == ["fc6", "conv1_1"]
+    assert "fc2" not in fcn.backbone.state_dict()
+    weight = net.network.get_parameter("fc2").detach()[:3, :, None, None]
+    fcn.scores["fc6"].conv.weight.data = weight.clone()
+    batch = images(1, 3, 61, 47)
+    with torch.no_grad():
+        hidden = torch.nn.functional.conv2d(fcn.backbone(batch)[0], weight)
+        # log_softmax leaves differences of scores as they are
+        differences = (hidden - hidden[:, :1])[0]
+        expected = net(batch)[0, :3] - net(batch)[0, :1]
+        torch.testing.assert_close(differences, expected, rtol=0, atol=1e-12)
+        again = fcvgg.FCN.load(fcn.save(tmp_path / "fcn"))
+        assert torch.equal(again(batch), fcn(batch))
+
+
+def averaging(model: nn.Module) -> nn.Module:
+    """The model with positive weights and average pools: a cell depends on all that it sees."""
+    for module in model.modules():
+        for name, child in module.named_children():
+            if isinstance(child, nn.MaxPool2d):
+                pool = nn.AvgPool2d(child.kernel_size, child.stride, child.padding)
+                setattr(module, name, pool)
+            elif isinstance(child, (nn.Conv2d, nn.Linear)):
+                nn.init.constant_(child.weight, 0.01)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("model", "size", "extent"),
+    [
+        (averaging(seeded(narrow_vgg, "vgg11", width=64)), None, 420),
+        (averaging(seeded(GlobalPooled)), 64, 150),
+        (averaging(seeded(Unpadded)), None, 90),
+    ],
+    ids=["vgg11", "resnet-like", "unpadded"],
+)
+def test_every_scored_map_lies_where_its_gradients_do(
+    model: nn.Module, size: int | None, extent: int
+) -> None:
+    """The oracle of alignment: the pixels that change a cell are its receptive field."""
+    net = fcvgg.convert(model, input_size=size, verify=False)
+    for padding in ("same", "valid"):
+        fcn = fcvgg.FCN(net, 2, "8s", padding=padding).eval()
+        for i, source in enumerate(fcn.sources):
+            batch = torch.ones(1, 3, extent, extent + 17, dtype=torch.float64, requires_grad=True)
+            found = fcn.backbone(batch)[i]
+            row, col = (n // 2 for n in found.shape[2:])
+            found[0, :, row, col].sum().backward()
+            assert batch.grad is not None
+            seen = batch.grad[0].abs().sum(0).nonzero()
+            top, left, bottom, right = source.geometry.receptive_field_of(row, col)
+            expected = [max(top, 0), max(left, 0), min(bottom, extent), min(right, extent + 17)]
+            first, last = seen.amin(0).tolist(), seen.amax(0).tolist()
+            assert [*first, *(n + 1 for n in last)] == expected
+
+
 class Brightness(nn.Module):
     """Passes brightness through: convolutions that copy, average pools, a head that averages."""
 
@@ -275,6 +338,34 @@ def test_the_source_is_untouched_and_shares_only_if_asked() -> None:
     assert "classifier.6.weight" not in own.backbone.state_dict()
 
 
+def test_shared_weights_are_not_overwritten_by_a_starting_point() -> None:
+    model = seeded(SmallVGG)
+    before = copy.deepcopy(model.state_dict())
+    net = fcvgg.convert(model)
+    coarse = fcvgg.FCN(net, 2, copy=False)
+    fcvgg.FCN(net, 2, "16s", copy=False, init_from=coarse)  # the same weights: nothing to change
+    trained = fcvgg.FCN(net, 2)
+    with torch.no_grad():
+        next(trained.backbone.parameters()).add_(1)
+    with pytest.raises(fcvgg.ArgumentError, match=r"init_from has other weights .* copy=True"):
+        fcvgg.FCN(net, 2, "16s", copy=False, init_from=trained)
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+
+
+def test_frozen_layers_stay_frozen() -> None:
+    net = fcvgg.freeze_(fcvgg.convert(seeded(SmallVGG, bn=True)), "pool1")
+    for shares in (False, True):
+        fcn = fcvgg.FCN(net, 2, "16s", copy=not shares).train()
+        before = {name: b.clone() for name, b in fcn.backbone.named_buffers()}
+        assert any("running_mean" in name for name in before)
+        fcn(images(2, 3, 40, 40)).sum().backward()
+        for name, buffer in fcn.backbone.named_buffers():
+            assert torch.equal(buffer, before[name]), name
+        trained = {name for name, p in fcn.backbone.named_parameters() if p.grad is not None}
+        assert not any("features.0" in name or "features.1" in name for name in trained)
+        assert any("classifier" in name for name in trained)
+
+
 def test_a_finer_variant_starts_from_a_coarser_ones_weights() -> None:
     net = fcvgg.convert(seeded(SmallVGG))
     coarse = small_fcn("32s").eval()
@@ -306,6 +397,8 @@ def test_what_cannot_be_built_is_said_in_one_line() -> None:
         fcvgg.FCN(net, 0)
     with pytest.raises(fcvgg.ArgumentError, match=r"num_classes=1 cannot label pixels; expected 2"):
         fcvgg.FCN(net, 1)
+    with pytest.raises(fcvgg.CategoryError, match="the category 'a' is there twice; expected one"):
+        fcvgg.FCN(net, 3, categories=("a", "b", "a"))
     with pytest.raises(fcvgg.CategoryError, match="3 categories were given for 2 classes"):
         fcvgg.FCN(net, 2, categories="abc")
     one_pool = nn.Sequential(
@@ -428,8 +521,23 @@ def test_metrics_are_those_counted_by_hand() -> None:
     assert np.isnan(metrics.iou["d"])
     assert metrics.mean_iou == pytest.approx(1 / 3)
     assert str(metrics).startswith("mean IoU 0.333, pixel accuracy 0.600 (a 0.500")
+    mirrored = [(found[:, ::-1], truth[:, ::-1])]
+    assert fcvgg.label_metrics(mirrored, ("a", "b", "c", "d")).mean_iou == metrics.mean_iou
     with pytest.raises(fcvgg.DatasetError, match="the masks label no pixel"):
         fcvgg.label_metrics([(found, np.full((2, 3), 255))], ("a", "b", "c"))
+
+
+def test_labels_that_cannot_be_compared_are_refused_in_one_line() -> None:
+    truth, found = np.array([[0, 1, 255]]), np.array([[0, 1, 255]])
+    assert fcvgg.label_metrics([(found, truth)], "ab").mean_iou == 1  # ignored whatever it is
+    for pair, names, message in [
+        ((np.array([[0, 255, 1]]), truth), "ab", "a predicted label is 255; expected 0 to 1, or"),
+        ((found * 0, np.array([[0, 7, 1]])), "ab", "a true label is 7; expected 0 to 1, or 255"),
+        ((found[:, :2], truth), "ab", r"labels are \(1, 2\) and the true ones \(1, 3\); expected"),
+        ((found, truth), ("a", " "), "the category ' ' is empty; expected one name for each"),
+    ]:
+        with pytest.raises(fcvgg.FcvggError, match=message):
+            fcvgg.label_metrics([pair], names)
 
 
 # -- folders ----------------------------------------------------------------------------------
@@ -463,6 +571,39 @@ def test_a_mask_folder_is_read_with_its_counts(tmp_path: Path) -> None:
     assert len(found.skipped) == 1
     assert "2.png is no image" in str(found.skipped[0])
     assert fcvgg.mask_folder(folder, 2).categories == ("0", "1")
+
+
+def test_images_and_masks_are_turned_as_their_exif_entry_says(tmp_path: Path) -> None:
+    folder = write_masked(tmp_path / "data", 2)
+    image, mask = folder / "images" / "1.png", folder / "masks" / "1.png"
+    upright = np.asarray(Image.open(mask))
+    turned = Image.Exif()
+    turned[0x0112] = 6  # to be turned by 90 degrees clockwise
+    for path in (image, mask):
+        picture = Image.open(path)
+        picture.load()
+        picture.transpose(Image.Transpose.ROTATE_90).save(path, exif=turned)
+    assert np.array_equal(read_mask(mask), upright)
+    assert len(fcvgg.mask_folder(folder, CLASSES)) == 2
+    Image.fromarray(np.rot90(upright)).save(mask)
+    with pytest.raises(
+        fcvgg.DatasetError, match="expected one label for each pixel of the upright"
+    ):
+        fcvgg.mask_folder(folder, CLASSES)
+
+
+def test_what_training_cannot_read_is_skipped_beforehand(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_masked(tmp_path / "data", 4)
+    (folder / "images" / "0.png").unlink()
+    Image.fromarray(np.zeros((40, 40), np.float32)).save(folder / "images" / "0.tiff")
+    found = fcvgg.mask_folder(folder, CLASSES)
+    assert "floating-point values of unknown range" in str(found.skipped[0])
+    assert len(found) == 3
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(fcvgg.ImageError, match=r"masks.1.png is too large to be loaded whole"):
+        read_mask(folder / "masks" / "1.png")
 
 
 def test_a_folder_is_split_by_seed_or_as_it_is(tmp_path: Path) -> None:
@@ -507,6 +648,7 @@ def test_bad_folders_are_refused_in_one_line(tmp_path: Path) -> None:
     refused(r"3.bmp and .*3.png would have the same mask, 3.png; rename one")
     image.unlink()
     refused("categories='ab' are none", "ab")
+    refused("the category 'a' is there twice", ("a", "a"))
     refused("1 classes cannot be told apart by masks; expected 2 to 255", 1)
     refused("images does not exist; expected none/images/NAME.jpg", where=tmp_path / "none")
     for path in (folder / "masks").iterdir():
@@ -531,7 +673,7 @@ def test_crops_and_flips_move_image_and_mask_together(tmp_path: Path) -> None:
         torch.manual_seed(0)
         drawn = [samples[i % 6] for i in range(24)]
     flipped = 0
-    for image, mask in drawn:
+    for i, (image, mask) in enumerate(drawn):
         assert image.shape == (3, 60, 24)
         assert type(image) is Tensor
         known = mask != 255
@@ -539,20 +681,39 @@ def test_crops_and_flips_move_image_and_mask_together(tmp_path: Path) -> None:
         assert not image[:, ~known].any()
         light = image.mean(0) > 120 / 255
         assert (light == (mask == 1))[known].float().mean() > 0.98
-        flipped += bool((mask[:, 0] == 1).any())
-    assert 3 < flipped < 21
+        row = mask[known.any(1)][0]
+        if row[0] != row[-1]:  # both parts are in the crop: light is left in every other image
+            flipped += bool(row[0] == 1) != bool(i % 2)
+    assert 2 < flipped < 22
+    unflipped = MaskedImages(folder, fcn, crop=(60, 24))
+    assert all(unflipped[i][1].max() == 255 for i in range(6))
+
+
+def test_score_layers_are_calibrated_on_as_much_as_they_train_on(tmp_path: Path) -> None:
+    folder = fcvgg.mask_folder(write_masked(tmp_path / "data"), CLASSES)
+    fcn = small_fcn("32s")
+    assert MaskedImages(folder, fcn).middles(4).shape == (4, 3, 40, 40)
+    middles = MaskedImages(folder, fcn, crop=(60, 24)).middles(3)
+    assert middles.shape == (3, 3, 40, 24)
+    assert middles.dtype == torch.float64
+    whole = MaskedImages(folder, fcn)[2][0]  # 40x42
+    torch.testing.assert_close(middles[2], whole[:, :, 9:33], rtol=0, atol=0)
 
 
 SETTINGS = Settings(epochs=4, optimizer="adamw", lr=5e-3, batch_size=2, cosine=False)
 
 
-def train(folder: Path, out: Path, epochs: int = 4, resume: bool = False, **options: Any) -> Any:
-    fcn = fcvgg.FCN(
-        fcvgg.convert(seeded(SmallVGG, dtype=torch.float32), preprocess=PLAIN),
-        2,
-        "16s",
-        categories=CLASSES,
-    )
+def train(
+    folder: Path,
+    out: Path,
+    epochs: int = 4,
+    resume: bool = False,
+    dtype: torch.dtype = torch.float32,
+    preprocess: fcvgg.Preprocess = PLAIN,
+    **options: Any,
+) -> Any:
+    net = fcvgg.convert(seeded(SmallVGG, dtype=dtype), preprocess=preprocess)
+    fcn = fcvgg.FCN(net, 2, "16s", categories=CLASSES)
     chosen = replace(SETTINGS, epochs=epochs)
     return fcvgg.train_fcn(fcn, folder, out, settings=chosen, crop=32, resume=resume, **options)
 
@@ -583,11 +744,43 @@ def test_training_finds_the_parts_and_a_resumed_run_ends_the_same(tmp_path: Path
         )
 
 
+def test_training_sees_images_of_the_size_that_predictions_do(tmp_path: Path) -> None:
+    folder = write_masked(tmp_path / "data", 4)
+    resizing = replace(PLAIN, resize=16)
+    done = train(folder, tmp_path / "run", 1, preprocess=resizing, dtype=torch.float64)
+    assert done.run.best_value == pytest.approx(done.metrics.mean_iou, abs=1e-6)
+    assert done.fcn.preprocess == fcvgg.FCN.load(tmp_path / "run" / "fcn").preprocess == PLAIN
+    assert next(done.fcn.parameters()).dtype == torch.float64
+
+
+def test_what_is_ignored_neither_trains_nor_counts() -> None:
+    fcn = small_fcn("16s").train()
+    batch = images(2, 3, 40, 40)
+    masks = torch.zeros(2, 40, 40, dtype=torch.int64)
+    masks[0, :, 20:] = 1
+    masks[1] = 255
+    for weights in (None, torch.tensor([0.25, 2.0])):
+        task = DenseTask(fcn.eval(), weights, None)
+        alone, _ = task._loss([(batch[:1], masks[:1])])
+        both, count = task._loss([(batch, masks)])
+        apart, _ = task._loss([(batch[:1], masks[:1]), (batch[1:], masks[1:])])
+        expected = nn.functional.cross_entropy(fcn(batch[:1]).float(), masks[:1], task.weights)
+        for loss in (alone, both, apart):
+            torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0, check_dtype=False)
+        assert count == 2
+    nothing, _ = task._loss([(batch[1:], masks[1:])])
+    nothing.backward()
+    assert nothing == 0
+    assert all(p.grad is None or not p.grad.any() for p in fcn.parameters())
+
+
 def test_what_cannot_be_trained_is_said_in_one_line(tmp_path: Path) -> None:
     folder = write_masked(tmp_path / "data", 4)
     for options, message in [
         ({"class_weights": "even"}, "class_weights='even' is unknown; expected 'balanced'"),
         ({"class_weights": [1.0]}, r"class_weights=\[1.0\] are none; expected 2 numbers"),
+        ({"class_weights": ["a", "b"]}, r"class_weights=\['a', 'b'\] are none; expected 2"),
+        ({"class_weights": [0, 0]}, r"are none; .* and one of them above 0"),
         ({"backbone_lr": -1.0}, "backbone_lr=-1.0 is no rate"),
         ({"valid_share": 2.0}, "valid_share=2.0 is no share"),
     ]:
@@ -599,9 +792,19 @@ def test_what_cannot_be_trained_is_said_in_one_line(tmp_path: Path) -> None:
     three = fcvgg.mask_folder(folder, 3)
     with pytest.raises(fcvgg.ArgumentError, match="the masks have 3 classes and the network 2"):
         fcvgg.train_fcn(fcn, (three, three), tmp_path / "run")
+    whole = fcvgg.mask_folder(folder, CLASSES)
+    for counts, message in [
+        (((9, 0), (9, 9)), r"masks to train on are of one class \(dark\); expected two"),
+        (((0, 0), (9, 9)), "all pixels of the 4 masks to train on are to be ignored; expected"),
+        (((9, 9), (0, 0)), "all pixels of the 4 masks to validate on are to be ignored; label"),
+    ]:
+        parts = tuple(replace(whole, counts=part) for part in counts)
+        with pytest.raises(fcvgg.DatasetError, match=message):
+            fcvgg.train_fcn(fcn, parts, tmp_path / "run", class_weights="balanced")
     fcn.preprocess = None
     with pytest.raises(fcvgg.PreprocessError, match=r"set fcn\.preprocess"):
         fcvgg.train_fcn(fcn, folder, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_geometry_that_does_not_fit_the_map_is_refused() -> None:
