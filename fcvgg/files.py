@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -36,6 +37,28 @@ def written_whole(path: Path) -> Iterator[Path]:
         raise FcvggError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def replace_folder(path: Path, new: Path, own: Iterable[str]) -> None:
+    """Give a finished folder its name; the one that had it is removed only then.
+
+    Files of the old one that are not its `own`, by name, go over to the new one.
+    """
+    if not path.exists():
+        new.rename(path)
+        return
+    old = path.with_name(f".{path.name}-replaced")
+    shutil.rmtree(old, ignore_errors=True)
+    path.rename(old)
+    try:
+        new.rename(path)
+    except OSError:
+        old.rename(path)
+        raise
+    for added in old.iterdir():
+        if added.name not in own:
+            added.rename(path / added.name)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _umask() -> int:

@@ -209,6 +209,23 @@ def test_trainable_parameters_and_info_agree(tmp_path, capsys) -> None:
     assert len(re.findall(r"Conv2d .* no ", printed)) == 6
 
 
+def test_layers_that_are_functions_freeze_too() -> None:
+    model = seeded(Functional)
+    for tree in (model, fcvgg.convert(model, input_size=28)):
+        fcvgg.freeze_(tree, upto="fc6")
+        frozen = {name.split(".")[-1] for name, p in tree.named_parameters() if not p.requires_grad}
+        assert frozen == {"kernel", "norm_weight", "fc1", "bias1"}
+        assert fcvgg.trainable_parameters(tree) == {
+            **{"conv1_1": 0, "bn1_1": 0, "fc6": 0, "fc7": model.fc2.numel()},
+        }
+        (group,) = fcvgg.parameter_groups(tree, {"fc7": 0.1})
+        assert [p.numel() for p in group["params"]] == [model.fc2.numel()]
+        fcvgg.unfreeze_(tree, downto="bn1_1")
+        assert [p.requires_grad for p in tree.parameters()].count(False) == 1
+        fcvgg.unfreeze_(tree)
+        assert all(p.requires_grad for p in tree.parameters())
+
+
 def test_freezing_an_unknown_layer() -> None:
     message = (
         "the model has no layer 'pool6' (near: pool2, pool1); "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -435,7 +436,8 @@ def test_calibration_divides_by_the_size_of_each_map_once() -> None:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_saved_network_is_restored_bit_for_bit(variant: str, tmp_path: Path) -> None:
-    fcn = small_fcn(variant, categories=CLASSES).eval()
+    learned = variant != "8s"
+    fcn = small_fcn(variant, categories=CLASSES, learn_upsampling=learned).eval()
     fcn.save(tmp_path / "fcn")
     again = fcvgg.FCN.load(fcn.save(tmp_path / "fcn"))
     batch = images(1, 3, 45, 37)
@@ -444,6 +446,8 @@ def test_a_saved_network_is_restored_bit_for_bit(variant: str, tmp_path: Path) -
     assert (again.variant, again.categories, again.preprocess) == (variant, CLASSES, PLAIN)
     assert list(again.state_dict()) == list(fcn.state_dict())
     assert not [p for p in tmp_path.iterdir() if p.name != "fcn"]
+    (tmp_path / "fcn" / "README.md").write_text("trained on Monday")
+    assert (fcn.save(tmp_path / "fcn") / "README.md").read_text() == "trained on Monday"
 
 
 def test_what_cannot_be_saved_or_loaded_is_said_in_one_line(tmp_path: Path) -> None:
@@ -457,6 +461,9 @@ def test_what_cannot_be_saved_or_loaded_is_said_in_one_line(tmp_path: Path) -> N
         fcvgg.LoadError, match=r"other is no folder of an FCN: it holds no fcn.json"
     ):
         fcvgg.FCN.load(tmp_path / "other")
+    (tmp_path / "plain").write_text("")
+    with pytest.raises(fcvgg.LoadError, match=r"plain is no folder of an FCN"):
+        fcvgg.FCN.load(tmp_path / "plain")
     config = fcn.save(tmp_path / "fcn") / "fcn.json"
     good = json.loads(config.read_text())
     for change, message in [
@@ -464,6 +471,8 @@ def test_what_cannot_be_saved_or_loaded_is_said_in_one_line(tmp_path: Path) -> N
         ({"num_classes": 3}, "describe an FCN: "),
         ({"num_classes": "x"}, "has 'x' classes"),
         ({"format": 9}, "not of format 1"),
+        ({"preprocess": [1]}, "describe an FCN: "),
+        ({"preprocess": {"mean": "abc", "std": [1, 1, 1]}}, "describe an FCN: could not convert"),
     ]:
         config.write_text(json.dumps({**good, **change}))
         with pytest.raises(fcvgg.LoadError, match=message) as caught:
@@ -471,6 +480,12 @@ def test_what_cannot_be_saved_or_loaded_is_said_in_one_line(tmp_path: Path) -> N
         assert "\n" not in str(caught.value)
     config.write_text("{")
     with pytest.raises(fcvgg.LoadError, match=r"fcn.json is broken"):
+        fcvgg.FCN.load(tmp_path / "fcn")
+    config.write_text(json.dumps(good))
+    backbone = tmp_path / "fcn" / "backbone"
+    shutil.rmtree(backbone)
+    torch.save({"of": "another kind"}, backbone)
+    with pytest.raises(fcvgg.LoadError, match="fcn is broken: it has no folder backbone"):
         fcvgg.FCN.load(tmp_path / "fcn")
 
 

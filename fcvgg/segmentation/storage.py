@@ -12,12 +12,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from fcvgg.errors import FcvggError, LoadError, one_line
+from fcvgg.files import replace_folder
 from fcvgg.loading import load
 from fcvgg.preprocessing import decoded_preprocess, encoded_preprocess
 from fcvgg.segmentation.backbone import giving_first
-from fcvgg.serialization.bundle import (
-    write_bundle,
-)
+from fcvgg.serialization.bundle import write_bundle
+from fcvgg.serialization.program_data import BROKEN
 
 if TYPE_CHECKING:
     from fcvgg.segmentation.network import FCN
@@ -31,7 +31,10 @@ _BACKBONE_PREFIX = "backbone."
 
 
 def write_fcn(fcn: FCN, path: Path) -> Path:
-    """Write the folder; one already there is replaced when the new one is whole."""
+    """Write the folder; one already there is replaced when the new one is whole.
+
+    Files that somebody put into it, such as a README, stay.
+    """
     if path.exists() and not (path / CONFIG).is_file():
         raise FcvggError(f"{path} exists and is no folder of an FCN; choose another name")
     if not path.parent.is_dir():
@@ -53,28 +56,12 @@ def write_fcn(fcn: FCN, path: Path) -> Path:
             (folder / SCORES).chmod(0o644)
             (folder / CONFIG).write_text(json.dumps(config, indent=1, allow_nan=False) + "\n")
             folder.chmod(0o755)
-            _take_place(folder, path)
+            replace_folder(path, folder, (CONFIG, SCORES, BACKBONE))
         finally:
             shutil.rmtree(folder, ignore_errors=True)
     except (OSError, SafetensorError, ValueError) as error:
         raise FcvggError(f"cannot write {path}: {one_line(error)}") from error
     return path
-
-
-def _take_place(folder: Path, path: Path) -> None:
-    """Give a finished folder its name; the one that had it is removed only then."""
-    if not path.exists():
-        folder.rename(path)
-        return
-    old = path.with_name(f".{path.name}-replaced")
-    shutil.rmtree(old, ignore_errors=True)
-    path.rename(old)
-    try:
-        folder.rename(path)
-    except OSError:
-        old.rename(path)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _write_backbone(fcn: FCN, path: Path) -> None:
@@ -99,12 +86,14 @@ def read_fcn(cls: type[FCN], path: Path) -> FCN:
     """
     try:
         config = json.loads((path / CONFIG).read_text())
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise LoadError(f"{path} is no folder of an FCN: it holds no {CONFIG}") from error
     except (OSError, ValueError, RecursionError) as error:
         raise LoadError(f"{path / CONFIG} is broken: {one_line(error)}") from error
     if not isinstance(config, dict) or config.get("format") != _FORMAT:
         raise LoadError(f"{path / CONFIG} is not of format {_FORMAT}; upgrade fcvgg or save anew")
+    if not (path / BACKBONE).is_dir():
+        raise LoadError(f"{path} is broken: it has no folder {BACKBONE}")
     backbone = load(path / BACKBONE)
     try:
         fcn = cls._of(backbone, *_settings(config))
@@ -113,7 +102,7 @@ def read_fcn(cls: type[FCN], path: Path) -> FCN:
         state = load_file(path / SCORES)
         kept = {k: v for k, v in fcn.state_dict().items() if k.startswith(_BACKBONE_PREFIX)}
         fcn.load_state_dict({**kept, **state})
-    except (FcvggError, OSError, SafetensorError, RuntimeError, KeyError, TypeError) as error:
+    except (FcvggError, OSError, SafetensorError, *BROKEN) as error:
         raise LoadError(f"{path} does not describe an FCN: {one_line(error)}") from error
     return fcn.eval()
 

@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from fcvgg.errors import FcvggError, LoadError, one_line
+from fcvgg.files import replace_folder
 from fcvgg.geometry import Pair, checked_size
 from fcvgg.preprocessing import Preprocess, decoded_preprocess
 from fcvgg.program import Program
@@ -144,7 +145,7 @@ def write_bundle(
             (folder / TENSORS).chmod(0o644)
             (folder / CONFIG).write_text(json.dumps(config, indent=1, allow_nan=False) + "\n")
             folder.chmod(0o755)
-            _take_place(folder, path)
+            replace_folder(path, folder, (CONFIG, TENSORS))
         finally:
             shutil.rmtree(folder, ignore_errors=True)
     except (OSError, SafetensorError, ValueError) as error:
@@ -203,25 +204,3 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 def _no_number(name: str) -> Any:
     raise ValueError(f"{name} is no JSON")
-
-
-def _take_place(folder: Path, path: Path) -> None:
-    """Give a finished folder its name; the bundle that had it is removed only then.
-
-    Files that somebody put beside the bundle's own, such as a README, stay.
-    """
-    if not path.exists():
-        folder.rename(path)
-        return
-    old = path.with_name(f".{path.name}-replaced")
-    shutil.rmtree(old, ignore_errors=True)
-    path.rename(old)
-    try:
-        folder.rename(path)
-    except OSError:
-        old.rename(path)
-        raise
-    for added in old.iterdir():
-        if added.name not in (CONFIG, TENSORS):
-            added.rename(path / added.name)
-    shutil.rmtree(old, ignore_errors=True)

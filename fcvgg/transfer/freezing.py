@@ -19,7 +19,7 @@ _NORMS = (nn.modules.batchnorm._BatchNorm,)
 def freeze_(model: Model, upto: str) -> Model:
     """Stop a layer and all before it from training, in place.
 
-    Their parameters get no gradient. Batch norms among them also keep their statistics: each has
+    Their parameters get no gradient. Modules of batch norm also keep their statistics: each has
     its own ``train`` from then on, which leaves it in evaluation mode when ``model.train()`` comes
     by. It goes with copies, pickles and `fcvgg.convert`, not with a bundle, and `unfreeze_` takes
     it away. Later layers are left as they are. ``fcvgg info`` and `trainable_parameters` tell what
@@ -36,9 +36,11 @@ def freeze_(model: Model, upto: str) -> Model:
         ArgumentError: if there is no such layer.
     """
     names = layer_names(model)
-    for module in _modules(names, names.layers[: names.layers.index(names.end_of(upto)) + 1]):
-        for parameter in module.parameters():
+    frozen = names.layers[: names.layers.index(names.end_of(upto)) + 1]
+    for layer in frozen:
+        for parameter in names.parameters_of(layer):
             parameter.requires_grad_(False)
+    for module in _modules(names, frozen):
         for norm in module.modules():
             if isinstance(norm, _NORMS):
                 norm.eval()
@@ -57,10 +59,12 @@ def unfreeze_(model: Model, downto: str | None = None) -> Model:
     """
     names = layer_names(model)
     first = 0 if downto is None else names.layers.index(names.find(downto))
-    modules = [model] if downto is None else _modules(names, names.layers[first:])
-    for module in modules:
-        for parameter in module.parameters():
-            parameter.requires_grad_(True)
+    thawed = names.layers[first:]
+    every = downto is None
+    learned = model.parameters() if every else (p for x in thawed for p in names.parameters_of(x))
+    for parameter in learned:
+        parameter.requires_grad_(True)
+    for module in [model] if every else _modules(names, thawed):
         for norm in module.modules():
             if getattr(norm.__dict__.get("train"), "func", None) is _stay_in_evaluation:
                 del norm.train
@@ -146,9 +150,8 @@ def _modules(names: LayerNames, layers: tuple[NamedLayer, ...]) -> Iterator[nn.M
 def _owned(model: nn.Module, names: LayerNames) -> Iterator[tuple[NamedLayer | None, nn.Parameter]]:
     """Every parameter with its layer, in order of computation; those of no layer last."""
     for layer in names:
-        if layer.path:
-            for parameter in names.root.get_submodule(layer.path).parameters():
-                yield layer, parameter
+        for parameter in names.parameters_of(layer):
+            yield layer, parameter
     for parameter in model.parameters():
         yield None, parameter
 

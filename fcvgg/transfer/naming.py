@@ -157,6 +157,21 @@ class LayerNames(Sequence[NamedLayer]):
         """All layers from the first to the named one."""
         return self.layers[: self.layers.index(self.find(name)) + 1]
 
+    def parameters_of(self, layer: NamedLayer) -> tuple[nn.Parameter, ...]:
+        """What a layer learns: its module's parameters, or those that its function is given."""
+        if layer.path:
+            return tuple(self.root.get_submodule(layer.path).parameters())
+        constants = _constants(self.graph) if layer.role else set()  # arithmetic is no layer
+        waiting = [n for n in layer.node.all_input_nodes if n in constants]
+        found: list[nn.Parameter] = []
+        for node in waiting:  # which grows
+            waiting.extend(node.all_input_nodes)
+            if node.op == "get_attr":
+                place, _, name = str(node.target).rpartition(".")
+                value = getattr(self.root.get_submodule(place), name)
+                found += [value] if isinstance(value, nn.Parameter) else []
+        return tuple(found)
+
     @property
     def names(self) -> tuple[str, ...]:
         return tuple(layer.name for layer in self.layers)
