@@ -308,6 +308,13 @@ def test_a_loss_that_is_not_finite_stops_with_one_line(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_rate_told_is_that_of_the_step(tmp_path: Path) -> None:
+    # in the last step of all the schedule ends at 0, which made nothing infinite
+    settings = Settings(epochs=1, lr=0.1, batch_size=11, seed=3)
+    with pytest.raises(TrainingError, match=r"at step 2 of epoch 1, with the learning rate 0\.05;"):
+        train(tmp_path, Small(nan_at(0)), settings=settings)
+
+
 def test_the_last_good_checkpoint_survives_it(whole: Path, tmp_path: Path) -> None:
     message = (
         r"at step 2 of epoch 3, .*; the last good checkpoint is kept, .*last.ckpt \(epoch 2\);"
@@ -324,6 +331,33 @@ def test_a_validation_loss_that_is_not_finite(tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match=r"the loss is inf at the validation of epoch 2, with"):
         train(tmp_path, task)
     assert len(rows(tmp_path)) == 1
+
+
+def test_an_interrupt_while_a_checkpoint_is_written_is_no_full_disk(
+    whole: Path, tmp_path: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    save, calls = torch.save, []
+
+    def interrupted(content: Any, file: Any) -> None:
+        calls.append(1)
+        if len(calls) == 4:  # best and last of the first epoch, best and last of the second
+            try:
+                file.write(b"half")
+                raise KeyboardInterrupt
+            finally:
+                raise RuntimeError("unexpected pos")  # as torch's writer ends
+        save(content, file)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "save", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            train(tmp_path, progress=True)
+    told = capsys.readouterr().err
+    assert "epoch 1/4" in told
+    assert "epoch 2/4" not in told, "an epoch is told of once it is kept"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["best.ckpt", "history.csv", "last.ckpt"]
+    assert train(tmp_path, resume=True).resumed_after == 1
+    assert_same_run(whole, tmp_path)
 
 
 def test_a_full_disk_keeps_the_checkpoint_before(whole: Path, tmp_path: Path) -> None:

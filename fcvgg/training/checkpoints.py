@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -17,6 +17,8 @@ from fcvgg.training.settings import Settings
 BEST, LAST, HISTORY = "best.ckpt", "last.ckpt", "history.csv"
 RUN_KEY = "fcvgg_run"
 """Where a checkpoint tells of which run it is."""
+
+Kind = TypeVar("Kind", bound=BaseException)
 
 
 def made_folder(folder: Path) -> Path:
@@ -108,14 +110,17 @@ def write_checkpoint(checkpoint: Any, path: Path) -> None:
 
     Raises:
         TrainingError: if the disk is full or the folder cannot be written.
+        KeyboardInterrupt: on Ctrl-C.
     """
     kept = f"; the one before is kept, {path}" if path.exists() else ""
     try:
         with written_whole(path) as temporary, open(temporary, "wb") as file:
             torch.save(checkpoint, file)
     except (OSError, RuntimeError, FcvggError) as error:
-        # torch's writer ends in a RuntimeError of its own, of which the OSError is the context
-        cause = _os_error_in(error)
+        # torch's writer ends in a RuntimeError of its own, of which what stopped it is the context
+        if _first(KeyboardInterrupt, error) is not None:
+            raise KeyboardInterrupt from error
+        cause = _first(OSError, error)
         reason = cause.strerror if cause is not None else one_line(error)
         full = cause is not None and cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         what = "the disk is full" if full else "it could not be written"
@@ -142,9 +147,10 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     return content
 
 
-def _os_error_in(error: BaseException | None) -> OSError | None:
+def _first(kind: type[Kind], error: BaseException | None) -> Kind | None:
+    """The first error of a kind among one and what led to it."""
     while error is not None:
-        if isinstance(error, OSError):
+        if isinstance(error, kind):
             return error
         error = error.__cause__ or error.__context__
     return None

@@ -51,6 +51,13 @@ class FiniteLoss(Callback):
     def __init__(self, folder: Path):
         self.folder = folder
         self._finite: torch.Tensor | None = None
+        self._rates: list[float] = []
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int
+    ) -> None:
+        # before the step, at whose end the schedule moves on
+        self._rates = sorted({group["lr"] for group in trainer.optimizers[0].param_groups})
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
@@ -75,7 +82,7 @@ class FiniteLoss(Callback):
             self._stop(trainer, where, None)
 
     def _stop(self, trainer: pl.Trainer, where: str, value: float | None) -> None:
-        rates = sorted({group["lr"] for group in trainer.optimizers[0].param_groups})
+        rates = self._rates
         last = self.folder / LAST
         kept = (
             f"the last good checkpoint is kept, {last} (epoch {trainer.current_epoch})"
@@ -121,8 +128,6 @@ class History(Callback):
         )
         if trainer.is_global_zero:
             self._write()
-            if self.lines:
-                self._print(trainer.max_epochs)
 
     def state_dict(self) -> dict[str, Any]:
         return {"epochs": self.epochs}
@@ -140,7 +145,10 @@ class History(Callback):
             writer.writeheader()
             writer.writerows(self.epochs)
 
-    def _print(self, epochs: int | None) -> None:
+    def tell(self, epochs: int | None) -> None:
+        """Print the last epoch's line, if lines are wanted."""
+        if not self.lines:
+            return
         last = self.epochs[-1]
         shown: list[str] = []
         part = ""
@@ -168,13 +176,17 @@ class BestAndLast(Checkpoint):
         monitor: the logged value that tells the best epoch.
         mode: ``"min"`` or ``"max"``.
         run: what run this is, kept in both.
+        history: tells of an epoch once it is kept, so that no epoch told of is lost.
     """
 
-    def __init__(self, folder: Path, monitor: str, mode: str, run: Mapping[str, Any]):
+    def __init__(
+        self, folder: Path, monitor: str, mode: str, run: Mapping[str, Any], history: History
+    ):
         self.folder = folder
         self.monitor = monitor
         self.mode = mode
         self.run = dict(run)
+        self.history = history
         self.best_value = inf if mode == "min" else -inf
         self.best_epoch = 0
 
@@ -188,6 +200,8 @@ class BestAndLast(Checkpoint):
             if trainer.is_global_zero:
                 write_checkpoint(state_and_run(pl_module, self.run), self.folder / BEST)
         trainer.save_checkpoint(self.folder / LAST)
+        if trainer.is_global_zero:
+            self.history.tell(trainer.max_epochs)
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]

@@ -162,7 +162,7 @@ def fit(
     task.settings = settings
     task.train()  # Lightning takes the modes that it finds
     history = History(folder, progress)
-    kept = BestAndLast(folder, monitor, mode, run)
+    kept = BestAndLast(folder, monitor, mode, run, history)
     done = 0
     if begun is not None:
         done = int(begun["epoch"]) + 1
