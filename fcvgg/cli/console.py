@@ -54,6 +54,14 @@ def complain(message: object) -> None:
     _errors().print(line, soft_wrap=True)
 
 
+def tell_skipped(files: Sequence[object]) -> None:
+    """Print one line on stderr for every file that was left out, which is no error."""
+    for file in files:
+        words = " ".join(str(file).split())
+        line = Text.assemble(("fcvgg: skipped ", "bold yellow"), words)
+        _errors().print(line, soft_wrap=True)
+
+
 def examples(*commands: str) -> str:
     """The foot of a command's help."""
     # a blank line is the only line break that every version of Typer keeps

@@ -10,7 +10,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from fcvgg.cli.console import complain, say, say_wrote
+from fcvgg.cli.console import complain, say, say_wrote, tell_skipped
 from fcvgg.cli.options import OwnPreprocess, Weights
 from fcvgg.cli.options import size as size_of
 
@@ -316,8 +316,7 @@ def run(
 
 
 def _tell(result: FineTuned) -> None:
-    for unreadable in result.skipped:
-        complain(f"skipped {unreadable}")
+    tell_skipped(result.skipped)
     run = result.training
     if run is not None and run.resumed_after:
         say(f"resumed after epoch {run.resumed_after}")
@@ -327,7 +326,7 @@ def _tell(result: FineTuned) -> None:
         say(line)
     say_wrote(result.model_path)
     say_wrote(result.report_path)
-    say(Text.assemble(("next: ", "cyan"), f"fcvgg heatmap photo.jpg --model {result.model_path}"))
+    say(Text.assemble(("next: ", "cyan"), result.heatmap_command))
 
 
 def _table(result: FineTuned) -> Table:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from fcvgg.cli.console import complain, say, say_wrote
+from fcvgg.cli.console import say, say_wrote, tell_skipped
 from fcvgg.cli.options import Arch, Device, Model, OwnModel, Weights, loaded
 from fcvgg.cli.options import size as size_of
 from fcvgg.errors import FcvggError
@@ -94,8 +94,7 @@ def run(
 
     wanted = size_of(size, "--size")
     found = class_folders(data)
-    for unreadable in found.skipped:
-        complain(f"skipped {unreadable}")
+    tell_skipped(found.skipped)
     net = loaded(model, own, device, weights=weights, arch=arch)
     try:
         result = probe(

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from fcvgg.cli.console import complain, say, say_wrote
+from fcvgg.cli.console import say, say_wrote, tell_skipped
 from fcvgg.cli.options import Model, OwnModel, Weights, loaded
 from fcvgg.cli.options import size as size_of
 
@@ -181,8 +181,7 @@ def run(
         resume=resume,
         progress=True,
     )
-    for unreadable in done.skipped:
-        complain(f"skipped {unreadable}")
+    tell_skipped(done.skipped)
     if done.run.resumed_after:
         say(f"resumed after epoch {done.run.resumed_after}")
     say(f"FCN-{variant.value}, epoch {done.run.best_epoch} of {epochs}: {done.metrics}")

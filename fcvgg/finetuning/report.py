@@ -182,8 +182,8 @@ def _markdown(result: FineTuned, figures: list[tuple[str, str]], places: list[in
         "",
         *(f"- {line}" for line in str(result).splitlines()),
         "",
-        f"The network lies in `{result.model_path}`; `fcvgg heatmap photo.jpg --model "
-        f"{result.model_path}` shows where it sees a class.",
+        f"The network lies in `{result.model_path}`; `{result.heatmap_command}` shows where it "
+        "sees a class.",
         "",
         "## Images",
         "",
@@ -232,7 +232,8 @@ def _skipped(result: FineTuned) -> list[str]:
     if not result.skipped:
         return []
     lines = [f"- {unreadable}" for unreadable in result.skipped]
-    return ["", f"{len(result.skipped)} files could not be read and were skipped:", "", *lines]
+    files = "1 file" if len(lines) == 1 else f"{len(lines)} files"
+    return ["", f"Skipped, since unreadable: {files}.", "", *lines]
 
 
 def _mistake(result: FineTuned, place: int) -> tuple[Any, ...]:

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 MODEL, REPORT = "model", "report"
 """Folders of a run: the bundle, and what it is judged by."""
 
+_HEATMAP_WINDOWS = 1.5
+"""The smaller side of a photograph to look at, in sizes that the network was trained at."""
+
 _NAMED = 8
 """Classes whose accuracies stand in one line."""
 
@@ -83,6 +86,16 @@ class FineTuned:
         return self.folder / REPORT / "report.md"
 
     @property
+    def heatmap_command(self) -> str:
+        """A command that shows where the network sees a class in a photograph.
+
+        Trained images were seen whole at `size`, so a photograph is brought near that: at its own
+        size the network would see details larger than any that it was trained on.
+        """
+        scale = round(_HEATMAP_WINDOWS * max(self.size))
+        return f"fcvgg heatmap photo.jpg --model {self.model_path} --scale {scale}"
+
+    @property
     def confusion(self) -> NDArray[Any]:
         """Counts of held-out images ``(K, K)``, by class in rows and by prediction in columns."""
         from fcvgg.sources.extras import imported
@@ -118,6 +131,7 @@ class FineTuned:
             f"{self.size[0]}x{self.size[1]} pixels in {self.seconds:.0f} s{self._epochs()}",
             f"held out: {right} of {held_out} images right ({self.accuracy:.1%}), "
             + self._by_class(),
+            *self._one_answer(),
             str(self.net.equivalence),
         ]
         return "\n".join(lines)
@@ -128,9 +142,19 @@ class FineTuned:
         what = "" if len(shares) <= _NAMED else "the least: "
         return what + ", ".join(f"{name} {share:.0%}" for name, share in named)
 
+    def _one_answer(self) -> list[str]:
+        named = set(self.probabilities.argmax(1).tolist())
+        if len(named) > 1 or len(set(self.valid.labels)) == 1:
+            return []
+        return [
+            f"every held-out image was called {self.classes[named.pop()]}: the network does not "
+            "tell the classes apart; train for more epochs, or with another lr or strategy"
+        ]
+
     def _epochs(self) -> str:
         if self.training is None:
             return ""
         run = self.training
         early = ", stopped early" if run.stopped_early else ""
-        return f", {len(run.history)} epochs{early}, best after epoch {run.best_epoch}"
+        count = len(run.history)
+        return f", {count} epoch{'s' * (count != 1)}{early}, best after epoch {run.best_epoch}"
