@@ -90,6 +90,17 @@ def test_the_table_and_the_figure() -> None:
     assert ax.containers[0].lines[0].get_ydata().tolist() == [0.625, 0.875]
 
 
+def test_the_bars_of_the_figure_stay_within_0_and_1() -> None:
+    rows = (LayerAccuracy("pool1", 8, (1.0, 1.0, 0.7)), LayerAccuracy("pool2", 12, (0.0, 0.0, 0.3)))
+    ax = fcvgg.Probe(rows, chance=0.5, images=16).plot()
+    (bars,) = ax.containers[0].lines[2]
+    ends = [segment[:, 1].tolist() for segment in bars.get_segments()]
+    assert ends == [
+        [pytest.approx(rows[0].mean - rows[0].std), 1.0],
+        [0.0, pytest.approx(rows[1].mean + rows[1].std)],
+    ]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -268,6 +268,7 @@ NOISE = np.zeros((2, 16, 16, 3), np.uint8)
             "image_shape=(7, 7) does not hold the 48 numbers of a row of X",
         ),
         ({}, "photo.jpg", "X is one str; expected a sequence of images, [X]"),
+        ({}, [], "X holds no images; expected at least one"),
         ({}, ["absent.jpg"], "there is no image file absent.jpg"),
         (
             {"pooling": None},

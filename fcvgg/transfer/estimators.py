@@ -137,7 +137,9 @@ class VGGFeatures(TransformerMixin, BaseEstimator):  # type: ignore[misc]
         if isinstance(X, np.ndarray) and (X.ndim in (3, 4) or X.dtype.kind in "US"):
             return list(X)
         if isinstance(X, (list, tuple)) or (isinstance(X, np.ndarray) and X.dtype == object):
-            first = X[0] if len(X) else None
+            if not len(X):
+                raise ImageError("X holds no images; expected at least one")
+            first = X[0]
             if isinstance(first, (str, Path, Image.Image)) or getattr(first, "ndim", 0) >= 2:
                 return list(X)
         table = validate_data(self, X, reset=reset, dtype=None if _is_bytes(X) else "numeric")

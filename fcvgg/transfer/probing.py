@@ -75,7 +75,11 @@ class Probe:
         ax.errorbar(
             places,
             [row.mean for row in self.rows],
-            [row.std for row in self.rows],
+            # no accuracy is outside of 0 to 1, so no bar is either
+            [
+                [min(row.std, row.mean) for row in self.rows],
+                [min(row.std, 1 - row.mean) for row in self.rows],
+            ],
             marker="o",
             capsize=4,
             label=f"linear classifier, mean and spread of {len(self.rows[0].folds)} folds",
