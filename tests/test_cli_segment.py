@@ -72,6 +72,25 @@ def test_train_resume_and_label(data: Path) -> None:
     assert "dark" in ran.stdout
 
 
+def test_no_label_map_takes_the_place_of_another(data: Path) -> None:
+    fcvgg.FCN(fcvgg.load("demo"), 2).save("fcn")
+    for place, side in (("a", 30), ("b", 31)):
+        Path(place).mkdir()
+        Image.new("RGB", (20, side)).save(f"{place}/x.png")
+    ran = run("segment", "a/x.png", "b/x.png", "--fcn", "fcn", "--output", "out")
+    assert ran.exit_code == 2
+    assert "b/x.png and a/x.png would both be written to out/x-labels.png" in ran.stderr
+    for kind in ("labels", "overlay"):
+        with Image.open(f"out/x-{kind}.png") as first:
+            assert first.size == (20, 30)
+    Image.new("RGB", (20, 20)).save("x-overlay.png")
+    Image.new("RGB", (20, 20)).save("x.png")
+    ran = run("segment", "x.png", "x-overlay.png", "--fcn", "fcn", "--output", ".")
+    assert "the overlay of x.png would overwrite the input x-overlay.png" in ran.stderr
+    with Image.open("x-overlay.png") as untouched:
+        assert untouched.getextrema() == ((0, 0),) * 3
+
+
 def test_bad_input_is_one_line_and_exit_2(data: Path) -> None:
     for arguments, message in [
         (("segment-train", data, "--classes", "dark", "-m", "demo"), "cannot label pixels"),

@@ -768,6 +768,19 @@ def test_training_sees_images_of_the_size_that_predictions_do(tmp_path: Path) ->
     assert next(done.fcn.parameters()).dtype == torch.float64
 
 
+def test_the_backbone_learns_at_its_own_rate_and_frozen_layers_not_at_all() -> None:
+    net = fcvgg.freeze_(fcvgg.convert(seeded(SmallVGG)), "pool1")
+    fcn = fcvgg.FCN(net, 2, "16s")
+    assert [group.get("lr") for group in DenseTask(fcn, None, None).groups()] == [None, None]
+    new, pretrained = DenseTask(fcn, None, 1e-4).groups()
+    assert "lr" not in new
+    assert pretrained["lr"] == 1e-4
+    expected = {id(p) for p in fcn.backbone.parameters() if p.requires_grad}
+    assert {id(p) for p in pretrained["params"]} == expected
+    rest = {id(p) for part in (fcn.scores, fcn.upsamplings) for p in part.parameters()}
+    assert {id(p) for p in new["params"]} == rest
+
+
 def test_what_is_ignored_neither_trains_nor_counts() -> None:
     fcn = small_fcn("16s").train()
     batch = images(2, 3, 40, 40)

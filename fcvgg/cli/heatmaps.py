@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -20,7 +19,7 @@ from fcvgg.cli.options import (
     Weights,
     loaded,
 )
-from fcvgg.errors import ImageError
+from fcvgg.cli.outputs import OutputFiles
 
 if TYPE_CHECKING:
     from fcvgg.network import FullyConvolutional
@@ -79,7 +78,7 @@ def run(
         return
     net = loaded(model, own, device, weights=weights, arch=arch, output_stride=output_stride)
     index = _index(net, target)
-    overlays = Overlays(images, folder(output))
+    overlays = OutputFiles(images, folder(output), "-heatmap.png")
 
     def show(image: Path) -> Path:
         return _show(net, image, index, scale, overlays.path_for(image))
@@ -117,36 +116,3 @@ def _index(net: FullyConvolutional, target: str | None) -> int | None:
     named = net.categories is not None and target in net.categories
     is_index = target.isdecimal() and not named
     return class_index(int(target) if is_index else target, net.categories, net.num_classes)
-
-
-class Overlays:
-    """Where the overlay of every image goes, such that none takes the place of another."""
-
-    def __init__(self, images: Sequence[Path], output: Path):
-        self.output = output
-        self.inputs = {image.resolve(): image for image in images}
-        self.owners: dict[Path, Path] = {}
-        for image in images:
-            self.owners.setdefault(self._name(image), image)
-
-    def path_for(self, image: Path) -> Path:
-        """The overlay's path.
-
-        Raises:
-            ImageError: if it is that of another overlay of this run, or of an input.
-        """
-        path = self._name(image)
-        owner = self.owners[path]
-        if owner != image:
-            raise ImageError(
-                f"{image} and {owner} would both be written to {path}; "
-                "run them apart, each with its own --output"
-            )
-        if path.resolve() in self.inputs:
-            raise ImageError(
-                f"the heatmap of {image} would overwrite the input {path}; choose another --output"
-            )
-        return path
-
-    def _name(self, image: Path) -> Path:
-        return self.output / f"{image.stem}-heatmap.png"

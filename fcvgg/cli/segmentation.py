@@ -9,6 +9,7 @@ import typer
 
 from fcvgg.cli.console import exit_if_any_failed, folder, for_each_image, say, say_wrote
 from fcvgg.cli.options import Device, Images, OutputFolder
+from fcvgg.cli.outputs import OutputFiles
 
 NAME = "segment"
 EXAMPLES = ("fcvgg segment photo.jpg --fcn segmented/fcn --output labels",)
@@ -32,15 +33,17 @@ def run(
 
     network = FCN.load(fcn).to(checked_device(device))
     place = folder(output)
+    labels = OutputFiles(images, place, "-labels.png")
+    overlays = OutputFiles(images, place, "-overlay.png")
 
     def label(image: Path) -> Path:
+        indices, overlay = labels.path_for(image), overlays.path_for(image)
         found = network.predict(image)
         shares = sorted(found.shares.items(), key=lambda item: -item[1])
         say(f"{image}: " + ", ".join(f"{name} {share:.1%}" for name, share in shares if share))
-        overlay = place / f"{image.stem}-overlay.png"
         with written_whole(overlay) as temporary:
             found.overlay().save(temporary, "PNG")
-        say_wrote(found.save(place / f"{image.stem}-labels.png"))
+        say_wrote(found.save(indices))
         say_wrote(overlay)
         return overlay
 
