@@ -25,6 +25,7 @@ from fcvgg.segmentation.mask_folders import read_mask, train_and_valid
 from fcvgg.segmentation.network import VARIANTS
 from fcvgg.segmentation.samples import MaskedImages
 from fcvgg.segmentation.task import DenseTask
+from fcvgg.segmentation.training import _checked_weights
 from fcvgg.segmentation.upsampling import PIXELS, BilinearUpsampling
 from fcvgg.training import Settings
 
@@ -779,6 +780,13 @@ def test_the_backbone_learns_at_its_own_rate_and_frozen_layers_not_at_all() -> N
     assert {id(p) for p in pretrained["params"]} == expected
     rest = {id(p) for part in (fcn.scores, fcn.upsamplings) for p in part.parameters()}
     assert {id(p) for p in new["params"]} == rest
+
+
+def test_balanced_weights_are_inverse_to_pixels_and_one_in_the_mean() -> None:
+    weights = _checked_weights("balanced", (30, 10, 0), 3)
+    assert weights is not None
+    torch.testing.assert_close(weights, torch.tensor([2 / 3, 2, 0]))
+    assert float(weights @ torch.tensor([30.0, 10, 0])) / 40 == pytest.approx(1)
 
 
 def test_what_is_ignored_neither_trains_nor_counts() -> None:
