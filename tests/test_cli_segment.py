@@ -48,6 +48,15 @@ def test_train_resume_and_label(data: Path) -> None:
     assert "3.png is no image" in ran.stderr
     assert "FCN-32s, epoch " in ran.stdout
     assert "wrote c/fcn" in ran.stdout
+    assert ran.stdout.endswith("next: fcvgg segment photo.jpg --fcn c/fcn\n")
+    (line,) = (line for line in ran.stderr.splitlines() if line.startswith("epoch 2/2"))
+    assert "mean iou" in line
+    assert "dark" not in line, "of many classes, that is too long"
+    assert "valid_iou_dark" in Path("c/history.csv").read_text()
+    again = run("segment-train", data, *options, "-o", "c")
+    assert again.stderr == (
+        "fcvgg: error: c holds a run already (last.ckpt); pass --resume, or choose another folder\n"
+    )
     coarse = fcvgg.FCN.load("c/fcn")
     first = fcvgg.load("demo").state_dict()["features.0.weight"]
     assert coarse.state_dict()["backbone.features.0.weight"].equal(first)
@@ -70,6 +79,23 @@ def test_train_resume_and_label(data: Path) -> None:
     with Image.open("out/0-overlay.png") as overlay:
         assert overlay.size == (48, 40)
     assert "dark" in ran.stdout
+
+
+def test_an_interrupted_run_says_how_it_goes_on(data: Path, monkeypatch: Any) -> None:
+    def interrupted(*args: Any, **options: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fcvgg.segmentation.training.train_fcn", interrupted)
+    options = ("--classes", "dark,light", "--model", "demo", "-o", "run")
+    ran = run("segment-train", data, *options)
+    assert (ran.exit_code, ran.stderr) == (130, "fcvgg: error: interrupted\n")
+    Path("run").mkdir()
+    Path("run/last.ckpt").touch()
+    ran = run("segment-train", data, *options)
+    assert ran.exit_code == 130
+    assert ran.stderr == (
+        "fcvgg: error: interrupted; the epochs done are kept in run, --resume goes on\n"
+    )
 
 
 def test_no_label_map_takes_the_place_of_another(data: Path) -> None:

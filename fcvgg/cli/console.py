@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -84,6 +85,18 @@ def reporting_errors(command: Callable[..., None]) -> Callable[..., None]:
             raise typer.Exit(INTERRUPTED) from error
 
     return reporting
+
+
+@contextmanager
+def resumable(run: Path) -> Iterator[None]:
+    """Training in a folder, which says when interrupted how it goes on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if not (run / "last.ckpt").exists():
+            raise
+        complain(f"interrupted; the epochs done are kept in {run}, --resume goes on")
+        raise typer.Exit(INTERRUPTED) from None
 
 
 def for_each_image(

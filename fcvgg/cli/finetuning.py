@@ -10,7 +10,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from fcvgg.cli.console import complain, say, say_wrote, tell_skipped
+from fcvgg.cli.console import resumable, say, say_wrote, tell_skipped
 from fcvgg.cli.options import OwnPreprocess, Weights
 from fcvgg.cli.options import size as size_of
 
@@ -295,21 +295,17 @@ def run(
     options.update({k: v for k, v in (("epochs", epochs), ("lr", lr)) if v is not None})
     own.check()
     try:
-        result = finetune(
-            data,
-            arch,
-            output,
-            weights=weights,
-            preprocess=own.preprocess_for,
-            resume=resume,
-            progress=True,
-            **options,
-        )
-    except KeyboardInterrupt:
-        if (output / "last.ckpt").exists():
-            complain(f"interrupted; the epochs done are kept in {output}, --resume goes on")
-            raise typer.Exit(130) from None
-        raise
+        with resumable(output):
+            result = finetune(
+                data,
+                arch,
+                output,
+                weights=weights,
+                preprocess=own.preprocess_for,
+                resume=resume,
+                progress=True,
+                **options,
+            )
     except FcvggError as error:
         raise type(error)(_in_words(str(error))) from error
     _tell(result)
@@ -365,9 +361,7 @@ def _in_words(message: str) -> str:
         message = message.replace(f"{name}=", f"{option} ").replace(
             f"{name} goes", f"{option} goes"
         )
-    message = message.replace("choose a smaller lr", "choose a smaller --lr")
     message = message.replace(
         "preprocess=fcvgg.Preprocess(mean, std)", "--preprocess, or --mean and --std"
     )
-    message = message.replace("resume it, or", "pass --resume, or")
     return message.replace("pass size=,", "pass --size,")

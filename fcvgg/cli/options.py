@@ -293,6 +293,8 @@ def in_option_words(message: str) -> str:
         "--preprocess, or --mean and --std",
     )
     message = message.replace("categories= to convert or load", "--categories")
+    message = message.replace("choose a smaller lr", "choose a smaller --lr")
+    message = message.replace("resume it, or", "pass --resume, or")
     message = re.sub(r"\b(arch|weights)=(?=')", r"--\1 ", message)
     message = re.sub(r"(?<!-)\barch=", "--arch", message)
     return re.sub(r"(?<![-.])\binput_size\b=?", "--input-size", message)

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.text import Text
 
-from fcvgg.cli.console import say, say_wrote, tell_skipped
+from fcvgg.cli.console import resumable, say, say_wrote, tell_skipped
 from fcvgg.cli.options import Model, OwnModel, Weights, loaded
 from fcvgg.cli.options import size as size_of
 
@@ -170,19 +171,21 @@ def run(
         freeze_(net, freeze_upto)
     coarser = None if init_from is None else FCN.load(init_from)
     fcn = FCN(net, len(names), variant.value, init_from=coarser, categories=names)
-    done = train_fcn(
-        fcn,
-        data,
-        output,
-        settings=settings,
-        crop=size_of(crop, "--crop"),
-        class_weights=None if class_weights is ClassWeights.none else class_weights.value,
-        backbone_lr=backbone_lr,
-        resume=resume,
-        progress=True,
-    )
+    with resumable(output):
+        done = train_fcn(
+            fcn,
+            data,
+            output,
+            settings=settings,
+            crop=size_of(crop, "--crop"),
+            class_weights=None if class_weights is ClassWeights.none else class_weights.value,
+            backbone_lr=backbone_lr,
+            resume=resume,
+            progress=True,
+        )
     tell_skipped(done.skipped)
     if done.run.resumed_after:
         say(f"resumed after epoch {done.run.resumed_after}")
     say(f"FCN-{variant.value}, epoch {done.run.best_epoch} of {epochs}: {done.metrics}")
     say_wrote(output / "fcn")
+    say(Text.assemble(("next: ", "cyan"), f"fcvgg segment photo.jpg --fcn {output / 'fcn'}"))

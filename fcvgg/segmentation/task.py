@@ -17,11 +17,15 @@ from fcvgg.training.loop import Task
 
 MONITOR = "valid_mean_iou"
 
+IOU_OF = "valid_iou_"
+"""What a class's name follows; of many classes, a line for every epoch would be too long."""
+
 
 class DenseTask(Task):
     """Cross entropy over the labelled pixels of a batch; mean IoU over the validation images."""
 
     weights: Tensor | None
+    unprinted = (IOU_OF,)
 
     def __init__(self, fcn: FCN, weights: Tensor | None, backbone_lr: float | None):
         super().__init__()
@@ -58,7 +62,7 @@ class DenseTask(Task):
         self.log("valid_pixel_accuracy", metrics.pixel_accuracy)
         for name, value in metrics.iou.items():
             if isfinite(value):
-                self.log(f"valid_iou_{name}", value)
+                self.log(f"{IOU_OF}{name}", value)
 
     def _loss(
         self, batch: list[tuple[Tensor, Tensor]], confusion: Any = None

@@ -145,15 +145,15 @@ class History(Callback):
             writer.writeheader()
             writer.writerows(self.epochs)
 
-    def tell(self, epochs: int | None) -> None:
-        """Print the last epoch's line, if lines are wanted."""
+    def tell(self, epochs: int | None, unprinted: tuple[str, ...] = ()) -> None:
+        """Print the last epoch's line, if lines are wanted, without names that begin so."""
         if not self.lines:
             return
         last = self.epochs[-1]
         shown: list[str] = []
         part = ""
         for name, value in last.items():
-            if name in ("epoch", "seconds"):
+            if name in ("epoch", "seconds") or name.startswith(unprinted):
                 continue
             before, _, what = name.partition("_")  # train_loss, valid_loss, valid_accuracy
             words = what if what and before == part else name
@@ -201,7 +201,7 @@ class BestAndLast(Checkpoint):
                 write_checkpoint(state_and_run(pl_module, self.run), self.folder / BEST)
         trainer.save_checkpoint(self.folder / LAST)
         if trainer.is_global_zero:
-            self.history.tell(trainer.max_epochs)
+            self.history.tell(trainer.max_epochs, pl_module.unprinted)
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]

@@ -99,6 +99,9 @@ class Task(pl.LightningModule):  # type: ignore[misc]
 
     settings: Settings = Settings()
 
+    unprinted: tuple[str, ...] = ()
+    """Beginnings of logged names that ``history.csv`` has and the printed lines leave out."""
+
     def groups(self) -> list[dict[str, Any]]:
         """The parameter groups; by default one, of all that trains."""
         return [{"params": [p for p in self.parameters() if p.requires_grad]}]
