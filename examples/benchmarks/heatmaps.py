@@ -25,7 +25,7 @@ import torchvision
 from torch import Tensor
 
 import fcvgg
-from fcvgg.benchmarking.measurements import machine, peak_bytes
+from fcvgg.benchmarking.measurements import CLOCKS, machine, peak_bytes
 
 Run = Callable[[Tensor], object]
 
@@ -85,6 +85,8 @@ CONTENDERS: dict[str, tuple[Callable[[], Run], int]] = {
 def main() -> None:
     """Measure, print a Markdown table and perhaps write it."""
     arguments = parse_arguments()
+    clock = CLOCKS[arguments.clock]
+    torch.set_num_threads(arguments.threads or torch.get_num_threads())
     if arguments.child:
         measure_memory(arguments.child, arguments.size)
         return
@@ -100,14 +102,14 @@ def main() -> None:
     for _ in range(arguments.repeats):
         for name, run in runs.items():
             time.sleep(0.05)
-            start = time.perf_counter()
+            start = clock()
             run(image)
-            times[name].append(time.perf_counter() - start)
+            times[name].append(clock() - start)
     lines = [
         "# vgg16: heatmaps side by side",
         "",
-        f"{machine()}; {torch.get_num_threads()} threads, medians of {arguments.repeats} calls "
-        "that take turns, memory of a process of its own.",
+        f"{machine()}; threads: {torch.get_num_threads()}, {arguments.clock} time, medians of "
+        f"{arguments.repeats} calls that take turns, memory of a process of its own.",
         "",
         f"| {arguments.size}x{arguments.size} | time | quartiles | per class | memory |",
         "|---|---|---|---|---|",
@@ -145,6 +147,8 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", type=int, default=512)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--clock", choices=list(CLOCKS), default="wall")
     parser.add_argument("--output", type=Path, help="a Markdown file")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     return parser.parse_args()

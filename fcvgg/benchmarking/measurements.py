@@ -173,6 +173,7 @@ class Benchmark:
     def plot(self) -> Figure:
         """Seconds per call of every contender, one panel for each size and batch."""
         from matplotlib.figure import Figure
+        from matplotlib.ticker import LogLocator, NullFormatter
 
         cases = list(dict.fromkeys((row.size, row.batch) for row in self.rows))
         across = min(len(cases), 3)
@@ -183,13 +184,26 @@ class Benchmark:
             ax.set_axis_off()
         for ax, (size, batch) in zip(axes, cases):
             rows = [r for r in self.rows if (r.size, r.batch) == (size, batch)][::-1]
-            own = ["tab:blue" if r.contender.startswith(PLAIN) else "tab:gray" for r in rows]
-            spread = np.array(
-                [[r.seconds - r.quartiles[0], r.quartiles[1] - r.seconds] for r in rows]
-            )
-            names = [r.contender for r in rows]
-            ax.barh(names, [r.seconds for r in rows], xerr=spread.T.clip(0), color=own)
+            for place, row in enumerate(rows):
+                colour = "tab:blue" if row.contender.startswith(PLAIN) else "tab:gray"
+                ax.plot(row.quartiles, (place, place), color="black", lw=1)
+                ax.plot(row.seconds, place, "o", color=colour)
+                ax.annotate(
+                    *(f"{row.seconds:.3g} s", (row.seconds, place)),
+                    **{"xytext": (7, 0), "textcoords": "offset points"},
+                    **{"va": "center", "fontsize": 8},
+                )
+            ax.set_yticks(range(len(rows)), [row.contender for row in rows])
+            ax.set_ylim(-0.7, len(rows) - 0.3)
+            ax.grid(axis="y", alpha=0.3)
             ax.set_xscale("log")
+            seconds = [row.seconds for row in rows]
+            ax.set_xlim(
+                min(seconds) / 1.3, max(seconds) * (max(seconds) / min(seconds)) ** 0.25 * 1.3
+            )
+            ax.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+            ax.xaxis.set_major_formatter("{x:g}")
+            ax.xaxis.set_minor_formatter(NullFormatter())
             ax.set_xlabel("seconds per call (median, quartiles)")
             ax.set_title(f"{size}x{size}, batch {batch}")
         return figure
@@ -329,7 +343,7 @@ def machine() -> str:
         found = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
         name = found[0].partition(":")[2].strip() if found else name
     versions = [f"torch {torch.__version__}"]
-    for package in ("onnxruntime", "openvino", "timm", "monai"):
+    for package in ("onnxruntime", "openvino", "timm", "monai", "grad-cam", "torchcam"):
         try:
             versions.append(f"{package} {version(package)}")
         except PackageNotFoundError:
