@@ -38,7 +38,7 @@ from fcvgg.streaming.line_buffers import LineBuffers
 from fcvgg.streaming.schedule import Extents, Schedule
 from fcvgg.streaming.score_store import is_store, open_store
 from fcvgg.streaming.stages import stages_of
-from fcvgg.streaming.strip_plan import parsed_memory
+from fcvgg.streaming.strip_plan import Layout, parsed_memory
 
 pytest.importorskip("zarr")
 
@@ -52,7 +52,7 @@ def in_strips(
     strip: int,
     rows: tuple[int, int] | None = None,
     cols: tuple[int, int] | None = None,
-    least: int = 1,
+    every: int = 1,
     first: int | None = None,
 ) -> Tensor:
     """The map by the executor itself, with strips of a given height."""
@@ -61,7 +61,7 @@ def in_strips(
     rows = rows or (0, h)
     height = Extents(stages, 0, x.shape[2], rows)
     width = Extents(stages, 1, x.shape[3], cols or (0, w))
-    schedule = Schedule(stages, height, strip, [least] * len(stages))
+    schedule = Schedule(stages, height, strip, [every] * len(stages))
     buffers = LineBuffers(schedule, width, rows[0] if first is None else first)
     bands = []
     while not buffers.finished:
@@ -94,7 +94,7 @@ def test_published_architectures(name: str, size: int | None, image: tuple[int, 
     x = images(1, 3, *image)
     expected = net(x)
     assert relative_error(expected, in_strips(net, x, 17)) <= EXACT
-    assert relative_error(expected, in_strips(net, x, 40, least=3)) <= EXACT
+    assert relative_error(expected, in_strips(net, x, 40, every=3)) <= EXACT
 
 
 @pytest.mark.parametrize("name", ["vgg11", "vgg16_bn"])
@@ -272,8 +272,8 @@ def test_random_nets_in_random_strips(recipe: Any, data: Any) -> None:
         expected = net(x)
     except (FcvggError, RuntimeError):
         assume(False)
-    strip, least = data.draw(st.integers(1, 40)), data.draw(st.integers(1, 4))
-    got = in_strips(net, x, strip, least=least)
+    strip, every = data.draw(st.integers(1, 40)), data.draw(st.integers(1, 4))
+    got = in_strips(net, x, strip, every=every)
     scale = expected.abs().max()
     assert (got - expected).abs().max() <= EXACT * scale
     h, w = expected.shape[2:]
@@ -281,9 +281,9 @@ def test_random_nets_in_random_strips(recipe: Any, data: Any) -> None:
     bottom = data.draw(st.integers(top + 1, h))
     left = data.draw(st.integers(0, w - 1))
     right = data.draw(st.integers(left + 1, w))
-    part = in_strips(net, x, strip, (top, bottom), (left, right), least)
+    part = in_strips(net, x, strip, (top, bottom), (left, right), every)
     assert (part - expected[:, :, top:bottom, left:right]).abs().max() <= EXACT * scale
-    resumed = in_strips(net, x, strip, least=least, first=top)
+    resumed = in_strips(net, x, strip, every=every, first=top)
     assert torch.equal(resumed, got[:, :, top:])
 
 
@@ -302,6 +302,19 @@ def test_no_position_is_computed_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     for ranges in computed.values():
         assert ranges[0][0] == 0
         assert all(a[1] == b[0] for a, b in itertools.pairwise(ranges))
+
+
+def test_layers_that_wait_for_strips_wait_together() -> None:
+    net = fcvgg.convert(seeded(narrow_vgg, "vgg11"), verify=False, input_size=224)
+    stages = stages_of(net.network, net.in_channels)
+    rows, cols = net.output_size((8192, 512))
+    layout = Layout(stages, (8192, 512), (0, rows), (0, cols))
+    schedule = layout.schedule(1 << 20, (0, cols))
+    arrived = (np.arange(len(schedule.ends)) + 1) * schedule.strip
+    spoken_for = (schedule.ends[:, -1] - 1) * 32 + 224  # by the cells that are computed
+    assert len(arrived) == 64
+    assert (np.diff(schedule.ends[:, -1]) > 0).sum() == 4
+    assert (arrived - spoken_for).max() <= 17 * schedule.strip
 
 
 def test_a_layer_without_a_rule_is_named() -> None:

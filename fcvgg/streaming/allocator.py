@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 _STATM = Path("/proc/self/statm")
-_LEAST, _MOST = 0.5, 0.75
+_LEAST, _MOST = 0.5, 1.0
 """Of the bytes in use, from which on freed memory is given back: as late as the bound allows, since
 what is given back must be cleared anew by the system, page by page.
 """
@@ -29,6 +29,7 @@ def trimmer(used: int, memory: int) -> Callable[[int], None]:
         return lambda needed: None
     allowed = max(min(memory - used // 2, int(_MOST * used)), int(_LEAST * used))
     page = os.sysconf("SC_PAGE_SIZE")
+    trim(0)  # what was freed before would raise the limit
     limit = _resident_pages() + allowed // page
 
     def give_back(needed: int) -> None:

@@ -59,9 +59,9 @@ def stream(
             ``(H, W, C)`` or ``(H, W)``, which are preprocessed, or preprocessed floats
             ``(C, H, W)``, also as a tensor.
         out: a folder for the map as a zarr array, with class names and geometry in its attributes.
-            Rows are written as they are finished; after an interruption the same call resumes. A map
-            of another network or image is refused; an image is known by its size and three of its
-            rows. None keeps the map in memory.
+            Rows are written as they are finished; after an interruption the same call resumes. A
+            map of another network or image is refused; an image is known by its size and three of
+            its rows. None keeps the map in memory.
         classes: class indices or names to keep, ``"argmax"`` for the best class of every cell, or
             ``"top5"``; None keeps all.
         rows: half-open range of the map's rows; only the image's rows that they need are read.

@@ -26,6 +26,7 @@ class _Rows:
     def __init__(self, start: int):
         self.start = start
         self.pieces: list[Tensor] = []
+        self._kept: Tensor | None = None
 
     @property
     def waits(self) -> bool:
@@ -64,9 +65,24 @@ class _Rows:
         taken = held.narrow(2, skipped, end - first)
         kept = min(max(keep - self.start, 0), count)
         if kept < count:  # a copy, which lets the rest go
-            self.pieces = [held.narrow(2, kept, count - kept).clone()]
+            self.pieces = [self._copied(held.narrow(2, kept, count - kept))]
         self.start += kept
         return taken
+
+    def _copied(self, rows: Tensor) -> Tensor:
+        """A copy of rows that are kept, at the place of those that were kept before.
+
+        Small blocks of memory that are held for long would be scattered among the large ones, and
+        keep the gaps between them from joining.
+        """
+        kept, memory = self._kept, rows.untyped_storage().data_ptr()
+        if (
+            kept is None
+            or (kept.shape, kept.stride()) != (rows.shape, rows.stride())
+            or kept.untyped_storage().data_ptr() == memory
+        ):
+            kept = self._kept = torch.empty_like(rows)
+        return kept.copy_(rows)
 
 
 def _joined(pieces: Sequence[Tensor]) -> Tensor:

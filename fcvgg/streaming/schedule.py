@@ -111,8 +111,9 @@ class Schedule:
         stages: of the network.
         height: the sizes and ranges along the height.
         strip: rows of the image in a strip.
-        least: for every stage, the rows for which it waits before it computes any; deep layers,
-            whose rows are short, so use their weights for several rows at once.
+        every: for every stage, at which strips it computes: at each of so many, and at the last.
+            Deep layers, whose rows are short, so use their weights for several rows at once; those
+            that wait for the same strips do not wait for each other.
 
     Attributes:
         ends: int64 ``(strips, stages)``: the end of the rows that are computed after each strip.
@@ -123,7 +124,7 @@ class Schedule:
         stages: Sequence[Stage],
         height: Extents,
         strip: int,
-        least: Sequence[int] | None = None,
+        every: Sequence[int] | None = None,
     ):
         self.stages = stages
         self.height = height
@@ -140,9 +141,15 @@ class Schedule:
             empty = [height.ranges[fed][0] for fed in stage.inputs]
             available = np.where(available > max(empty), available, 0)
             done = height.reaches[i].finished(available, low, high)
-            if least is not None and least[i] > 1:
-                done = np.where(done < high, done - (done - low) % least[i], high)
-            self.ends[:, i] = done
+            self.ends[:, i] = done if every is None else self._at(every[i], done, low)
+
+    def _at(self, every: int, done: NDArray[np.int64], low: int) -> NDArray[np.int64]:
+        """The end of a stage's rows after each strip, if it computes at some strips only."""
+        strips = np.arange(len(done))
+        computes = (self._first_strip + strips + 1) % every == 0
+        computes[-1] = True
+        last = np.maximum.accumulate(np.where(computes, strips, -1))
+        return np.where(last >= 0, done[last], low)
 
     @cached_property
     def before(self) -> NDArray[np.int64]:

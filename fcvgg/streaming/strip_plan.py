@@ -33,6 +33,9 @@ _STRIP_BYTES = 8 << 20
 _POSITIONS = 4096
 """Positions for which weights are fetched often enough to be used well."""
 
+_MOST_STRIPS = 16
+"""Strips that a layer waits for at most: what waits is lost when a run is interrupted."""
+
 _LEAST_BYTES = 1 << 18
 """Bytes of it below which an image is rather cut into blocks of columns."""
 
@@ -92,16 +95,19 @@ class Layout:
         shares = [
             row * size / self.size[0] for row, size in zip(rows, height.sizes)
         ]  # bytes of each map for one row of the image
-        strip = int(strip_bytes // max(shares))
-        least = [1]
+        strip = min(max(int(strip_bytes // max(shares)), 1), self.size[0])
+        every = [1]
         for i, stage in enumerate(self.stages[1:], 1):
             if stage.sliding is None or not stage.sliding.weights:
-                least.append(1)
+                every.append(1)
                 continue
             stride = stage.sliding.windows[0].stride
             largest = max(rows[i], *(stride * rows[fed] for fed in stage.inputs))
-            least.append(max(min(strip_bytes // largest, -(-_POSITIONS // widths[i])), 1))
-        return Schedule(self.stages, height, min(max(strip, 1), self.size[0]), least)
+            wanted = min(strip_bytes // largest, -(-_POSITIONS // widths[i]))
+            strips = wanted * self.size[0] // (strip * height.sizes[i])
+            strips = min(max(strips, 1), _MOST_STRIPS)
+            every.append(1 << strips.bit_length() - 1)  # so that layers wait together
+        return Schedule(self.stages, height, strip, every)
 
     def height(self) -> Extents:
         """The height's sizes and ranges."""
