@@ -11,23 +11,24 @@ from __future__ import annotations
 import io
 import os
 import tempfile
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from inspect import signature
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
 
 from fcvgg.categories import class_name
 from fcvgg.errors import ArgumentError, FcvggError, ImageError, one_line
 from fcvgg.geometry import Pair
 from fcvgg.network import FullyConvolutional, evaluating
 from fcvgg.sources.extras import imported
-from fcvgg.streaming.execution import as_array, bands
+from fcvgg.streaming.execution import as_array, bands, chunked
 from fcvgg.streaming.job import StreamJob, as_result, plan_in_memory
 from fcvgg.streaming.resumption import opened_store
 from fcvgg.streaming.strip_plan import StripPlan, parsed_memory
@@ -53,7 +54,8 @@ def stream(
     """`fcvgg.stream` with bands of rows given to workers; the result is the same.
 
     Each worker reads the image's rows that its band and the halo need. With as many threads the
-    bits are those of one process.
+    bits are those of one process. Rows are kept or written from top to bottom: those that later
+    bands finish first wait in Ray's object store, and are computed again after an interruption.
 
     Args:
         net, source, out, classes, rows: as for `fcvgg.stream`; every worker must find a path.
@@ -65,7 +67,7 @@ def stream(
     Returns:
         as `fcvgg.stream`.
     """
-    ray = started(address)
+    ray = _with_room(address, workers, threads)
     job = StreamJob.prepared(net, source, classes, rows)
     budget = parsed_memory(memory)
     if out is None:
@@ -77,34 +79,74 @@ def stream(
         finished, chunk = store.finished, store.chunk_rows
         result = None
     workers = workers or max(int(ray.available_resources().get("CPU", 1)) // threads, 1)
-    pieces = [
+    height = job.shape[-2]
+    pieces = (
         (block, band)
         for block in range(len(plan.blocks))
-        for band in _split(finished[block], job.shape[-2], workers, chunk)
-    ]
-    first = job.layout.rows[0]
+        for band in _split(finished[block], height, workers, chunk)
+    )
     shared = ray.put(packed(net)), _sent(ray, source)
-    work = ray.remote(_band).options(num_cpus=threads, max_retries=_RETRIES)
-    waiting = [
-        work.remote(*shared, classes, rows, plan, block, (first + a, first + b), threads)
-        for block, (a, b) in pieces
-    ]
-    for (block, (a, b)), reference in zip(pieces, waiting):
-        try:
-            cells = ray.get(reference)
-        except ray.exceptions.RayTaskError as error:
-            raise error.cause from None
-        except ray.exceptions.RayError as error:
-            raise FcvggError(
-                f"a worker failed {_RETRIES + 1} times at rows {a} to {b}: {type(error).__name__}"
-            ) from error
-        if store is not None:
-            store.write(block, a, cells)
-        else:
-            left, right = plan.blocks[block]
-            assert result is not None
-            result[..., a:b, left:right] = torch.from_numpy(cells).to(result.dtype)
+    work = ray.remote(_band).options(
+        num_cpus=threads, max_retries=_RETRIES, num_returns="streaming"
+    )
+
+    def begun(block: int, band: Pair) -> tuple[int, Pair, Any]:
+        return block, band, work.remote(*shared, classes, rows, plan, block, band, chunk, threads)
+
+    running = deque(begun(*piece) for piece in islice(pieces, workers))
+    try:
+        while running:
+            block, band, parts = running[0]
+            for row, cells in _computed(ray, band, parts):
+                if store is not None:
+                    store.write(block, row, cells)
+                    continue
+                left, right = plan.blocks[block]
+                assert result is not None
+                place = result[..., row : row + cells.shape[-2], left:right]
+                place.copy_(torch.from_numpy(cells.copy()))
+            running.popleft()
+            running.extend(begun(*piece) for piece in islice(pieces, 1))
+    finally:
+        for _, _, parts in running:
+            ray.cancel(parts)
     return store if store is not None else as_result(job, result)  # type: ignore[arg-type]
+
+
+def _with_room(address: str | None, workers: int | None, threads: int) -> Any:
+    """Ray, connected, where such workers can run.
+
+    Raises:
+        ArgumentError: if they cannot: Ray would wait for ever.
+    """
+    for name, number in (("workers", workers), ("threads", threads)):
+        if number is not None and number < 1:
+            raise ArgumentError(f"{name}={number} is no number of {name}; expected at least 1")
+    ray = started(address)
+    cores = max(int(node["Resources"].get("CPU", 0)) for node in ray.nodes())
+    if address is None and threads > cores:
+        raise ArgumentError(
+            f"threads={threads} is more than the {cores} cores that Ray has on a machine; "
+            "take fewer"
+        )
+    return ray
+
+
+def _computed(ray: Any, band: Pair, parts: Any) -> Iterator[tuple[int, np.ndarray[Any, Any]]]:
+    """What the worker of a band has computed, as it comes, each with its first row."""
+    row = band[0]
+    try:
+        for part in parts:
+            cells = ray.get(part)
+            yield row, cells
+            row += cells.shape[-2]
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause from None
+    except ray.exceptions.RayError as error:
+        raise FcvggError(
+            f"a worker failed {_RETRIES + 1} times at rows {row} to {band[1]}: "
+            f"{type(error).__name__}"
+        ) from error
 
 
 def _sent(ray: Any, source: Any) -> Any:
@@ -139,15 +181,18 @@ def _band(
     plan: StripPlan,
     block: int,
     band: Pair,
+    chunk: int,
     threads: int,
-) -> np.ndarray[Any, Any]:
-    """A worker's part: the rows of one band in one block of columns."""
+) -> Iterator[np.ndarray[Any, Any]]:
+    """A worker's part: the rows of one band in one block of columns, some at a time."""
     torch.set_num_threads(threads)
     net = _unpacked(_Hashed(bundle))
     job = StreamJob.prepared(net, source, classes, rows)
+    first, end = (job.layout.rows[0] + row for row in band)
     with evaluating(net):
-        parts: list[Tensor] = list(bands(job, plan, plan.blocks[block], band, lambda _: None))
-    return as_array(torch.cat(parts, -2))
+        parts = bands(job, plan, plan.blocks[block], (first, end), lambda _: None)
+        for _, cells in chunked(parts, band[0], chunk, band[1]):
+            yield as_array(cells)
 
 
 # -- folders of images ----------------------------------------------------------------------------
@@ -187,10 +232,11 @@ def classify(
         ImageError: if there are no images.
         FcvggError: if `out` is a folder that holds files, or there is no cluster at `address`.
     """
-    ray = started(address)
-    data = imported("ray.data", "ray")
     if top < 1:
         raise ArgumentError(f"top={top!r} is no number of classes; expected at least 1")
+    net.classify(Image.new("RGB", net.input_size[::-1]), **options)  # unusable options end here
+    ray = _with_room(address, workers, threads)
+    data = imported("ray.data", "ray")
     names = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
     if not names:
         raise ImageError("no images were given; expected at least one path")
@@ -243,7 +289,7 @@ class _Classifier:
         try:
             with Image.open(io.BytesIO(data)) as image:
                 scores = self.net.classify(image, **self.options)[0]
-        except (FcvggError, OSError) as error:
+        except (FcvggError, OSError, Image.DecompressionBombError) as error:
             return [], [], " ".join(str(error).split())
         values, indices = scores.topk(min(self.top, len(scores)))
         names = [class_name(i, self.net.categories) for i in indices.tolist()]
@@ -281,7 +327,7 @@ def packed(net: FullyConvolutional) -> Bundle:
 
 
 class _Hashed:
-    """A bundle as a key: equal if its configuration and the size of its files are."""
+    """A bundle as a key: equal if the hashes of its files are."""
 
     def __init__(self, bundle: Bundle):
         self.bundle = bundle

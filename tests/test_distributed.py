@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,8 @@ from PIL import Image
 import fcvgg
 from fcvgg import distributed
 from fcvgg.errors import FcvggError
+from fcvgg.streaming.job import StreamJob, plan_in_memory
+from fcvgg.streaming.score_store import ScoreStore
 
 ray = pytest.importorskip("ray")
 pq = pytest.importorskip("pyarrow.parquet")
@@ -137,7 +141,59 @@ def test_a_folder_of_images(net: Any, tmp_path: Path) -> None:
         assert rows[f"{i}.png"]["error"] == ""
 
 
+def test_a_band_comes_in_chunks(net: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fcvgg.streaming.resumption._CHUNK_ROWS", 4)
+    written = []
+    write = ScoreStore.write
+
+    def writing(self: ScoreStore, block: int, row: int, cells: Any) -> None:
+        written.append((row, cells.shape[-2]))
+        write(self, block, row, cells)
+
+    monkeypatch.setattr(ScoreStore, "write", writing)
+    image = photograph(900, 60)
+    job = StreamJob.prepared(net, image, None, None)
+    plan = replace(plan_in_memory(job, 1 << 30), strip_bytes=10_000)
+    monkeypatch.setattr(StreamJob, "plan", lambda *arguments: plan)
+    store = distributed.stream(net, image, out=tmp_path / "map.zarr", workers=2)
+    single = fcvgg.stream(net, image)
+    assert store.complete
+    assert np.abs(store.array[:] - single.scores.numpy()).max() <= 1e-12
+    assert [row for row, _ in written] == sorted(row for row, _ in written)
+    assert len(written) > 4
+    assert max(rows for _, rows in written) < store.array.shape[-2] // 2
+
+
+def test_an_image_beyond_pillows_limit_is_its_own_error(
+    net: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = io.BytesIO()
+    Image.fromarray(photograph(40, 50)).save(file, "PNG")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)
+    worker = distributed._Classifier(distributed.packed(net), 1, 1, {})
+    rows = worker({"bytes": [file.getvalue()], "path": ["bomb.png"]})
+    assert "exceeds limit of 1000 pixels" in rows["error"][0]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"workers": -1}, "workers=-1 is no number of workers; expected at least 1"),
+        ({"workers": 0}, "workers=0 is no number"),
+        ({"threads": 0}, "threads=0 is no number of threads"),
+        ({"threads": 64}, "threads=64 is more than the 2 cores that Ray has on a machine"),
+    ],
+)
+def test_workers_that_cannot_be(net: Any, options: Any, message: str, tmp_path: Path) -> None:
+    with pytest.raises(FcvggError, match=message):
+        distributed.stream(net, photograph(60, 60), **options)
+    with pytest.raises(FcvggError, match=message):
+        distributed.classify(net, "x", out=tmp_path / "classes", **options)
+
+
 def test_bad_input(net: Any, tmp_path: Path) -> None:
+    with pytest.raises(FcvggError, match="average='bogus' is unknown"):
+        distributed.classify(net, "x", out=tmp_path / "classes", average="bogus")
     with pytest.raises(FcvggError, match="no images were given"):
         distributed.classify(net, [], out=tmp_path / "classes")
     with pytest.raises(FcvggError, match=r"top=0 is no number"):
