@@ -77,7 +77,7 @@ def test_train_resume_and_label(data: Path) -> None:
     truth = np.asarray(Image.open(data / "masks" / "0.png"))
     assert (labels == truth).mean() > 0.9
     with Image.open("out/0-overlay.png") as overlay:
-        assert overlay.size == (48, 40)
+        assert overlay.width > overlay.height * 48 / 40  # the image, and beside it a legend
     assert "dark" in ran.stdout
 
 
@@ -106,9 +106,8 @@ def test_no_label_map_takes_the_place_of_another(data: Path) -> None:
     ran = run("segment", "a/x.png", "b/x.png", "--fcn", "fcn", "--output", "out")
     assert ran.exit_code == 2
     assert "b/x.png and a/x.png would both be written to out/x-labels.png" in ran.stderr
-    for kind in ("labels", "overlay"):
-        with Image.open(f"out/x-{kind}.png") as first:
-            assert first.size == (20, 30)
+    with Image.open("out/x-labels.png") as first:
+        assert first.size == (20, 30)
     Image.new("RGB", (20, 20)).save("x-overlay.png")
     Image.new("RGB", (20, 20)).save("x.png")
     ran = run("segment", "x.png", "x-overlay.png", "--fcn", "fcn", "--output", ".")

@@ -26,9 +26,9 @@ def run(
     output: OutputFolder = Path(),
     device: Device = "cpu",
 ) -> None:
-    """Label every pixel of images: NAME-labels.png of class indices, NAME-overlay.png."""
+    """Label every pixel of images: NAME-labels.png (class indices), NAME-overlay.png (a figure)."""
     from fcvgg.cli.options import checked_device
-    from fcvgg.files import written_whole
+    from fcvgg.figures import save_figure
     from fcvgg.segmentation.network import FCN
 
     network = FCN.load(fcn).to(checked_device(device))
@@ -41,10 +41,8 @@ def run(
         found = network.predict(image)
         shares = sorted(found.shares.items(), key=lambda item: -item[1])
         say(f"{image}: " + ", ".join(f"{name} {share:.1%}" for name, share in shares if share))
-        with written_whole(overlay) as temporary:
-            found.overlay().save(temporary, "PNG")
         say_wrote(found.save(indices))
-        say_wrote(overlay)
+        say_wrote(save_figure(found.figure(), overlay))
         return overlay
 
     exit_if_any_failed(images, for_each_image(images, "label maps", label))

@@ -19,11 +19,14 @@ from fcvgg.files import written_whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 IGNORE_INDEX = 255
 """The label of pixels that are of no class, neither trained on nor counted."""
 
 ALPHA = 0.55
+
+_IMAGE_INCHES, _LEGEND_INCHES = 6.0, 2.0
 
 _FIRST_COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7")
 """Okabe and Ito's, which colour-blind readers tell apart too (https://jfly.uni-koeln.de/color)."""
@@ -77,23 +80,48 @@ class LabelMap:
             alpha: as for `overlay`.
             legend: name the classes and their shares beside the image.
         """
-        from matplotlib import pyplot as plt
-
-        own = ax is None
         if ax is None:
-            _, ax = plt.subplots(layout="constrained")
+            from matplotlib import pyplot as plt
+
+            return self._drawn(plt.figure(layout="constrained"), alpha, legend)
+        self._draw(ax, alpha)
+        if (
+            legend
+        ):  # beside the image, where the axes' own layout leaves room or the caller makes it
+            ax.legend(loc="upper left", bbox_to_anchor=(1.01, 1), borderaxespad=0, **self._legend())
+        return ax
+
+    def figure(self, *, alpha: float = ALPHA) -> Figure:
+        """The overlay with a legend of the classes that are there, in the image's proportions."""
+        from matplotlib.figure import Figure
+
+        height, width = self.labels.shape
+        down = max(_IMAGE_INCHES * height / width, _LEGEND_INCHES)
+        figure = Figure(
+            figsize=(_IMAGE_INCHES + _LEGEND_INCHES, down),
+            dpi=max(110, width / _IMAGE_INCHES),  # no pixel of the image is lost
+            layout="constrained",
+        )
+        self._drawn(figure, alpha, legend=True)
+        return figure
+
+    def _drawn(self, figure: Any, alpha: float, legend: bool) -> Axes:
+        """The axes of a figure that is this label map's alone."""
+        ax: Axes = figure.subplots()
+        self._draw(ax, alpha)
+        if legend:  # the layout makes room for a figure's legend, not for one beside an image
+            figure.legend(loc="outside right upper", **self._legend())
+        return ax
+
+    def _draw(self, ax: Axes, alpha: float) -> None:
         ax.imshow(self.overlay(alpha))
         ax.set_axis_off()
-        if legend:
-            look: dict[str, Any] = {
-                **{"handles": self._patches(), "title": "class (share of pixels)"},
-                **{"frameon": False, "alignment": "left"},
-            }
-            if own:  # the layout makes room for a figure's legend, not for one beside an image
-                ax.figure.legend(loc="outside right upper", **look)
-            else:
-                ax.legend(loc="upper left", bbox_to_anchor=(1.01, 1), borderaxespad=0, **look)
-        return ax
+
+    def _legend(self) -> dict[str, Any]:
+        return {
+            **{"handles": self._patches(), "title": "class (share of pixels)"},
+            **{"frameon": False, "alignment": "left"},
+        }
 
     def _palette(self) -> NDArray[np.uint8]:
         """The colour of every label, ``uint8 (256, 3)``; black for what is no class."""
