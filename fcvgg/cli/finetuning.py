@@ -13,6 +13,14 @@ from rich.text import Text
 from fcvgg.cli.console import resumable, say, say_wrote, tell_skipped
 from fcvgg.cli.options import OwnPreprocess, Weights
 from fcvgg.cli.options import size as size_of
+from fcvgg.cli.training_options import (
+    BALANCED_HELP,
+    TRAINING,
+    BatchSize,
+    ClassWeights,
+    Resume,
+    RunFolder,
+)
 
 if TYPE_CHECKING:
     from fcvgg.finetuning.result import FineTuned
@@ -25,7 +33,7 @@ EXAMPLES = (
     "fcvgg heatmap photo.jpg --model birds/model",
 )
 
-_IMAGES, _TRAINING = "Images", "Training"
+_IMAGES = "Images"
 
 
 class Strategy(str, Enum):
@@ -44,13 +52,6 @@ class Resize(str, Enum):
 
     resize = "resize"
     centre_crop = "centre-crop"
-
-
-class ClassWeights(str, Enum):
-    """How classes count in the loss."""
-
-    none = "none"
-    balanced = "balanced"
 
 
 class Optimizer(str, Enum):
@@ -90,16 +91,7 @@ def run(
         ),
     ] = "vgg16",
     weights: Weights = "DEFAULT",
-    output: Annotated[
-        Path,
-        typer.Option(
-            "--output",
-            "-o",
-            metavar="DIR",
-            file_okay=False,
-            help="The run's folder; made if absent.",
-        ),
-    ] = Path("finetuned"),
+    output: RunFolder = Path("finetuned"),
     strategy: Annotated[
         Strategy,
         typer.Option(
@@ -135,9 +127,7 @@ def run(
             "of such widths and a last one.",
         ),
     ] = "last",
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Finish the interrupted run in the folder.")
-    ] = False,
+    resume: Resume = False,
     size: Annotated[
         str | None,
         typer.Option(
@@ -174,7 +164,7 @@ def run(
         ClassWeights,
         typer.Option(
             "--class-weights",
-            help="balanced: rare classes count as much as frequent ones.",
+            help=BALANCED_HELP,
             rich_help_panel=_IMAGES,
         ),
     ] = ClassWeights.none,
@@ -186,15 +176,10 @@ def run(
             min=1,
             help="At most so many.",
             show_default="30, for linear 100",
-            rich_help_panel=_TRAINING,
+            rich_help_panel=TRAINING,
         ),
     ] = None,
-    batch_size: Annotated[
-        int,
-        typer.Option(
-            "--batch-size", metavar="N", min=1, rich_help_panel=_TRAINING, help="Images per step."
-        ),
-    ] = 32,
+    batch_size: BatchSize = 32,
     lr: Annotated[
         float | None,
         typer.Option(
@@ -202,18 +187,18 @@ def run(
             metavar="X",
             help="The new layers' learning rate; others get less.",
             show_default="by the features",
-            rich_help_panel=_TRAINING,
+            rich_help_panel=TRAINING,
         ),
     ] = None,
     optimizer: Annotated[
-        Optimizer, typer.Option("--optimizer", rich_help_panel=_TRAINING, help="AdamW, or SGD.")
+        Optimizer, typer.Option("--optimizer", rich_help_panel=TRAINING, help="AdamW, or SGD.")
     ] = Optimizer.adamw,
     cosine: Annotated[
         bool,
         typer.Option(
             "--cosine/--constant",
             help="Let the learning rate fall along a cosine.",
-            rich_help_panel=_TRAINING,
+            rich_help_panel=TRAINING,
         ),
     ] = True,
     patience: Annotated[
@@ -223,7 +208,7 @@ def run(
             metavar="N",
             min=0,
             help="Stop after so many epochs without a better loss; 0 never stops.",
-            rich_help_panel=_TRAINING,
+            rich_help_panel=TRAINING,
         ),
     ] = 10,
     seed: Annotated[
@@ -233,7 +218,7 @@ def run(
             metavar="N",
             min=0,
             help="Of split, new weights, order, augmentation, dropout.",
-            rich_help_panel=_TRAINING,
+            rich_help_panel=TRAINING,
         ),
     ] = 0,
     precision: Annotated[
@@ -241,7 +226,7 @@ def run(
         typer.Option(
             "--precision",
             help="auto: bf16-mixed on a GPU that has it, else 32.",
-            rich_help_panel=_TRAINING,
+            rich_help_panel=TRAINING,
         ),
     ] = Precision.auto,
     devices: Annotated[
@@ -250,7 +235,7 @@ def run(
             "--devices",
             metavar="N|auto",
             help="How many GPUs, or auto for all.",
-            rich_help_panel=_TRAINING,
+            rich_help_panel=TRAINING,
         ),
     ] = "1",
     workers: Annotated[
@@ -260,7 +245,7 @@ def run(
             metavar="N",
             min=0,
             help="Processes that read images.",
-            rich_help_panel=_TRAINING,
+            rich_help_panel=TRAINING,
         ),
     ] = 0,
     own: OwnPreprocess = OwnPreprocess(),
@@ -270,7 +255,6 @@ def run(
     The folder gets the network ('model', for the other commands), a report with curves, confusion
     matrix and the worst mistakes, and checkpoints, from which --resume finishes an interrupted run.
     """
-    from fcvgg.errors import FcvggError
     from fcvgg.finetuning.finetuning import finetune
 
     options: dict[str, Any] = {
@@ -281,7 +265,7 @@ def run(
         "size": size_of(size, "--size"),
         "resize": resize.value,
         "augment": augment,
-        "class_weights": None if class_weights is ClassWeights.none else class_weights.value,
+        "class_weights": class_weights.argument,
         "valid_fraction": valid_fraction,
         "batch_size": batch_size,
         "optimizer": optimizer.value,
@@ -294,20 +278,17 @@ def run(
     }
     options.update({k: v for k, v in (("epochs", epochs), ("lr", lr)) if v is not None})
     own.check()
-    try:
-        with resumable(output):
-            result = finetune(
-                data,
-                arch,
-                output,
-                weights=weights,
-                preprocess=own.preprocess_for,
-                resume=resume,
-                progress=True,
-                **options,
-            )
-    except FcvggError as error:
-        raise type(error)(_in_words(str(error))) from error
+    with resumable(output):
+        result = finetune(
+            data,
+            arch,
+            output,
+            weights=weights,
+            preprocess=own.preprocess_for,
+            resume=resume,
+            progress=True,
+            **options,
+        )
     _tell(result)
 
 
@@ -352,16 +333,3 @@ def _hidden(head: str) -> tuple[int, ...] | None:
             param_hint="--head",
         )
     return tuple(int(part) for part in parts)
-
-
-def _in_words(message: str) -> str:
-    """A message of the library in the options' words."""
-    for name in ("freeze_upto", "class_weights", "valid_fraction", "batch_size"):
-        option = f"--{name.replace('_', '-')}"
-        message = message.replace(f"{name}=", f"{option} ").replace(
-            f"{name} goes", f"{option} goes"
-        )
-    message = message.replace(
-        "preprocess=fcvgg.Preprocess(mean, std)", "--preprocess, or --mean and --std"
-    )
-    return message.replace("pass size=,", "pass --size,")

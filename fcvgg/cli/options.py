@@ -288,13 +288,18 @@ def in_option_words(message: str) -> str:
     'pass --input-size, the size it was trained at'
     """
     message = message.replace("input_size=(height, width)", "--input-size HxW")
-    message = message.replace(
-        "preprocess=fcvgg.Preprocess(mean, std) to convert or load",
+    message = re.sub(
+        r"preprocess=fcvgg\.Preprocess\(mean, std\)( to convert or load)?",
         "--preprocess, or --mean and --std",
+        message,
     )
     message = message.replace("categories= to convert or load", "--categories")
     message = message.replace("choose a smaller lr", "choose a smaller --lr")
     message = message.replace("resume it, or", "pass --resume, or")
+    message = message.replace("pass size=,", "pass --size,")
+    for name in ("freeze_upto", "class_weights", "valid_fraction", "batch_size"):
+        option = f"--{name.replace('_', '-')} "
+        message = message.replace(f"{name}=", option).replace(f"{name} goes", f"{option}goes")
     message = re.sub(r"\b(arch|weights)=(?=')", r"--\1 ", message)
     message = re.sub(r"(?<!-)\barch=", "--arch", message)
     return re.sub(r"(?<![-.])\binput_size\b=?", "--input-size", message)

@@ -12,6 +12,14 @@ from rich.text import Text
 from fcvgg.cli.console import resumable, say, say_wrote, tell_skipped
 from fcvgg.cli.options import Model, OwnModel, Weights, loaded
 from fcvgg.cli.options import size as size_of
+from fcvgg.cli.training_options import (
+    BALANCED_HELP,
+    TRAINING,
+    BatchSize,
+    ClassWeights,
+    Resume,
+    RunFolder,
+)
 
 NAME = "segment-train"
 EXAMPLES = (
@@ -21,8 +29,6 @@ EXAMPLES = (
     "fcvgg segment photo.jpg --fcn 16s/fcn",
 )
 
-_TRAINING = "Training"
-
 
 class Variant(str, Enum):
     """Down to which stride maps are scored."""
@@ -30,13 +36,6 @@ class Variant(str, Enum):
     fcn32s = "32s"
     fcn16s = "16s"
     fcn8s = "8s"
-
-
-class ClassWeights(str, Enum):
-    """How classes count in the loss."""
-
-    none = "none"
-    balanced = "balanced"
 
 
 def run(
@@ -74,16 +73,7 @@ def run(
             show_default="the model alone",
         ),
     ] = None,
-    output: Annotated[
-        Path,
-        typer.Option(
-            "--output",
-            "-o",
-            metavar="DIR",
-            file_okay=False,
-            help="The run's folder; made if absent.",
-        ),
-    ] = Path("segmented"),
+    output: RunFolder = Path("segmented"),
     freeze_upto: Annotated[
         str | None,
         typer.Option(
@@ -93,9 +83,7 @@ def run(
             show_default="all layers are trained",
         ),
     ] = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Finish the interrupted run in the folder.")
-    ] = False,
+    resume: Resume = False,
     crop: Annotated[
         str | None,
         typer.Option(
@@ -103,34 +91,25 @@ def run(
             metavar="N|HxW",
             help="Train on random parts of this size.",
             show_default="whole images",
-            rich_help_panel=_TRAINING,
+            rich_help_panel=TRAINING,
         ),
     ] = None,
     class_weights: Annotated[
         ClassWeights,
         typer.Option(
             "--class-weights",
-            help="balanced: rare classes count as much as frequent ones.",
-            rich_help_panel=_TRAINING,
+            help=BALANCED_HELP,
+            rich_help_panel=TRAINING,
         ),
     ] = ClassWeights.none,
     epochs: Annotated[
         int,
-        typer.Option("--epochs", metavar="N", min=1, help="So many.", rich_help_panel=_TRAINING),
+        typer.Option("--epochs", metavar="N", min=1, help="So many.", rich_help_panel=TRAINING),
     ] = 30,
-    batch_size: Annotated[
-        int,
-        typer.Option(
-            "--batch-size",
-            metavar="N",
-            min=1,
-            help="Images per step.",
-            rich_help_panel=_TRAINING,
-        ),
-    ] = 4,
+    batch_size: BatchSize = 4,
     lr: Annotated[
         float,
-        typer.Option("--lr", metavar="X", help="AdamW's learning rate.", rich_help_panel=_TRAINING),
+        typer.Option("--lr", metavar="X", help="AdamW's learning rate.", rich_help_panel=TRAINING),
     ] = 1e-3,
     backbone_lr: Annotated[
         float | None,
@@ -139,7 +118,7 @@ def run(
             metavar="X",
             help="Another one for the layers of the model.",
             show_default="as --lr",
-            rich_help_panel=_TRAINING,
+            rich_help_panel=TRAINING,
         ),
     ] = None,
     seed: Annotated[
@@ -149,7 +128,7 @@ def run(
             metavar="N",
             min=0,
             help="Of split, order, crops and dropout.",
-            rich_help_panel=_TRAINING,
+            rich_help_panel=TRAINING,
         ),
     ] = 0,
     own: OwnModel = OwnModel(),
@@ -178,7 +157,7 @@ def run(
             output,
             settings=settings,
             crop=size_of(crop, "--crop"),
-            class_weights=None if class_weights is ClassWeights.none else class_weights.value,
+            class_weights=class_weights.argument,
             backbone_lr=backbone_lr,
             resume=resume,
             progress=True,
