@@ -56,6 +56,25 @@ def _names_in(content: Any) -> list[str]:
     return content
 
 
+def one_per_class(names: Sequence[str] | None, classes: int, order: str) -> tuple[str, ...] | None:
+    """Class names as a network keeps them, or None.
+
+    Args:
+        names: the names.
+        classes: how many there must be.
+        order: what they stand in the order of, for the message.
+
+    Raises:
+        CategoryError: if there are more or fewer.
+    """
+    if names is not None and len(names) != classes:
+        raise CategoryError(
+            f"{len(names)} categories were given for {classes} classes; "
+            f"pass one name per class, in the order of the {order}"
+        )
+    return None if names is None else tuple(names)
+
+
 def distinct_names(names: Sequence[str]) -> tuple[str, ...]:
     """Class names by which results are told apart; ImageNet's, say, are not ("crane" twice).
 

@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fcvgg.batching import run_in_batches
-from fcvgg.errors import ArgumentError, CategoryError, ImageError, PreprocessError
+from fcvgg.categories import one_per_class
+from fcvgg.errors import ArgumentError, ImageError, PreprocessError
 from fcvgg.geometry import Geometry, Pair
 from fcvgg.heatmap import Heatmap
 from fcvgg.images import (
@@ -198,12 +199,7 @@ class FullyConvolutional(nn.Module):
 
     @categories.setter
     def categories(self, names: Sequence[str] | None) -> None:
-        if names is not None and len(names) != self.num_classes:
-            raise CategoryError(
-                f"{len(names)} categories were given for {self.num_classes} classes; "
-                "pass one name per class, in the order of the scores"
-            )
-        self._categories = None if names is None else tuple(names)
+        self._categories = one_per_class(names, self.num_classes, "scores")
 
     @property
     def preprocess(self) -> Preprocess | None:

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fcvgg.categories import distinct_names
-from fcvgg.errors import ArgumentError, CategoryError
+from fcvgg.categories import distinct_names, one_per_class
+from fcvgg.errors import ArgumentError
 from fcvgg.images import ImageLike, prepare
 from fcvgg.network import FullyConvolutional, evaluating
 from fcvgg.placement import device_of, dtype_of
@@ -195,11 +195,7 @@ class FCN(nn.Module):
 
     @categories.setter
     def categories(self, names: Sequence[str] | None) -> None:
-        if names is not None and len(names) != self.num_classes:
-            raise CategoryError(
-                f"{len(names)} categories were given for {self.num_classes} classes; "
-                "pass one name per class, in the order of the labels"
-            )
+        names = one_per_class(names, self.num_classes, "labels")
         self._categories = None if names is None else distinct_names(names)
 
     @property
