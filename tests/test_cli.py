@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from command_line import run as invoked
 from PIL import Image
 from rich.console import Console
-from typer.testing import CliRunner
 
 import fcvgg
-from fcvgg.cli import app, console
+from fcvgg.cli import console
 from fcvgg.cli.reports import count
 from fcvgg.demo import SCALES, demo_model, demo_photograph
 
@@ -33,10 +33,7 @@ class Ran:
 
 
 def run(*args, columns=200):
-    environment = {"NO_COLOR": "1", "TERM": "dumb", "COLUMNS": str(columns)}
-    result = CliRunner(env=environment).invoke(app, [str(a) for a in args], prog_name="fcvgg")
-    if result.exception and not isinstance(result.exception, SystemExit):
-        raise result.exception
+    result = invoked(*args, columns=columns)
     return Ran(result.exit_code, result.stdout, result.stderr)
 
 

@@ -6,20 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
+from command_line import run
 from PIL import Image
-from typer.testing import CliRunner
 
 import fcvgg
-from fcvgg.cli import app
 from fcvgg.demo import demo_photograph
-
-
-def run(*args: object):
-    environment = {"NO_COLOR": "1", "TERM": "dumb", "COLUMNS": "200"}
-    result = CliRunner(env=environment).invoke(app, [str(a) for a in args], prog_name="fcvgg")
-    if result.exception and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result
 
 
 @pytest.fixture

@@ -9,23 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 import torchvision
-from typer.testing import CliRunner
+from command_line import run
 
 import fcvgg
 from fcvgg.categories import read_categories
-from fcvgg.cli import app
 from fcvgg.cli.options import OwnModel, in_option_words
 from fcvgg.demo import demo_photograph
 
 COMMANDS = ("heatmap", "classify", "evaluate", "stream", "probe", "convert")
-
-
-def run(*args: object):
-    environment = {"NO_COLOR": "1", "TERM": "dumb", "COLUMNS": "200"}
-    result = CliRunner(env=environment).invoke(app, [str(a) for a in args], prog_name="fcvgg")
-    if result.exception and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result
 
 
 @pytest.fixture(scope="module")

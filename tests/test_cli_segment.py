@@ -7,19 +7,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from command_line import run
 from PIL import Image
-from typer.testing import CliRunner
 
 import fcvgg
-from fcvgg.cli import app
-
-
-def run(*args: object) -> Any:
-    environment = {"NO_COLOR": "1", "TERM": "dumb", "COLUMNS": "200"}
-    result = CliRunner(env=environment).invoke(app, [str(a) for a in args], prog_name="fcvgg")
-    if result.exception and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result
 
 
 @pytest.fixture
