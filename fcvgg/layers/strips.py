@@ -178,7 +178,7 @@ def window_linear_call(weight: Tensor, bias: Tensor | None, dilation: Pair) -> S
         down = max(_GEMM_CELLS // across, 1)
         if rows <= down and cols <= across:
             return window_linear(x, weight, bias, dilation)
-        scores = x.new_empty(x.shape[0], weight.shape[0], rows, cols)
+        scores = x.new_empty(x.shape[0], rows, cols, weight.shape[0]).movedim(-1, 1)
         for top in range(0, rows, down):
             bottom = min(top + down, rows)
             for left in range(0, cols, across):

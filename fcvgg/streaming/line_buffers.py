@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fcvgg.geometry import Pair
@@ -39,14 +38,8 @@ class _Rows:
     def extended(self, like: Tensor) -> Tensor:
         """Room for further rows, shaped as `like`, right after those that wait."""
         count = sum(p.shape[2] for p in self.pieces)
-        batch, channels, rows, cols = like.shape
-        format = (
-            torch.channels_last
-            if like.is_contiguous(memory_format=torch.channels_last)
-            else torch.contiguous_format
-        )
-        shape = (batch, channels, count + rows, cols)
-        held = torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=format)
+        rows = like.shape[2]
+        held = _empty(like, {2: count + rows})
         place = 0
         for piece in self.pieces:
             held.narrow(2, place, piece.shape[2]).copy_(piece)
@@ -76,13 +69,21 @@ class _Rows:
         keep the gaps between them from joining.
         """
         kept, memory = self._kept, rows.untyped_storage().data_ptr()
-        if (
-            kept is None
-            or (kept.shape, kept.stride()) != (rows.shape, rows.stride())
-            or kept.untyped_storage().data_ptr() == memory
-        ):
-            kept = self._kept = torch.empty_like(rows)
+        if kept is None or kept.shape != rows.shape or kept.untyped_storage().data_ptr() == memory:
+            kept = self._kept = _empty(rows, {})
         return kept.copy_(rows)
+
+
+def _empty(like: Tensor, sizes: dict[int, int]) -> Tensor:
+    """Room for a map with other sizes, with the channels last in memory where they are in `like`.
+
+    torch's own guess (`empty_like`, `pad`) mistakes the order of some rows of a map, and all layers
+    after it would follow.
+    """
+    shape = [sizes.get(dim, size) for dim, size in enumerate(like.shape)]
+    last = like.stride(1) == 1 and like.shape[1] > 1
+    format = torch.channels_last if last else torch.contiguous_format
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=format)
 
 
 def _joined(pieces: Sequence[Tensor]) -> Tensor:
@@ -263,5 +264,8 @@ def _bordered(x: Tensor, sliding: Sliding, held: Pair, wanted: Pair, size: int, 
     pads = (low - wanted[0], wanted[1] - high) if inside else (wanted[1] - wanted[0], 0)
     if pads == (0, 0):
         return x
-    around = (*pads, 0, 0) if dim == 3 else (0, 0, *pads)
-    return F.pad(x, around, "constant", sliding.value)
+    padded = _empty(x, {dim: wanted[1] - wanted[0]})
+    for first, count in ((0, pads[0]), (pads[0] + inside, pads[1])):
+        padded.narrow(dim, first, count).fill_(sliding.value)
+    padded.narrow(dim, pads[0], inside).copy_(x)
+    return padded

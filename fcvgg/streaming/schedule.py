@@ -114,6 +114,7 @@ class Schedule:
         every: for every stage, at which strips it computes: at each of so many, and at the last.
             Deep layers, whose rows are short, so use their weights for several rows at once; those
             that wait for the same strips do not wait for each other.
+        multiples: for every stage, of how many rows it computes a multiple, but at the map's end.
 
     Attributes:
         ends: int64 ``(strips, stages)``: the end of the rows that are computed after each strip.
@@ -125,6 +126,7 @@ class Schedule:
         height: Extents,
         strip: int,
         every: Sequence[int] | None = None,
+        multiples: Sequence[int] | None = None,
     ):
         self.stages = stages
         self.height = height
@@ -141,6 +143,9 @@ class Schedule:
             empty = [height.ranges[fed][0] for fed in stage.inputs]
             available = np.where(available > max(empty), available, 0)
             done = height.reaches[i].finished(available, low, high)
+            if multiples is not None:
+                whole = np.maximum(done - done % multiples[i], low)
+                done = np.where(done < high, whole, done)
             self.ends[:, i] = done if every is None else self._at(every[i], done, low)
 
     def _at(self, every: int, done: NDArray[np.int64], low: int) -> NDArray[np.int64]:

@@ -96,10 +96,11 @@ class Layout:
             row * size / self.size[0] for row, size in zip(rows, height.sizes)
         ]  # bytes of each map for one row of the image
         strip = min(max(int(strip_bytes // max(shares)), 1), self.size[0])
-        every = [1]
+        every, multiples = [1], [1]
         for i, stage in enumerate(self.stages[1:], 1):
             if stage.sliding is None or not stage.sliding.weights:
                 every.append(1)
+                multiples.append(1)
                 continue
             stride = stage.sliding.windows[0].stride
             largest = max(rows[i], *(stride * rows[fed] for fed in stage.inputs))
@@ -107,7 +108,10 @@ class Layout:
             strips = wanted * self.size[0] // (strip * height.sizes[i])
             strips = min(max(strips, 1), _MOST_STRIPS)
             every.append(1 << strips.bit_length() - 1)  # so that layers wait together
-        return Schedule(self.stages, height, strip, every)
+            come = every[i] * strip * height.sizes[i] // self.size[0]  # rows, in these strips
+            product = _GEMM_CELLS // widths[i] if stage.sliding.gathers else 1
+            multiples.append(max(min(product, come), 1))  # a part would fetch all weights as well
+        return Schedule(self.stages, height, strip, every, multiples)
 
     def height(self) -> Extents:
         """The height's sizes and ranges."""
