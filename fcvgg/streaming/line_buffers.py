@@ -166,7 +166,7 @@ class LineBuffers:
             return 0
         first, last = self._width.ranges[i]
         cells = min((end - self._done[i]) * (last - first), _GEMM_CELLS)
-        return 2 * cells * sliding.columns * self._waiting[i][0].pieces[0].element_size()
+        return cells * sliding.columns * self._waiting[i][0].pieces[0].element_size()
 
     def _hand_on(self, i: int, rows: Tensor, end: int) -> Tensor | None:
         first, self._done[i] = self._done[i], end

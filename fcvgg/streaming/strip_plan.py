@@ -266,7 +266,7 @@ def _workspace(stage: Stage, layout: Layout, given: Any, output: Any, at_border:
     positions = output / (stage.channels * item)
     work = 0 * output
     if sliding.gathers:
-        work = work + 2 * np.minimum(positions, _GEMM_CELLS) * sliding.columns * item
+        work = work + np.minimum(positions, _GEMM_CELLS) * sliding.columns * item
     elif sliding.weights and item <= 4:  # oneDNN orders input, output and weights anew
         work = work + given + output + sliding.weights * item
     elif sliding.columns:
