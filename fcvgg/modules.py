@@ -121,24 +121,27 @@ def by_windows(
     windows = windows.permute((0, 2, 3, 4, 5, 1) if channels_last else (0, 2, 3, 1, 4, 5))
     count, height, width = windows.shape[:3]
 
-    def scores(part: Tensor) -> Tensor:
-        rows = part.reshape(-1, prod(part.shape[3:]))  # the copy
-        return linear(rows).unflatten(0, part.shape[:3])  # (n, h, w, O)
+    columns = prod(windows.shape[3:])
 
     if count * height * width <= _GEMM_CELLS:
-        return scores(windows).movedim(-1, 1)
+        rows = windows.reshape(-1, columns)  # the copy
+        return linear(rows).unflatten(0, windows.shape[:3]).movedim(-1, 1)
     images = max(_GEMM_CELLS // (height * width), 1)
     down = max(min(_GEMM_CELLS // width, height), 1)
     across = min(_GEMM_CELLS, width)
+    gathered = x.new_empty(min(images, count) * down * across, columns)
     result: Tensor | None = None
     for i in range(0, count, images):
         for row in range(0, height, down):
             for col in range(0, width, across):
                 place = slice(i, i + images), slice(row, row + down), slice(col, col + across)
-                part = scores(windows[place])
+                part = windows[place]
+                rows = gathered[: prod(part.shape[:3])]
+                rows.view(part.shape).copy_(part)
+                cells = linear(rows)
                 if result is None:
-                    result = part.new_empty(count, height, width, part.shape[-1])
-                result[place] = part
+                    result = cells.new_empty(count, height, width, cells.shape[-1])
+                result[place] = cells.unflatten(0, part.shape[:3])
     assert result is not None
     return result.movedim(-1, 1)
 

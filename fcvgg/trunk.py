@@ -10,7 +10,7 @@ twice. Layer by layer the numbers are the same as on the whole map, up to the li
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
@@ -29,8 +29,7 @@ _WHOLE_BYTES = 32 * 1024**2
 """Maps below this size are computed whole: beyond, glibc maps every allocation anew."""
 
 _STRIP_BYTES = 4 * 1024**2
-"""The largest map of a strip, per thread; half of it for numbers of two bytes, which take less
-time than fetching them from farther than the second-level cache."""
+"""The largest map of a strip, per thread."""
 
 _LEAST_ROWS = 16
 """Output rows of a strip at least, or the halo costs too much."""
@@ -248,8 +247,7 @@ def computed(block: Sequence[Link], x: Tensor) -> Tensor:
 def _rows_of_a_strip(maps: Sequence[tuple[int, int, int]], itemsize: int) -> int:
     height = maps[-1][1]
     row_bytes = max(map(prod, maps[1:])) * itemsize / height  # of the largest map, per output row
-    allowed = _STRIP_BYTES // 2 if itemsize == 2 else _STRIP_BYTES
-    fitting = int(allowed * torch.get_num_threads() / row_bytes)
+    fitting = int(_STRIP_BYTES * torch.get_num_threads() / row_bytes)
     return min(max(fitting, _LEAST_ROWS), height)
 
 
@@ -283,7 +281,11 @@ def _on_rows(
     window = link.height
     above = have[0] - (want[0] * window.stride - window.before)
     below = (want[1] - 1) * window.stride - window.before + window.span - have[1]
+    part = Part(want, (0, made[2]), (given[1], given[2]), pads_width=True)
+    if (above or below) and link.sliding.pads_height and window.stride == 1:
+        # rows of zeros at both ends, of which one may be wrong, cost less than a padded copy
+        rows = link.sliding.run(x, replace(part, pads_height=True))
+        return rows.narrow(2, window.before - above, want[1] - want[0])
     if above or below:
         x = F.pad(x, (0, 0, above, below), "constant", link.sliding.value)
-    part = Part(want, (0, made[2]), (given[1], given[2]), pads_width=True)
     return link.sliding.run(x, part)

@@ -40,12 +40,22 @@ class Part:
         cols: output columns.
         size: ``(H, W)`` of the layer's whole input.
         pads_width: whether the layer pads the width itself, since it is given all columns.
+        pads_height: whether it pads both ends of the height too.
     """
 
     rows: Pair
     cols: Pair
     size: Pair
     pads_width: bool = False
+    pads_height: bool = False
+
+    def padding(self, windows: Windows) -> Pair:
+        """What the layer itself pads at both ends of the height and of the width."""
+        height, width = windows
+        return (
+            height.before if self.pads_height else 0,
+            width.before if self.pads_width else 0,
+        )
 
 
 @dataclass(frozen=True)
@@ -62,6 +72,7 @@ class Sliding:
             ``"replicate"``.
         value: the constant of the border.
         pads_width: whether `run` can pad the width as torch does where all columns are given.
+        pads_height: whether it can pad both ends of the height, too.
         columns: elements per output position that an explicit gathering of windows takes.
         weights: elements of the weights.
         gathers: whether the windows of at most `_GEMM_CELLS` outputs are gathered at a time.
@@ -75,6 +86,7 @@ class Sliding:
     border: str = "constant"
     value: float = 0.0
     pads_width: bool = False
+    pads_height: bool = False
     columns: int = 0
     weights: int = 0
     gathers: bool = False
@@ -124,7 +136,7 @@ def _convolution(
     stride, dilation = (height.stride, width.stride), (height.dilation, width.dilation)
 
     def run(x: Tensor, part: Part) -> Tensor:
-        padding = (0, width.before if part.pads_width else 0)
+        padding = part.padding(windows)
         return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
 
     pointwise = height.span == width.span == 1 and stride == (1, 1)
@@ -134,6 +146,7 @@ def _convolution(
         channels=weight.shape[0],
         border=border,
         pads_width=border == "constant" and width.before == width.after,
+        pads_height=border == "constant" and height.before == height.after,
         columns=0 if pointwise else weight.shape[1:].numel(),
         weights=weight.numel(),
     )

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fcvgg.geometry import Pair, Window
-from fcvgg.layers.strips import Part, Sliding, Windows, strip_rule
+from fcvgg.layers.strips import Sliding, Windows, strip_rule
 from fcvgg.modules import by_windows, window_linear
 from fcvgg.optimization.huge_pages import on_huge_pages
 from fcvgg.optimization.winograd import (
@@ -317,16 +317,13 @@ def has_packing() -> bool:
 
 @strip_rule(FusedConv2d, PackedConv2d)
 def _conv_strip(conv: FusedConv2d) -> Sliding:
-    height, width = _windows(conv.kernel, conv.stride, conv.padding, conv.dilation)
-
-    def run(x: Tensor, part: Part) -> Tensor:
-        return conv.convolved(x, (0, width.before if part.pads_width else 0))
-
+    windows = _windows(conv.kernel, conv.stride, conv.padding, conv.dilation)
     return Sliding(
-        (height, width),
-        run,
+        windows,
+        lambda x, part: conv.convolved(x, part.padding(windows)),
         channels=conv.out_channels,
         pads_width=True,
+        pads_height=True,
         columns=conv.kernel[0] * conv.kernel[1] * conv.in_channels,
         weights=conv.held_bytes() // 4,
     )

@@ -119,7 +119,7 @@ class OptimizedNetwork(FullyConvolutional):
         images = self._padded(images)
         if self._plan is None and isinstance(self.network, fx.GraphModule):
             self._plan = Plan(self.network)
-        maps = run(self.network, images.to(self._computed_in()), self._plan)
+        maps = run(self.network, self._cast(images), self._plan)
         finite = _all_finite(images)
         if isinstance(maps, Tensor):
             return self._given_back(maps, images, finite)
@@ -142,9 +142,11 @@ class OptimizedNetwork(FullyConvolutional):
         seen = F.max_pool2d(F.pad(seen, pads), geometry.receptive_field, geometry.stride)
         return scores.masked_fill(seen.bool(), torch.nan)
 
-    def _computed_in(self) -> torch.dtype:
-        engine = self.optimization.engine != "torch"
-        return torch.float32 if engine else self.optimization.dtype
+    def _cast(self, images: Tensor) -> Tensor:
+        """The images as the network computes with them: another dtype and layout in one copy."""
+        if self.optimization.engine != "torch":
+            return images.float()
+        return images.to(self.optimization.dtype, memory_format=torch.channels_last)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """The plain network's."""
