@@ -25,6 +25,7 @@ from PIL import Image
 
 import fcvgg
 from fcvgg.demo import demo_photograph
+from fcvgg.files import written_whole
 from fcvgg.images import read_image
 from fcvgg.streaming.slide_maps import SlideMap
 
@@ -37,18 +38,19 @@ def main() -> None:
     folder = Path(arguments.output)
     folder.mkdir(parents=True, exist_ok=True)
     slide, side = folder / f"slide-{arguments.side}.tif", arguments.side
-    if not slide.exists():
+    if arguments.photo or not slide.exists():
         photograph = np.asarray(read_image(arguments.photo or demo_photograph()).convert("RGB"))
-        tifffile.imwrite(
-            slide,
-            tiles(photograph, side),
-            shape=(side, side, 3),
-            dtype="uint8",
-            tile=(TILE, TILE),
-            photometric="rgb",
-            compression="zlib",
-            bigtiff=True,
-        )
+        with written_whole(slide) as unfinished:
+            tifffile.imwrite(
+                unfinished,
+                tiles(photograph, side),
+                shape=(side, side, 3),
+                dtype="uint8",
+                tile=(TILE, TILE),
+                photometric="rgb",
+                compression="zlib",
+                bigtiff=True,
+            )
     print(f"{slide}: {side}x{side} pixels, {slide.stat().st_size / 1e6:.0f} MB")
 
     net = fcvgg.load(arguments.model)

@@ -116,6 +116,12 @@ def class_index(target: int | str, categories: Sequence[str] | None, classes: in
     return _named(target, categories)
 
 
+def class_given(text: str, categories: Sequence[str] | None) -> int | str:
+    """A class as text gives it: a number that is no category's name is an index."""
+    named = categories is not None and text in categories
+    return int(text) if text.isdecimal() and not named else text
+
+
 def _named(target: str, categories: Sequence[str]) -> int:
     folded = [name.casefold() for name in categories]
     wanted = target.casefold()

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import io
 import os
+import shutil
 import tempfile
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from inspect import signature
 from itertools import islice
@@ -247,22 +249,51 @@ def classify(
         images = data.read_binary_files(
             [str(name) for name in names], include_paths=True, **_beside(data.read_binary_files)
         )
-        images.map_batches(
-            _Classifier,
-            fn_constructor_args=(ray.put(packed(net)), top, threads, options),
-            batch_size=8,
-            compute=data.ActorPoolStrategy(size=workers),
-            num_cpus=threads,
-        ).write_parquet(str(out), **_beside(data.Dataset.write_parquet))
-    except FileNotFoundError as error:
+    except (FileNotFoundError, ValueError) as error:
         raise ImageError(f"{error}".splitlines()[0]) from error
+    rows = images.map_batches(
+        _Classifier,
+        fn_constructor_args=(ray.put(packed(net)), top, threads, options),
+        batch_size=8,
+        compute=data.ActorPoolStrategy(size=workers),
+        num_cpus=threads,
+    )
+    with _written_whole(out) as unfinished:
+        try:
+            rows.write_parquet(unfinished, **_beside(data.Dataset.write_parquet))
+        except FileNotFoundError as error:
+            raise ImageError(f"{error}".splitlines()[0]) from error
     return str(out)
+
+
+@contextmanager
+def _written_whole(out: str | os.PathLike[str]) -> Iterator[str]:
+    """Where to write a folder, which gets its name when it is finished; buckets have it at once."""
+    if "://" in str(out):
+        yield str(out)
+        return
+    path = Path(out).absolute()
+    unfinished = path.with_name(f".{path.name}-unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    try:
+        yield str(unfinished)
+        if path.is_dir():
+            path.rmdir()  # it was empty when this began
+        unfinished.rename(path)
+    except OSError as error:
+        raise FcvggError(f"cannot write {out}: {one_line(error)}") from error
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def _beside(function: Callable[..., Any]) -> dict[str, Any]:
     """Arguments by which reading and writing find room beside workers that hold every core."""
     cores = {"num_cpus": 0}
     return cores if "num_cpus" in signature(function).parameters else {"ray_remote_args": cores}
+
+
+_UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
+"""What Pillow raises for files that are no images, or broken."""
 
 
 class _Classifier:
@@ -289,7 +320,7 @@ class _Classifier:
         try:
             with Image.open(io.BytesIO(data)) as image:
                 scores = self.net.classify(image, **self.options)[0]
-        except (FcvggError, OSError, Image.DecompressionBombError) as error:
+        except (*_UNREADABLE, FcvggError) as error:
             return [], [], " ".join(str(error).split())
         values, indices = scores.topk(min(self.top, len(scores)))
         names = [class_name(i, self.net.categories) for i in indices.tolist()]

@@ -161,6 +161,21 @@ class FullyConvolutional(nn.Module):
             )
             raise ImageError(f"the network takes images of {own}, got {images.dtype}; {remedy}")
 
+    # -- how parts of a map are computed -----------------------------------------------------------
+
+    hides_nan = False
+    """Whether its layers turn what is not a number into numbers."""
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """Of the arithmetic; an optimised network may take and give another one."""
+        return dtype_of(self)
+
+    @property
+    def layers(self) -> Any:
+        """The graph whose layers `fcvgg.stream` runs over strips of an image."""
+        return self.network
+
     # -- what the scores are ----------------------------------------------------------------------
 
     @property

@@ -22,7 +22,7 @@ from torch.nn.modules import module as hooks
 from fcvgg.geometry import Pair, Window
 from fcvgg.layers.strips import STRIP_RULES, Part, Sliding, is_positional, sliding_of
 
-_CHANNELS_LAST = {torch.float32, torch.bfloat16}
+CHANNELS_LAST = {torch.float32, torch.bfloat16}
 """The dtypes for which oneDNN's convolutions are faster with the channels last."""
 
 _WHOLE_BYTES = 32 * 1024**2
@@ -43,7 +43,7 @@ def run(network: Any, images: Tensor, plan: Plan | None = None) -> Any:
     """
     if images.device.type != "cpu" or _is_traced() or not isinstance(network, fx.GraphModule):
         return network(images)
-    if images.dtype in _CHANNELS_LAST:
+    if images.dtype in CHANNELS_LAST:
         images = images.contiguous(memory_format=torch.channels_last)
     if torch.is_grad_enabled():
         return network(images)
@@ -261,7 +261,8 @@ def _strip(
         window = link.height
         low = first * window.stride - window.before
         high = (end - 1) * window.stride - window.before + window.span
-        wanted.insert(0, (max(low, 0), min(high, height)))
+        low = min(max(low, 0), height)
+        wanted.insert(0, (low, max(min(high, height), low)))
     x = x[:, :, wanted[0][0] : wanted[0][1]]
     for i, link in enumerate(block):
         x = _on_rows(link, maps[i], maps[i + 1], x, wanted[i], wanted[i + 1])
@@ -282,7 +283,8 @@ def _on_rows(
     above = have[0] - (want[0] * window.stride - window.before)
     below = (want[1] - 1) * window.stride - window.before + window.span - have[1]
     part = Part(want, (0, made[2]), (given[1], given[2]), pads_width=True)
-    if (above or below) and link.sliding.pads_height and window.stride == 1:
+    held = have[1] > have[0]
+    if (above or below) and held and link.sliding.pads_height and window.stride == 1:
         # rows of zeros at both ends, of which one may be wrong, cost less than a padded copy
         rows = link.sliding.run(x, replace(part, pads_height=True))
         return rows.narrow(2, window.before - above, want[1] - want[0])

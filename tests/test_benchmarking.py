@@ -103,6 +103,33 @@ def test_seconds_per_megapixel_of_the_sizes(narrow):
     assert "per megapixel" not in fcvgg_benchmark(sizes=[224], contenders=["fcvgg"]).markdown()
 
 
+def test_an_interruption_loses_little(narrow):
+    kept = []
+
+    def report(line):
+        if line == "256x256, batch 1":
+            raise KeyboardInterrupt
+
+    options = {"sizes": [224, 256], "contenders": ["fcvgg"], "report": report}
+    with pytest.raises(KeyboardInterrupt):
+        fcvgg_benchmark(**options, keep=kept.append)
+    (result,) = kept
+    assert [(r.contender, r.size, r.ratio) for r in result.rows] == [("fcvgg", 224, 1.0)]
+
+
+def test_contenders_that_cannot_run(narrow, monkeypatch):
+    with pytest.raises(ArgumentError, match="none of FC model can run at these sizes"):
+        fcvgg_benchmark(sizes=[256], contenders=["FC model"])
+    monkeypatch.setitem(__import__("sys").modules, "timm", None)
+    with pytest.raises(ArgumentError, match="none of timm can run at these sizes; timm: "):
+        fcvgg_benchmark(sizes=[224], contenders=["timm"])
+
+
+def test_no_ratio_without_plain_fcvgg(narrow):
+    (row,) = fcvgg_benchmark(sizes=[224], contenders=["usual recipe"]).rows
+    assert row.ratio is None
+
+
 def test_pieces_of_a_table_are_joined(narrow, tmp_path):
     first = fcvgg_benchmark(sizes=[224], contenders=["fcvgg", "usual recipe"])
     path = first.write(tmp_path)[1]

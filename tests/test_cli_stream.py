@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import shutil
 from xml.etree import ElementTree as ET
 
 import numpy as np
 import pytest
 import tifffile
+import torch
+from torch import nn
 from typer.testing import CliRunner
 
 import fcvgg
 from fcvgg.cli import app
 from fcvgg.demo import demo_photograph
+from fcvgg.streaming.opening import open_image
 from fcvgg.streaming.score_store import open_store
-from fcvgg.streaming.slide_maps import SlideMap
+from fcvgg.streaming.slide_maps import SlideMap, _thumbnail
 
 
 @pytest.fixture
@@ -137,3 +141,53 @@ def test_bands_are_chosen(slide):
     ran = fcvgg_command(*stream, "none.zarr", "--bands", "red")
     assert ran.exit_code == 2
     assert "--bands 'red' is no list; expected numbers" in ran.stderr
+
+
+def test_no_picture_takes_the_place_of_another_and_the_others_are_made(slide):
+    (slide.parent / "a").mkdir()
+    ran = fcvgg_command("stream", slide, "-o", "a/scores.zarr", "--model", "demo")
+    assert ran.exit_code == 0, ran.output
+    shutil.copytree("a", "b")
+    shutil.copytree("a/scores.zarr", "d.zarr")
+    ran = fcvgg_command("heatmap", "a/scores.zarr", "b/scores.zarr", "d.zarr", "-o", "pictures")
+    assert ran.exit_code == 2
+    said = " ".join(ran.output.split())
+    assert "b/scores.zarr and a/scores.zarr would both be written to" in said
+    names = sorted(path.name for path in (slide.parent / "pictures").iterdir())
+    endings = ("-heatmap.ome.tif", "-heatmap.png")
+    assert names == [f"{stem}{ending}" for stem in ("d", "scores") for ending in endings]
+
+
+def test_a_map_of_some_classes_is_known_by_the_networks_indices(slide, tmp_path):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 8, 8), nn.AdaptiveAvgPool2d(2), nn.Flatten())
+    model.append(nn.Linear(16, 5))
+    net = fcvgg.convert(model, input_size=32, activation="sigmoid", verify=False)
+    x = torch.randn(3, 64, 80)
+    store = fcvgg.stream(net, x, out=tmp_path / "some.zarr", classes=[3, 1])
+    chosen = SlideMap(store, 1)
+    assert (chosen.index, chosen.label) == (1, "class 1")
+    np.testing.assert_allclose(chosen.cells, net.score_map(x).probabilities()[1], atol=1e-5)
+    assert SlideMap(store).index in (1, 3)
+    with pytest.raises(fcvgg.errors.CategoryError, match="holds the classes 3, 1, not class 2"):
+        SlideMap(store, 2)
+
+
+def test_the_most_frequent_class_of_a_map_of_classes(slide, tmp_path):
+    options = ("--model", "demo", "--classes", "argmax")
+    ran = fcvgg_command("stream", slide, "-o", "best.zarr", *options)
+    assert ran.exit_code == 0, ran.output
+    store = open_store("best.zarr", writable=True)
+    store.array[:] = -1
+    store.array[0, :2] = 1
+    found = SlideMap(store)
+    assert found.index == 1
+    assert found.cells.sum() == 2
+
+
+def test_bands_that_are_no_colours_have_no_thumbnail(slide):
+    pixels = np.zeros((40, 50, 5), np.uint8)
+    tifffile.imwrite("five.tif", pixels, photometric="minisblack", planarconfig="contig")
+    source = open_image("five.tif", bands=[0, 1, 2, 3, 4])
+    places = np.arange(0, 40, 4)
+    assert _thumbnail(source, places, places) is None

@@ -18,7 +18,8 @@ from PIL import Image
 
 import fcvgg
 from fcvgg import distributed
-from fcvgg.errors import FcvggError
+from fcvgg.distributed import _written_whole
+from fcvgg.errors import FcvggError, ImageError
 from fcvgg.streaming.job import StreamJob, plan_in_memory
 from fcvgg.streaming.score_store import ScoreStore
 
@@ -202,3 +203,23 @@ def test_bad_input(net: Any, tmp_path: Path) -> None:
     (tmp_path / "classes" / "a.parquet").touch()
     with pytest.raises(FcvggError, match="classes holds files already; choose another name"):
         distributed.classify(net, "x", out=tmp_path / "classes")
+
+
+def test_an_interrupted_folder_of_images_leaves_nothing(tmp_path: Path) -> None:
+    def interrupted() -> None:
+        with _written_whole(tmp_path / "classes") as folder:
+            Path(folder).mkdir()
+            (Path(folder) / "part.parquet").write_text("half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert not list(tmp_path.iterdir())
+    with _written_whole("s3://bucket/classes") as place:
+        assert place == "s3://bucket/classes"
+
+
+def test_a_folder_without_images(net: Any, tmp_path: Path) -> None:
+    (tmp_path / "none").mkdir()
+    with pytest.raises(ImageError, match="none"):
+        distributed.classify(net, str(tmp_path / "none"), out=tmp_path / "classes")

@@ -27,7 +27,13 @@ from torch import nn
 
 import fcvgg
 from fcvgg import modules, trunk
-from fcvgg.errors import ArgumentError, EquivalenceError, FcvggError, MissingExtraError
+from fcvgg.errors import (
+    ArgumentError,
+    EquivalenceError,
+    FcvggError,
+    ImageError,
+    MissingExtraError,
+)
 from fcvgg.optimization import fused, fusion, graph_replay, huge_pages, winograd
 from fcvgg.optimization import networks as optimization
 
@@ -378,6 +384,49 @@ def test_an_optimised_network_streams(small):
     expected = small(image[None])[0]
     got = fcvgg.stream(fast, image, memory="64MiB")
     assert relative_error(expected, got.scores) < REORDERED
+
+
+@needs_bfloat16
+def test_a_network_in_bfloat16_streams(small):
+    fast = fcvgg.optimize(small, dtype=torch.bfloat16)
+    image = images(3, 90, 52, dtype=torch.float32)
+    expected = fast(image[None])[0]
+    got = fcvgg.stream(fast, image, memory="64MiB").scores
+    assert got.dtype == torch.float32
+    assert relative_error(expected, got) < 2e-2
+    image[0, 50, 20] = torch.nan
+    with pytest.raises(ImageError, match="hold values that are not finite, which an optimised"):
+        fcvgg.stream(fast, image)
+
+
+def test_a_network_of_an_engine_does_not_stream(small):
+    fast = fcvgg.optimize(small, engine="onnxruntime")
+    with pytest.raises(ArgumentError, match="runs whole images only; stream the plain network"):
+        fcvgg.stream(fast, images(3, 90, 52, dtype=torch.float32))
+
+
+def test_whole_numbers_are_no_images_for_an_optimised_network(small):
+    fast = fcvgg.optimize(small)
+    with pytest.raises(ImageError, match=r"takes images of torch.float32, got torch.uint8"):
+        fast(torch.zeros(1, 3, 40, 40, dtype=torch.uint8))
+
+
+def test_a_copy_shares_packed_weights_and_no_hooks(small):
+    fast = fcvgg.optimize(small)
+    twin = copy.deepcopy(fast)
+    layers = [[m for m in net.modules() if isinstance(m, fused.Packed)] for net in (fast, twin)]
+    for mine, other in zip(*layers):
+        assert mine is not other
+        assert mine._packed is other._packed
+        assert mine._forward_hooks is not other._forward_hooks
+
+
+def test_strips_that_lie_in_the_padding_alone(in_strips):
+    model = nn.Sequential(nn.Conv2d(2, 3, 1, padding=2), nn.MaxPool2d(2))
+    model.extend([nn.Flatten(), nn.Linear(3 * 4 * 4, 2)])
+    net = fcvgg.convert(seeded(lambda: model), input_size=4, verify=False)
+    x = images(1, 2, 9, 9)
+    assert relative_error(net.network(x), net(x)) < 1e-12
 
 
 def test_copies_and_pickles(small):

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 import fcvgg
-from fcvgg.errors import FcvggError
-from fcvgg.streaming.opening import strip_source
+from fcvgg.errors import FcvggError, ImageError
+from fcvgg.streaming.opening import open_image, strip_source
 from fcvgg.streaming.strip_reader import normalizer
 
 tifffile = pytest.importorskip("tifffile")
@@ -447,3 +447,49 @@ def test_the_table_gives_the_bits_of_the_preprocessing(order: str) -> None:
     grey = fcvgg.Preprocess((0.4,), (0.3,), scale=1.0)
     pixels = photograph(33, 21)
     assert torch.equal(normalizer(grey)(pixels), grey.normalized(pixels))
+
+
+def test_tiffs_that_do_not_hold_what_they_say(net: Any, tmp_path: Path) -> None:
+    grey = np.zeros((40, 40), np.uint8)
+    tifffile.imwrite(tmp_path / "four.tif", grey, photometric="minisblack")
+    data = bytearray((tmp_path / "four.tif").read_bytes())
+    with tifffile.TiffFile(tmp_path / "four.tif") as file:
+        tag = file.pages[0].tags["BitsPerSample"]
+    data[tag.valueoffset : tag.valueoffset + 2] = (4).to_bytes(2, "little")
+    (tmp_path / "four.tif").write_bytes(data)
+    with pytest.raises(ImageError, match=r"four.tif has 4 bits per sample; expected 8 or 16"):
+        open_image(tmp_path / "four.tif")
+    planes = np.zeros((3, 40, 40), np.uint8)
+    options: dict[str, Any] = {"imagej": True, "truncate": True, "metadata": {"axes": "CYX"}}
+    tifffile.imwrite(tmp_path / "cut.tif", planes, photometric="minisblack", **options)
+    with pytest.raises(ImageError, match=r"says that it holds 3x40x40 numbers and describes 1600"):
+        open_image(tmp_path / "cut.tif")
+
+
+def test_an_ome_tiff_in_several_files(tmp_path: Path) -> None:
+    plane = np.zeros((40, 40), np.uint8)
+    for name in ("a.ome.tif", "b.ome.tif"):
+        tifffile.imwrite(tmp_path / name, plane, photometric="minisblack")
+    data = "".join(
+        f'<TiffData FirstC="{c}" IFD="0" PlaneCount="1"><UUID FileName="{name}.ome.tif">urn:{name}'
+        "</UUID></TiffData>"
+        for c, name in enumerate("ab")
+    )
+    ome = (
+        '<OME xmlns="http://www.openmicroscopy.org/Schemas/OME/2016-06" UUID="urn:a"><Image ID="I">'
+        '<Pixels ID="P" DimensionOrder="XYCZT" Type="uint8" SizeX="40" SizeY="40" SizeC="2"'
+        f' SizeZ="1" SizeT="1"><Channel ID="C:0"/><Channel ID="C:1"/>{data}</Pixels></Image></OME>'
+    )
+    options: dict[str, Any] = {"photometric": "minisblack", "metadata": None}
+    tifffile.imwrite(tmp_path / "a.ome.tif", plane, description=ome.encode(), **options)
+    with pytest.raises(ImageError, match="has its pixels in several files"):
+        open_image(tmp_path / "a.ome.tif", bands=[0, 1])
+
+
+def test_an_incomplete_copy_of_an_ome_zarr(tmp_path: Path) -> None:
+    group = zarr.open_group(str(tmp_path / "image.zarr"), mode="w")
+    scale = {"coordinateTransformations": [{"type": "scale", "scale": [1, 1]}], "path": "0"}
+    axes = [{"name": "y", "type": "space"}, {"name": "x", "type": "space"}]
+    group.attrs["ome"] = {"multiscales": [{"datasets": [scale], "axes": axes}]}
+    with pytest.raises(ImageError, match="is no whole OME-Zarr image: its description does not"):
+        open_image(tmp_path / "image.zarr")

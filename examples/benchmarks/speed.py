@@ -19,6 +19,16 @@ from fcvgg.benchmarking.measurements import CLOCKS, Benchmark, benchmark
 def main() -> None:
     """Measure and write the table."""
     arguments = parse_arguments()
+    table = arguments.output / "speed.json"
+    before = Benchmark.read(table) if arguments.add and table.exists() else None
+
+    def joined(result: Benchmark) -> Benchmark:
+        return result if before is None else before.joined(result)
+
+    def keep(result: Benchmark) -> None:
+        arguments.output.mkdir(parents=True, exist_ok=True)
+        joined(result).write(arguments.output)
+
     result = benchmark(
         arguments.model,
         sizes=arguments.sizes,
@@ -29,12 +39,10 @@ def main() -> None:
         clock=arguments.clock,
         memory=not arguments.no_memory,
         report=print,
+        keep=keep,
     )
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    if arguments.add and (arguments.output / "speed.json").exists():
-        result = Benchmark.read(arguments.output / "speed.json").joined(result)
-    print(result.markdown())
-    for path in result.write(arguments.output):
+    print(joined(result).markdown())
+    for path in joined(result).write(arguments.output):
         print(f"wrote {path}")
 
 

@@ -54,7 +54,8 @@ class Measurement:
     Attributes:
         seconds: the median of a call.
         quartiles: of the same.
-        ratio: to plain fcvgg's median at the same size and batch; below 1 is faster.
+        ratio: to plain fcvgg's median at the same size and batch; below 1 is faster. None
+            where plain fcvgg did not run beside it.
         gflops: 10**9 operations of the dense network per second: the same work for everybody.
         share: of the peak measured in the same run. Winograd's algorithm does the work with fewer
             operations, so it may exceed 1.
@@ -68,7 +69,7 @@ class Measurement:
     seconds: float
     quartiles: tuple[float, float]
     calls: int
-    ratio: float
+    ratio: float | None
     gflops: float
     share: float
     memory: int | None = None
@@ -235,7 +236,7 @@ def _cells(row: Measurement) -> list[str]:
         row.contender,
         f"{row.seconds:.3f} s",
         f"{low:.3f} to {high:.3f}",
-        f"{row.ratio:.2f}",
+        "" if row.ratio is None else f"{row.ratio:.2f}",
         f"{row.gflops:,.0f}",
         f"{row.share:.0%}",
         "" if row.memory is None else f"{row.memory / 1e6:,.0f} MB",
@@ -273,6 +274,7 @@ def benchmark(
     clock: str = "wall",
     memory: bool = True,
     report: Callable[[str], None] = lambda line: None,
+    keep: Callable[[Benchmark], None] = lambda result: None,
 ) -> Benchmark:
     """Measure contenders side by side.
 
@@ -286,6 +288,8 @@ def benchmark(
         clock: ``"wall"`` or ``"cpu"``.
         memory: also run each in a process of its own and measure the memory, with batch 1.
         report: is told what is being done.
+        keep: is given what was measured so far, after every size and number of images, so that an
+            interruption loses little.
 
     Raises:
         ArgumentError: if a name or number is none of these.
@@ -298,30 +302,43 @@ def benchmark(
         native = 299 if model == "inception_v3" else 224
         net = convert(source, input_size=native, verify=False)
         runs, skipped = _made(names, source, native, report)
-        peak, rows = 0.0, []
+        peak = 0.0
+        rows: list[Measurement] = []
+        cases: list[tuple[int, int]] = []
+
+        def result() -> Benchmark:
+            return Benchmark(
+                model=model,
+                machine=machine(),
+                threads=torch.get_num_threads(),
+                clock=clock,
+                peak_gflops=peak,
+                rows=tuple(_shared(row, peak) for row in rows),
+                skipped=skipped | _too_slow(rows, net, cases),
+            )
+
         for size in sizes:
             for batch in batches:
                 report(f"{size}x{size}, batch {batch}")
                 images = torch.randn(batch, net.in_channels, size, size)
                 crops = prod(net.output_size((size, size))) * batch
                 usable = {n: r for n, r in runs.items() if _fits(n, size, crops, native)}
+                cases.append((size, batch))
+                if not usable:
+                    continue
                 times, best = _times(usable, images, repeats, CLOCKS[clock])
                 peak = max(peak, best)
                 rows += list(_rows(times, net, usable, images, peak))
+                keep(result())
+        if not rows:
+            reasons = [f"{name}: {why}" for name, why in result().skipped.items()]
+            raise ArgumentError(
+                f"none of {', '.join(names)} can run at these sizes; "
+                f"{'; '.join(reasons) or f'some run at {native}x{native} only'}"
+            )
         if memory:
             rows = [_with_memory(row, model, native, report) for row in rows]
-        rows = [_shared(row, peak) for row in rows]
-        cases = [(size, batch) for size in sizes for batch in batches]
-        skipped |= _too_slow(rows, net, cases)
-        return Benchmark(
-            model=model,
-            machine=machine(),
-            threads=torch.get_num_threads(),
-            clock=clock,
-            peak_gflops=peak,
-            rows=tuple(rows),
-            skipped=skipped,
-        )
+        return result()
 
 
 def operations(net: FullyConvolutional, size: int) -> int:
@@ -480,7 +497,7 @@ def _rows(
     size, batch = images.shape[2], len(images)
     work = operations(net, size) * batch / 1e9
     medians = {name: float(np.median(seconds)) for name, seconds in times.items()}
-    own = medians.get(PLAIN, next(iter(medians.values())))
+    own = medians.get(PLAIN)
     expected = _exact(net, images) if size * size * batch <= 512 * 512 else None
     for name, seconds in times.items():
         low, high = np.percentile(seconds, [25, 75])
@@ -492,15 +509,18 @@ def _rows(
             seconds=medians[name],
             quartiles=(float(low), float(high)),
             calls=len(seconds),
-            ratio=medians[name] / own,
+            ratio=None if own is None else medians[name] / own,
             gflops=gflops,
             share=gflops / peak,
             error=_error(name, runs[name], images, expected),
         )
 
 
-def _exact(net: FullyConvolutional, images: Tensor) -> Tensor:
-    """The scores in float64, layer by layer so that only one layer is widened at a time."""
+def _exact(net: FullyConvolutional, images: Tensor) -> Tensor | None:
+    """The scores in float64, layer by layer so that only one layer is widened at a time.
+
+    None for a network that is more than layers.
+    """
     x: Any = images.double()
     values: dict[Any, Any] = {}
     for node in net.network.graph.nodes:
@@ -511,9 +531,9 @@ def _exact(net: FullyConvolutional, images: Tensor) -> Tensor:
             values[node] = _widened(module, *(values[a] for a in node.args))
         elif node.op == "output":
             return values[node.args[0]]
-        else:
-            raise FcvggError("no float64 scores for a graph with functions")
-    raise FcvggError("the network has no output")
+        else:  # a graph with functions
+            return None
+    return None
 
 
 def _widened(module: nn.Module, *args: Tensor) -> Any:

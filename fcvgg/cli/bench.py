@@ -55,7 +55,11 @@ def run(
     out: OutputFolder = Path(),
 ) -> None:
     """Time score maps side by side with other ways to compute them."""
-    from fcvgg.benchmarking.measurements import benchmark
+    from fcvgg.benchmarking.measurements import Benchmark, benchmark
+
+    def keep(result: Benchmark) -> None:
+        folder(out)
+        result.write(out)
 
     result = benchmark(
         model,
@@ -67,8 +71,8 @@ def run(
         clock=clock,
         memory=memory,
         report=say,
+        keep=keep,
     )
-    folder(out)
     say()
     say(result.markdown())
     for path in result.write(out):

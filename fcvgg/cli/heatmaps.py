@@ -71,20 +71,23 @@ def run(
     It shows where the network sees the class. Of what 'fcvgg stream' wrote it makes a thumbnail and
     a pyramidal OME-TIFF of the slide's size.
     """
-    from fcvgg.cli.slides import show_slides
+    from fcvgg.cli.slides import show_slides, split
 
-    images = show_slides(images, target, output)
+    overlays = OutputFiles(images, output, "-heatmap.png")
+    slides, images = split(images)
+    failed = show_slides(slides, target, overlays)
     if not images:
+        exit_if_any_failed(slides, slides[failed:])
         return
     net = loaded(model, own, device, weights=weights, arch=arch, output_stride=output_stride)
     index = _index(net, target)
-    overlays = OutputFiles(images, folder(output), "-heatmap.png")
+    folder(output)
 
     def show(image: Path) -> Path:
         return _show(net, image, index, scale, overlays.path_for(image))
 
     written = for_each_image(images, "heatmaps", show)
-    exit_if_any_failed(images, written)
+    exit_if_any_failed([*slides, *images], [*slides[failed:], *written])
 
 
 def _show(
@@ -108,11 +111,8 @@ def _show(
 
 
 def _index(net: FullyConvolutional, target: str | None) -> int | None:
-    """The class that `target` names; a number that is no category's name is an index."""
-    from fcvgg.categories import class_index
+    from fcvgg.categories import class_given, class_index
 
     if target is None:
         return None
-    named = net.categories is not None and target in net.categories
-    is_index = target.isdecimal() and not named
-    return class_index(int(target) if is_index else target, net.categories, net.num_classes)
+    return class_index(class_given(target, net.categories), net.categories, net.num_classes)

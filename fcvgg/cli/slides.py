@@ -5,30 +5,57 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from fcvgg.cli.console import folder, say, say_wrote
+from fcvgg.cli.console import complain, folder, say, say_wrote
+from fcvgg.cli.outputs import OutputFiles
 
 
-def show_slides(paths: Sequence[Path], target: str | None, output: Path) -> list[Path]:
-    """Write the pictures of those paths that are streamed score maps; the others are returned."""
-    from fcvgg.streaming.score_store import is_store, open_store
+def split(paths: Sequence[Path]) -> tuple[list[Path], list[Path]]:
+    """The paths that are streamed score maps, and the others."""
+    from fcvgg.streaming.score_store import is_store
+
+    slides = [path for path in paths if is_store(path)]
+    return slides, [path for path in paths if path not in slides]
+
+
+def show_slides(slides: Sequence[Path], target: str | None, overlays: OutputFiles) -> int:
+    """Write the pictures of streamed score maps.
+
+    Returns:
+        how many could not be used; the errors are shown, and the others are written.
+    """
+    from fcvgg.errors import FcvggError
+
+    pyramids = OutputFiles(slides, overlays.folder, "-heatmap.ome.tif")
+    failed = 0
+    for path in slides:
+        try:
+            _show(path, target, overlays.path_for(path), pyramids.path_for(path))
+        except FcvggError as error:
+            complain(error)
+            failed += 1
+    return failed
+
+
+def _show(path: Path, target: str | None, overlay: Path, pyramid: Path) -> None:
+    from fcvgg.categories import class_given
+    from fcvgg.errors import ImageError
+    from fcvgg.streaming.score_store import open_store
     from fcvgg.streaming.slide_maps import SlideMap
 
-    others = []
-    for path in paths:
-        if not is_store(path):
-            others.append(path)
-            continue
-        slide = SlideMap(open_store(path), _target(target))
-        heatmap = slide.heatmap(slide.source())
-        height, width = slide.image_size
-        say(
-            f"{path}: {heatmap.label} ({slide.index}), {height}x{width} pixels, "
-            f"highest probability {float(slide.cells.max()):.3f}"
-        )
-        say_wrote(heatmap.save(folder(output) / f"{path.stem}-heatmap.png"))
-        say_wrote(slide.save_pyramid(output / f"{path.stem}-heatmap.ome.tif"))
-    return others
-
-
-def _target(text: str | None) -> int | str | None:
-    return int(text) if text is not None and text.isdecimal() else text
+    store = open_store(path)
+    given = None if target is None else class_given(target, store.description["categories"])
+    slide = SlideMap(store, given)
+    try:
+        source = slide.source()
+    except ImageError as error:
+        complain(f"{error}; the overlay is drawn without the image")
+        source = None
+    heatmap = slide.heatmap(source)
+    height, width = slide.image_size
+    say(
+        f"{path}: {heatmap.label} ({slide.index}), {height}x{width} pixels, "
+        f"highest probability {float(slide.cells.max()):.3f}"
+    )
+    folder(overlay.parent)
+    say_wrote(heatmap.save(overlay))
+    say_wrote(slide.save_pyramid(pyramid))

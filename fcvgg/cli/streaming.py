@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from fcvgg.categories import class_given
 from fcvgg.cli.console import say, say_wrote
 from fcvgg.cli.options import Arch, Device, Model, OutputStride, OwnModel, Weights, loaded
 from fcvgg.errors import ArgumentError
@@ -75,7 +77,8 @@ def run(
 
     source = open_image(slide, level, bands=_bands(bands))
     net = loaded(model, own, device, weights=weights, arch=arch, output_stride=output_stride)
-    store = stream(net, source, out=output, classes=_classes(classes), memory=memory, progress=True)
+    kept = _classes(classes, net.categories)
+    store = stream(net, source, out=output, classes=kept, memory=memory, progress=True)
     height, width = source.size
     shape = "x".join(map(str, store.array.shape))
     say(f"{slide}: {height}x{width} pixels gave {shape} {store.description['kind']}")
@@ -93,9 +96,9 @@ def _bands(text: str | None) -> list[int] | None:
         ) from error
 
 
-def _classes(text: str | None) -> str | list[int | str] | None:
+def _classes(text: str | None, categories: Sequence[str] | None) -> str | list[int | str] | None:
     """Names and indices, from ``cat,dog,281``."""
     if text in (None, "argmax", "top5"):
         return text
     names = [name.strip() for name in text.split(",")]  # type: ignore[union-attr]
-    return [int(name) if name.isdecimal() else name for name in names if name]
+    return [class_given(name, categories) for name in names if name]

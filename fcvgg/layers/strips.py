@@ -40,7 +40,7 @@ class Part:
         cols: output columns.
         size: ``(H, W)`` of the layer's whole input.
         pads_width: whether the layer pads the width itself, since it is given all columns.
-        pads_height: whether it pads both ends of the height too.
+        pads_height: whether it pads both ends of the height too, and so gives rows beyond `rows`.
     """
 
     rows: Pair
@@ -65,7 +65,8 @@ class Sliding:
     Attributes:
         windows: along the height and the width.
         run: computes outputs from a region of the input that is padded already, so that the first
-            window starts at its first element and the last ends at its last.
+            window starts at its first element and the last ends at its last; but for what the
+            `Part` says that the layer pads.
         channels: output channels; None keeps the input's.
         multiplies: output channels per channel of the input, where `channels` is None.
         border: how positions outside the map are filled: ``"constant"``, ``"reflect"``,

@@ -133,13 +133,17 @@ class Packed(nn.Module):
         return own + _bytes(self._kernels)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        twin = copy.copy(self)  # what it holds is replaced, never changed
+        twin = type(self).__new__(type(self))
         memo[id(self)] = twin
+        held = ("_packed", "_kernels", "_bias")  # replaced, never changed
+        own = {k: v if k in held else copy.deepcopy(v, memo) for k, v in self.__dict__.items()}
+        twin.__dict__.update(own)
         return twin
 
     def __getstate__(self) -> dict[str, Any]:
         packed = self._packed
-        return {**self.__dict__, "_packed": None if packed is None else packed.to_dense()}
+        dense = None if packed is None else packed.to_dense()
+        return {**self.__dict__, "_packed": dense, "_width": 0}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -325,18 +329,20 @@ def _conv_strip(conv: FusedConv2d) -> Sliding:
         pads_width=True,
         pads_height=True,
         columns=conv.kernel[0] * conv.kernel[1] * conv.in_channels,
-        weights=conv.held_bytes() // 4,
+        weights=conv.out_channels * conv.in_channels * conv.kernel[0] * conv.kernel[1],
     )
 
 
 @strip_rule(FusedWindowLinear, PackedWindowLinear)
 def _linear_strip(layer: FusedWindowLinear) -> Sliding:
     pointwise = layer.kernel == (1, 1)
+    columns = layer.in_channels * layer.kernel[0] * layer.kernel[1]
     return Sliding(
         _windows(layer.kernel, (1, 1), (0, 0), layer.dilation),
         lambda x, part: layer(x),
         channels=layer.out_channels,
-        columns=0 if pointwise else layer.in_channels * layer.kernel[0] * layer.kernel[1],
+        columns=0 if pointwise else columns,
+        weights=layer.out_channels * columns,
         gathers=True,
     )
 

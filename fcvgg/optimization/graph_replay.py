@@ -33,7 +33,8 @@ class GraphReplay(nn.Module):
         images = images.contiguous(memory_format=torch.channels_last)
         if not _is_replayed(images):
             return self.network(images)
-        with _device_of(images):
+        # what is recorded in inference mode could not be written to outside it
+        with _device_of(images), torch.inference_mode(False), torch.no_grad():
             return self._replayed(images)
 
     def _replayed(self, images: Tensor) -> Any:

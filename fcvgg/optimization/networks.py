@@ -26,7 +26,7 @@ from fcvgg.optimization.fused import (
 from fcvgg.optimization.fusion import fused
 from fcvgg.optimization.graph_replay import GraphReplay
 from fcvgg.placement import device_of, dtype_of
-from fcvgg.trunk import Plan, run
+from fcvgg.trunk import CHANNELS_LAST, Plan, run
 from fcvgg.verification import Equivalence, verify
 
 TOLERANCES = {
@@ -116,6 +116,8 @@ class OptimizedNetwork(FullyConvolutional):
     def forward(self, images: Tensor) -> Any:
         """Score maps ``(N, K, h, w)`` of preprocessed images ``(N, C, H, W)``."""
         self._check_images(images)
+        if not images.is_floating_point():
+            self._check_dtype(images)
         images = self._padded(images)
         if self._plan is None and isinstance(self.network, fx.GraphModule):
             self._plan = Plan(self.network)
@@ -144,9 +146,33 @@ class OptimizedNetwork(FullyConvolutional):
 
     def _cast(self, images: Tensor) -> Tensor:
         """The images as the network computes with them: another dtype and layout in one copy."""
+        if self.compute_dtype in CHANNELS_LAST:
+            return images.to(self.compute_dtype, memory_format=torch.channels_last)
+        return images.to(self.compute_dtype)
+
+    @property
+    def hides_nan(self) -> bool:  # type: ignore[override]
+        return self.optimization.engine == "torch"
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """Of the arithmetic; runtimes take float32 whatever they compute in."""
+        engine = self.optimization.engine != "torch"
+        return torch.float32 if engine else self.optimization.dtype
+
+    @property
+    def layers(self) -> Any:
+        """The graph whose layers `fcvgg.stream` runs over strips of an image.
+
+        Raises:
+            ArgumentError: if another runtime has them.
+        """
         if self.optimization.engine != "torch":
-            return images.float()
-        return images.to(self.optimization.dtype, memory_format=torch.channels_last)
+            raise ArgumentError(
+                f"engine={self.optimization.engine!r} runs whole images only; stream the plain "
+                "network (net.plain), or one optimised without engine="
+            )
+        return self.network.network if isinstance(self.network, GraphReplay) else self.network
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """The plain network's."""
@@ -345,6 +371,11 @@ def _check_options(dtype: Any, device: torch.device, engine: str | None) -> None
     if dtype not in TOLERANCES:
         names = ", ".join(str(d) for d in TOLERANCES)
         raise ArgumentError(f"dtype={dtype!r} is unknown; expected one of {names}")
+    if engine in ENGINES and (device.type != "cpu" or dtype == torch.float64):
+        raise ArgumentError(
+            f"engine={engine!r} runs float32 networks on the CPU, got {dtype} on {device}; move "
+            "the network with net.cpu().float(), or leave engine out"
+        )
     if device.type != "cpu":
         return
     if dtype == torch.float16:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fcvgg.geometry import Pair
 from fcvgg.network import FullyConvolutional, evaluating
-from fcvgg.placement import device_of
+from fcvgg.placement import device_of, dtype_of
 from fcvgg.progress import progress_bar
 from fcvgg.streaming.allocator import trimmer
 from fcvgg.streaming.job import StreamJob, as_result, plan_in_memory
@@ -109,7 +109,7 @@ def bands(
         left_col, right_col = buffers.image_cols
         advance((end - first) * (right_col - left_col) / _MEGA)
         if cells is not None:
-            kept = job.selection(cells[0, :, :left])
+            kept = job.selection(cells[0, :, :left].to(dtype_of(job.net)))
             del cells
             left -= kept.shape[-2]
             yield kept

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fcvgg.errors import ArgumentError
+from fcvgg.errors import ArgumentError, ImageError
 from fcvgg.geometry import Axis, Geometry, Pair
 from fcvgg.network import FullyConvolutional
 from fcvgg.placement import device_of, dtype_of
@@ -60,11 +60,11 @@ class StreamJob:
         size = tuple(max(n, axis.window) for n, axis in zip(image.size, net.geometry.axes))
         height, width = net.output_size(image.size)
         layout = Layout(
-            stages_of(net.network, net.in_channels, output),
+            stages_of(net.layers, net.in_channels, output),
             (size[0], size[1]),
             _checked_rows(rows, height),
             (0, width),
-            itemsize_of(dtype_of(net)),
+            itemsize_of(net.compute_dtype),
         )
         read = strip_reader(image, net.preprocess, net.in_channels)
         return cls(net, image, read, selection, layout, output)
@@ -114,11 +114,16 @@ class StreamJob:
         height, width = self.source.size
         y = (min(max(rows[0] - top, 0), height), min(max(rows[1] - top, 0), height))
         x = (min(max(cols[0] - left, 0), width), min(max(cols[1] - left, 0), width))
-        device, dtype = device_of(self.net), dtype_of(self.net)
+        device, dtype = device_of(self.net), self.net.compute_dtype
         if y[0] == y[1] or x[0] == x[1]:
             shape = (1, self.net.in_channels, rows[1] - rows[0], cols[1] - cols[0])
             return torch.zeros(shape, device=device, dtype=dtype)
         pixels = self.read(y, x).to(device, dtype)
+        if self.net.hides_nan and not pixels.isfinite().all():
+            raise ImageError(
+                f"rows {y[0]} to {y[1]} of {self.source.name} hold values that are not finite, "
+                "which an optimised network would hide; stream the plain network (net.plain)"
+            )
         # with the channels last oneDNN is faster, and a row of a map is one piece of memory
         last = device.type == "cpu" and pixels.element_size() <= 4
         order = torch.channels_last if last else torch.contiguous_format

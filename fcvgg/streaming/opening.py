@@ -81,7 +81,11 @@ def open_image(
     if not isinstance(path, (str, os.PathLike)):
         return RasterSource(path, bands)
     path = Path(path)
-    if not path.exists():
+    try:
+        found = path.exists()
+    except OSError as error:
+        raise ImageError(f"{path} cannot be read: {error.strerror}") from error
+    if not found:
         raise ImageError(f"there is no image file {path}")
     opened = _zarr_source if path.is_dir() else _file_source
     source = opened(path, level, bands, missing)
@@ -165,11 +169,16 @@ def _zarr_source(path: Path, level: int, bands: Bands, missing: str) -> StripSou
                 f"{path} is a zarr group and no OME-Zarr image; pass one of its arrays: "
                 f"{', '.join(sorted(node.array_keys())) or 'it has none'}"
             )
-        datasets = image[0]["datasets"]
-        dataset = _level(datasets, level, str(path))
-        node = node[dataset["path"]]
-        pixel_size = _pixel_size(dataset, image[0].get("axes", []))
-        axes = [a["name"] if isinstance(a, dict) else a for a in image[0].get("axes", [])]
+        try:
+            dataset = _level(image[0]["datasets"], level, str(path))
+            node = node[dataset["path"]]
+            pixel_size = _pixel_size(dataset, image[0].get("axes", []))
+            axes = [a["name"] if isinstance(a, dict) else a for a in image[0].get("axes", [])]
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            raise ImageError(
+                f"{path} is no whole OME-Zarr image: its description does not fit what it holds "
+                f"({one_line(error)})"
+            ) from error
     elif level:
         raise ImageError(f"{path} has no level {level}: it is one zarr array")
     if "fcvgg" in node.attrs:

@@ -23,7 +23,7 @@ from fcvgg.geometry import Pair
 from fcvgg.sources.extras import imported
 
 ATTRIBUTE = "fcvgg"
-FORMAT = 1
+FORMAT = 2
 
 _PROGRESS = "fcvgg-progress.json"
 _MAY_DIFFER = ("blocks", "strip_bytes", "source", "pixel_size")

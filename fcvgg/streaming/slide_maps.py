@@ -28,6 +28,7 @@ THUMBNAIL = 1600
 _TILE = 512
 _SMALLEST_LEVEL = 512
 _READ_BYTES = 64 << 20
+_LISTED = 8
 
 
 class SlideMap:
@@ -52,9 +53,11 @@ class SlideMap:
         sizes = store.description.get("pixel_size")
         self.pixel_size: tuple[float, float] | None = sizes and (sizes[0], sizes[1])
         names = store.description["categories"]
-        self.index = _target(store, target)
-        self.label = class_name(self.index, names)
-        self.cells = _probabilities(store, self.index)  # (h, w)
+        place = _target(store, target)
+        kept = store.description["classes"] if store.description["kind"] == "scores" else None
+        self.index = place if kept is None else kept[place]
+        self.label = class_name(self.index, None) if names is None else names[place]
+        self.cells = _probabilities(store, place)  # (h, w)
 
     def shown(self, ys: NDArray[Any], xs: NDArray[Any], size: Pair) -> NDArray[np.float32]:
         """The probability at pixels of a picture of the image of this size, at points `ys`, `xs`.
@@ -194,11 +197,21 @@ def _target(store: ScoreStore, target: int | str | None) -> int:
             f"{store.path} holds the top five of every cell; a heatmap needs scores of a class"
         )
     count = store.array.shape[0] if kind == "scores" else len(names or ()) or 1 << 31
+    if isinstance(target, int) and kind == "scores" and not description["all_classes"]:
+        if target not in description["classes"]:
+            held = ", ".join(map(str, description["classes"][:_LISTED]))
+            held += ", ..." if count > _LISTED else ""
+            raise CategoryError(f"{store.path} holds the classes {held}, not class {target}")
+        return int(description["classes"].index(target))
     if target is not None:
         return class_index(target, names, count)
     if kind == "argmax":
-        labels, counts = np.unique(store.array[:], return_counts=True)
-        return max(int(labels[counts.argmax()]), 0)
+        counts = np.zeros(1, np.int64)  # cells without a class, -1, are not counted
+        for rows in _row_ranges(store):
+            more = np.bincount(store.array[rows].ravel() + 1)[1:]
+            counts = np.pad(counts, (0, max(len(more) - len(counts), 0)))
+            counts[: len(more)] += more
+        return int(counts.argmax())
     if count == 1:
         return 0
     totals = sum(store.array[:, rows].sum((1, 2), dtype=float) for rows in _row_ranges(store))
@@ -208,7 +221,10 @@ def _target(store: ScoreStore, target: int | str | None) -> int:
 def _probabilities(store: ScoreStore, index: int) -> NDArray[np.float32]:
     description, array = store.description, store.array
     if description["kind"] == "argmax":
-        return (array[:] == index).astype(np.float32)
+        cells = np.empty(array.shape, np.float32)
+        for rows in _row_ranges(store):
+            cells[rows] = array[rows] == index
+        return cells
     activation = description["activation"]
     if activation != "logits":
         return to_probabilities(torch.from_numpy(array[index][None]), activation)[0].float().numpy()
@@ -274,10 +290,12 @@ def _within(axis: Axis, points: NDArray[Any], cells: int) -> NDArray[np.bool_]:
     return inside
 
 
-def _thumbnail(source: StripSource, ys: NDArray[Any], xs: NDArray[Any]) -> Image.Image:
-    """The image's nearest pixels."""
+def _thumbnail(source: StripSource, ys: NDArray[Any], xs: NDArray[Any]) -> Image.Image | None:
+    """The image's nearest pixels; None where its channels are no colours."""
     if source.preprocessed:
         raise ImageError(f"{source.name} is preprocessed and has no picture")
+    if source.channels not in (1, 3, 4):
+        return None
     cols = np.round(xs).astype(int).clip(0, source.size[1] - 1)
     rows = np.round(ys).astype(int).clip(0, source.size[0] - 1)
     lines = [source.read((int(y), int(y) + 1), (0, source.size[1]))[0, cols] for y in rows]

@@ -76,6 +76,10 @@ class TiffSource(StripSource):
         """Read everything but the pixels."""
         series = _level(file.series[0].levels, level, self.name)
         self._page = page = series.keyframe
+        if any(p is None or p.parent is not file for p in series.pages):
+            raise ImageError(
+                f"{self.name} has its pixels in several files; expected one: save it as one"
+            )
         squeezed = [axis for axis, n in zip(series.axes, series.shape) if n > 1 or axis in "YX"]
         planes = len(series.pages)
         known = planes in _SAMPLES or self.bands is not None
@@ -103,6 +107,17 @@ class TiffSource(StripSource):
         self._decode = page.decode
         self._byteorder = file.byteorder
         self._samples = page.samplesperpixel
+        stored = self._samples * planes * page.imagelength * page.imagewidth
+        if stored != np.prod(series.shape, dtype=object):
+            raise ImageError(
+                f"{self.name} says that it holds {'x'.join(map(str, series.shape))} numbers and "
+                f"describes {stored} of them, as large ImageJ files do; save it as an OME-TIFF"
+            )
+        if page.photometric != _PALETTE and page.bitspersample not in (8, 16, 32, 64):
+            raise ImageError(
+                f"{self.name} has {page.bitspersample} bits per sample; expected 8 or 16: "
+                "save it so"
+            )
         self._colours = None
         if page.photometric == _PALETTE:
             self._colours = (np.asarray(page.colormap) >> 8).astype(np.uint8).T  # (colours, 3)
@@ -205,8 +220,8 @@ def _pixel_size(file: Any, size: Pair) -> tuple[float, float] | None:
     """Micrometres of a pixel of a level of this size, as OME, Aperio or TIFF's tags state them."""
     first = file.series[0].keyframe
     sizes = _ome_pixel_size(file.ome_metadata) if file.is_ome else None
-    scanned = re.search(r"\bMPP ?= ?([\d.]+)", first.description)
-    if sizes is None and scanned is not None:
+    scanned = re.search(r"\bMPP ?= ?(\d+(?:\.\d+)?)", first.description)
+    if sizes is None and scanned is not None and float(scanned[1]) > 0:
         sizes = (float(scanned[1]), float(scanned[1]))
     if sizes is None and first.resolutionunit == _CENTIMETRE:  # inches are about printing
         across, down = first.get_resolution(_CENTIMETRE)
