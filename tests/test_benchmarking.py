@@ -1,6 +1,7 @@
 """The benchmark on a narrow VGG: what it computes and writes, not how fast anything is."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -141,6 +142,11 @@ def test_pieces_of_a_table_are_joined(narrow, tmp_path):
     ]
     assert joined.rows[0] in second.rows
     assert joined.rows[2] in first.rows
+    own = replace(first.rows[0], memory=7)
+    again = replace(first, rows=(own,), skipped={"fcvgg optimised": "absent", "timm": "absent"})
+    joined = again.joined(second)
+    assert (joined.rows[0].memory, joined.rows[0].seconds) == (7, second.rows[-1].seconds)
+    assert set(joined.skipped) == {"timm"}
     with pytest.raises(ArgumentError, match="the runs differ in model: 'vgg16' and 'vgg11'"):
         first.joined(fcvgg_benchmark("vgg11", contenders=["fcvgg"]))
     path.write_text("{}")

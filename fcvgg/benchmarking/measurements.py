@@ -75,6 +75,14 @@ class Measurement:
     memory: int | None = None
     error: float | None = None
 
+    def completed(self, before: Measurement) -> Measurement:
+        """The same with the memory and error of an earlier run where this one has none."""
+        return replace(
+            self,
+            memory=before.memory if self.memory is None else self.memory,
+            error=before.error if self.error is None else self.error,
+        )
+
 
 @dataclass(frozen=True)
 class Benchmark:
@@ -107,7 +115,8 @@ class Benchmark:
     def joined(self, other: Benchmark) -> Benchmark:
         """This run with another one of the same model on the same machine; the other one counts.
 
-        Ratios and shares of the peak stay those of each run.
+        Ratios and shares of the peak stay those of each run, and so does a memory or an error that
+        the other run did not measure. What one of them measured is left out no more.
 
         Raises:
             ArgumentError: if the two were made in different ways.
@@ -118,11 +127,16 @@ class Benchmark:
                 raise ArgumentError(
                     f"the runs differ in {name}: {mine!r} and {others!r}; join runs made alike"
                 )
-        rows = {(r.size, r.batch, r.contender): r for r in (*self.rows, *other.rows)}
+        rows: dict[tuple[int, int, str], Measurement] = {}
+        for row in (*self.rows, *other.rows):
+            key = row.size, row.batch, row.contender
+            rows[key] = row if key not in rows else row.completed(rows[key])
         order = {name: i for i, name in enumerate(CONTENDERS)}
         keys = sorted(rows, key=lambda key: (key[0], key[1], order[key[2]]))
         peak = max(self.peak_gflops, other.peak_gflops)
-        skipped = {**self.skipped, **other.skipped}
+        ran = {f"{name} at {size}x{size}, batch {batch}" for size, batch, name in rows}
+        ran |= {name for _, _, name in rows}
+        skipped = {k: v for k, v in {**self.skipped, **other.skipped}.items() if k not in ran}
         return replace(
             other, rows=tuple(rows[key] for key in keys), peak_gflops=peak, skipped=skipped
         )
