@@ -126,6 +126,11 @@ def test_contenders_that_cannot_run(narrow, monkeypatch):
         fcvgg_benchmark(sizes=[224], contenders=["timm"])
 
 
+def test_images_below_the_window_are_padded(narrow):
+    (row,) = fcvgg_benchmark(sizes=[100], contenders=["fcvgg"]).rows
+    assert row.error < 1e-4
+
+
 def test_no_ratio_without_plain_fcvgg(narrow):
     (row,) = fcvgg_benchmark(sizes=[224], contenders=["usual recipe"]).rows
     assert row.ratio is None

@@ -183,6 +183,28 @@ def test_the_most_frequent_class_of_a_map_of_classes(slide, tmp_path):
     found = SlideMap(store)
     assert found.index == 1
     assert found.cells.sum() == 2
+    ran = fcvgg_command("heatmap", "best.zarr")
+    share = f"the best class of {200 / store.array.size:.1f}% of the cells"
+    assert share in " ".join(ran.output.split())
+
+
+def test_a_store_shows_itself(slide):
+    net = fcvgg.load("demo", verify=False)
+    store = fcvgg.stream(net, slide, out="scores.zarr")
+    assert (
+        repr(store) == f"ScoreStore('scores.zarr': {'x'.join(map(str, store.array.shape))} scores)"
+    )
+    expected = net.heatmap("slide.tif", "face")
+    heatmap = store.heatmap("face")
+    assert (heatmap.label, heatmap.values.shape) == ("face", expected.values.shape)
+    np.testing.assert_allclose(heatmap.values, expected.values, atol=1e-4)
+
+
+def test_a_heatmap_of_nothing_is_refused_before_the_model_is_loaded(slide):
+    for command in ("heatmap", "classify"):
+        ran = fcvgg_command(command, "nothing.zarr", "--model", "vgg16")
+        assert ran.exit_code == 2
+        assert "there is no image file nothing.zarr" in " ".join(ran.output.split())
 
 
 def test_bands_that_are_no_colours_have_no_thumbnail(slide):

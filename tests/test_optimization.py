@@ -405,6 +405,11 @@ def test_a_network_of_an_engine_does_not_stream(small):
         fcvgg.stream(fast, images(3, 90, 52, dtype=torch.float32))
 
 
+def test_a_dtype_wider_than_the_networks(small):
+    with pytest.raises(ArgumentError, match=r"is wider than the network's torch.float32"):
+        fcvgg.optimize(small, dtype=torch.float64)
+
+
 def test_whole_numbers_are_no_images_for_an_optimised_network(small):
     fast = fcvgg.optimize(small)
     with pytest.raises(ImageError, match=r"takes images of torch.float32, got torch.uint8"):

@@ -11,7 +11,7 @@ import typer
 from rich.console import RenderableType
 from rich.table import Table
 
-from fcvgg.cli.console import exit_if_any_failed, for_each_image, say
+from fcvgg.cli.console import check_any_exists, exit_if_any_failed, for_each_image, say
 from fcvgg.cli.options import Arch, Device, Images, Model, OwnModel, Weights, lengths, loaded
 from fcvgg.cli.reports import titled
 
@@ -63,6 +63,7 @@ def run(
 ) -> None:
     """Name every image's most probable classes, averaged over it."""
     sides = lengths(scales, "--scales")
+    check_any_exists(images)
     net = loaded(model, own, device, weights=weights, arch=arch)
 
     def classify(image: Path) -> dict[str, Any]:

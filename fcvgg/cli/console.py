@@ -119,6 +119,16 @@ def for_each_image(
     return results
 
 
+def check_any_exists(images: Sequence[Path]) -> None:
+    """Refuse images of which none is there, before a network is loaded or even downloaded.
+
+    Raises:
+        ImageError: if so.
+    """
+    if not any(map(os.path.exists, images)):
+        raise ImageError(f"there is no image file {', '.join(map(str, images))}")
+
+
 def exit_if_any_failed(images: Sequence[Path], results: Sequence[object]) -> None:
     """End with `BAD_INPUT` where `for_each_image` left images out."""
     failed = len(images) - len(results)

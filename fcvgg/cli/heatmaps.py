@@ -7,7 +7,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fcvgg.cli.console import exit_if_any_failed, folder, for_each_image, say, say_wrote
+from fcvgg.cli.console import (
+    check_any_exists,
+    exit_if_any_failed,
+    folder,
+    for_each_image,
+    say,
+    say_wrote,
+)
 from fcvgg.cli.options import (
     Arch,
     Device,
@@ -79,6 +86,7 @@ def run(
     if not images:
         exit_if_any_failed(slides, slides[failed:])
         return
+    check_any_exists(images)
     net = loaded(model, own, device, weights=weights, arch=arch, output_stride=output_stride)
     index = _index(net, target)
     folder(output)

@@ -52,10 +52,10 @@ def _show(path: Path, target: str | None, overlay: Path, pyramid: Path) -> None:
         source = None
     heatmap = slide.heatmap(source)
     height, width = slide.image_size
-    say(
-        f"{path}: {heatmap.label} ({slide.index}), {height}x{width} pixels, "
-        f"highest probability {float(slide.cells.max()):.3f}"
-    )
+    found = f"highest probability {float(slide.cells.max()):.3f}"
+    if store.description["kind"] == "argmax":
+        found = f"the best class of {float(slide.cells.mean()):.1%} of the cells"
+    say(f"{path}: {heatmap.label} ({slide.index}), {height}x{width} pixels, {found}")
     folder(overlay.parent)
     say_wrote(heatmap.save(overlay))
     say_wrote(slide.save_pyramid(pyramid))

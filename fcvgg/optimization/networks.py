@@ -243,7 +243,8 @@ def optimize(
     Args:
         net: what `fcvgg.convert` gave. It is left as it is.
         dtype: of the arithmetic: ``torch.float32``, ``torch.bfloat16`` on a processor that has it,
-            or ``torch.float16`` on a GPU. The net's own when None.
+            ``torch.float16`` on a GPU, or ``torch.float64`` of a network in it. The net's own when
+            None.
         size: the images' usual size, an int or ``(h, w)``: of the two forms of a wide layer's
             weights, only the one that is faster at that size is kept. None keeps both, for all
             sizes. Any size runs in either case.
@@ -259,6 +260,11 @@ def optimize(
     images = None if size is None else checked_size(size)
     dtype = dtype_of(net) if dtype is None else dtype
     _check_options(dtype, device_of(net), engine)
+    if dtype == torch.float64 and dtype_of(net) != dtype:
+        raise ArgumentError(
+            f"dtype={dtype} is wider than the network's {dtype_of(net)}, which gains nothing; "
+            "leave it out, or convert the model in float64"
+        )
     if engine is not None and engine != "torch":
         fast = OptimizedNetwork(
             net, engine_network(net, engine, dtype), Optimization(engine, dtype)

@@ -13,7 +13,7 @@ import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from numpy.typing import NDArray
 
@@ -21,6 +21,9 @@ from fcvgg.errors import FcvggError
 from fcvgg.files import written_whole
 from fcvgg.geometry import Pair
 from fcvgg.sources.extras import imported
+
+if TYPE_CHECKING:
+    from fcvgg.heatmap import Heatmap
 
 ATTRIBUTE = "fcvgg"
 FORMAT = 2
@@ -37,7 +40,7 @@ class ScoreStore:
     """A score map on disk, ``(..., h, w)``, whose rows are written in whole chunks.
 
     Attributes:
-        array: the zarr array.
+        array: the zarr array: scores, or what ``classes=`` keeps of them.
         description: what the map is, as it stands in the array's attributes.
         finished: for every block of columns, how many of its rows are finished.
     """
@@ -48,6 +51,26 @@ class ScoreStore:
         self.description = description
         self.blocks: list[Pair] = [(a, b) for a, b in description["blocks"]]
         self.finished = self._read_progress()
+
+    def __repr__(self) -> str:
+        state = "" if self.complete else ", unfinished"
+        shape = "x".join(map(str, self.array.shape))
+        return f"ScoreStore({str(self.path)!r}: {shape} {self.description['kind']}{state})"
+
+    def heatmap(self, target: int | str | None = None) -> Heatmap:
+        """A class's probability on a thumbnail of the image, as ``fcvgg heatmap`` shows it.
+
+        Args:
+            target: a class index or category name; None for the class with the highest average
+                score, or the only one.
+
+        Raises:
+            CategoryError: if the class is unknown or its probability cannot be known from the map.
+        """
+        from fcvgg.streaming.slide_maps import SlideMap
+
+        shown = SlideMap(self, target)
+        return shown.heatmap(shown.source())
 
     @property
     def chunk_rows(self) -> int:
