@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import io
 import os
-import shutil
 import tempfile
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -27,6 +26,7 @@ from PIL import Image
 
 from fcvgg.categories import class_name
 from fcvgg.errors import ArgumentError, FcvggError, ImageError, one_line
+from fcvgg.files import folder_written_whole
 from fcvgg.geometry import Pair
 from fcvgg.network import FullyConvolutional, evaluating
 from fcvgg.sources.extras import imported
@@ -273,17 +273,9 @@ def _written_whole(out: str | os.PathLike[str]) -> Iterator[str]:
         yield str(out)
         return
     path = Path(out).absolute()
-    unfinished = path.with_name(f".{path.name}-unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with folder_written_whole(path) as unfinished:
         yield str(unfinished)
-        if path.is_dir():
-            path.rmdir()  # it was empty when this began
-        unfinished.rename(path)
-    except OSError as error:
-        raise FcvggError(f"cannot write {out}: {one_line(error)}") from error
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def _beside(function: Callable[..., Any]) -> dict[str, Any]:

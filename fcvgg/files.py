@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from fcvgg.errors import FcvggError
+from fcvgg.errors import FcvggError, one_line
 
 
 @contextmanager
@@ -39,11 +39,32 @@ def written_whole(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def replace_folder(path: Path, new: Path, own: Iterable[str]) -> None:
-    """Give a finished folder its name; the one that had it is removed only then.
+@contextmanager
+def folder_written_whole(path: Path, own: Iterable[str] = ()) -> Iterator[Path]:
+    """A temporary folder beside `path` that takes its name if the block ends without an error.
 
-    Files of the old one that are not its `own`, by name, go over to the new one.
+    A folder that had the name is removed only then; its files that are not its `own`, by name, go
+    over to the new one.
+
+    Raises:
+        FcvggError: if the folder around it does not exist or cannot be written.
     """
+    if not path.parent.is_dir():
+        raise FcvggError(f"cannot write {path}: there is no folder {path.parent}")
+    try:
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+        try:
+            yield temporary
+            temporary.chmod(0o777 & ~_umask())
+            _replace_folder(path, temporary, own)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    except OSError as error:
+        raise FcvggError(f"cannot write {path}: {error.strerror or one_line(error)}") from error
+
+
+def _replace_folder(path: Path, new: Path, own: Iterable[str]) -> None:
+    """Give a finished folder its name."""
     if not path.exists():
         new.rename(path)
         return

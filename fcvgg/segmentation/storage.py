@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from fcvgg.errors import FcvggError, LoadError, one_line
-from fcvgg.files import replace_folder
+from fcvgg.files import folder_written_whole
 from fcvgg.loading import load
 from fcvgg.preprocessing import decoded_preprocess, encoded_preprocess
 from fcvgg.segmentation.backbone import giving_first
@@ -37,8 +35,6 @@ def write_fcn(fcn: FCN, path: Path) -> Path:
     """
     if path.exists() and not (path / CONFIG).is_file():
         raise FcvggError(f"{path} exists and is no folder of an FCN; choose another name")
-    if not path.parent.is_dir():
-        raise FcvggError(f"cannot write {path}: there is no folder {path.parent}")
     config = {
         "format": _FORMAT,
         "variant": fcn.variant,
@@ -49,17 +45,12 @@ def write_fcn(fcn: FCN, path: Path) -> Path:
     }
     own = {k: v for k, v in fcn.state_dict().items() if not k.startswith(_BACKBONE_PREFIX)}
     try:
-        folder = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
-        try:
+        with folder_written_whole(path, (CONFIG, SCORES, BACKBONE)) as folder:
             _write_backbone(fcn, folder / BACKBONE)
             save_file({k: v.contiguous() for k, v in own.items()}, folder / SCORES)
             (folder / SCORES).chmod(0o644)
             (folder / CONFIG).write_text(json.dumps(config, indent=1, allow_nan=False) + "\n")
-            folder.chmod(0o755)
-            replace_folder(path, folder, (CONFIG, SCORES, BACKBONE))
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
-    except (OSError, SafetensorError, ValueError) as error:
+    except (SafetensorError, ValueError) as error:
         raise FcvggError(f"cannot write {path}: {one_line(error)}") from error
     return path
 

@@ -11,8 +11,6 @@ class lets bundles construct it with arguments of theirs.
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -22,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from fcvgg.errors import FcvggError, LoadError, one_line
-from fcvgg.files import replace_folder
+from fcvgg.files import folder_written_whole
 from fcvgg.geometry import Pair, checked_size
 from fcvgg.preprocessing import Preprocess, decoded_preprocess
 from fcvgg.program import Program
@@ -131,24 +129,17 @@ def write_bundle(
     """
     if path.exists() and not (replaceable and is_bundle(path)):
         raise FcvggError(f"{path} exists and is no bundle of fcvgg; choose another name")
-    if not path.parent.is_dir():
-        raise FcvggError(f"cannot write {path}: there is no folder {path.parent}")
     config = {"library_name": "fcvgg", "format": _FORMAT, **settings, **describe_program(program)}
     table, tensors = described_tensors(program.network)
     for name in (*config["layers"], *table):
         check_path(name, FcvggError)
     config["tensors"] = {name: entry.to_dict() for name, entry in table.items()}
     try:
-        folder = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
-        try:
+        with folder_written_whole(path, (CONFIG, TENSORS)) as folder:
             save_file(tensors, folder / TENSORS, {"format": "pt"})
             (folder / TENSORS).chmod(0o644)
             (folder / CONFIG).write_text(json.dumps(config, indent=1, allow_nan=False) + "\n")
-            folder.chmod(0o755)
-            replace_folder(path, folder, (CONFIG, TENSORS))
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
-    except (OSError, SafetensorError, ValueError) as error:
+    except (SafetensorError, ValueError) as error:
         raise FcvggError(f"cannot write {path}: {one_line(error)}") from error
 
 

@@ -8,9 +8,6 @@ metadata, which is replaced in one step, so that a killed process loses no finis
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from numpy.typing import NDArray
 
 from fcvgg.errors import FcvggError
-from fcvgg.files import written_whole
+from fcvgg.files import folder_written_whole, written_whole
 from fcvgg.geometry import Pair
 from fcvgg.sources.extras import imported
 
@@ -124,8 +121,6 @@ def create_store(
         FcvggError: if it cannot be written.
     """
     zarr = imported("zarr", "stream")
-    if not path.parent.is_dir():
-        raise FcvggError(f"cannot write {path}: there is no folder {path.parent}")
     block = max(b - a for a, b in description["blocks"])
     chunks = (
         *(min(n, _CHUNK_CHANNELS) for n in shape[:-2]),
@@ -133,24 +128,16 @@ def create_store(
         _aligned(block) if len(description["blocks"]) > 1 else min(shape[-1], _CHUNK_COLS),
     )
     names = (*("output", "channel")[2 - len(shape[:-2]) :], "y", "x")
-    try:
-        folder = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
-        try:
-            zarr.create_array(
-                store=str(folder),
-                shape=shape,
-                dtype=dtype,
-                chunks=chunks,
-                dimension_names=names,
-                attributes={ATTRIBUTE: dict(description)},
-                overwrite=True,
-            )
-            folder.chmod(0o755)
-            os.rename(folder, path)
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
-    except OSError as error:
-        raise FcvggError(f"cannot write {path}: {error.strerror or error}") from error
+    with folder_written_whole(path) as folder:
+        zarr.create_array(
+            store=str(folder),
+            shape=shape,
+            dtype=dtype,
+            chunks=chunks,
+            dimension_names=names,
+            attributes={ATTRIBUTE: dict(description)},
+            overwrite=True,
+        )
     return open_store(path, writable=True)
 
 
