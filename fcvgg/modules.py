@@ -120,7 +120,6 @@ def by_windows(
     windows = windows[..., :: dilation[0], :: dilation[1]]
     windows = windows.permute((0, 2, 3, 4, 5, 1) if channels_last else (0, 2, 3, 1, 4, 5))
     count, height, width = windows.shape[:3]
-
     columns = prod(windows.shape[3:])
 
     if count * height * width <= _GEMM_CELLS:

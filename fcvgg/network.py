@@ -163,8 +163,10 @@ class FullyConvolutional(nn.Module):
 
     # -- how parts of a map are computed -----------------------------------------------------------
 
-    hides_nan = False
-    """Whether its layers turn what is not a number into numbers."""
+    @property
+    def hides_nan(self) -> bool:
+        """Whether its layers turn what is not a number into numbers."""
+        return False
 
     @property
     def compute_dtype(self) -> torch.dtype:

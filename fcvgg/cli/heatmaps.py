@@ -82,9 +82,9 @@ def run(
 
     overlays = OutputFiles(images, output, "-heatmap.png")
     slides, images = split(images)
-    failed = show_slides(slides, target, overlays)
+    shown = show_slides(slides, target, overlays)
     if not images:
-        exit_if_any_failed(slides, slides[failed:])
+        exit_if_any_failed(slides, shown)
         return
     check_any_exists(images)
     net = loaded(model, own, device, weights=weights, arch=arch, output_stride=output_stride)
@@ -95,7 +95,7 @@ def run(
         return _show(net, image, index, scale, overlays.path_for(image))
 
     written = for_each_image(images, "heatmaps", show)
-    exit_if_any_failed([*slides, *images], [*slides[failed:], *written])
+    exit_if_any_failed([*slides, *images], [*shown, *written])
 
 
 def _show(

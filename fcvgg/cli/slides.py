@@ -17,23 +17,23 @@ def split(paths: Sequence[Path]) -> tuple[list[Path], list[Path]]:
     return slides, [path for path in paths if path not in slides]
 
 
-def show_slides(slides: Sequence[Path], target: str | None, overlays: OutputFiles) -> int:
-    """Write the pictures of streamed score maps.
+def show_slides(slides: Sequence[Path], target: str | None, overlays: OutputFiles) -> list[Path]:
+    """Write the pictures of streamed score maps; those that cannot be used are reported.
 
     Returns:
-        how many could not be used; the errors are shown, and the others are written.
+        the maps that were shown.
     """
     from fcvgg.errors import FcvggError
 
     pyramids = OutputFiles(slides, overlays.folder, "-heatmap.ome.tif")
-    failed = 0
+    shown = []
     for path in slides:
         try:
             _show(path, target, overlays.path_for(path), pyramids.path_for(path))
+            shown.append(path)
         except FcvggError as error:
             complain(error)
-            failed += 1
-    return failed
+    return shown
 
 
 def _show(path: Path, target: str | None, overlay: Path, pyramid: Path) -> None:

@@ -151,7 +151,8 @@ class OptimizedNetwork(FullyConvolutional):
         return images.to(self.compute_dtype)
 
     @property
-    def hides_nan(self) -> bool:  # type: ignore[override]
+    def hides_nan(self) -> bool:
+        """Whether its layers turn what is not a number into numbers: fused ReLUs do."""
         return self.optimization.engine == "torch"
 
     @property

@@ -125,8 +125,8 @@ class Schedule:
         stages: Sequence[Stage],
         height: Extents,
         strip: int,
-        every: Sequence[int] | None = None,
-        multiples: Sequence[int] | None = None,
+        every: Sequence[int],
+        multiples: Sequence[int],
     ):
         self.stages = stages
         self.height = height
@@ -143,10 +143,9 @@ class Schedule:
             empty = [height.ranges[fed][0] for fed in stage.inputs]
             available = np.where(available > max(empty), available, 0)
             done = height.reaches[i].finished(available, low, high)
-            if multiples is not None:
-                whole = np.maximum(done - done % multiples[i], low)
-                done = np.where(done < high, whole, done)
-            self.ends[:, i] = done if every is None else self._at(every[i], done, low)
+            whole = np.maximum(done - done % multiples[i], low)
+            done = np.where(done < high, whole, done)
+            self.ends[:, i] = self._at(every[i], done, low)
 
     def _at(self, every: int, done: NDArray[np.int64], low: int) -> NDArray[np.int64]:
         """The end of a stage's rows after each strip, if it computes at some strips only."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -197,7 +198,7 @@ def _target(store: ScoreStore, target: int | str | None) -> int:
             f"{store.path} holds the top five of every cell; a heatmap needs scores of a class"
         )
     count = store.array.shape[0] if kind == "scores" else len(names or ()) or 1 << 31
-    if isinstance(target, int) and kind == "scores" and not description["all_classes"]:
+    if isinstance(target, Integral) and kind == "scores" and not description["all_classes"]:
         if target not in description["classes"]:
             held = ", ".join(map(str, description["classes"][:_LISTED]))
             held += ", ..." if count > _LISTED else ""
