@@ -20,13 +20,16 @@ from torch import Tensor, fx, nn
 from torch.nn.modules import module as hooks
 
 from fcvgg.geometry import Pair, Window
+from fcvgg.heap import keep_freed_maps
 from fcvgg.layers.strips import STRIP_RULES, Part, Sliding, is_positional, sliding_of
 
 CHANNELS_LAST = {torch.float32, torch.bfloat16}
 """The dtypes for which oneDNN's convolutions are faster with the channels last."""
 
-_WHOLE_BYTES = 32 * 1024**2
-"""Maps below this size are computed whole: beyond, glibc maps every allocation anew."""
+_WHOLE_BYTES = 16 * 1024**2
+"""Maps below this size are computed whole. glibc keeps 64 MB of free memory at the heap's end, and
+the largest maps of a block have to fit there.
+"""
 
 _STRIP_BYTES = 4 * 1024**2
 """The largest map of a strip, per thread."""
@@ -47,6 +50,7 @@ def run(network: Any, images: Tensor, plan: Plan | None = None) -> Any:
         images = images.contiguous(memory_format=torch.channels_last)
     if torch.is_grad_enabled():
         return network(images)
+    keep_freed_maps()
     if plan is None or plan.is_watched():
         return _by_blocks(network, images, _blocks(network), None)
     return _by_blocks(network, images, plan.blocks, plan.rest)
@@ -222,26 +226,52 @@ def _maps(block: Sequence[Link], shape: Sequence[int]) -> list[tuple[int, int, i
 def computed(block: Sequence[Link], x: Tensor) -> Tensor:
     """A block's output: whole, or image by image in strips of rows where its maps are large."""
     maps = _maps(block, x.shape)
-    channels, height, width = maps[-1]
     if len(x) * max(map(prod, maps[1:])) * x.element_size() < _WHOLE_BYTES:
-        for link in block:
-            x = link.call(x)
-        return x
+        return _whole(block, maps[-1], x)
+    *layers, last = block
+    height = maps[-1][1]
     rows = _rows_of_a_strip(maps, x.element_size())
     result: Tensor | None = None
     for i in range(len(x)):
         for first in range(0, height, rows):
-            end = min(first + rows, height)
-            part = _strip(block, maps, x[i : i + 1], (first, end))
+            wanted = _wanted(block, maps, (first, min(first + rows, height)))
+            made = _strip(layers, maps, x[i : i + 1], wanted)
             if result is None:
-                result = torch.empty(
-                    (len(x), channels, height, width),
-                    dtype=part.dtype,
-                    memory_format=torch.channels_last,
-                )
-            result[i : i + 1, :, first:end] = part
+                result = _empty(len(x), maps[-1], made.dtype)
+            place = result[i : i + 1, :, slice(*wanted[-1])]
+            write = _writer(last, made, x)
+            if write is not None:
+                write(made, place)
+            else:
+                place.copy_(_on_rows(last, maps[-2], maps[-1], made, wanted[-2], wanted[-1]))
     assert result is not None
     return result
+
+
+def _whole(block: Sequence[Link], size: tuple[int, int, int], x: Tensor) -> Tensor:
+    *layers, last = block
+    made = x
+    for link in layers:
+        made = link.call(made)
+    write = _writer(last, made, x)
+    if write is None:
+        return last.call(made)
+    result = _empty(len(x), size, made.dtype)
+    write(made, result)
+    return result
+
+
+def _empty(images: int, size: tuple[int, int, int], dtype: torch.dtype) -> Tensor:
+    return torch.empty((images, *size), dtype=dtype, memory_format=torch.channels_last)
+
+
+def _writer(link: Link, made: Tensor, given: Tensor) -> Callable[[Tensor, Tensor], None] | None:
+    """What writes a block's last map into its place, and may overwrite the map before it.
+
+    None where there is none, or where that map shares memory with what the block was given.
+    """
+    shares = made.untyped_storage().data_ptr() == given.untyped_storage().data_ptr()
+    return None if link.sliding is None or shares else link.sliding.into
 
 
 def _rows_of_a_strip(maps: Sequence[tuple[int, int, int]], itemsize: int) -> int:
@@ -251,10 +281,8 @@ def _rows_of_a_strip(maps: Sequence[tuple[int, int, int]], itemsize: int) -> int
     return min(max(fitting, _LEAST_ROWS), height)
 
 
-def _strip(
-    block: Sequence[Link], maps: Sequence[tuple[int, int, int]], x: Tensor, rows: Pair
-) -> Tensor:
-    """Output rows ``[first, end)`` of a block: each layer on the rows that the next ones read."""
+def _wanted(block: Sequence[Link], maps: Sequence[tuple[int, int, int]], rows: Pair) -> list[Pair]:
+    """Rows ``[first, end)`` of a block's input and of every output, for these of the last one."""
     wanted = [rows]
     for link, (_, height, _) in zip(reversed(block), reversed(maps[:-1])):
         first, end = wanted[0]
@@ -263,8 +291,18 @@ def _strip(
         high = (end - 1) * window.stride - window.before + window.span
         low = min(max(low, 0), height)
         wanted.insert(0, (low, max(min(high, height), low)))
-    x = x[:, :, wanted[0][0] : wanted[0][1]]
-    for i, link in enumerate(block):
+    return wanted
+
+
+def _strip(
+    layers: Sequence[Link],
+    maps: Sequence[tuple[int, int, int]],
+    x: Tensor,
+    wanted: Sequence[Pair],
+) -> Tensor:
+    """The rows wanted of the last layer: each layer on the rows that the next ones read."""
+    x = x[:, :, slice(*wanted[0])]
+    for i, link in enumerate(layers):
         x = _on_rows(link, maps[i], maps[i + 1], x, wanted[i], wanted[i + 1])
     return x
 

@@ -33,13 +33,13 @@ def test_contenders_give_the_same_score_map(narrow, name):
     image = images(1, 3, 300, 260, dtype=torch.float32)
     with torch.no_grad():
         expected = fcvgg.convert(narrow, input_size=224)(image)
-        assert relative_error(expected, contenders.made(name, narrow, 224)(image)) < 1e-4
+        assert relative_error(expected, contenders.made(name, narrow, 224, 256)(image)) < 1e-4
 
 
 def test_sliding_windows_give_the_map_of_an_unpadded_image(narrow):
     image = images(2, 3, 224, 256, dtype=torch.float32)
     with torch.no_grad():
-        run = contenders.made("FC sliding window", narrow, 224)
+        run = contenders.made("FC sliding window", narrow, 224, 256)
         scores = run(image)
         assert scores.shape == (2, 10, 1, 2)
         assert relative_error(narrow(image[..., 32:]), scores[..., 0, 1]) < 1e-5

@@ -20,6 +20,7 @@ from fcvgg.optimization.networks import has_bfloat16, optimize
 from fcvgg.sources.extras import imported
 
 Run = Callable[[Tensor], Any]
+Make = Callable[[nn.Module, int, int], Run]
 
 _CROPS = 8
 """Crops of the sliding window that are classified at a time."""
@@ -31,45 +32,48 @@ class Contender:
 
     Attributes:
         name: in tables.
-        make: gives what runs; raises `FcvggError` where it cannot.
+        make: gives what runs, from the classifier, its native size and the images' size; raises
+            `FcvggError` where it cannot.
         comparable: whether the result is the same score map, so that its error means something.
         native_only: whether it takes images of the native size only.
         by_crops: whether it classifies the crop of every cell.
+        for_size: whether it is made anew for every size of images.
     """
 
     name: str
-    make: Callable[[nn.Module, int], Run]
+    make: Make
     comparable: bool = True
     native_only: bool = False
     by_crops: bool = False
+    for_size: bool = False
 
 
-def _plain(model: nn.Module, size: int) -> Run:
-    return convert(model, input_size=size, verify=False)
+def _plain(model: nn.Module, native: int, size: int) -> Run:
+    return _converted(model, native)
 
 
-def _optimised(**options: Any) -> Callable[[nn.Module, int], Run]:
-    def make(model: nn.Module, size: int) -> Run:
+def _optimised(**options: Any) -> Make:
+    def make(model: nn.Module, native: int, size: int) -> Run:
         if options.get("dtype") == torch.bfloat16 and not has_bfloat16():
             raise FcvggError("the processor has no bfloat16")
         if options.get("engine"):
             imported("onnxscript", "onnx")
-        net = optimize(_converted(model, size), **options)
+        net = optimize(_converted(model, native), size=size, **options)
         net.release()
         return net
 
     return make
 
 
-def _converted(model: nn.Module, size: int) -> FullyConvolutional:
-    return convert(model, input_size=size, verify=False)
+def _converted(model: nn.Module, native: int) -> FullyConvolutional:
+    return convert(model, input_size=native, verify=False)
 
 
-def _classifier(model: nn.Module, size: int) -> Run:
+def _classifier(model: nn.Module, native: int, size: int) -> Run:
     return model
 
 
-def _usual_recipe(model: nn.Module, size: int) -> Run:
+def _usual_recipe(model: nn.Module, native: int, size: int) -> Run:
     """FC weights copied into convolutions by hand, as in most repositories."""
     features, linears = _parts(model)
     channels = [layer.out_channels for layer in features.modules() if isinstance(layer, nn.Conv2d)]
@@ -83,7 +87,7 @@ def _usual_recipe(model: nn.Module, size: int) -> Run:
     return nn.Sequential(features, *layers[:-2]).eval()
 
 
-def _timm(model: nn.Module, size: int) -> Run:
+def _timm(model: nn.Module, native: int, size: int) -> Run:
     """The VGG of timm, which has convolutions for fc6 and fc7; its last layer on every cell."""
     timm = imported("timm", "bench")
     features, linears = _parts(model)
@@ -105,9 +109,9 @@ def _timm(model: nn.Module, size: int) -> Run:
     return run
 
 
-def _sliding_window(model: nn.Module, size: int) -> Run:
+def _sliding_window(model: nn.Module, native: int, size: int) -> Run:
     """The classifier on the crop of every cell."""
-    net = _converted(model, size)
+    net = _converted(model, native)
 
     def run(images: Tensor) -> Tensor:
         rows, cols = net.output_size(images.shape[2:])
@@ -122,18 +126,18 @@ def _sliding_window(model: nn.Module, size: int) -> Run:
     return run
 
 
-def _monai(model: nn.Module, size: int) -> Run:
+def _monai(model: nn.Module, native: int, size: int) -> Run:
     """MONAI's sliding window, which blends the scores of the windows over each position."""
     inferers = imported("monai.inferers", "bench")
-    stride = _converted(model, size).geometry.stride[0]
-    side = size // stride
+    stride = _converted(model, native).geometry.stride[0]
+    side = native // stride
 
     def spread(crops: Tensor) -> Tensor:
         return model(crops)[:, :, None, None].repeat(1, 1, side, side)
 
     def run(images: Tensor) -> Any:
         return inferers.sliding_window_inference(
-            images, (size, size), _CROPS, spread, overlap=1 - stride / size
+            images, (native, native), _CROPS, spread, overlap=1 - stride / native
         )
 
     return run
@@ -153,8 +157,8 @@ CONTENDERS: dict[str, Contender] = {
     contender.name: contender
     for contender in (
         Contender(PLAIN, _plain),
-        Contender("fcvgg optimised", _optimised()),
-        Contender("fcvgg optimised bf16", _optimised(dtype=torch.bfloat16)),
+        Contender("fcvgg optimised", _optimised(), for_size=True),
+        Contender("fcvgg optimised bf16", _optimised(dtype=torch.bfloat16), for_size=True),
         Contender("onnxruntime", _optimised(engine="onnxruntime")),
         Contender("OpenVINO f32", _optimised(engine="openvino")),
         Contender("OpenVINO bf16", _optimised(engine="openvino", dtype=torch.bfloat16)),
@@ -168,10 +172,10 @@ CONTENDERS: dict[str, Contender] = {
 """By name, in the order of the table."""
 
 
-def made(name: str, model: nn.Module, size: int) -> Run | str:
-    """What a contender runs, or why it is left out."""
+def made(name: str, model: nn.Module, native: int, size: int) -> Run | str:
+    """What a contender runs on images of a size, or why it is left out."""
     try:
-        return CONTENDERS[name].make(model, size)
+        return CONTENDERS[name].make(model, native, size)
     except MissingExtraError as error:
         return str(error)
     except (FcvggError, KeyError) as error:

@@ -78,6 +78,8 @@ class Sliding:
         weights: elements of the weights.
         gathers: whether the windows of at most `_GEMM_CELLS` outputs are gathered at a time.
         indexes: whether the layer also makes an int64 index for every output.
+        into: writes outputs into a map ``(N, C, h, w)`` that is given, and may overwrite the region
+            of the input; of a layer without padding that keeps the dtype. None: only `run` is.
     """
 
     windows: Windows
@@ -92,6 +94,7 @@ class Sliding:
     weights: int = 0
     gathers: bool = False
     indexes: bool = False
+    into: Callable[[Tensor, Tensor], None] | None = None
 
 
 StripRule = Callable[..., Sliding]

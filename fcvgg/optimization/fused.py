@@ -2,7 +2,8 @@
 
 `FusedConv2d` and `FusedWindowLinear` run on any device and in any dtype. `PackedConv2d` and
 `PackedWindowLinear` hold their weights in the order that oneDNN computes with, so that no call
-reorders them, and may hold a convolution's weights transformed for Winograd's algorithm beside it.
+reorders them, and may hold another form of them beside it: transformed for Winograd's algorithm, or
+ordered for a convolution over rows.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from fcvgg.geometry import Pair, Window
 from fcvgg.layers.strips import Sliding, Windows, strip_rule
 from fcvgg.modules import by_windows, window_linear
 from fcvgg.optimization.huge_pages import on_huge_pages
+from fcvgg.optimization.row_convolution import RowConvolution
 from fcvgg.optimization.winograd import (
     CONVOLUTION,
     Tiling,
@@ -135,7 +137,7 @@ class Packed(nn.Module):
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         twin = type(self).__new__(type(self))
         memo[id(self)] = twin
-        held = ("_packed", "_kernels", "_bias")  # replaced, never changed
+        held = ("_packed", "_kernels", "_rows", "_bias")  # replaced, never changed
         own = {k: v if k in held else copy.deepcopy(v, memo) for k, v in self.__dict__.items()}
         twin.__dict__.update(own)
         return twin
@@ -236,7 +238,12 @@ class FusedWindowLinear(nn.Module):
 
 
 class PackedWindowLinear(Packed, FusedWindowLinear):
-    """The same on a CPU through oneDNN, with the weights in its order."""
+    """The same on a CPU through oneDNN, with the weights in its order.
+
+    Settled for a size in bfloat16, it may hold a second form of them for maps of that size.
+    """
+
+    _rows: RowConvolution | None = None
 
     def __init__(
         self, weight: Tensor, bias: Tensor, dilation: Pair, relu: bool, winograd: bool = False
@@ -256,9 +263,13 @@ class PackedWindowLinear(Packed, FusedWindowLinear):
         return on_huge_pages(torch.ops.mkldnn._reorder_linear_weight(weight, _USUAL_ROWS))
 
     def _allows_winograd(self, weight: Tensor) -> bool:
+        return self._is_wide() and weight.dtype == torch.float32
+
+    def _is_wide(self) -> bool:
+        """Whether the layer is one of those for which other forms than products were measured."""
         square = self.kernel[0] == self.kernel[1] and self.kernel[0] in _WINDOW_KERNELS
-        wide = min(weight.shape[:2]) >= _LEAST_CHANNELS
-        return square and wide and self.dilation == (1, 1) and weight.dtype == torch.float32
+        wide = min(self.out_channels, self.in_channels) >= _LEAST_CHANNELS
+        return square and wide and self.dilation == (1, 1)
 
     def _suits(self, x: Tensor, padding: Pair) -> bool:
         outputs = self._outputs(x, padding)
@@ -266,9 +277,18 @@ class PackedWindowLinear(Packed, FusedWindowLinear):
         saves = tiles * self._tiling.inputs**2 < prod((*outputs, *self.kernel))
         return saves and tiles >= _LEAST_WINDOW_TILES
 
+    def settle(self, x: Tensor) -> None:
+        super().settle(x)
+        grid = self._outputs(x, (0, 0))
+        if self._is_wide() and self.dtype == torch.bfloat16 and RowConvolution.suits(grid):
+            dense = self._packed.to_dense()
+            self._rows = RowConvolution(dense, self._bias, self.kernel, grid, self.relu)
+
     def forward(self, x: Tensor) -> Tensor:
         if self.kernel == (1, 1):
             return self._linear(x.movedim(1, -1)).movedim(-1, 1)
+        if self._rows is not None and self._rows.takes(x):
+            return self._rows(x)
         scores = self._by_winograd(x, (0, 0), self.relu)
         if scores is not None:
             return scores
@@ -282,7 +302,8 @@ class PackedWindowLinear(Packed, FusedWindowLinear):
 
     def held_bytes(self) -> int:
         kernel = self.kernel[0] * self.kernel[1]
-        return self._held_bytes(self.out_channels * self.in_channels * kernel)
+        held = self._held_bytes(self.out_channels * self.in_channels * kernel)
+        return held + (0 if self._rows is None else self._rows.held_bytes())
 
 
 class HalvingMaxPool2d(nn.Module):
@@ -298,15 +319,27 @@ class HalvingMaxPool2d(nn.Module):
         self.positive = positive
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.positive:
-            return _halved(x)
-        return _halved(x.view(torch.int16)).view(x.dtype)
+        x = self._comparable(x)
+        rows = torch.maximum(*_pairs(x, 2))
+        return torch.maximum(*_pairs(rows, 3)).view(torch.bfloat16)
+
+    def halve_into(self, x: Tensor, out: Tensor) -> None:
+        """Write the same into `out`, and overwrite rows of `x`, which are in the cache."""
+        x, out = self._comparable(x), self._comparable(out)
+        rows, below = _pairs(x, 2)
+        torch.maximum(rows, below, out=rows)
+        torch.maximum(*_pairs(rows, 3), out=out)
+
+    def _comparable(self, x: Tensor) -> Tensor:
+        return x.view(torch.int16) if self.positive else x
 
 
-def _halved(x: Tensor) -> Tensor:
-    height, width = (n // 2 * 2 for n in x.shape[2:])
-    rows = torch.maximum(x[:, :, 0:height:2], x[:, :, 1:height:2])
-    return torch.maximum(rows[..., 0:width:2], rows[..., 1:width:2])
+def _pairs(x: Tensor, axis: int) -> tuple[Tensor, Tensor]:
+    """Every second row (axis 2) or column (axis 3), and its neighbour."""
+    end = x.shape[axis] // 2 * 2
+    if axis == 2:
+        return x[:, :, 0:end:2], x[:, :, 1:end:2]
+    return x[..., 0:end:2], x[..., 1:end:2]
 
 
 def has_packing() -> bool:
@@ -350,7 +383,13 @@ def _linear_strip(layer: FusedWindowLinear) -> Sliding:
 @strip_rule(HalvingMaxPool2d)
 def _pool_strip(pool: HalvingMaxPool2d) -> Sliding:
     windows = _windows((2, 2), (2, 2), (0, 0), (1, 1))
-    return Sliding(windows, lambda x, part: pool(x), value=-torch.inf, pads_width=True)
+    return Sliding(
+        windows,
+        lambda x, part: pool(x),
+        value=-torch.inf,
+        pads_width=True,
+        into=pool.halve_into,
+    )
 
 
 def _windows(kernel: Pair, stride: Pair, padding: Pair, dilation: Pair) -> Windows:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -121,8 +122,12 @@ class OptimizedNetwork(FullyConvolutional):
         images = self._padded(images)
         if self._plan is None and isinstance(self.network, fx.GraphModule):
             self._plan = Plan(self.network)
-        maps = run(self.network, self._cast(images), self._plan)
-        finite = _all_finite(images)
+        cast = self._cast(images)
+        total = cast.sum()  # now, while they are in the cache
+        maps = run(self.network, cast, self._plan)
+        del cast
+        # the sum of finite pixels overflows where they are huge
+        finite = isfinite(total.item()) or bool(images.isfinite().all())
         if isinstance(maps, Tensor):
             return self._given_back(maps, images, finite)
         return tuple(self._given_back(scores, images, finite) for scores in maps)
@@ -145,9 +150,12 @@ class OptimizedNetwork(FullyConvolutional):
         return scores.masked_fill(seen.bool(), torch.nan)
 
     def _cast(self, images: Tensor) -> Tensor:
-        """The images as the network computes with them: another dtype and layout in one copy."""
-        if self.compute_dtype in CHANNELS_LAST:
-            return images.to(self.compute_dtype, memory_format=torch.channels_last)
+        """The images as the network computes with them.
+
+        Layout and dtype in two copies: both at once cast pixel by pixel, three times as slowly.
+        """
+        if self.optimization.engine == "torch" and self.compute_dtype in CHANNELS_LAST:
+            images = images.contiguous(memory_format=torch.channels_last)
         return images.to(self.compute_dtype)
 
     @property
@@ -211,11 +219,6 @@ class OptimizedNetwork(FullyConvolutional):
         return f"{super().extra_repr()}, {self.optimization}"
 
 
-def _all_finite(images: Tensor) -> bool:
-    """Whether all pixels are finite: their sum tells, unless it overflows, and is read faster."""
-    return bool(images.sum().isfinite()) or bool(images.isfinite().all())
-
-
 _FIXED = "an optimised network only evaluates; {} the plain network (net.plain) and optimise that"
 
 
@@ -237,7 +240,7 @@ def optimize(
     `net`.
 
     The copy takes memory of its own: for a VGG-16 in float32 553 MB of weights in oneDNN's order
-    and 767 MB of Winograd's, 537 of them for fc6; in bfloat16 277 MB
+    and 767 MB of Winograd's, 537 of them for fc6; in bfloat16 277 MB, and 205 more with `size`
     (``optimized.optimization.packed_bytes``). It also keeps `net`, for checkpoints, until
     `OptimizedNetwork.release`.
 
@@ -246,9 +249,10 @@ def optimize(
         dtype: of the arithmetic: ``torch.float32``, ``torch.bfloat16`` on a processor that has it,
             ``torch.float16`` on a GPU, or ``torch.float64`` of a network in it. The net's own when
             None.
-        size: the images' usual size, an int or ``(h, w)``: of the two forms of a wide layer's
-            weights, only the one that is faster at that size is kept. None keeps both, for all
-            sizes. Any size runs in either case.
+        size: the images' usual size, an int or ``(h, w)``. In float32, of the two forms of a wide
+            layer's weights only the one that is faster at that size is kept; None keeps both, for
+            all sizes. In bfloat16 fc6 gets a second form, which is faster for single images of
+            that size with 32 cells and more. Any size runs in either case.
         engine: ``"onnxruntime"`` or ``"openvino"`` to run there, by `net.export`; None is torch.
 
     Raises:

@@ -8,11 +8,9 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
+from fcvgg.heap import keep_freed_maps
 
 _STATM = Path("/proc/self/statm")
-_LEARNT = (32 << 20) - (64 << 10)
-"""Bytes of the largest block from which glibc learns how large the blocks are that come and go."""
 _LEAST, _MOST = 0.5, 1.0
 """Of the bytes in use, from which on freed memory is given back: as late as the bound allows, since
 what is given back must be cleared anew by the system, page by page.
@@ -32,9 +30,7 @@ def trimmer(used: int, memory: int) -> Callable[[int], None]:
     if trim is None or not _STATM.exists():
         return lambda needed: None
     allowed = max(min(memory - used // 2, int(_MOST * used)), int(_LEAST * used))
-    # taken and freed at once, untouched: raises the size from which blocks are mapped anew at every
-    # call, and how much free memory at the heap's end is kept from one call to the next
-    torch.empty(_LEARNT, dtype=torch.uint8)
+    keep_freed_maps()
     page = os.sysconf("SC_PAGE_SIZE")
     trim(0)  # what was freed before would raise the limit
     limit = _resident_pages() + allowed // page
