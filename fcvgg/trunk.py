@@ -26,10 +26,11 @@ from fcvgg.layers.strips import STRIP_RULES, Part, Sliding, is_positional, slidi
 CHANNELS_LAST = {torch.float32, torch.bfloat16}
 """The dtypes for which oneDNN's convolutions are faster with the channels last."""
 
-_WHOLE_BYTES = 16 * 1024**2
-"""Maps below this size are computed whole. glibc keeps 64 MB of free memory at the heap's end, and
-the largest maps of a block have to fit there.
-"""
+_WHOLE_BYTES = 32 * 1024**2
+"""Maps below this size are computed whole: beyond, glibc maps every allocation anew."""
+
+_WHOLE_ELEMENTS = 8 * 1024**2
+"""The same for their elements, which counts in half precision: larger maps leave the cache."""
 
 _STRIP_BYTES = 4 * 1024**2
 """The largest map of a strip, per thread."""
@@ -226,7 +227,8 @@ def _maps(block: Sequence[Link], shape: Sequence[int]) -> list[tuple[int, int, i
 def computed(block: Sequence[Link], x: Tensor) -> Tensor:
     """A block's output: whole, or image by image in strips of rows where its maps are large."""
     maps = _maps(block, x.shape)
-    if len(x) * max(map(prod, maps[1:])) * x.element_size() < _WHOLE_BYTES:
+    elements = len(x) * max(map(prod, maps[1:]))
+    if elements < _WHOLE_ELEMENTS and elements * x.element_size() < _WHOLE_BYTES:
         return _whole(block, maps[-1], x)
     *layers, last = block
     height = maps[-1][1]

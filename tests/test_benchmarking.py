@@ -70,6 +70,32 @@ def test_a_benchmark_measures_and_writes(narrow, tmp_path):
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
+def test_optimised_networks_are_made_for_each_size(narrow, monkeypatch):
+    sizes = []
+    real = contenders.optimize
+    monkeypatch.setattr(
+        contenders,
+        "optimize",
+        lambda net, size, **o: sizes.append(size) or real(net, size=size, **o),
+    )
+    fcvgg_benchmark(sizes=[224, 256], batches=[1, 2], contenders=["fcvgg", "fcvgg optimised"])
+    assert sizes == [224, 256]
+
+
+@pytest.mark.parametrize(("short", "calls"), [(100.0, 1 + 2 * 2 + 1), (0.0, 1 + 2 + 1)])
+def test_turns_begin_with_a_call_that_is_not_counted(narrow, monkeypatch, short, calls):
+    monkeypatch.setattr(benchmarking, "_SHORT", short)
+    shapes = []
+    monkeypatch.setattr(
+        benchmarking,
+        "made",
+        lambda *args: lambda x: shapes.append(x.shape) or torch.zeros(1, 10, 1, 1),
+    )
+    (row,) = fcvgg_benchmark(contenders=["usual recipe"]).rows
+    assert row.calls == 2
+    assert len(shapes) == calls  # the first one, the turns', and one whose error is measured
+
+
 def test_what_is_absent_is_left_out_by_name(narrow, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "timm", None)
     result = fcvgg_benchmark(sizes=[224], contenders=["fcvgg", "timm"])

@@ -12,6 +12,8 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
 from nets import (
     Functional,
     GlobalPooled,
@@ -34,7 +36,7 @@ from fcvgg.errors import (
     ImageError,
     MissingExtraError,
 )
-from fcvgg.optimization import fused, fusion, graph_replay, huge_pages, winograd
+from fcvgg.optimization import fused, fusion, graph_replay, huge_pages, row_convolution, winograd
 from fcvgg.optimization import networks as optimization
 
 REORDERED = 1e-5
@@ -166,6 +168,24 @@ def test_strips_leave_the_images_alone(in_strips, small):
     assert torch.equal(batch, kept)
 
 
+@needs_bfloat16
+@pytest.mark.parametrize("first", [[], [nn.ReLU()], [nn.Dropout()]])
+@pytest.mark.parametrize("whole_bytes", [0, 1 << 30])
+def test_a_pool_that_comes_first_leaves_the_images_alone(monkeypatch, whole_bytes, first):
+    monkeypatch.setattr(trunk, "_WHOLE_BYTES", whole_bytes)
+    monkeypatch.setattr(trunk, "_STRIP_BYTES", 1)
+    monkeypatch.setattr(trunk, "_LEAST_ROWS", 1)
+    layers = [*first, nn.MaxPool2d(2), nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]
+    model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(4 * 16, 5))
+    net = fcvgg.convert(seeded(lambda: model, dtype=torch.float32), input_size=16)
+    fast = fcvgg.optimize(net.bfloat16())
+    batch = images(2, 3, 21, 40, dtype=torch.bfloat16)
+    batch = batch.contiguous(memory_format=torch.channels_last)
+    kept = batch.clone()
+    assert relative_error(net(batch), fast(batch)) < BFLOAT16
+    assert torch.equal(batch, kept)
+
+
 def test_a_watched_layer_sees_its_whole_map(in_strips, small):
     seen = []
     layer = small.network.get_submodule("features.4")
@@ -284,6 +304,84 @@ def test_asking_for_huge_pages_changes_nothing_else(monkeypatch, packed, granted
     assert len(asked) == 1
 
 
+# -- fc6 as a convolution over rows ----------------------------------------------------------------
+
+
+@needs_bfloat16
+@given(
+    kernel=st.tuples(st.integers(1, 7), st.integers(1, 7)),
+    grid=st.tuples(st.integers(1, 9), st.integers(1, 9)),
+    across=st.integers(1, 9),
+    count=st.integers(1, 2),
+    relu=st.booleans(),
+)
+def test_rows_convolved_equal_every_window(kernel, grid, across, count, relu):
+    size = (grid[0] + kernel[0] - 1, grid[1] + kernel[1] - 1)
+    x = images(count, 32, *size, dtype=torch.bfloat16)
+    weight, bias = images(16, 32, *kernel, seed=2), images(1, 16, 1, 1, seed=3).flatten()
+    weight, bias = weight.bfloat16(), bias.bfloat16()
+    expected = F.conv2d(x.double(), weight.double(), bias.double())
+    expected = expected.relu() if relu else expected
+    columns = weight.permute(0, 2, 3, 1).flatten(1)
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setattr(row_convolution, "_MOST_CELLS_ACROSS", across)
+        layer = row_convolution.RowConvolution(columns, bias, kernel, grid, relu)
+        got = layer(x.contiguous(memory_format=torch.channels_last))
+        again = pickle.loads(pickle.dumps(layer))(x)
+    assert relative_error(expected, got.double()) < 2**-7  # the scores have 8 bits
+    assert torch.equal(got, again)
+
+
+@given(n=st.integers(1, 400), most=st.integers(1, 50))
+def test_pieces_cover_the_grid_and_are_of_one_size(n, most):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(row_convolution, "_MOST_CELLS_ACROSS", most)
+        size, _ = row_convolution._piece((n, 1))
+        starts, _ = row_convolution._starts((n, 1))
+    assert size <= most
+    assert {i for start in starts for i in range(start, start + size)} == set(range(n))
+    assert len(starts) == -(-n // most)
+
+
+@needs_bfloat16
+def test_fc6_of_the_size_that_was_asked_for(monkeypatch):
+    """A 7x7 window over 128 channels at stride 4: 16x16 cells for images of 90 pixels."""
+    monkeypatch.setattr(row_convolution, "_has_amx", lambda: True)
+    layers = [nn.Conv2d(3, 128, 3, stride=4), nn.ReLU(), nn.AdaptiveAvgPool2d(7), nn.Flatten()]
+    model = nn.Sequential(*layers, nn.Linear(128 * 49, 128), nn.ReLU(), nn.Linear(128, 5))
+    net = fcvgg.convert(seeded(lambda: model, dtype=torch.float32), input_size=28)
+    general = fcvgg.optimize(net, dtype=torch.bfloat16)
+    fast = fcvgg.optimize(net, dtype=torch.bfloat16, size=90)
+    weights = 128 * 128 * 49 * 2
+    assert fast.optimization.packed_bytes == general.optimization.packed_bytes + weights
+
+    calls = []
+    convolved = row_convolution.RowConvolution.__call__
+    monkeypatch.setattr(
+        row_convolution.RowConvolution,
+        "__call__",
+        lambda layer, x: calls.append(x.shape) or convolved(layer, x),
+    )
+    assert error_at(net, fast, 1, 3, 90, 90) < BFLOAT16
+    assert error_at(net, fast, 2, 3, 90, 90) < BFLOAT16
+    assert calls == [(1, 128, 22, 22), (2, 128, 22, 22)]
+    for shape in ((1, 3, 28, 28), (1, 3, 64, 60), (1, 3, 90, 94)):
+        assert error_at(net, fast, *shape) < BFLOAT16
+    assert len(calls) == 2
+
+    batch = images(1, 3, 90, 90, dtype=torch.float32)
+    for twin in (copy.deepcopy(fast), pickle.loads(pickle.dumps(fast))):
+        assert torch.equal(twin(batch), fast(batch))
+
+
+@needs_bfloat16
+@pytest.mark.parametrize(("amx", "grid"), [(True, (5, 6)), (False, (16, 16)), (True, (2, 90))])
+def test_where_a_product_is_faster_than_rows(monkeypatch, amx, grid):
+    monkeypatch.setattr(row_convolution, "_has_amx", lambda: amx)
+    assert not row_convolution.RowConvolution.suits(grid)
+    assert not amx or row_convolution.RowConvolution.suits((16, 16))
+
+
 # -- optimised networks ---------------------------------------------------------------------------
 
 
@@ -319,6 +417,20 @@ def test_halving_pool_equals_max_pool(size, positive):
     x[0, 0, 0, 0] = torch.inf
     x = x.relu() if positive else x
     assert torch.equal(fused.HalvingMaxPool2d(positive)(x), F.max_pool2d(x, 2))
+
+
+@needs_bfloat16
+@pytest.mark.parametrize("size", [(8, 8), (9, 7)])
+@pytest.mark.parametrize("positive", [False, True])
+def test_halving_pool_writes_into_part_of_a_map(size, positive):
+    x = images(2, 3, *size, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
+    x = x.relu() if positive else x
+    expected = F.max_pool2d(x, 2)
+    height, width = expected.shape[2:]
+    out = torch.full((2, 3, height + 2, width), torch.nan, dtype=torch.bfloat16)
+    fused.HalvingMaxPool2d(positive).halve_into(x, out[:, :, 1:-1])
+    assert torch.equal(out[:, :, 1:-1], expected)
+    assert out[:, :, [0, -1]].isnan().all()
 
 
 @needs_bfloat16
@@ -516,6 +628,10 @@ PATHS = {
     "packed, fused, Winograd": (lambda net: fcvgg.optimize(net), WINOGRAD),
     "packed for a size": (lambda net: fcvgg.optimize(net, size=44), WINOGRAD),
     "bfloat16": (lambda net: fcvgg.optimize(net, dtype=torch.bfloat16), BFLOAT16),
+    "bfloat16 for a size": (
+        lambda net: fcvgg.optimize(net, dtype=torch.bfloat16, size=61),
+        BFLOAT16,
+    ),
     "onnxruntime": (lambda net: fcvgg.optimize(net, engine="onnxruntime"), REORDERED),
     "openvino": (lambda net: fcvgg.optimize(net, engine="openvino"), REORDERED),
 }
