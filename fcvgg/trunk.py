@@ -51,7 +51,6 @@ def run(network: Any, images: Tensor, plan: Plan | None = None) -> Any:
         images = images.contiguous(memory_format=torch.channels_last)
     if torch.is_grad_enabled():
         return network(images)
-    keep_freed_maps()
     if plan is None or plan.is_watched():
         return _by_blocks(network, images, _blocks(network), None)
     return _by_blocks(network, images, plan.blocks, plan.rest)
@@ -228,29 +227,33 @@ def computed(block: Sequence[Link], x: Tensor) -> Tensor:
     """A block's output: whole, or image by image in strips of rows where its maps are large."""
     maps = _maps(block, x.shape)
     elements = len(x) * max(map(prod, maps[1:]))
+    if elements * x.element_size() >= _STRIP_BYTES:
+        keep_freed_maps()
     if elements < _WHOLE_ELEMENTS and elements * x.element_size() < _WHOLE_BYTES:
-        return _whole(block, maps[-1], x)
+        return _whole(block, maps[-1][1:], x)
     *layers, last = block
-    height = maps[-1][1]
+    height, width = maps[-1][1:]
     rows = _rows_of_a_strip(maps, x.element_size())
     result: Tensor | None = None
     for i in range(len(x)):
         for first in range(0, height, rows):
             wanted = _wanted(block, maps, (first, min(first + rows, height)))
-            made = _strip(layers, maps, x[i : i + 1], wanted)
+            part = _strip(layers, maps, x[i : i + 1], wanted)
+            write = _writer(last, part, x)
+            if write is None:
+                part = _on_rows(last, maps[-2], maps[-1], part, wanted[-2], wanted[-1])
             if result is None:
-                result = _empty(len(x), maps[-1], made.dtype)
+                result = _empty(len(x), (height, width), part)
             place = result[i : i + 1, :, slice(*wanted[-1])]
-            write = _writer(last, made, x)
-            if write is not None:
-                write(made, place)
+            if write is None:
+                place.copy_(part)
             else:
-                place.copy_(_on_rows(last, maps[-2], maps[-1], made, wanted[-2], wanted[-1]))
+                write(part, place)
     assert result is not None
     return result
 
 
-def _whole(block: Sequence[Link], size: tuple[int, int, int], x: Tensor) -> Tensor:
+def _whole(block: Sequence[Link], size: Pair, x: Tensor) -> Tensor:
     *layers, last = block
     made = x
     for link in layers:
@@ -258,13 +261,15 @@ def _whole(block: Sequence[Link], size: tuple[int, int, int], x: Tensor) -> Tens
     write = _writer(last, made, x)
     if write is None:
         return last.call(made)
-    result = _empty(len(x), size, made.dtype)
+    result = _empty(len(x), size, made)
     write(made, result)
     return result
 
 
-def _empty(images: int, size: tuple[int, int, int], dtype: torch.dtype) -> Tensor:
-    return torch.empty((images, *size), dtype=dtype, memory_format=torch.channels_last)
+def _empty(images: int, size: Pair, like: Tensor) -> Tensor:
+    """A map with the channels and the dtype of another one."""
+    shape = (images, like.shape[1], *size)
+    return torch.empty(shape, dtype=like.dtype, memory_format=torch.channels_last)
 
 
 def _writer(link: Link, made: Tensor, given: Tensor) -> Callable[[Tensor, Tensor], None] | None:
@@ -272,8 +277,10 @@ def _writer(link: Link, made: Tensor, given: Tensor) -> Callable[[Tensor, Tensor
 
     None where there is none, or where that map shares memory with what the block was given.
     """
+    if link.sliding is None or link.sliding.into is None:
+        return None
     shares = made.untyped_storage().data_ptr() == given.untyped_storage().data_ptr()
-    return None if link.sliding is None or shares else link.sliding.into
+    return None if shares else link.sliding.into
 
 
 def _rows_of_a_strip(maps: Sequence[tuple[int, int, int]], itemsize: int) -> int:

@@ -16,9 +16,6 @@ from torch import Tensor, nn
 import fcvgg
 from fcvgg.geometry import IMAGE, Axis, Geometry, Step, Window, checked_size
 
-settings.register_profile("fcvgg", deadline=None, derandomize=True)
-settings.load_profile("fcvgg")  # one suite, one result, however busy the machine
-
 # -- brute force ----------------------------------------------------------------------------------
 
 

@@ -39,7 +39,8 @@ _SLOW = 10.0
 
 _SHORT = 1.0
 """Seconds of one call up to which every turn begins with a call that is not counted: users call one
-network again and again, and at the start of a turn another one's weights are in the cache.
+network again and again, and at the start of a turn another one's weights are in the cache. That
+costs a millisecond or two, which longer calls do not notice.
 """
 
 _PAUSE = 0.05
@@ -303,7 +304,7 @@ def benchmark(
         model: a torchvision name; its weights are random, which costs the same.
         sizes: sides of the square images.
         batches: images per call.
-        repeats: calls of each, after one that is not counted.
+        repeats: calls of each that are counted.
         contenders: names of `fcvgg.benchmarking.contenders.CONTENDERS`; None takes all.
         threads: of every contender; None keeps torch's setting.
         clock: ``"wall"`` or ``"cpu"``.
@@ -342,7 +343,7 @@ def benchmark(
         runs: dict[str, Run] = {}
         usable: dict[str, Run] = {}
         for size in sizes:
-            runs, usable = {}, {}  # frees those of the size before
+            runs, usable = {}, {}  # so that those of the size before are freed
             special = [name for name in names if name not in {*general, *skipped}]
             runs, left_out = _made(special, source, native, size, report)
             runs |= always
@@ -486,7 +487,10 @@ def _times(
 ) -> tuple[dict[str, list[float]], float]:
     """Seconds of every call of every contender, which take turns, and the peak in GFLOP/s."""
     times: dict[str, list[float]] = {name: [] for name in runs}
-    first = {name: _seconds(run, images, clock) for name, run in runs.items()}
+    first = {}
+    for name, run in runs.items():
+        time.sleep(_PAUSE)
+        first[name] = _seconds(run, images, clock)
     peak = 0.0
     for i in range(repeats):
         peak = max(peak, measured_peak(clock))

@@ -78,8 +78,8 @@ class Sliding:
         weights: elements of the weights.
         gathers: whether the windows of at most `_GEMM_CELLS` outputs are gathered at a time.
         indexes: whether the layer also makes an int64 index for every output.
-        into: writes outputs into a map ``(N, C, h, w)`` that is given, and may overwrite the region
-            of the input; of a layer without padding that keeps the dtype. None: only `run` is.
+        into: writes the outputs into a map ``(N, C, h, w)`` and may overwrite its input; of a layer
+            that pads nothing and keeps channels and dtype. None where there is only `run`.
     """
 
     windows: Windows

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from fcvgg.geometry import Pair, Window
 from fcvgg.layers.strips import Sliding, Windows, strip_rule
-from fcvgg.modules import by_windows, window_linear
+from fcvgg.modules import _GEMM_CELLS, by_windows, window_linear
 from fcvgg.optimization.huge_pages import on_huge_pages
 from fcvgg.optimization.row_convolution import RowConvolution
 from fcvgg.optimization.winograd import (
@@ -43,6 +43,9 @@ _LEAST_TILES = 32
 
 _LEAST_WINDOW_TILES = 16
 """The same for a fully connected layer at every window."""
+
+_BFLOAT16_ROUNDING = 2**-6
+"""Of the largest score: numbers have 8 bits, and the order of sums differs."""
 
 _WINDOW_KERNELS = range(5, 8)
 """Extents of the windows for which Winograd's algorithm saves enough multiplications."""
@@ -281,8 +284,23 @@ class PackedWindowLinear(Packed, FusedWindowLinear):
         super().settle(x)
         grid = self._outputs(x, (0, 0))
         if self._is_wide() and self.dtype == torch.bfloat16 and RowConvolution.suits(grid):
-            dense = self._packed.to_dense()
-            self._rows = RowConvolution(dense, self._bias, self.kernel, grid, self.relu)
+            rows = self._row_convolution(grid)
+            if _agree(rows(x), self.forward(x)):  # calling it would settle it again
+                self._rows = rows
+
+    def _row_convolution(self, grid: Pair) -> RowConvolution:
+        weight = self._packed.to_dense()
+        return RowConvolution(weight, self._bias, self.kernel, grid, self.relu)
+
+    def __getstate__(self) -> dict[str, Any]:
+        grid = None if self._rows is None else self._rows.grid
+        return {**super().__getstate__(), "_rows": None, "_grid": grid}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        grid = state.pop("_grid")
+        super().__setstate__(state)
+        if grid is not None and RowConvolution.suits(grid):
+            self._rows = self._row_convolution(grid)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.kernel == (1, 1):
@@ -292,7 +310,15 @@ class PackedWindowLinear(Packed, FusedWindowLinear):
         scores = self._by_winograd(x, (0, 0), self.relu)
         if scores is not None:
             return scores
-        return by_windows(x, self.kernel, self.dilation, self._linear, channels_last=True)
+        cells = self.gathered * _GEMM_CELLS
+        return by_windows(
+            *(x, self.kernel, self.dilation, self._linear), channels_last=True, cells=cells
+        )
+
+    @property
+    def gathered(self) -> int:
+        """How many times the usual number of windows are gathered: as many bytes in bfloat16."""
+        return 2 if self.dtype == torch.bfloat16 else 1
 
     def _linear(self, rows: Tensor) -> Tensor:
         attribute = "relu" if self.relu else "none"
@@ -319,9 +345,8 @@ class HalvingMaxPool2d(nn.Module):
         self.positive = positive
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self._comparable(x)
-        rows = torch.maximum(*_pairs(x, 2))
-        return torch.maximum(*_pairs(rows, 3)).view(torch.bfloat16)
+        rows = torch.maximum(*_pairs(self._comparable(x), 2))
+        return torch.maximum(*_pairs(rows, 3)).view(x.dtype)
 
     def halve_into(self, x: Tensor, out: Tensor) -> None:
         """Write the same into `out`, and overwrite rows of `x`, which are in the cache."""
@@ -370,11 +395,12 @@ def _conv_strip(conv: FusedConv2d) -> Sliding:
 def _linear_strip(layer: FusedWindowLinear) -> Sliding:
     pointwise = layer.kernel == (1, 1)
     columns = layer.in_channels * layer.kernel[0] * layer.kernel[1]
+    gathered = layer.gathered if isinstance(layer, PackedWindowLinear) else 1
     return Sliding(
         _windows(layer.kernel, (1, 1), (0, 0), layer.dilation),
         lambda x, part: layer(x),
         channels=layer.out_channels,
-        columns=0 if pointwise else columns,
+        columns=0 if pointwise else columns * gathered,
         weights=layer.out_channels * columns,
         gathers=True,
     )
@@ -401,6 +427,12 @@ def _windows(kernel: Pair, stride: Pair, padding: Pair, dilation: Pair) -> Windo
 
 def _pair(value: Any) -> Pair:
     return (value, value) if isinstance(value, int) else (value[0], value[1])
+
+
+def _agree(scores: Tensor, expected: Tensor) -> bool:
+    """Whether two ways to compute scores in bfloat16 differ by its rounding only."""
+    difference = (scores.float() - expected.float()).abs().max()
+    return bool(difference <= _BFLOAT16_ROUNDING * expected.abs().max())
 
 
 def _bytes(tensor: Tensor | None) -> int:

@@ -89,21 +89,13 @@ class RowConvolution:
 
     def _pack(self, rows: Tensor) -> Any:
         height = self._kernel[0]
-        weight = rows.view(len(rows), height, -1).movedim(1, 2).unsqueeze(3)  # (O, kw*C, kh, 1)
+        weight: Any = rows.view(len(rows), height, -1).movedim(1, 2).unsqueeze(3)
+        weight = weight.contiguous()  # (O, kw*C, kh, 1)
+        weight = weight.to_mkldnn()
         reorder: Any = torch._C._nn.mkldnn_reorder_conv2d_weight
         down, across = self._piece
         shape = (1, weight.shape[1], down + height - 1, across)
-        window = ((0, 0), (1, 1), (1, 1))
-        return on_huge_pages(reorder(weight.contiguous().to_mkldnn(), *window, 1, shape))
-
-    def __getstate__(self) -> dict[str, Any]:
-        """With the weights in plain order; only oneDNN can read its own."""
-        weight = self._packed.to_dense().squeeze(3).movedim(2, 1)  # (O, kh, kw*C)
-        return {**self.__dict__, "_packed": weight.flatten(1)}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._packed = self._pack(self._packed)
+        return on_huge_pages(reorder(weight, (0, 0), (1, 1), (1, 1), 1, shape))
 
 
 def _has_amx() -> bool:

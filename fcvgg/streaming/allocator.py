@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from fcvgg.heap import map_no_block_anew
+from fcvgg.heap import learn_block_sizes
 
 _STATM = Path("/proc/self/statm")
 _LEAST, _MOST = 0.5, 1.0
@@ -30,7 +30,7 @@ def trimmer(used: int, memory: int) -> Callable[[int], None]:
     if trim is None or not _STATM.exists():
         return lambda needed: None
     allowed = max(min(memory - used // 2, int(_MOST * used)), int(_LEAST * used))
-    map_no_block_anew()
+    learn_block_sizes()
     page = os.sysconf("SC_PAGE_SIZE")
     trim(0)  # what was freed before would raise the limit
     limit = _resident_pages() + allowed // page
