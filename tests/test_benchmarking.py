@@ -10,7 +10,7 @@ from nets import images, narrow_vgg, relative_error, seeded
 from typer.testing import CliRunner
 
 import fcvgg
-from fcvgg.benchmarking import contenders
+from fcvgg.benchmarking import contenders, results, workers
 from fcvgg.benchmarking import measurements as benchmarking
 from fcvgg.cli import app
 from fcvgg.errors import ArgumentError, FcvggError
@@ -18,11 +18,25 @@ from fcvgg.errors import ArgumentError, FcvggError
 NARROW = ["fcvgg", "fcvgg optimised", "usual recipe", "FC model", "FC sliding window"]
 
 
+class Here(workers.Runner):
+    """Stands for a worker: in this process, so that what is patched counts."""
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+    def close(self):
+        pass
+
+
 @pytest.fixture
 def narrow(monkeypatch):
-    """Stands for torchvision's vgg16: full depth, 1/64 of the channels."""
+    """Stands for torchvision's vgg16, in this process: full depth, 1/64 of the channels."""
     model = seeded(narrow_vgg, "vgg16", width=64, dtype=torch.float32)
     monkeypatch.setattr(torchvision.models, "get_model", lambda name, weights: model)
+    monkeypatch.setattr(benchmarking, "Worker", Here)
     monkeypatch.setattr(benchmarking, "measured_peak", lambda clock: 100.0)
     monkeypatch.setattr(benchmarking, "_PAUSE", 0.0)
     return model
@@ -70,7 +84,7 @@ def test_a_benchmark_measures_and_writes(narrow, tmp_path):
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
-def test_optimised_networks_are_made_for_each_size(narrow, monkeypatch):
+def test_optimised_networks_are_made_for_the_size_of_the_images(narrow, monkeypatch):
     sizes = []
     real = contenders.optimize
     monkeypatch.setattr(
@@ -78,16 +92,16 @@ def test_optimised_networks_are_made_for_each_size(narrow, monkeypatch):
         "optimize",
         lambda net, size, **o: sizes.append(size) or real(net, size=size, **o),
     )
-    fcvgg_benchmark(sizes=[224, 256], batches=[1, 2], contenders=["fcvgg", "fcvgg optimised"])
+    fcvgg_benchmark(sizes=[224, 256], contenders=["fcvgg", "fcvgg optimised"])
     assert sizes == [224, 256]
 
 
 @pytest.mark.parametrize(("short", "calls"), [(100.0, 1 + 2 * 2 + 1), (0.0, 1 + 2 + 1)])
 def test_turns_begin_with_a_call_that_is_not_counted(narrow, monkeypatch, short, calls):
-    monkeypatch.setattr(benchmarking, "_SHORT", short)
+    monkeypatch.setattr(workers, "_SHORT", short)
     shapes = []
     monkeypatch.setattr(
-        benchmarking,
+        workers,
         "made",
         lambda *args: lambda x: shapes.append(x.shape) or torch.zeros(1, 10, 1, 1),
     )
@@ -103,9 +117,89 @@ def test_what_is_absent_is_left_out_by_name(narrow, monkeypatch):
     assert "- timm: " in result.markdown()
 
 
-def test_the_memory_of_a_process(narrow, capsys):
-    benchmarking._measure_memory(json.dumps(["fcvgg", "vgg16", 224, 224, 1]))
-    assert int(capsys.readouterr().out) > 50e6
+def test_slow_contenders_are_called_once_more_and_ended(narrow, monkeypatch):
+    calls, open_workers = [], []
+
+    class Watched(Here):
+        def __init__(self, contender, case):
+            super().__init__(contender, case)
+            self.contender = contender
+            open_workers.append(contender)
+
+        def call(self):
+            calls.append((self.contender, tuple(open_workers)))
+            return 11.0 if self.contender == "usual recipe" else super().call()
+
+        def close(self):
+            if self.contender in open_workers:
+                open_workers.remove(self.contender)
+
+    monkeypatch.setattr(benchmarking, "Worker", Watched)
+    result = fcvgg_benchmark(contenders=["usual recipe", "fcvgg"])
+    own, slow = result.rows
+    assert (slow.contender, slow.calls, slow.seconds) == ("usual recipe", 1, 11.0)
+    assert own.calls == 2
+    assert [name for name, _ in calls[:3]] == ["usual recipe", "usual recipe", "fcvgg"]
+    assert all(running == ("fcvgg",) for _, running in calls[2:])
+    assert open_workers == []
+
+
+def test_a_contender_that_fails_in_one_case_is_left_out_of_it(narrow, monkeypatch):
+    class Failing(Here):
+        def turn(self):
+            if self._images.shape[-1] == 224 and not isinstance(self._run, torch.nn.Module):
+                raise workers.DiedError("its process ended with 1")
+            return super().turn()
+
+    monkeypatch.setattr(benchmarking, "Worker", Failing)
+    lines = []
+    options = {"contenders": ["fcvgg", "FC sliding window"], "report": lines.append}
+    result = fcvgg_benchmark(sizes=[224, 256], **options)
+    assert [(r.contender, r.size) for r in result.rows] == [
+        ("fcvgg", 224),
+        ("fcvgg", 256),
+        ("FC sliding window", 256),
+    ]
+    assert result.skipped == {
+        "FC sliding window at 224x224, batch 1": "its process ended with 1",
+    }
+    assert lines.count("left out FC sliding window: its process ended with 1") == 1
+
+
+def test_processes_of_their_own():
+    names = ["fcvgg", "usual recipe", "timm"]
+    lines = []
+    result = benchmarking.benchmark(
+        "alexnet", sizes=[256], repeats=1, contenders=names, threads=1, report=lines.append
+    )
+    own, recipe = result.rows
+    assert (own.contender, recipe.contender) == ("fcvgg", "usual recipe")
+    assert own.error < 1e-5
+    assert recipe.error < 1e-5
+    assert 2.4e8 < own.memory < recipe.memory  # 61 million weights, most of them copied for peers
+    assert result.skipped["timm"].startswith(("not for this model: it is not one", "this source"))
+    assert lines[0] == "256x256, batch 1"
+
+
+def test_what_happens_in_a_process_is_told():
+    case = workers.Case("alexnet", 224, 1, threads=1)
+    with pytest.raises(FcvggError, match="not for this model: "):
+        workers.Worker("no such contender", case)
+    with pytest.raises(workers.DiedError, match="ValueError: Unknown model alexnets"):
+        workers.Worker("fcvgg", replace(case, model="alexnets"))
+    small = workers.Worker("FC model", replace(case, size=40))
+    with (
+        small,
+        pytest.raises(workers.DiedError, match=r"RuntimeError: .*utput size is too small"),
+    ):
+        small.call()
+    with workers.Worker("FC model", case) as worker:
+        assert worker.call() > 0
+        worker._process.kill()
+        killed = "its process was killed, most likely for want of memory"
+        with pytest.raises(workers.DiedError, match=killed):
+            worker.turn()
+    assert worker._process.exitcode == -9
 
 
 def test_sliding_windows_that_would_take_too_long_are_said_to(narrow, monkeypatch):
@@ -166,23 +260,24 @@ def test_pieces_of_a_table_are_joined(narrow, tmp_path):
     first = fcvgg_benchmark(sizes=[224], contenders=["fcvgg", "usual recipe"])
     path = first.write(tmp_path)[1]
     second = fcvgg_benchmark(sizes=[256, 224], contenders=["fcvgg optimised", "fcvgg"])
-    joined = benchmarking.Benchmark.read(path).joined(second)
+    joined = results.Benchmark.read(path).joined(second)
     assert [(r.size, r.contender) for r in joined.rows] == [
         *((224, name) for name in ("fcvgg", "fcvgg optimised", "usual recipe")),
         *((256, name) for name in ("fcvgg", "fcvgg optimised")),
     ]
     assert joined.rows[0] in second.rows
     assert joined.rows[2] in first.rows
-    own = replace(first.rows[0], memory=7)
+    own = replace(first.rows[0], error=7.0)
     again = replace(first, rows=(own,), skipped={"fcvgg optimised": "absent", "timm": "absent"})
-    joined = again.joined(second)
-    assert (joined.rows[0].memory, joined.rows[0].seconds) == (7, second.rows[-1].seconds)
+    unknown = replace(second, rows=tuple(replace(row, error=None) for row in second.rows))
+    joined = again.joined(unknown)
+    assert (joined.rows[0].error, joined.rows[0].seconds) == (7.0, second.rows[2].seconds)
     assert set(joined.skipped) == {"timm"}
     with pytest.raises(ArgumentError, match="the runs differ in model: 'vgg16' and 'vgg11'"):
         first.joined(fcvgg_benchmark("vgg11", contenders=["fcvgg"]))
     path.write_text("{}")
     with pytest.raises(FcvggError, match=r"speed.json is no speed.json of fcvgg bench: "):
-        benchmarking.Benchmark.read(path)
+        results.Benchmark.read(path)
 
 
 @pytest.mark.parametrize(
@@ -201,7 +296,7 @@ def test_arguments_are_checked(options, message):
 
 def test_the_command_writes_a_table_and_a_plot(narrow, tmp_path):
     only = [part for name in NARROW[:2] for part in ("--only", name)]
-    options = ["--sizes", "224", "--repeats", "1", "--no-memory", "-o", str(tmp_path)]
+    options = ["--sizes", "224", "--repeats", "1", "-o", str(tmp_path)]
     ran = CliRunner().invoke(app, ["bench", *options, *only])
     assert ran.exit_code == 0, ran.output
     assert "## 224x224, batch 1" in ran.output
@@ -209,5 +304,5 @@ def test_the_command_writes_a_table_and_a_plot(narrow, tmp_path):
 
 
 def fcvgg_benchmark(model="vgg16", **options):
-    settings = {"sizes": [224], "repeats": 2, "contenders": NARROW, "memory": False}
+    settings = {"sizes": [224], "repeats": 2, "contenders": NARROW, "threads": 1}
     return benchmarking.benchmark(model, **{**settings, **options})

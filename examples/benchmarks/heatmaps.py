@@ -25,7 +25,7 @@ import torchvision
 from torch import Tensor
 
 import fcvgg
-from fcvgg.benchmarking.measurements import CLOCKS, machine, peak_bytes
+from fcvgg.benchmarking.machine import CLOCKS, machine, peak_bytes
 
 Run = Callable[[Tensor], object]
 

@@ -13,7 +13,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from fcvgg.benchmarking.measurements import CLOCKS, Benchmark, benchmark
+from fcvgg.benchmarking.machine import CLOCKS
+from fcvgg.benchmarking.measurements import benchmark
+from fcvgg.benchmarking.results import Benchmark
 
 
 def main() -> None:
@@ -37,7 +39,6 @@ def main() -> None:
         contenders=arguments.only,
         threads=arguments.threads,
         clock=arguments.clock,
-        memory=not arguments.no_memory,
         report=print,
         keep=keep,
     )
@@ -55,7 +56,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--threads", type=int)
     parser.add_argument("--clock", choices=list(CLOCKS), default="wall")
-    parser.add_argument("--no-memory", action="store_true")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="contenders, as in the table")
     parser.add_argument(
         "--add", action="store_true", help="to the speed.json of earlier runs in the output folder"

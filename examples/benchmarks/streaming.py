@@ -41,7 +41,7 @@ import torchvision
 from torch import Tensor, nn
 
 import fcvgg
-from fcvgg.benchmarking.measurements import machine
+from fcvgg.benchmarking.machine import machine
 from fcvgg.geometry import Axis, Pair
 
 WAYS = {

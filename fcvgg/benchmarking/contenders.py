@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torchvision
 from torch import Tensor, nn
 
 from fcvgg.conversion import convert
@@ -37,7 +38,6 @@ class Contender:
         comparable: whether the result is the same score map, so that its error means something.
         native_only: whether it takes images of the native size only.
         by_crops: whether it classifies the crop of every cell.
-        for_size: whether it is made anew for every size of images.
     """
 
     name: str
@@ -45,7 +45,6 @@ class Contender:
     comparable: bool = True
     native_only: bool = False
     by_crops: bool = False
-    for_size: bool = False
 
 
 def _plain(model: nn.Module, native: int, size: int) -> Run:
@@ -157,8 +156,8 @@ CONTENDERS: dict[str, Contender] = {
     contender.name: contender
     for contender in (
         Contender(PLAIN, _plain),
-        Contender("fcvgg optimised", _optimised(), for_size=True),
-        Contender("fcvgg optimised bf16", _optimised(dtype=torch.bfloat16), for_size=True),
+        Contender("fcvgg optimised", _optimised()),
+        Contender("fcvgg optimised bf16", _optimised(dtype=torch.bfloat16)),
         Contender("onnxruntime", _optimised(engine="onnxruntime")),
         Contender("OpenVINO f32", _optimised(engine="openvino")),
         Contender("OpenVINO bf16", _optimised(engine="openvino", dtype=torch.bfloat16)),
@@ -172,11 +171,23 @@ CONTENDERS: dict[str, Contender] = {
 """By name, in the order of the table."""
 
 
-def made(name: str, model: nn.Module, native: int, size: int) -> Run | str:
-    """What a contender runs on images of a size, or why it is left out."""
+def classifier(model: str) -> tuple[nn.Module, int]:
+    """A torchvision model with random weights, the same at every call, and its native size."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        source = torchvision.models.get_model(model, weights=None).eval()
+    return source, 299 if model == "inception_v3" else 224
+
+
+def made(name: str, model: nn.Module, native: int, size: int) -> Run:
+    """What a contender runs on images of a size.
+
+    Raises:
+        FcvggError: that says why there is none.
+    """
     try:
         return CONTENDERS[name].make(model, native, size)
-    except MissingExtraError as error:
-        return str(error)
+    except MissingExtraError:
+        raise
     except (FcvggError, KeyError) as error:
-        return f"not for this model: {error}"
+        raise FcvggError(f"not for this model: {error}") from error

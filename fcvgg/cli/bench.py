@@ -13,7 +13,7 @@ from fcvgg.cli.options import OutputFolder, lengths
 NAME = "bench"
 EXAMPLES = (
     "fcvgg bench",
-    "fcvgg bench vgg11 --sizes 224,512 --repeats 3 --no-memory",
+    "fcvgg bench vgg11 --sizes 224,512 --repeats 3",
     "fcvgg bench --only fcvgg --only onnxruntime --clock cpu --threads 1",
 )
 
@@ -49,13 +49,11 @@ def run(
             help="What is counted; 'cpu' with --threads 1 stands a busy machine.",
         ),
     ] = "wall",
-    memory: Annotated[
-        bool, typer.Option(help="Measure the memory of each in a process of its own.")
-    ] = True,
     out: OutputFolder = Path(),
 ) -> None:
     """Time score maps side by side with other ways to compute them."""
-    from fcvgg.benchmarking.measurements import Benchmark, benchmark
+    from fcvgg.benchmarking.measurements import benchmark
+    from fcvgg.benchmarking.results import Benchmark
 
     def keep(result: Benchmark) -> None:
         folder(out)
@@ -69,7 +67,6 @@ def run(
         contenders=only,
         threads=threads,
         clock=clock,
-        memory=memory,
         report=say,
         keep=keep,
     )
