@@ -38,6 +38,9 @@ _STRIP_BYTES = 4 * 1024**2
 _LEAST_ROWS = 16
 """Output rows of a strip at least, or the halo costs too much."""
 
+_MOST_SCHEDULES = 64
+"""Shapes of images whose schedules a network keeps."""
+
 
 def run(network: Any, images: Tensor, plan: Plan | None = None) -> Any:
     """``network(images)``, in the layout and in the order that is fastest here.
@@ -52,8 +55,9 @@ def run(network: Any, images: Tensor, plan: Plan | None = None) -> Any:
     if torch.is_grad_enabled():
         return network(images)
     if plan is None or plan.is_watched():
-        return _by_blocks(network, images, _blocks(network), None)
-    return _by_blocks(network, images, plan.blocks, plan.rest)
+        blocks = _blocks(network)
+        return _by_blocks(network, images, _schedules(blocks, images), None)
+    return _by_blocks(network, images, plan.schedules(images), plan.rest)
 
 
 def _is_traced() -> bool:
@@ -87,16 +91,60 @@ class Link:
         return Window() if self.sliding is None else self.sliding.windows[1]
 
 
-class Plan:
-    """How a network runs that stays as it is: its graph read once, not at every call.
+@dataclass(frozen=True)
+class Strip:
+    """A block's output rows `made`, computed from the rows `given` of its input.
 
-    Copies and pickles of it are None, since it belongs to one network.
+    Attributes:
+        layers: what every layer but the last one computes of the rows of the one before.
+        last: the same of the last one.
+    """
+
+    given: Pair
+    layers: tuple[Callable[[Tensor], Tensor], ...]
+    last: Callable[[Tensor], Tensor]
+    made: Pair
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How a block, the layers up to one that strides, computes maps of one shape.
+
+    Attributes:
+        block: the layers.
+        size: ``(H, W)`` of its output.
+        is_large: whether its maps are worth keeping when they are freed.
+        strips: from top to bottom; none where the block is computed whole.
+    """
+
+    block: Sequence[Link]
+    size: Pair
+    is_large: bool
+    strips: tuple[Strip, ...]
+
+
+class Plan:
+    """How a network runs that stays as it is: graph and shapes are read once, not at every call.
+
+    Between two layers the processor's caches are full of maps, and what Python does there takes
+    several times as long as elsewhere. Copies and pickles of a plan are None, since it belongs to
+    one network.
     """
 
     def __init__(self, network: fx.GraphModule):
-        self.blocks = _blocks(network)
-        self.rest = _after(network, self.blocks[-1][-1].node) if self.blocks else network
+        self._blocks = _blocks(network)
+        self.rest = _after(network, self._blocks[-1][-1].node) if self._blocks else network
         self._watchable = list(network.modules())
+        self._known: dict[Any, list[Schedule] | None] = {}
+
+    def schedules(self, x: Tensor) -> list[Schedule] | None:
+        """Of the leading blocks for such images; None where they are too small for them."""
+        key = x.shape, x.dtype, torch.get_num_threads()
+        if key not in self._known:
+            if len(self._known) >= _MOST_SCHEDULES:
+                self._known.clear()
+            self._known[key] = _schedules(self._blocks, x)
+        return self._known[key]
 
     def is_watched(self) -> bool:
         """Whether a hook was added since."""
@@ -113,20 +161,17 @@ def _nothing() -> None:
 def _by_blocks(
     network: fx.GraphModule,
     x: Tensor,
-    blocks: list[list[Link]],
+    schedules: list[Schedule] | None,
     rest: Callable[[Tensor], Any] | None,
 ) -> Any:
     """The leading blocks here, and the rest of the graph as it stands."""
-    channels_and_size: Sequence[int] = x.shape[1:]
-    for block in blocks:
-        channels_and_size = _maps(block, (1, *channels_and_size))[-1]
-        if min(channels_and_size) < 1:
-            return network(x)
-    for block in blocks:
-        x = computed(block, x)
+    if not schedules:
+        return network(x)
+    for schedule in schedules:
+        x = computed(schedule, x)
     if rest is not None:
         return rest(x)
-    return _interpreted(network, blocks[-1][-1].node, x) if blocks else network(x)
+    return _interpreted(network, schedules[-1].block[-1].node, x)
 
 
 def _interpreted(network: fx.GraphModule, last: fx.Node, x: Tensor) -> Any:
@@ -223,28 +268,52 @@ def _maps(block: Sequence[Link], shape: Sequence[int]) -> list[tuple[int, int, i
     return maps
 
 
-def computed(block: Sequence[Link], x: Tensor) -> Tensor:
-    """A block's output: whole, or image by image in strips of rows where its maps are large."""
-    maps = _maps(block, x.shape)
-    elements = len(x) * max(map(prod, maps[1:]))
-    if elements * x.element_size() >= _STRIP_BYTES:
+def _schedules(blocks: Sequence[Sequence[Link]], x: Tensor) -> list[Schedule] | None:
+    """Of every block for such images; None where a map would have nothing left."""
+    schedules: list[Schedule] = []
+    shape: Sequence[int] = x.shape
+    for block in blocks:
+        maps = _maps(block, shape)
+        shape = len(x), *maps[-1]
+        if min(shape) < 1:
+            return None
+        schedules.append(_schedule(block, maps, len(x), x.element_size()))
+    return schedules
+
+
+def _schedule(
+    block: Sequence[Link], maps: Sequence[tuple[int, int, int]], images: int, itemsize: int
+) -> Schedule:
+    """Whole, or image by image in strips of rows where the maps are large."""
+    elements = images * max(map(prod, maps[1:]))
+    size = maps[-1][1:]
+    is_large = elements * itemsize >= _STRIP_BYTES
+    if elements < _WHOLE_ELEMENTS and elements * itemsize < _WHOLE_BYTES:
+        return Schedule(block, size, is_large, ())
+    rows = _rows_of_a_strip(maps, itemsize)
+    firsts = range(0, size[0], rows)
+    strips = tuple(_strip(block, maps, (first, min(first + rows, size[0]))) for first in firsts)
+    return Schedule(block, size, is_large, strips)
+
+
+def computed(schedule: Schedule, x: Tensor) -> Tensor:
+    """A block's output."""
+    if schedule.is_large:
         keep_freed_maps()
-    if elements < _WHOLE_ELEMENTS and elements * x.element_size() < _WHOLE_BYTES:
-        return _whole(block, maps[-1][1:], x)
-    *layers, last = block
-    height, width = maps[-1][1:]
-    rows = _rows_of_a_strip(maps, x.element_size())
+    if not schedule.strips:
+        return _whole(schedule.block, schedule.size, x)
     result: Tensor | None = None
     for i in range(len(x)):
-        for first in range(0, height, rows):
-            wanted = _wanted(block, maps, (first, min(first + rows, height)))
-            part = _strip(layers, maps, x[i : i + 1], wanted)
-            write = _writer(last, part, x)
+        for strip in schedule.strips:
+            part = x[i : i + 1, :, slice(*strip.given)]
+            for layer in strip.layers:
+                part = layer(part)
+            write = _writer(schedule.block[-1], part, x)
             if write is None:
-                part = _on_rows(last, maps[-2], maps[-1], part, wanted[-2], wanted[-1])
+                part = strip.last(part)
             if result is None:
-                result = _empty(len(x), (height, width), part)
-            place = result[i : i + 1, :, slice(*wanted[-1])]
+                result = _empty(len(x), schedule.size, part)
+            place = result[i : i + 1, :, slice(*strip.made)]
             if write is None:
                 place.copy_(part)
             else:
@@ -303,38 +372,37 @@ def _wanted(block: Sequence[Link], maps: Sequence[tuple[int, int, int]], rows: P
     return wanted
 
 
-def _strip(
-    layers: Sequence[Link],
-    maps: Sequence[tuple[int, int, int]],
-    x: Tensor,
-    wanted: Sequence[Pair],
-) -> Tensor:
-    """The rows wanted of the last layer: each layer on the rows that the next ones read."""
-    x = x[:, :, slice(*wanted[0])]
-    for i, link in enumerate(layers):
-        x = _on_rows(link, maps[i], maps[i + 1], x, wanted[i], wanted[i + 1])
-    return x
+def _strip(block: Sequence[Link], maps: Sequence[tuple[int, int, int]], rows: Pair) -> Strip:
+    """Of these rows of the output: each layer on the rows that the next ones read."""
+    wanted = _wanted(block, maps, rows)
+    layers = [
+        _on_rows(link, maps[i], maps[i + 1], wanted[i], wanted[i + 1])
+        for i, link in enumerate(block)
+    ]
+    return Strip(wanted[0], tuple(layers[:-1]), layers[-1], rows)
 
 
 def _on_rows(
     link: Link,
     given: tuple[int, int, int],
     made: tuple[int, int, int],
-    x: Tensor,
     have: Pair,
     want: Pair,
-) -> Tensor:
+) -> Callable[[Tensor], Tensor]:
+    """What computes the rows `want` of a layer's output from the rows `have` of its input."""
     if link.sliding is None:
-        return link.call(x)
-    window = link.height
+        return link.call
+    sliding, window = link.sliding, link.height
     above = have[0] - (want[0] * window.stride - window.before)
     below = (want[1] - 1) * window.stride - window.before + window.span - have[1]
     part = Part(want, (0, made[2]), (given[1], given[2]), pads_width=True)
     held = have[1] > have[0]
-    if (above or below) and held and link.sliding.pads_height and window.stride == 1:
+    if (above or below) and held and sliding.pads_height and window.stride == 1:
         # rows of zeros at both ends, of which one may be wrong, cost less than a padded copy
-        rows = link.sliding.run(x, replace(part, pads_height=True))
-        return rows.narrow(2, window.before - above, want[1] - want[0])
+        padded = replace(part, pads_height=True)
+        first, rows = window.before - above, want[1] - want[0]
+        return lambda x: sliding.run(x, padded).narrow(2, first, rows)
     if above or below:
-        x = F.pad(x, (0, 0, above, below), "constant", link.sliding.value)
-    return link.sliding.run(x, part)
+        pads = (0, 0, above, below)
+        return lambda x: sliding.run(F.pad(x, pads, "constant", sliding.value), part)
+    return lambda x: sliding.run(x, part)

@@ -36,7 +36,15 @@ from fcvgg.errors import (
     ImageError,
     MissingExtraError,
 )
-from fcvgg.optimization import fused, fusion, graph_replay, huge_pages, row_convolution, winograd
+from fcvgg.optimization import (
+    fused,
+    fusion,
+    graph_replay,
+    halves,
+    huge_pages,
+    row_convolution,
+    winograd,
+)
 from fcvgg.optimization import networks as optimization
 
 REORDERED = 1e-5
@@ -215,6 +223,20 @@ def test_blocks_that_keep_some_channels(request, strips, relu_first):
     assert relative_error(net.network(batch), fast(batch)) < BFLOAT16
 
 
+def test_shapes_are_read_once(monkeypatch, small):
+    monkeypatch.setattr(trunk, "_MOST_SCHEDULES", 2)
+    fast = copy.deepcopy(fcvgg.optimize(small))  # which has read no shape yet
+    read = []
+    real = trunk._schedules
+    monkeypatch.setattr(
+        trunk, "_schedules", lambda blocks, x: read.append(tuple(x.shape[2:])) or real(blocks, x)
+    )
+    for size in [(40, 40), (40, 40), (61, 45), (40, 40), (33, 70), (40, 40)]:
+        batch = images(1, 3, *size, dtype=torch.float32)
+        assert relative_error(small.network(batch), fast(batch)) < REORDERED
+    assert read == [(40, 40), (61, 45), (33, 70), (40, 40)]  # the third one drops what was kept
+
+
 def test_a_watched_layer_sees_its_whole_map(in_strips, small):
     seen = []
     layer = small.network.get_submodule("features.4")
@@ -370,10 +392,45 @@ def test_pieces_cover_the_grid_and_are_of_one_size(n, most):
     assert len(starts) == -(-n // most)
 
 
+@given(rows=st.integers(2, 11), cols=st.integers(1, 5), channels=st.integers(1, 4), taps=st.data())
+def test_halves_side_by_side_are_the_map(rows, cols, channels, taps):
+    x = images(1, channels, rows, cols, seed=taps.draw(st.integers(0, 99)))
+    weight = images(3, channels, 3, 3, seed=2)
+    both = halves.halves(x)
+    assert both.shape == (2, channels, -(-rows // 2) + 2, cols)
+    scores = halves.joined_halves(F.conv2d(both, weight, padding=(0, 1)), rows)
+    torch.testing.assert_close(scores, F.conv2d(x, weight, padding=1), rtol=0, atol=1e-12)
+
+
+@needs_bfloat16
+def test_layers_by_halves(monkeypatch):
+    """Those of 20 rows and more, even and odd ones."""
+    monkeypatch.setattr(halves, "has_amx", lambda: True)
+    monkeypatch.setattr(halves, "_THREADS", torch.get_num_threads())
+    monkeypatch.setattr(halves, "_LEAST_CHANNELS", 8)
+    net = fcvgg.convert(seeded(SmallVGG, dtype=torch.float32), input_size=32)
+    fast = fcvgg.optimize(net, dtype=torch.bfloat16)
+    calls = []
+    real = fused.halves
+    monkeypatch.setattr(fused, "halves", lambda x: calls.append(x.shape[2]) or real(x))
+    for rows in (32, 57, 82):
+        batch = images(1, 3, rows, 25, dtype=torch.float32)
+        scores = fast(batch)
+        monkeypatch.setattr(halves, "_LEAST_ROWS", 1000)
+        assert relative_error(fast(batch), scores) < 2**-7  # one rounding in 8 bits
+        monkeypatch.setattr(halves, "_LEAST_ROWS", 20)
+        assert relative_error(net(batch), scores) < BFLOAT16
+    assert set(calls) >= {57, 28, 41}
+    assert min(calls) >= 20
+    calls.clear()
+    fast(images(2, 3, 57, 45, dtype=torch.float32))  # a batch is shared among threads as it is
+    assert calls == []
+
+
 @needs_bfloat16
 def test_fc6_of_the_size_that_was_asked_for(monkeypatch):
     """A 7x7 window over 128 channels at stride 4: 16x16 cells for images of 90 pixels."""
-    monkeypatch.setattr(row_convolution, "_has_amx", lambda: True)
+    monkeypatch.setattr(row_convolution, "has_amx", lambda: True)
     layers = [nn.Conv2d(3, 128, 3, stride=4), nn.ReLU(), nn.AdaptiveAvgPool2d(7), nn.Flatten()]
     model = nn.Sequential(*layers, nn.Linear(128 * 49, 128), nn.ReLU(), nn.Linear(128, 5))
     net = fcvgg.convert(seeded(lambda: model, dtype=torch.float32), input_size=28)
@@ -418,7 +475,7 @@ def test_fc6_of_the_size_that_was_asked_for(monkeypatch):
 @needs_bfloat16
 def test_rows_that_give_other_scores_are_left_out(monkeypatch):
     """As they would on a processor or in a torch that orders weights in another way."""
-    monkeypatch.setattr(row_convolution, "_has_amx", lambda: True)
+    monkeypatch.setattr(row_convolution, "has_amx", lambda: True)
     monkeypatch.setattr(row_convolution.RowConvolution, "__call__", lambda self, x: x.new_ones(1))
     layers = [nn.Conv2d(3, 128, 3, stride=4), nn.ReLU(), nn.AdaptiveAvgPool2d(7), nn.Flatten()]
     model = nn.Sequential(*layers, nn.Linear(128 * 49, 128))
@@ -430,7 +487,7 @@ def test_rows_that_give_other_scores_are_left_out(monkeypatch):
 @needs_bfloat16
 @pytest.mark.parametrize(("amx", "grid"), [(True, (5, 6)), (False, (16, 16)), (True, (2, 90))])
 def test_where_a_product_is_faster_than_rows(monkeypatch, amx, grid):
-    monkeypatch.setattr(row_convolution, "_has_amx", lambda: amx)
+    monkeypatch.setattr(row_convolution, "has_amx", lambda: amx)
     assert not row_convolution.RowConvolution.suits(grid)
     assert not amx or row_convolution.RowConvolution.suits((16, 16))
 

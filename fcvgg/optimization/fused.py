@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from fcvgg.geometry import Pair, Window
 from fcvgg.layers.strips import Sliding, Windows, strip_rule
 from fcvgg.modules import _GEMM_CELLS, by_windows, window_linear
+from fcvgg.optimization.halves import gain_by_halves, halves, joined_halves
 from fcvgg.optimization.huge_pages import on_huge_pages
 from fcvgg.optimization.row_convolution import RowConvolution
 from fcvgg.optimization.winograd import (
@@ -199,6 +200,15 @@ class PackedConv2d(Packed, FusedConv2d):
         scores = self._by_winograd(x, padding, self.relu)
         if scores is not None:
             return scores
+        if self._gains_by_halves(x, padding):
+            return joined_halves(self._by_onednn(halves(x), (0, 1)), x.shape[2])
+        return self._by_onednn(x, padding)
+
+    def _gains_by_halves(self, x: Tensor, padding: Pair) -> bool:
+        regular = self.kernel == (3, 3) and self.stride == self.dilation == padding == (1, 1)
+        return regular and self.groups == 1 and gain_by_halves(x, self.out_channels)
+
+    def _by_onednn(self, x: Tensor, padding: Pair) -> Tensor:
         if x.shape[3] != self._width:  # or oneDNN would reorder the weights at every call
             self._packed = self._ordered(self._packed, x.shape)
             self._width = x.shape[3]

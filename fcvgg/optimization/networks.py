@@ -26,6 +26,7 @@ from fcvgg.optimization.fused import (
 )
 from fcvgg.optimization.fusion import fused
 from fcvgg.optimization.graph_replay import GraphReplay
+from fcvgg.optimization.processor import has_bfloat16
 from fcvgg.placement import device_of, dtype_of
 from fcvgg.trunk import CHANNELS_LAST, Plan, run
 from fcvgg.verification import Equivalence, verify
@@ -401,12 +402,3 @@ def _check_options(dtype: Any, device: torch.device, engine: str | None) -> None
         )
     if engine == "onnxruntime" and dtype != torch.float32:
         raise ArgumentError("engine='onnxruntime' computes in torch.float32; pass that or None")
-
-
-def has_bfloat16() -> bool:
-    """Whether this processor computes in bfloat16."""
-    known = (getattr(torch.cpu, name, None) for name in _BFLOAT16_CHECKS)
-    return any(check() for check in known if check is not None)
-
-
-_BFLOAT16_CHECKS = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fcvgg.geometry import Pair
 from fcvgg.optimization.huge_pages import on_huge_pages
+from fcvgg.optimization.processor import has_amx
 
 _LEAST_CELLS = 32
 """Cells of a map below which reading the weights takes longest, and a product reads them faster."""
@@ -48,7 +49,7 @@ class RowConvolution:
     @staticmethod
     def suits(grid: Pair) -> bool:
         """Whether one map with so many cells is computed faster than by a product."""
-        if not _has_amx():
+        if not has_amx():
             return False
         pieces = prod(map(len, _starts(grid)))
         return prod(_piece(grid)) >= (_LEAST_CELLS if pieces == 1 else _LEAST_PIECE_CELLS)
@@ -96,12 +97,6 @@ class RowConvolution:
         down, across = self._piece
         shape = (1, weight.shape[1], down + height - 1, across)
         return on_huge_pages(reorder(weight, (0, 0), (1, 1), (1, 1), 1, shape))
-
-
-def _has_amx() -> bool:
-    """Whether the processor has the tiles for which this was measured."""
-    check = getattr(torch.cpu, "_is_amx_tile_supported", None)
-    return check is not None and bool(check())
 
 
 def _piece(grid: Pair) -> Pair:
