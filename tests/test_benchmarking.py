@@ -39,6 +39,7 @@ def narrow(monkeypatch):
     monkeypatch.setattr(benchmarking, "Worker", Here)
     monkeypatch.setattr(benchmarking, "measured_peak", lambda clock: 100.0)
     monkeypatch.setattr(benchmarking, "_PAUSE", 0.0)
+    monkeypatch.setattr(workers, "_TURN", 0.0)
     return model
 
 
@@ -108,6 +109,21 @@ def test_turns_begin_with_a_call_that_is_not_counted(narrow, monkeypatch, short,
     (row,) = fcvgg_benchmark(contenders=["usual recipe"]).rows
     assert row.calls == 2
     assert len(shapes) == calls  # the first one, the turns', and one whose error is measured
+
+
+def test_short_calls_are_made_several_times_in_a_turn(narrow, monkeypatch):
+    monkeypatch.setattr(workers, "_TURN", 0.5)
+    runner = Here("FC model", workers.Case("vgg16", 224, 1, threads=1))
+    times = iter([0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 2.0, 3.0])
+
+    def call():
+        runner._last = next(times)
+        return runner._last
+
+    monkeypatch.setattr(runner, "call", call)
+    assert runner.call() == 0.05
+    assert runner.turn() == [0.2, 0.3, 0.4, 0.5, 0.6]  # five of the 0.1 s that are not counted
+    assert runner.turn() == [3.0]
 
 
 def test_what_is_absent_is_left_out_by_name(narrow, monkeypatch):

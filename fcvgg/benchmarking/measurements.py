@@ -57,7 +57,7 @@ def benchmark(
         model: a torchvision name; its weights are random, which costs the same.
         sizes: sides of the square images.
         batches: images per call.
-        repeats: calls of each that are counted.
+        repeats: turns of each; short calls are made several times in one.
         contenders: names of `fcvgg.benchmarking.contenders.CONTENDERS`; None takes all.
         threads: of every contender; None keeps torch's setting.
         clock: ``"wall"`` or ``"cpu"``.
@@ -182,7 +182,7 @@ class _Turns:
         return self.case.size**2 * self.case.batch <= _LARGEST_EXACT
 
     def take(self, names: Iterable[str], repeats: int) -> None:
-        """Start the contenders and call each ``repeats`` times, in turns.
+        """Start the contenders and call them in ``repeats`` turns.
 
         One whose first call is slow is called once more, then ended, so that the memory of slow
         ones does not add up.
@@ -204,7 +204,7 @@ class _Turns:
                 for name, worker in [*self._running.items()]:
                     time.sleep(_PAUSE)
                     with self._left_out_if_it_fails(name):
-                        self.seconds[name].append(worker.turn())
+                        self.seconds[name] += worker.turn()
             for name in [*self._running]:
                 with self._left_out_if_it_fails(name):
                     self._finish(name)

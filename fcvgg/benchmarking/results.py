@@ -23,6 +23,7 @@ class Measurement:
     Attributes:
         seconds: the median of a call.
         quartiles: of the same.
+        calls: that were counted.
         ratio: to plain fcvgg's median at the same size and batch; below 1 is faster. None
             where plain fcvgg did not run beside it.
         gflops: 10**9 operations of the dense network per second: the same work for everybody.
@@ -132,11 +133,12 @@ class Benchmark:
             f"peak of this run {self.peak_gflops:,.0f} GFLOP/s in float32 (the best of a matrix "
             "product and a convolution).",
             "",
-            "Medians; the ratio is to plain fcvgg's time. A turn begins with a call that is not "
-            "counted, unless a call takes a second or more; fcvgg is optimised for each size. "
-            "Memory is the peak of its process, the error the largest difference from float64 "
-            "scores relative to the largest score. Operations are the dense network's for "
-            "everybody, so Winograd's algorithm and bfloat16 may exceed the peak.",
+            "Medians; the ratio is to plain fcvgg's time. A turn lasts half a second or one call, "
+            "and begins with a call that is not counted unless a call takes a second; fcvgg is "
+            "optimised for each size. Memory is the peak of its process, the error the largest "
+            "difference from float64 scores relative to the largest score. Operations are the "
+            "dense network's for everybody, so Winograd's algorithm and bfloat16 may exceed the "
+            "peak.",
         ]
         for size, batch in dict.fromkeys((row.size, row.batch) for row in self.rows):
             rows = [row for row in self.rows if (row.size, row.batch) == (size, batch)]

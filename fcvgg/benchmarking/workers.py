@@ -29,6 +29,9 @@ network again and again, and at the start of a turn another one's weights are in
 costs a millisecond or two, which longer calls do not notice.
 """
 
+_TURN = 0.5
+"""Seconds that the counted calls of a turn fill, so that medians of short calls are steady."""
+
 _PATIENCE = 2.0
 """Seconds in which a process that nobody asks any more ends by itself."""
 
@@ -86,11 +89,12 @@ class Runner:
             self._last = self._clock() - start
         return self._last
 
-    def turn(self) -> float:
-        """Seconds of one call at a turn, after one that is not counted where calls are short."""
+    def turn(self) -> list[float]:
+        """Seconds of the calls of a turn, after one that is not counted where calls are short."""
         if self._last < _SHORT:
             self.call()
-        return self.call()
+        calls = max(int(_TURN / max(self._last, 1e-6)), 1)
+        return [self.call() for _ in range(calls)]
 
     def scores(self) -> NDArray[Any]:
         """The score map ``(N, K, h, w)``, of a comparable contender."""
@@ -137,7 +141,7 @@ class Worker:
         """As of `Runner`."""
         return self._ask("call")
 
-    def turn(self) -> float:
+    def turn(self) -> list[float]:
         """As of `Runner`."""
         return self._ask("turn")
 

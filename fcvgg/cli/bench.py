@@ -28,9 +28,7 @@ def run(
     batches: Annotated[
         str, typer.Option("--batches", metavar="N,...", help="Images per call.")
     ] = "1",
-    repeats: Annotated[
-        int, typer.Option("--repeats", min=1, help="Calls of each that are counted.")
-    ] = 7,
+    repeats: Annotated[int, typer.Option("--repeats", min=1, help="Turns of each.")] = 7,
     only: Annotated[
         list[str] | None,
         typer.Option(
