@@ -140,11 +140,11 @@ class Plan:
     def schedules(self, x: Tensor) -> list[Schedule] | None:
         """Of the leading blocks for such images; None where they are too small for them."""
         key = x.shape, x.dtype, torch.get_num_threads()
-        if key not in self._known:
-            if len(self._known) >= _MOST_SCHEDULES:
-                self._known.clear()
-            self._known[key] = _schedules(self._blocks, x)
-        return self._known[key]
+        known = self._known  # replaced as a whole, since other threads may read it
+        if key not in known:
+            kept = {} if len(known) >= _MOST_SCHEDULES else known
+            self._known = known = {**kept, key: _schedules(self._blocks, x)}
+        return known[key]
 
     def is_watched(self) -> bool:
         """Whether a hook was added since."""

@@ -1,6 +1,9 @@
 """The benchmark on a narrow VGG: what it computes and writes, not how fast anything is."""
 
 import json
+import os
+import signal
+import time
 from dataclasses import replace
 
 import pytest
@@ -13,8 +16,9 @@ import fcvgg
 from fcvgg.benchmarking import contenders, results, workers
 from fcvgg.benchmarking import measurements as benchmarking
 from fcvgg.cli import app
-from fcvgg.errors import ArgumentError, FcvggError
+from fcvgg.errors import ArgumentError, ContenderError, FcvggError
 
+FIVE = [0.2, 0.3, 0.4, 0.5, 0.6]
 NARROW = ["fcvgg", "fcvgg optimised", "usual recipe", "FC model", "FC sliding window"]
 
 
@@ -97,7 +101,7 @@ def test_optimised_networks_are_made_for_the_size_of_the_images(narrow, monkeypa
     assert sizes == [224, 256]
 
 
-@pytest.mark.parametrize(("short", "calls"), [(100.0, 1 + 2 * 2 + 1), (0.0, 1 + 2 + 1)])
+@pytest.mark.parametrize(("short", "calls"), [(100.0, 2 + 2 * 2 + 1), (0.0, 2 + 2 + 1)])
 def test_turns_begin_with_a_call_that_is_not_counted(narrow, monkeypatch, short, calls):
     monkeypatch.setattr(workers, "_SHORT", short)
     shapes = []
@@ -108,22 +112,26 @@ def test_turns_begin_with_a_call_that_is_not_counted(narrow, monkeypatch, short,
     )
     (row,) = fcvgg_benchmark(contenders=["usual recipe"]).rows
     assert row.calls == 2
-    assert len(shapes) == calls  # the first one, the turns', and one whose error is measured
+    assert len(shapes) == calls  # the first one, one that tells how many, the turns', the error's
 
 
-def test_short_calls_are_made_several_times_in_a_turn(narrow, monkeypatch):
+@pytest.mark.parametrize(
+    ("seconds", "turns"),
+    [
+        (
+            [0.1, 0.9, 0.2, 0.3, 0.4, 0.5, 0.6, 0.9, *[0.3] * 5],
+            [[0.2, 0.3, 0.4, 0.5, 0.6], [0.3] * 5],
+        ),
+        ([2.0, 3.0, 4.0], [[3.0], [4.0]]),
+    ],
+)
+def test_short_calls_are_made_several_times_in_a_turn(narrow, monkeypatch, seconds, turns):
     monkeypatch.setattr(workers, "_TURN", 0.5)
     runner = Here("FC model", workers.Case("vgg16", 224, 1, threads=1))
-    times = iter([0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 2.0, 3.0])
-
-    def call():
-        runner._last = next(times)
-        return runner._last
-
-    monkeypatch.setattr(runner, "call", call)
-    assert runner.call() == 0.05
-    assert runner.turn() == [0.2, 0.3, 0.4, 0.5, 0.6]  # five of the 0.1 s that are not counted
-    assert runner.turn() == [3.0]
+    times = iter(seconds)
+    monkeypatch.setattr(runner, "call", lambda: next(times))
+    assert [runner.turn(), runner.turn()] == turns
+    assert next(times, None) is None
 
 
 def test_what_is_absent_is_left_out_by_name(narrow, monkeypatch):
@@ -164,7 +172,7 @@ def test_a_contender_that_fails_in_one_case_is_left_out_of_it(narrow, monkeypatc
     class Failing(Here):
         def turn(self):
             if self._images.shape[-1] == 224 and not isinstance(self._run, torch.nn.Module):
-                raise workers.DiedError("its process ended with 1")
+                raise ContenderError("its process ended with 1")
             return super().turn()
 
     monkeypatch.setattr(benchmarking, "Worker", Failing)
@@ -182,6 +190,41 @@ def test_a_contender_that_fails_in_one_case_is_left_out_of_it(narrow, monkeypatc
     assert lines.count("left out FC sliding window: its process ended with 1") == 1
 
 
+def test_a_contender_whose_first_call_fails_is_ended(narrow, monkeypatch):
+    closed = []
+
+    class Failing(Here):
+        def call(self):
+            if not isinstance(self._run, torch.nn.Module):
+                raise ContenderError("RuntimeError: can't allocate memory")
+            return super().call()
+
+        def close(self):
+            closed.append(type(self._run))
+
+    monkeypatch.setattr(benchmarking, "Worker", Failing)
+    lines = []
+
+    def report(line):
+        lines.append(line)
+        if line == "turn 1 of 2":
+            assert len(closed) == 1
+
+    result = fcvgg_benchmark(contenders=["fcvgg", "FC sliding window"], report=report)
+    assert [r.contender for r in result.rows] == ["fcvgg"]
+    assert "turn 1 of 2" in lines
+
+
+def test_scores_that_fail_cost_the_error_only(narrow, monkeypatch):
+    class Failing(Here):
+        def scores(self):
+            raise ContenderError("its process ended with 1")
+
+    monkeypatch.setattr(benchmarking, "Worker", Failing)
+    (row,) = fcvgg_benchmark(contenders=["fcvgg"]).rows
+    assert (row.error, row.calls) == (None, 2)
+
+
 def test_processes_of_their_own():
     names = ["fcvgg", "usual recipe", "timm"]
     lines = []
@@ -197,24 +240,36 @@ def test_processes_of_their_own():
     assert lines[0] == "256x256, batch 1"
 
 
-def test_what_happens_in_a_process_is_told():
+def test_what_happens_in_a_process_is_told(capfd):
     case = workers.Case("alexnet", 224, 1, threads=1)
-    with pytest.raises(FcvggError, match="not for this model: "):
+    with pytest.raises(FcvggError, match="not for this model: ") as raised:
         workers.Worker("no such contender", case)
-    with pytest.raises(workers.DiedError, match="ValueError: Unknown model alexnets"):
+    assert type(raised.value) is FcvggError  # so it is left out of every case
+    with pytest.raises(ContenderError, match="ValueError: Unknown model alexnets"):
         workers.Worker("fcvgg", replace(case, model="alexnets"))
+    assert "Traceback" in capfd.readouterr().err
     small = workers.Worker("FC model", replace(case, size=40))
-    with (
-        small,
-        pytest.raises(workers.DiedError, match=r"RuntimeError: .*utput size is too small"),
-    ):
+    with small, pytest.raises(ContenderError, match=r"RuntimeError: .*utput size is too"):
         small.call()
     with workers.Worker("FC model", case) as worker:
         assert worker.call() > 0
         worker._process.kill()
         killed = "its process was killed, most likely for want of memory"
-        with pytest.raises(workers.DiedError, match=killed):
+        with pytest.raises(ContenderError, match=killed):
             worker.turn()
+    assert worker._process.exitcode == -9
+
+
+def test_an_interrupted_benchmark_ends_its_processes(monkeypatch):
+    """The interruption of a terminal reaches the processes too, which leave it to the parent."""
+    monkeypatch.setattr(workers, "_PATIENCE", 0.1)
+    worker = workers.Worker("FC model", workers.Case("alexnet", 512, 64, threads=1))
+    os.kill(worker._process.pid, signal.SIGINT)
+    worker._pipe.send("call")  # of seconds
+    time.sleep(0.5)
+    assert worker._process.is_alive()
+    with pytest.raises(KeyboardInterrupt), worker:
+        raise KeyboardInterrupt
     assert worker._process.exitcode == -9
 
 

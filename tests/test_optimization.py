@@ -403,6 +403,47 @@ def test_halves_side_by_side_are_the_map(rows, cols, channels, taps):
 
 
 @needs_bfloat16
+@pytest.mark.parametrize(
+    ("options", "padding", "height"),
+    [
+        ({"padding": 1, "stride": 2}, (1, 1), 24),
+        ({"padding": 2, "dilation": 2}, (2, 2), 24),
+        ({"padding": 1, "groups": 2}, (1, 1), 24),
+        ({"padding": 0}, (0, 0), 24),
+        ({"padding": 1}, (0, 1), 24),  # in a strip, whose rows come padded
+        ({"padding": 1}, (1, 1), 19),
+        ({"padding": 1, "kernel_size": 1}, (1, 1), 24),
+    ],
+)
+def test_layers_that_halves_are_not_for(monkeypatch, options, padding, height):
+    monkeypatch.setattr(halves, "has_amx", lambda: True)
+    monkeypatch.setattr(halves, "_THREADS", torch.get_num_threads())
+    monkeypatch.setattr(fused, "halves", None)
+    conv = nn.Conv2d(16, 512, **{"kernel_size": 3, **options}).bfloat16()
+    layer = fused.PackedConv2d(conv, conv.weight.detach(), conv.bias.detach(), relu=False)
+    x = images(1, 16, height, 24, dtype=torch.bfloat16)
+    x = x.contiguous(memory_format=torch.channels_last)
+    steps = (conv.stride, padding, conv.dilation, conv.groups)
+    with torch.no_grad():
+        expected = F.conv2d(x, conv.weight, conv.bias, *steps)
+        assert relative_error(expected, layer.convolved(x, padding)) < 2**-7
+
+
+def test_halves_are_for_one_map_in_bfloat16_on_two_threads(monkeypatch):
+    monkeypatch.setattr(halves, "has_amx", lambda: True)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    x = torch.zeros(1, 1, 32, 32, dtype=torch.bfloat16)
+    assert halves.gains_by_halves(x, 512)
+    assert not halves.gains_by_halves(x, 256)
+    assert not halves.gains_by_halves(x.float(), 512)
+    assert not halves.gains_by_halves(x.expand(2, -1, -1, -1), 512)
+    assert not halves.gains_by_halves(torch.zeros(1, 1, 64, 64, dtype=torch.bfloat16), 512)
+    for threads in (1, 4):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        assert not halves.gains_by_halves(x, 512)
+
+
+@needs_bfloat16
 def test_layers_by_halves(monkeypatch):
     """Those of 20 rows and more, even and odd ones."""
     monkeypatch.setattr(halves, "has_amx", lambda: True)
@@ -423,8 +464,30 @@ def test_layers_by_halves(monkeypatch):
     assert set(calls) >= {57, 28, 41}
     assert min(calls) >= 20
     calls.clear()
-    fast(images(2, 3, 57, 45, dtype=torch.float32))  # a batch is shared among threads as it is
+    batch = images(2, 3, 57, 25, dtype=torch.float32)
+    scores = fast(batch)  # a batch is shared among threads as it is
     assert calls == []
+    assert relative_error(net(batch), scores) < BFLOAT16
+    assert relative_error(fast(batch[:1]), scores[:1]) < 2**-7
+    assert calls != []
+
+
+@needs_bfloat16
+@needs_packing
+def test_weights_are_ordered_for_halves_and_for_batches(monkeypatch):
+    monkeypatch.setattr(halves, "has_amx", lambda: True)
+    monkeypatch.setattr(halves, "_THREADS", torch.get_num_threads())
+    conv = nn.Conv2d(8, 512, 3, padding=1).bfloat16()
+    layer = fused.PackedConv2d(conv, conv.weight.detach(), conv.bias.detach(), relu=False)
+    ordered = []
+    real = layer._ordered
+    monkeypatch.setattr(
+        layer, "_ordered", lambda weight, shape: ordered.append(tuple(shape)) or real(weight, shape)
+    )
+    one, two = (images(n, 8, 32, 32, dtype=torch.bfloat16) for n in (1, 2))
+    for x in (one, one, two, two, one):
+        layer(x)
+    assert ordered == [(2, 8, 18, 32), (2, 8, 32, 32), (2, 8, 18, 32)]
 
 
 @needs_bfloat16

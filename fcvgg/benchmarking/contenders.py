@@ -174,7 +174,7 @@ CONTENDERS: dict[str, Contender] = {
 
 def classifier(model: str) -> tuple[nn.Module, int]:
     """A torchvision model with random weights, the same at every call, and its native size."""
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         source = torchvision.models.get_model(model, weights=None).eval()
     return source, 299 if model == "inception_v3" else 224

@@ -50,14 +50,16 @@ def measured_peak(clock: Callable[[], float] = time.perf_counter) -> float:
     return best
 
 
-def peak_bytes() -> int:
-    """The most memory that this process has held."""
+def peak_bytes() -> int | None:
+    """The most memory that this process has held; None where the system does not tell."""
     status = Path("/proc/self/status")
     if status.is_file():  # what getrusage tells on Linux includes the process that started this one
         for line in status.read_text().splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
-    import resource
-
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

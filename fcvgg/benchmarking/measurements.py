@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from fcvgg.benchmarking.contenders import CONTENDERS, PLAIN, classifier
 from fcvgg.benchmarking.machine import CLOCKS, machine, measured_peak
 from fcvgg.benchmarking.results import Benchmark, Measurement
-from fcvgg.benchmarking.workers import Case, DiedError, Worker
+from fcvgg.benchmarking.workers import Case, Worker
 from fcvgg.conversion import convert
-from fcvgg.errors import ArgumentError, FcvggError
+from fcvgg.errors import ArgumentError, ContenderError, FcvggError
 from fcvgg.network import FullyConvolutional
 
 _SLOW = 10.0
@@ -51,7 +51,9 @@ def benchmark(
     report: Callable[[str], None] = lambda line: None,
     keep: Callable[[Benchmark], None] = lambda result: None,
 ) -> Benchmark:
-    """Measure contenders side by side.
+    """Measure contenders side by side, each in a process of its own.
+
+    A script that calls this needs the usual ``if __name__ == "__main__":``.
 
     Args:
         model: a torchvision name; its weights are random, which costs the same.
@@ -138,7 +140,7 @@ def _settings(threads: int | None) -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(threads or before)
     try:
-        with torch.random.fork_rng(), torch.no_grad():
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
             yield
     finally:
         torch.set_num_threads(before)
@@ -160,7 +162,7 @@ class _Turns:
 
     Attributes:
         seconds: of every counted call, by contender.
-        memory: bytes that each one's process held at most.
+        memory: bytes that each one's process held at most, where the system tells.
         scores: of those that are compared with float64.
         left_out: why, by contender where it can run nowhere, else by contender and case.
         peak: GFLOP/s of the machine meanwhile.
@@ -169,7 +171,7 @@ class _Turns:
     def __init__(self, case: Case, report: Callable[[str], None]) -> None:
         self.case = case
         self.seconds: dict[str, list[float]] = {}
-        self.memory: dict[str, int] = {}
+        self.memory: dict[str, int | None] = {}
         self.scores: dict[str, NDArray[Any]] = {}
         self.left_out: dict[str, str] = {}
         self.peak = 0.0
@@ -193,13 +195,13 @@ class _Turns:
                 self._report(f"preparing {name}")
                 with self._left_out_if_it_fails(name):
                     worker = stack.enter_context(Worker(name, self.case))
-                    first = worker.call()
                     self._running[name], self.seconds[name] = worker, []
-                    if first >= _SLOW:
+                    if worker.call() >= _SLOW:
                         self.seconds[name].append(worker.call())
                         self._finish(name)
-            for i in range(repeats):
+            for i in range(repeats if self.seconds else 0):
                 self._report(f"turn {i + 1} of {repeats}")
+                time.sleep(_PAUSE)
                 self.peak = max(self.peak, measured_peak(clock))
                 for name, worker in [*self._running.items()]:
                     time.sleep(_PAUSE)
@@ -213,7 +215,10 @@ class _Turns:
         worker = self._running[name]
         self.memory[name] = worker.memory()
         if self.exact and CONTENDERS[name].comparable:
-            self.scores[name] = worker.scores()
+            try:
+                self.scores[name] = worker.scores()
+            except FcvggError as error:  # what was measured counts without them
+                self._report(f"no scores of {name}: {error}")
         worker.close()
         del self._running[name]
 
@@ -225,7 +230,7 @@ class _Turns:
             self.seconds.pop(name, None)
             if name in self._running:
                 self._running.pop(name).close()
-            where = f"{name} at {self.case}" if isinstance(error, DiedError) else name
+            where = f"{name} at {self.case}" if isinstance(error, ContenderError) else name
             self.left_out[where] = str(error)
             self._report(f"left out {name}: {error}")
 

@@ -133,9 +133,10 @@ class Benchmark:
             f"peak of this run {self.peak_gflops:,.0f} GFLOP/s in float32 (the best of a matrix "
             "product and a convolution).",
             "",
-            "Medians; the ratio is to plain fcvgg's time. A turn lasts half a second or one call, "
-            "and begins with a call that is not counted unless a call takes a second; fcvgg is "
-            "optimised for each size. Memory is the peak of its process, the error the largest "
+            "Medians; the ratio is to plain fcvgg's time. A turn is half a second or one call, "
+            "after a call that is not counted unless calls take a second; where a first call takes "
+            "ten, there is one more, and no quartiles. fcvgg is optimised for each size. Memory is "
+            "the peak of its process, the error the largest "
             "difference from float64 scores relative to the largest score. Operations are the "
             "dense network's for everybody, so Winograd's algorithm and bfloat16 may exceed the "
             "peak.",
@@ -189,7 +190,7 @@ class Benchmark:
                 ax.plot(row.quartiles, (place, place), color="black", lw=1)
                 ax.plot(row.seconds, place, "o", color=colour)
                 ax.annotate(
-                    *(f"{row.seconds:.3g} s", (row.seconds, place)),
+                    *(f"{row.seconds:.3g} s", (max(row.seconds, row.quartiles[1]), place)),
                     **{"xytext": (7, 0), "textcoords": "offset points"},
                     **{"va": "center", "fontsize": 8},
                 )
@@ -234,7 +235,7 @@ def _cells(row: Measurement) -> list[str]:
     return [
         row.contender,
         f"{row.seconds:.3f} s",
-        f"{low:.3f} to {high:.3f}",
+        f"{low:.3f} to {high:.3f}" if row.calls > 1 else "",
         "" if row.ratio is None else f"{row.ratio:.2f}",
         f"{row.gflops:,.0f}",
         f"{row.share:.0%}",

@@ -1,12 +1,13 @@
 """One contender in a process of its own.
 
-What a contender sets for its process, the threads that it leaves spinning and the memory that it
-keeps then concern no other one, and the peak of its memory is its own.
+What a contender sets for its process and how its memory is laid out then concern no other one, and
+the peak of its memory is its own.
 """
 
 from __future__ import annotations
 
 import signal
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from fcvgg.benchmarking.contenders import classifier, made
 from fcvgg.benchmarking.machine import CLOCKS, peak_bytes
-from fcvgg.errors import FcvggError, one_line
+from fcvgg.errors import ContenderError, FcvggError, one_line
 
 _SHORT = 1.0
 """Seconds of a call up to which every turn begins with a call that is not counted: users call one
@@ -63,10 +64,6 @@ class Case:
         return torch.randn(self.batch, 3, self.size, self.size, generator=noise)
 
 
-class DiedError(FcvggError):
-    """A contender failed in a case, or its process ended."""
-
-
 class Runner:
     """A contender that is made for a case and called on its images.
 
@@ -79,22 +76,28 @@ class Runner:
         self._run = made(contender, *classifier(case.model), case.size)
         self._images = case.images()
         self._clock = CLOCKS[case.clock]
-        self._last = 0.0
+        self._calls: int | None = None  # of a turn
+        self._is_short = True
 
     def call(self) -> float:
         """Seconds of one call."""
         with torch.no_grad():
             start = self._clock()
             self._run(self._images)
-            self._last = self._clock() - start
-        return self._last
+            return self._clock() - start
 
     def turn(self) -> list[float]:
-        """Seconds of the calls of a turn, after one that is not counted where calls are short."""
-        if self._last < _SHORT:
+        """Seconds of a turn's calls, as many at every turn: those that fill half a second.
+
+        Short ones come after a call that is not counted.
+        """
+        if self._calls is None:
+            usual = self.call()
+            self._calls = max(int(_TURN / max(usual, 1e-6)), 1)
+            self._is_short = usual < _SHORT
+        if self._is_short:
             self.call()
-        calls = max(int(_TURN / max(self._last, 1e-6)), 1)
-        return [self.call() for _ in range(calls)]
+        return [self.call() for _ in range(self._calls)]
 
     def scores(self) -> NDArray[Any]:
         """The score map ``(N, K, h, w)``, of a comparable contender."""
@@ -102,8 +105,8 @@ class Runner:
             scores = self._run(self._images)
         return scores.float().numpy()
 
-    def memory(self) -> int:
-        """Bytes that this process has held at most."""
+    def memory(self) -> int | None:
+        """Bytes that this process has held at most, or None."""
         return peak_bytes()
 
 
@@ -115,7 +118,7 @@ class Worker:
 
     Raises:
         FcvggError: what `Runner` raises.
-        DiedError: if the process ends or anything else goes wrong in it; of all methods.
+        ContenderError: if the process ends or anything else goes wrong in it; of all methods.
     """
 
     def __init__(self, contender: str, case: Case) -> None:
@@ -149,7 +152,7 @@ class Worker:
         """As of `Runner`."""
         return self._ask("scores")
 
-    def memory(self) -> int:
+    def memory(self) -> int | None:
         """As of `Runner`."""
         return self._ask("memory")
 
@@ -161,7 +164,7 @@ class Worker:
         self._process.join()
 
     def _ask(self, method: str) -> Any:
-        with suppress(OSError):  # a process that is gone has left the reason in the pipe, or none
+        with suppress(OSError):  # the answer tells that the process is gone
             self._pipe.send(method)
         return self._answer()
 
@@ -169,11 +172,11 @@ class Worker:
         try:
             answer = self._pipe.recv()
         except (EOFError, OSError) as error:
-            self._process.join()
+            self._process.join(_PATIENCE)
             code = self._process.exitcode
             killed = "was killed, most likely for want of memory"
             why = killed if code == -9 else f"ended with {code}"
-            raise DiedError(f"its process {why}") from error
+            raise ContenderError(f"its process {why}") from error
         if isinstance(answer, FcvggError):
             raise answer
         return answer
@@ -199,7 +202,7 @@ def _serve(pipe: Connection, contender: str, case: Case) -> None:
         except FcvggError as error:
             pipe.send(FcvggError(one_line(error)))
         except Exception as error:
-            pipe.send(_died(error))
+            pipe.send(_failure(error))
         else:
             pipe.send(None)
             while True:
@@ -210,8 +213,10 @@ def _result(method: Callable[[], Any]) -> Any:
     try:
         return method()
     except Exception as error:
-        return _died(error)
+        return _failure(error)
 
 
-def _died(error: Exception) -> DiedError:
-    return DiedError(f"{type(error).__name__}: {one_line(error)}")
+def _failure(error: Exception) -> ContenderError:
+    """In one line; the rest is printed here, since a traceback does not pass the pipe."""
+    traceback.print_exc()
+    return ContenderError(f"{type(error).__name__}: {one_line(error)}")

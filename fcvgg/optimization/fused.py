@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from fcvgg.geometry import Pair, Window
 from fcvgg.layers.strips import Sliding, Windows, strip_rule
 from fcvgg.modules import _GEMM_CELLS, by_windows, window_linear
-from fcvgg.optimization.halves import gain_by_halves, halves, joined_halves
+from fcvgg.optimization.halves import gains_by_halves, halves, joined_halves
 from fcvgg.optimization.huge_pages import on_huge_pages
 from fcvgg.optimization.row_convolution import RowConvolution
 from fcvgg.optimization.winograd import (
@@ -149,7 +149,7 @@ class Packed(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         packed = self._packed
         dense = None if packed is None else packed.to_dense()
-        return {**self.__dict__, "_packed": dense, "_width": 0}
+        return {**self.__dict__, "_packed": dense, "_order": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -171,14 +171,14 @@ class PackedConv2d(Packed, FusedConv2d):
     def _take(self, weight: Tensor, bias: Tensor) -> None:
         self._bias = bias
         self._kernels = None
-        self._width = 0
+        self._order: Any = None
         self._packed = self._pack(weight)
         if self._tries_winograd and self._allows_winograd(weight):
             self._kernels = on_huge_pages(self._tiling.kernels(weight))
 
     def _pack(self, weight: Tensor) -> Any:
-        channels = self.in_channels * self.groups
-        return self._ordered(weight.to_mkldnn(), (1, channels, _USUAL_SIZE, _USUAL_SIZE))
+        shape = (1, self.in_channels * self.groups, _USUAL_SIZE, _USUAL_SIZE)
+        return self._ordered(weight.to_mkldnn(), shape)
 
     def _ordered(self, weight: Tensor, shape: Sequence[int]) -> Any:
         reorder: Any = torch._C._nn.mkldnn_reorder_conv2d_weight
@@ -201,17 +201,18 @@ class PackedConv2d(Packed, FusedConv2d):
         if scores is not None:
             return scores
         if self._gains_by_halves(x, padding):
-            return joined_halves(self._by_onednn(halves(x), (0, 1)), x.shape[2])
+            return joined_halves(self._by_onednn(halves(x), (0, 1), halved=True), x.shape[2])
         return self._by_onednn(x, padding)
 
     def _gains_by_halves(self, x: Tensor, padding: Pair) -> bool:
         regular = self.kernel == (3, 3) and self.stride == self.dilation == padding == (1, 1)
-        return regular and self.groups == 1 and gain_by_halves(x, self.out_channels)
+        return regular and self.groups == 1 and gains_by_halves(x, self.out_channels)
 
-    def _by_onednn(self, x: Tensor, padding: Pair) -> Tensor:
-        if x.shape[3] != self._width:  # or oneDNN would reorder the weights at every call
+    def _by_onednn(self, x: Tensor, padding: Pair, halved: bool = False) -> Tensor:
+        order = x.shape[3], halved  # not the height and the padding: strips differ in them
+        if order != self._order:  # or oneDNN would reorder the weights at every call
             self._packed = self._ordered(self._packed, x.shape)
-            self._width = x.shape[3]
+            self._order = order
         attribute = "relu" if self.relu else "none"
         return torch.ops.mkldnn._convolution_pointwise(
             *(x, self._packed, self._bias, padding, self.stride, self.dilation, self.groups),

@@ -1,9 +1,8 @@
-"""A 3x3 convolution of one small map with many channels, as one of its two halves side by side.
+"""A 3x3 convolution of one small map with many channels, as that of a batch of its two halves.
 
 oneDNN shares one map among two threads by blocks of rows and channels that fit badly: of 32x32
 positions and 512 channels in bfloat16, 2.2 ms are 1.9 when each thread has its half
-(`examples/benchmarks/NOTES.md`). The halves are the images of a batch; every score is the same
-sum in the same order.
+(`examples/benchmarks/NOTES.md`).
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ _LEAST_CHANNELS = 512
 """Output channels from which it gains."""
 
 
-def gain_by_halves(x: Tensor, out_channels: int) -> bool:
+def gains_by_halves(x: Tensor, out_channels: int) -> bool:
     """Whether a convolution of ``(N, C, H, W)`` maps to so many channels is faster by halves."""
     batch, _, height, width = x.shape
     return (
