@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 import fcvgg
 from fcvgg.benchmarking import contenders, results, workers
 from fcvgg.benchmarking import measurements as benchmarking
-from fcvgg.cli import app
+from fcvgg.cli import app, bench
 from fcvgg.errors import ArgumentError, ContenderError, FcvggError
 
 FIVE = [0.2, 0.3, 0.4, 0.5, 0.6]
@@ -307,6 +307,9 @@ def test_an_interruption_loses_little(narrow):
         fcvgg_benchmark(**options, keep=kept.append)
     (result,) = kept
     assert [(r.contender, r.size, r.ratio) for r in result.rows] == [("fcvgg", 224, 1.0)]
+    assert result.skipped == {"256x256, batch 1": "not measured when this was written"}
+    complete = fcvgg_benchmark(sizes=[224, 256], contenders=["fcvgg"])
+    assert complete.skipped == result.joined(complete).skipped == {}
 
 
 def test_contenders_that_cannot_run(narrow, monkeypatch):
@@ -317,9 +320,24 @@ def test_contenders_that_cannot_run(narrow, monkeypatch):
         fcvgg_benchmark(sizes=[224], contenders=["timm"])
 
 
-def test_images_below_the_window_are_padded(narrow):
-    (row,) = fcvgg_benchmark(sizes=[100], contenders=["fcvgg"]).rows
-    assert row.error < 1e-4
+def test_images_below_the_window_are_refused(narrow):
+    message = "size 100 is below the network's window of 224, to which it would be padded; give"
+    with pytest.raises(ArgumentError, match=message):
+        fcvgg_benchmark(sizes=[224, 100])
+
+
+def test_errors_of_a_network_that_is_more_than_layers():
+    model = seeded(lambda: torchvision.models.resnet18(num_classes=3), dtype=torch.float32).eval()
+    net = fcvgg.convert(model, input_size=64)
+    batch = images(1, 3, 64, 96, dtype=torch.float32)
+    with torch.no_grad():
+        exact = benchmarking._exact(net, batch)
+        assert exact.dtype == torch.float64
+        assert 0 < benchmarking._error(net(batch).numpy(), exact) < 1e-5
+
+
+def test_the_help_names_the_contenders():
+    assert list(contenders.CONTENDERS) == list(bench.NAMES)
 
 
 def test_no_ratio_without_plain_fcvgg(narrow):

@@ -118,6 +118,7 @@ class Benchmark:
         peak = max(self.peak_gflops, other.peak_gflops)
         ran = {f"{name} at {size}x{size}, batch {batch}" for size, batch, name in rows}
         ran |= {name for _, _, name in rows}
+        ran |= {f"{size}x{size}, batch {batch}" for size, batch, _ in rows}
         skipped = {k: v for k, v in {**self.skipped, **other.skipped}.items() if k not in ran}
         return replace(
             other, rows=tuple(rows[key] for key in keys), peak_gflops=peak, skipped=skipped
@@ -198,15 +199,14 @@ class Benchmark:
             ax.set_ylim(-0.7, len(rows) - 0.3)
             ax.grid(axis="y", alpha=0.3)
             ax.set_xscale("log")
-            seconds = [row.seconds for row in rows]
-            ax.set_xlim(
-                min(seconds) / 1.3, max(seconds) * (max(seconds) / min(seconds)) ** 0.25 * 1.3
-            )
+            low, high = min(r.quartiles[0] for r in rows), max(r.quartiles[1] for r in rows)
+            ax.set_xlim(low / 1.3, high * (high / low) ** 0.25 * 1.3)
             ax.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
             ax.xaxis.set_major_formatter("{x:g}")
             ax.xaxis.set_minor_formatter(NullFormatter())
             ax.set_xlabel("seconds per call (median, quartiles)")
             ax.set_title(f"{size}x{size}, batch {batch}")
+        figure.suptitle(f"{self.model}, {self._threads()}, {self.clock} time")
         return figure
 
     def write(self, folder: Path) -> list[Path]:

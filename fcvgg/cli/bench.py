@@ -17,6 +17,12 @@ EXAMPLES = (
     "fcvgg bench --only fcvgg --only onnxruntime --clock cpu --threads 1",
 )
 
+NAMES = (
+    *("fcvgg", "fcvgg optimised", "fcvgg optimised bf16", "onnxruntime", "OpenVINO f32"),
+    *("OpenVINO bf16", "usual recipe", "timm", "FC model", "FC sliding window"),
+    "MONAI sliding window",
+)
+
 
 def run(
     model: Annotated[
@@ -32,7 +38,10 @@ def run(
     only: Annotated[
         list[str] | None,
         typer.Option(
-            "--only", metavar="NAME", help="A contender; repeat for several.", show_default="all"
+            "--only",
+            metavar="NAME",
+            help=f"A contender; repeat for several: {', '.join(NAMES)}.",
+            show_default="all",
         ),
     ] = None,
     threads: Annotated[
