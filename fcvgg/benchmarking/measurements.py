@@ -152,7 +152,7 @@ def _settings(threads: int | None) -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(threads or before)
     try:
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
+        with torch.no_grad():
             yield
     finally:
         torch.set_num_threads(before)
@@ -253,7 +253,7 @@ def _rows(turns: _Turns, net: FullyConvolutional) -> Iterator[Measurement]:
     work = operations(net, case.size) * case.batch / 1e9
     medians = {name: float(np.median(seconds)) for name, seconds in turns.seconds.items()}
     own = medians.get(PLAIN)
-    expected = _exact(net, net._padded(case.images())) if turns.scores else None
+    expected = _exact(net, case.images()) if turns.scores else None
     for name in (name for name in CONTENDERS if name in medians):
         low, high = np.percentile(turns.seconds[name], [25, 75])
         gflops = work / medians[name]
