@@ -22,6 +22,7 @@ NAMES = (
     *("OpenVINO bf16", "usual recipe", "timm", "FC model", "FC sliding window"),
     "MONAI sliding window",
 )
+"""Of the contenders, here too since theirs needs torch, which no help should wait for."""
 
 
 def run(
