@@ -13,8 +13,10 @@ import inspect
 import operator
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from itertools import chain
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -22,17 +24,54 @@ from torch import Tensor, fx, nn
 
 from fcvgg.errors import CaptureError, ConversionError, InputSizeError, one_line
 from fcvgg.placement import dtype_of
+from fcvgg.rebinding import rebound
 
 BATCH = 2
 """Images in the traced batch. Two, so that a reshape that moves pixels into the batch shows."""
 
 
+class ModeQuestions:
+    """The modules whose Python code branched on their mode while it was traced."""
+
+    def __init__(self) -> None:
+        self.places: set[str] = set()
+        self.paused = False
+
+    def note(self, place: str) -> None:
+        if not self.paused:
+            self.places.add(place)
+
+
 class FollowsTraining(int):
-    """Stands for ``self.training`` while a model is traced: false, and recognisable as an argument.
+    """Stands for ``self.training`` while a model is traced, recognisable as an argument.
 
     Functional dropout and batch norm receive the mode as a plain bool; this lets the converted
-    network pass its own mode on instead of the one at the time of conversion.
+    network pass its own mode on instead of the one at the time of conversion. A branch on the mode
+    is noted in `questions`, since the graph holds one of its sides only.
     """
+
+    questions: ModeQuestions | None = None
+    place: str = ""
+
+    @classmethod
+    def of(cls, mode: bool, questions: ModeQuestions, place: str) -> FollowsTraining:
+        """The mode of the module at `place`."""
+        flag = cls(mode)
+        flag.questions, flag.place = questions, place
+        return flag
+
+    def __bool__(self) -> bool:
+        if self.questions is not None:
+            self.questions.note(self.place)
+        return int(self) != 0
+
+    def __eq__(self, other: object) -> bool:
+        return bool(self) == other
+
+    def __ne__(self, other: object) -> bool:
+        return bool(self) != other
+
+    __hash__ = int.__hash__
 
 
 class FeatureSize(int):
@@ -61,13 +100,29 @@ def _of_features(number: Any) -> Any:
 
 
 class Captured:
-    """A traced model: its graph, with every node's value on the meta device, and its constants."""
+    """A traced model: its graph, with every node's value on the meta device, and its constants.
 
-    def __init__(self, graph: fx.Graph, root: nn.Module, size: tuple[int, int], channels: int):
+    Attributes:
+        asked: the modules whose code branched on their mode.
+        training_only: the modules that compute something in training mode only and give back what
+            they get in evaluation mode. The graph calls them as they are.
+    """
+
+    def __init__(
+        self,
+        graph: fx.Graph,
+        root: nn.Module,
+        size: tuple[int, int],
+        channels: int,
+        asked: frozenset[str],
+        training_only: frozenset[str],
+    ):
         self.graph = graph
         self.root = root
         self.size = size
         self.channels = channels
+        self.asked = asked
+        self.training_only = training_only
 
     def failure(self) -> fx.Node | None:
         """The first node that does not run at the captured size."""
@@ -107,11 +162,92 @@ def capture(
     return _traced(model, size, is_leaf, read) if read is not None else captured
 
 
+def unfollowed_branches(
+    model: nn.Module, captured: Captured, is_leaf: Callable[[nn.Module], bool]
+) -> tuple[str, ...]:
+    """The modules whose branches on their mode make another graph in training mode.
+
+    A graph holds one side of such a branch, so it does not follow ``train()``. Empty where both
+    sides compute the same, like that of an auxiliary head which was taken out.
+    """
+    asked = captured.asked - captured.training_only
+    if not asked:
+        return ()
+    try:
+        other = _traced(
+            model, captured.size, is_leaf, captured.channels, True, captured.training_only
+        )
+        same = _computation(captured) == _computation(other)
+    except (CaptureError, InputSizeError):
+        same = False
+    return () if same else tuple(sorted(asked))
+
+
+def _computation(captured: Captured) -> list[Any]:
+    """What the outputs are computed by, as data that compares."""
+    places: dict[fx.Node, int] = {}
+    needed = _ancestors(captured.graph)
+
+    def plain(argument: Any) -> Any:
+        return ("result", places[argument]) if isinstance(argument, fx.Node) else argument
+
+    steps: list[Any] = []
+    for node in captured.graph.nodes:
+        if node not in needed:
+            continue
+        args, kwargs = node.args, node.kwargs
+        if node.target is nn.functional.batch_norm and _is_in_batch_norm(node, captured.root):
+            # torch's own forward computes the mode that it passes; the rule passes it on
+            kwargs = {**dict(zip(_BATCH_NORM, args)), **kwargs, "training": None}
+            args = ()
+        arguments = fx.node.map_aggregate((args, kwargs), plain)  # type: ignore[arg-type]
+        steps.append((node.op, str(node.target), repr(arguments)))
+        places[node] = len(places)
+    return steps
+
+
+_BATCH_NORM = tuple(inspect.signature(nn.functional.batch_norm).parameters)
+
+
+def _is_in_batch_norm(node: fx.Node, root: nn.Module) -> bool:
+    owner = root.get_submodule(str(node.meta.get("owner", "")))
+    return isinstance(owner, nn.modules.batchnorm._BatchNorm)
+
+
+def _ancestors(graph: fx.Graph) -> set[fx.Node]:
+    """The nodes that the outputs depend on, with those that change them in place."""
+    changing: dict[fx.Node, list[fx.Node]] = {}
+    for node in graph.nodes:
+        if isinstance(node.meta.get("changes"), fx.Node):
+            changing.setdefault(node.meta["changes"], []).append(node)
+    found: set[fx.Node] = set()
+    ends = [node for node in graph.nodes if node.op == "output"]
+    while ends:
+        node = ends.pop()
+        if node not in found:
+            found.add(node)
+            ends += [*node.all_input_nodes, *changing.get(node, [])]
+    return found
+
+
 def _traced(
-    model: nn.Module, size: tuple[int, int], is_leaf: Callable[[nn.Module], bool], channels: int
+    model: nn.Module,
+    size: tuple[int, int],
+    is_leaf: Callable[[nn.Module], bool],
+    channels: int,
+    training: bool = False,
+    training_only: frozenset[str] = frozenset(),
 ) -> Captured:
-    twin = _without_data(model, is_leaf)
-    tracer = _ShapeTracer(is_leaf, (BATCH, channels, *size), dtype_of(model))
+    """Trace the model as it computes in one mode.
+
+    Args:
+        training_only: modules that are called as they are, also where they could be looked into.
+    """
+    questions = ModeQuestions()
+    twin = _without_data(model, is_leaf, training, questions)
+    tracer = _ShapeTracer(
+        is_leaf, (BATCH, channels, *size), dtype_of(model), questions, set(training_only)
+    )
     try:
         graph = tracer.trace(twin)
     except _ShapeUnknownError as stop:
@@ -125,10 +261,16 @@ def _traced(
         ) from error
     except Exception as error:
         raise CaptureError(
-            f"the model's forward cannot be traced with torch.fx: {one_line(error)}; "
-            "it must be a function of one image batch without control flow on values"
+            f"the model's forward cannot be traced with torch.fx: {tracer.place()}"
+            f"{one_line(error)}; "
+            "it must be a function of one image batch without control flow on values, of "
+            "submodules of the model"
         ) from error
-    return Captured(graph, tracer.root, size, channels)
+    return Captured(
+        *(graph, tracer.root, size, channels),
+        frozenset(questions.places),
+        frozenset(tracer.training_only),
+    )
 
 
 def input_channels(model: nn.Module) -> int:
@@ -174,6 +316,9 @@ _HOOKS = (
 )
 
 
+_QUANTIZED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic", "torch.nn.quantized", "torchao.")
+
+
 def has_hooks(module: nn.Module) -> bool:
     """Whether hooks watch, and may change, what goes into a module or comes out of it."""
     return bool(module._forward_hooks or module._forward_pre_hooks)
@@ -189,6 +334,16 @@ def twin_of(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
         ConversionError: if hooks compute weights, or the modules cannot be copied.
     """
     for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise ConversionError(
+                f"{name or 'the model'} is scripted (torch.jit), and its Python code is gone; "
+                "pass a model with the nn.Module it was scripted from"
+            )
+        if type(module).__module__.startswith(_QUANTIZED):
+            raise ConversionError(
+                f"{name or 'the model'} ({type(module).__name__}) is quantized; convert the model "
+                "of floats it was made from, and use fcvgg.optimize on the network"
+            )
         for attribute, value in vars(module).items():
             parts = any(part.startswith(f"{attribute}_") for part in module._parameters)
             if isinstance(value, Tensor) and parts and module._forward_pre_hooks:
@@ -200,14 +355,50 @@ def twin_of(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
     hooks: dict[int, Any] = {
         id(getattr(module, hook)): OrderedDict() for module in model.modules() for hook in _HOOKS
     }
+    copies = {**memo, **hooks}
     try:
-        return copy.deepcopy(model, {**memo, **hooks})
+        twin = copy.deepcopy(model, copies)
     except Exception as error:
         raise ConversionError(
             f"the modules of {type(model).__name__} cannot be copied: "
             f"{_uncopied(model, {**memo, **hooks})}{one_line(error)}; "
             "delete what cannot be copied, or set it to None, before converting"
         ) from error
+    _align(model, twin, copies)
+    return twin
+
+
+def _align(model: nn.Module, twin: nn.Module, copies: dict[int, Any]) -> None:
+    """Give the modules of a copy what its ``__deepcopy__`` may have lost of the source's.
+
+    Graph modules, such as torchvision's feature extractors, come back in training mode, and
+    functions that were set on a module go on using what they were made for: the source.
+
+    Args:
+        copies: by `id`, what stands in the copy for the objects of the source.
+    """
+    sources = dict(model.named_modules(remove_duplicate=False))
+    originals = {id(module) for module in sources.values()}
+    found = dict(twin.named_modules(remove_duplicate=False))
+    for name, module in found.items():
+        if id(module) in originals:
+            raise ConversionError(
+                f"the modules of {type(model).__name__} cannot be copied: __deepcopy__ of "
+                f"{name or 'the model'} ({type(module).__name__}) returns the module itself"
+            )
+    for name, source in sources.items():
+        if name not in found:
+            continue
+        module = found[name]
+        module.training = source.training
+        copies[id(source)] = module
+        for own, given in ((module._parameters, source._parameters), (module._buffers, source._buffers)):
+            for key, tensor in given.items():
+                if tensor is not None and own.get(key) is not None and id(tensor) in copies:
+                    own[key] = copies[id(tensor)]
+    for module in found.values():
+        for name, value in vars(module).items():
+            vars(module)[name] = rebound(value, copies)
 
 
 def sharing_twin(model: nn.Module, own: bool = False) -> nn.Module:
@@ -235,24 +426,40 @@ def _uncopied(model: nn.Module, memo: dict[int, Any]) -> str:
     return ""
 
 
-def _without_data(model: nn.Module, is_leaf: Callable[[nn.Module], bool]) -> nn.Module:
-    """A copy on the meta device, in evaluation mode, that remembers where it reads its mode."""
-    tensors = [*model.parameters(), *model.buffers()]
-    if any(nn.parameter.is_lazy(tensor) for tensor in tensors):
+def bare_twin(model: nn.Module) -> nn.Module:
+    """A copy of the modules on the meta device, without data."""
+    memo: dict[int, Any] = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        meta = tensor.detach().to("meta")
+        is_parameter = isinstance(tensor, nn.Parameter)
+        memo[id(tensor)] = nn.Parameter(meta, tensor.requires_grad) if is_parameter else meta
+    return twin_of(model, memo)
+
+
+def _without_data(
+    model: nn.Module,
+    is_leaf: Callable[[nn.Module], bool],
+    training: bool,
+    questions: ModeQuestions,
+) -> nn.Module:
+    """A copy on the meta device, in one mode, that remembers where it reads its mode."""
+    if any(nn.parameter.is_lazy(tensor) for tensor in (*model.parameters(), *model.buffers())):
         raise CaptureError(
             "the model has lazy layers whose parameters are not initialised yet; "
             "run it once on an image of its native size first"
         )
-    memo: dict[int, Any] = {}
-    for tensor in tensors:
-        meta = tensor.detach().to("meta")
-        is_parameter = isinstance(tensor, nn.Parameter)
-        memo[id(tensor)] = nn.Parameter(meta, tensor.requires_grad) if is_parameter else meta
-    twin = twin_of(model, memo)
-    for module in twin.modules():
+    twin = bare_twin(model)
+    for name, module in twin.named_modules():
         # torch's own layers insist on a bool; only traced code can pass the mode on
-        module.training = False if is_leaf(module) else FollowsTraining(False)  # type: ignore
+        leaf = is_leaf(module) and not _runs_own_forward(module)
+        flag = False if leaf else FollowsTraining.of(training, questions, name)
+        module.training = flag  # type: ignore[assignment]
     return twin
+
+
+def _runs_own_forward(module: nn.Module) -> bool:
+    """Whether a forward was set on the module itself, which runs in place of its class's."""
+    return "forward" in vars(module)
 
 
 def storages_of(value: Any) -> set[int]:
@@ -280,7 +487,20 @@ def _argument(node: fx.Node, name: str) -> Any:
 def _known(argument: Any) -> Any:
     if isinstance(argument, fx.Node):
         return argument.meta["value"]
-    return bool(argument) if isinstance(argument, FollowsTraining) else argument
+    return False if isinstance(argument, FollowsTraining) else argument
+
+
+def _autocast_state() -> tuple[bool, ...]:
+    return torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")
+
+
+def _within(path: str, module: nn.Module) -> set[str]:
+    """The paths of a module and of those in it."""
+    return {f"{path}.{name}".rstrip(".") for name, _ in module.named_modules()}
+
+
+def _run_forward(model: nn.Module, images: Any) -> Any:
+    return model.forward(images)
 
 
 class _ShapeUnknownError(Exception):
@@ -299,16 +519,65 @@ class _ShapeTracer(fx.Tracer):
         is_leaf: Callable[[nn.Module], bool],
         shape: tuple[int, ...],
         dtype: torch.dtype,
+        questions: ModeQuestions,
+        training_only: set[str],
     ):
         super().__init__()
         self._is_leaf = is_leaf
+        self._questions = questions
+        self.training_only = training_only
         self._images = torch.empty(shape, dtype=dtype, device="meta")
         self._computing = False
+        self._autocast = _autocast_state()
+
+    def trace(self, root: Any, concrete_args: Any = None) -> fx.Graph:
+        if _runs_own_forward(root) or not isinstance(type(root).forward, FunctionType):
+            self.traced_func_name = "__call__"  # fx reads the class's function of this name
+        return super().trace(root, concrete_args)
 
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
         if self._computing:
             return forward(*args, **kwargs)
-        return super().call_module(m, forward, args, kwargs)
+        if "_orig_mod" in m._modules:  # what torch.compile makes of a module
+            return m._orig_mod(*args, **kwargs)
+        result = super().call_module(m, forward, args, kwargs)
+        if self.is_leaf_module(m, "") or not (len(args) == 1 and result is args[0] and not kwargs):
+            return result
+        path = self.path_of_module(m)
+        if self._questions.places.isdisjoint(_within(path, m)) or not self._works_in_training(
+            m, result
+        ):
+            return result
+        self.training_only.add(path)
+        return self.create_proxy("call_module", path, args, kwargs)
+
+    def _works_in_training(self, m: nn.Module, x: fx.Proxy) -> bool:
+        """Whether a module takes a map to one of its shape in training mode, holding no data."""
+        value = x.node.meta.get("value")
+        if not isinstance(value, Tensor) or value.ndim != 4 or m.state_dict():
+            return False
+        modes = [(module, module.training) for module in m.modules()]
+        try:
+            for module, _ in modes:
+                module.training = True
+            with self._unrecorded():
+                made = m(value.clone())
+        except Exception:
+            return False
+        finally:
+            for module, mode in modes:
+                module.training = mode
+        return isinstance(made, Tensor) and made.shape == value.shape
+
+    @contextmanager
+    def _unrecorded(self) -> Iterator[None]:
+        """What modules call, read and ask meanwhile is computed and not recorded."""
+        self._computing = self._questions.paused = True
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self._computing = self._questions.paused = False
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         # buffers too: fx would compute with them at once, and here they have no data
@@ -325,18 +594,33 @@ class _ShapeTracer(fx.Tracer):
         return {id(tensor): name for name, tensor in named}
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return self._is_leaf(m)
+        if self.training_only and self.path_of_module(m) in self.training_only:
+            return True
+        return self._is_leaf(m) and not _runs_own_forward(m)
+
+    def place(self) -> str:
+        """Where tracing stopped, as the beginning of a message."""
+        last = next(reversed(self.graph.nodes), None)
+        return f"after {describe(last)}: " if last is not None and last.op.startswith("call") else ""
 
     def create_args_for_root(
         self, root_fn: Any, is_module: bool, concrete_args: Any = None
     ) -> tuple[Any, list[Any]]:
         # Only the images are traced: further arguments of forward keep their defaults.
         images = self.create_proxy("placeholder", "images", (), {})
+        if self.traced_func_name != "forward":
+            root_fn = _run_forward
         return root_fn, [self.root, images]
 
     def create_node(
         self, kind: str, target: Any, args: Any, kwargs: Any, *more: Any, **names: Any
     ) -> fx.Node:
+        if _autocast_state() != self._autocast:
+            owner = next(reversed(self.module_stack.values()))[0] if self.module_stack else ""
+            raise CaptureError(
+                f"forward{f' of {owner}' if owner else ''} runs under torch.autocast, which a graph "
+                "does not hold; convert the model without it, and use autocast around the network"
+            )
         if kind == "call_function" and not args and "input" in kwargs:
             # F.relu(input=x): torch's first argument, which rules take in its place
             args, kwargs = (kwargs["input"],), {k: v for k, v in kwargs.items() if k != "input"}
@@ -357,16 +641,13 @@ class _ShapeTracer(fx.Tracer):
             return
         if any("value" not in fed.meta for fed in node.all_input_nodes):
             return
-        self._computing = True  # what a layer calls and reads meanwhile is not recorded
         versions = [(fed, _version(fed)) for fed in node.all_input_nodes]
         try:
-            with torch.no_grad():
+            with self._unrecorded():
                 node.meta["value"] = self._run(node)
-            node.meta["changes"] = self._changed(node, versions)
+                node.meta["changes"] = self._changed(node, versions)
         except Exception as error:
             node.meta["error"] = error
-        finally:
-            self._computing = False
 
     def _changed(self, node: fx.Node, versions: list[tuple[fx.Node, int]]) -> fx.Node | None:
         """The value that a node changes in place, also if it does so in training only."""
@@ -435,6 +716,10 @@ class _ShapedProxy(fx.Proxy):
             return lambda *args, **kwargs: getattr(value, name)(*args, **kwargs)
         if name == "device":
             return torch.device("cpu")
+        if name in ("to", "type_as"):
+            return self._cast
+        if name in ("cpu", "cuda"):
+            return lambda *args, **kwargs: self
         if name in self._VALUE_METHODS:
             raise self._depends_on_values(f"Tensor.{name}")
         parts = self.node.meta.get("value")
@@ -444,6 +729,20 @@ class _ShapedProxy(fx.Proxy):
                 if part is named:
                     return operator.getitem(self, i)  # type: ignore[call-overload]
         return super().__getattr__(name)
+
+    def _cast(self, *args: Any, **kwargs: Any) -> fx.Proxy:
+        """``x.to(...)`` without devices and layouts: the network runs where its images lie."""
+        own, dtype, given = self.tracer.value_of(self).dtype, None, None
+        for argument in (*args, *kwargs.values()):
+            if isinstance(argument, torch.dtype):
+                dtype = given = argument
+            elif type(argument) is _ShapedProxy:
+                dtype = self.tracer.value_of(argument).dtype
+            elif isinstance(argument, Tensor):
+                dtype = argument.dtype
+        if given is None and dtype in (None, own):
+            return self
+        return self.tracer.create_proxy("call_method", "to", (self, dtype), {})
 
     def _size(self, dim: int | None = None) -> Any:
         value = self.tracer.value_of(self)
