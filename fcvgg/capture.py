@@ -319,6 +319,18 @@ _HOOKS = (
 _QUANTIZED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic", "torch.nn.quantized", "torchao.")
 
 
+def without_wrappers(model: Any) -> Any:
+    """The model inside DataParallel and compiled wrappers."""
+    while isinstance(model, nn.Module):
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+        elif hasattr(model, "_orig_mod"):  # torch.compile
+            model = model._orig_mod
+        else:
+            break
+    return model
+
+
 def has_hooks(module: nn.Module) -> bool:
     """Whether hooks watch, and may change, what goes into a module or comes out of it."""
     return bool(module._forward_hooks or module._forward_pre_hooks)

@@ -7,19 +7,21 @@ capture its graph, rewrite the head, and check the result against the source.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from fcvgg.capture import capture, sharing_twin
+from fcvgg.capture import capture, sharing_twin, unfollowed_branches, without_wrappers
 from fcvgg.errors import ArgumentError, ConversionError, GeometryError, InputSizeError
 from fcvgg.geometry import Pair, checked_size
 from fcvgg.layers import is_leaf, rule_for
+from fcvgg.modes import match_modes, training_mode_of
 from fcvgg.native_size import infer_input_size
 from fcvgg.network import FullyConvolutional
 from fcvgg.preprocessing import Preprocess
-from fcvgg.program import Program
+from fcvgg.program import Program, listed
 from fcvgg.rewriting import Rewriter
 from fcvgg.verification import check
 
@@ -35,6 +37,7 @@ def convert(
     preprocess: Preprocess | None = None,
     categories: Sequence[str] | None = None,
     activation: str | None = None,
+    in_channels: int | None = None,
 ) -> FullyConvolutional:
     """Turn a trained classifier into the equivalent fully convolutional network.
 
@@ -60,19 +63,28 @@ def convert(
             input, and raise on a mismatch. The report is kept as ``net.equivalence``.
         preprocess: how ``uint8`` images become the model's input.
         categories: the K class names.
-        activation: what the scores are, ``"logits"``, ``"probabilities"``,
-            ``"log_probabilities"`` or ``"sigmoid"``; read off the graph when None, and
-            ``"unknown"`` if the model computes on after its softmax or sigmoid.
+        activation: what the scores are; read off the graph when None. ``"logits"`` go through a
+            softmax (one class: a sigmoid), ``"independent_logits"`` through a sigmoid for each
+            class (trained by BCEWithLogitsLoss), ``"probabilities"`` and ``"log_probabilities"``
+            are after a softmax, ``"sigmoid"`` is after a sigmoid for each class, and ``"values"``
+            (regression) have no probabilities. ``"unknown"`` is found where the model computes on
+            after its softmax or sigmoid.
+        in_channels: the channels of the images; found by what the graph does with them when None.
 
     Raises:
         ConversionError: if the model cannot be converted exactly; the message names the layer.
         EquivalenceError: if `verify` finds that the two disagree.
     """
-    _check_options(padding, output_stride)
+    _check_options(padding, output_stride, in_channels)
     model = unwrapped(model)
-    size = _checked_input_size(input_size) if input_size is not None else infer_input_size(model)
+    _check_data(model)
+    if input_size is not None:
+        size = _checked_input_size(input_size)
+    else:
+        size = infer_input_size(model, in_channels)
     program = _rewritten(
-        model, sharing_twin(model, own=copy), size, output_stride, padding == "same"
+        *(model, sharing_twin(model, own=copy), size),
+        *(output_stride, padding == "same", in_channels),
     )
     net = FullyConvolutional(
         program,
@@ -94,27 +106,54 @@ def check_convertible(model: nn.Module, input_size: int | Iterable[int]) -> None
         ConversionError: if the model cannot be converted exactly; the message names the layer.
     """
     model = unwrapped(model)
-    _rewritten(model, sharing_twin(model), _checked_input_size(input_size), None, False)
+    _rewritten(model, sharing_twin(model), _checked_input_size(input_size))
 
 
 def _rewritten(
-    model: nn.Module, modules: nn.Module, size: Pair, output_stride: int | None, same: bool
+    model: nn.Module,
+    modules: nn.Module,
+    size: Pair,
+    output_stride: int | None = None,
+    same: bool = False,
+    in_channels: int | None = None,
 ) -> Program:
-    program = Rewriter(capture(model, size, is_leaf), modules, output_stride, same).run(rule_for)
+    captured = capture(model, size, is_leaf, in_channels)
+    program = Rewriter(captured, modules, output_stride, same).run(rule_for)
     stride = program.geometry.stride
     if output_stride is not None and stride != (output_stride, output_stride):
         raise ConversionError(
             f"output_stride={output_stride} cannot be reached: the network's strides allow "
             f"{stride}; choose a divisor of the native stride"
         )
-    return program
+    unfollowed = unfollowed_branches(model, captured, is_leaf)
+    training = [name for name in unfollowed if model.get_submodule(name).training]
+    if training:
+        raise ConversionError(
+            f"{listed(training, type(model).__name__)} computes something else in training mode "
+            "(if self.training: ...), in which the model is; call model.eval() before converting"
+        )
+    match_modes(program.network, model)
+    return replace(program, training_mode=training_mode_of(model, program.network, unfollowed))
 
 
-def _check_options(padding: str, output_stride: int | None) -> None:
+def _check_data(model: nn.Module) -> None:
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_meta:
+            raise ConversionError(
+                f"{name} is on the meta device, without data; move the model with "
+                "model.to_empty(device='cpu') and load its weights before converting"
+            )
+
+
+def _check_options(padding: str, output_stride: int | None, in_channels: int | None) -> None:
     if padding not in ("valid", "same"):
         raise ArgumentError(f"padding={padding!r} is unknown; expected 'valid' or 'same'")
     if output_stride is not None and (not isinstance(output_stride, int) or output_stride < 1):
         raise ArgumentError(f"output_stride={output_stride!r} is no positive integer")
+    if in_channels is not None and (type(in_channels) is not int or in_channels < 1):
+        raise ArgumentError(
+            f"in_channels must be the number of channels of the images, got {in_channels!r}"
+        )
 
 
 def _checked_input_size(input_size: int | Iterable[int]) -> Pair:
@@ -128,13 +167,7 @@ def _checked_input_size(input_size: int | Iterable[int]) -> Pair:
 
 def unwrapped(model: Any) -> nn.Module:
     """The model inside DataParallel and compiled wrappers."""
-    while isinstance(model, nn.Module):
-        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-            model = model.module
-        elif hasattr(model, "_orig_mod"):  # torch.compile
-            model = model._orig_mod
-        else:
-            break
+    model = without_wrappers(model)
     if isinstance(model, FullyConvolutional):
         raise ConversionError("the model is fully convolutional already; pass its source model")
     if isinstance(model, torch.jit.ScriptModule):

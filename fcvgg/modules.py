@@ -252,3 +252,20 @@ class TrainingFlag(nn.Module):
 
     def forward(self) -> bool:
         return self.training
+
+
+class TrainingOnly(nn.Module):
+    """A layer of the source's that gives back what it gets in evaluation mode.
+
+    Stochastic depth and noise are such layers; in training mode the layer computes as it does in
+    the source: from the same random numbers, which follow the layout in memory. It holds no
+    parameters.
+    """
+
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        self.layer = layer
+        self.training = layer.training
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x.contiguous()) if self.training else x

@@ -14,8 +14,11 @@ _TRIAL_SIZES = (224, 1024)
 """Sizes at which a model is traced to find its native size: the usual one, and a large one."""
 
 
-def infer_input_size(model: nn.Module) -> Pair:
+def infer_input_size(model: nn.Module, in_channels: int | None = None) -> Pair:
     """The smallest square size at which the model's graph runs and keeps the batch.
+
+    Args:
+        in_channels: the channels of the images; found by the graph when None.
 
     Raises:
         InputSizeError: if the graph does not determine it.
@@ -23,7 +26,8 @@ def infer_input_size(model: nn.Module) -> Pair:
     failure: Exception | None = None
     for trial in _TRIAL_SIZES:
         try:
-            rewriter = Rewriter(capture(model, (trial, trial), is_leaf), sharing_twin(model))
+            captured = capture(model, (trial, trial), is_leaf, in_channels)
+            rewriter = Rewriter(captured, sharing_twin(model))
         except InputSizeError as error:
             failure = error
             continue

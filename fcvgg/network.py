@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fcvgg.batching import run_in_batches
 from fcvgg.categories import one_per_class
-from fcvgg.errors import ArgumentError, ImageError, PreprocessError
+from fcvgg.errors import ArgumentError, ImageError, PreprocessError, TrainingError
 from fcvgg.geometry import Geometry, Pair
 from fcvgg.heatmap import Heatmap
 from fcvgg.images import (
@@ -33,7 +33,7 @@ from fcvgg.modules import WindowLinear
 from fcvgg.placement import device_of, dtype_of
 from fcvgg.preprocessing import Preprocess, encoded_preprocess
 from fcvgg.probability import ACTIVATIONS, UNKNOWN, average_over_space
-from fcvgg.program import Program
+from fcvgg.program import Program, listed
 from fcvgg.pyramid import pyramid_heatmap
 from fcvgg.score_map import ScoreMap
 from fcvgg.serialization.bundle import write_bundle
@@ -160,6 +160,31 @@ class FullyConvolutional(nn.Module):
                 else "preprocess them to floats, or use net.score_map or net.classify on pixels"
             )
             raise ImageError(f"the network takes images of {own}, got {images.dtype}; {remedy}")
+
+    # -- modes ------------------------------------------------------------------------------------
+
+    def train(self, mode: bool = True) -> FullyConvolutional:
+        """Set the mode of every module as the source's ``train`` did when it was converted.
+
+        Raises:
+            TrainingError: if a part of the source computes something in training mode that the
+                network does not hold.
+        """
+        known = self.program.training_mode
+        if mode and known.unfollowed:
+            raise TrainingError(
+                "the network cannot follow the source into training mode: "
+                f"{listed(known.unfollowed, self.source)} computes something else there "
+                "(if self.training: ...), which its graph does not hold; train the source, and "
+                "convert it again"
+            )
+        super().train(mode)
+        exceptions = known.still if mode else known.lively
+        for name, module in self.network.named_modules():
+            if name in exceptions:
+                module.training = not mode
+        self.training = self.network.training
+        return self
 
     # -- how parts of a map are computed -----------------------------------------------------------
 
@@ -521,10 +546,14 @@ def _tie(net: FullyConvolutional) -> None:
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode for a while; every module then gets its own mode back."""
+    """Evaluation mode for a while; every module then gets its own mode back.
+
+    The modes are set one by one, since a model's own ``eval()`` may do more, or leave dropout on.
+    """
     modes = [(m, m.training) for m in module.modules()]
-    module.eval()
     try:
+        for m, _ in modes:
+            m.training = False
         yield
     finally:
         for m, mode in modes:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 from torch import fx
 
@@ -26,6 +27,28 @@ class LayerRecord:
 
 
 @dataclass(frozen=True)
+class TrainingMode:
+    """What ``train()`` of the source does beyond setting one mode for all of its modules.
+
+    Attributes:
+        still: the modules that the source's ``train()`` leaves in evaluation mode, by name.
+        lively: the modules that its ``eval()`` leaves in training mode.
+        unfollowed: the modules that compute something in training mode that the graph does not
+            hold; the network cannot be trained.
+    """
+
+    still: frozenset[str] = frozenset()
+    lively: frozenset[str] = frozenset()
+    unfollowed: tuple[str, ...] = ()
+
+
+def listed(places: Sequence[str], root: str, most: int = 3) -> str:
+    """Names of modules for a message, the root's in place of an empty one."""
+    names = ", ".join(name or root or "the model" for name in places[:most])
+    return names + (f" and {len(places) - most} more" if len(places) > most else "")
+
+
+@dataclass(frozen=True)
 class Program:
     """A rewritten model: what `fcvgg.network.FullyConvolutional` runs and knows of itself."""
 
@@ -36,3 +59,4 @@ class Program:
     in_channels: int
     records: tuple[LayerRecord, ...]
     aliases: frozenset[str]
+    training_mode: TrainingMode = field(default=TrainingMode())

@@ -38,7 +38,7 @@ from fcvgg.errors import (
 from fcvgg.geometry import IMAGE, Pair, Window
 from fcvgg.graph import graph_module
 from fcvgg.in_place import InPlaceChanges
-from fcvgg.modules import TrainingFlag
+from fcvgg.modules import TrainingFlag, TrainingOnly
 from fcvgg.placement import device_of
 from fcvgg.program import LayerRecord, Program, Windows
 from fcvgg.steps import Steps, same_grid
@@ -77,6 +77,8 @@ class Rewriter:
     ):
         self.captured = captured
         self.modules = modules
+        for name in captured.training_only:
+            modules.set_submodule(name, TrainingOnly(modules.get_submodule(name)))
         self.graph = fx.Graph()
         self.boundary: Boundary | None = None
         self.records: list[LayerRecord] = []

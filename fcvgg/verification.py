@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fcvgg.capture import has_hooks
+from fcvgg.capture import has_hooks, without_wrappers
 from fcvgg.errors import ArgumentError, EquivalenceError, ImageError, one_line
 from fcvgg.geometry import Axis
+from fcvgg.modes import mode_differences
 from fcvgg.network import FullyConvolutional, evaluating
 from fcvgg.placement import device_of, dtype_of
+from fcvgg.program import listed
 from fcvgg.saturation import Temperature
 
 _TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -72,6 +76,10 @@ def verify(
 ) -> Equivalence:
     """Compare a converted network with its source, and with itself on a shifted input.
 
+    The modes of the two must be the same, module by module; the numbers are compared in evaluation
+    mode, since dropout and its like are random. Modes, buffers and the state of torch's random
+    numbers are afterwards what they were.
+
     Args:
         model: the source model.
         net: what `fcvgg.convert` made of it.
@@ -85,9 +93,11 @@ def verify(
 
     Raises:
         ArgumentError: if one of the two is no model, or they have other outputs.
+        EquivalenceError: if a module of the network is in another mode than the source's.
         ImageError: if the images are not of the native size, or the network does not take them.
     """
     _check_models(model, net)
+    _check_modes(model, net)
     if images is None:
         images = _noise((2, net.in_channels, *net.input_size), net, seed)
     net._check_images(images)
@@ -98,7 +108,7 @@ def verify(
             "expected (N, C, h, w) of that size"
         )
     tolerance = _TOLERANCES.get(dtype_of(net), 1e-5) if tolerance is None else tolerance
-    with evaluating(model), evaluating(net):
+    with evaluating(model), evaluating(net), _state_kept(model, net):
         plain, seen = _compared(model, net, images, tolerance, seed, 1.0)
         found = [plain]
         if seen.largest > 1:
@@ -142,13 +152,14 @@ def _compared(
     """The differences at a temperature, and what the network's saturating functions were given.
 
     The temperature is that of both, but the model's need not be measured: its functions are the
-    network's, unless another engine runs that.
+    network's, unless another engine runs that. Each gets images of its own, since a first layer
+    may work in place.
     """
     with Temperature(temperature):
-        expected = _outputs(_scored(model, images))
+        expected = _outputs(_scored(model, images.clone()))
     row, col = net.native_cell
     with Temperature(temperature) as seen:
-        got = [maps[:, :, row, col] for maps in _outputs(net(images))]
+        got = [maps[:, :, row, col] for maps in _outputs(net(images.clone()))]
     with Temperature(temperature):
         shifted = _translation_error(net, seed)
     expected = [scores.reshape(len(scores), -1) for scores in expected]  # also (N,), (N, K, 1, 1)
@@ -208,8 +219,8 @@ def _translation_error(net: FullyConvolutional, seed: int) -> float:
         extent, first = _interior(axis, size[dim - 2])
         size[dim - 2] = extent + axis.stride
         image = _noise((1, net.in_channels, *size), net, seed)
-        whole = _outputs(net(image))
-        moved = _outputs(net(image.narrow(dim, axis.stride, extent)))
+        whole = _outputs(net(image.clone()))
+        moved = _outputs(net(image.narrow(dim, axis.stride, extent).clone()))
         for a, b in zip(whole, moved):
             last = min(_last_interior(axis, extent), b.shape[dim] - 1)
             cells = last - first + 1
@@ -251,10 +262,46 @@ def _check_models(model: Any, net: Any) -> None:
         )
 
 
+def _check_modes(model: nn.Module, net: FullyConvolutional) -> None:
+    """Refuse modules in another mode than the source's, which would give other scores."""
+    source = without_wrappers(model)
+    if isinstance(source, FullyConvolutional):
+        source = source.network
+    different = mode_differences(net.network, source)
+    if different:
+        found = "evaluation" if source.get_submodule(different[0]).training else "training"
+        raise EquivalenceError(
+            f"{listed(different, type(source).__name__)} of the network is in {found} mode, and the "
+            "source's is not; put both in one mode with .eval() or .train()"
+        )
+    modules = dict(source.named_modules())
+    unfollowed = net.program.training_mode.unfollowed
+    active = [name for name in unfollowed if name in modules and modules[name].training]
+    if active:
+        raise EquivalenceError(
+            f"{listed(active, type(source).__name__)} computes something in training mode that the "
+            "network does not hold; put both in evaluation mode with .eval()"
+        )
+
+
+@contextmanager
+def _state_kept(*models: nn.Module) -> Iterator[None]:
+    """Running the models leaves their buffers and torch's random numbers as they were."""
+    buffers = [(buffer, buffer.clone()) for model in models for buffer in model.buffers()]
+    devices = sorted({b.device.index or 0 for m in models for b in m.parameters() if b.is_cuda})
+    with torch.random.fork_rng(devices):
+        try:
+            yield
+        finally:
+            for buffer, value in buffers:
+                if not torch.equal(buffer, value):
+                    buffer.copy_(value)
+
+
 def _scored(model: nn.Module, images: Tensor) -> Any:
     try:
         return model(images)
-    except RuntimeError as error:
+    except Exception as error:
         raise ArgumentError(
             f"model, a {type(model).__name__}, does not run on images {tuple(images.shape)} of "
             f"{images.dtype}: {one_line(error)}; expected the net's own source"

@@ -17,6 +17,7 @@ from fcvgg.cells import Cells, Constant, channels_along
 from fcvgg.errors import RefusedLayerError, UnsupportedLayerError
 from fcvgg.geometry import Window
 from fcvgg.layers.registry import RULES, calling, rule
+from fcvgg.modules import TrainingOnly
 from fcvgg.rewriting import Call, Rewriter
 
 
@@ -119,7 +120,7 @@ pointwise(
     *(nn.Dropout, nn.AlphaDropout, nn.Dropout2d, nn.FeatureAlphaDropout),
     *("float", "half", "double", "bfloat16", "to", "type", "type_as"),
     *calling("clone"),  # emitted, since a layer that works in place may follow
-    *(StochasticDepth, stochastic_depth, *calling("pos")),
+    *(StochasticDepth, stochastic_depth, TrainingOnly, *calling("pos")),
 )
 def keep(build: Rewriter, call: Call, x: Any, *rest: Any, **names: Any) -> Any:
     """Layers after which the scores are still what they were."""

@@ -16,13 +16,16 @@ from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from fcvgg.graph import graph_module
-from fcvgg.modules import TrainingFlag, WindowLinear
+from fcvgg.modules import TrainingFlag, TrainingOnly, WindowLinear
 from fcvgg.optimization.fused import FusedConv2d, FusedWindowLinear, HalvingMaxPool2d
 
 MakeConv = Callable[[nn.Conv2d, Tensor, Tensor, bool], FusedConv2d]
 MakeLinear = Callable[[Tensor, Tensor, tuple[int, int], bool], FusedWindowLinear]
 
-_NOTHING = (nn.Dropout, nn.Dropout2d, nn.AlphaDropout, nn.FeatureAlphaDropout, nn.Identity)
+_NOTHING = (
+    *(nn.Dropout, nn.Dropout2d, nn.AlphaDropout, nn.FeatureAlphaDropout, nn.Identity),
+    TrainingOnly,
+)
 """Layers that do nothing in evaluation."""
 
 _RELUS = {F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_"}

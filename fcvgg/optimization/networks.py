@@ -358,6 +358,7 @@ class _CentreScores(nn.Module):
 
     def __init__(self, net: FullyConvolutional):
         super().__init__()
+        self.training = False  # as an optimised network, whatever the plain one's mode is
         self.net = net
 
     def forward(self, images: Tensor) -> Any:

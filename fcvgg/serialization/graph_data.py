@@ -110,6 +110,8 @@ def encoded_layer(name: str, layer: nn.Module) -> dict[str, Any]:
             f"{name} ({type(layer).__name__}) has parametrized weights, which a bundle cannot "
             "hold; call torch.nn.utils.parametrize.remove_parametrizations before convert"
         )
+    if isinstance(layer, own_modules.TrainingOnly):  # code of the user's
+        layer = nn.Identity()
     settings = {}
     kind = class_of(layer)
     for key in _settings_of(kind):

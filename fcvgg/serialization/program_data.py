@@ -12,10 +12,10 @@ from torch import Tensor, fx, nn
 from fcvgg.errors import LoadError, one_line
 from fcvgg.geometry import IMAGE, Geometry, Window
 from fcvgg.graph import graph_module
-from fcvgg.modules import WindowLinear
+from fcvgg.modules import TrainingOnly, WindowLinear
 from fcvgg.placement import dtype_of
 from fcvgg.probability import ACTIVATIONS, UNKNOWN
-from fcvgg.program import LayerRecord, Program
+from fcvgg.program import LayerRecord, Program, TrainingMode
 from fcvgg.serialization.graph_data import (
     called_layers,
     decoded_graph,
@@ -46,12 +46,37 @@ def describe_program(program: Program) -> dict[str, Any]:
         "graph": encoded_graph(network.graph),
         "layers": {name: encoded_layer(name, layer) for name, layer in called_layers(network)},
         "aliases": sorted(program.aliases),
+        "training_mode": _described_mode(program),
         "geometry": program.geometry.to_dict(),
         "activations": list(program.activations),
         "classes": list(program.classes),
         "in_channels": program.in_channels,
         "records": [asdict(record) for record in program.records],
     }
+
+
+def _described_mode(program: Program) -> dict[str, list[str]]:
+    """What ``train()`` does; layers of the user's own that act in training mode are lost."""
+    mode = program.training_mode
+    lost = (n for n, layer in called_layers(program.network) if isinstance(layer, TrainingOnly))
+    return {
+        "still": sorted(mode.still),
+        "lively": sorted(mode.lively),
+        "unfollowed": [*mode.unfollowed, *lost],
+    }
+
+
+def _training_mode(data: Any) -> TrainingMode:
+    """What `_described_mode` wrote; nothing particular in bundles of before."""
+    parts = {"still": [], "lively": [], "unfollowed": [], **data}
+    for name, places in parts.items():
+        if not isinstance(places, list) or not all(type(place) is str for place in places):
+            raise LoadError(f"the bundle's training_mode.{name} is no list of names")
+    return TrainingMode(
+        still=frozenset(parts["still"]),
+        lively=frozenset(parts["lively"]),
+        unfollowed=tuple(parts["unfollowed"]),
+    )
 
 
 def rebuilt_program(
@@ -90,6 +115,7 @@ def rebuilt_program(
         in_channels=_positive(description["in_channels"], "in_channels"),
         records=tuple(_record(record) for record in description["records"]),
         aliases=aliases,
+        training_mode=_training_mode(description.get("training_mode", {})),
     )
     if not program.classes or len(program.classes) != len(program.activations):
         raise LoadError("the bundle has not one activation for each output")
