@@ -32,7 +32,7 @@ from fcvgg.images import (
 from fcvgg.modules import WindowLinear
 from fcvgg.placement import device_of, dtype_of
 from fcvgg.preprocessing import Preprocess, encoded_preprocess
-from fcvgg.probability import ACTIVATIONS, UNKNOWN, average_over_space
+from fcvgg.probability import average_over_space, checked_activation, require_probabilities
 from fcvgg.program import Program, listed
 from fcvgg.pyramid import pyramid_heatmap
 from fcvgg.score_map import ScoreMap
@@ -207,16 +207,17 @@ class FullyConvolutional(nn.Module):
 
     @property
     def activation(self) -> str:
-        """What the scores of the first output are, read off the source's graph or given."""
+        """What the scores of the first output are, read off the source's graph or given.
+
+        One of ``"logits"``, ``"independent_logits"`` (a sigmoid for each class is still to come),
+        ``"probabilities"``, ``"log_probabilities"``, ``"sigmoid"`` (after a sigmoid for each
+        class), ``"values"`` (regression) and ``"unknown"``.
+        """
         return self._activations[0]
 
     @activation.setter
     def activation(self, value: str) -> None:
-        if value not in (*ACTIVATIONS, UNKNOWN):
-            raise ArgumentError(
-                f"activation={value!r} is unknown; expected one of {', '.join(ACTIVATIONS)}"
-            )
-        self._activations = (value, *self._activations[1:])
+        self._activations = (checked_activation(value), *self._activations[1:])
 
     def activation_of(self, output: int = 0) -> str:
         """What the scores of one output are.
@@ -298,7 +299,11 @@ class FullyConvolutional(nn.Module):
                 image's pixels by geometry. None keeps its size.
             combine: ``"max"`` or ``"mean"`` of the scales at each pixel.
             output: which output, for a model with several.
+
+        Raises:
+            ArgumentError: if the scores have no probabilities, or are not what they are said to be.
         """
+        require_probabilities(self.activation_of(output))
         if scales is None:
             return self.score_map(image, output=output).heatmap(target)
         prepared = self._prepared(image)
@@ -331,7 +336,11 @@ class FullyConvolutional(nn.Module):
 
         Returns:
             float32 ``(N, K)`` on the CPU, each row summing to 1 unless the classes are independent.
+
+        Raises:
+            ArgumentError: if the scores have no probabilities, or are not what they are said to be.
         """
+        require_probabilities(self.activation_of(output))
         if average not in ("scores", "probabilities"):
             raise ArgumentError(
                 f"average={average!r} is unknown; expected 'scores' or 'probabilities'"

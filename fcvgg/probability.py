@@ -7,13 +7,72 @@ from torch import Tensor
 
 from fcvgg.errors import ArgumentError
 
-ACTIVATIONS = ("logits", "probabilities", "log_probabilities", "sigmoid")
-"""What scores can be: before a softmax (one class: before a sigmoid), after a softmax, after a
-log-softmax, after a sigmoid for each class."""
+ACTIVATIONS = (
+    *("logits", "independent_logits", "probabilities", "log_probabilities", "sigmoid"),
+    "values",
+)
+"""What scores can be: before a softmax (one class: before a sigmoid), before a sigmoid for each
+class, after a softmax, after a log-softmax, after a sigmoid for each class, and plain values
+(regression), which have no probabilities."""
 
 UNKNOWN = "unknown"
 """What the scores are where the model computes on with its probabilities. A network may have it;
 nothing is made of such scores but maps of them."""
+
+_SPELLINGS = {
+    "single_label_classification": "logits",
+    "multi_label_classification": "independent_logits",
+    "multilabel": "independent_logits",
+    "multilabel_logits": "independent_logits",
+    "regression": "values",
+}
+"""Names that transformers and torchmetrics have for the same."""
+
+_ROUNDING = {torch.float16: 1e-2, torch.bfloat16: 2e-2}
+"""How far outside [0, 1] rounding takes probabilities; 1e-3 in other dtypes."""
+
+
+def checked_activation(value: object) -> str:
+    """The name of what scores are; names of other libraries are taken too.
+
+    Raises:
+        ArgumentError: if it is unknown.
+    """
+    name = _SPELLINGS.get(value, value) if isinstance(value, str) else value
+    if not isinstance(name, str) or name not in (*ACTIVATIONS, UNKNOWN):
+        raise ArgumentError(
+            f"activation={value!r} is unknown; expected one of {', '.join(ACTIVATIONS)}"
+        )
+    return name
+
+
+def require_classes(activation: str) -> None:
+    """Refuse scores that do not compare classes.
+
+    Raises:
+        ArgumentError: if they are values.
+    """
+    if activation == "values":
+        raise ArgumentError(
+            "the network's scores are values (activation='values'), which have no classes, "
+            "probabilities or heatmaps; use net.score_map(image) with its scores, average() and "
+            "resample(), or fcvgg.stream without classes"
+        )
+
+
+def require_probabilities(activation: str) -> None:
+    """Refuse scores of which there are no probabilities.
+
+    Raises:
+        ArgumentError: if they are values, or what they are is not known.
+    """
+    require_classes(activation)
+    if activation == UNKNOWN:
+        *names, last = map(repr, ACTIVATIONS)
+        raise ArgumentError(
+            "what the scores are cannot be read off the model, which computes on after its softmax "
+            f"or sigmoid; pass activation= to fcvgg.convert: {', '.join(names)} or {last}"
+        )
 
 
 def to_probabilities(scores: Tensor, activation: str, dim: int = 0) -> Tensor:
@@ -22,23 +81,40 @@ def to_probabilities(scores: Tensor, activation: str, dim: int = 0) -> Tensor:
     Logits of a single class go through a sigmoid, since a softmax over one class is always 1.
 
     Raises:
-        ArgumentError: if what the scores are is not known.
+        ArgumentError: if what the scores are is not known, if they are values, or if scores that
+            are said to be probabilities are not.
     """
-    if activation == UNKNOWN:
-        *names, last = map(repr, ACTIVATIONS)
-        raise ArgumentError(
-            "what the scores are cannot be read off the model, which computes on after its softmax "
-            f"or sigmoid; pass activation= to fcvgg.convert: {', '.join(names)} or {last}"
-        )
+    activation = checked_activation(activation)
+    require_probabilities(activation)
+    rounding = _ROUNDING.get(scores.dtype, 1e-3)
     scores = widened(scores)
-    if activation == "logits":
-        return torch.sigmoid(scores) if scores.shape[dim] == 1 else torch.softmax(scores, dim)
-    return scores.exp() if activation == "log_probabilities" else scores
+    if activation == "logits" and scores.shape[dim] > 1:
+        return torch.softmax(scores, dim)
+    if activation in ("logits", "independent_logits"):
+        return torch.sigmoid(scores)
+    if activation == "log_probabilities":
+        return _within(scores, float("-inf"), 0.0, rounding, activation).exp()
+    return _within(scores, 0.0, 1.0, rounding, activation)
+
+
+def _within(scores: Tensor, low: float, high: float, rounding: float, activation: str) -> Tensor:
+    """Scores within their range, to which rounding is cut; what is not a number stays."""
+    wrong = (scores < low - rounding) | (scores > high + rounding)
+    if wrong.any():
+        found = scores[wrong]
+        worst = found.min() if (found < low).any() else found.max()
+        expected = "at most 0" if activation == "log_probabilities" else "in [0, 1]"
+        raise ArgumentError(
+            f"scores must be {expected} where activation={activation!r}, got {worst.item():.4g}; "
+            "pass activation='logits' or 'independent_logits' (one sigmoid for each class) to "
+            "fcvgg.convert for scores before their softmax or sigmoid, or 'values'"
+        )
+    return scores.clamp(low, high)
 
 
 def average_over_space(scores: Tensor, activation: str, average: str) -> Tensor:
     """One prediction ``(K,)`` of a map ``(K, h, w)``, as probabilities."""
-    if average == "scores" and activation == "logits":
+    if average == "scores" and activation in ("logits", "independent_logits"):
         return to_probabilities(widened(scores).mean((1, 2)), activation)
     return to_probabilities(scores, activation).mean((1, 2))
 

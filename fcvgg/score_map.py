@@ -13,7 +13,7 @@ from fcvgg.boxes import cell_windows
 from fcvgg.categories import class_index, class_name
 from fcvgg.geometry import Axis, Geometry, Pair, checked_size
 from fcvgg.heatmap import Heatmap
-from fcvgg.probability import average_over_space, to_probabilities, widened
+from fcvgg.probability import average_over_space, require_classes, to_probabilities, widened
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -80,6 +80,7 @@ class ScoreMap:
         """
         if len(self.scores) == 1:
             return (self.probabilities()[0] > 0.5).long() - 1
+        require_classes(self.activation)
         return self.scores.argmax(0)
 
     def resample(self, size: Iterable[int] | int | None = None) -> Tensor:

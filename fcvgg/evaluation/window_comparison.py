@@ -22,7 +22,7 @@ from fcvgg.geometry import Pair
 from fcvgg.images import ImageLike
 from fcvgg.network import FullyConvolutional, evaluating
 from fcvgg.placement import device_of, dtype_of
-from fcvgg.probability import to_probabilities
+from fcvgg.probability import require_classes, to_probabilities
 from fcvgg.progress import progress_bar
 from fcvgg.score_map import ScoreMap
 
@@ -279,6 +279,7 @@ def _labels(score_map: ScoreMap) -> Tensor:
     """Each cell's class, ``(h, w)``; for a single class whether it is more likely than not."""
     if len(score_map.scores) == 1:
         return to_probabilities(score_map.scores, score_map.activation)[0] > 0.5
+    require_classes(score_map.activation)
     return score_map.scores.argmax(0)
 
 

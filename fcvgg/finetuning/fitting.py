@@ -166,8 +166,9 @@ def trained(job: Job) -> tuple[nn.Module, Settings, TrainingRun | None]:
 
 def _check_scores(net: FullyConvolutional) -> None:
     """Refuse a head whose classes do not exclude each other."""
-    if net.activation in ("sigmoid", UNKNOWN):
-        found = "in a sigmoid for each class" if net.activation == "sigmoid" else "past a softmax"
+    if net.activation in ("sigmoid", "independent_logits", "values", UNKNOWN):
+        found = "past a softmax" if net.activation == UNKNOWN else "in a sigmoid for each class"
+        found = "in plain values" if net.activation == "values" else found
         raise ConversionError(
             f"the model ends {found}, so cross entropy does not train it; expected a head that "
             "ends in scores or a softmax"

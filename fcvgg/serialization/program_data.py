@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fcvgg.errors import LoadError, one_line
+from fcvgg import probability
+from fcvgg.errors import ArgumentError, LoadError, one_line
 from fcvgg.geometry import IMAGE, Geometry, Window
 from fcvgg.graph import graph_module
 from fcvgg.modules import TrainingOnly, WindowLinear
 from fcvgg.placement import dtype_of
-from fcvgg.probability import ACTIVATIONS, UNKNOWN
 from fcvgg.program import LayerRecord, Program, TrainingMode
 from fcvgg.serialization.graph_data import (
     called_layers,
@@ -171,12 +171,10 @@ def _positive(value: Any, name: str) -> int:
 
 def checked_activation(value: Any) -> str:
     """What scores are, if it is one of the known names."""
-    if value not in (*ACTIVATIONS, UNKNOWN):
-        raise LoadError(
-            f"the bundle's activation {value!r} is unknown; expected one of "
-            f"{', '.join(ACTIVATIONS)}"
-        )
-    return str(value)
+    try:
+        return probability.checked_activation(value)
+    except ArgumentError as error:
+        raise LoadError(f"the bundle's {one_line(error)}") from error
 
 
 # -- whether it runs ------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from torch import Tensor
 from fcvgg.categories import class_index
 from fcvgg.errors import ArgumentError, CategoryError
 from fcvgg.network import FullyConvolutional
-from fcvgg.probability import to_probabilities
+from fcvgg.probability import require_classes, require_probabilities, to_probabilities
 from fcvgg.score_map import ScoreMap
 from fcvgg.streaming.strip_plan import (
     itemsize_of,
@@ -48,8 +48,9 @@ class Selection:
                     f"classes={classes!r} is unknown; expected 'argmax', 'top5', or a sequence of "
                     "class indices and names"
                 )
+            require_classes(activation)
             if classes == "argmax" and count == 1:  # what cannot be told is said before the work
-                to_probabilities(torch.zeros(1), activation)
+                require_probabilities(activation)
             return cls(classes, (), count, activation)
         if not isinstance(classes, Iterable):
             raise ArgumentError(
