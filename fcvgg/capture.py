@@ -12,7 +12,7 @@ import copy
 import inspect
 import operator
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from itertools import chain
@@ -123,6 +123,20 @@ class Captured:
         self.channels = channels
         self.asked = asked
         self.training_only = training_only
+        self.other_channels: tuple[int, ...] = ()
+
+    def require_channels(self) -> None:
+        """Refuse images whose channels the graph leaves open.
+
+        Raises:
+            CaptureError: if the model runs with several numbers of them.
+        """
+        if self.other_channels:
+            *some, last = map(str, self.other_channels)
+            raise CaptureError(
+                "the channels of the images cannot be inferred: the model runs with "
+                f"{', '.join(some)} and {last}; pass in_channels=, 3 for RGB images"
+            )
 
     def failure(self) -> fx.Node | None:
         """The first node that does not run at the captured size."""
@@ -151,15 +165,101 @@ def capture(
 
     Args:
         is_leaf: whether a module has a rule of its own and is not looked into.
-        channels: the image's channels; read off the first convolution when None.
+        channels: the image's channels; found by what the graph does with them when None.
 
     Raises:
         CaptureError: if the model branches on values or cannot be traced for another reason.
         InputSizeError: if the model asserts another size.
     """
-    captured = _traced(model, size, is_leaf, channels or input_channels(model))
-    read = _channels_read(captured) if channels is None else None
-    return _traced(model, size, is_leaf, read) if read is not None else captured
+    if channels is not None:
+        captured = _traced(model, size, is_leaf, channels)
+        wrong = _failing_convolution(captured)
+        if wrong is not None:
+            raise CaptureError(
+                f"in_channels={channels} does not fit the model: {describe(wrong)} fails with "
+                f"'{one_line(wrong.meta['error'])}'; pass the channels of its images"
+            )
+        return captured
+    first = input_channels(model)
+    captured = _traced(model, size, is_leaf, first)
+    if _starts_with_convolution(captured):
+        return captured
+    tried = {first: captured}
+    for count in _USUAL_CHANNELS:
+        if count not in tried:
+            try:
+                tried[count] = _traced(model, size, is_leaf, count)
+            except (CaptureError, InputSizeError):
+                continue
+    fitting = sorted(n for n, made in tried.items() if _failing_convolution(made) is None)
+    if not fitting:
+        return captured
+    captured = tried[_likeliest(first, fitting)]
+    captured.other_channels = () if _is_certain(first, fitting) else tuple(fitting)
+    return captured
+
+
+_USUAL_CHANNELS = (1, 2, 3, 4)
+_RGB = 3
+
+
+def _likeliest(first: int, fitting: Sequence[int]) -> int:
+    """The channels of the images, of the numbers with which the model runs."""
+    return first if first in fitting else fitting[0]
+
+
+def _is_certain(first: int, fitting: Sequence[int]) -> bool:
+    """Whether the numbers with which a model runs leave one that images can have.
+
+    Of one channel, a buffer of several makes several, so one fits as well as the true number.
+    Where three fit and fewer do not, further channels are not read.
+
+    Args:
+        first: what the first convolution takes.
+    """
+    if first in fitting:
+        return first >= _RGB or set(fitting) <= {1, first}
+    return len(fitting) == 1 or fitting[0] == _RGB
+
+
+def _convolutions(captured: Captured) -> Iterator[fx.Node]:
+    for node in captured.graph.nodes:
+        if node.op == "call_module":
+            if isinstance(captured.root.get_submodule(str(node.target)), nn.Conv2d):
+                yield node
+        elif node.target in (nn.functional.conv2d, torch.conv2d):
+            yield node
+
+
+def _starts_with_convolution(captured: Captured) -> bool:
+    """Whether the images enter a convolution as they are, which fixes their channels."""
+    images = next(iter(captured.graph.nodes), None)
+    return images is not None and any(
+        node.args[:1] == (images,) and "error" not in node.meta
+        for node in _convolutions(captured)
+    )
+
+
+def _failing_convolution(captured: Captured) -> fx.Node | None:
+    """The node that shows that the images have other channels, if any does.
+
+    That is a convolution of other channels, or what fails before the first convolution.
+    """
+    reached = False
+    for node in _convolutions(captured):
+        if "error" in node.meta and _takes_other_channels(node, captured.root):
+            return node
+        reached = reached or "value" in node.meta
+    return None if reached else captured.failure()
+
+
+def _takes_other_channels(node: fx.Node, root: nn.Module) -> bool:
+    x, *rest = node.args
+    given = x.meta["value"].shape[1] if isinstance(x, fx.Node) else 0
+    if node.op == "call_module":
+        return bool(given != root.get_submodule(str(node.target)).in_channels)
+    weight = node.kwargs.get("weight", rest[0] if rest else None)
+    return isinstance(weight, fx.Node) and given % weight.meta["value"].shape[1] != 0
 
 
 def unfollowed_branches(
@@ -279,17 +379,6 @@ def input_channels(model: nn.Module) -> int:
         if isinstance(module, nn.Conv2d):
             return module.in_channels
     return next((p.shape[1] for p in model.parameters() if p.ndim == 4), 3)
-
-
-def _channels_read(captured: Captured) -> int | None:
-    """The channels that the first convolution called takes, if it failed for want of them."""
-    for node in captured.graph.nodes:
-        if node.op == "call_module":
-            layer = captured.root.get_submodule(str(node.target))
-            if isinstance(layer, nn.Conv2d):
-                wrong = "error" in node.meta and layer.in_channels != captured.channels
-                return layer.in_channels if wrong else None
-    return None
 
 
 def describe(node: fx.Node) -> str:

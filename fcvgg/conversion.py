@@ -118,6 +118,7 @@ def _rewritten(
     in_channels: int | None = None,
 ) -> Program:
     captured = capture(model, size, is_leaf, in_channels)
+    captured.require_channels()
     program = Rewriter(captured, modules, output_stride, same).run(rule_for)
     stride = program.geometry.stride
     if output_stride is not None and stride != (output_stride, output_stride):
