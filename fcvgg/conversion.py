@@ -77,7 +77,6 @@ def convert(
     """
     _check_options(padding, output_stride, in_channels)
     model = unwrapped(model)
-    _check_data(model)
     if input_size is not None:
         size = _checked_input_size(input_size)
     else:
@@ -86,6 +85,8 @@ def convert(
         *(model, sharing_twin(model, own=copy), size),
         *(output_stride, padding == "same", in_channels),
     )
+    if verify:
+        _check_data(model)
     net = FullyConvolutional(
         program,
         input_size=size,
@@ -141,8 +142,8 @@ def _check_data(model: nn.Module) -> None:
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.is_meta:
             raise ConversionError(
-                f"{name} is on the meta device, without data; move the model with "
-                "model.to_empty(device='cpu') and load its weights before converting"
+                f"{name} is on the meta device, without data; move the model with model.to_empty("
+                "device='cpu') and load its weights before converting, or pass verify=False"
             )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from fcvgg.capture import capture, sharing_twin
-from fcvgg.errors import InputSizeError
+from fcvgg.errors import ConversionError, InputSizeError
 from fcvgg.geometry import LARGEST_SIZE, Pair, smallest_size
 from fcvgg.layers import is_leaf, rule_for
 from fcvgg.rewriting import Boundary, Rewriter
@@ -35,6 +35,9 @@ def infer_input_size(model: nn.Module, in_channels: int | None = None) -> Pair:
             rewriter.run(rule_for)
         except InputSizeError as error:
             failure = error
+        except ConversionError:
+            captured.require_channels()  # which may be what the layer suffers from
+            raise
         if rewriter.boundary is not None:
             return _size_at(rewriter.boundary, rewriter)
     reason = f": {str(failure).partition('; pass ')[0]}" if failure else ""

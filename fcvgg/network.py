@@ -445,7 +445,7 @@ class FullyConvolutional(nn.Module):
                 "activation": self.activation,
                 "categories": self.categories,
                 "preprocess": encoded_preprocess(self.preprocess),
-                "equivalence": None if self.equivalence is None else asdict(self.equivalence),
+                "equivalence": _report_of(self.equivalence),
             },
         )
         return path
@@ -484,6 +484,13 @@ class FullyConvolutional(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.source}, native size {self.input_size}, {self.geometry}"
+
+
+def _report_of(equivalence: Any) -> dict[str, Any] | None:
+    """A report as data, without the modes, which a bundle does not keep."""
+    if equivalence is None:
+        return None
+    return {name: value for name, value in asdict(equivalence).items() if name != "other_modes"}
 
 
 def _source_keys(

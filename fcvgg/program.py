@@ -42,7 +42,7 @@ class TrainingMode:
     unfollowed: tuple[str, ...] = ()
 
 
-def listed(places: Sequence[str], root: str, most: int = 3) -> str:
+def listed(places: Sequence[str], root: str = "", most: int = 3) -> str:
     """Names of modules for a message, the root's in place of an empty one."""
     names = ", ".join(name or root or "the model" for name in places[:most])
     return names + (f" and {len(places) - most} more" if len(places) > most else "")

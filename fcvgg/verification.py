@@ -41,9 +41,13 @@ class Equivalence:
             break either way.
         translation_error: the largest difference between the map's interior and that of the input
             shifted by one stride, relative to the largest score; it may be 10 tolerances.
-        passed: whether both errors are within what they may be, and the top-1 agreement is 1.
+        passed: whether both errors are within what they may be, the top-1 agreement is 1, and the
+            modules of the two are in the same modes.
         input_size: the native size ``(h, w)`` that was run.
         images: how many images were run.
+        other_modes: the modules that are in training mode in one of the two only, or compute
+            something in the source's training mode that the network does not hold. The numbers are
+            those of evaluation mode; in the modes that the two are in, their scores differ.
     """
 
     max_abs_error: float
@@ -54,6 +58,7 @@ class Equivalence:
     passed: bool
     input_size: tuple[int, int]
     images: int
+    other_modes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         height, width = self.input_size
@@ -62,6 +67,7 @@ class Equivalence:
             f"{self.images} images: max error {self.max_rel_error:.1e} of the largest score "
             f"(tolerance {self.tolerance:.0e}), top-1 agreement {self.top1_agreement:.0%}, "
             f"translation error {self.translation_error:.1e}"
+            + (f"; in other modes: {listed(self.other_modes)}" if self.other_modes else "")
         )
 
 
@@ -76,8 +82,8 @@ def verify(
 ) -> Equivalence:
     """Compare a converted network with its source, and with itself on a shifted input.
 
-    The modes of the two must be the same, module by module; the numbers are compared in evaluation
-    mode, since dropout and its like are random. Modes, buffers and the state of torch's random
+    The numbers are compared in evaluation mode, since dropout and its like are random; that the two
+    are in the same mode, module by module, is checked apart. Modes, buffers and the state of torch's random
     numbers are afterwards what they were.
 
     Args:
@@ -93,11 +99,9 @@ def verify(
 
     Raises:
         ArgumentError: if one of the two is no model, or they have other outputs.
-        EquivalenceError: if a module of the network is in another mode than the source's.
         ImageError: if the images are not of the native size, or the network does not take them.
     """
     _check_models(model, net)
-    _check_modes(model, net)
     if images is None:
         images = _noise((2, net.in_channels, *net.input_size), net, seed)
     net._check_images(images)
@@ -114,6 +118,7 @@ def verify(
         if seen.largest > 1:
             tempered, seen = _compared(model, net, images, tolerance, seed, seen.largest)
             found += [tempered] if seen.seen else []
+    other_modes = _other_modes(model, net)
     relative = _worst([differences.relative for differences in found])
     shifted = _worst([differences.shifted for differences in found])
     agreement = min(differences.agreement for differences in found)
@@ -124,10 +129,14 @@ def verify(
         top1_agreement=agreement,
         translation_error=shifted,
         passed=(
-            relative <= tolerance and shifted <= tolerance * _TRANSLATION_FACTOR and agreement == 1
+            relative <= tolerance
+            and shifted <= tolerance * _TRANSLATION_FACTOR
+            and agreement == 1
+            and not other_modes
         ),
         input_size=net.input_size,
         images=len(images),
+        other_modes=other_modes,
     )
 
 
@@ -183,6 +192,11 @@ def check(model: nn.Module, net: FullyConvolutional) -> Equivalence:
     report = verify(model, net)
     if report.passed:
         return report
+    if report.other_modes:
+        raise EquivalenceError(
+            f"{listed(report.other_modes)} of the network is in another mode than in the model, so "
+            "they give other scores; put both in one mode with .eval() or .train()"
+        )
     if report.max_rel_error != report.max_rel_error:  # not a number
         raise EquivalenceError(
             f"the model's scores are not finite at the native size{_not_finite(model)}; "
@@ -262,26 +276,15 @@ def _check_models(model: Any, net: Any) -> None:
         )
 
 
-def _check_modes(model: nn.Module, net: FullyConvolutional) -> None:
-    """Refuse modules in another mode than the source's, which would give other scores."""
+def _other_modes(model: nn.Module, net: FullyConvolutional) -> tuple[str, ...]:
+    """The source's modules whose mode makes the network give other scores than the source."""
     source = without_wrappers(model)
     if isinstance(source, FullyConvolutional):
         source = source.network
-    different = mode_differences(net.network, source)
-    if different:
-        found = "evaluation" if source.get_submodule(different[0]).training else "training"
-        raise EquivalenceError(
-            f"{listed(different, type(source).__name__)} of the network is in {found} mode, and the "
-            "source's is not; put both in one mode with .eval() or .train()"
-        )
-    modules = dict(source.named_modules())
-    unfollowed = net.program.training_mode.unfollowed
-    active = [name for name in unfollowed if name in modules and modules[name].training]
-    if active:
-        raise EquivalenceError(
-            f"{listed(active, type(source).__name__)} computes something in training mode that the "
-            "network does not hold; put both in evaluation mode with .eval()"
-        )
+    modes = {name: module.training for name, module in source.named_modules()}
+    unfollowed = [n for n in net.program.training_mode.unfollowed if modes.get(n, False)]
+    different = (*mode_differences(net.network, source), *unfollowed)
+    return tuple(name or type(source).__name__ for name in dict.fromkeys(different))
 
 
 @contextmanager

@@ -440,7 +440,7 @@ def test_an_option_that_load_does_not_have(tmp_path: Path) -> None:
         with pytest.raises(
             fcvgg.ArgumentError,
             match=r"^load has no option foo; expected some of arch, weights, preprocess, categories"
-            r", input_size, output_stride, padding, copy, verify, activation$",
+            r", input_size, output_stride, padding, copy, verify, activation, in_channels$",
         ):
             fcvgg.load(name, foo=1)
     with pytest.raises(fcvgg.PreprocessError, match=r"expected fcvgg\.Preprocess"):

@@ -102,8 +102,9 @@ def _equivalence(data: Any) -> Equivalence | None:
 
     if data is None:
         return None
+    names = (field.name for field in fields(Equivalence) if field.name != "other_modes")
     kinds: dict[str, Any] = {
-        **dict.fromkeys((f.name for f in fields(Equivalence)), (int, float)),
+        **dict.fromkeys(names, (int, float)),
         "passed": bool,
         "images": int,
         "input_size": list,
