@@ -235,8 +235,7 @@ def _starts_with_convolution(captured: Captured) -> bool:
     """Whether the images enter a convolution as they are, which fixes their channels."""
     images = next(iter(captured.graph.nodes), None)
     return images is not None and any(
-        node.args[:1] == (images,) and "error" not in node.meta
-        for node in _convolutions(captured)
+        node.args[:1] == (images,) and "error" not in node.meta for node in _convolutions(captured)
     )
 
 
@@ -362,9 +361,8 @@ def _traced(
     except Exception as error:
         raise CaptureError(
             f"the model's forward cannot be traced with torch.fx: {tracer.place()}"
-            f"{one_line(error)}; "
-            "it must be a function of one image batch without control flow on values, of "
-            "submodules of the model"
+            f"{type(error).__name__}: {one_line(error)}; it must be a function of one image batch "
+            "without control flow on values, computed by submodules of the model"
         ) from error
     return Captured(
         *(graph, tracer.root, size, channels),
@@ -465,6 +463,11 @@ def twin_of(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
             f"{_uncopied(model, {**memo, **hooks})}{one_line(error)}; "
             "delete what cannot be copied, or set it to None, before converting"
         ) from error
+    if not isinstance(twin, nn.Module):
+        raise ConversionError(
+            f"the modules of {type(model).__name__} cannot be copied: its __deepcopy__ returns "
+            f"{type(twin).__name__}; expected a module"
+        )
     _align(model, twin, copies)
     return twin
 
@@ -493,13 +496,16 @@ def _align(model: nn.Module, twin: nn.Module, copies: dict[int, Any]) -> None:
         module = found[name]
         module.training = source.training
         copies[id(source)] = module
-        for own, given in ((module._parameters, source._parameters), (module._buffers, source._buffers)):
+        for own, given in (
+            (module._parameters, source._parameters),
+            (module._buffers, source._buffers),
+        ):
             for key, tensor in given.items():
                 if tensor is not None and own.get(key) is not None and id(tensor) in copies:
                     own[key] = copies[id(tensor)]
     for module in found.values():
         for name, value in vars(module).items():
-            vars(module)[name] = rebound(value, copies)
+            module.__dict__[name] = rebound(value, copies)
 
 
 def sharing_twin(model: nn.Module, own: bool = False) -> nn.Module:
@@ -630,6 +636,7 @@ class _ShapeTracer(fx.Tracer):
         self._images = torch.empty(shape, dtype=dtype, device="meta")
         self._computing = False
         self._autocast = _autocast_state()
+        self._failed = ""
 
     def trace(self, root: Any, concrete_args: Any = None) -> fx.Graph:
         if _runs_own_forward(root) or not isinstance(type(root).forward, FunctionType):
@@ -640,8 +647,18 @@ class _ShapeTracer(fx.Tracer):
         if self._computing:
             return forward(*args, **kwargs)
         if "_orig_mod" in m._modules:  # what torch.compile makes of a module
-            return m._orig_mod(*args, **kwargs)
-        result = super().call_module(m, forward, args, kwargs)
+            return m.get_submodule("_orig_mod")(*args, **kwargs)
+        paths = self.submodule_paths or {}
+        if m not in paths:
+            raise CaptureError(
+                f"forward calls a {type(m).__name__} that is not a submodule of the model; assign "
+                "it to an attribute of the model, so that its parameters are found"
+            )
+        try:
+            result = super().call_module(m, forward, args, kwargs)
+        except Exception:
+            self._failed = self._failed or paths[m]
+            raise
         if self.is_leaf_module(m, "") or not (len(args) == 1 and result is args[0] and not kwargs):
             return result
         path = self.path_of_module(m)
@@ -702,7 +719,9 @@ class _ShapeTracer(fx.Tracer):
     def place(self) -> str:
         """Where tracing stopped, as the beginning of a message."""
         last = next(reversed(self.graph.nodes), None)
-        return f"after {describe(last)}: " if last is not None and last.op.startswith("call") else ""
+        within = f"in {self._failed}" if self._failed else ""
+        after = f"after {describe(last)}" if last is not None and last.op[:4] == "call" else ""
+        return f"{within}{', ' if within and after else ''}{after}: " if within or after else ""
 
     def create_args_for_root(
         self, root_fn: Any, is_module: bool, concrete_args: Any = None
@@ -719,8 +738,9 @@ class _ShapeTracer(fx.Tracer):
         if _autocast_state() != self._autocast:
             owner = next(reversed(self.module_stack.values()))[0] if self.module_stack else ""
             raise CaptureError(
-                f"forward{f' of {owner}' if owner else ''} runs under torch.autocast, which a graph "
-                "does not hold; convert the model without it, and use autocast around the network"
+                f"forward{f' of {owner}' if owner else ''} runs under torch.autocast, which a "
+                "graph does not hold; convert the model without it, and use autocast around the "
+                "network"
             )
         if kind == "call_function" and not args and "input" in kwargs:
             # F.relu(input=x): torch's first argument, which rules take in its place
@@ -833,15 +853,17 @@ class _ShapedProxy(fx.Proxy):
 
     def _cast(self, *args: Any, **kwargs: Any) -> fx.Proxy:
         """``x.to(...)`` without devices and layouts: the network runs where its images lie."""
-        own, dtype, given = self.tracer.value_of(self).dtype, None, None
+        own, dtype = self.tracer.value_of(self).dtype, None
         for argument in (*args, *kwargs.values()):
             if isinstance(argument, torch.dtype):
-                dtype = given = argument
+                dtype = argument
             elif type(argument) is _ShapedProxy:
                 dtype = self.tracer.value_of(argument).dtype
             elif isinstance(argument, Tensor):
                 dtype = argument.dtype
-        if given is None and dtype in (None, own):
+        if kwargs.pop("copy", False):
+            return self.clone() if dtype in (None, own) else self._cast(dtype)
+        if dtype in (None, own):  # what the source is cast to, the network may be cast from
             return self
         return self.tracer.create_proxy("call_method", "to", (self, dtype), {})
 

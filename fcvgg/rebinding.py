@@ -54,9 +54,7 @@ def _referred(value: Any, copies: dict[int, Any]) -> Any:
     if isinstance(value, (list, tuple)) and type(value) in (list, tuple):
         return _if_changed(value, tuple(value), copies, type(value))
     if type(value) is dict:
-        return _if_changed(
-            value, tuple(value.values()), copies, lambda new: dict(zip(value, new))
-        )
+        return _if_changed(value, tuple(value.values()), copies, lambda new: dict(zip(value, new)))
     return rebound(value, copies)
 
 

@@ -31,9 +31,11 @@ from fcvgg.cells import Cells, Constant, Unusable, channels_along, with_channels
 from fcvgg.errors import (
     CaptureError,
     ConversionError,
+    FcvggError,
     InputSizeError,
     RefusedLayerError,
     UnsupportedLayerError,
+    one_line,
 )
 from fcvgg.geometry import IMAGE, Pair, Window
 from fcvgg.graph import graph_module
@@ -146,6 +148,13 @@ class Rewriter:
         except InputSizeError:
             self._note_head(node)
             raise
+        except FcvggError:
+            raise
+        except Exception as error:
+            raise UnsupportedLayerError(
+                f"{call} cannot be written for maps: {one_line(error)}; "
+                "see fcvgg.layers for what is supported and how to register a rule"
+            ) from error
         self._check_batch(call, result)
         if changed is not None and isinstance(result, Cells):
             self._in_place.follow(node, changed, result)

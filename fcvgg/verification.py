@@ -83,8 +83,8 @@ def verify(
     """Compare a converted network with its source, and with itself on a shifted input.
 
     The numbers are compared in evaluation mode, since dropout and its like are random; that the two
-    are in the same mode, module by module, is checked apart. Modes, buffers and the state of torch's random
-    numbers are afterwards what they were.
+    are in the same mode, module by module, is checked apart. Modes, buffers and the state of
+    torch's random numbers are afterwards what they were.
 
     Args:
         model: the source model.
