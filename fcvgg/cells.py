@@ -79,6 +79,8 @@ class Cells:
     @property
     def fills_window(self) -> bool:
         """Whether the layout holds every element of the window once, in any order."""
+        if self.moved is None:
+            return True
         return torch.equal(self.layout.flatten().sort().values, torch.arange(self.elements))
 
     def elements_within(self, other: Cells) -> str:
@@ -175,6 +177,31 @@ def channels_along(cells: Cells, axis: int) -> Tensor | None:
     within = bool((positions >= 0).all() and (positions < cells.positions).all())
     regular = torch.equal(rows, channels[:, None] * cells.positions + positions)
     return channels if within and regular else None
+
+
+def chosen_channels(cells: Cells) -> tuple[Tensor, Tensor] | None:
+    """The channels that a value holds at every position, also where they repeat, in its order.
+
+    Returns:
+        the channels, and the layout on a map of them; None if it holds others at some positions.
+    """
+    channels, places = (
+        cells.layout.flatten() // cells.positions,
+        cells.layout.flatten() % cells.positions,
+    )
+    count = len(places) // cells.positions
+    if not count or count * cells.positions != len(places):
+        return None
+    order = places.argsort(stable=True).reshape(cells.positions, count)
+    rows = torch.arange(cells.positions)[:, None]
+    chosen = channels[order]  # (positions, count)
+    if not torch.equal(places[order], rows.expand_as(order)):
+        return None
+    if not torch.equal(chosen, chosen[:1].expand_as(chosen)):
+        return None
+    layout = torch.empty_like(places)
+    layout[order] = torch.arange(count) * cells.positions + rows
+    return chosen[0], layout.reshape(cells.dims)
 
 
 def with_channels(cells: Cells, axis: int, channels: int, **changes: Any) -> Cells:
