@@ -36,7 +36,8 @@ class Cells:
         activation: what the values are: logits, or what the last activation made of them.
         share: what probabilities have been multiplied by: the halves of an average have 0.5.
         margin: pixels ``(y, x)`` by which padding of the head (``padding="same"``) put the window
-            of cell 0 before the image.
+            of cell 0 before the image; None where the head has not been padded.
+        unseen: pixels ``(y, x)`` at the end of the native image that strides leave out.
     """
 
     node: fx.Node
@@ -46,7 +47,8 @@ class Cells:
     dilation: Pair = (1, 1)
     activation: str = "logits"
     share: float = 1.0
-    margin: Pair = (0, 0)
+    margin: Pair | None = None
+    unseen: Pair = (0, 0)
 
     @property
     def layout(self) -> Tensor:
@@ -118,6 +120,11 @@ class Cells:
         averages = kind == "avg" and divisor is None and x.activation == "probabilities"
         within = kind in ("avg", "max") and divisor is None and x.activation == "sigmoid"
         return self.alike(x) if averages or within else self.computed_from([x])
+
+    def joined_with(self, others: Iterable[Cells]) -> Cells:
+        """The same values, said to be computed from others too, which may see more."""
+        unseen = [cells.unseen for cells in (self, *others)]
+        return replace(self, unseen=(min(y for y, _ in unseen), min(x for _, x in unseen)))
 
     def same_layout(self, other: Cells) -> bool:
         return (

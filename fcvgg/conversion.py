@@ -21,6 +21,7 @@ from fcvgg.network import FullyConvolutional
 from fcvgg.preprocessing import Preprocess
 from fcvgg.program import Program
 from fcvgg.rewriting import Rewriter
+from fcvgg.size_numbers import check_numbers
 from fcvgg.verification import check
 
 
@@ -100,7 +101,11 @@ def check_convertible(model: nn.Module, input_size: int | Iterable[int]) -> None
 def _rewritten(
     model: nn.Module, modules: nn.Module, size: Pair, output_stride: int | None, same: bool
 ) -> Program:
-    program = Rewriter(capture(model, size, is_leaf), modules, output_stride, same).run(rule_for)
+    captured = capture(model, size, is_leaf)
+    program = Rewriter(captured, modules, output_stride, same).run(rule_for)
+    crop = program.geometry.crop
+    if crop != size:
+        check_numbers(captured, model, crop)
     stride = program.geometry.stride
     if output_stride is not None and stride != (output_stride, output_stride):
         raise ConversionError(

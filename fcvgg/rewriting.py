@@ -12,7 +12,7 @@ import inspect
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
-from math import gcd, prod
+from math import gcd
 from typing import Any
 
 import torch
@@ -94,6 +94,7 @@ class Rewriter:
         self._output_stride = output_stride
         self._same = same
         self.steps = Steps()
+        self.kernels: set[tuple[str, Pair]] = set()
         self._window_weights: dict[nn.Parameter, WindowWeight] = {}
         self._values: dict[fx.Node, Any] = {}
         self._in_place = InPlaceChanges(self.graph, self._values)
@@ -263,9 +264,8 @@ class Rewriter:
                 "the model's outputs lie on different grids of cells; convert one head at a time"
             )
         self.steps.check_branches(first)
-        geometry = (
-            first.standing_for(self.captured.size, outputs[0].margin) if self._same else first
-        )
+        crop = tuple(n - unseen for n, unseen in zip(self.captured.size, outputs[0].unseen))
+        geometry = first.standing_for((crop[0], crop[1]), outputs[0].margin)
         self._restore_weights()
         self.graph.lint()
         return Program(
@@ -527,14 +527,29 @@ class Rewriter:
         makes one value of many, ``"avg"``, ``"max"`` or ``"other"``; other layers make new scores.
         """
         dense, dilation = self._densified(call, x, windows)
+        self.kernels.add((kind or call.kind, (windows[0].kernel, windows[1].kernel)))
         node = emit(dense, dense != windows)
         step = self.steps.add(dense, (x.step,), str(call))
         extent = tuple(call.node.meta["value"].shape[1:])
-        result = Cells(node, step, extent, dilation=dilation, margin=x.margin)
+        unseen = self._unseen(x, windows, extent[1:])
+        result = Cells(node, step, extent, dilation=dilation, margin=x.margin, unseen=unseen)
         if pools is not None:
             result = result.pooled_from(x, pools)
         self.record(call, kind or call.kind, dense, result, multiply_adds)
         return result
+
+    def _unseen(self, x: Cells, windows: Windows, outputs: Sequence[int]) -> Pair:
+        """Pixels at the end of the native image that are left out once a layer has run.
+
+        Where strides do not divide, a layer leaves out what its last window does not reach; of
+        that, padding is no loss.
+        """
+        unseen = []
+        for axis, (window, size, cells) in enumerate(zip(windows, x.extent[1:], outputs)):
+            rest = size + window.before - window.span - (cells - 1) * window.stride
+            pixels = self.steps.stride_at(x.step)[axis] * x.dilation[axis]
+            unseen.append(x.unseen[axis] + max(rest, 0) * pixels)
+        return unseen[0], unseen[1]
 
     def _densified(self, call: Call, x: Cells, windows: Windows) -> tuple[Windows, Pair]:
         """The windows on this map, with strides beyond the output stride taken out."""
@@ -561,19 +576,21 @@ class Rewriter:
         return (dense[0], dense[1]), (dilations[0], dilations[1])
 
     def head_window(self, call: Call, x: Cells, extent: Pair) -> tuple[Cells, Windows]:
-        """The window of the head over a map, padded first if the map is to keep its size."""
+        """The window of the head over a map, padded first if the map is to keep its size.
+
+        Padding is done once, for all positions that the head takes, so that a cell at the border is
+        the head on features with zeros around them.
+        """
         kernel = (
             Window(extent[0], dilation=x.dilation[0]),
             Window(extent[1], dilation=x.dilation[1]),
         )
-        if not self._same:
+        if not self._same or x.margin is not None or x.positions == 1:
             return x, kernel
-        pads = [((w.span - 1) // 2, w.span - 1 - (w.span - 1) // 2) for w in kernel]
-        (top, bottom), (left, right) = pads
-        if not any((top, bottom, left, right)):
-            return x, kernel
+        more = [(n - 1) * d for n, d in zip(x.extent[1:], x.dilation)]
+        (top, bottom), (left, right) = ((n // 2, n - n // 2) for n in more)
         stride = self.steps.stride_at(x.step)
-        margin = (x.margin[0] + top * stride[0], x.margin[1] + left * stride[1])
+        margin = (top * stride[0], left * stride[1])
         node = self.graph.call_function(
             torch.nn.functional.pad, (x.node, (left, right, top, bottom))
         )

@@ -50,7 +50,7 @@ def act_elementwise(
     else:
         node = build.emit_function(call, as_function, *args, **kwargs)
     step = build.join(aligned, call) if len(aligned) > 1 else first.step
-    result = replace(first, node=node, step=step).computed_from(aligned)
+    result = replace(first, node=node, step=step).computed_from(aligned).joined_with(aligned)
     if call.parameters():
         build.record(call, call.kind, (Window(), Window()), result)
     return result

@@ -61,7 +61,7 @@ def pool_window(
     else:
         channels = x.extent[0] * bins[0] * bins[1]
         layout = torch.arange(channels).reshape(x.extent[0], *bins)
-        result = Cells(node, step, (channels, 1, 1), layout, x.dilation, margin=x.margin)
+        result = replace(x, node=node, step=step, extent=(channels, 1, 1), moved=layout)
     result = result.pooled_from(x, kind, divisor)
     build.record(call, type(pool).__name__, windows, result)
     return result

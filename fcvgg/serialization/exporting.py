@@ -231,7 +231,8 @@ def _in_torch(path: Path) -> _Run:
     module = torch.export.load(path).module()
 
     def run(images: Tensor) -> list[Tensor]:
-        scores = module(images)
+        with torch.no_grad():
+            scores = module(images)
         return list(scores) if isinstance(scores, (tuple, list)) else [scores]
 
     return run
