@@ -534,10 +534,11 @@ def _uncopied(model: nn.Module, memo: dict[int, Any]) -> str:
 
 
 def bare_twin(model: nn.Module) -> nn.Module:
-    """A copy of the modules on the meta device, without data."""
+    """A copy of the modules on the meta device, without data but that of integers."""
     memo: dict[int, Any] = {}
     for tensor in (*model.parameters(), *model.buffers()):
-        meta = tensor.detach().to("meta")
+        # what an index gives has no shape without its values
+        meta = tensor.detach().to("meta" if tensor.is_floating_point() else tensor.device)
         is_parameter = isinstance(tensor, nn.Parameter)
         memo[id(tensor)] = nn.Parameter(meta, tensor.requires_grad) if is_parameter else meta
     return twin_of(model, memo)
@@ -608,6 +609,17 @@ def _within(path: str, module: nn.Module) -> set[str]:
 
 def _run_forward(model: nn.Module, images: Any) -> Any:
     return model.forward(images)
+
+
+def _known_index(index: Any) -> Any:
+    """What a value is indexed by: integers and booleans with their values, which decide shapes."""
+    if isinstance(index, tuple):
+        return tuple(map(_known_index, index))
+    if isinstance(index, list) and all(isinstance(i, int) for i in index):
+        return torch.tensor(list(index))
+    if isinstance(index, fx.Node) and "index" in index.meta:
+        return index.meta["index"]
+    return fx.node.map_aggregate(index, _known)
 
 
 class _ShapeUnknownError(Exception):
@@ -786,8 +798,12 @@ class _ShapeTracer(fx.Tracer):
             value: Any = self.root
             for name in str(node.target).split("."):
                 value = getattr(value, name)
+            if isinstance(value, Tensor) and not value.is_floating_point():
+                node.meta["index"] = value.cpu()
             return value.to("meta") if isinstance(value, Tensor) else value
         args, kwargs = fx.node.map_aggregate((node.args, node.kwargs), _known)  # type: ignore
+        if node.target is operator.getitem:
+            args = (args[0], _known_index(node.args[1]))
         if node.op == "call_module":
             return self.root.get_submodule(str(node.target))(*args, **kwargs)
         if node.op == "call_method":

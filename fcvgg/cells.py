@@ -36,7 +36,8 @@ class Cells:
         activation: what the values are: logits, or what the last activation made of them.
         share: what probabilities have been multiplied by: the halves of an average have 0.5.
         margin: pixels ``(y, x)`` by which padding of the head (``padding="same"``) put the window
-            of cell 0 before the image.
+            of cell 0 before the image; None where the head has not been padded.
+        unseen: pixels ``(y, x)`` at the end of the native image that strides leave out.
     """
 
     node: fx.Node
@@ -46,7 +47,8 @@ class Cells:
     dilation: Pair = (1, 1)
     activation: str = "logits"
     share: float = 1.0
-    margin: Pair = (0, 0)
+    margin: Pair | None = None
+    unseen: Pair = (0, 0)
 
     @property
     def layout(self) -> Tensor:
@@ -79,6 +81,8 @@ class Cells:
     @property
     def fills_window(self) -> bool:
         """Whether the layout holds every element of the window once, in any order."""
+        if self.moved is None:
+            return True
         return torch.equal(self.layout.flatten().sort().values, torch.arange(self.elements))
 
     def elements_within(self, other: Cells) -> str:
@@ -116,6 +120,11 @@ class Cells:
         averages = kind == "avg" and divisor is None and x.activation == "probabilities"
         within = kind in ("avg", "max") and divisor is None and x.activation == "sigmoid"
         return self.alike(x) if averages or within else self.computed_from([x])
+
+    def joined_with(self, others: Iterable[Cells]) -> Cells:
+        """The same values, said to be computed from others too, which may see more."""
+        unseen = [cells.unseen for cells in (self, *others)]
+        return replace(self, unseen=(min(y for y, _ in unseen), min(x for _, x in unseen)))
 
     def same_layout(self, other: Cells) -> bool:
         return (
@@ -175,6 +184,31 @@ def channels_along(cells: Cells, axis: int) -> Tensor | None:
     within = bool((positions >= 0).all() and (positions < cells.positions).all())
     regular = torch.equal(rows, channels[:, None] * cells.positions + positions)
     return channels if within and regular else None
+
+
+def chosen_channels(cells: Cells) -> tuple[Tensor, Tensor] | None:
+    """The channels that a value holds at every position, also where they repeat, in its order.
+
+    Returns:
+        the channels, and the layout on a map of them; None if it holds others at some positions.
+    """
+    channels, places = (
+        cells.layout.flatten() // cells.positions,
+        cells.layout.flatten() % cells.positions,
+    )
+    count = len(places) // cells.positions
+    if not count or count * cells.positions != len(places):
+        return None
+    order = places.argsort(stable=True).reshape(cells.positions, count)
+    rows = torch.arange(cells.positions)[:, None]
+    chosen = channels[order]  # (positions, count)
+    if not torch.equal(places[order], rows.expand_as(order)):
+        return None
+    if not torch.equal(chosen, chosen[:1].expand_as(chosen)):
+        return None
+    layout = torch.empty_like(places)
+    layout[order] = torch.arange(count) * cells.positions + rows
+    return chosen[0], layout.reshape(cells.dims)
 
 
 def with_channels(cells: Cells, axis: int, channels: int, **changes: Any) -> Cells:

@@ -23,6 +23,7 @@ from fcvgg.network import FullyConvolutional
 from fcvgg.preprocessing import Preprocess
 from fcvgg.program import Program, listed
 from fcvgg.rewriting import Rewriter
+from fcvgg.size_numbers import check_numbers
 from fcvgg.verification import check
 
 
@@ -121,6 +122,9 @@ def _rewritten(
     captured = capture(model, size, is_leaf, in_channels)
     captured.require_channels()
     program = Rewriter(captured, modules, output_stride, same).run(rule_for)
+    crop = program.geometry.crop
+    if crop != size:
+        check_numbers(captured, model, crop)
     stride = program.geometry.stride
     if output_stride is not None and stride != (output_stride, output_stride):
         raise ConversionError(

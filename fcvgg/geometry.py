@@ -75,8 +75,9 @@ class Axis:
 
     `origin` is the image pixel at which the network's input starts (negative where an image smaller
     than the window was padded). `context` is the extent of the source model's input that one cell
-    stands for and `context_start` where that lies for cell 0; they are the window itself unless the
-    map was padded to keep its size (``padding="same"``).
+    stands for and `context_start` where that lies for cell 0. None is the window itself: it differs
+    where padding or ceil mode make the window smaller than the native size, and where the map was
+    padded to keep its size (``padding="same"``).
     """
 
     steps: tuple[Step, ...] = ()
@@ -149,10 +150,15 @@ class Axis:
         start = self.offset + cell * self.stride
         return start, start + self.receptive_field
 
+    @property
+    def crop(self) -> int:
+        """The extent of the crops that cells stand for."""
+        return self.window if self.context is None else self.context
+
     def window_of(self, cell: int) -> Pair:
         """Half-open range of image pixels that a cell stands for: the crop of a sliding window."""
         start = self.origin + self.context_start + cell * self.stride
-        return start, start + (self.window if self.context is None else self.context)
+        return start, start + self.crop
 
     def centre_of(self, cell: float) -> float:
         return self.offset + (self.receptive_field - 1) / 2 + cell * self.stride
@@ -213,6 +219,14 @@ class Geometry:
         return self.height.window, self.width.window
 
     @property
+    def crop(self) -> Pair:
+        """The extent ``(h, w)`` of the crop that a cell stands for, see `window_of`.
+
+        The window is smaller where padding or ceil mode let a smaller input give a cell too.
+        """
+        return self.height.crop, self.width.crop
+
+    @property
     def stride(self) -> Pair:
         """Input pixels ``(h, w)`` between neighbouring cells."""
         return self.height.stride, self.width.stride
@@ -242,7 +256,11 @@ class Geometry:
         return self.height.output_size(height), self.width.output_size(width)
 
     def window_of(self, row: int, col: int) -> Box:
-        """Box of pixels that a cell stands for: the crop that a sliding window would take."""
+        """Box of pixels that a cell stands for: the crop that a sliding window would take.
+
+        It has the native size and starts at ``stride * (row, col)``, without the last rows and
+        columns that the strides leave out of a native image (16 of 240 in a VGG).
+        """
         return _box(*(axis.window_of(cell) for axis, cell in zip(self.axes, (row, col))))
 
     def receptive_field_of(self, row: int, col: int) -> Box:
@@ -281,17 +299,20 @@ class Geometry:
         """The geometry of an inner layer: everything up to and including `step`."""
         return Geometry(self.height.upto(step), self.width.upto(step))
 
-    def standing_for(self, context: Pair, margin: Pair) -> Geometry:
-        """The geometry of a map that padding let keep its size (``padding="same"``).
+    def standing_for(self, crop: Pair, margin: Pair | None) -> Geometry:
+        """The geometry whose cells stand for crops of an extent.
 
-        Its cells stand for crops of `context` pixels, cell 0's starting `margin` before the image.
+        Cell 0's crop starts `margin` pixels before the image where padding let the map keep its
+        size (``padding="same"``); None where the map was not padded.
         """
-        return Geometry(
-            *(
-                replace(axis, context=extent, context_start=-before)
-                for axis, extent, before in zip(self.axes, context, margin)
-            )
-        )
+        placed = []
+        for i, axis in enumerate(self.axes):
+            if margin is not None:
+                axis = replace(axis, context=crop[i], context_start=-margin[i])
+            elif crop[i] != axis.window:
+                axis = replace(axis, context=crop[i])
+            placed.append(axis)
+        return Geometry(*placed)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers and lists, for a file; `from_dict` reads them back."""

@@ -33,10 +33,11 @@ class InPlaceChanges:
         """Copy the map that a layer is to change in place, where the source keeps another value.
 
         Reshapes emit nothing, so values that the source copied (or slices that it left alone) may
-        lie on the same map here; those that are read later must not change.
+        lie on the same map here. Those that are read later must not change, nor what a layer
+        before needs for its gradient: its input, or the output that it made.
         """
         x = self._values[changed]
-        apart = False
+        apart = bool(x.node.users) or not self._made_in_place(changed, x.node)
         for other, cells in self._read_later(node, x.node):
             known = _share_storage(other, changed) and cells.elements_within(x)
             apart |= not known
@@ -71,6 +72,11 @@ class InPlaceChanges:
             value = self._values[node]
             several = isinstance(value, (tuple, list))
             self._values[node] = type(value)(map(moved, value)) if several else moved(value)
+
+    def _made_in_place(self, changed: fx.Node, place: fx.Node) -> bool:
+        """Whether the memory that is changed is what the layer that made the map wrote."""
+        made = next(node for node, _ in self._on_map(place))
+        return _share_storage(made, changed)
 
     def _on_map(self, place: fx.Node) -> Iterator[tuple[fx.Node, Cells]]:
         """The source's values that lie on a map of the new graph."""

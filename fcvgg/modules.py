@@ -59,9 +59,13 @@ class WindowLinear(nn.Conv2d):
     def fc_weight(self) -> Tensor:
         """The weight as the source holds it: ``(O, C*kh*kw)``, columns in the source's order."""
         columns = self.weight.detach().flatten(1)
+        return columns if self.column_order is None else columns[:, self.fc_order()]
+
+    def fc_order(self) -> Tensor:
+        """The window's element that each column of the FC weight multiplies: ``(C*kh*kw,)``."""
         if self.column_order is None:
-            return columns
-        return torch.empty_like(columns).index_copy_(1, self.column_order, columns)
+            return torch.arange(self.weight[0].numel(), device=self.weight.device)
+        return self.column_order.argsort()
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *rest: Any, **names: Any
@@ -244,6 +248,10 @@ class ChannelLayerNorm(nn.LayerNorm):
     """Layer normalisation of each cell's features: ``(N, C, h, w)``, normalised over C."""
 
     def forward(self, input: Tensor) -> Tensor:
+        if torch.compiler.is_exporting():  # rows, whose order in memory depends on no size
+            rows = input.movedim(1, -1).flatten(0, 2)  # (N*h*w, C)
+            sizes = (input.shape[0], *input.shape[2:])
+            return super().forward(rows).unflatten(0, sizes).movedim(-1, 1)
         return super().forward(input.movedim(1, -1)).movedim(-1, 1)
 
 

@@ -37,7 +37,7 @@ from fcvgg.program import Program, listed
 from fcvgg.pyramid import pyramid_heatmap
 from fcvgg.score_map import ScoreMap
 from fcvgg.serialization.bundle import write_bundle
-from fcvgg.serialization.exporting import export_network
+from fcvgg.serialization.exporting import ExportedFile, export_network
 from fcvgg.trunk import run
 
 
@@ -450,21 +450,27 @@ class FullyConvolutional(nn.Module):
         )
         return path
 
-    def export(self, path: str | Path) -> Path:
+    def export(self, path: str | Path) -> ExportedFile:
         """Write the network for other runtimes: ``.onnx``, or ``.pt2`` (torch.export).
 
         The file takes preprocessed images ``(N, C, H, W)`` of any number and any size from the
         window up, and carries stride, window, offset, preprocessing and categories as metadata
-        (``fcvgg.stride`` and so on, in JSON).
+        (``fcvgg.stride`` and so on, in JSON). The file is run at several sizes and compared with
+        the network where its engine is installed: onnxruntime for ``.onnx``, torch for ``.pt2``.
+
+        Returns:
+            the path; its `check` says what was compared, or why it was not.
 
         Raises:
-            FcvggError: if the ending is unknown or the file cannot be written.
+            FcvggError: if the ending is unknown, or the file cannot be written or run.
+            EquivalenceError: if the file gives other scores than the network; it is not kept.
             MissingExtraError: if ONNX's packages are not installed.
         """
         geometry = self.geometry
         height, width = (
             axis.window + 3 * axis.stride * (i + 1) for i, axis in enumerate(geometry.axes)
         )
+        uneven = tuple(axis.window + axis.stride + 1 + i for i, axis in enumerate(geometry.axes))
         return export_network(
             Path(path),
             self.network,
@@ -480,6 +486,7 @@ class FullyConvolutional(nn.Module):
                 "preprocess": encoded_preprocess(self.preprocess),
                 "categories": self.categories,
             },
+            sizes=[geometry.window, (uneven[0], uneven[1])],
         )
 
     def extra_repr(self) -> str:

@@ -12,7 +12,7 @@ import inspect
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
-from math import gcd, prod
+from math import gcd
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ from fcvgg.capture import (
     operation_name,
     storages_of,
 )
-from fcvgg.cells import Cells, Constant, Unusable, channels_along, with_channels
+from fcvgg.cells import Cells, Constant, Unusable, channels_along, chosen_channels, with_channels
 from fcvgg.errors import (
     CaptureError,
     ConversionError,
@@ -40,7 +40,7 @@ from fcvgg.errors import (
 from fcvgg.geometry import IMAGE, Pair, Window
 from fcvgg.graph import graph_module
 from fcvgg.in_place import InPlaceChanges
-from fcvgg.modules import TrainingFlag, TrainingOnly
+from fcvgg.modules import TrainingFlag, TrainingOnly, WindowLinear
 from fcvgg.placement import device_of
 from fcvgg.program import LayerRecord, Program, Windows
 from fcvgg.steps import Steps, same_grid
@@ -57,6 +57,17 @@ class Boundary:
     cells: Cells
     wants: Pair | int | None
     place: str
+
+
+@dataclass(frozen=True)
+class WindowWeight:
+    """An FC weight ``(O, C*kh*kw)`` as the parameter ``(O, C, kh, kw)`` of a window.
+
+    `column_order` is None where the columns lie in the order of the map, see `WindowLinear`.
+    """
+
+    parameter: nn.Parameter
+    column_order: Tensor | None
 
 
 class Rewriter:
@@ -87,7 +98,8 @@ class Rewriter:
         self._output_stride = output_stride
         self._same = same
         self.steps = Steps()
-        self.window_weights: dict[Any, nn.Parameter] = {}
+        self.kernels: set[tuple[str, Pair]] = set()
+        self._window_weights: dict[nn.Parameter, WindowWeight] = {}
         self._values: dict[fx.Node, Any] = {}
         self._in_place = InPlaceChanges(self.graph, self._values)
         self._rewritten: dict[str, list[tuple[Any, str]]] = {}
@@ -207,6 +219,31 @@ class Rewriter:
             owner.register_buffer(name, value, persistent=False)
         return Constant(self.graph.get_attr(str(node.target)), node.meta["value"])
 
+    def value_of(self, constant: Constant, call: Call) -> Tensor:
+        """The numbers of a constant that say which elements a call takes.
+
+        Raises:
+            UnsupportedLayerError: if it holds none.
+        """
+        value = self._evaluated(constant.node)
+        if not isinstance(value, Tensor) or value.is_meta or value.is_floating_point():
+            raise UnsupportedLayerError(
+                f"{call} takes elements by an index that is no tensor of integers or booleans; "
+                "expected a slice, a list, or a buffer with data"
+            )
+        return value.detach().cpu()
+
+    def _evaluated(self, node: fx.Node) -> Any:
+        """What a node of the new graph that is computed from parameters alone gives."""
+        if node.op == "get_attr":
+            path, _, name = str(node.target).rpartition(".")
+            return getattr(self.modules.get_submodule(path), name)
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), self._evaluated)
+        if node.op == "call_method":
+            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+        assert callable(node.target)
+        return node.target(*args, **kwargs)
+
     def _outputs(self, node: fx.Node) -> list[Cells]:
         value = self._operand_tree(node.args[0])
         maps = list(value) if isinstance(value, (tuple, list)) else [value]
@@ -218,7 +255,7 @@ class Rewriter:
                     f"the model returns {type(cells).__name__} where class scores are expected; "
                     "wrap it so that it returns one tensor (N, K), or a tuple of them"
                 )
-            if cells.positions > 1 or prod(cells.dims) != cells.extent[0]:
+            if cells.positions > 1:
                 raise ConversionError(
                     f"the model has no fully connected or global-pool head: its output is "
                     f"{cells.shape}, a map; expected scores (N, K)"
@@ -238,9 +275,9 @@ class Rewriter:
                 "the model's outputs lie on different grids of cells; convert one head at a time"
             )
         self.steps.check_branches(first)
-        geometry = (
-            first.standing_for(self.captured.size, outputs[0].margin) if self._same else first
-        )
+        crop = tuple(n - unseen for n, unseen in zip(self.captured.size, outputs[0].unseen))
+        geometry = first.standing_for((crop[0], crop[1]), outputs[0].margin)
+        self._restore_weights()
         self.graph.lint()
         return Program(
             network=graph_module(self.modules, self.graph),
@@ -315,6 +352,46 @@ class Rewriter:
         self.modules.add_module(name, module)
         return self.graph.create_node("call_module", name, (x.node,), {}, name)
 
+    def window_weight(self, weight: nn.Parameter, kernel: Pair, order: Tensor) -> WindowWeight:
+        """The parameter that an FC weight becomes: a view, or a copy in another order of columns.
+
+        `order[j]` is the window's element that column j of the FC weight multiplies. One weight
+        becomes one parameter, in the shape and order of the first window that it is asked for, so
+        that its gradient is whole.
+        """
+        if weight not in self._window_weights:
+            columns = weight.detach()
+            column_order = None
+            if not torch.equal(order, torch.arange(len(order))):
+                column_order = order.argsort().to(columns.device)
+                columns = columns[:, column_order]
+            shaped = nn.Parameter(columns.view(len(columns), -1, *kernel), weight.requires_grad)
+            self._window_weights[weight] = WindowWeight(shaped, column_order)
+        return self._window_weights[weight]
+
+    def hold(self, call: Call, module: nn.Module) -> None:
+        """Put a layer in the source layer's place without a call of it, for its parameters."""
+        if str(call.node.target) not in self._rewritten:
+            self._replace(str(call.node.target), module, None)
+
+    def _restore_weights(self) -> None:
+        """Give the graph FC weights in the source's shape where it reads one that was reshaped."""
+        for node in self.graph.find_nodes(op="get_attr"):
+            path, _, name = str(node.target).rpartition(".")
+            owner = self.modules.get_submodule(path)
+            if name != "weight" or not isinstance(owner, WindowLinear):
+                continue
+            users = list(node.users)
+            with self.graph.inserting_after(node):
+                restored = self.graph.call_method("flatten", (node, 1))
+            if owner.column_order is not None:
+                with self.graph.inserting_after(node):
+                    order = self.graph.get_attr(self._add_buffer("column_order", owner.fc_order()))
+                with self.graph.inserting_after(restored):
+                    restored = self.graph.call_function(torch.index_select, (restored, 1, order))
+            for user in users:
+                user.replace_input_with(node, restored)
+
     def _replace(self, name: str, module: nn.Module, key: Any) -> str:
         versions = self._rewritten.setdefault(name, [])
         for known, place in versions:
@@ -380,13 +457,27 @@ class Rewriter:
             )
         if torch.equal(channels, torch.arange(cells.extent[0])):
             return cells
+        return with_channels(cells, axis, len(channels), node=self._chosen(cells.node, channels))
+
+    def whole(self, cells: Cells) -> Cells:
+        """The value on a map of the channels that it holds, where it holds them at all positions.
+
+        A value of other elements is returned as it is.
+        """
+        chosen = None if cells.fills_window else chosen_channels(cells)
+        if chosen is None:
+            return cells
+        channels, layout = chosen
+        extent = (len(channels), *cells.extent[1:])
+        node = self._chosen(cells.node, channels)
+        return replace(cells, node=node, extent=extent, moved=layout)
+
+    def _chosen(self, node: fx.Node, channels: Tensor) -> fx.Node:
+        """Emit the choice of some channels: a slice where it is one."""
         first, count = int(channels[0]), len(channels)
-        node: fx.Node
         if torch.equal(channels, torch.arange(first, first + count)):
-            node = self.graph.call_method("narrow", (cells.node, 1, first, count))
-        else:
-            node = self.select(cells.node, channels)
-        return with_channels(cells, axis, count, node=node)
+            return self.graph.call_method("narrow", (node, 1, first, count))
+        return self.select(node, channels)
 
     def select(self, node: fx.Node, channels: Tensor) -> fx.Node:
         """Emit the choice of some channels, in any order, along dimension 1."""
@@ -447,14 +538,29 @@ class Rewriter:
         makes one value of many, ``"avg"``, ``"max"`` or ``"other"``; other layers make new scores.
         """
         dense, dilation = self._densified(call, x, windows)
+        self.kernels.add((kind or call.kind, (windows[0].kernel, windows[1].kernel)))
         node = emit(dense, dense != windows)
         step = self.steps.add(dense, (x.step,), str(call))
         extent = tuple(call.node.meta["value"].shape[1:])
-        result = Cells(node, step, extent, dilation=dilation, margin=x.margin)
+        unseen = self._unseen(x, windows, extent[1:])
+        result = Cells(node, step, extent, dilation=dilation, margin=x.margin, unseen=unseen)
         if pools is not None:
             result = result.pooled_from(x, pools)
         self.record(call, kind or call.kind, dense, result, multiply_adds)
         return result
+
+    def _unseen(self, x: Cells, windows: Windows, outputs: Sequence[int]) -> Pair:
+        """Pixels at the end of the native image that are left out once a layer has run.
+
+        Where strides do not divide, a layer leaves out what its last window does not reach; of
+        that, padding is no loss.
+        """
+        unseen = []
+        for axis, (window, size, cells) in enumerate(zip(windows, x.extent[1:], outputs)):
+            rest = size + window.before - window.span - (cells - 1) * window.stride
+            pixels = self.steps.stride_at(x.step)[axis] * x.dilation[axis]
+            unseen.append(x.unseen[axis] + max(rest, 0) * pixels)
+        return unseen[0], unseen[1]
 
     def _densified(self, call: Call, x: Cells, windows: Windows) -> tuple[Windows, Pair]:
         """The windows on this map, with strides beyond the output stride taken out."""
@@ -481,19 +587,21 @@ class Rewriter:
         return (dense[0], dense[1]), (dilations[0], dilations[1])
 
     def head_window(self, call: Call, x: Cells, extent: Pair) -> tuple[Cells, Windows]:
-        """The window of the head over a map, padded first if the map is to keep its size."""
+        """The window of the head over a map, padded first if the map is to keep its size.
+
+        Padding is done once, for all positions that the head takes, so that a cell at the border is
+        the head on features with zeros around them.
+        """
         kernel = (
             Window(extent[0], dilation=x.dilation[0]),
             Window(extent[1], dilation=x.dilation[1]),
         )
-        if not self._same:
+        if not self._same or x.margin is not None or x.positions == 1:
             return x, kernel
-        pads = [((w.span - 1) // 2, w.span - 1 - (w.span - 1) // 2) for w in kernel]
-        (top, bottom), (left, right) = pads
-        if not any((top, bottom, left, right)):
-            return x, kernel
+        more = [(n - 1) * d for n, d in zip(x.extent[1:], x.dilation)]
+        (top, bottom), (left, right) = ((n // 2, n - n // 2) for n in more)
         stride = self.steps.stride_at(x.step)
-        margin = (x.margin[0] + top * stride[0], x.margin[1] + left * stride[1])
+        margin = (top * stride[0], left * stride[1])
         node = self.graph.call_function(
             torch.nn.functional.pad, (x.node, (left, right, top, bottom))
         )

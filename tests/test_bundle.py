@@ -469,7 +469,7 @@ def test_a_changed_order_is_refused_whatever_the_table_says(tmp_path, turned):
     edited(bundle, agree)
     order = tensors[orders[0]]
     if sorted(order.tolist()) != list(range(len(order))):  # else it is another network
-        refused(bundle, "is not a choice of each at most once of 0 to 3")
+        refused(bundle, "is not a choice of 0 to 3")
 
 
 # -- what may be called ---------------------------------------------------------------------------

@@ -232,11 +232,6 @@ def test_functions_and_layers_that_are_known_to_break_it(call, layers, message: 
             [nn.Linear(288, 4)],
             r"linear \(linear in head\) has weights computed from the image; expected a parameter",
         ),
-        (
-            lambda x, a, b: a(x.flatten(1)) + a(x.permute(0, 2, 3, 1).flatten(1)) + b(x.flatten(1)),
-            [nn.Linear(288, 4), nn.Linear(288, 4)],
-            r"head\.layers\.0 \(Linear\) has a weight that is used after flattening in different",
-        ),
     ],
 )
 def test_what_does_not_keep_cells_apart(call, layers, message: str) -> None:

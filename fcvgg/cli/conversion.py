@@ -54,8 +54,9 @@ def run(
         raise FcvggError(f"{out} is the source, which would be lost; choose another --output")
     net = loaded(source, own, weights=weights, arch=arch, output_stride=output_stride)
     folder(out.parent)
+    checked = None
     if exports:
-        net.export(out)
+        checked = net.export(out).check
     else:
         net.save(out)
     say(equivalence_report(net))
@@ -65,3 +66,5 @@ def run(
     say_wrote(out)
     for path in [out] if exports else sorted(out.iterdir()):
         say(f"  {path.name}: {path.stat().st_size:,} bytes")
+    if checked is not None:
+        say(f"  {checked}")

@@ -26,7 +26,10 @@ def pointwise(*targets: Any) -> None:
     RULES.update(dict.fromkeys(targets, act_elementwise))
 
 
-def act_elementwise(build: Rewriter, call: Call, *args: Any, **kwargs: Any) -> Any:
+def act_elementwise(
+    build: Rewriter, call: Call, *args: Any, as_function: Any = None, **kwargs: Any
+) -> Any:
+    """The source's own call on maps; `as_function` is what is called in its place."""
     operands: list[Cells] = []
     fx.node.map_aggregate(
         (args, kwargs), lambda a: operands.append(a) if isinstance(a, Cells) else a
@@ -43,9 +46,12 @@ def act_elementwise(build: Rewriter, call: Call, *args: Any, **kwargs: Any) -> A
         return argument
 
     args, kwargs = fx.node.map_aggregate((args, kwargs), prepared)  # type: ignore
-    node = build.emit(call, args, kwargs)
+    if as_function is None:
+        node = build.emit(call, args, kwargs)
+    else:
+        node = build.emit_function(call, as_function, *args, **kwargs)
     step = build.join(aligned, call) if len(aligned) > 1 else first.step
-    result = replace(first, node=node, step=step).computed_from(aligned)
+    result = replace(first, node=node, step=step).computed_from(aligned).joined_with(aligned)
     if call.parameters():
         build.record(call, call.kind, (Window(), Window()), result)
     return result

@@ -18,7 +18,7 @@ from fcvgg.errors import UnsupportedLayerError
 from fcvgg.geometry import Pair, Window
 from fcvgg.layers.registry import calling, rule
 from fcvgg.modules import WindowLinear, window_linear
-from fcvgg.rewriting import Call, Rewriter
+from fcvgg.rewriting import Call, Rewriter, WindowWeight
 
 
 @rule(nn.Linear)
@@ -58,6 +58,7 @@ def _fully_connected(build: Rewriter, call: Call, x: Any, weight: Any, bias: Any
         raise UnsupportedLayerError(
             f"{call} takes something that is no value (N, features) of the image"
         )
+    x = build.whole(x)
     whole = x.positions > 1 and x.dims[-1] == x.elements and x.fills_window
     features = weight.value.shape[0] if isinstance(weight, Constant) else weight.shape[0]
     inputs = x.dims[-1]
@@ -78,38 +79,19 @@ def _fully_connected(build: Rewriter, call: Call, x: Any, weight: Any, bias: Any
     if isinstance(weight, Constant):
         node = _functional(build, call, x, weight, bias, kernel, order, dilation)
     else:
-        columns, shaped = _window_weight(build, call, weight, kernel, order)
-        layer = _window_linear_layer(shaped, bias, dilation, columns)
-        node = build.emit_module(call, layer, x, (kernel, dilation))
+        layer = _window_linear_layer(build.window_weight(weight, kernel, order), bias, dilation)
+        if layer.kernel_size == kernel and torch.equal(layer.fc_order().cpu(), order):
+            node = build.emit_module(call, layer, x, (kernel, dilation))
+        else:  # another window over the same columns: the parameter stays one
+            build.hold(call, layer)
+            held = Constant(build.graph.get_attr(f"{call.name}.weight"), weight.detach())
+            if bias is not None:
+                bias = Constant(build.graph.get_attr(f"{call.name}.bias"), bias.detach())
+            node = _functional(build, call, x, held, bias, kernel, order, dilation)
     step = build.steps.add(windows, (x.step,), str(call))
     result = replace(target, node=node, step=step).meaning_of("logits")
     build.record(call, "Linear", windows, result, features * inputs)
     return result
-
-
-def _window_weight(
-    build: Rewriter, call: Call, weight: nn.Parameter, kernel: Pair, order: Tensor
-) -> tuple[Tensor | None, nn.Parameter]:
-    """The order of columns and the FC weight as a window's: a view, or a copy in that order.
-
-    `order[j]` is the window's element that column j of the FC weight multiplies. Layers that share
-    a weight go on sharing it.
-    """
-    columns = weight.detach()
-    column_order = None
-    if not torch.equal(order, torch.arange(len(order))):
-        column_order = order.argsort().to(columns.device)
-        columns = columns[:, column_order]
-    key = (weight, kernel, tuple(order.tolist()))
-    if any(known[0] is weight and known[2] != key[2] for known in build.window_weights):
-        raise UnsupportedLayerError(
-            f"{call} has a weight that is used after flattening in different orders; its columns "
-            "can have one order only"
-        )
-    if key not in build.window_weights:
-        shaped = columns.view(len(columns), -1, *kernel)
-        build.window_weights[key] = nn.Parameter(shaped, weight.requires_grad)
-    return column_order, build.window_weights[key]
 
 
 def _functional(
@@ -133,17 +115,17 @@ def _functional(
 
 
 def _window_linear_layer(
-    weight: nn.Parameter, bias: nn.Parameter | None, dilation: Pair, column_order: Tensor | None
+    shaped: WindowWeight, bias: nn.Parameter | None, dilation: Pair
 ) -> WindowLinear:
-    features, channels, *kernel = weight.shape
+    features, channels, *kernel = shaped.parameter.shape
     layer = WindowLinear(
         channels,
         features,
         (kernel[0], kernel[1]),
         dilation,
         bias is not None,
-        column_order,
+        shaped.column_order,
         device="meta",
     )
-    layer.weight, layer.bias = weight, bias
+    layer.weight, layer.bias = shaped.parameter, bias
     return layer

@@ -61,7 +61,7 @@ def pool_window(
     else:
         channels = x.extent[0] * bins[0] * bins[1]
         layout = torch.arange(channels).reshape(x.extent[0], *bins)
-        result = Cells(node, step, (channels, 1, 1), layout, x.dilation, margin=x.margin)
+        result = replace(x, node=node, step=step, extent=(channels, 1, 1), moved=layout)
     result = result.pooled_from(x, kind, divisor)
     build.record(call, type(pool).__name__, windows, result)
     return result
@@ -79,6 +79,7 @@ def features_of(build: Rewriter, call: Call, x: Any, axis: int) -> tuple[Cells, 
     Flattened features of a whole window, which a layer treats each by itself before the first fully
     connected one, become the channels of every cell: ``C*h*w`` numbers for each, exactly.
     """
+    x = build.whole(x) if isinstance(x, Cells) else x
     if not isinstance(x, Cells) or x.positions == 1 or x.dims != (x.elements,):
         return build.features(call, x, axis), (Window(), Window())
     build.begin_head(x, x.elements, call)
@@ -135,7 +136,7 @@ def maximum(
     """The larger of two values, or a maximum over the rows or columns of each channel."""
     other = names.get("other", dim)
     if isinstance(other, (Cells, Constant)):
-        return act_elementwise(build, call, input, other)
+        return act_elementwise(build, call, input, other, as_function=torch.maximum)
     dim = names.get("axis", dim)
     if dim is None:
         raise UnsupportedLayerError(f"{call} reduces over the images of the batch")

@@ -6,14 +6,17 @@ import operator
 from dataclasses import replace
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
-from fcvgg.cells import Cells, rearranged
+from fcvgg.cells import Cells, Constant, rearranged
 from fcvgg.errors import InputSizeError, UnsupportedLayerError
 from fcvgg.layers.registry import RULES, calling
 from fcvgg.rewriting import Call, Rewriter
 
-_SELECTIONS = {*calling("getitem", "narrow", "select", "unbind", "flip", "chunk", "split")}
+_SELECTIONS = {
+    *calling("getitem", "narrow", "select", "unbind", "flip", "chunk", "split"),
+    *calling("index_select", "fliplr", "flipud", "tensor_split"),
+}
 """Functions that reach into the batch on purpose, not for want of the right size."""
 
 
@@ -27,6 +30,10 @@ def _moves(build: Rewriter, call: Call, x: Any, *args: Any, **kwargs: Any) -> An
         return x[args[0]]
     if not isinstance(x, Cells):
         return call.node.meta["value"]
+
+    args, kwargs = fx.node.map_aggregate(
+        (args, kwargs), lambda a: build.value_of(a, call) if isinstance(a, Constant) else a
+    )  # type: ignore
 
     def operation(batch: Tensor) -> Any:
         if call.module is not None:
@@ -54,6 +61,7 @@ moves(
     *(nn.Flatten, nn.Unflatten, nn.Identity, nn.ChannelShuffle, operator.getitem),
     *calling("flatten", "unflatten", "view", "reshape", "permute", "transpose", "movedim"),
     *calling("swapaxes", "swapdims", "squeeze", "squeeze_", "unsqueeze", "unsqueeze_", "chunk"),
-    *calling("split", "narrow", "select", "unbind", "flip", "channel_shuffle"),
+    *calling("split", "narrow", "select", "unbind", "flip", "channel_shuffle", "index_select"),
+    *calling("fliplr", "flipud"),
     *calling("contiguous", "detach", "channels_last", "ravel", "moveaxis", "tensor_split"),
 )

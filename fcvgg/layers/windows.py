@@ -135,21 +135,25 @@ def conv2d(
 
 
 def _is_global(
-    build: Rewriter, call: Call, x: Cells, kernel: Any, padding: Any, average: bool
+    build: Rewriter, call: Call, x: Cells, kernel: Any, padding: Any, kind: str
 ) -> bool:
-    """Whether a pool stands for a global one: at every size it covers all of the features.
+    """Whether a pool stands for a global one, which slides by one: it covers all of the features.
 
     That is certain where its kernel is the features' own size, ``F.avg_pool2d(x, x.size()[2:])``.
-    A number written out is a global average only where nothing after it has an extent (the
-    ``AvgPool2d(7)`` of early ResNets) and it is wider than the pools inside a trunk, whose stride
-    counts: a VGG's last 2x2 pool has 2x2 features at 32 pixels.
+    A number written out is that of a global pool where only the head follows, nothing with an
+    extent: the ``AvgPool2d(7)`` of early ResNets. It is a stage of the trunk, whose stride counts,
+    where an earlier pool is like it: a VGG's last 2x2 pool has 2x2 features at 32 pixels. Averages
+    of more than 3 positions are no stages.
     """
     sizes = kernel if isinstance(kernel, (tuple, list)) else (kernel,)
     if _pair(kernel) != x.extent[1:] or _pair(padding) != (0, 0):
         return False
     if all(isinstance(size, FeatureSize) for size in sizes):
         return True
-    return average and min(_pair(kernel)) > 3 and not _extent_follows(build, call)
+    stage = (kind, _pair(kernel)) in build.kernels
+    if kind == "AvgPool2d" and min(_pair(kernel)) > 3:
+        stage = False
+    return not stage and not _extent_follows(build, call)
 
 
 def _extent_follows(build: Rewriter, call: Call) -> bool:
@@ -208,7 +212,7 @@ def max_pool2d(
     x = build.as_map(input, call)
     kernel = _pair(kernel_size)
     plain = _pair(dilation) == (1, 1)
-    if plain and _is_global(build, call, x, kernel_size, padding, average=False):
+    if plain and _is_global(build, call, x, kernel_size, padding, "MaxPool2d"):
         return pool_window(build, call, x, "max", (1, 1))
     windows = _windows(kernel, stride, padding, dilation, ceil_mode)
 
@@ -252,7 +256,7 @@ def avg_pool2d(
 ) -> Cells:
     x = build.as_map(input, call)
     kernel = _pair(kernel_size)
-    if _is_global(build, call, x, kernel_size, padding, average=True):
+    if _is_global(build, call, x, kernel_size, padding, "AvgPool2d"):
         return pool_window(build, call, x, "avg", (1, 1), divisor_override)
     windows = _windows(kernel, stride, padding, 1, ceil_mode)
 

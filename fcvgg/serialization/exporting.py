@@ -9,20 +9,22 @@ from __future__ import annotations
 import json
 import re
 import warnings
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 from torch.fx.experimental import _config as shape_config
 from torch.overrides import TorchFunctionMode
 
-from fcvgg.errors import FcvggError, MissingExtraError, one_line
+from fcvgg.capture import operation_name
+from fcvgg.errors import EquivalenceError, FcvggError, MissingExtraError, one_line
 from fcvgg.files import written_whole
+from fcvgg.geometry import Pair, Window
 from fcvgg.placement import device_of, dtype_of
 
 SUFFIXES = (".onnx", ".pt2")
@@ -30,33 +32,61 @@ SUFFIXES = (".onnx", ".pt2")
 _LARGEST_PROTOBUF = 2 * 1024**3
 """Bytes that one ONNX file can hold; beyond, its weights lie in a file beside it."""
 
+_TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 0.1}
+"""Largest difference between the scores of the file and the network's, relative to the largest."""
+
+
+class ExportedFile(type(Path())):  # type: ignore[misc]
+    """The path of an exported file that knows whether the file was run.
+
+    Attributes:
+        check: one line: the largest difference from the network and the sizes that were run, or
+            ``"not checked: "`` with the reason.
+    """
+
+    check = "not checked"
+
 
 def export_network(
-    path: Path, network: nn.Module, images: tuple[int, int, int, int], metadata: Mapping[str, Any]
-) -> Path:
-    """Write a network as ``.onnx`` or ``.pt2``, by the name's ending.
+    path: Path,
+    network: nn.Module,
+    images: tuple[int, int, int, int],
+    metadata: Mapping[str, Any],
+    sizes: Sequence[Pair] = (),
+) -> ExportedFile:
+    """Write a network as ``.onnx`` or ``.pt2``, by the name's ending, and run what was written.
 
     Args:
         path: where to.
         network: takes images and returns one map or a tuple of maps.
         images: shape ``(N, C, H, W)`` to trace with: more than one image and more than one cell.
         metadata: kept in the file under ``fcvgg.NAME``, as JSON.
+        sizes: ``(H, W)`` at which the file is compared with the network, besides the traced one.
 
     Raises:
-        FcvggError: if the ending is unknown or the file cannot be written.
+        FcvggError: if the ending is unknown, or the file cannot be written or run.
+        EquivalenceError: if the file gives other scores than the network; it is not kept.
         MissingExtraError: if ONNX's packages are not installed.
     """
     if path.suffix not in SUFFIXES:
         raise FcvggError(f"{path.name!r} has no format to export to; use a name in .onnx or .pt2")
-    with _OnnxOperators() if path.suffix == ".onnx" else nullcontext():
+    as_onnx = path.suffix == ".onnx"
+    with _Replaced(_FOR_ONNX if as_onnx else _FOR_TORCH_EXPORT):
         program = exported(network, images)
     entries = {f"fcvgg.{name}": json.dumps(value) for name, value in metadata.items()}
+    written = ExportedFile(path)
     with written_whole(path) as temporary:
-        if path.suffix == ".pt2":
-            torch.export.save(program, temporary, extra_files=entries)
-        else:
+        if as_onnx:
             _write_onnx(temporary, program, network, entries)
-    return path
+        else:
+            torch.export.save(program, temporary, extra_files=entries)
+        opened = _in_onnxruntime(temporary) if as_onnx else _in_torch(temporary)
+        if isinstance(opened, str):
+            written.check = f"not checked: {opened}"
+        else:
+            shapes = [images, *((1, images[1], *size) for size in sizes)]
+            written.check = _compared(path.name, opened, network, shapes)
+    return written
 
 
 def exported(network: nn.Module, images: tuple[int, int, int, int]) -> ExportedProgram:
@@ -67,41 +97,313 @@ def exported(network: nn.Module, images: tuple[int, int, int, int]) -> ExportedP
     """
     example = torch.zeros(images, device=device_of(network), dtype=dtype_of(network))
     free = {0: Dim.DYNAMIC, 2: Dim.DYNAMIC, 3: Dim.DYNAMIC}
+
+    def traced(module: nn.Module) -> ExportedProgram:
+        patched = shape_config.patch(backed_size_oblivious=True)  # type: ignore[attr-defined]
+        with patched, torch.no_grad():
+            return torch.export.export(module, (example,), dynamic_shapes=(free,), strict=False)
+
     modes = [(module, module.training) for module in network.modules()]
     network.eval()
     try:
-        patched = shape_config.patch(backed_size_oblivious=True)  # type: ignore[attr-defined]
-        with patched, torch.no_grad():
-            return torch.export.export(network, (example,), dynamic_shapes=(free,), strict=False)
+        return traced(network)
     except Exception as error:
-        raise FcvggError(f"torch.export cannot take the network: {one_line(error)}") from error
+        layer = "the network"
+        if isinstance(network, fx.GraphModule):
+            followed = _Followed(network)
+            try:
+                traced(followed)
+            except Exception:
+                layer = followed.place
+        raise FcvggError(f"torch.export cannot take {layer}: {one_line(error)}") from error
     finally:
         for module, mode in modes:
             module.training = mode
 
 
-class _OnnxOperators(TorchFunctionMode):
-    """Functions as the ONNX operators that they are, where torch would write out their arithmetic.
+class _Followed(nn.Module):
+    """A network that remembers which of its layers it runs, to name the one that fails."""
 
-    Local response normalisation would become a pool over a third dimension, which other programs
-    run slowly and `fcvgg.load` does not read.
-    """
+    place = "the network"
+
+    def __init__(self, network: fx.GraphModule):
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor) -> Any:
+        followed = self
+
+        class Interpreter(fx.Interpreter):
+            def run_node(self, node: fx.Node) -> Any:
+                followed.place = _described(node, followed.network)
+                return super().run_node(node)
+
+        return Interpreter(self.network).run(images)
+
+
+def _described(node: fx.Node, network: nn.Module) -> str:
+    """A node of a converted graph, for messages: ``features.0 (Conv2d)``."""
+    if node.op == "call_module":
+        kind = type(network.get_submodule(str(node.target))).__name__
+        return f"{node.target} ({kind})"
+    return f"{node.name} ({operation_name(node)})"
+
+
+# -- running what was written ---------------------------------------------------------------------
+
+_Run = Callable[[Tensor], "list[Tensor]"]
+
+
+def _compared(name: str, run: _Run, network: nn.Module, shapes: Sequence[tuple[int, ...]]) -> str:
+    """Run the file and the network on noise of several shapes; say how far apart they are."""
+    tolerance = _TOLERANCES.get(dtype_of(network), 1e-4)
+    modes = [(module, module.training) for module in network.modules()]
+    generator = torch.Generator().manual_seed(0)
+    worst = 0.0
+    network.eval()
+    try:
+        for shape in shapes:
+            images = torch.randn(shape, generator=generator).to(device_of(network))
+            images = images.to(dtype_of(network))
+            pixels = f"{shape[2]}x{shape[3]}"
+            with torch.no_grad():
+                expected = network(images)
+            maps = expected if isinstance(expected, (tuple, list)) else [expected]
+            try:
+                found = run(images)
+            except Exception as error:
+                raise FcvggError(
+                    f"{name} does not run at {pixels} pixels: {one_line(error)}; nothing was "
+                    "written, choose the other format (.onnx, .pt2)"
+                ) from error
+            for wanted, got in zip(maps, found, strict=True):
+                error = _relative_error(wanted.double().cpu(), got.double().cpu())
+                if not error <= tolerance:
+                    raise EquivalenceError(
+                        f"{name} gives other scores than the network at {pixels} pixels, by "
+                        f"{error:.1e} of the largest, more than {tolerance:.0e}; nothing was "
+                        "written, please report the model"
+                    )
+                worst = max(worst, error)
+    finally:
+        for module, mode in modes:
+            module.training = mode
+    sizes = ", ".join(f"{shape[2]}x{shape[3]}" for shape in shapes)
+    return f"checked at {sizes}: max error {worst:.1e} of the largest score"
+
+
+def _relative_error(wanted: Tensor, got: Tensor) -> float:
+    """The largest difference relative to the largest score; infinite for another shape."""
+    if wanted.shape != got.shape:
+        return float("inf")
+    differs = ~((wanted == got) | (wanted.isnan() & got.isnan()))
+    if not differs.any():
+        return 0.0
+    scale = (
+        wanted[wanted.isfinite()].abs().amax() if wanted.isfinite().any() else wanted.new_ones(())
+    )
+    return float((wanted - got)[differs].abs().amax() / scale.clamp(min=1e-30))
+
+
+def _in_onnxruntime(path: Path) -> _Run | str:
+    """What runs an ONNX file, or why nothing does."""
+    try:
+        import onnxruntime
+    except ImportError:
+        return "onnxruntime is not installed; pip install 'fcvgg[onnx]'"
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    try:
+        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    except Exception as error:
+        if type(error).__name__ != "NotImplemented":
+            raise FcvggError(f"onnxruntime cannot read the file: {one_line(error)}") from error
+        return f"onnxruntime cannot run it ({one_line(error)})"
+
+    def run(images: Tensor) -> list[Tensor]:
+        outputs = session.run(None, {"images": images.cpu().numpy()})
+        return [torch.from_numpy(np.asarray(scores)) for scores in outputs]
+
+    return run
+
+
+def _in_torch(path: Path) -> _Run:
+    module = torch.export.load(path).module()
+
+    def run(images: Tensor) -> list[Tensor]:
+        with torch.no_grad():
+            scores = module(images)
+        return list(scores) if isinstance(scores, (tuple, list)) else [scores]
+
+    return run
+
+
+# -- functions that a format cannot say ------------------------------------------------------------
+
+
+class _Replaced(TorchFunctionMode):
+    """Puts functions that a format can hold in place of those that it cannot, or not well."""
+
+    def __init__(self, replacements: Mapping[Any, Callable[..., Any]]):
+        super().__init__()
+        self._replacements = replacements
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is F.local_response_norm and hasattr(torch.onnx, "ops"):  # since torch 2.8
-            func = _response_norm
-        return func(*args, **(kwargs or {}))
+        return self._replacements.get(func, func)(*args, **(kwargs or {}))
 
 
 def _response_norm(
     input: Tensor, size: int, alpha: float = 1e-4, beta: float = 0.75, k: float = 1.0
 ) -> Tensor:
-    if size % 2 == 0:  # ONNX has the further channel of an even size on the other side
+    """ONNX's operator, where torch would write out a pool over a third dimension.
+
+    Other programs run that slowly and `fcvgg.load` does not read it.
+    """
+    if size % 2 == 0 or not hasattr(torch.onnx, "ops"):  # torch before 2.8
+        # ONNX has the further channel of an even size on the other side
         return F.local_response_norm(input, size, alpha, beta, k)
     attributes: dict[str, Any] = {"size": size, "alpha": alpha, "beta": beta, "bias": float(k)}
     return torch.onnx.ops.symbolic(
         "LRN", [input], attributes, dtype=input.dtype, shape=input.shape, version=None
     )
+
+
+def _leaky_relu(
+    input: Tensor,
+    lower: float = 1.0 / 8,
+    upper: float = 1.0 / 3,
+    training: bool = False,
+    inplace: bool = False,
+) -> Tensor:
+    """RReLU in evaluation mode: its random slope is the mean of the limits."""
+    return F.leaky_relu(input, (lower + upper) / 2)
+
+
+def _log_sigmoid(input: Tensor) -> Tensor:
+    return -F.softplus(-input)
+
+
+def _average(
+    input: Tensor,
+    kernel_size: Any,
+    stride: Any = None,
+    padding: Any = 0,
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+    divisor_override: int | None = None,
+) -> Tensor:
+    """ONNX's pool has no divisor: the average, times what the kernel has more than the divisor."""
+    if divisor_override is None:
+        return F.avg_pool2d(
+            input, kernel_size, stride, padding, ceil_mode, count_include_pad=count_include_pad
+        )
+    kernel, stride, padding, _ = _four(kernel_size, stride, padding, 1)
+    if ceil_mode:  # windows beyond the end are divided like all others, so the zeros count
+        input, padding = _ends_padded(input, kernel, stride, padding, (1, 1), 0.0), (0, 0)
+    average = F.avg_pool2d(input, kernel, stride, padding, count_include_pad=True)
+    return average * (kernel[0] * kernel[1] / divisor_override)
+
+
+def _average_over_padded(
+    input: Tensor,
+    kernel_size: Any,
+    stride: Any = None,
+    padding: Any = 0,
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+    divisor_override: int | None = None,
+) -> Tensor:
+    """A ceil-mode average without torch's branch on the size, which would fix it in the file."""
+    kernel, steps, pads, _ = _four(kernel_size, stride, padding, 1)
+    if not ceil_mode or not _branches(kernel, steps, pads, (1, 1)):
+        return F.avg_pool2d(
+            input, kernel, steps, pads, ceil_mode, count_include_pad, divisor_override
+        )
+
+    def total(x: Tensor) -> Tensor:
+        x = _ends_padded(x, kernel, steps, pads, (1, 1), 0.0)
+        return F.avg_pool2d(x, kernel, steps, divisor_override=1)
+
+    if divisor_override is not None:
+        return total(input) / divisor_override
+    ones = torch.ones_like(input[:1, :1])
+    if count_include_pad:
+        edges = (pads[1], pads[1], pads[0], pads[0])
+        padded = F.pad(ones, edges, value=1.0)
+        inner = _ends_padded(padded, kernel, steps, (0, 0), (1, 1), 0.0, pads)
+        return total(input) / F.avg_pool2d(inner, kernel, steps, divisor_override=1)
+    return total(input) / total(ones)
+
+
+def _maximum_over_padded(
+    input: Tensor,
+    kernel_size: Any,
+    stride: Any = None,
+    padding: Any = 0,
+    dilation: Any = 1,
+    ceil_mode: bool = False,
+    return_indices: bool = False,
+) -> Tensor:
+    """A ceil-mode maximum without torch's branch on the size, which would fix it in the file."""
+    kernel, steps, pads, spread = _four(kernel_size, stride, padding, dilation)
+    if not ceil_mode or not _branches(kernel, steps, pads, spread):
+        return torch.max_pool2d(input, kernel, steps, pads, spread, ceil_mode)
+    padded = _ends_padded(input, kernel, steps, pads, spread, -torch.inf)
+    return torch.max_pool2d(padded, kernel, steps, 0, spread)
+
+
+def _four(kernel: Any, stride: Any, padding: Any, dilation: Any) -> tuple[Pair, Pair, Pair, Pair]:
+    """Torch's arguments of a pool, where one number stands for both axes."""
+
+    def pair(value: Any) -> Pair:
+        values = (value, value) if isinstance(value, int) else tuple(value)
+        return values[0], values[-1]
+
+    steps = kernel if stride in (None, (), []) else stride
+    return pair(kernel), pair(steps), pair(padding), pair(dilation)
+
+
+def _branches(kernel: Pair, stride: Pair, padding: Pair, dilation: Pair) -> bool:
+    """Whether torch may drop a last window that would start beyond the input."""
+    return any(p or s > (k - 1) * d + 1 for k, s, p, d in zip(kernel, stride, padding, dilation))
+
+
+def _ends_padded(
+    x: Tensor,
+    kernel: Pair,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    value: float,
+    padded: Pair = (0, 0),
+) -> Tensor:
+    """A map padded so that rounding down gives the windows that rounding up gives of it plain.
+
+    `padded` says what of `padding` the map has at both ends already.
+    """
+    pads: list[Any] = []
+    for axis in (1, 0):
+        window = Window(kernel[axis], stride[axis], dilation[axis])
+        before, had = padding[axis] + padded[axis], padded[axis]
+        size = x.shape[2 + axis] - 2 * had
+        cells = (size + 2 * before - window.span + window.stride - 1) // window.stride + 1
+        starts = (size + before - 1) // window.stride + 1  # windows that start in the input
+        cells = torch.sym_min(cells, starts)
+        end = (cells - 1) * window.stride + window.span - size - before
+        pads += [before - had, torch.sym_max(end - had, 0)]
+    return F.pad(x, pads, value=value)
+
+
+_FOR_ONNX: dict[Any, Callable[..., Any]] = {
+    F.local_response_norm: _response_norm,
+    F.avg_pool2d: _average,
+    **dict.fromkeys((F.rrelu, torch.rrelu), _leaky_relu),
+    F.logsigmoid: _log_sigmoid,
+}
+_FOR_TORCH_EXPORT: dict[Any, Callable[..., Any]] = {
+    F.avg_pool2d: _average_over_padded,
+    **dict.fromkeys((F.max_pool2d, torch.max_pool2d), _maximum_over_padded),
+}
 
 
 def _write_onnx(
@@ -117,14 +419,20 @@ def _write_onnx(
     size = sum(t.numel() * t.element_size() for t in network.state_dict().values())
     with warnings.catch_warnings():  # the exporter warns of its own internals
         warnings.simplefilter("ignore")
-        result = torch.onnx.export(
-            program,
-            (),
-            input_names=["images"],
-            output_names=_output_names(program),
-            dynamo=True,
-            verbose=False,
-        )
+        try:
+            result = torch.onnx.export(
+                program,
+                (),
+                input_names=["images"],
+                output_names=_output_names(program),
+                dynamo=True,
+                verbose=False,
+            )
+        except Exception as error:
+            raise FcvggError(
+                f"torch.onnx cannot write {_untranslated(error, program)}; "
+                "export to .pt2, or replace the layer"
+            ) from error
     assert result is not None
     result.model.metadata_props.update(entries)
     _name_dimensions(result.model.graph)
@@ -132,6 +440,25 @@ def _write_onnx(
         onnx.save_model(result.model_proto, str(path))
     else:
         result.save(str(path), external_data=True)
+
+
+def _untranslated(error: BaseException, program: ExportedProgram) -> str:
+    """The layer at which torch's exporter gave up, from the chain of its errors."""
+    causes = [error]
+    while causes[-1].__cause__ is not None:
+        causes.append(causes[-1].__cause__)
+    found = [re.search(r"translating node %(\w+)", str(cause)) for cause in causes]
+    name = next((match[1] for match in found if match), None)
+    reason = one_line(causes[-1]).partition(". Failure message")[0]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        nodes = program.run_decompositions().graph.nodes
+    for node in nodes:
+        if node.name == name and node.meta.get("nn_module_stack"):
+            path, kind = list(node.meta["nn_module_stack"].values())[-1]
+            kind = str(kind).rpartition(".")[2]
+            return f"{path} ({kind}): {reason}" if path else f"{name}: {reason}"
+    return f"{name or 'the network'}: {reason}"
 
 
 def _name_dimensions(graph: Any) -> None:
@@ -142,12 +469,13 @@ def _name_dimensions(graph: Any) -> None:
     for value in values:
         if value.shape is None:
             continue
-        for i, dimension in enumerate(value.shape):
-            if not isinstance(dimension, int):
-                text = str(dimension)
-                for symbol, name in names.items():
-                    text = re.sub(rf"\b{symbol}\b", name, text)
-                value.shape[i] = text
+        dimensions: list[Any] = []
+        for dimension in value.shape:
+            text = dimension if isinstance(dimension, int) else str(dimension)
+            for symbol, name in names.items() if isinstance(text, str) else ():
+                text = re.sub(rf"\b{symbol}\b", name, text)
+            dimensions.append(text)
+        value.shape = type(value.shape)(dimensions)  # the shape of a shared value is frozen
 
 
 def _output_names(program: ExportedProgram) -> list[str]:

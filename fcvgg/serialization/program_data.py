@@ -230,7 +230,7 @@ def _check_runs(program: Program) -> dict[str, int]:
 
 
 def _check_orders(network: nn.Module, orders: Mapping[str, int]) -> None:
-    """Refuse orders that are no permutation, or that choose a channel twice or one beyond."""
+    """Refuse orders that are no permutation, or that choose a channel beyond the last."""
     for name, size in orders.items():
         _check_order(name, network.get_buffer(name), size, whole=False)
     for name, module in network.named_modules():
@@ -243,9 +243,8 @@ def _check_order(name: str, order: Tensor, size: int, whole: bool) -> None:
     values = order.tolist() if order.ndim == 1 and order.dtype == torch.int64 else None
     if (
         values is None
-        or len(set(values)) != len(values)
         or not all(0 <= v < size for v in values)
-        or (whole and len(values) != size)
+        or (whole and sorted(values) != list(range(size)))
     ):
-        what = "a permutation" if whole else "a choice of each at most once"
+        what = "a permutation" if whole else "a choice"
         raise LoadError(f"{TENSORS} holds {name}, which is not {what} of 0 to {size - 1}")
