@@ -30,6 +30,7 @@ from fcvgg.images import (
     with_smallest_side,
 )
 from fcvgg.modules import WindowLinear
+from fcvgg.missing import Reader, can_be_looked_at, readers_of, run_with_missing
 from fcvgg.placement import device_of, dtype_of
 from fcvgg.preprocessing import Preprocess, encoded_preprocess
 from fcvgg.probability import ACTIVATIONS, UNKNOWN, average_over_space
@@ -38,7 +39,7 @@ from fcvgg.pyramid import pyramid_heatmap
 from fcvgg.score_map import ScoreMap
 from fcvgg.serialization.bundle import write_bundle
 from fcvgg.serialization.exporting import export_network
-from fcvgg.trunk import run
+from fcvgg.trunk import is_traced, run
 
 
 class FullyConvolutional(nn.Module):
@@ -112,10 +113,17 @@ class FullyConvolutional(nn.Module):
     # -- the map ----------------------------------------------------------------------------------
 
     def forward(self, images: Tensor) -> Any:
-        """Score maps ``(N, K, h, w)`` of preprocessed images ``(N, C, H, W)``."""
+        """Score maps ``(N, K, h, w)`` of preprocessed images ``(N, C, H, W)``.
+
+        In evaluation mode the cells that see a pixel that is not finite are NaN, and all others are
+        as if the pixel were 0.
+        """
         self._check_images(images)
         self._check_dtype(images)
-        return run(self.network, self._padded(images))
+        images = self._padded(images)
+        if self.training or is_traced() or not can_be_looked_at(images):
+            return run(self.network, images)
+        return run_with_missing(images, lambda x: run(self.network, x), self.readers)
 
     def output_size(self, size: Iterable[int] | int) -> Pair:
         """Cells ``(h, w)`` for images of ``(H, W)`` pixels.
@@ -163,10 +171,9 @@ class FullyConvolutional(nn.Module):
 
     # -- how parts of a map are computed -----------------------------------------------------------
 
-    @property
-    def hides_nan(self) -> bool:
-        """Whether its layers turn what is not a number into numbers."""
-        return False
+    def readers(self, output: int = 0) -> list[Reader]:
+        """What the operations behind an output read, by which a cell sees a pixel."""
+        return readers_of(self.network, self.in_channels, output, self.geometry)
 
     @property
     def compute_dtype(self) -> torch.dtype:

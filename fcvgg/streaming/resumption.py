@@ -101,6 +101,9 @@ def _image_checksum(job: StreamJob) -> str:
     for row in dict.fromkeys((first, (first + end) // 2, end - 1)):
         for col in range(left, right, _CHECKED_COLS):
             cols = (col, min(col + _CHECKED_COLS, right))
-            values = job.strip((row, row + 1), cols).double().cpu().contiguous()
+            values, missing = job.strip((row, row + 1), cols)
+            values = values.double().cpu().contiguous()
+            if missing is not None:
+                values = values.masked_fill(missing.cpu(), torch.nan)
             checksum = zlib.crc32(values.numpy().data, checksum)
     return f"{checksum:08x}"
