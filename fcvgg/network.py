@@ -29,8 +29,8 @@ from fcvgg.images import (
     smaller_sides,
     with_smallest_side,
 )
-from fcvgg.modules import WindowLinear
 from fcvgg.missing import Reader, can_be_looked_at, readers_of, run_with_missing
+from fcvgg.modules import WindowLinear
 from fcvgg.placement import device_of, dtype_of
 from fcvgg.preprocessing import Preprocess, encoded_preprocess
 from fcvgg.probability import ACTIVATIONS, UNKNOWN, average_over_space

@@ -37,10 +37,33 @@ def to_probabilities(scores: Tensor, activation: str, dim: int = 0) -> Tensor:
 
 
 def average_over_space(scores: Tensor, activation: str, average: str) -> Tensor:
-    """One prediction ``(K,)`` of a map ``(K, h, w)``, as probabilities."""
+    """One prediction ``(K,)`` of a map ``(K, h, w)``, as probabilities; NaN without any data."""
     if average == "scores" and activation == "logits":
-        return to_probabilities(widened(scores).mean((1, 2)), activation)
-    return to_probabilities(scores, activation).mean((1, 2))
+        return to_probabilities(average_of_cells(widened(scores)), activation)
+    return average_of_cells(to_probabilities(scores, activation), scores)
+
+
+def cells_with_data(scores: Tensor, dim: int = 0) -> Tensor:
+    """The cells, bool ``(h, w)``, whose scores ``(K, h, w)`` say something.
+
+    None of them is NaN or plus infinity, and one at least is finite: minus infinity is what some
+    models give classes that they exclude.
+    """
+    return (scores < torch.inf).all(dim) & (scores > -torch.inf).any(dim)
+
+
+def average_of_cells(maps: Tensor, scores: Tensor | None = None) -> Tensor:
+    """The average ``(K,)`` of maps ``(K, h, w)`` over the cells with data; NaN if there is none.
+
+    Args:
+        maps: of the scores or of what was made of them.
+        scores: which tell where there is data; `maps` when None.
+    """
+    average = maps.mean((1, 2))
+    if bool(average.isfinite().all()):
+        return average
+    known = cells_with_data(maps if scores is None else scores)
+    return maps.masked_fill(~known, 0).sum((1, 2)) / known.sum()
 
 
 def widened(values: Tensor) -> Tensor:

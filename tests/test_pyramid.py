@@ -59,8 +59,7 @@ def oracle(net, image: Image.Image, target: int, scales, combine: str):
                 held.append(value)
                 if all(-1e-9 <= c <= n - 1 + 1e-9 for c, n in zip(place, p.shape)):
                     inside.append(value)
-            pooled = inside or held
-            values[y, x] = max(pooled) if combine == "max" else sum(pooled) / len(pooled)
+            values[y, x] = max(held) if combine == "max" else sum(held) / len(held)
             coverage[y, x] = bool(inside)
     return values, coverage
 

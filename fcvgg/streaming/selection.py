@@ -12,8 +12,8 @@ from torch import Tensor
 from fcvgg.categories import class_index
 from fcvgg.errors import ArgumentError, CategoryError
 from fcvgg.network import FullyConvolutional
-from fcvgg.probability import to_probabilities
-from fcvgg.score_map import ScoreMap
+from fcvgg.probability import cells_with_data, to_probabilities
+from fcvgg.score_map import ScoreMap, best_classes
 from fcvgg.streaming.strip_plan import (
     itemsize_of,
 )
@@ -80,12 +80,13 @@ class Selection:
     def __call__(self, scores: Tensor) -> Tensor:
         """What is kept of scores ``(K, h, w)``."""
         if self.kind == "argmax":
-            if self.count == 1:
-                return (to_probabilities(scores, self.activation)[0] > 0.5).long() - 1
-            return scores.argmax(0)
+            return best_classes(scores, self.activation)
         if self.kind == "top5":
+            unknown = ~cells_with_data(scores)
             best, indices = scores.to(self.dtype(scores.dtype)).topk(min(_TOP, self.count), 0)
-            return torch.stack([indices.to(best), best])
+            return torch.stack(
+                [indices.masked_fill(unknown, -1).to(best), best.masked_fill(unknown, torch.nan)]
+            )
         return scores if self.whole else scores[list(self.indices)]
 
 
