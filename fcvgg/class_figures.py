@@ -10,7 +10,7 @@ import numpy as np
 from fcvgg.categories import class_name
 from fcvgg.errors import ArgumentError
 from fcvgg.figures import draw_heatmap, extent_of_cells, show_image
-from fcvgg.heatmap import ALPHA, COLOUR_MAP, CONTOURS, colour_bar
+from fcvgg.heatmap import ALPHA, COLOUR_MAP, CONTOURS, DRAWN, colour_bar
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -29,6 +29,9 @@ _OTHERS = "#777777"
 _OPACITY = 0.6
 _PANEL, _TITLE, _BAR = 3.2, 0.7, 0.9
 """Inches: a panel's longer side, the titles' height, the colour bar's width."""
+
+_PANEL_PIXELS = 800
+"""Of a panel's longer side: twice what it has at the figure's own resolution."""
 
 
 def class_grid(
@@ -74,19 +77,21 @@ def class_grid(
     panels = list(axes.flat)
     if score_map.image is not None:
         ax = panels.pop(0)
-        show_image(ax, score_map, "RGB")
+        show_image(ax, score_map, "RGB", _PANEL_PIXELS)
         ax.set_title(
             f"{score_map.image.height} x {score_map.image.width} pixels", fontsize="medium"
         )
     labels = score_map.label_map()
     known = score_map.has_data.sum()
     for index, ax in zip(order, panels):
-        heatmap = draw_heatmap(ax, score_map, index, alpha=alpha, cmap=cmap, contours=contours)
+        heatmap = draw_heatmap(
+            ax, score_map, index, _PANEL_PIXELS, alpha=alpha, cmap=cmap, contours=contours
+        )
         share = float((labels == index).sum() / known)
         found = f"{heatmap.values[heatmap.peak]:.1%} at +" if heatmap.coverage.any() else "no peak"
         ax.set_title(
             f"{heatmap.label}\n{float(prediction[index]):.1%} averaged over the image\n"
-            f"best of {share:.0%} of the cells, {found}",
+            f"top class of {share:.0%} of cells, {found}",
             fontsize="medium",
         )
     colour_bar(figure, axes, alpha=alpha, cmap=cmap, blended=photograph, contours=contours)
@@ -124,16 +129,18 @@ def label_figure(score_map: ScoreMap, ax: Axes | None = None, most: int = 6) -> 
     known = max(int(score_map.has_data.sum()), 1)
     present, counts = np.unique(labels[labels >= 0], return_counts=True)
     order = np.argsort(-counts, kind="stable")
-    cells = np.zeros((*labels.shape, 4))
+    step = -(-max(labels.shape) // DRAWN)
+    drawn = labels[step // 2 :: step, step // 2 :: step]
+    cells = np.zeros((*drawn.shape, 4))
     patches = []
     for index, colour in zip(present[order[:most]], LABEL_COLOURS):
-        cells[labels == index] = to_rgba(colour, _OPACITY)
+        cells[drawn == index] = to_rgba(colour, _OPACITY)
         share = (labels == index).sum() / known
         name = class_name(int(index), score_map.categories)
         patches.append(Patch(color=colour, alpha=_OPACITY, label=f"{name} ({share:.0%})"))
     others = present[order[most:]]
     if len(others):
-        cells[np.isin(labels, others)] = to_rgba(_OTHERS, _OPACITY)
+        cells[np.isin(drawn, others)] = to_rgba(_OTHERS, _OPACITY)
         share = np.isin(labels, others).sum() / known
         name = f"{len(others)} more classes ({share:.0%})"
         patches.append(Patch(color=_OTHERS, alpha=_OPACITY, label=name))

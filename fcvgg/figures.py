@@ -69,29 +69,39 @@ def save_figure(figure: Figure, path: str | Path) -> Path:
     return path
 
 
-def draw_heatmap(ax: Axes, score_map: ScoreMap, index: int, **options: Any) -> Heatmap:
-    """Draw a class's heatmap as `Heatmap.draw` does, computed no larger than it is drawn."""
+def draw_heatmap(
+    ax: Axes, score_map: ScoreMap, index: int, side: int = DRAWN, **options: Any
+) -> Heatmap:
+    """Draw a class's heatmap as `Heatmap.draw` does, computed no larger than it is drawn.
+
+    Args:
+        ax: where to draw; it counts the image's pixels.
+        score_map: of one image.
+        index: of the class.
+        side: pixels of the longer side at most.
+        options: of `Heatmap.draw`.
+    """
     height, width = score_map.image_size
-    heatmap = score_map.heatmap(index, size=_drawn_size(score_map.image_size))
+    heatmap = score_map.heatmap(index, size=_drawn_size(score_map.image_size, side))
     down, across = heatmap.values.shape
     heatmap.draw(ax, (height / down, width / across), **options)
     ax.set(xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5))
     return heatmap
 
 
-def show_image(ax: Axes, score_map: ScoreMap, mode: str, **options: Any) -> None:
-    """Draw a score map's image, in colours (``"RGB"``) or grey (``"L"``); axes count its pixels."""
+def show_image(ax: Axes, score_map: ScoreMap, mode: str, side: int = DRAWN, **options: Any) -> None:
+    """Draw a score map's image, in colours (``"RGB"``) or grey (``"L"``), as `draw_heatmap`."""
     if score_map.image is None:
         return
     height, width = score_map.image_size
-    picture = resized(score_map.image, _drawn_size(score_map.image_size)).convert(mode)
+    picture = resized(score_map.image, _drawn_size(score_map.image_size, side)).convert(mode)
     ax.imshow(picture, extent=(-0.5, width - 0.5, height - 0.5, -0.5), **options)
     ax.set_axis_off()
 
 
-def _drawn_size(size: Pair) -> Pair:
-    """The size at which a figure draws an image of this one."""
-    factor = max(max(size) / DRAWN, 1.0)
+def _drawn_size(size: Pair, side: int) -> Pair:
+    """The size at which an image of this one is drawn."""
+    factor = max(max(size) / side, 1.0)
     height, width = (max(round(n / factor), 1) for n in size)
     return height, width
 

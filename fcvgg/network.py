@@ -33,7 +33,7 @@ from fcvgg.missing import Reader, can_be_looked_at, readers_of, run_with_missing
 from fcvgg.modules import WindowLinear
 from fcvgg.placement import device_of, dtype_of
 from fcvgg.preprocessing import Preprocess, encoded_preprocess
-from fcvgg.probability import ACTIVATIONS, UNKNOWN, average_over_space
+from fcvgg.probability import ACTIVATIONS, UNKNOWN, MeanOfViews, average_over_space
 from fcvgg.program import Program
 from fcvgg.pyramid import pyramid_heatmap
 from fcvgg.score_map import ScoreMap
@@ -313,6 +313,8 @@ class FullyConvolutional(nn.Module):
 
         Returns:
             float32 ``(N, K)`` on the CPU, each row summing to 1 unless the classes are independent.
+            Cells that see pixels that are not finite do not count; the row of an image whose every
+            cell does is NaN.
         """
         if average not in ("scores", "probabilities"):
             raise ArgumentError(
@@ -320,16 +322,15 @@ class FullyConvolutional(nn.Module):
             )
         flip = checked_flip(flip)
         lengths = None if scales is None else smaller_sides(scales)
-        totals: dict[int, Tensor] = {}
+        means: dict[int, MeanOfViews] = {}
         for index, row in run_in_batches(
             self._views(images, lengths, flip),
             lambda _, batch: self._predicted(batch, average, output),
         ):
-            totals[index] = totals[index] + row if index in totals else row
-        if not totals:
+            means.setdefault(index, MeanOfViews()).add(row)
+        if not means:
             raise ImageError("no images were given; expected at least one")
-        views = (len(lengths) if lengths else 1) * (1 + flip)
-        return torch.stack([totals[i] for i in sorted(totals)]).div(views).float().cpu()
+        return torch.stack([means[i].value() for i in sorted(means)])
 
     def _views(
         self, images: Any, scales: Sequence[int] | None, flip: bool

@@ -66,6 +66,26 @@ def average_of_cells(maps: Tensor, scores: Tensor | None = None) -> Tensor:
     return maps.masked_fill(~known, 0).sum((1, 2)) / known.sum()
 
 
+class MeanOfViews:
+    """The mean of an image's probabilities over those of its views that have data."""
+
+    def __init__(self) -> None:
+        self._sum: Tensor | None = None
+        self._views = 0
+
+    def add(self, probabilities: Tensor) -> None:
+        """Count the probabilities ``(K,)`` of one more view; NaN where it has no data."""
+        known = bool(probabilities.isfinite().all())
+        probabilities = probabilities if known else torch.zeros_like(probabilities)
+        self._sum = probabilities if self._sum is None else self._sum + probabilities
+        self._views += known
+
+    def value(self) -> Tensor:
+        """The mean ``(K,)``, float32 on the CPU; NaN where no view has data."""
+        assert self._sum is not None
+        return (self._sum / (self._views or torch.nan)).float().cpu()
+
+
 def widened(values: Tensor) -> Tensor:
     """Values of half precision as float32, others as they are."""
     return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values

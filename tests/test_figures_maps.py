@@ -49,7 +49,7 @@ def test_the_grid_shows_the_top_classes_in_order_and_one_absolute_scale(score_ma
     titles = [ax.get_title() for ax in figure.axes]
     assert titles[0] == "60 x 72 pixels"
     for (name, probability), title in zip(top, titles[1:4], strict=True):
-        assert title.startswith(f"{name}\n{probability:.1%} averaged over the image\nbest of ")
+        assert title.startswith(f"{name}\n{probability:.1%} averaged over the image\ntop class of ")
         heatmap = score_map.heatmap(name)
         assert title.endswith(f"{heatmap.values[heatmap.peak]:.1%} at +")
     bars = [ax for ax in figure.axes if ax.get_ylabel() == "probability"]

@@ -65,6 +65,7 @@ def _description(job: StreamJob) -> dict[str, Any]:
         "rows": list(job.layout.rows),
         "classes": list(job.selection.indices),
         "all_classes": job.selection.whole,
+        "num_classes": job.selection.count,
         "categories": None if categories is None else list(categories),
         "activation": job.selection.activation,
         "dtype": str(dtype_of(job.net)).removeprefix("torch."),

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from fcvgg.errors import FcvggError
@@ -26,8 +27,8 @@ ATTRIBUTE = "fcvgg"
 FORMAT = 2
 
 _PROGRESS = "fcvgg-progress.json"
-_MAY_DIFFER = ("blocks", "strip_bytes", "source", "pixel_size")
-"""How the map is computed, and where the image lies now."""
+_MAY_DIFFER = ("blocks", "strip_bytes", "source", "pixel_size", "num_classes")
+"""How the map is computed, where the image lies now, and what older stores do not say."""
 
 _CHUNK_CHANNELS = 64
 _CHUNK_COLS = 512
@@ -63,6 +64,7 @@ class ScoreStore:
 
         Raises:
             CategoryError: if the class is unknown or its probability cannot be known from the map.
+            ImageError: if no cell has data.
         """
         from fcvgg.streaming.slide_maps import SlideMap
 
@@ -135,6 +137,7 @@ def create_store(
             dtype=dtype,
             chunks=chunks,
             dimension_names=names,
+            fill_value=-1 if description["kind"] == "argmax" else np.nan,  # no data, as yet
             attributes={ATTRIBUTE: dict(description)},
             overwrite=True,
         )
