@@ -205,8 +205,13 @@ class Heatmap:
         down, across = pixel
         height, width = self.values.shape
         boxes = [
-            ScoredBox(*(round(e / p) for e, p in zip(box[:4], (down, across) * 2)), box[4])
-            for box in boxes
+            box._replace(
+                top=round(box.top / down),
+                left=round(box.left / across),
+                bottom=round(box.bottom / down),
+                right=round(box.right / across),
+            )
+            for box in map(ScoredBox._make, boxes)
         ]
         extent = (-0.5, width * across - 0.5, height * down - 0.5, -0.5)
         ax.imshow(self.overlay(alpha, cmap, boxes), extent=extent)

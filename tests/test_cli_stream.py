@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 import fcvgg
 from fcvgg.cli import app
 from fcvgg.demo import demo_photograph
-from fcvgg.streaming.opening import open_image
+from fcvgg.streaming.opening import open_image, strip_source
 from fcvgg.streaming.score_store import open_store
 from fcvgg.streaming.slide_maps import SlideMap, _thumbnail
 
@@ -206,6 +206,19 @@ def test_a_heatmap_of_nothing_is_refused_before_the_model_is_loaded(slide):
         ran = fcvgg_command(command, "nothing.zarr", "--model", "vgg16")
         assert ran.exit_code == 2
         assert "there is no image file nothing.zarr" in " ".join(ran.output.split())
+
+
+def test_a_thumbnail_is_averaged() -> None:
+    """The nearest pixels of a fine pattern would show it coarser than it is, and as strongly."""
+    pixels = np.random.default_rng(0).integers(0, 256, (1200, 900, 3), np.uint8)
+    source = strip_source(pixels)
+    points = [(np.arange(n // 10) + 0.5) * 10 - 0.5 for n in (1200, 900)]
+    small = np.asarray(_thumbnail(source, *points), float)
+    assert small.shape == (120, 90, 3)
+    assert small.std() < 0.2 * pixels.std()  # of 40 of 100 pixels each
+    assert small.mean() == pytest.approx(pixels.mean(), abs=1)
+    whole = [np.arange(n, dtype=float) for n in (1200, 900)]
+    assert np.array_equal(_thumbnail(source, *whole), pixels)
 
 
 def test_bands_that_are_no_colours_have_no_thumbnail(slide):

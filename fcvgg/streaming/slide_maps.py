@@ -73,11 +73,19 @@ class SlideMap:
         of a large slide, what a few cells have found would else fall between the pixels. Without
         data it is NaN.
         """
-        cells, points = torch.from_numpy(self.cells), (torch.from_numpy(ys), torch.from_numpy(xs))
         if size == self.image_size:
-            return interpolated(cells, self.geometry, points).numpy()
+            return self.sampled(ys, xs)
+        cells, points = torch.from_numpy(self.cells), (torch.from_numpy(ys), torch.from_numpy(xs))
         extents = [pixels / n for pixels, n in zip(self.image_size, size)]
         return shown(cells, self.geometry, points, extents).numpy()
+
+    def sampled(self, ys: NDArray[Any], xs: NDArray[Any]) -> NDArray[np.float32]:
+        """The probability at points of the image, ``(len(ys), len(xs))``.
+
+        It is interpolated between the cells' centres and held outside them.
+        """
+        points = torch.from_numpy(np.asarray(ys, float)), torch.from_numpy(np.asarray(xs, float))
+        return interpolated(torch.from_numpy(self.cells), self.geometry, points).numpy()
 
     def source(self) -> StripSource | None:
         """The image that was streamed, if it was a file and is still there."""
