@@ -36,6 +36,11 @@ def to_probabilities(scores: Tensor, activation: str, dim: int = 0) -> Tensor:
     return scores.exp() if activation == "log_probabilities" else scores
 
 
+def normalized(logits: Tensor, normalizer: Tensor) -> Tensor:
+    """Probabilities of some classes' logits ``(..., h, w)``, by the log-sum-exp over all."""
+    return (logits - normalizer).exp()
+
+
 def average_over_space(scores: Tensor, activation: str, average: str) -> Tensor:
     """One prediction ``(K,)`` of a map ``(K, h, w)``, as probabilities; NaN without any data."""
     if average == "scores" and activation == "logits":

@@ -99,7 +99,9 @@ class ScoreMap:
 
         For a network of one class: 0 where its probability is above one half, else -1.
         """
-        return best_classes(self.scores, self.activation)
+        if len(self.scores) == 1:
+            return (self.probabilities()[0] > 0.5).long() - 1
+        return best_classes(self.scores)
 
     def resample(self, size: Iterable[int] | int | None = None) -> Tensor:
         """The scores at every pixel, ``(K, H, W)``, interpolated between the cells' centres.
@@ -211,10 +213,6 @@ class ScoreMap:
         return rows, cols
 
 
-def best_classes(scores: Tensor, activation: str) -> Tensor:
-    """The most probable class of every cell of ``(K, h, w)``, as of `ScoreMap.label_map`."""
-    if len(scores) == 1:
-        best = (to_probabilities(scores, activation)[0] > 0.5).long() - 1
-    else:
-        best = scores.argmax(0)
-    return best.masked_fill(~cells_with_data(scores), -1)
+def best_classes(scores: Tensor) -> Tensor:
+    """The class with the highest score in every cell of ``(K, h, w)``; -1 where it has no data."""
+    return scores.argmax(0).masked_fill(~cells_with_data(scores), -1)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import tifffile
 import torch
+from nets import SmallVGG, images, seeded
 from torch import nn
 from typer.testing import CliRunner
 
@@ -171,6 +172,46 @@ def test_a_map_of_some_classes_is_known_by_the_networks_indices(slide, tmp_path)
     assert SlideMap(store).index in (1, 3)
     with pytest.raises(fcvgg.errors.CategoryError, match="holds the classes 3, 1, not class 2"):
         SlideMap(store, 2)
+
+
+def test_one_class_of_logits_is_shown_as_its_probability(tmp_path):
+    """The softmax's denominator over all classes stands beside it."""
+    net = fcvgg.convert(seeded(SmallVGG), categories=list("abcde"))
+    x = images(3, 150, 90)
+    expected = net.score_map(x)
+    for memory in ("1GiB", "26MiB"):  # blocks of columns too
+        store = fcvgg.stream(net, x, out=tmp_path / memory, classes=["d", "b"], memory=memory)
+        again = open_store(tmp_path / memory)
+        assert store.array.shape == again.array.shape == (2, *expected.scores.shape[1:])
+        for name in "bd":
+            shown = SlideMap(again, name)
+            probabilities = expected.probabilities()["abcde".index(name)]
+            np.testing.assert_allclose(shown.cells, probabilities, atol=1e-6)
+        assert again.heatmap("b").values.shape == (150, 90)
+        with pytest.raises(fcvgg.errors.CategoryError, match="holds the classes 3, 1, not class 2"):
+            SlideMap(again, 2)
+    # a map that an older version began is finished without, and says what it lacks
+    shutil.rmtree(tmp_path / "1GiB" / "normalizer")
+    (tmp_path / "1GiB" / "fcvgg-progress.json").unlink()
+    store = fcvgg.stream(net, x, out=tmp_path / "1GiB", classes=["d", "b"])
+    np.testing.assert_allclose(store.array[0], expected.scores[3], atol=1e-6)
+    with pytest.raises(fcvgg.errors.CategoryError, match="as older versions wrote it; stream aga"):
+        SlideMap(store, "d")
+
+
+def test_half_precision_keeps_the_denominator_exact():
+    net = fcvgg.convert(seeded(SmallVGG, dtype=torch.float32)).bfloat16()
+    some = fcvgg.stream(net, images(3, 60, 60).bfloat16(), classes=[1])
+    whole = fcvgg.stream(net, images(3, 60, 60).bfloat16())
+    expected = whole.probabilities()[1:2]
+    torch.testing.assert_close(some.probabilities(), expected, rtol=1e-5, atol=0)
+
+
+def test_what_cannot_be_shown_is_said_before_the_first_row(slide):
+    options = ("--model", "demo", "--classes", "top5")
+    ran = fcvgg_command("stream", slide, "-o", "five.zarr", *options)
+    assert ran.exit_code == 0
+    assert "--classes top5 keeps no class's map: 'fcvgg heatmap' cannot show it" in ran.stderr
 
 
 def test_the_most_frequent_class_of_a_map_of_classes(slide, tmp_path):

@@ -72,9 +72,11 @@ def stream(
         output: which output, for a network with several.
 
     Returns:
-        a `ScoreMap` with the scores ``(K, h, w)``, or ``(len(classes), h, w)``; for ``"argmax"`` an
-        int64 tensor ``(h, w)`` as of `ScoreMap.label_map`; for ``"top5"`` a tensor ``(2, 5, h, w)``
-        of class indices and their scores, the best first. With `out`, the `ScoreStore` on disk.
+        a `ScoreMap` with the scores ``(K, h, w)``, or ``(len(classes), h, w)``, whose probabilities
+        are those among all classes; for ``"argmax"`` an int64 tensor ``(h, w)`` as of
+        `ScoreMap.label_map`; for ``"top5"`` a tensor ``(2, 5, h, w)`` of class indices and their
+        scores, the best first, of which no heatmap can be made. With `out`, the `ScoreStore` on
+        disk. Cells that see pixels that are not finite hold NaN, or -1 for a class.
 
     Raises:
         ArgumentError: if an option is none of these, or `memory` too little; the least is named.

@@ -161,15 +161,18 @@ def as_result(job: StreamJob, result: Tensor) -> Any:
     """A finished map as `stream` returns it."""
     if job.selection.kind != "scores":
         return result
-    kind = ScoreMap if job.selection.whole else ScoreMapOfSomeClasses
-    return kind(
-        scores=result,
-        geometry=job.geometry,
-        image_size=job.source.size,
-        input_size=job.source.size,
-        categories=job.categories,
-        activation=job.selection.activation,
-    )
+    known: dict[str, Any] = {
+        "geometry": job.geometry,
+        "image_size": job.source.size,
+        "input_size": job.source.size,
+        "categories": job.categories,
+        "activation": job.selection.activation,
+    }
+    if job.selection.whole:
+        return ScoreMap(scores=result, **known)
+    if not job.selection.normalized:
+        return ScoreMapOfSomeClasses(scores=result, **known)
+    return ScoreMapOfSomeClasses(scores=result[:-1], normalizer=result[-1], **known)
 
 
 def _checked_rows(rows: Any, height: int) -> Pair:

@@ -39,7 +39,8 @@ def opened_store(job: StreamJob, path: Path, memory: int) -> tuple[ScoreStore, S
     description.update(strip_bytes=plan.strip_bytes, blocks=[list(block) for block in plan.blocks])
     dtype = job.dtype if job.dtype != torch.bfloat16 else torch.float32
     name = str(dtype).removeprefix("torch.")
-    return create_store(path, job.shape, name, chunk_rows, description), plan
+    normalized = job.selection.normalized
+    return create_store(path, job.shape, name, chunk_rows, description, normalized), plan
 
 
 def _resumed_plan(job: StreamJob, store: ScoreStore, memory: int) -> StripPlan:

@@ -19,7 +19,7 @@ from fcvgg.files import written_whole
 from fcvgg.geometry import Geometry, Pair
 from fcvgg.heatmap import Heatmap
 from fcvgg.interpolation import interpolated, pixel_points, shown, within
-from fcvgg.probability import cells_with_data, to_probabilities
+from fcvgg.probability import cells_with_data, normalized, to_probabilities
 from fcvgg.sources.extras import imported
 from fcvgg.streaming.opening import open_image
 from fcvgg.streaming.score_store import ScoreStore
@@ -191,7 +191,8 @@ def _target(store: ScoreStore, target: int | str | None) -> int:
     names, kind = description["categories"], description["kind"]
     if kind == "top5":
         raise CategoryError(
-            f"{store.path} holds the top five of every cell; a heatmap needs scores of a class"
+            f"{store.path} holds the top five of every cell; a heatmap needs scores of a class: "
+            "stream with classes=[name]"
         )
     count = store.array.shape[0] if kind == "scores" else len(names or ()) or 1 << 31
     if isinstance(target, Integral) and kind == "scores" and not description["all_classes"]:
@@ -232,10 +233,13 @@ def _probabilities(store: ScoreStore, index: int) -> NDArray[np.float32]:
     if activation != "logits":
         return to_probabilities(torch.from_numpy(array[index][None]), activation)[0].float().numpy()
     if not description["all_classes"]:
-        raise CategoryError(
-            f"{store.path} holds the logits of some of the classes, and probabilities need those of"
-            " all; stream without classes"
-        )
+        if store.normalizer is None:
+            raise CategoryError(
+                f"{store.path} holds the logits of some of the classes without what their "
+                "probabilities need, as older versions wrote it; stream again"
+            )
+        logits, normalizer = (torch.from_numpy(a) for a in (array[index], store.normalizer[:]))
+        return normalized(logits, normalizer).float().numpy()
     bands = [
         to_probabilities(torch.from_numpy(array[:, rows]), activation)[index].float()
         for rows in _row_ranges(store)
