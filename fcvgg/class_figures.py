@@ -9,8 +9,8 @@ import numpy as np
 
 from fcvgg.categories import class_name
 from fcvgg.errors import ArgumentError
-from fcvgg.figures import extent_of_cells
-from fcvgg.heatmap import ALPHA, COLOUR_MAP, CONTOURS, colour_bar
+from fcvgg.figures import draw_heatmap, extent_of_cells, show_image
+from fcvgg.heatmap import ALPHA, COLOUR_MAP, CONTOURS, DRAWN, colour_bar
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -27,8 +27,11 @@ LABEL_COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00
 
 _OTHERS = "#777777"
 _OPACITY = 0.6
-_PANEL, _TITLE, _BAR = 3.2, 0.5, 0.9
+_PANEL, _TITLE, _BAR = 3.2, 0.7, 0.9
 """Inches: a panel's longer side, the titles' height, the colour bar's width."""
+
+_PANEL_PIXELS = 800
+"""Of a panel's longer side: twice what it has at the figure's own resolution."""
 
 
 def class_grid(
@@ -41,7 +44,8 @@ def class_grid(
 ) -> Figure:
     """The k most probable classes as aligned heatmaps, with one absolute colour scale.
 
-    The first panel shows the photograph, where it is known.
+    The first panel shows the photograph, where it is known. Large images are drawn reduced; the
+    axes count their pixels.
 
     Args:
         score_map: of one image.
@@ -52,9 +56,11 @@ def class_grid(
 
     Raises:
         ArgumentError: if `k` is not positive.
+        ImageError: if no cell has data.
     """
     from matplotlib.figure import Figure
 
+    score_map.require_data()
     if k < 1:
         raise ArgumentError(f"k={k} is no number of classes; expected 1 or more")
     prediction = score_map.predict()
@@ -71,16 +77,21 @@ def class_grid(
     panels = list(axes.flat)
     if score_map.image is not None:
         ax = panels.pop(0)
-        ax.imshow(score_map.image.convert("RGB"))
+        show_image(ax, score_map, "RGB", _PANEL_PIXELS)
         ax.set_title(
             f"{score_map.image.height} x {score_map.image.width} pixels", fontsize="medium"
         )
+    labels = score_map.label_map()
+    known = score_map.has_data.sum()
     for index, ax in zip(order, panels):
-        heatmap = score_map.heatmap(index)
-        heatmap.plot(ax, alpha=alpha, cmap=cmap, contours=contours, bar=False)
-        peak = heatmap.values[heatmap.peak]
+        heatmap = draw_heatmap(
+            ax, score_map, index, _PANEL_PIXELS, alpha=alpha, cmap=cmap, contours=contours
+        )
+        share = float((labels == index).sum() / known)
+        found = f"{heatmap.values[heatmap.peak]:.1%} at +" if heatmap.coverage.any() else "no peak"
         ax.set_title(
-            f"{heatmap.label}\n{float(prediction[index]):.1%} overall, {peak:.1%} at +",
+            f"{heatmap.label}\n{float(prediction[index]):.1%} averaged over the image\n"
+            f"top class of {share:.0%} of cells, {found}",
             fontsize="medium",
         )
     colour_bar(figure, axes, alpha=alpha, cmap=cmap, blended=photograph, contours=contours)
@@ -91,7 +102,8 @@ def label_figure(score_map: ScoreMap, ax: Axes | None = None, most: int = 6) -> 
     """Every cell in the colour of its most probable class, with a legend.
 
     A cell is a square of one stride around its centre; there is no cell in the margin. The classes
-    that win most cells have colours of their own, the others share grey.
+    that win most cells have colours of their own, the others share grey; cells without data stay
+    bare and do not count. Large images are drawn reduced.
 
     Args:
         score_map: of one image.
@@ -114,23 +126,26 @@ def label_figure(score_map: ScoreMap, ax: Axes | None = None, most: int = 6) -> 
         size = (1.5 * panel[0] + 2.4, 1.5 * panel[1] + _TITLE)
         _, ax = plt.subplots(figsize=size, layout="constrained")
     labels = score_map.label_map().cpu().numpy()
+    known = max(int(score_map.has_data.sum()), 1)
     present, counts = np.unique(labels[labels >= 0], return_counts=True)
     order = np.argsort(-counts, kind="stable")
-    cells = np.zeros((*labels.shape, 4))
+    step = -(-max(labels.shape) // DRAWN)
+    drawn = labels[step // 2 :: step, step // 2 :: step]
+    cells = np.zeros((*drawn.shape, 4))
     patches = []
     for index, colour in zip(present[order[:most]], LABEL_COLOURS):
-        cells[labels == index] = to_rgba(colour, _OPACITY)
-        share = (labels == index).mean()
+        cells[drawn == index] = to_rgba(colour, _OPACITY)
+        share = (labels == index).sum() / known
         name = class_name(int(index), score_map.categories)
         patches.append(Patch(color=colour, alpha=_OPACITY, label=f"{name} ({share:.0%})"))
     others = present[order[most:]]
     if len(others):
-        cells[np.isin(labels, others)] = to_rgba(_OTHERS, _OPACITY)
-        share = np.isin(labels, others).mean()
+        cells[np.isin(drawn, others)] = to_rgba(_OTHERS, _OPACITY)
+        share = np.isin(labels, others).sum() / known
         name = f"{len(others)} more classes ({share:.0%})"
         patches.append(Patch(color=_OTHERS, alpha=_OPACITY, label=name))
     if score_map.image is not None:
-        ax.imshow(score_map.image.convert("L"), cmap="gray", vmin=0, vmax=255)
+        show_image(ax, score_map, "L", cmap="gray", vmin=0, vmax=255)
     ax.imshow(cells, interpolation="nearest", extent=extent_of_cells(score_map))
     ax.set_xlim(-0.5, width - 0.5)
     ax.set_ylim(height - 0.5, -0.5)

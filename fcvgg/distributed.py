@@ -312,6 +312,8 @@ class _Classifier:
         try:
             with Image.open(io.BytesIO(data)) as image:
                 scores = self.net.classify(image, **self.options)[0]
+            if not scores.isfinite().all():
+                raise ImageError("no cell has data, so there is no class")
         except (*_UNREADABLE, FcvggError) as error:
             return [], [], " ".join(str(error).split())
         values, indices = scores.topk(min(self.top, len(scores)))

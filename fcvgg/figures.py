@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from PIL import Image
-
-from fcvgg.categories import class_index, class_name
+from fcvgg.categories import class_name
 from fcvgg.errors import ImageError
 from fcvgg.files import written_whole
+from fcvgg.geometry import Pair
+from fcvgg.heatmap import DRAWN, Heatmap, colour_bar, resized
 from fcvgg.score_map import ScoreMap
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def side_by_side(score_map: ScoreMap, target: int | str | None = None) -> Figure
             "the score map was made from a tensor and has no image to show; "
             "make it from a path, a PIL image or a uint8 array"
         )
-    index = _index(score_map, target)
+    index = score_map.index_of(target)
     height, width = score_map.image_size
     figure = Figure(
         figsize=(3 * _PANEL + _BARS, _PANEL * height / width + _TITLE),
@@ -51,9 +51,11 @@ def side_by_side(score_map: ScoreMap, target: int | str | None = None) -> Figure
         layout="constrained",
     )
     photograph, cells, heatmap = figure.subplots(1, 3)
-    _plot_photograph(photograph, image)
-    _plot_cells(cells, score_map, index, image)
-    score_map.heatmap(index).plot(heatmap, contours=())
+    show_image(photograph, score_map, "RGB")
+    photograph.set_title(f"photograph: {image.height} x {image.width} pixels")
+    _plot_cells(cells, score_map, index)
+    draw_heatmap(heatmap, score_map, index, contours=())
+    colour_bar(figure, heatmap)
     name = class_name(index, score_map.categories)
     heatmap.set_title(f"heatmap: probability of {name!r}")
     return figure
@@ -67,21 +69,46 @@ def save_figure(figure: Figure, path: str | Path) -> Path:
     return path
 
 
-def _index(score_map: ScoreMap, target: int | str | None) -> int:
-    if target is None:
-        return int(score_map.predict().argmax())
-    return class_index(target, score_map.categories, len(score_map.scores))
+def draw_heatmap(
+    ax: Axes, score_map: ScoreMap, index: int, side: int = DRAWN, **options: Any
+) -> Heatmap:
+    """Draw a class's heatmap as `Heatmap.draw` does, computed no larger than it is drawn.
+
+    Args:
+        ax: where to draw; it counts the image's pixels.
+        score_map: of one image.
+        index: of the class.
+        side: pixels of the longer side at most.
+        options: of `Heatmap.draw`.
+    """
+    height, width = score_map.image_size
+    heatmap = score_map.heatmap(index, size=_drawn_size(score_map.image_size, side))
+    down, across = heatmap.values.shape
+    heatmap.draw(ax, (height / down, width / across), **options)
+    ax.set(xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5))
+    return heatmap
 
 
-def _plot_photograph(ax: Axes, image: Image.Image) -> None:
-    ax.imshow(image.convert("RGB"))
-    ax.set_title(f"photograph: {image.height} x {image.width} pixels")
+def show_image(ax: Axes, score_map: ScoreMap, mode: str, side: int = DRAWN, **options: Any) -> None:
+    """Draw a score map's image, in colours (``"RGB"``) or grey (``"L"``), as `draw_heatmap`."""
+    if score_map.image is None:
+        return
+    height, width = score_map.image_size
+    picture = resized(score_map.image, _drawn_size(score_map.image_size, side)).convert(mode)
+    ax.imshow(picture, extent=(-0.5, width - 0.5, height - 0.5, -0.5), **options)
     ax.set_axis_off()
 
 
-def _plot_cells(ax: Axes, score_map: ScoreMap, index: int, image: Image.Image) -> None:
+def _drawn_size(size: Pair, side: int) -> Pair:
+    """The size at which an image of this one is drawn."""
+    factor = max(max(size) / side, 1.0)
+    height, width = (max(round(n / factor), 1) for n in size)
+    return height, width
+
+
+def _plot_cells(ax: Axes, score_map: ScoreMap, index: int) -> None:
     """Every cell as a square of one stride around its centre; there is no cell in the margin."""
-    ax.imshow(image.convert("L"), cmap="gray", alpha=_FADED)
+    show_image(ax, score_map, "L", cmap="gray", alpha=_FADED)
     shown = ax.imshow(
         score_map.scores[index].float().cpu().numpy(),
         cmap=CELL_COLOUR_MAP,

@@ -29,16 +29,22 @@ from fcvgg.images import (
     smaller_sides,
     with_smallest_side,
 )
+from fcvgg.missing import Reader, can_be_looked_at, readers_of, run_with_missing
 from fcvgg.modules import WindowLinear
 from fcvgg.placement import device_of, dtype_of
 from fcvgg.preprocessing import Preprocess, encoded_preprocess
-from fcvgg.probability import average_over_space, checked_activation, require_probabilities
+from fcvgg.probability import (
+    MeanOfViews,
+    average_over_space,
+    checked_activation,
+    require_probabilities,
+)
 from fcvgg.program import Program, listed
 from fcvgg.pyramid import pyramid_heatmap
 from fcvgg.score_map import ScoreMap
 from fcvgg.serialization.bundle import write_bundle
 from fcvgg.serialization.exporting import ExportedFile, export_network
-from fcvgg.trunk import run
+from fcvgg.trunk import is_traced, run
 
 
 class FullyConvolutional(nn.Module):
@@ -112,10 +118,17 @@ class FullyConvolutional(nn.Module):
     # -- the map ----------------------------------------------------------------------------------
 
     def forward(self, images: Tensor) -> Any:
-        """Score maps ``(N, K, h, w)`` of preprocessed images ``(N, C, H, W)``."""
+        """Score maps ``(N, K, h, w)`` of preprocessed images ``(N, C, H, W)``.
+
+        In evaluation mode the cells that see a pixel that is not finite are NaN, and all others are
+        as if the pixel were 0.
+        """
         self._check_images(images)
         self._check_dtype(images)
-        return run(self.network, self._padded(images))
+        images = self._padded(images)
+        if self.training or is_traced() or not can_be_looked_at(images):
+            return run(self.network, images)
+        return run_with_missing(images, lambda x: run(self.network, x), self.readers)
 
     def output_size(self, size: Iterable[int] | int) -> Pair:
         """Cells ``(h, w)`` for images of ``(H, W)`` pixels.
@@ -188,10 +201,9 @@ class FullyConvolutional(nn.Module):
 
     # -- how parts of a map are computed -----------------------------------------------------------
 
-    @property
-    def hides_nan(self) -> bool:
-        """Whether its layers turn what is not a number into numbers."""
-        return False
+    def readers(self, output: int = 0) -> list[Reader]:
+        """What the operations behind an output read, by which a cell sees a pixel."""
+        return readers_of(self.network, self.in_channels, output, self.geometry)
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -336,6 +348,8 @@ class FullyConvolutional(nn.Module):
 
         Returns:
             float32 ``(N, K)`` on the CPU, each row summing to 1 unless the classes are independent.
+            Cells that see pixels that are not finite do not count; the row of an image whose every
+            cell does is NaN.
 
         Raises:
             ArgumentError: if the scores have no probabilities, or are not what they are said to be.
@@ -347,16 +361,15 @@ class FullyConvolutional(nn.Module):
             )
         flip = checked_flip(flip)
         lengths = None if scales is None else smaller_sides(scales)
-        totals: dict[int, Tensor] = {}
+        means: dict[int, MeanOfViews] = {}
         for index, row in run_in_batches(
             self._views(images, lengths, flip),
             lambda _, batch: self._predicted(batch, average, output),
         ):
-            totals[index] = totals[index] + row if index in totals else row
-        if not totals:
+            means.setdefault(index, MeanOfViews()).add(row)
+        if not means:
             raise ImageError("no images were given; expected at least one")
-        views = (len(lengths) if lengths else 1) * (1 + flip)
-        return torch.stack([totals[i] for i in sorted(totals)]).div(views).float().cpu()
+        return torch.stack([means[i].value() for i in sorted(means)])
 
     def _views(
         self, images: Any, scales: Sequence[int] | None, flip: bool

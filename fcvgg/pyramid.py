@@ -6,10 +6,10 @@ Objects larger or smaller than the window show up at the scale at which they fit
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from fcvgg.boxes import CellWindows
 from fcvgg.categories import class_index
@@ -25,8 +25,9 @@ def pyramid_heatmap(
 ) -> Heatmap:
     """One class's probability at every pixel, from several scales.
 
-    Where some maps cover a pixel with their cells, these are combined, and values that others only
-    hold beyond their outermost cells do not count; elsewhere the held values are combined.
+    At every pixel the values of all scales are combined, those too that a scale holds beyond its
+    outermost cells: the result is as continuous as the scales are, and the maximum is nowhere below
+    one of them. A scale without data at a pixel does not count there.
 
     Args:
         maps: of one image, with its size as ``image_size``.
@@ -35,31 +36,40 @@ def pyramid_heatmap(
 
     Raises:
         ArgumentError: if `combine` is neither, or there are no maps.
+        ImageError: if no cell of any map has data.
     """
     if combine not in COMBINATIONS:
         raise ArgumentError(f"combine={combine!r} is unknown; expected 'max' or 'mean'")
     if not maps:
         raise ArgumentError("no scales were given; expected at least one smaller side in pixels")
+    useful = [one for one in maps if one.has_data.any()]
+    if not useful:
+        maps[0].require_data()
     if target is None:
-        index = int(torch.stack([one.predict() for one in maps]).mean(0).argmax())
+        index = int(torch.stack([one.predict() for one in useful]).mean(0).argmax())
     else:
         index = class_index(target, maps[0].categories, len(maps[0].scores))
-    heatmaps = [one.heatmap(index) for one in maps]
-    values = np.stack([one.values for one in heatmaps])  # (scales, H, W)
-    coverage = np.stack([one.coverage for one in heatmaps])
-    return Heatmap(
-        values=_combined(values, coverage, combine),
-        coverage=np.asarray(coverage.any(0)),
-        label=heatmaps[0].label,
-        image=heatmaps[0].image,
-        windows=CellWindows.joined(one.windows for one in heatmaps if one.windows is not None),
+    first, *others = useful
+    heatmap = first.heatmap(index)
+    values, coverage, windows = heatmap.values, heatmap.coverage, [heatmap.windows]
+    counts = (~np.isnan(values)).astype(np.uint8)
+    if combine == "mean":
+        np.nan_to_num(values, copy=False)
+    for one in others:
+        further = one.heatmap(index)
+        known = ~np.isnan(further.values)
+        if combine == "max":
+            np.fmax(values, further.values, out=values)
+        else:
+            np.add(values, further.values, out=values, where=known)
+            counts += known
+        coverage |= further.coverage
+        windows.append(further.windows)
+    if combine == "mean":
+        values = np.where(counts, values / np.maximum(counts, 1), np.nan).astype(np.float32)
+    return replace(
+        heatmap,
+        values=values,
+        coverage=coverage,
+        windows=CellWindows.joined(w for w in windows if w is not None),
     )
-
-
-def _combined(
-    values: NDArray[np.float32], coverage: NDArray[np.bool_], combine: str
-) -> NDArray[np.float32]:
-    counted = coverage | ~coverage.any(0)
-    if combine == "max":
-        return np.where(counted, values, 0).max(0)
-    return (np.where(counted, values, 0).sum(0) / counted.sum(0)).astype(np.float32)

@@ -11,9 +11,18 @@ from torch import Tensor
 
 from fcvgg.boxes import cell_windows
 from fcvgg.categories import class_index, class_name
-from fcvgg.geometry import Axis, Geometry, Pair, checked_size
-from fcvgg.heatmap import Heatmap
-from fcvgg.probability import average_over_space, require_classes, to_probabilities, widened
+from fcvgg.errors import ImageError
+from fcvgg.geometry import Geometry, Pair, checked_size
+from fcvgg.heatmap import Heatmap, resized
+from fcvgg.interpolation import check_pixels, interpolated, pixel_points, shown, within
+from fcvgg.probability import (
+    average_of_cells,
+    average_over_space,
+    cells_with_data,
+    require_classes,
+    to_probabilities,
+    widened,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -21,13 +30,12 @@ if TYPE_CHECKING:
     from PIL import Image
 
 
-_ROUNDING = 1e-9
-"""In cells; a centre that lies on a pixel must count as inside."""
-
-
 @dataclass(frozen=True, eq=False)
 class ScoreMap:
     """Raw class scores ``(K, h, w)`` of one image.
+
+    A cell that sees a pixel without data (not finite) has NaN scores. It counts in no average, has
+    no label, and no pixel of a heatmap whose interpolation involves it has a value.
 
     Attributes:
         scores: the network's output, whatever the source's activation made of it.
@@ -54,72 +62,134 @@ class ScoreMap:
             f"{self.image_size[1]} pixels, {self.activation})"
         )
 
+    @property
+    def has_data(self) -> Tensor:
+        """The cells, bool ``(h, w)``, whose scores say something: none NaN or plus infinity."""
+        return cells_with_data(self.scores)
+
     def average(self) -> Tensor:
-        """The raw scores averaged over the cells, ``(K,)``."""
-        return self.scores.mean((1, 2))
+        """The raw scores averaged over the cells with data, ``(K,)``; NaN where there is none."""
+        return average_of_cells(self.scores)
 
     def probabilities(self) -> Tensor:
-        """The class probabilities of every cell, ``(K, h, w)``."""
-        return to_probabilities(self.scores, self.activation)
+        """The class probabilities of every cell, ``(K, h, w)``; NaN where it has no data."""
+        probabilities = to_probabilities(self.scores, self.activation)
+        return probabilities.masked_fill(~self.has_data, torch.nan)
 
     def predict(self, average: str = "scores") -> Tensor:
-        """The class probabilities of the image, ``(K,)``, averaged as `average` says."""
+        """The class probabilities of the image, ``(K,)``, averaged as `average` says.
+
+        The average is over the cells with data; NaN where there is none.
+        """
         return average_over_space(self.scores, self.activation, average)
 
     def top(self, k: int = 5) -> list[tuple[str, float]]:
-        """The k most probable classes of the averaged prediction, with their probabilities."""
+        """The k most probable classes of the averaged prediction, with their probabilities.
+
+        Raises:
+            ImageError: if no cell has data.
+        """
+        self.require_data()
         values, indices = self.predict().topk(min(k, len(self.scores)))
         return [
             (class_name(i, self.categories), p) for i, p in zip(indices.tolist(), values.tolist())
         ]
 
     def label_map(self) -> Tensor:
-        """The most probable class of every cell, int64 ``(h, w)``.
+        """The most probable class of every cell, int64 ``(h, w)``; -1 where it has no data.
 
         For a network of one class: 0 where its probability is above one half, else -1.
         """
         if len(self.scores) == 1:
             return (self.probabilities()[0] > 0.5).long() - 1
         require_classes(self.activation)
-        return self.scores.argmax(0)
+        return best_classes(self.scores)
 
     def resample(self, size: Iterable[int] | int | None = None) -> Tensor:
         """The scores at every pixel, ``(K, H, W)``, interpolated between the cells' centres.
 
-        Outside the centres the nearest cell's score is held.
+        Outside the centres the nearest cell's score is held. A pixel that depends on a cell
+        without data is NaN.
 
         Args:
             size: pixels to cover the image with; the image's own when None.
-        """
-        return self._at_pixels(self.scores, checked_size(self.image_size if size is None else size))
 
-    def heatmap(self, target: int | str | None = None) -> Heatmap:
+        Raises:
+            ArgumentError: if that is more than memory is meant for; the limit is named.
+        """
+        size = checked_size(self.image_size if size is None else size)
+        check_pixels(
+            size,
+            "pass a smaller size to resample, or look at one class with heatmap(target, size=)",
+            len(self.scores),
+        )
+        scores = self.scores.masked_fill(~self.has_data, torch.nan)
+        return interpolated(widened(scores), self.geometry, self._points(size)).to(scores.dtype)
+
+    def heatmap(
+        self, target: int | str | None = None, *, size: Iterable[int] | int | None = None
+    ) -> Heatmap:
         """One class's probability at every pixel.
 
         Args:
             target: a class index or category name; None for the top class of the average.
+            size: pixels to cover the image with; the image's own when None. The heatmap then speaks
+                about an image resized to it. Of a reduced one, pixels that cover several cells show
+                the highest.
+
+        Raises:
+            ArgumentError: if the size is more than memory is meant for; the limit is named.
+            ImageError: if no cell has data.
         """
-        index = (
-            class_index(target, self.categories, len(self.scores)) if target is not None else None
+        reduced = size is not None and checked_size(size) != self.image_size
+        size = self.image_size if size is None else checked_size(size)
+        check_pixels(
+            size,
+            "pass a smaller heatmap(target, size=), or stream to disk with out= and use "
+            "ScoreStore.heatmap",
         )
-        index = int(self.predict().argmax()) if index is None else index
-        cells = self.probabilities()[index : index + 1].clamp(0, 1)  # (1, h, w)
-        values = self._at_pixels(cells, self.image_size)[0]
+        index = self.index_of(target)
+        cells = self.probabilities()[index].clamp(0, 1).float().cpu()  # (h, w)
+        points = self._points(size)
+        if reduced:
+            extents = [pixels / n for pixels, n in zip(self.input_size, size)]
+            values = shown(cells, self.geometry, points, extents)
+        else:
+            values = interpolated(cells, self.geometry, points)
         rows, cols = (
-            _coverage(axis, cells, pixels, size)
-            for axis, cells, pixels, size in zip(
-                self.geometry.axes, self.scores.shape[1:], self.input_size, self.image_size
-            )
+            within(axis, at, n) for axis, at, n in zip(self.geometry.axes, points, cells.shape)
         )
         return Heatmap(
-            values=values.clamp(0, 1).float().cpu().numpy(),
-            coverage=(rows[:, None] & cols[None, :]).numpy(),
+            values=values.clamp_(0, 1).numpy(),
+            coverage=(values.isnan().logical_not_() & rows[:, None] & cols).numpy(),
             label=class_name(index, self.categories),
-            image=self.image,
-            windows=cell_windows(
-                self.geometry, cells[0].double().cpu().numpy(), self.input_size, self.image_size
-            ),
+            image=self.image if self.image is None else resized(self.image, size),
+            windows=cell_windows(self.geometry, cells.double().numpy(), self.input_size, size),
         )
+
+    def index_of(self, target: int | str | None) -> int:
+        """The index of a class, given by index or name; of the top class of the average if None.
+
+        Raises:
+            CategoryError: if there is no such class.
+            ImageError: if no cell has data.
+        """
+        self.require_data()
+        if target is not None:
+            return class_index(target, self.categories, len(self.scores))
+        return int(self.predict().argmax())
+
+    def require_data(self) -> None:
+        """Refuse a map that says nothing.
+
+        Raises:
+            ImageError: if no cell has data.
+        """
+        if not self.has_data.any():
+            raise ImageError(
+                "no cell of the score map has data: every one sees pixels that are not finite or "
+                "nodata; use a part of the image with more data, or a network with smaller windows"
+            )
 
     def plot(self, k: int = 5, **options: Any) -> Figure:
         """The k most probable classes as aligned heatmaps, with one absolute colour scale.
@@ -139,35 +209,12 @@ class ScoreMap:
 
         return label_figure(self, ax, most)
 
-    def _at_pixels(self, maps: Tensor, size: Pair) -> Tensor:
-        wide = widened(maps)
-        rows, cols = (
-            _interpolation(axis, cells, pixels, n).to(wide)
-            for axis, cells, pixels, n in zip(
-                self.geometry.axes, maps.shape[1:], self.input_size, size
-            )
-        )
-        return (rows @ wide @ cols.T).to(maps.dtype)  # (H, h) @ (K, h, w) @ (w, W)
+    def _points(self, size: Pair) -> tuple[Tensor, Tensor]:
+        """The pixels of a picture of the image, in pixels of the network's input."""
+        rows, cols = (pixel_points(n, pixels) for n, pixels in zip(size, self.input_size))
+        return rows, cols
 
 
-def _cell_coordinates(axis: Axis, input_size: int, size: int) -> Tensor:
-    """Where the middles of `size` pixels over the input lie, counted in cells."""
-    pixels = (torch.arange(size, dtype=torch.float64) + 0.5) * (input_size / size) - 0.5
-    return (pixels - axis.centre_of(0)) / axis.stride
-
-
-def _interpolation(axis: Axis, cells: int, input_size: int, size: int) -> Tensor:
-    """Linear interpolation from cells to pixels as a matrix ``(size, cells)``."""
-    place = _cell_coordinates(axis, input_size, size).clamp(0, cells - 1)
-    distance = (place[:, None] - torch.arange(cells)).abs()
-    return (1 - distance).clamp(min=0)
-
-
-def _coverage(axis: Axis, cells: int, input_size: int, size: int) -> Tensor:
-    """Which pixels lie between the first and the last centre; the nearest one if none does."""
-    place = _cell_coordinates(axis, input_size, size)
-    inside = (place >= -_ROUNDING) & (place <= cells - 1 + _ROUNDING)
-    if not inside.any():
-        middle = (place - (cells - 1) / 2).abs()
-        inside = middle <= middle.min() + _ROUNDING
-    return inside
+def best_classes(scores: Tensor) -> Tensor:
+    """The class with the highest score in every cell of ``(K, h, w)``; -1 where it has no data."""
+    return scores.argmax(0).masked_fill(~cells_with_data(scores), -1)

@@ -48,7 +48,7 @@ def run(network: Any, images: Tensor, plan: Plan | None = None) -> Any:
     Args:
         plan: of a network that stays as it is, so that it is not read anew at every call.
     """
-    if images.device.type != "cpu" or _is_traced() or not isinstance(network, fx.GraphModule):
+    if images.device.type != "cpu" or is_traced() or not isinstance(network, fx.GraphModule):
         return network(images)
     if images.dtype in CHANNELS_LAST:
         images = images.contiguous(memory_format=torch.channels_last)
@@ -60,7 +60,8 @@ def run(network: Any, images: Tensor, plan: Plan | None = None) -> Any:
     return _by_blocks(network, images, plan.schedules(images), plan.rest)
 
 
-def _is_traced() -> bool:
+def is_traced() -> bool:
+    """Whether torch records operations, so that no value may be looked at."""
     return (
         torch.compiler.is_compiling()
         or torch.compiler.is_exporting()

@@ -187,7 +187,7 @@ def test_heatmap_prints_class_probability_and_peak_and_writes_an_overlay(images,
     y, x = heatmap.peak
     assert ran == Ran(
         0,
-        f"one.png: face (1), probability {score_map.predict()[1]:.3f}, "
+        f"one.png: face (1), probability {score_map.predict()[1]:.3f} averaged over the image, "
         f"peak {heatmap.values[y, x]:.3f} at (y, x) = ({y}, {x})\n"
         "wrote new/maps/one-heatmap.png\n",
         "",

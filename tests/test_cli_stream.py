@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 import tifffile
 import torch
+from nets import SmallVGG, images, seeded
 from torch import nn
 from typer.testing import CliRunner
 
 import fcvgg
 from fcvgg.cli import app
 from fcvgg.demo import demo_photograph
-from fcvgg.streaming.opening import open_image
+from fcvgg.streaming.opening import open_image, strip_source
 from fcvgg.streaming.score_store import open_store
 from fcvgg.streaming.slide_maps import SlideMap, _thumbnail
 
@@ -173,18 +174,59 @@ def test_a_map_of_some_classes_is_known_by_the_networks_indices(slide, tmp_path)
         SlideMap(store, 2)
 
 
+def test_one_class_of_logits_is_shown_as_its_probability(tmp_path):
+    """The softmax's denominator over all classes stands beside it."""
+    net = fcvgg.convert(seeded(SmallVGG), categories=list("abcde"))
+    x = images(3, 150, 90)
+    expected = net.score_map(x)
+    for memory in ("1GiB", "26MiB"):  # blocks of columns too
+        store = fcvgg.stream(net, x, out=tmp_path / memory, classes=["d", "b"], memory=memory)
+        again = open_store(tmp_path / memory)
+        assert store.array.shape == again.array.shape == (2, *expected.scores.shape[1:])
+        for name in "bd":
+            shown = SlideMap(again, name)
+            probabilities = expected.probabilities()["abcde".index(name)]
+            np.testing.assert_allclose(shown.cells, probabilities, atol=1e-6)
+        assert again.heatmap("b").values.shape == (150, 90)
+        with pytest.raises(fcvgg.errors.CategoryError, match="holds the classes 3, 1, not class 2"):
+            SlideMap(again, 2)
+    # a map that an older version began is finished without, and says what it lacks
+    shutil.rmtree(tmp_path / "1GiB" / "normalizer")
+    (tmp_path / "1GiB" / "fcvgg-progress.json").unlink()
+    store = fcvgg.stream(net, x, out=tmp_path / "1GiB", classes=["d", "b"])
+    np.testing.assert_allclose(store.array[0], expected.scores[3], atol=1e-6)
+    with pytest.raises(fcvgg.errors.CategoryError, match="as older versions wrote it; stream aga"):
+        SlideMap(store, "d")
+
+
+def test_half_precision_keeps_the_denominator_exact():
+    net = fcvgg.convert(seeded(SmallVGG, dtype=torch.float32)).bfloat16()
+    some = fcvgg.stream(net, images(3, 60, 60).bfloat16(), classes=[1])
+    whole = fcvgg.stream(net, images(3, 60, 60).bfloat16())
+    expected = whole.probabilities()[1:2]
+    torch.testing.assert_close(some.probabilities(), expected, rtol=1e-5, atol=0)
+
+
+def test_what_cannot_be_shown_is_said_before_the_first_row(slide):
+    options = ("--model", "demo", "--classes", "top5")
+    ran = fcvgg_command("stream", slide, "-o", "five.zarr", *options)
+    assert ran.exit_code == 0
+    assert "--classes top5 keeps no class's map: 'fcvgg heatmap' cannot show it" in ran.stderr
+
+
 def test_the_most_frequent_class_of_a_map_of_classes(slide, tmp_path):
     options = ("--model", "demo", "--classes", "argmax")
     ran = fcvgg_command("stream", slide, "-o", "best.zarr", *options)
     assert ran.exit_code == 0, ran.output
     store = open_store("best.zarr", writable=True)
-    store.array[:] = -1
+    store.array[:] = -1  # no data
     store.array[0, :2] = 1
+    store.array[0, 2:5] = 0
     found = SlideMap(store)
-    assert found.index == 1
-    assert found.cells.sum() == 2
+    assert found.index == 0
+    assert np.nansum(found.cells) == 3
     ran = fcvgg_command("heatmap", "best.zarr")
-    share = f"the best class of {200 / store.array.size:.1f}% of the cells"
+    share = "the best class of 60.0% of the cells"
     assert share in " ".join(ran.output.split())
 
 
@@ -205,6 +247,19 @@ def test_a_heatmap_of_nothing_is_refused_before_the_model_is_loaded(slide):
         ran = fcvgg_command(command, "nothing.zarr", "--model", "vgg16")
         assert ran.exit_code == 2
         assert "there is no image file nothing.zarr" in " ".join(ran.output.split())
+
+
+def test_a_thumbnail_is_averaged() -> None:
+    """The nearest pixels of a fine pattern would show it coarser than it is, and as strongly."""
+    pixels = np.random.default_rng(0).integers(0, 256, (1200, 900, 3), np.uint8)
+    source = strip_source(pixels)
+    points = [(np.arange(n // 10) + 0.5) * 10 - 0.5 for n in (1200, 900)]
+    small = np.asarray(_thumbnail(source, *points), float)
+    assert small.shape == (120, 90, 3)
+    assert small.std() < 0.2 * pixels.std()  # of 40 of 100 pixels each
+    assert small.mean() == pytest.approx(pixels.mean(), abs=1)
+    whole = [np.arange(n, dtype=float) for n in (1200, 900)]
+    assert np.array_equal(_thumbnail(source, *whole), pixels)
 
 
 def test_bands_that_are_no_colours_have_no_thumbnail(slide):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -14,6 +15,8 @@ from PIL import Image
 
 import fcvgg
 from fcvgg.class_figures import LABEL_COLOURS
+from fcvgg.figures import side_by_side
+from fcvgg.geometry import Axis, Geometry, Step, Window
 from fcvgg.heatmap import CONTOURS, Heatmap
 
 CLASSES = ("ash", "birch", "cedar", "date", "elm")
@@ -49,7 +52,7 @@ def test_the_grid_shows_the_top_classes_in_order_and_one_absolute_scale(score_ma
     titles = [ax.get_title() for ax in figure.axes]
     assert titles[0] == "60 x 72 pixels"
     for (name, probability), title in zip(top, titles[1:4], strict=True):
-        assert title.startswith(f"{name}\n{probability:.1%} overall")
+        assert title.startswith(f"{name}\n{probability:.1%} averaged over the image\ntop class of ")
         heatmap = score_map.heatmap(name)
         assert title.endswith(f"{heatmap.values[heatmap.peak]:.1%} at +")
     bars = [ax for ax in figure.axes if ax.get_ylabel() == "probability"]
@@ -182,3 +185,127 @@ def test_colour_maps_are_perceptually_uniform() -> None:
         steps = np.diff(lightness)
         assert steps.min() > 0
         assert steps.max() < 2.5 * steps.mean()
+
+
+# -- large images ---------------------------------------------------------------------------------
+
+
+def large(height: int, width: int, image: bool = True, classes: int = 5) -> fcvgg.ScoreMap:
+    """A smooth map of an image of this size, of which nothing but the picture is that large."""
+    geometry = Geometry(*(Axis((Step(Window(64, 32), (-1,)),)) for _ in range(2)))
+    cells = geometry.output_size((height, width))
+    noise = torch.randn(1, classes, 6, 8, generator=torch.Generator().manual_seed(0))
+    scores = 4 * torch.nn.functional.interpolate(noise, cells, mode="bilinear")[0]
+    picture = Image.new("RGB", (width, height), (90, 120, 40)) if image else None
+    return fcvgg.ScoreMap(
+        scores, geometry, (height, width), (height, width), CLASSES, image=picture
+    )
+
+
+def drawn_arrays(figure) -> list[np.ndarray]:
+    return [np.asarray(image.get_array()) for ax in figure.axes for image in ax.images]
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda made: made.plot(),
+        lambda made: made.plot_labels().figure,
+        lambda made: made.heatmap(0).plot().figure,
+        lambda made: side_by_side(made),
+        lambda made: fcvgg.LabelMap(
+            np.zeros(made.image_size, int), ("a", "b"), made.image
+        ).figure(),
+    ],
+)
+def test_figures_hold_no_more_than_they_show(draw) -> None:
+    figure = draw(large(3000, 4000))
+    arrays = drawn_arrays(figure)
+    assert arrays
+    assert all(max(a.shape[:2]) <= 1600 for a in arrays)
+    assert max(a.shape[1] for a in arrays) >= 800
+    for ax in figure.axes:  # whose axes still count the image's pixels
+        if ax.images:
+            assert ax.get_xlim() == (-0.5, 3999.5)
+            assert ax.get_ylim() == (2999.5, -0.5)
+    assert figure.dpi <= 300
+
+
+def test_large_figures_take_little_memory() -> None:
+    """NumPy's and Pillow's arrays alone would be 36 MB for each picture of full size."""
+    made = large(9000, 12000, image=False)
+    tracemalloc.start()
+    try:
+        drawn(made.plot(2))
+        drawn(made.plot_labels().figure)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 200 << 20
+    tracemalloc.start()
+    try:
+        made = large(3000, 4000, image=False)
+        drawn(made.heatmap(0).plot().figure)
+        overlay = made.heatmap(0).overlay()
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert overlay.size == (4000, 3000)
+    assert peak < 200 << 20  # 36 MB of them the overlay, 12 the coverage
+
+
+def test_a_large_plot_marks_what_the_full_one_would() -> None:
+    made = large(2000, 3300)
+    heatmap = made.heatmap(2)
+    ax = heatmap.plot()
+    y, x = heatmap.peak
+    assert ax.get_title() == f"cedar: {heatmap.values[y, x]:.2f} at ({y}, {x})"
+    (mark,) = ax.lines
+    np.testing.assert_allclose(mark.get_xydata()[0], (x, y), atol=3)
+    (frame,) = ax.patches
+    rows, cols = (np.flatnonzero(heatmap.coverage.any(axis)) for axis in (1, 0))
+    expected = (cols[0] - 0.5, rows[0] - 0.5, len(cols), len(rows))
+    np.testing.assert_allclose(frame.get_bbox().bounds, expected, atol=4)
+    (lines,) = [c for c in ax.collections if hasattr(c, "levels")]
+    for level, path in zip(lines.levels, lines.get_paths(), strict=True):
+        across, down = np.round(path.vertices).astype(int).T
+        np.testing.assert_allclose(heatmap.values[down, across], level, atol=0.05)
+    boxes = heatmap.boxes(0.5)[:1]
+    heatmap.plot(boxes=boxes)
+
+
+def test_a_heatmap_of_another_size() -> None:
+    made = large(2000, 3000)
+    full, small = made.heatmap(0), made.heatmap(0, size=(200, 300))
+    assert small.values.shape == small.coverage.shape == (200, 300)
+    assert small.image.size == (300, 200)
+    blocks = full.values.reshape(200, 10, 300, 10)
+    assert (small.values >= blocks.min((1, 3)) - 1e-6).all()
+    assert (small.values <= blocks.max((1, 3)) + 0.02).all()  # centres lie between pixels
+    np.testing.assert_allclose(small.values.max(), full.values.max(), atol=1e-3)
+    box, reduced = full.boxes(0.3)[0], small.boxes(0.3)[0]
+    np.testing.assert_allclose(np.array(box[:4]) / 10, reduced[:4], atol=1)
+
+
+def test_one_cell_is_seen_on_a_small_picture_of_a_large_image() -> None:
+    made = large(6400, 6400, image=False)
+    scores = torch.full_like(made.scores, -9)
+    scores[1, 77, 13] = 9
+    alone = fcvgg.ScoreMap(**{**vars(made), "scores": scores})
+    assert alone.heatmap(1, size=40).values.max() > 0.99
+    assert drawn(alone.plot(1)).shape
+
+
+def test_what_is_too_large_is_refused_with_the_way_round() -> None:
+    made = large(9000, 12000, image=False)
+    limit = (
+        r"^size must be at most 67,108,864 pixels in memory, got 9000x12000 \(108,000,000\); pass"
+    )
+    with pytest.raises(
+        fcvgg.ArgumentError, match=limit + r" a smaller heatmap\(target, size=\), or"
+    ):
+        made.heatmap(0)
+    with pytest.raises(fcvgg.ArgumentError, match=r"for 5 classes in memory, got 9000x12000"):
+        made.resample()
+    assert made.resample((90, 120)).shape == (5, 90, 120)
+    assert made.heatmap(0, size=(900, 1200)).values.shape == (900, 1200)

@@ -680,9 +680,6 @@ def test_a_network_in_bfloat16_streams(small):
     got = fcvgg.stream(fast, image, memory="64MiB").scores
     assert got.dtype == torch.float32
     assert relative_error(expected, got) < 2e-2
-    image[0, 50, 20] = torch.nan
-    with pytest.raises(ImageError, match="hold values that are not finite, which an optimised"):
-        fcvgg.stream(fast, image)
 
 
 def test_a_network_of_an_engine_does_not_stream(small):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from nets import SmallVGG, Unpadded, images, seeded
 from PIL import Image
 
@@ -59,8 +61,7 @@ def oracle(net, image: Image.Image, target: int, scales, combine: str):
                 held.append(value)
                 if all(-1e-9 <= c <= n - 1 + 1e-9 for c, n in zip(place, p.shape)):
                     inside.append(value)
-            pooled = inside or held
-            values[y, x] = max(pooled) if combine == "max" else sum(pooled) / len(pooled)
+            values[y, x] = max(held) if combine == "max" else sum(held) / len(held)
             coverage[y, x] = bool(inside)
     return values, coverage
 
@@ -144,3 +145,33 @@ def test_errors(net) -> None:
         net.heatmap(image, 0, scales=[-3])
     with pytest.raises(fcvgg.CategoryError, match="class 9 is out of range"):
         net.heatmap(image, 9, scales=[40])
+
+
+def jump(values: np.ndarray) -> float:
+    """The largest step from a pixel to its neighbour."""
+    return max(float(np.abs(np.diff(values, axis=axis)).max(initial=0)) for axis in (0, 1))
+
+
+@given(
+    seed=st.integers(0, 99),
+    size=st.tuples(st.integers(40, 90), st.integers(40, 90)),
+    scales=st.lists(st.integers(34, 120), min_size=2, max_size=4, unique=True),
+)
+@settings(max_examples=40)
+def test_the_pyramid_is_as_continuous_as_its_scales(seed, size, scales) -> None:
+    """No step at a frame, and with the maximum nowhere below one of the scales."""
+    model = fcvgg.convert(seeded(SmallVGG), verify=False)
+    noise = torch.Generator().manual_seed(seed)
+    maps = []
+    for scale in scales:
+        factor = scale / min(size)
+        pixels = (round(size[0] * factor), round(size[1] * factor))
+        scores = 3 * torch.randn(5, *model.output_size(pixels), generator=noise)
+        maps.append(fcvgg.ScoreMap(scores, model.geometry.placed(pixels), size, pixels))
+    each = np.stack([one.heatmap(1).values for one in maps])
+    steepest = max(map(jump, each)) + 1e-6
+    highest = pyramid_heatmap(maps, 1, "max").values
+    assert (highest >= each.max(0)).all()
+    mean = pyramid_heatmap(maps, 1, "mean").values
+    np.testing.assert_allclose(mean, each.mean(0), rtol=0, atol=1e-6)
+    assert max(jump(highest), jump(mean)) <= steepest

@@ -387,8 +387,12 @@ def test_classes(net: Any) -> None:
     some = fcvgg.stream(net, image, classes=["d", 0])
     assert torch.equal(some.scores, whole.scores[[3, 0]])
     assert some.categories == ("d", "a")
-    with pytest.raises(FcvggError, match="need the logits of all"):
-        some.heatmap("d")
+    torch.testing.assert_close(some.probabilities(), whole.probabilities()[[3, 0]])
+    torch.testing.assert_close(some.predict(), whole.predict("probabilities")[[3, 0]])
+    expected = whole.heatmap("d").values
+    np.testing.assert_allclose(some.heatmap("d").values, expected, rtol=0, atol=1e-6)
+    one = fcvgg.stream(net, image, classes=["d"])  # whose logits alone would be a sigmoid's
+    assert torch.equal(one.label_map() == 0, whole.probabilities()[3] > 0.5)
     labels = fcvgg.stream(net, image, classes="argmax")
     assert labels.dtype == torch.int64
     assert torch.equal(labels, whole.label_map())

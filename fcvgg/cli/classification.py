@@ -62,12 +62,16 @@ def run(
     device: Device = "cpu",
 ) -> None:
     """Name every image's most probable classes, averaged over it."""
+    from fcvgg.errors import ImageError
+
     sides = lengths(scales, "--scales")
     check_any_exists(images)
     net = loaded(model, own, device, weights=weights, arch=arch)
 
     def classify(image: Path) -> dict[str, Any]:
         probabilities = net.classify(image, scales=sides, flip=flip, average=average.value)[0]
+        if not probabilities.isfinite().all():
+            raise ImageError(f"{image} has no cell with data, so it has no class")
         result = {"image": str(image), "predictions": _predictions(net, probabilities, top)}
         if not as_json:
             say(_table(result))

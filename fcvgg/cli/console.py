@@ -55,6 +55,12 @@ def complain(message: object) -> None:
     _errors().print(line, soft_wrap=True)
 
 
+def tell(note: object) -> None:
+    """Print one line on stderr that is no error."""
+    line = Text.assemble(("fcvgg: ", "bold yellow"), " ".join(str(note).split()))
+    _errors().print(line, soft_wrap=True)
+
+
 def tell_skipped(files: Sequence[object]) -> None:
     """Print one line on stderr for every file that was left out, which is no error."""
     for file in files:

@@ -111,8 +111,8 @@ def _show(
     heatmap = score_map.heatmap(shown)
     y, x = heatmap.peak
     say(
-        f"{image}: {heatmap.label} ({shown}), probability {float(prediction[shown]):.3f}, "
-        f"peak {heatmap.values[y, x]:.3f} at (y, x) = ({y}, {x})"
+        f"{image}: {heatmap.label} ({shown}), probability {float(prediction[shown]):.3f} averaged "
+        f"over the image, peak {heatmap.values[y, x]:.3f} at (y, x) = ({y}, {x})"
     )
     say_wrote(heatmap.save(path))
     return path

@@ -37,6 +37,8 @@ def show_slides(slides: Sequence[Path], target: str | None, overlays: OutputFile
 
 
 def _show(path: Path, target: str | None, overlay: Path, pyramid: Path) -> None:
+    import numpy as np
+
     from fcvgg.categories import class_given
     from fcvgg.errors import ImageError
     from fcvgg.streaming.score_store import open_store
@@ -52,9 +54,9 @@ def _show(path: Path, target: str | None, overlay: Path, pyramid: Path) -> None:
         source = None
     heatmap = slide.heatmap(source)
     height, width = slide.image_size
-    found = f"highest probability {float(slide.cells.max()):.3f}"
+    found = f"highest probability {float(np.nanmax(slide.cells)):.3f}"
     if store.description["kind"] == "argmax":
-        found = f"the best class of {float(slide.cells.mean()):.1%} of the cells"
+        found = f"the best class of {float(np.nanmean(slide.cells)):.1%} of the cells"
     say(f"{path}: {heatmap.label} ({slide.index}), {height}x{width} pixels, {found}")
     folder(overlay.parent)
     say_wrote(heatmap.save(overlay))

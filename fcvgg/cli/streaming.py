@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from fcvgg.categories import class_given
-from fcvgg.cli.console import say, say_wrote
+from fcvgg.cli.console import say, say_wrote, tell
 from fcvgg.cli.options import Arch, Device, Model, OutputStride, OwnModel, Weights, loaded
 from fcvgg.errors import ArgumentError
 
@@ -78,6 +78,8 @@ def run(
     source = open_image(slide, level, bands=_bands(bands))
     net = loaded(model, own, device, weights=weights, arch=arch, output_stride=output_stride)
     kept = _classes(classes, net.categories)
+    if kept == "top5":
+        tell("--classes top5 keeps no class's map: 'fcvgg heatmap' cannot show it")
     store = stream(net, source, out=output, classes=kept, memory=memory, progress=True)
     height, width = source.size
     shape = "x".join(map(str, store.array.shape))

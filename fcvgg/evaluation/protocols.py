@@ -32,7 +32,7 @@ from fcvgg.images import (
 )
 from fcvgg.network import FullyConvolutional, evaluating
 from fcvgg.placement import device_of, dtype_of
-from fcvgg.probability import to_probabilities
+from fcvgg.probability import MeanOfViews, to_probabilities
 from fcvgg.progress import progress_bar
 
 PROTOCOLS: dict[str, str] = {
@@ -322,11 +322,12 @@ class _Plan:
 
 @dataclass
 class _Pending:
-    """The sums of an image's probabilities so far, and how many views are still to come."""
+    """The means of an image's probabilities so far, and how many views are still to come."""
 
+    name: str
     label: int
     missing: int
-    sums: dict[str, Tensor] = field(default_factory=dict)
+    means: dict[str, MeanOfViews]
 
 
 @dataclass
@@ -349,13 +350,16 @@ class _Run:
         parts = self.plan.parts
         for (number, part), row in run_in_batches(self._inputs(advance), self._probabilities):
             pending = self._pending[number]
-            pending.sums[part] = pending.sums[part] + row if part in pending.sums else row
+            pending.means[part].add(row)
             pending.missing -= 1
             if pending.missing:
                 continue
             del self._pending[number]
+            means = {p: pending.means[p].value() for p in parts}
+            if not all(mean.isfinite().all() for mean in means.values()):
+                self._leave_out(Unreadable(pending.name, "no cell or no crop has data"), advance)
+                continue
             self.used += 1
-            means = {p: (pending.sums[p] / self.plan.views(p)).float().cpu() for p in parts}
             for name, both in _COMBINED.items():
                 if name in self.plan.names:
                     means[name] = torch.stack([means[p] for p in both]).mean(0)
@@ -376,7 +380,9 @@ class _Run:
             except ImageError as error:
                 self._leave_out(Unreadable(item.name, str(error)), advance)
                 continue
-            self._pending[number] = _Pending(item.label, sum(map(self.plan.views, parts)))
+            views = sum(map(self.plan.views, parts))
+            means = {part: MeanOfViews() for part in parts}
+            self._pending[number] = _Pending(item.name, item.label, views, means)
             for part, pixels in self._views(image, parts):
                 yield (number, part), part != "dense", pixels
 

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from math import isfinite
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from fcvgg.errors import ArgumentError, EquivalenceError, FcvggError
 from fcvgg.geometry import Pair, checked_size
+from fcvgg.missing import Reader, run_with_missing
 from fcvgg.network import FullyConvolutional
 from fcvgg.optimization.engines import ENGINES, engine_network
 from fcvgg.optimization.fused import (
@@ -92,6 +91,7 @@ class OptimizedNetwork(FullyConvolutional):
         self.optimization = optimization
         self._plain: tuple[FullyConvolutional, ...] = (plain,)  # no submodule: not its parameters
         self._plan: Plan | None = None
+        self._readers = [plain.readers(i) for i in range(len(plain.program.classes))]
         like = torch.zeros((), device=device_of(plain), dtype=dtype_of(plain))
         self._like = nn.Parameter(like, requires_grad=False)  # tells what images it takes
         super().train(False)
@@ -123,33 +123,17 @@ class OptimizedNetwork(FullyConvolutional):
         images = self._padded(images)
         if self._plan is None and isinstance(self.network, fx.GraphModule):
             self._plan = Plan(self.network)
-        cast = self._cast(images)
-        wide = torch.float32 if cast.dtype == torch.float16 else None  # whose sums soon overflow
-        total = cast.sum(dtype=wide)  # now, while they are in the cache
-        maps = run(self.network, cast, self._plan)
-        del cast
-        # the sum of finite pixels overflows where they are huge
-        finite = isfinite(total.item()) or bool(images.isfinite().all())
+        return run_with_missing(images, self._computed, self.readers)
+
+    def _computed(self, images: Tensor) -> Any:
+        maps = run(self.network, self._cast(images), self._plan)
         if isinstance(maps, Tensor):
-            return self._given_back(maps, images, finite)
-        return tuple(self._given_back(scores, images, finite) for scores in maps)
+            return maps.to(images.dtype)
+        return tuple(scores.to(images.dtype) for scores in maps)
 
-    def _given_back(self, scores: Tensor, images: Tensor, finite: bool) -> Tensor:
-        """Scores in the images' dtype; not a number where a cell sees a pixel that is not finite.
-
-        Fused ReLUs turn what is not a number into 0, and the scores would look plausible.
-        """
-        scores = scores.to(images.dtype)
-        if finite:
-            return scores
-        seen = (~images.isfinite()).any(1, keepdim=True).float()  # (N, 1, H, W)
-        pads: list[int] = []
-        for axis, cells, pixels in zip(self.geometry.axes, scores.shape[2:], images.shape[2:]):
-            end = axis.offset + (cells - 1) * axis.stride + axis.receptive_field
-            pads = [-axis.offset, end - pixels, *pads]
-        geometry = self.geometry
-        seen = F.max_pool2d(F.pad(seen, pads), geometry.receptive_field, geometry.stride)
-        return scores.masked_fill(seen.bool(), torch.nan)
+    def readers(self, output: int = 0) -> list[Reader]:
+        """The plain network's, whatever runs here."""
+        return self._readers[output]
 
     def _cast(self, images: Tensor) -> Tensor:
         """The images as the network computes with them.
@@ -159,11 +143,6 @@ class OptimizedNetwork(FullyConvolutional):
         if self.optimization.engine == "torch" and self.compute_dtype in CHANNELS_LAST:
             images = images.contiguous(memory_format=torch.channels_last)
         return images.to(self.compute_dtype)
-
-    @property
-    def hides_nan(self) -> bool:
-        """Whether its layers turn what is not a number into numbers: fused ReLUs do."""
-        return self.optimization.engine == "torch"
 
     @property
     def compute_dtype(self) -> torch.dtype:

@@ -16,6 +16,7 @@ from PIL import Image
 
 from fcvgg.errors import ArgumentError, ImageError
 from fcvgg.files import written_whole
+from fcvgg.heatmap import DRAWN, resized
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -37,7 +38,8 @@ class LabelMap:
     """The class of every pixel of an image.
 
     Attributes:
-        labels: integers ``(H, W)``, indices into `categories`, or `IGNORE_INDEX`.
+        labels: integers ``(H, W)``, indices into `categories`, or `IGNORE_INDEX` for pixels
+            without data.
         categories: the names of the classes.
         image: the image that the labels speak about, if it is known.
     """
@@ -92,14 +94,17 @@ class LabelMap:
         return ax
 
     def figure(self, *, alpha: float = ALPHA) -> Figure:
-        """The overlay with a legend of the classes that are there, in the image's proportions."""
+        """The overlay with a legend of the classes that are there, in the image's proportions.
+
+        Large images are drawn reduced.
+        """
         from matplotlib.figure import Figure
 
         height, width = self.labels.shape
         down = max(_IMAGE_INCHES * height / width, _LEGEND_INCHES)
         figure = Figure(
             figsize=(_IMAGE_INCHES + _LEGEND_INCHES, down),
-            dpi=max(110, width / _IMAGE_INCHES),  # no pixel of the image is lost
+            dpi=max(110, min(width, DRAWN) / _IMAGE_INCHES),  # no pixel is lost up to there
             layout="constrained",
         )
         self._drawn(figure, alpha, legend=True)
@@ -114,7 +119,12 @@ class LabelMap:
         return ax
 
     def _draw(self, ax: Axes, alpha: float) -> None:
-        ax.imshow(self.overlay(alpha))
+        height, width = self.labels.shape
+        step = -(-max(height, width) // DRAWN)
+        labels = self.labels[step // 2 :: step, step // 2 :: step]
+        image = self.image and resized(self.image, labels.shape)
+        drawn = LabelMap(labels, self.categories, image).overlay(alpha)
+        ax.imshow(drawn, extent=(-0.5, width - 0.5, height - 0.5, -0.5))
         ax.set_axis_off()
 
     def _legend(self) -> dict[str, Any]:

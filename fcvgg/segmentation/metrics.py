@@ -48,6 +48,13 @@ def confusion_metric(num_classes: int) -> Any:
     )
 
 
+def count_labels(confusion: Any, predicted: Tensor, truth: Tensor) -> None:
+    """Add a network's labels to a confusion matrix; pixels without data are not counted."""
+    unknown = predicted == IGNORE_INDEX
+    truth = truth.masked_fill(unknown, IGNORE_INDEX)
+    confusion.update(predicted.masked_fill(unknown, 0), truth)
+
+
 def metrics_of(confusion: Tensor, categories: Iterable[str]) -> SegmentationMetrics:
     """The metrics of a confusion matrix ``(K, K)``.
 

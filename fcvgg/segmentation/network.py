@@ -15,6 +15,7 @@ from fcvgg.images import ImageLike, prepare
 from fcvgg.network import FullyConvolutional, evaluating
 from fcvgg.placement import device_of, dtype_of
 from fcvgg.preprocessing import Preprocess
+from fcvgg.probability import cells_with_data
 from fcvgg.segmentation.backbone import MapSource, giving, map_sources, without_classifier
 from fcvgg.segmentation.label_map import IGNORE_INDEX, LabelMap
 from fcvgg.segmentation.storage import write_fcn
@@ -224,6 +225,8 @@ class FCN(nn.Module):
     def predict(self, image: ImageLike) -> LabelMap:
         """The most probable class of every pixel of one image.
 
+        Pixels whose scores depend on pixels that are not finite get `IGNORE_INDEX`.
+
         Args:
             image: as for `FullyConvolutional.score_map`.
 
@@ -237,8 +240,9 @@ class FCN(nn.Module):
             scores = self(pixels)
         if scores.shape[2:] != prepared.size:  # preprocessing resized it
             scores = F.interpolate(scores, prepared.size, mode="bilinear", align_corners=False)
+        labels = scores[0].argmax(0).masked_fill(~cells_with_data(scores[0]), IGNORE_INDEX)
         return LabelMap(
-            labels=scores[0].argmax(0).cpu().numpy(),
+            labels=labels.cpu().numpy(),
             categories=self.class_names,
             image=prepared.picture,
         )

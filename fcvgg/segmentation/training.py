@@ -15,7 +15,12 @@ from fcvgg.datasets import Unreadable
 from fcvgg.errors import ArgumentError, DatasetError, GeometryError, PreprocessError
 from fcvgg.geometry import Pair, checked_size
 from fcvgg.segmentation.mask_folders import MaskFolder, read_mask, train_and_valid
-from fcvgg.segmentation.metrics import SegmentationMetrics, confusion_metric, metrics_of
+from fcvgg.segmentation.metrics import (
+    SegmentationMetrics,
+    confusion_metric,
+    count_labels,
+    metrics_of,
+)
 from fcvgg.segmentation.network import FCN
 from fcvgg.segmentation.samples import MaskedImages, collated
 from fcvgg.training.settings import Settings
@@ -153,7 +158,7 @@ def evaluate_fcn(fcn: FCN, data: MaskFolder) -> SegmentationMetrics:
     confusion = confusion_metric(fcn.num_classes)
     for image, mask in zip(data.images, data.masks):
         predicted = torch.from_numpy(fcn.predict(image).labels)
-        confusion.update(predicted[None], torch.from_numpy(read_mask(mask))[None])
+        count_labels(confusion, predicted, torch.from_numpy(read_mask(mask)))
     return metrics_of(confusion.confmat, fcn.class_names)
 
 

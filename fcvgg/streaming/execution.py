@@ -22,7 +22,7 @@ from fcvgg.placement import device_of, dtype_of
 from fcvgg.progress import progress_bar
 from fcvgg.streaming.allocator import trimmer
 from fcvgg.streaming.job import StreamJob, as_result, plan_in_memory
-from fcvgg.streaming.line_buffers import LineBuffers
+from fcvgg.streaming.line_buffers import LineBuffers, MissingCells
 from fcvgg.streaming.resumption import opened_store
 from fcvgg.streaming.score_store import ScoreStore
 from fcvgg.streaming.strip_plan import (
@@ -72,9 +72,11 @@ def stream(
         output: which output, for a network with several.
 
     Returns:
-        a `ScoreMap` with the scores ``(K, h, w)``, or ``(len(classes), h, w)``; for ``"argmax"`` an
-        int64 tensor ``(h, w)`` as of `ScoreMap.label_map`; for ``"top5"`` a tensor ``(2, 5, h, w)``
-        of class indices and their scores, the best first. With `out`, the `ScoreStore` on disk.
+        a `ScoreMap` with the scores ``(K, h, w)``, or ``(len(classes), h, w)``, whose probabilities
+        are those among all classes; for ``"argmax"`` an int64 tensor ``(h, w)`` as of
+        `ScoreMap.label_map`; for ``"top5"`` a tensor ``(2, 5, h, w)`` of class indices and their
+        scores, the best first, of which no heatmap can be made. With `out`, the `ScoreStore` on
+        disk. Cells that see pixels that are not finite hold NaN, or -1 for a class.
 
     Raises:
         ArgumentError: if an option is none of these, or `memory` too little; the least is named.
@@ -102,13 +104,17 @@ def bands(
     schedule = job.layout.schedule(plan.strip_bytes, cols)
     width = job.layout.width(cols)
     buffers = LineBuffers(schedule, width, rows[0], trimmer(plan.peak, plan.memory))
+    missing = MissingCells(schedule, width, rows[0])
     left = rows[1] - rows[0]
     while left:
         first, end = buffers.image_rows
-        cells = buffers.push(job.strip((first, end), buffers.image_cols))
+        *strip, pixels = job.strip((first, end), buffers.image_cols)
+        cells = buffers.push(strip.pop())  # nobody else holds it, so that it can be freed
+        unknown = missing.push(pixels)
         left_col, right_col = buffers.image_cols
         advance((end - first) * (right_col - left_col) / _MEGA)
         if cells is not None:
+            cells = cells if unknown is None else cells.masked_fill(unknown, torch.nan)
             kept = job.selection(cells[0, :, :left].to(dtype_of(job.net)))
             del cells
             left -= kept.shape[-2]

@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fcvgg.errors import ArgumentError, ImageError
+from fcvgg.errors import ArgumentError
 from fcvgg.geometry import Axis, Geometry, Pair
+from fcvgg.missing import missing_pixels
 from fcvgg.network import FullyConvolutional
 from fcvgg.placement import device_of, dtype_of
 from fcvgg.score_map import ScoreMap
@@ -108,8 +109,13 @@ class StreamJob:
         beside += self.source.resident
         return beside + estimated_peak(self.layout, strip_bytes, block, self.source.column_bytes)
 
-    def strip(self, rows: Pair, cols: Pair) -> Tensor:
-        """Rows and columns of the network's input, which is padded below the window."""
+    def strip(self, rows: Pair, cols: Pair) -> tuple[Tensor, Tensor | None]:
+        """Rows and columns of the network's input, which is padded below the window.
+
+        Returns:
+            the input ``(1, C, h, w)``, and where it lacks finite values and holds zeros instead,
+            bool ``(1, 1, h, w)``; None if nowhere.
+        """
         (top, _), (left, _) = self.net.geometry.padding_for(self.source.size)
         height, width = self.source.size
         y = (min(max(rows[0] - top, 0), height), min(max(rows[1] - top, 0), height))
@@ -117,20 +123,20 @@ class StreamJob:
         device, dtype = device_of(self.net), self.net.compute_dtype
         if y[0] == y[1] or x[0] == x[1]:
             shape = (1, self.net.in_channels, rows[1] - rows[0], cols[1] - cols[0])
-            return torch.zeros(shape, device=device, dtype=dtype)
+            return torch.zeros(shape, device=device, dtype=dtype), None
         pixels = self.read(y, x).to(device, dtype)
-        if self.net.hides_nan and not pixels.isfinite().all():
-            raise ImageError(
-                f"rows {y[0]} to {y[1]} of {self.source.name} hold values that are not finite, "
-                "which an optimised network would hide; stream the plain network (net.plain)"
-            )
+        missing = missing_pixels(pixels)
+        if missing is not None:
+            pixels = pixels.masked_fill(missing, 0)
         # with the channels last oneDNN is faster, and a row of a map is one piece of memory
         last = device.type == "cpu" and pixels.element_size() <= 4
         order = torch.channels_last if last else torch.contiguous_format
         pixels = pixels.contiguous(memory_format=order)
         around = (x[0] + left - cols[0], cols[1] - x[1] - left)
         around = (*around, y[0] + top - rows[0], rows[1] - y[1] - top)  # type: ignore[assignment]
-        return F.pad(pixels, around) if any(around) else pixels
+        if not any(around):
+            return pixels, missing
+        return F.pad(pixels, around), None if missing is None else F.pad(missing, around)
 
 
 def plan_in_memory(job: StreamJob, memory: int) -> StripPlan:
@@ -155,15 +161,18 @@ def as_result(job: StreamJob, result: Tensor) -> Any:
     """A finished map as `stream` returns it."""
     if job.selection.kind != "scores":
         return result
-    kind = ScoreMap if job.selection.whole else ScoreMapOfSomeClasses
-    return kind(
-        scores=result,
-        geometry=job.geometry,
-        image_size=job.source.size,
-        input_size=job.source.size,
-        categories=job.categories,
-        activation=job.selection.activation,
-    )
+    known: dict[str, Any] = {
+        "geometry": job.geometry,
+        "image_size": job.source.size,
+        "input_size": job.source.size,
+        "categories": job.categories,
+        "activation": job.selection.activation,
+    }
+    if job.selection.whole:
+        return ScoreMap(scores=result, **known)
+    if not job.selection.normalized:
+        return ScoreMapOfSomeClasses(scores=result, **known)
+    return ScoreMapOfSomeClasses(scores=result[:-1], normalizer=result[-1], **known)
 
 
 def _checked_rows(rows: Any, height: int) -> Pair:

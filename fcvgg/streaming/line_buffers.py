@@ -15,8 +15,10 @@ from torch import Tensor
 
 from fcvgg.geometry import Pair
 from fcvgg.layers.strips import Part, Sliding
+from fcvgg.missing import readers_of_stages
 from fcvgg.modules import _GEMM_CELLS
 from fcvgg.streaming.schedule import Extents, Schedule
+from fcvgg.streaming.stages import Stage
 
 
 class _Rows:
@@ -242,6 +244,47 @@ class LineBuffers:
         size = (height.size, width.size)
         part = Part((first, end), self._width.ranges[i], size, pads_width)
         return sliding.run(x, part)
+
+
+class MissingCells:
+    """Which cells see a pixel that is not finite, while strips of the image come in.
+
+    Nothing is computed before the first such pixel; the strips before it are then made up for.
+
+    Args:
+        schedule: by which the cells themselves are computed.
+        width: the sizes and ranges along the width.
+        row: the first row of cells that is wanted.
+    """
+
+    def __init__(self, schedule: Schedule, width: Extents, row: int):
+        self._schedule, self._width, self._row = schedule, width, row
+        self._buffers: LineBuffers | None = None
+        self._skipped = 0
+
+    def push(self, pixels: Tensor | None) -> Tensor | None:
+        """The cells ``(1, 1, rows, cols)`` that the next strip finishes; None if all are finite.
+
+        Args:
+            pixels: bool ``(1, 1, rows, cols)``, the strip's pixels that are not finite, if any.
+        """
+        if self._buffers is None:
+            if pixels is None:
+                self._skipped += 1
+                return None
+            readers = [Stage("images", (), 1)]
+            readers += [reader.stage() for reader in readers_of_stages(self._schedule.stages)]
+            schedule = self._schedule.with_stages(readers)
+            self._buffers = LineBuffers(schedule, self._width, self._row)
+            self._device = pixels.device
+            for _ in range(self._skipped):
+                self._buffers.push(self._none(self._buffers))
+        return self._buffers.push(self._none(self._buffers) if pixels is None else pixels)
+
+    def _none(self, buffers: LineBuffers) -> Tensor:
+        """A strip without such pixels."""
+        shape = [end - first for first, end in (buffers.image_rows, buffers.image_cols)]
+        return torch.zeros(1, 1, *shape, dtype=torch.bool, device=self._device)
 
 
 def _narrowed(x: Tensor, held: Pair, wanted: Pair) -> Tensor:

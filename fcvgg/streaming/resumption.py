@@ -39,7 +39,8 @@ def opened_store(job: StreamJob, path: Path, memory: int) -> tuple[ScoreStore, S
     description.update(strip_bytes=plan.strip_bytes, blocks=[list(block) for block in plan.blocks])
     dtype = job.dtype if job.dtype != torch.bfloat16 else torch.float32
     name = str(dtype).removeprefix("torch.")
-    return create_store(path, job.shape, name, chunk_rows, description), plan
+    normalized = job.selection.normalized
+    return create_store(path, job.shape, name, chunk_rows, description, normalized), plan
 
 
 def _resumed_plan(job: StreamJob, store: ScoreStore, memory: int) -> StripPlan:
@@ -65,6 +66,7 @@ def _description(job: StreamJob) -> dict[str, Any]:
         "rows": list(job.layout.rows),
         "classes": list(job.selection.indices),
         "all_classes": job.selection.whole,
+        "num_classes": job.selection.count,
         "categories": None if categories is None else list(categories),
         "activation": job.selection.activation,
         "dtype": str(dtype_of(job.net)).removeprefix("torch."),
@@ -101,6 +103,9 @@ def _image_checksum(job: StreamJob) -> str:
     for row in dict.fromkeys((first, (first + end) // 2, end - 1)):
         for col in range(left, right, _CHECKED_COLS):
             cols = (col, min(col + _CHECKED_COLS, right))
-            values = job.strip((row, row + 1), cols).double().cpu().contiguous()
+            values, missing = job.strip((row, row + 1), cols)
+            values = values.double().cpu().contiguous()
+            if missing is not None:
+                values = values.masked_fill(missing.cpu(), torch.nan)
             checksum = zlib.crc32(values.numpy().data, checksum)
     return f"{checksum:08x}"

@@ -6,6 +6,7 @@ computes when which strip of the image has come.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -181,6 +182,12 @@ class Schedule:
         starts = [low for low, _ in ranges]
         strip = int(np.searchsorted(self.ends[:, 0], starts[0], side="right"))
         return strip, starts
+
+    def with_stages(self, stages: Sequence[Stage]) -> Schedule:
+        """The same schedule for other operations with the same windows."""
+        other = copy.copy(self)
+        other.stages = stages
+        return other
 
     def image_rows(self, strip: int) -> Pair:
         """The image's rows of a strip."""

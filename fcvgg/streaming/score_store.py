@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from fcvgg.errors import FcvggError
@@ -26,8 +27,9 @@ ATTRIBUTE = "fcvgg"
 FORMAT = 2
 
 _PROGRESS = "fcvgg-progress.json"
-_MAY_DIFFER = ("blocks", "strip_bytes", "source", "pixel_size")
-"""How the map is computed, and where the image lies now."""
+_NORMALIZER = "normalizer"
+_MAY_DIFFER = ("blocks", "strip_bytes", "source", "pixel_size", "num_classes")
+"""How the map is computed, where the image lies now, and what older stores do not say."""
 
 _CHUNK_CHANNELS = 64
 _CHUNK_COLS = 512
@@ -38,13 +40,18 @@ class ScoreStore:
 
     Attributes:
         array: the zarr array: scores, or what ``classes=`` keeps of them.
+        normalizer: of some classes' logits, the log-sum-exp ``(h, w)`` over all classes, an array
+            in the folder of the first one; None of other maps, and of those of older versions.
         description: what the map is, as it stands in the array's attributes.
         finished: for every block of columns, how many of its rows are finished.
     """
 
-    def __init__(self, path: Path, array: Any, description: Mapping[str, Any]):
+    def __init__(
+        self, path: Path, array: Any, description: Mapping[str, Any], normalizer: Any = None
+    ):
         self.path = path
         self.array = array
+        self.normalizer = normalizer
         self.description = description
         self.blocks: list[Pair] = [(a, b) for a, b in description["blocks"]]
         self.finished = self._read_progress()
@@ -63,6 +70,7 @@ class ScoreStore:
 
         Raises:
             CategoryError: if the class is unknown or its probability cannot be known from the map.
+            ImageError: if no cell has data.
         """
         from fcvgg.streaming.slide_maps import SlideMap
 
@@ -85,8 +93,14 @@ class ScoreStore:
         """
         first, end = self.blocks[block]
         start = self.blocks[0][0]
+        place = slice(row, row + cells.shape[-2]), slice(first - start, end - start)
         try:
-            self.array[..., row : row + cells.shape[-2], first - start : end - start] = cells
+            if self.description["kind"] == "scores":
+                count = self.array.shape[0]
+                if self.normalizer is not None:
+                    self.normalizer[place] = cells[count]
+                cells = cells[:count]  # one more is dropped where an older version began the map
+            self.array[(..., *place)] = cells
             if mark:
                 self.mark(block, row + cells.shape[-2])
         except (OSError, FcvggError) as error:
@@ -113,9 +127,22 @@ class ScoreStore:
 
 
 def create_store(
-    path: Path, shape: tuple[int, ...], dtype: str, chunk_rows: int, description: Mapping[str, Any]
+    path: Path,
+    shape: tuple[int, ...],
+    dtype: str,
+    chunk_rows: int,
+    description: Mapping[str, Any],
+    normalized: bool = False,
 ) -> ScoreStore:
     """A new store; it appears under its name with all its attributes, or not at all.
+
+    Args:
+        path: of the folder.
+        shape: of what is written to it.
+        dtype: of the scores.
+        chunk_rows: rows of cells that are written at a time.
+        description: of the map.
+        normalized: whether the last channel is `ScoreStore.normalizer`.
 
     Raises:
         FcvggError: if it cannot be written.
@@ -128,6 +155,9 @@ def create_store(
         _aligned(block) if len(description["blocks"]) > 1 else min(shape[-1], _CHUNK_COLS),
     )
     names = (*("output", "channel")[2 - len(shape[:-2]) :], "y", "x")
+    if normalized:
+        shape = (shape[0] - 1, *shape[1:])
+        chunks = (min(shape[0], _CHUNK_CHANNELS), *chunks[1:])
     with folder_written_whole(path) as folder:
         zarr.create_array(
             store=str(folder),
@@ -135,9 +165,19 @@ def create_store(
             dtype=dtype,
             chunks=chunks,
             dimension_names=names,
+            fill_value=-1 if description["kind"] == "argmax" else np.nan,  # no data, as yet
             attributes={ATTRIBUTE: dict(description)},
             overwrite=True,
         )
+        if normalized:
+            zarr.create_array(
+                store=str(folder / _NORMALIZER),
+                shape=shape[-2:],
+                dtype=dtype,
+                chunks=chunks[-2:],
+                dimension_names=("y", "x"),
+                fill_value=np.nan,
+            )
     return open_store(path, writable=True)
 
 
@@ -154,9 +194,13 @@ def open_store(path: str | Path, writable: bool = False) -> ScoreStore:
     """
     path = Path(path)
     zarr = imported("zarr", "stream")
+    mode = "r+" if writable else "r"
+    normalizer = None
     try:
-        array = zarr.open_array(str(path), mode="r+" if writable else "r")
+        array = zarr.open_array(str(path), mode=mode)
         description = dict(array.attrs)[ATTRIBUTE]
+        if (path / _NORMALIZER).exists():
+            normalizer = zarr.open_array(str(path / _NORMALIZER), mode=mode)
     except Exception as error:
         raise FcvggError(f"{path} is no score map that fcvgg.stream wrote") from error
     if description.get("format") != FORMAT:
@@ -164,7 +208,12 @@ def open_store(path: str | Path, writable: bool = False) -> ScoreStore:
             f"{path} has format {description.get('format')!r}, and this version of fcvgg reads "
             f"{FORMAT}; upgrade fcvgg"
         )
-    return ScoreStore(path, array, description)
+    if normalizer is not None and normalizer.shape != array.shape[-2:]:
+        raise FcvggError(
+            f"{path / _NORMALIZER} has shape {normalizer.shape}; expected {array.shape[-2:]}, that "
+            "of the cells"
+        )
+    return ScoreStore(path, array, description, normalizer)
 
 
 def is_store(path: str | Path) -> bool:

@@ -10,10 +10,17 @@ import torch
 from torch import Tensor
 
 from fcvgg.categories import class_index
-from fcvgg.errors import ArgumentError, CategoryError
+from fcvgg.errors import ArgumentError
 from fcvgg.network import FullyConvolutional
-from fcvgg.probability import require_classes, require_probabilities, to_probabilities
-from fcvgg.score_map import ScoreMap
+from fcvgg.probability import (
+    average_of_cells,
+    cells_with_data,
+    normalized,
+    require_classes,
+    require_probabilities,
+    to_probabilities,
+)
+from fcvgg.score_map import ScoreMap, best_classes
 from fcvgg.streaming.strip_plan import (
     itemsize_of,
 )
@@ -67,45 +74,72 @@ class Selection:
     def lead(self) -> tuple[int, ...]:
         """The result's dimensions before the rows and columns."""
         top = min(_TOP, self.count)
-        return {"scores": (len(self.indices),), "argmax": (), "top5": (2, top)}[self.kind]
+        kept = len(self.indices) + self.normalized
+        return {"scores": (kept,), "argmax": (), "top5": (2, top)}[self.kind]
 
     @property
     def whole(self) -> bool:
         return self.indices == tuple(range(self.count))
 
+    @property
+    def normalized(self) -> bool:
+        """Whether one more channel says what the probabilities of the kept classes depend on.
+
+        It is the logarithm of the softmax's denominator, over all classes.
+        """
+        return self.kind == "scores" and not self.whole and self.activation == "logits"
+
     def dtype(self, scores: torch.dtype) -> torch.dtype:
         if self.kind == "argmax":
             return torch.int64
-        return torch.float32 if self.kind == "top5" and itemsize_of(scores) < 4 else scores
+        exact = self.kind == "top5" or self.normalized
+        return torch.float32 if exact and itemsize_of(scores) < 4 else scores
 
     def __call__(self, scores: Tensor) -> Tensor:
         """What is kept of scores ``(K, h, w)``."""
         if self.kind == "argmax":
             if self.count == 1:
                 return (to_probabilities(scores, self.activation)[0] > 0.5).long() - 1
-            return scores.argmax(0)
+            return best_classes(scores)
         if self.kind == "top5":
+            unknown = ~cells_with_data(scores)
             best, indices = scores.to(self.dtype(scores.dtype)).topk(min(_TOP, self.count), 0)
-            return torch.stack([indices.to(best), best])
-        return scores if self.whole else scores[list(self.indices)]
+            return torch.stack(
+                [indices.masked_fill(unknown, -1).to(best), best.masked_fill(unknown, torch.nan)]
+            )
+        if self.whole:
+            return scores
+        kept = scores[list(self.indices)]
+        if not self.normalized:
+            return kept
+        kept, scores = (values.to(self.dtype(scores.dtype)) for values in (kept, scores))
+        return torch.cat([kept, scores.logsumexp(0, keepdim=True)])
 
 
+@dataclass(frozen=True, eq=False)
 class ScoreMapOfSomeClasses(ScoreMap):
-    """A `ScoreMap` that lacks classes, so that a softmax over it would be wrong."""
+    """A `ScoreMap` that lacks classes, so that a softmax over it would be wrong.
+
+    Attributes:
+        normalizer: of logits, the log-sum-exp ``(h, w)`` over all classes, by which the
+            probabilities of those that were kept are exact.
+    """
+
+    normalizer: Tensor | None = None
 
     def probabilities(self) -> Tensor:
-        """The class probabilities of every cell, where they do not depend on other classes."""
-        self._require_probabilities()
-        return super().probabilities()
+        """The probabilities of the kept classes, among all classes, in every cell."""
+        if self.activation != "logits":
+            return super().probabilities()
+        assert self.normalizer is not None
+        return normalized(self.scores, self.normalizer).masked_fill(~self.has_data, torch.nan)
 
     def predict(self, average: str = "scores") -> Tensor:
-        """The classes' probabilities, where they do not depend on other classes."""
-        self._require_probabilities()
-        return super().predict(average)
+        """The probabilities of the kept classes, averaged over the cells.
 
-    def _require_probabilities(self) -> None:
-        if self.activation == "logits":
-            raise CategoryError(
-                "the score map holds some of the classes, and probabilities need the logits of all;"
-                " stream with classes=None"
-            )
+        The average of logits depends on classes that were not kept, so that of such maps
+        probabilities are averaged, whatever `average` says.
+        """
+        if self.activation != "logits":
+            return super().predict(average)
+        return average_of_cells(self.probabilities(), self.scores)

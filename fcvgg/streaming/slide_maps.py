@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from numbers import Integral
 from pathlib import Path
@@ -15,9 +16,10 @@ from PIL import Image
 from fcvgg.categories import class_index, class_name
 from fcvgg.errors import ArgumentError, CategoryError, FcvggError, ImageError
 from fcvgg.files import written_whole
-from fcvgg.geometry import Axis, Geometry, Pair
+from fcvgg.geometry import Geometry, Pair
 from fcvgg.heatmap import Heatmap
-from fcvgg.probability import to_probabilities
+from fcvgg.interpolation import interpolated, pixel_points, shown, within
+from fcvgg.probability import cells_with_data, normalized, to_probabilities
 from fcvgg.sources.extras import imported
 from fcvgg.streaming.opening import open_image
 from fcvgg.streaming.score_store import ScoreStore
@@ -29,6 +31,7 @@ THUMBNAIL = 1600
 _TILE = 512
 _SMALLEST_LEVEL = 512
 _READ_BYTES = 64 << 20
+_THUMBNAIL_ROWS = 4
 _LISTED = 8
 
 
@@ -42,6 +45,7 @@ class SlideMap:
 
     Raises:
         CategoryError: if the class is unknown or its probability cannot be known from the map.
+        ImageError: if no cell has data.
     """
 
     def __init__(self, store: ScoreStore, target: int | str | None = None):
@@ -58,41 +62,30 @@ class SlideMap:
         kept = store.description["classes"] if store.description["kind"] == "scores" else None
         self.index = place if kept is None else kept[place]
         self.label = class_name(self.index, None) if names is None else names[place]
-        self.cells = _probabilities(store, place)  # (h, w)
+        self.cells = _probabilities(store, place)  # (h, w), NaN where there is no data
+        if np.isnan(self.cells).all():
+            raise ImageError(f"no cell of {store.path} has data, so there is nothing to show")
 
     def shown(self, ys: NDArray[Any], xs: NDArray[Any], size: Pair) -> NDArray[np.float32]:
         """The probability at pixels of a picture of the image of this size, at points `ys`, `xs`.
 
         Where a pixel of a reduced picture covers cells, it shows the highest: on the small picture
-        of a large slide, what a few cells have found would else fall between the pixels.
+        of a large slide, what a few cells have found would else fall between the pixels. Without
+        data it is NaN.
         """
-        values = self.sampled(ys, xs)
-        (top, bottom), (left, right) = (
-            _covered(axis, points, pixels / n, cells)
-            for axis, points, pixels, n, cells in zip(
-                self.geometry.axes, (ys, xs), self.image_size, size, self.cells.shape
-            )
-        )
-        reduced = size != self.image_size
-        if not reduced or (top >= bottom).all() or (left >= right).all():
-            return values
-        rows = _highest(self.cells[:, left.min() : right.max()], top, bottom)
-        highest = _highest(rows.T, left - left.min(), right - left.min()).T
-        return np.maximum(values, highest)
+        if size == self.image_size:
+            return self.sampled(ys, xs)
+        cells, points = torch.from_numpy(self.cells), (torch.from_numpy(ys), torch.from_numpy(xs))
+        extents = [pixels / n for pixels, n in zip(self.image_size, size)]
+        return shown(cells, self.geometry, points, extents).numpy()
 
     def sampled(self, ys: NDArray[Any], xs: NDArray[Any]) -> NDArray[np.float32]:
         """The probability at points of the image, ``(len(ys), len(xs))``.
 
         It is interpolated between the cells' centres and held outside them.
         """
-        (top, y), (left, x) = (
-            _neighbours(axis, points, n)
-            for axis, points, n in zip(self.geometry.axes, (ys, xs), self.cells.shape)
-        )
-        bottom = np.minimum(top + 1, self.cells.shape[0] - 1)
-        right = np.minimum(left + 1, self.cells.shape[1] - 1)
-        rows = self.cells[top] * (1 - y)[:, None] + self.cells[bottom] * y[:, None]
-        return (rows[:, left] * (1 - x) + rows[:, right] * x).astype(np.float32)
+        points = torch.from_numpy(np.asarray(ys, float)), torch.from_numpy(np.asarray(xs, float))
+        return interpolated(torch.from_numpy(self.cells), self.geometry, points).numpy()
 
     def source(self) -> StripSource | None:
         """The image that was streamed, if it was a file and is still there."""
@@ -110,9 +103,9 @@ class SlideMap:
         height, width = self.image_size
         factor = max(max(height, width) / side, 1.0)
         size = (max(round(height / factor), 1), max(round(width / factor), 1))
-        ys, xs = (_points(n, m) for n, m in zip(size, self.image_size))
+        ys, xs = (pixel_points(n, m) for n, m in zip(size, self.image_size))
         rows, cols = (
-            _within(axis, points, n)
+            within(axis, points, n)
             for axis, points, n in zip(self.geometry.axes, (ys, xs), self.cells.shape)
         )
         if source is not None and source.size != self.image_size:
@@ -120,12 +113,15 @@ class SlideMap:
                 f"{source.name} has size {source.size}, and {self.path} was made of an image of "
                 f"size {self.image_size}"
             )
-        picture = None if source is None else _thumbnail(source, ys, xs)
-        values = self.shown(ys, xs, size).clip(0, 1)
-        return Heatmap(values, rows[:, None] & cols[None, :], self.label, picture)
+        picture = None if source is None else _thumbnail(source, ys.numpy(), xs.numpy())
+        values = self.shown(ys.numpy(), xs.numpy(), size).clip(0, 1)
+        coverage = (rows[:, None] & cols).numpy() & ~np.isnan(values)
+        return Heatmap(values, coverage, self.label, picture)
 
     def save_pyramid(self, path: str | Path) -> Path:
         """Write the probability at every pixel as a pyramidal OME-TIFF, 0 to 255 for 0 to 1.
+
+        Pixels without data are 0, as those without the class are.
 
         It has the slide's size in pixels, its pixel size where the slide states one, and the class
         as the name of its channel, as viewers of OME-TIFF (napari, QuPath) read them.
@@ -182,11 +178,11 @@ class SlideMap:
         return sizes
 
     def _tiles(self, size: Pair) -> Iterator[NDArray[np.uint8]]:
-        ys, xs = (_points(n, m) for n, m in zip(size, self.image_size))
+        ys, xs = (pixel_points(n, m).numpy() for n, m in zip(size, self.image_size))
         for top in range(0, size[0], _TILE):
             for left in range(0, size[1], _TILE):
                 values = self.shown(ys[top : top + _TILE], xs[left : left + _TILE], size)
-                yield np.round(values.clip(0, 1) * 255).astype(np.uint8)
+                yield np.round(np.nan_to_num(values).clip(0, 1) * 255).astype(np.uint8)
 
 
 def _target(store: ScoreStore, target: int | str | None) -> int:
@@ -195,7 +191,8 @@ def _target(store: ScoreStore, target: int | str | None) -> int:
     names, kind = description["categories"], description["kind"]
     if kind == "top5":
         raise CategoryError(
-            f"{store.path} holds the top five of every cell; a heatmap needs scores of a class"
+            f"{store.path} holds the top five of every cell; a heatmap needs scores of a class: "
+            "stream with classes=[name]"
         )
     count = store.array.shape[0] if kind == "scores" else len(names or ()) or 1 << 31
     if isinstance(target, Integral) and kind == "scores" and not description["all_classes"]:
@@ -215,7 +212,11 @@ def _target(store: ScoreStore, target: int | str | None) -> int:
         return int(counts.argmax())
     if count == 1:
         return 0
-    totals = sum(store.array[:, rows].sum((1, 2), dtype=float) for rows in _row_ranges(store))
+    totals = np.zeros(count)
+    for rows in _row_ranges(store):
+        scores = torch.from_numpy(store.array[:, rows])
+        scores = scores.masked_fill(~cells_with_data(scores), 0)
+        totals += scores.sum((1, 2), dtype=torch.float64).numpy()
     return int(np.argmax(totals))
 
 
@@ -224,16 +225,21 @@ def _probabilities(store: ScoreStore, index: int) -> NDArray[np.float32]:
     if description["kind"] == "argmax":
         cells = np.empty(array.shape, np.float32)
         for rows in _row_ranges(store):
-            cells[rows] = array[rows] == index
+            labels = array[rows]
+            unknown = np.nan if description.get("num_classes", 1) > 1 else 0  # else another class
+            cells[rows] = np.where(labels < 0, unknown, labels == index)
         return cells
     activation = description["activation"]
     if activation != "logits":
         return to_probabilities(torch.from_numpy(array[index][None]), activation)[0].float().numpy()
     if not description["all_classes"]:
-        raise CategoryError(
-            f"{store.path} holds the logits of some of the classes, and probabilities need those of"
-            " all; stream without classes"
-        )
+        if store.normalizer is None:
+            raise CategoryError(
+                f"{store.path} holds the logits of some of the classes without what their "
+                "probabilities need, as older versions wrote it; stream again"
+            )
+        logits, normalizer = (torch.from_numpy(a) for a in (array[index], store.normalizer[:]))
+        return normalized(logits, normalizer).float().numpy()
     bands = [
         to_probabilities(torch.from_numpy(array[:, rows]), activation)[index].float()
         for rows in _row_ranges(store)
@@ -250,55 +256,25 @@ def _row_ranges(store: ScoreStore) -> Iterator[slice]:
         yield slice(first, min(first + step, height))
 
 
-def _points(size: int, pixels: int) -> NDArray[Any]:
-    """Where `size` samples lie on an axis of `pixels`."""
-    return (np.arange(size) + 0.5) * (pixels / size) - 0.5
-
-
-def _places(axis: Axis, points: NDArray[Any]) -> NDArray[Any]:
-    return (points - axis.centre_of(0)) / axis.stride
-
-
-def _neighbours(axis: Axis, points: NDArray[Any], cells: int) -> tuple[NDArray[Any], NDArray[Any]]:
-    """The cell before each point, and how far the point is on the way to the next."""
-    places = _places(axis, points).clip(0, cells - 1)
-    first = np.floor(places).astype(int)
-    return first, (places - first).astype(np.float32)
-
-
-def _covered(
-    axis: Axis, points: NDArray[Any], extent: float, cells: int
-) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Half-open ranges of the cells whose centres lie within `extent` pixels around points."""
-    first = np.ceil(_places(axis, points - extent / 2)).clip(0, cells)
-    end = np.ceil(_places(axis, points + extent / 2)).clip(0, cells)
-    return first.astype(int), end.astype(int)
-
-
-def _highest(
-    values: NDArray[np.float32], first: NDArray[Any], end: NDArray[Any]
-) -> NDArray[np.float32]:
-    """The maximum of each range of rows; 0 for an empty one."""
-    return np.stack([values[a:b].max(0, initial=0) for a, b in zip(first, end)])
-
-
-def _within(axis: Axis, points: NDArray[Any], cells: int) -> NDArray[np.bool_]:
-    """Which points lie between the first and the last centre; the nearest one if none does."""
-    places = _places(axis, points)
-    inside = (places >= 0) & (places <= cells - 1)
-    if not inside.any():
-        inside[np.abs(places - (cells - 1) / 2).argmin()] = True
-    return inside
-
-
 def _thumbnail(source: StripSource, ys: NDArray[Any], xs: NDArray[Any]) -> Image.Image | None:
-    """The image's nearest pixels; None where its channels are no colours."""
+    """The image's pixels, averaged; None where its channels are no colours.
+
+    Of the rows that a pixel of the thumbnail covers, a few are read.
+    """
     if source.preprocessed:
         raise ImageError(f"{source.name} is preprocessed and has no picture")
     if source.channels not in (1, 3, 4):
         return None
-    cols = np.round(xs).astype(int).clip(0, source.size[1] - 1)
-    rows = np.round(ys).astype(int).clip(0, source.size[0] - 1)
-    lines = [source.read((int(y), int(y) + 1), (0, source.size[1]))[0, cols] for y in rows]
+    (down, _), (across, width) = (
+        (np.linspace(0, n, len(points) + 1).round().astype(int), n)
+        for n, points in zip(source.size, (ys, xs))
+    )
+    counts = np.diff(across)[:, None]
+    lines = []
+    for top, bottom in itertools.pairwise(down):
+        rows = np.linspace(top, bottom - 1, min(_THUMBNAIL_ROWS, bottom - top)).round().astype(int)
+        read = [source.read((int(y), int(y) + 1), (0, width))[0] for y in rows]
+        sums = np.add.reduceat(np.sum(read, 0, dtype=np.uint64), across[:-1], 0)
+        lines.append(np.round(sums / (len(rows) * counts)).astype(np.uint8))
     pixels = np.stack(lines)
     return Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
