@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -10,7 +11,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -38,6 +38,7 @@ from fcvgg.pyramid import pyramid_heatmap
 from fcvgg.score_map import ScoreMap
 from fcvgg.serialization.bundle import write_bundle
 from fcvgg.serialization.exporting import export_network
+from fcvgg.streaming.strip_sources import StripSource
 from fcvgg.trunk import run
 
 
@@ -533,7 +534,8 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 
 def each_image(images: Any) -> Iterable[Any]:
     """One image after the other from a batch, any other iterable of images, or a single image."""
-    if isinstance(images, (Tensor, np.ndarray)):
-        return images if images.ndim == 4 else [images]
-    several = isinstance(images, Iterable) and not isinstance(images, (str, bytes, os.PathLike))
+    if hasattr(images, "shape") and hasattr(images, "dtype"):  # an array of any library
+        return images if len(images.shape) == 4 else [images]
+    single = (str, bytes, os.PathLike, io.IOBase, StripSource)
+    several = isinstance(images, Iterable) and not isinstance(images, single)
     return images if several else [images]

@@ -15,7 +15,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from fcvgg.categories import distinct_names
 from fcvgg.datasets import Unreadable
 from fcvgg.errors import ArgumentError, DatasetError, ImageError, one_line
-from fcvgg.images import in_mode, read_image
+from fcvgg.images import image_size, read_image
 from fcvgg.segmentation.label_map import IGNORE_INDEX
 
 IMAGES, MASKS = "images", "masks"
@@ -79,12 +79,12 @@ def mask_folder(folder: str | Path, categories: int | Sequence[str]) -> MaskFold
     totals = np.zeros(len(names), np.int64)
     for image, mask in pairs:
         try:
-            picture = in_mode(read_image(image), 3)  # as training will, though a net may be grey
+            size = image_size(image)
             labels = read_mask(mask)
         except ImageError as error:
             skipped.append(Unreadable(str(image), one_line(error)))
             continue
-        _check_pair(image, (picture.height, picture.width), mask, labels, len(names))
+        _check_pair(image, size, mask, labels, len(names))
         totals += _counts([labels], len(names))
         images.append(image)
         masks.append(mask)

@@ -14,11 +14,12 @@ from PIL import Image
 
 from fcvgg.categories import class_index, class_name
 from fcvgg.errors import ArgumentError, CategoryError, FcvggError, ImageError
+from fcvgg.extras import imported
 from fcvgg.files import written_whole
 from fcvgg.geometry import Axis, Geometry, Pair
 from fcvgg.heatmap import Heatmap
+from fcvgg.pictures import Picture
 from fcvgg.probability import to_probabilities
-from fcvgg.sources.extras import imported
 from fcvgg.streaming.opening import open_image
 from fcvgg.streaming.score_store import ScoreStore
 from fcvgg.streaming.strip_sources import StripSource
@@ -301,4 +302,6 @@ def _thumbnail(source: StripSource, ys: NDArray[Any], xs: NDArray[Any]) -> Image
     rows = np.round(ys).astype(int).clip(0, source.size[0] - 1)
     lines = [source.read((int(y), int(y) + 1), (0, source.size[1]))[0, cols] for y in rows]
     pixels = np.stack(lines)
-    return Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
+    if source.channels == 4 and not source.transparent():
+        pixels = pixels[..., :3]
+    return Picture(pixels, in_bytes=source.dtype == np.uint8).image
