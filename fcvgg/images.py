@@ -21,7 +21,12 @@ from fcvgg.pictures import Picture, in_mode
 from fcvgg.preprocessing import Preprocess, size_of_side
 from fcvgg.probability import widened
 from fcvgg.streaming.opening import strip_source
-from fcvgg.streaming.strip_reader import check_preprocessed, checked_preprocess, whole_picture
+from fcvgg.streaming.strip_reader import (
+    check_pixels,
+    check_preprocessed,
+    checked_preprocess,
+    whole_picture,
+)
 from fcvgg.streaming.strip_sources import StripSource, opened
 
 ImageLike = Union[str, "os.PathLike[str]", Image.Image, np.ndarray, Tensor, StripSource, Picture]
@@ -130,6 +135,21 @@ def image_size(image: Any) -> Pair:
     source = strip_source(image)
     source.whole()
     return source.size
+
+
+def check_usable(image: Any, preprocess: Preprocess) -> None:
+    """Refuse an image whose channels or values do not suit a preprocessing.
+
+    Only where the brightest value matters, that of 16 bits of an assumed range, are pixels read.
+
+    Raises:
+        ImageError: if so.
+    """
+    source = strip_source(image, preprocess.channels)
+    if source.preprocessed:
+        check_preprocessed(source, preprocess.channels)
+    else:
+        check_pixels(source, preprocess)
 
 
 def read_image(image: Any) -> Image.Image:

@@ -73,7 +73,7 @@ class RasterSource(StripSource):
         self._white_is_zero = tags.get("MINISWHITE") == "YES"
         self.dtype = np.dtype(np.result_type(*dataset.dtypes))
         self._colours: NDArray[np.uint8] | None = None
-        if meanings[:1] == ["palette"]:
+        if meanings[:1] == ["palette"] and not self._white_is_zero:
             colours = dataset.colormap(1)
             self._colours = np.array([colours[i][:3] for i in range(len(colours))], np.uint8)
             self.channels, self.dtype = 3, np.dtype(np.uint8)

@@ -44,11 +44,23 @@ def strip_reader(
             f"the preprocessing resizes images to {known.resize}, and a streamed image keeps "
             "its size; use a preprocessing with resize=None"
         )
-    convert = _converter(source, known)
-    if known.assumes_range(source.dtype):
-        check_filled(_highest(source), source.name)
+    convert = check_pixels(source, known)
     normalized = normalizer(known)
     return lambda rows, cols: normalized(convert(source.read(rows, cols)))
+
+
+def check_pixels(
+    source: StripSource, preprocess: Preprocess
+) -> Callable[[NDArray[Any]], NDArray[Any]]:
+    """A function that brings pixels to the preprocessing's channels and units.
+
+    Raises:
+        ImageError: if they have none: other channels than the network, or an unknown range.
+    """
+    convert = _converter(source, preprocess)
+    if preprocess.assumes_range(source.dtype):
+        check_filled(_highest(source), source.name)
+    return convert
 
 
 def whole_picture(source: StripSource, preprocess: Preprocess) -> Picture:
