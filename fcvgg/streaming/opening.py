@@ -69,8 +69,10 @@ class RasterSource(StripSource):
         self._georeferenced = bool(placed)
         self.alpha = self.channels in (2, 4) and meanings[-1:] in ([], ["alpha"])
         self.nodata = getattr(dataset, "nodata", None)
-        tags = dataset.tags(ns="IMAGE_STRUCTURE") if hasattr(dataset, "tags") else {}
-        self._white_is_zero = tags.get("MINISWHITE") == "YES"
+        told = getattr(dataset, "tags", lambda *_, **__: {})
+        self._white_is_zero = told(ns="IMAGE_STRUCTURE").get("MINISWHITE") == "YES"
+        bits = told(1, ns="IMAGE_STRUCTURE").get("NBITS")
+        self._step = {"1": 255, "2": 85, "4": 17}.get(bits, 1)  # between two neighbouring greys
         self.dtype = np.dtype(np.result_type(*dataset.dtypes))
         self._colours: NDArray[np.uint8] | None = None
         if meanings[:1] == ["palette"] and not self._white_is_zero:
@@ -90,7 +92,8 @@ class RasterSource(StripSource):
     def _coloured(self, stored: NDArray[Any]) -> NDArray[Any]:
         if self._colours is not None:
             return self._colours[stored[..., 0]]
-        return np.iinfo(stored.dtype).max - stored if self._white_is_zero else stored
+        grey = stored * stored.dtype.type(self._step) if self._step > 1 else stored
+        return np.iinfo(grey.dtype).max - grey if self._white_is_zero else grey
 
 
 def _overview(dataset: Any, level: int, name: str) -> Any:
@@ -154,6 +157,7 @@ def open_image(
 
 def _opened_source(path: Any, level: int, bands: Bands, missing: str) -> StripSource:
     if _is_file(path):
+        path.seek(0)
         return _file_source(path, "the image", path.read(4), level, bands, missing)
     if not isinstance(path, (str, os.PathLike)):
         if not _is_dataset(path):

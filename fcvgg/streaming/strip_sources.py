@@ -312,8 +312,8 @@ class PillowSource(StripSource):
             self.path = image if isinstance(image, Path) else None
             self.name = str(image) if self.path is not None else self.name
             with opened(image, self.name) as file:
-                self.size = _upright_size(file)
                 described = _described(file)
+                self.size = _upright_size(file)  # of a PNG this decodes the pixels
                 if described is None:
                     self._take(self._decoded(file))
                 else:

@@ -269,7 +269,8 @@ class TiffSource(StripSource):
         if self._associated and stored.dtype.kind == "u":
             alpha = stored[..., -1:].astype(np.float64)
             full = np.iinfo(stored.dtype).max
-            pure = np.divide(stored * full, alpha, out=np.zeros(stored.shape), where=alpha > 0)
+            whole = stored * np.float64(full)
+            pure = np.divide(whole, alpha, out=np.zeros(stored.shape), where=alpha > 0)
             pure[..., -1:] = alpha
             return pure.round().clip(0, full).astype(stored.dtype)
         return stored
