@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import io
+import json
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,18 +14,23 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
+from typer.testing import CliRunner
 
 import fcvgg
+from fcvgg.cli import app
 from fcvgg.datasets import Labelled
 from fcvgg.evaluation.protocols import _Plan, _Run
 from fcvgg.finetuning.images import ImageRows, LabelledFiles
-from fcvgg.images import read_picture
+from fcvgg.images import prepare, read_picture
 from fcvgg.segmentation.mask_folders import MaskFolder
 from fcvgg.segmentation.samples import MaskedImages
 from fcvgg.streaming.opening import open_image, strip_source
+from fcvgg.streaming.strip_reader import strip_reader
 from fcvgg.transfer.image_features import FeatureExtractor
 
 tifffile = pytest.importorskip("tifffile")
@@ -511,3 +517,357 @@ def test_every_entry_point_reads_the_same_pixels(tmp_path: Path, name: str) -> N
                 atol=1e-6,
                 msg=lambda m, e=entry: f"{e}: {m}",
             )
+
+
+# -- what is refused by all of them ---------------------------------------------------------------
+
+REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "three pages": (
+        tiff(COLOUR.transpose(2, 0, 1), photometric="minisblack"),
+        r"a\.tif has axes \w+ of lengths \(3, 40, 52\); expected one plane",
+    ),
+    "pages of colours": (
+        tiff(np.stack([COLOUR] * 2), photometric="rgb"),
+        r"a\.tif has axes \w+ of lengths \(2, 40, 52, 3\); expected one plane",
+    ),
+    "near infrared that is tagged as transparency": (
+        geotiff(ALPHA.transpose(2, 0, 1)),
+        r"a\.tif has four bands, of which the last is not taken for transparency.*"
+        r"fcvgg\.open_image\(path, bands=\(0, 1, 2\)\)$",
+    ),
+    "near infrared of a place": (
+        geotiff(MASKED.transpose(2, 0, 1), True),
+        r"a\.tif has four bands, of which the last is not taken for transparency",
+    ),
+    "near infrared of a dataset": (
+        dataset(geotiff(ALPHA.transpose(2, 0, 1))),
+        r"has four bands, of which the last is not taken for transparency",
+    ),
+    "five channels": (
+        tiff(noise(5).transpose(2, 0, 1), ome=True, photometric="minisblack"),
+        r"has 5 channels; expected 1, 3 or 4.*bands=\(0, 1, 2\)\) chooses some$|expected one plane",
+    ),
+    "thirteen bands": (
+        geotiff(noise(13).transpose(2, 0, 1)),
+        r"has 13 channels; expected 1, 3 or 4, or the network's 3, in the order",
+    ),
+    "two bands": (
+        geotiff(noise(2).transpose(2, 0, 1)),
+        r"has 2 channels; expected 1, 3 or 4.*bands=\(0,\)\) chooses some$",
+    ),
+    "floats": (
+        geotiff(FLOATS.transpose(2, 0, 1)),
+        r"holds float32, which has no known range; pass",
+    ),
+    "int16": (geotiff(SIGNED.transpose(2, 0, 1)), r"holds int16, which has no known range; pass"),
+    "dark values of 16 bits": (
+        geotiff(SCENE.transpose(2, 0, 1)),
+        r"holds 16-bit values up to 8\d\d\d, which would be nearly black in the range 0 to 65535 .*"
+        r"; pass value_range=\(low, high\) or a scale= of its own to fcvgg\.Preprocess "
+        r"\(value_range=\(0, 65535\) is the whole range\)$",
+    ),
+    "a dark dataset": (
+        dataset(geotiff(SCENE.transpose(2, 0, 1))),
+        r"holds 16-bit values up to 8\d+",
+    ),
+    "a dark array": (of(SCENE), r"^the array \(40, 52, 3\) holds 16-bit values up to 8\d\d\d"),
+    "dark but for what has no data": (
+        geotiff(np.where(SCENE < 300, 65535, SCENE).transpose(2, 0, 1), nodata=65535),
+        r"holds 16-bit values up to 8\d\d\d",
+    ),
+    "a dark png": (png16(SCENE), r"a\.png holds 16-bit values up to 8\d\d\d"),
+    "signed values of which 0 is white": (
+        tiff(SIGNED[..., 0], photometric="miniswhite"),
+        r"says that 0 is white and holds int16, of which no value is black; save it",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_every_entry_point_refuses_the_same(tmp_path: Path, name: str) -> None:
+    write, message = REFUSED[name]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
+        source, net = write(tmp_path), net_for(BYTES)
+        for entry, read in ENTRIES.items():
+            if entry == "evaluate":
+                found = fcvgg.evaluate  # which leaves it out, with the reason
+                with pytest.raises(fcvgg.DatasetError, match=message.strip("^$")):
+                    found(net, [(source, 0)], protocols="dense")
+                continue
+            if entry == "bytes" and isinstance(source, Path):
+                with pytest.raises(fcvgg.ImageError) as raised:
+                    read(net, source)
+                assert "the image " in str(raised.value)
+                continue
+            with pytest.raises(fcvgg.ImageError, match=message):
+                read(net, source)
+
+
+def test_nothing_of_the_readers_reaches_stderr(tmp_path: Path, capfd: Any) -> None:
+    path = geotiff(noise(13).transpose(2, 0, 1))(tmp_path)
+    tifffile.imwrite(tmp_path / "b.tif", noise(5), photometric="rgb", extrasamples=[0, 0])
+    capfd.readouterr()
+    for file in (path, tmp_path / "b.tif"):
+        with pytest.raises(fcvgg.ImageError):
+            net_for(BYTES).score_map(file)
+    assert capfd.readouterr() == ("", "")
+
+
+# -- ranges ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "takes"),
+    [
+        ({}, True),
+        ({"scale": 1 / 127.5}, True),
+        ({"scale": 1 / 256}, True),
+        ({"mean": (103.9, 116.8, 123.7), "scale": 1, "channel_order": "BGR"}, True),
+        ({"scale": 1}, False),
+        ({"mean": (1353.7, 1117.2, 1041.9), "scale": 1}, False),
+        ({"mean": (0.4, 0.5, 0.6), "scale": 1}, False),
+        ({"scale": 1e-4}, False),
+        ({"scale": 1 / 65535}, False),
+        ({"scale": 1 / 4095}, False),
+    ],
+)
+def test_what_a_preprocessing_takes(options: dict[str, Any], takes: bool) -> None:
+    preprocess = fcvgg.Preprocess(**{"mean": (0,) * 3, "std": (1,) * 3, **options})
+    assert preprocess.takes_bytes is takes
+    expected = WIDE / 257 if takes else WIDE
+    np.testing.assert_allclose(preprocess.units(WIDE), expected, rtol=1e-6)
+    assert preprocess.units(COLOUR) is COLOUR
+
+
+@pytest.mark.parametrize("options", [{}, {"scale": 1.0}, {"scale": 1 / 255}])
+@pytest.mark.parametrize("values", [SCENE, SIGNED, FLOATS, FLOATS.astype(float), WIDE.astype("i4")])
+def test_a_range_maps_its_ends_to_those_of_bytes(values: Pixels, options: dict[str, Any]) -> None:
+    low, high = float(values.min()), float(values.max())
+    preprocess = fcvgg.Preprocess((0,) * 3, (1,) * 3, value_range=(low, high), **options)
+    units = preprocess.units(values)
+    assert units.dtype == np.float32
+    np.testing.assert_allclose([units.min(), units.max()], [0, 255], atol=1e-4)
+    exact = (values.astype(float) - low) * 255 / (high - low)
+    np.testing.assert_allclose(units, exact, rtol=1e-6, atol=1e-4)
+
+
+@pytest.mark.parametrize("value", [(0,), (0, 0), (0, float("nan")), "ab", 5, (1, 2, 3)])
+def test_what_is_no_range(value: Any) -> None:
+    message = r"^value_range must be two different numbers \(low, high\), got "
+    with pytest.raises(fcvgg.PreprocessError, match=message):
+        fcvgg.Preprocess((0,) * 3, (1,) * 3, value_range=value)
+
+
+def test_a_range_is_kept_in_bundles(tmp_path: Path) -> None:
+    preprocess = fcvgg.Preprocess((0.4,) * 3, (0.2,) * 3, value_range=(0, 4095))
+    net = net_for(preprocess)
+    again = fcvgg.load(net.save(tmp_path / "net"))
+    assert again.preprocess == preprocess
+    torch.testing.assert_close(again.score_map(SCENE).scores, net.score_map(SCENE).scores)
+    config = json.loads((net_for(BYTES).save(tmp_path / "plain") / "config.json").read_text())
+    assert "value_range" not in config["preprocess"]  # as older versions wrote it
+
+
+def test_a_dark_scene_that_becomes_bright_late_is_streamed(tmp_path: Path) -> None:
+    """Only what would be wrong is refused: the brightest value counts, wherever it lies."""
+    pixels = np.full((400, 60, 3), 900, np.uint16)
+    tifffile.imwrite(tmp_path / "a.tif", pixels, photometric="rgb", rowsperstrip=16)
+    net = net_for(BYTES)
+    for read in (net.score_map, partial(fcvgg.stream, net)):
+        with pytest.raises(fcvgg.ImageError, match="holds 16-bit values up to 900, which would"):
+            read(tmp_path / "a.tif")
+    pixels[357, 31] = 40000
+    tifffile.imwrite(tmp_path / "a.tif", pixels, photometric="rgb", rowsperstrip=16)
+    torch.testing.assert_close(
+        fcvgg.stream(net, tmp_path / "a.tif").scores, net.score_map(tmp_path / "a.tif").scores
+    )
+    black = np.zeros((40, 40), np.uint16)  # black in every range
+    torch.testing.assert_close(net.score_map(black).scores, net.score_map(rgb8(black)).scores)
+
+
+def rgb8(pixels: Pixels) -> Pixels:
+    return pixels.astype(np.uint8)
+
+
+# -- missing data ---------------------------------------------------------------------------------
+
+
+def _holes(dtype: Any, value: float) -> Pixels:
+    pixels = noise(3, top=200, dtype=dtype) + np.asarray(20, dtype)
+    pixels[5:9, 30:44] = value
+    return pixels
+
+
+@pytest.mark.parametrize(
+    ("dtype", "value", "preprocess"),
+    [
+        (np.uint8, 0, BYTES),
+        (np.uint8, 255, BYTES),
+        (np.uint16, 65535, REFLECTANCE),
+        (np.int16, -9999, REFLECTANCE),
+        (np.float32, -3.4028234663852886e38, REFLECTANCE),
+        (np.float32, np.nan, REFLECTANCE),
+    ],
+)
+@pytest.mark.parametrize("opened", [lambda p: p, rasterio.open], ids=["path", "dataset"])
+def test_missing_data_enters_as_nan(
+    tmp_path: Path, dtype: Any, value: float, preprocess: fcvgg.Preprocess, opened: Any
+) -> None:
+    pixels = _holes(dtype, value)
+    path = geotiff(
+        pixels.transpose(2, 0, 1), True, nodata=value, tiled=True, blockxsize=16, blockysize=16
+    )(tmp_path)
+    hole = np.zeros(SIZE, bool)
+    hole[5:9, 30:44] = True
+    plain = open_image(opened(path))
+    np.testing.assert_equal(plain.nodata, value)
+    np.testing.assert_array_equal(plain.whole(), pixels)
+    source = open_image(opened(path), nodata="file")
+    given = prepare(source, preprocess, 3).tensor(preprocess)
+    assert torch.equal(given.isnan(), torch.from_numpy(hole).expand(1, 3, *SIZE))
+    expected = preprocess.normalized(preprocess.units(pixels))
+    torch.testing.assert_close(given[~given.isnan()], expected[~given.isnan()])
+    read = strip_reader(source, preprocess, 3)
+    strips = torch.cat([read((y, min(y + 7, 40)), (0, 52)) for y in range(0, 40, 7)], 2)
+    torch.testing.assert_close(strips, given, equal_nan=True)
+    if not np.isnan(value):
+        by_value = open_image(opened(path), nodata=value)
+        np.testing.assert_array_equal(by_value.whole(), source.whole())
+
+
+def test_nodata_that_is_not_declared(tmp_path: Path) -> None:
+    path = geotiff(COLOUR.transpose(2, 0, 1), True, photometric="RGB")(tmp_path)
+    with pytest.raises(
+        fcvgg.ImageError, match=r"a\.tif declares no nodata value; pass the value, "
+    ):
+        open_image(path, nodata="file")
+    with pytest.raises(
+        fcvgg.ImageError, match=r"^nodata must be a number, 'file' or None, got 'a'"
+    ):
+        open_image(path, nodata="a")
+
+
+def test_a_dark_channel_is_no_missing_data(tmp_path: Path) -> None:
+    pixels = COLOUR.copy()
+    pixels[..., 0] = 0
+    pixels[3, 4] = 0
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    values = open_image(tmp_path / "a.png", nodata=0).whole()
+    assert np.argwhere(np.isnan(values).any(2)).tolist() == [[3, 4]]
+    signed = SIGNED.copy()
+    signed[5, 6, 1] = -9999  # one band is enough: the network needs all of them
+    path = geotiff(signed.transpose(2, 0, 1), True)(tmp_path)
+    assert np.argwhere(np.isnan(open_image(path, nodata=-9999).whole()).any(2)).tolist() == [[5, 6]]
+
+
+# -- strips ---------------------------------------------------------------------------------------
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_strips_of_a_tiff_are_parts_of_the_whole(tmp_path_factory: Any, data: Any) -> None:
+    draw = data.draw
+    height, width = draw(st.integers(1, 50)), draw(st.integers(1, 50))
+    samples, dtype = draw(st.sampled_from([1, 3])), draw(st.sampled_from(["u1", "u2", "f4"]))
+    turn = draw(st.sampled_from(list(ORIENTED)))
+    pixels = (np.random.default_rng(0).random((height, width, samples)) * 250).astype(dtype)
+    layout = draw(
+        st.sampled_from(
+            [{}, {"tile": (16, 32)}, {"rowsperstrip": 7, "compression": "zlib"}, {"byteorder": ">"}]
+        )
+    )
+    path = tmp_path_factory.mktemp("tiff") / "a.tif"
+    kind = "rgb" if samples == 3 else "minisblack"
+    tags = [(274, 3, 1, turn, True)]
+    tifffile.imwrite(
+        path,
+        pixels.squeeze(2) if samples == 1 else pixels,
+        photometric=kind,
+        extratags=tags,
+        **layout,
+    )
+    source, expected = open_image(path), ORIENTED[turn](pixels)
+    assert source.size == expected.shape[:2]
+    np.testing.assert_array_equal(source.whole(), expected)
+    for _ in range(3):
+        top, left = (draw(st.integers(0, n - 1)) for n in source.size)
+        bottom = draw(st.integers(top + 1, source.size[0]))
+        right = draw(st.integers(left + 1, source.size[1]))
+        part = source.read((top, bottom), (left, right))
+        np.testing.assert_array_equal(part, expected[top:bottom, left:right])
+
+
+# -- the command line -----------------------------------------------------------------------------
+
+
+def run(*arguments: Any) -> Any:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def test_the_command_line_names_its_own_remedies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    net_for(BYTES).float().save("net")
+    geotiff(SCENE.transpose(2, 0, 1))(tmp_path).rename("scene.tif")
+    geotiff(ALPHA.transpose(2, 0, 1))(tmp_path).rename("four.tif")
+    for command in (("classify",), ("stream", "-o", "a.zarr"), ("heatmap",)):
+        name, *options = command
+        ran = run(name, "scene.tif", *options, "-m", "net")
+        assert ran.exit_code == 2
+        (line,) = ran.stderr.splitlines()
+        assert "pass --range LOW,HIGH (--range 0,65535 is the whole range)" in line
+        ran = run(name, "four.tif", *options, "-m", "net")
+        assert ran.exit_code == 2
+        (line,) = ran.stderr.splitlines()
+        assert line.endswith("choose 3 of them: --bands 0,1,2")
+        ran = run(name, "scene.tif", *options, "-m", "net", "--range", "5")
+        assert (ran.exit_code, ran.stderr.strip()) == (
+            2,
+            "fcvgg: error: --range must be two different numbers LOW,HIGH, got '5'",
+        )
+    ran = run("classify", "four.tif", "-m", "net", "--json", "--bands", "2,1,0")
+    assert ran.exit_code == 0, ran.output
+    expected = net_for(BYTES).classify(ALPHA[..., [2, 1, 0]]).max()
+    assert json.loads(ran.stdout)[0]["predictions"][0]["probability"] == pytest.approx(
+        float(expected), abs=1e-5
+    )
+
+
+@pytest.mark.parametrize(
+    "options", [("--range", "0,9000"), ("--range=0,9000", "--mean", "0", "--std", "1")]
+)
+def test_a_range_on_the_command_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    base = BYTES if len(options) == 2 else fcvgg.Preprocess((0,) * 3, (1,) * 3)
+    net_for(BYTES).float().save("net")
+    geotiff(SCENE.transpose(2, 0, 1))(tmp_path).rename("scene.tif")
+    net = net_for(replace(base, value_range=(0, 9000)))
+    ran = run("classify", "scene.tif", "-m", "net", "--json", *options)
+    assert ran.exit_code == 0, ran.output
+    assert json.loads(ran.stdout)[0]["predictions"][0]["probability"] == pytest.approx(
+        float(net.classify("scene.tif").max()), abs=1e-5
+    )
+    ran = run("stream", "scene.tif", "-m", "net", "-o", "s.zarr", *options)
+    assert ran.exit_code == 0, ran.output
+    np.testing.assert_allclose(
+        zarr.open("s.zarr", mode="r")[:], net.score_map("scene.tif").scores, atol=1e-5
+    )
+
+
+def test_missing_data_on_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    net_for(BYTES).float().save("net")
+    holes = _holes(np.uint8, 0).transpose(2, 0, 1)
+    geotiff(holes, nodata=0, photometric="RGB")(tmp_path).rename("a.tif")
+    for value in ("file", "0"):
+        ran = run("stream", "a.tif", "-m", "net", "-o", f"{value}.zarr", "--nodata", value)
+        assert ran.exit_code == 0, ran.output
+        scores = zarr.open(f"{value}.zarr", mode="r")[:]
+        assert 0 < np.isnan(scores).mean() < 0.5
+    ran = run("stream", "a.tif", "-m", "net", "-o", "c.zarr", "--nodata", "black")
+    assert ran.exit_code == 2
+    assert "--nodata must be a number or 'file', got 'black'" in ran.stderr
