@@ -239,8 +239,10 @@ class FullyConvolutional(nn.Module):
         """The score map of one image.
 
         Args:
-            image: a path, a PIL image, a ``uint8`` array ``(H, W, C)`` or ``(H, W)``, which are
-                preprocessed; or a tensor ``(C, H, W)`` or ``(1, C, H, W)``, taken as preprocessed.
+            image: a path, a file in memory, what `fcvgg.open_image` gives, an open rasterio
+                dataset, a PIL image, or an array of pixels ``(H, W, C)`` or ``(H, W)``, which are
+                preprocessed: ``uint8``, or ``uint16`` and other values as `fcvgg.Preprocess` takes
+                them; or a tensor ``(C, H, W)`` or ``(1, C, H, W)``, taken as preprocessed.
             scale: length of the smaller side to which the image is rescaled, in place of the
                 preprocessing's resize; results still refer to the image's own pixels. None keeps
                 its size, or leaves it to preprocessing.

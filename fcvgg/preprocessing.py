@@ -118,7 +118,8 @@ class Preprocess:
 
         Args:
             name: ``"imagenet"``; ``"caffe"``, BGR with the means of ImageNet subtracted; ``"tf"``,
-                values from -1 to 1; ``"unit"``, from 0 to 1; ``"none"``, from 0 to 255 as they are.
+                values from -1 to 1; ``"unit"``, from 0 to 1; ``"none"``, as they are: from 0 to 255
+                of 8 bits.
             channels: of the network.
 
         Raises:

@@ -576,6 +576,14 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
         r"holds 16-bit values up to 8\d\d\d",
     ),
     "a dark png": (png16(SCENE), r"a\.png holds 16-bit values up to 8\d\d\d"),
+    "values that Pillow reduces": (
+        lambda f: _bytes(f / "a.ppm", b"P6\n52 40\n65535\n" + WIDE.astype(">u2").tobytes()),
+        r"a\.ppm holds more than 8 bits, of which Pillow gives 8, and the preprocessing takes the",
+    ),
+    "JPEG 2000 that Pillow reduces": (
+        lambda f: _bytes(f / "a.jp2", imagecodecs.jpeg2k_encode(WIDE, level=0)),
+        r"a\.jp2 holds more than 8 bits, of which Pillow gives 8",
+    ),
     "signed values of which 0 is white": (
         tiff(SIGNED[..., 0], photometric="miniswhite"),
         r"says that 0 is white and holds int16, of which no value is black; save it",
@@ -588,7 +596,8 @@ def test_every_entry_point_refuses_the_same(tmp_path: Path, name: str) -> None:
     write, message = REFUSED[name]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
-        source, net = write(tmp_path), net_for(BYTES)
+        source = write(tmp_path)
+        net = net_for(REFLECTANCE if "reduces" in name else BYTES)
         for entry, read in ENTRIES.items():
             if entry == "evaluate":
                 found = fcvgg.evaluate  # which leaves it out, with the reason

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -69,10 +69,10 @@ class RasterSource(StripSource):
         self._georeferenced = bool(placed)
         self.alpha = self.channels in (2, 4) and meanings[-1:] in ([], ["alpha"])
         self.nodata = getattr(dataset, "nodata", None)
-        told = getattr(dataset, "tags", lambda *_, **__: {})
+        told: Callable[..., Any] = getattr(dataset, "tags", lambda *_, **__: {})
         self._white_is_zero = told(ns="IMAGE_STRUCTURE").get("MINISWHITE") == "YES"
         bits = told(1, ns="IMAGE_STRUCTURE").get("NBITS")
-        self._step = {"1": 255, "2": 85, "4": 17}.get(bits, 1)  # between two neighbouring greys
+        self._step = {"1": 255, "2": 85, "4": 17}.get(str(bits), 1)  # from a grey to the next
         self.dtype = np.dtype(np.result_type(*dataset.dtypes))
         self._colours: NDArray[np.uint8] | None = None
         if meanings[:1] == ["palette"] and not self._white_is_zero:

@@ -85,6 +85,11 @@ def _converter(
     """A function that brings pixels to the preprocessing's channels and units."""
     channels, dtype, name = preprocess.channels, source.dtype, source.name
     preprocess.units(np.zeros(1, dtype), name=name)  # a range that is unknown is refused here
+    if source.reduced and not (preprocess.takes_bytes and preprocess.value_range is None):
+        raise ImageError(
+            f"{name} holds more than 8 bits, of which Pillow gives 8, and the preprocessing takes "
+            "the values as they are; save it as PNG or TIFF"
+        )
     if source.channels == channels:
         return lambda pixels: preprocess.units(pixels, dtype, name)
     _check_convertible(source, channels)

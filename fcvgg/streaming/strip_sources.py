@@ -25,6 +25,9 @@ _ORIENTATION = 0x0112
 _TURNED = 5
 """EXIF orientations from this one on exchange height and width."""
 
+_JPEG_2000_HEADER = 4096
+"""Bytes of a file among which the size and depth of a JPEG 2000 image stand."""
+
 SAMPLES = (1, 3, 4)
 
 FROM_FILE = "file"
@@ -54,6 +57,7 @@ class StripSource:
         alpha: whether the last of two or four channels is said to be transparency.
         nodata: the value that the file declares for pixels without data, if it does.
         missing_value: the value whose pixels are read as NaN; None keeps every value.
+        reduced: whether the file holds more than 8 bits, of which its reader gives 8.
         pixel_size: height and width of a pixel in micrometres, if the file says so.
     """
 
@@ -69,6 +73,7 @@ class StripSource:
     alpha = False
     nodata: float | None = None
     missing_value: float | None = None
+    reduced = False
     pixel_size: tuple[float, float] | None = None
     reopened: Callable[[], StripSource] | None = None
     """Opens the same image once more, in another process too."""
@@ -312,7 +317,7 @@ class PillowSource(StripSource):
             self.path = image if isinstance(image, Path) else None
             self.name = str(image) if self.path is not None else self.name
             with opened(image, self.name) as file:
-                described = _described(file)
+                described, self.reduced = _described(file), _is_reduced(file)
                 self.size = _upright_size(file)  # of a PNG this decodes the pixels
                 if described is None:
                     self._take(self._decoded(file))
@@ -373,6 +378,25 @@ def _described(image: Image.Image) -> tuple[int, np.dtype[Any]] | None:
     return 4 if transparency else channels, np.dtype(np.uint8)
 
 
+def _is_reduced(image: Image.Image) -> bool:
+    """Whether Pillow gives 8 of the bits that a PPM or a JPEG 2000 holds."""
+    if image.mode not in ("RGB", "RGBA", "LA"):
+        return False
+    tiles = getattr(image, "tile", None)
+    if image.format == "PPM" and tiles:
+        return isinstance(tiles[0][3], tuple) and tiles[0][3][1] > 255
+    file = getattr(image, "fp", None)
+    if image.format != "JPEG2000" or file is None:
+        return False
+    place = file.tell()
+    file.seek(0)
+    header = file.read(_JPEG_2000_HEADER)
+    file.seek(place)
+    start = header.find(b"\xff\x4f\xff\x51")
+    depth = header[start + 42 : start + 43]
+    return start >= 0 and bool(depth) and (depth[0] & 0x7F) + 1 > 8
+
+
 def _wide_rawmode(image: Image.Image) -> str | None:
     """The channels of a PNG of 16 bits that Pillow would give in 8."""
     tiles = getattr(image, "tile", None)
@@ -403,8 +427,8 @@ def _wide_png(image: Image.Image) -> NDArray[np.uint16] | None:
             part.load()
             parts.append(np.asarray(ImageOps.exif_transpose(part)).astype(np.uint16))
     if channels == "LA":
-        return parts[0][..., ::2] << 8 | parts[0][..., 1::2]
-    return parts[0] << 8 | parts[1]
+        parts = [parts[0][..., ::2], parts[0][..., 1::2]]
+    return (parts[0] * np.uint16(256) + parts[1]).astype(np.uint16, copy=False)
 
 
 def level_of(levels: Sequence[Any], level: int, name: str) -> Any:
