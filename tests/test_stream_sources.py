@@ -422,6 +422,10 @@ def test_bands_of_many(net: Any, tmp_path: Path) -> None:
     agree(net, fcvgg.open_image(path, bands=(3, 2, 1)), bands[[3, 2, 1]].transpose(1, 2, 0))
     with pytest.raises(FcvggError, match=r"bands=\(0, 6\) are not among .* has 6, counted from 0"):
         fcvgg.open_image(path, bands=(0, 6))
+    with pytest.raises(
+        FcvggError, match=r"^bands must be numbers of channels, .*, got 1; expected"
+    ):
+        fcvgg.open_image(path, bands=1)  # type: ignore[arg-type]
     with pytest.raises(FcvggError, match=r"takes 3 channels, and bands=\(0, 1\).*choose 3"):
         fcvgg.stream(net, fcvgg.open_image(path, bands=(0, 1)))
     planes = zarr.create_array(
@@ -517,3 +521,60 @@ def test_an_incomplete_copy_of_an_ome_zarr(tmp_path: Path) -> None:
     group.attrs["ome"] = {"multiscales": [{"datasets": [scale], "axes": axes}]}
     with pytest.raises(ImageError, match="is no whole OME-Zarr image: its description does not"):
         open_image(tmp_path / "image.zarr")
+    group.create_array("0", data=np.zeros((40, 40), np.uint8))
+    for described in (5, [5], {"a": 1}, [{"axes": 7, "datasets": "x"}], [{"axes": [1, 2]}]):
+        group.attrs["ome"] = {"multiscales": described}
+        with pytest.raises(ImageError, match="is no whole OME-Zarr image: its description does n"):
+            open_image(tmp_path / "image.zarr")
+    group.attrs["ome"] = {"multiscales": [{"datasets": [scale], "axes": ["y", "y"]}]}
+    with pytest.raises(ImageError, match=r"has shape \(40, 40\); expected \(H, W, C\)"):
+        open_image(tmp_path / "image.zarr")
+
+
+@pytest.mark.parametrize("version", [2, 3])
+def test_several_images_in_one_zarr(tmp_path: Path, version: Any) -> None:
+    """As bioformats2raw writes a slide with its label, and plates of many wells."""
+    path = tmp_path / "a.zarr"
+    root = zarr.open_group(str(path), mode="w", zarr_format=version)
+    with pytest.raises(
+        ImageError, match="is a zarr group and no OME-Zarr image; pass an image; it"
+    ):
+        open_image(path)
+    axes = [{"name": "y"}, {"name": "x"}]
+    image = {"multiscales": [{"axes": axes, "datasets": [{"path": "0"}]}]}
+    for name in ("0", "1", "10"):
+        group = root.create_group(name)
+        group.create_array("0", data=np.full((40, 40), int(name), np.uint8))
+        group.attrs.update(image if version == 2 else {"ome": image})
+    with pytest.raises(ImageError, match=r"holds the images 0, 1, 10; pass one .*a\.zarr/0$"):
+        open_image(path)
+    assert open_image(path / "10").whole().max() == 10
+    plate = {"plate": {"wells": []}}
+    root = zarr.open_group(str(tmp_path / "p.zarr"), mode="w", zarr_format=version)
+    root.attrs.update(plate if version == 2 else {"ome": plate})
+    with pytest.raises(ImageError, match=r"p\.zarr is a plate; pass one field of a well, such as"):
+        open_image(tmp_path / "p.zarr")
+
+
+def test_options_that_an_open_dataset_does_not_have(tmp_path: Path) -> None:
+    rasterio = pytest.importorskip("rasterio")
+    path = geotiff(tmp_path / "a.tif", photograph(3, 90, 70), photometric="RGB")
+    with rasterio.open(path) as dataset:
+        with pytest.raises(
+            FcvggError, match=r"^missing='error' cannot be known of an open dataset"
+        ):
+            open_image(dataset, missing="error")
+        for level in (1, 99, -1):
+            with pytest.raises(
+                ImageError, match=rf"has no level {level}; it has 1, counted from 0"
+            ):
+                open_image(dataset, level=level)
+
+
+def test_a_segmentation_network_is_not_streamed(net: Any) -> None:
+    fcn = fcvgg.FCN(net, 2, "32s")
+    message = (
+        r"^net must be a converted network, got FCN; an FCN is not streamed: its predict\(image"
+    )
+    with pytest.raises(fcvgg.ArgumentError, match=message):
+        fcvgg.stream(fcn, photograph(90, 70, 3))

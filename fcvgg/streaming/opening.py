@@ -419,7 +419,9 @@ def _axes_of(shape: Sequence[int], names: Sequence[str] | None, path: Path) -> s
     else:
         letters = "?" * len(shape)
     others = [n for letter, n in zip(letters, shape) if letter not in "YXS"]
-    if len(letters) != len(shape) or any(n > 1 for n in others) or "Y" not in letters:
+    counts = [letters.count(letter) for letter in "YXS"]
+    plane = counts[:2] == [1, 1] and counts[2] <= 1
+    if len(letters) != len(shape) or any(n > 1 for n in others) or not plane:
         raise ImageError(
             f"{path} has shape {tuple(shape)}; expected (H, W, C) or (C, H, W): pass one plane"
         )

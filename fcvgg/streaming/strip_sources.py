@@ -6,7 +6,7 @@ import io
 import logging
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -79,6 +79,11 @@ class StripSource:
     """Opens the same image once more, in another process too."""
 
     def __init__(self, bands: Bands = None) -> None:
+        if bands is not None and not isinstance(bands, Iterable):
+            raise ImageError(
+                f"bands must be numbers of channels, counted from 0, got {bands!r}; expected such "
+                "as (0, 1, 2)"
+            )
         self.bands = None if bands is None else tuple(bands)
         self._held: tuple[int, Pair, Any] | None = None
         self._stored = 0  # channels, before some are chosen
