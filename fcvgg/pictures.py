@@ -159,7 +159,11 @@ def pixels_of(image: Image.Image) -> NDArray[Any]:
         return _as_unsigned(np.asarray(image))[..., None]
     if image.mode.startswith("I;") or image.mode == "F":
         pixels = np.asarray(image)
-        return pixels.astype(pixels.dtype.newbyteorder("="), copy=False)[..., None]
+        pixels = pixels.astype(pixels.dtype.newbyteorder("="), copy=False)[..., None]
+        hidden = image.info.get("transparency")
+        if hidden is None:
+            return pixels
+        return np.concatenate([pixels, (pixels != hidden) * pixels.dtype.type(65535)], 2)
     if image.mode in ("La", "RGBa"):
         image = image.convert(image.mode.upper())
     mode = image.mode if image.mode in MODES.values() else "L" if image.mode == "1" else "RGB"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import warnings
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -284,6 +285,14 @@ FORMATS: dict[str, Format] = {
     "png grey and alpha of 16 bits": Format(
         png16(WIDE_ALPHA[..., :2]), rgb(on_white(WIDE_ALPHA[..., :2] / 257))
     ),
+    "png grey of 16 bits with a transparent value": Format(
+        lambda f: _with_transparency(png16(WIDE_GREY)(f), [WIDE_GREY[3, 4]]),
+        rgb(np.where(WIDE_GREY[3, 4] == WIDE_GREY, 255, WIDE_GREY / 257)),
+    ),
+    "png rgb of 16 bits with a transparent colour": Format(
+        lambda f: _with_transparency(png16(WIDE)(f), WIDE[3, 4]),
+        np.where((WIDE[3, 4] == WIDE).all(2, keepdims=True), 255, WIDE / 257),
+    ),
     "jpeg": Format(lambda f: _bytes(f / "a.jpg", JPEG.getvalue()), np.asarray(Image.open(JPEG))),
     "webp": Format(pillow(COLOUR, "webp", lossless=True), COLOUR),
     "bmp": Format(pillow(COLOUR, "bmp"), COLOUR),
@@ -427,6 +436,14 @@ FORMATS |= {
 def _bytes(path: Path, data: bytes) -> Path:
     path.write_bytes(data)
     return path
+
+
+def _with_transparency(path: Path, colour: Any) -> Path:
+    """A PNG of which one colour is transparent, by the chunk after the header."""
+    data, numbers = path.read_bytes(), b"".join(int(n).to_bytes(2, "big") for n in colour)
+    chunk = b"tRNS" + numbers
+    chunk = len(numbers).to_bytes(4, "big") + chunk + zlib.crc32(chunk).to_bytes(4, "big")
+    return _bytes(path, data[:33] + chunk + data[33:])
 
 
 def _imagej(path: Path, planes: Pixels) -> Path:
@@ -743,6 +760,35 @@ def test_missing_data_enters_as_nan(
     if not np.isnan(value):
         by_value = open_image(opened(path), nodata=value)
         np.testing.assert_array_equal(by_value.whole(), source.whole())
+
+
+@pytest.mark.parametrize("opened", [lambda p: p, rasterio.open], ids=["path", "dataset"])
+def test_a_mask_in_place_of_a_value(tmp_path: Path, opened: Any) -> None:
+    """As GDAL's tools mark what a warped scene does not cover."""
+    pixels = np.concatenate([COLOUR, np.full((*SIZE, 1), 255, np.uint8)], 2)
+    pixels[5:9, 30:44, 3] = 0
+    path = geotiff(pixels.transpose(2, 0, 1), True)(tmp_path)
+    source = open_image(opened(path), bands=(2, 1, 0), nodata="file")
+    values = source.whole()
+    assert np.array_equal(np.isnan(values).all(2), pixels[..., 3] == 0)
+    assert np.array_equal(values[pixels[..., 3] > 0], COLOUR[..., ::-1][pixels[..., 3] > 0])
+    assert source.left_out == "mask"
+
+
+def test_the_mask_of_a_dataset(tmp_path: Path) -> None:
+    path = geotiff(COLOUR.transpose(2, 0, 1), True, photometric="RGB")(tmp_path)
+    mask = np.full(SIZE, 255, np.uint8)
+    mask[5:9, 30:44] = 0
+    with rasterio.Env(GDAL_TIFF_INTERNAL_MASK=True), rasterio.open(path, "r+") as file:
+        file.write_mask(mask)
+    with rasterio.open(path) as file:
+        values = open_image(file, nodata="file").read((4, 20), (20, 50))
+    assert np.array_equal(np.isnan(values).all(2), mask[4:20, 20:50] == 0)
+    np.testing.assert_array_equal(open_image(path).whole(), COLOUR)
+    with pytest.raises(
+        fcvgg.ImageError, match=r"declares no nodata value; pass the value, such as"
+    ):
+        open_image(path, nodata="file")
 
 
 def test_nodata_that_is_not_declared(tmp_path: Path) -> None:

@@ -89,6 +89,13 @@ class RasterSource(StripSource):
     def _read(self, rows: Pair, cols: Pair) -> NDArray[Any]:
         return np.moveaxis(np.asarray(self._dataset.read(window=(rows, cols))), 0, -1)
 
+    def _has_mask(self) -> bool:
+        flags = getattr(self._dataset, "mask_flag_enums", ())
+        return any(flag.name in ("per_dataset", "alpha") for band in flags for flag in band)
+
+    def _masked(self, stored: NDArray[Any], rows: Pair, cols: Pair) -> NDArray[np.bool_]:
+        return np.asarray(self._dataset.dataset_mask(window=(rows, cols))) == 0
+
     def _coloured(self, stored: NDArray[Any]) -> NDArray[Any]:
         if self._colours is not None:
             return self._colours[stored[..., 0]]
@@ -136,8 +143,9 @@ def open_image(
             fill value (of a TIFF its nodata value, else zero), and writers leave out background
             so: ``"fill"``. An incomplete copy looks the same; ``"error"`` refuses both.
         nodata: pixels of this value enter the network as NaN: a number, or ``"file"`` for the
-            value that the file declares (`StripSource.nodata`). Of unsigned integers all bands
-            must hold it, of others one. None takes every value as it is.
+            value that the file declares (`StripSource.nodata`), or else where its alpha band is 0,
+            and of an open dataset its mask. Of unsigned integers all bands must hold the value, of
+            others one. None takes every value as it is.
 
     Raises:
         ImageError: if it is no image, is broken, or has no such level, band or nodata value.

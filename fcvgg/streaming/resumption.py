@@ -74,7 +74,7 @@ def _description(job: StreamJob) -> dict[str, Any]:
         "image": _image_checksum(job),
         "source": None if job.source.path is None else str(job.source.path.resolve()),
         "level": job.source.level,
-        "nodata": None if job.source.missing_value is None else str(job.source.missing_value),
+        "nodata": job.source.left_out,
         "pixel_size": job.source.pixel_size and list(job.source.pixel_size),
         "bands": None if job.source.bands is None else list(job.source.bands),
     }

@@ -87,6 +87,7 @@ class StripSource:
         self.bands = None if bands is None else tuple(bands)
         self._held: tuple[int, Pair, Any] | None = None
         self._stored = 0  # channels, before some are chosen
+        self._by_mask = False
 
     def __reduce__(self) -> Any:
         return (self.reopened, ()) if self.reopened is not None else super().__reduce__()
@@ -154,13 +155,15 @@ class StripSource:
         """Read pixels of a value as NaN.
 
         Args:
-            nodata: the value; ``"file"`` is what the file declares; None keeps all as they are.
+            nodata: the value; ``"file"`` is what the file declares, or else its mask or
+                transparency; None keeps all as they are.
 
         Raises:
             ImageError: if the file declares none.
         """
         if nodata == FROM_FILE:
-            if self.nodata is None:
+            self._by_mask = self.nodata is None and self._has_mask()
+            if self.nodata is None and not self._by_mask:
                 raise ImageError(
                     f"{self.name} declares no nodata value; pass the value, such as nodata=0"
                 )
@@ -171,6 +174,13 @@ class StripSource:
                 "file declares"
             )
         self.missing_value = None if nodata is None else float(nodata)
+
+    @property
+    def left_out(self) -> str | None:
+        """Which pixels are read as NaN: those of a value, or of the file's mask."""
+        if self._by_mask:
+            return "mask"
+        return None if self.missing_value is None else str(self.missing_value)
 
     @property
     def _is_stored(self) -> bool:
@@ -191,25 +201,33 @@ class StripSource:
         if self.preprocessed:
             return stored
         pixels = self._coloured(stored)
-        if self.bands is not None:
-            if stored is pixels:
-                stored = stored[..., list(self.bands)]
-            pixels = pixels[..., list(self.bands)]
-        absent = self._absent(stored)
-        if absent is None:
-            return pixels
+        chosen: Any = slice(None) if self.bands is None else list(self.bands)
+        if self._by_mask:
+            absent = self._masked(stored, rows, cols)
+        elif self.missing_value is not None:
+            coloured = stored.shape[2] != pixels.shape[2]  # bands of colours, stored as an index
+            absent = self._equal(stored if coloured else stored[..., chosen], self.missing_value)
+        else:
+            return pixels[..., chosen]
+        pixels = pixels[..., chosen]
         exact = np.result_type(pixels.dtype, np.float32)
         return np.where(absent[..., None], exact.type(np.nan), pixels.astype(exact, copy=False))
 
-    def _absent(self, stored: NDArray[Any]) -> NDArray[np.bool_] | None:
+    def _has_mask(self) -> bool:
+        """Whether the file says by a mask or transparency where it has no data."""
+        return False
+
+    def _masked(self, stored: NDArray[Any], rows: Pair, cols: Pair) -> NDArray[np.bool_]:
+        """Which pixels have no data by that mask."""
+        raise NotImplementedError
+
+    @staticmethod
+    def _equal(stored: NDArray[Any], value: float) -> NDArray[np.bool_]:
         """Which pixels hold the value of those without data.
 
         Unsigned values of pictures and scenes use the ends of their range for data too, so that
         all bands have to hold it; of others one band without data leaves the pixel unknown.
         """
-        if self.missing_value is None:
-            return None
-        value = self.missing_value
         if stored.dtype.kind == "f":
             value = float(np.asarray(value).astype(stored.dtype))
         equal = np.isnan(stored) if np.isnan(value) else stored == value
@@ -323,10 +341,10 @@ class PillowSource(StripSource):
             self.name = str(image) if self.path is not None else self.name
             with opened(image, self.name) as file:
                 described, self.reduced = _described(file), _is_reduced(file)
-                self.size = _upright_size(file)  # of a PNG this decodes the pixels
-                if described is None:
+                if described is None or file.format == "PNG":  # which is decoded to be turned
                     self._take(self._decoded(file))
                 else:
+                    self.size = _upright_size(file)
                     self.channels, self.dtype = described
             self.resident = 2 * self.size[0] * self.size[1] * self.channels * self.itemsize
         self.alpha = self.channels in (2, 4)
@@ -374,11 +392,12 @@ def _described(image: Image.Image) -> tuple[int, np.dtype[Any]] | None:
     transparency = image.mode in ("PA", "RGBa") or "transparency" in image.info
     depth = _wide_rawmode(image)
     if depth is not None:
-        return {"RGB": 3, "RGBA": 4, "LA": 2}[depth], np.dtype(np.uint16)
+        channels = 4 if transparency else {"RGB": 3, "RGBA": 4, "LA": 2}[depth]
+        return channels, np.dtype(np.uint16)
     if image.mode == "I":
         return None
     if image.mode.startswith("I;") or image.mode == "F":
-        return 1, np.dtype(np.float32 if image.mode == "F" else np.uint16)
+        return 1 + transparency, np.dtype(np.float32 if image.mode == "F" else np.uint16)
     channels = {"1": 1, "L": 1, "LA": 2, "La": 2, "RGBA": 4}.get(image.mode, 3)
     return 4 if transparency else channels, np.dtype(np.uint8)
 
@@ -433,7 +452,12 @@ def _wide_png(image: Image.Image) -> NDArray[np.uint16] | None:
             parts.append(np.asarray(ImageOps.exif_transpose(part)).astype(np.uint16))
     if channels == "LA":
         parts = [parts[0][..., ::2], parts[0][..., 1::2]]
-    return (parts[0] * np.uint16(256) + parts[1]).astype(np.uint16, copy=False)
+    pixels = (parts[0] * np.uint16(256) + parts[1]).astype(np.uint16, copy=False)
+    hidden = image.info.get("transparency")
+    if channels != "RGB" or hidden is None:
+        return pixels
+    opaque = (pixels != np.array(hidden, np.uint16)).any(2, keepdims=True)
+    return np.concatenate([pixels, opaque * np.uint16(65535)], 2)
 
 
 def level_of(levels: Sequence[Any], level: int, name: str) -> Any:

@@ -192,6 +192,7 @@ class TiffSource(StripSource):
         grey = page.photometric in _GREYS and samples == 2
         self.alpha = (coloured or grey) and bool(extra) and extra[-1] in _ALPHA
         self._associated = self.alpha and extra[-1] == _ASSOCIATED
+        self._masks = self.alpha
         tags = page.tags
         self._georeferenced = any(code in tags for code in _GEOREFERENCE)
         # GDAL calls the fourth band of bytes alpha where it is told nothing else. Other than
@@ -240,6 +241,12 @@ class TiffSource(StripSource):
                 f"{self.name} lacks {counts.count(0)} of its {len(counts)} tiles; "
                 "missing='fill' takes them for the nodata value, or zeros"
             )
+
+    def _has_mask(self) -> bool:
+        return self._masks
+
+    def _masked(self, stored: NDArray[Any], rows: Pair, cols: Pair) -> NDArray[np.bool_]:
+        return np.asarray(stored[..., -1] == 0)
 
     def _read(self, rows: Pair, cols: Pair) -> NDArray[Any]:
         read = self._rows if self._direct else self._segments
