@@ -310,8 +310,7 @@ class _Classifier:
 
     def _classified(self, data: bytes) -> tuple[list[str], list[float], str]:
         try:
-            with Image.open(io.BytesIO(data)) as image:
-                scores = self.net.classify(image, **self.options)[0]
+            scores = self.net.classify(io.BytesIO(data), **self.options)[0]
             if not scores.isfinite().all():
                 raise ImageError("no cell has data, so there is no class")
         except (*_UNREADABLE, FcvggError) as error:

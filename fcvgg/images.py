@@ -1,4 +1,4 @@
-"""Reading images: paths, PIL images, arrays and tensors, in every common mode."""
+"""Images as a network's input: every kind of them, read by one reader."""
 
 from __future__ import annotations
 
@@ -10,18 +10,28 @@ from pathlib import Path
 from typing import Any, Union
 
 import numpy as np
+import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch import Tensor
 
-from fcvgg.errors import ArgumentError, ImageError, PreprocessError, one_line
+from fcvgg.errors import ArgumentError, ImageError, one_line
 from fcvgg.geometry import Pair
-from fcvgg.preprocessing import INTERPOLATIONS, Preprocess
+from fcvgg.pictures import Picture, in_mode
+from fcvgg.preprocessing import Preprocess, size_of_side
 from fcvgg.probability import widened
+from fcvgg.streaming.opening import strip_source
+from fcvgg.streaming.strip_reader import (
+    check_pixels,
+    check_preprocessed,
+    checked_preprocess,
+    whole_picture,
+)
+from fcvgg.streaming.strip_sources import StripSource, opened
 
-ImageLike = Union[str, "os.PathLike[str]", Image.Image, np.ndarray, Tensor]
+ImageLike = Union[str, "os.PathLike[str]", Image.Image, np.ndarray, Tensor, StripSource, Picture]
 
-_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+__all__ = ["ImageLike", "Picture", "PreparedImage", "in_mode", "prepare", "read_image"]
 
 _TENSOR_MODES = {
     "nearest": "nearest-exact",
@@ -29,121 +39,138 @@ _TENSOR_MODES = {
     "bicubic": "bicubic",
     "lanczos": "bicubic",  # the nearest kernel that torch has
 }
-"""torch's names of `INTERPOLATIONS`."""
+"""torch's names of `fcvgg.preprocessing.INTERPOLATIONS`."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PreparedImage:
     """An image on its way into a network.
 
     Attributes:
         size: ``(H, W)`` of the user's image, in whose pixels results are given.
-        picture: the image to look at and to preprocess, in the mode of the network's channels;
-            None for a tensor.
+        values: the image to be preprocessed, in the network's channels; None for a tensor.
         pixels: the preprocessed tensor ``(1, C, H, W)``; None until then.
         rescaled: whether its size was chosen for this evaluation, so that preprocessing keeps it.
         interpolation: how it is rescaled; the preprocessing's.
     """
 
     size: Pair
-    picture: Image.Image | None = None
+    values: Picture | None = None
     pixels: Tensor | None = None
     rescaled: bool = False
     interpolation: str = "bilinear"
+
+    @property
+    def picture(self) -> Image.Image | None:
+        """What people are shown of it; None for a tensor."""
+        return None if self.values is None else self.values.image
 
     def tensor(self, preprocess: Preprocess | None) -> Tensor:
         """The network's input ``(1, C, H, W)``."""
         if self.pixels is not None:
             return self.pixels
-        assert self.picture is not None
+        assert self.values is not None
         assert preprocess is not None
-        return (
-            replace(preprocess, resize=None)(self.picture)
-            if self.rescaled
-            else preprocess(self.picture)
-        )
+        values = self.values
+        if not self.rescaled:
+            values = values.resized(preprocess.resized_size(values.size), preprocess.interpolation)
+        return preprocess.normalized(values.pixels)
 
 
 def prepare(image: Any, preprocess: Preprocess | None, channels: int) -> PreparedImage:
     """Read an image for a network of `channels` input channels.
 
+    Args:
+        image: a tensor, taken as preprocessed; a `Picture`; or what
+            `fcvgg.streaming.opening.strip_source` takes, which is read whole.
+        preprocess: the network's; None if it is unknown.
+        channels: of the network.
+
     Raises:
         ImageError: if it cannot be used as an image.
         PreprocessError: if it is no tensor and the network's preprocessing is unknown.
     """
+    how = "bilinear" if preprocess is None else preprocess.interpolation
     if isinstance(image, Tensor):
         pixels = _checked_tensor(image, channels)
-        prepared = PreparedImage(size=(pixels.shape[2], pixels.shape[3]), pixels=pixels)
-        return (
-            prepared
-            if preprocess is None
-            else replace(prepared, interpolation=preprocess.interpolation)
+        return PreparedImage(_size(pixels), pixels=pixels, interpolation=how)
+    if isinstance(image, Picture):
+        known = checked_preprocess(preprocess, channels)
+        if image.channels != channels:
+            raise ImageError(
+                f"the picture has {image.channels} channels and the network takes {channels}; "
+                "prepare it for this network"
+            )
+        return PreparedImage(image.size, image, interpolation=known.interpolation)
+    source = strip_source(image, channels)
+    if source.preprocessed:
+        check_preprocessed(source, channels)
+        pixels = torch.from_numpy(np.array(source.whole()))[None]
+        return PreparedImage(_size(pixels), pixels=pixels, interpolation=how)
+    values = whole_picture(source, checked_preprocess(preprocess, channels))
+    return PreparedImage(values.size, values, interpolation=how)
+
+
+def read_picture(image: Any, preprocess: Preprocess) -> Picture:
+    """An image of pixels for a preprocessing, in its channels and units.
+
+    Raises:
+        ImageError: if it cannot be used as an image.
+    """
+    prepared = prepare(image, preprocess, preprocess.channels)
+    if prepared.values is None:
+        raise ImageError(
+            f"{type(image).__name__} is preprocessed; expected an image file, a PIL image or "
+            "pixels (H, W, C)"
         )
-    if preprocess is None:
-        raise PreprocessError(
-            "the network's preprocessing is unknown, so an image file or uint8 array cannot be fed "
-            "to it; pass preprocess=fcvgg.Preprocess(mean, std) to convert or load, or a tensor"
-        )
-    if preprocess.channels != channels:
-        raise PreprocessError(
-            f"the preprocessing has {preprocess.channels} channels and the network {channels}; "
-            "give mean and std one value per channel"
-        )
-    picture = in_mode(read_image(image), channels)
-    return PreparedImage(
-        size=(picture.height, picture.width),
-        picture=picture,
-        interpolation=preprocess.interpolation,
-    )
+    return prepared.values
+
+
+def image_size(image: Any) -> Pair:
+    """The size ``(H, W)`` of an image, all of whose pixels can be read.
+
+    Raises:
+        ImageError: if it cannot be used as an image.
+    """
+    source = strip_source(image)
+    source.whole()
+    return source.size
+
+
+def check_usable(image: Any, preprocess: Preprocess) -> None:
+    """Refuse an image whose channels or values do not suit a preprocessing.
+
+    Only where the brightest value matters, that of 16 bits of an assumed range, are pixels read.
+
+    Raises:
+        ImageError: if so.
+    """
+    source = strip_source(image, preprocess.channels)
+    if source.preprocessed:
+        check_preprocessed(source, preprocess.channels)
+    else:
+        check_pixels(source, preprocess)
 
 
 def read_image(image: Any) -> Image.Image:
-    """An upright PIL image from a path, a PIL image or an array.
+    """A file or PIL image as Pillow gives it, upright and in its own mode: for masks of labels.
 
     Raises:
-        ImageError: if there is no file, it is no image or a broken one, or the array is unsuitable.
+        ImageError: if there is no file, or it is no image or a broken one.
     """
-    if isinstance(image, np.ndarray):
-        return _from_array(image)
     if isinstance(image, Image.Image):
         return _upright(image, f"the image {getattr(image, 'filename', '')}".rstrip())
-    if isinstance(image, (str, os.PathLike)):
-        return _from_file(Path(image))
-    raise ImageError(
-        f"{type(image).__name__} is no image; expected a path, a PIL image, a uint8 array "
-        "(H, W, C) or a preprocessed tensor (C, H, W)"
-    )
-
-
-def in_mode(image: Image.Image, channels: int) -> Image.Image:
-    """The image as ``uint8`` with 1, 3 or 4 channels.
-
-    Transparent pixels are shown on white, 16-bit grey is scaled to 8 bits. Integers of 32 bits
-    (mode ``I``) are taken for 8-bit values where none is above 255, else for 16-bit ones.
-
-    Raises:
-        ImageError: if the image has no such form.
-    """
-    mode = _MODES.get(channels)
-    if mode is None:
-        raise ImageError(
-            f"the network takes {channels} channels, which no image file has; "
-            f"pass a preprocessed tensor ({channels}, H, W)"
-        )
-    if image.mode.startswith("I"):
-        image = _from_array(_as_unsigned(np.asarray(image)))
-    elif image.mode == "F":
-        raise ImageError("the image holds floating-point values of unknown range; pass uint8")
-    if mode != "RGBA" and (image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info):
-        image = image.convert("RGBA")
-        canvas = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(canvas, image)
+    path = Path(image)
     try:
-        return image if image.mode == mode else image.convert(mode)
-    except ValueError as error:
-        raise ImageError(
-            f"an image of mode {image.mode} cannot be shown as {mode}; convert it first"
-        ) from error
+        found, folder = path.exists(), path.is_dir()
+    except (OSError, ValueError) as error:
+        raise ImageError(f"{path} cannot be read: {one_line(error)}") from error
+    if not found:
+        raise ImageError(f"there is no image file {path}")
+    if folder:
+        raise ImageError(f"{path} is a folder; expected an image file")
+    with opened(path, str(path)) as file:
+        return _upright(file, str(path))
 
 
 def smaller_sides(scales: Iterable[int] | int) -> tuple[int, ...]:
@@ -179,9 +206,7 @@ def with_smallest_side(image: PreparedImage, side: int) -> PreparedImage:
 
     Results then refer to the new pixels, and preprocessing does not resize it again.
     """
-    height, width = image.size
-    factor = _checked_side(side) / min(height, width)
-    return with_size(image, (max(round(height * factor), 1), max(round(width * factor), 1)))
+    return with_size(image, size_of_side(image.size, _checked_side(side)))
 
 
 def _checked_side(side: Any) -> int:
@@ -192,9 +217,9 @@ def _checked_side(side: Any) -> int:
 
 def with_size(image: PreparedImage, size: Pair) -> PreparedImage:
     """The image resized to ``(h, w)``, whatever its aspect ratio; see `with_smallest_side`."""
-    if image.picture is not None:
-        picture = image.picture.resize((size[1], size[0]), INTERPOLATIONS[image.interpolation])
-        return replace(image, size=size, picture=picture, rescaled=True)
+    if image.values is not None:
+        values = image.values.resized(size, image.interpolation)
+        return replace(image, size=size, values=values, rescaled=True)
     assert image.pixels is not None
     wide = widened(image.pixels)  # antialiasing is not there for half precision
     mode = _TENSOR_MODES[image.interpolation]
@@ -205,10 +230,14 @@ def with_size(image: PreparedImage, size: Pair) -> PreparedImage:
 
 def mirrored(image: PreparedImage) -> PreparedImage:
     """The image with left and right exchanged."""
-    if image.picture is not None:
-        return replace(image, picture=ImageOps.mirror(image.picture))
+    if image.values is not None:
+        return replace(image, values=image.values.mirrored())
     assert image.pixels is not None
     return replace(image, pixels=image.pixels.flip(-1))
+
+
+def _size(pixels: Tensor) -> Pair:
+    return pixels.shape[2], pixels.shape[3]
 
 
 def _checked_tensor(image: Tensor, channels: int) -> Tensor:
@@ -233,64 +262,13 @@ def _checked_tensor(image: Tensor, channels: int) -> Tensor:
     return batch
 
 
-def _from_array(array: np.ndarray[Any, Any]) -> Image.Image:
-    if array.dtype == np.uint16:
-        array = np.round(array / 257).astype(np.uint8)
-    if array.dtype != np.uint8:
-        raise ImageError(
-            f"an array of {array.dtype} has no known range; pass uint8 (H, W, C), "
-            "or a preprocessed tensor"
-        )
-    if array.ndim == 3 and array.shape[2] == 1:
-        array = array[..., 0]
-    if 0 in array.shape:
-        raise ImageError(f"the array {array.shape} has no pixels")
-    if array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4)):
-        return Image.fromarray(array)
-    raise ImageError(
-        f"an array of shape {array.shape} is no image; expected (H, W), (H, W, 3) or (H, W, 4)"
-    )
-
-
-def _as_unsigned(pixels: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """Grey values as ``uint8`` or ``uint16``; mode ``I``, of 32 bits, does not say which."""
-    if pixels.size and (pixels.min() < 0 or pixels.max() > np.iinfo(np.uint16).max):
-        raise ImageError(
-            f"the image holds integers from {pixels.min()} to {pixels.max()}, beyond 16 bits; "
-            "pass uint8"
-        )
-    of_bytes = pixels.dtype == np.int32 and pixels.max(initial=0) <= np.iinfo(np.uint8).max
-    return pixels.astype(np.uint8 if of_bytes else np.uint16)
-
-
-def _from_file(path: Path) -> Image.Image:
-    try:
-        if path.is_dir():
-            raise ImageError(f"{path} is a folder; expected an image file")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about sizes and metadata
-            with Image.open(path) as image:
-                return _upright(image, str(path))
-    except FileNotFoundError as error:
-        raise ImageError(f"there is no image file {path}") from error
-    except UnidentifiedImageError as error:
-        raise ImageError(
-            f"{path} is no image that Pillow can read; expected PNG, JPEG or the like"
-        ) from error
-    except Image.DecompressionBombError as error:
-        raise ImageError(
-            f"{path} is too large to be loaded whole: {one_line(error)}; make it smaller, or raise "
-            "PIL.Image.MAX_IMAGE_PIXELS if you trust the file"
-        ) from error
-    except (OSError, ValueError) as error:
-        raise ImageError(f"{path} cannot be read: {one_line(error)}") from error
-
-
 def _upright(image: Image.Image, origin: str) -> Image.Image:
     """The image, loaded and turned as its EXIF entry says."""
     try:
-        image.load()
-        image = ImageOps.exif_transpose(image)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about sizes and metadata
+            image.load()
+            image = ImageOps.exif_transpose(image)
     except Exception as error:  # Pillow's decoders raise whatever a broken file leads to
         raise ImageError(f"{origin} is a broken image: {one_line(error)}") from error
     if 0 in image.size:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -10,7 +11,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -44,6 +44,7 @@ from fcvgg.pyramid import pyramid_heatmap
 from fcvgg.score_map import ScoreMap
 from fcvgg.serialization.bundle import write_bundle
 from fcvgg.serialization.exporting import ExportedFile, export_network
+from fcvgg.streaming.strip_sources import StripSource
 from fcvgg.trunk import is_traced, run
 
 
@@ -276,8 +277,10 @@ class FullyConvolutional(nn.Module):
         """The score map of one image.
 
         Args:
-            image: a path, a PIL image, a ``uint8`` array ``(H, W, C)`` or ``(H, W)``, which are
-                preprocessed; or a tensor ``(C, H, W)`` or ``(1, C, H, W)``, taken as preprocessed.
+            image: a path, a file in memory, what `fcvgg.open_image` gives, an open rasterio
+                dataset, a PIL image, or an array of pixels ``(H, W, C)`` or ``(H, W)``, which are
+                preprocessed: ``uint8``, or ``uint16`` and other values as `fcvgg.Preprocess` takes
+                them; or a tensor ``(C, H, W)`` or ``(1, C, H, W)``, taken as preprocessed.
             scale: length of the smaller side to which the image is rescaled, in place of the
                 preprocessing's resize; results still refer to the image's own pixels. None keeps
                 its size, or leaves it to preprocessing.
@@ -598,7 +601,8 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 
 def each_image(images: Any) -> Iterable[Any]:
     """One image after the other from a batch, any other iterable of images, or a single image."""
-    if isinstance(images, (Tensor, np.ndarray)):
-        return images if images.ndim == 4 else [images]
-    several = isinstance(images, Iterable) and not isinstance(images, (str, bytes, os.PathLike))
+    if hasattr(images, "shape") and hasattr(images, "dtype"):  # an array of any library
+        return images if len(images.shape) == 4 else [images]
+    single = (str, bytes, os.PathLike, io.IOBase, StripSource)
+    several = isinstance(images, Iterable) and not isinstance(images, single)
     return images if several else [images]

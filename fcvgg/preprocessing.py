@@ -1,4 +1,4 @@
-"""How a ``uint8`` image becomes a network's input."""
+"""How pixels become a network's input."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from fcvgg.errors import GeometryError, PreprocessError
+from fcvgg.errors import GeometryError, ImageError, PreprocessError
 from fcvgg.geometry import Pair, checked_size
 
 INTERPOLATIONS = {
@@ -33,6 +34,16 @@ PRESETS: dict[str, tuple[tuple[float, ...], tuple[float, ...], float, str]] = {
 }
 """Mean, std, scale and channel order by name; one mean stands for every channel."""
 
+_BYTE_SCALES = 1 / 256, 1 / 127
+"""Scales in this range take values from 0 to 255: they map them to [0, 1] or [-1, 1]."""
+
+_WIDE = 65535 / 255
+"""A 16-bit value divided by this is the 8-bit value of the same brightness."""
+
+_LEAST_OF_RANGE = 1 << 14
+"""16-bit values that all lie below a quarter of the range are of a camera or scene that has
+another: 12 and 14 bits, or reflectances times 10,000."""
+
 
 @dataclass(frozen=True)
 class Preprocess:
@@ -42,11 +53,17 @@ class Preprocess:
         mean: one number per channel of the network, in its channel order and after scaling; one
             number stands for a single grey channel.
         std: likewise.
-        scale: factor on the ``uint8`` values; 1/255 for values in [0, 1], 1 for caffe-style models.
+        scale: factor on the values. Scales from 1/256 to 1/127, and 1 with means between 1 and 255
+            (caffe), are for values from 0 to 255: 16-bit values are then divided by 257, and other
+            values need `value_range`. Any other scale, such as 1/10000, takes the values of the
+            image as they are.
         channel_order: ``"RGB"``, or ``"BGR"`` for caffe-style models.
         resize: None keeps the image's size (dense use); an int is the length of the smaller side;
             ``(h, w)`` is the size itself.
         interpolation: ``"bilinear"``, ``"bicubic"``, ``"nearest"`` or ``"lanczos"``.
+        value_range: ``(low, high)``, the values of images of more than 8 bits that count as 0 and
+            255 before `scale`; values outside are neither clipped nor refused. ``uint8`` pixels are
+            from 0 to 255 in any case. None takes the range that `scale` implies.
 
     >>> Preprocess.imagenet()
     Preprocess(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), ...)
@@ -58,6 +75,7 @@ class Preprocess:
     channel_order: str = "RGB"
     resize: int | Pair | None = None
     interpolation: str = "bilinear"
+    value_range: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
         for name in ("mean", "std"):
@@ -87,6 +105,7 @@ class Preprocess:
                 f"interpolation={self.interpolation!r} is unknown; "
                 f"expected one of {', '.join(INTERPOLATIONS)}"
             )
+        object.__setattr__(self, "value_range", _checked_range(self.value_range))
 
     @classmethod
     def imagenet(cls, **changes: Any) -> Preprocess:
@@ -99,7 +118,8 @@ class Preprocess:
 
         Args:
             name: ``"imagenet"``; ``"caffe"``, BGR with the means of ImageNet subtracted; ``"tf"``,
-                values from -1 to 1; ``"unit"``, from 0 to 1; ``"none"``, from 0 to 255 as they are.
+                values from -1 to 1; ``"unit"``, from 0 to 1; ``"none"``, as they are: from 0 to 255
+                of 8 bits.
             channels: of the network.
 
         Raises:
@@ -122,6 +142,47 @@ class Preprocess:
     def channels(self) -> int:
         return len(self.mean)
 
+    @property
+    def takes_bytes(self) -> bool:
+        """Whether scale, mean and std are for values from 0 to 255."""
+        if self.scale == 1:
+            return all(1 < v <= 255 for v in self.mean)
+        least, most = _BYTE_SCALES
+        return least <= self.scale <= most
+
+    def units(
+        self, values: NDArray[Any], dtype: Any = None, name: str = "the image"
+    ) -> NDArray[Any]:
+        """Values of pixels as `scale` takes them: ``uint8`` as they are, others as float32.
+
+        Args:
+            values: the values of pixels, of any shape.
+            dtype: what the image holds, where `values` have been cast since.
+            name: what a message calls the image.
+
+        Raises:
+            ImageError: if the range of the values is unknown.
+        """
+        dtype = values.dtype if dtype is None else np.dtype(dtype)
+        if dtype == np.uint8:
+            return values
+        wide = np.float32 if dtype.itemsize <= (2 if dtype.kind in "iu" else 4) else np.float64
+        if self.value_range is not None and dtype.kind in "iuf":
+            low, high = self.value_range
+            values = (values.astype(wide) - wide(low)) * wide(255 / (high - low))
+        elif dtype.kind not in "iuf" or (self.takes_bytes and dtype != np.uint16):
+            raise ImageError(
+                f"{name} holds {dtype}, which has no known range; pass uint8 (H, W, C), or "
+                "value_range=(low, high) or a scale= of its own to fcvgg.Preprocess"
+            )
+        elif self.takes_bytes:
+            values = values / np.float32(_WIDE)
+        return values.astype(np.float32, copy=False)
+
+    def assumes_range(self, dtype: Any) -> bool:
+        """Whether values of a dtype are taken for the whole range of 16 bits without being told."""
+        return dtype == np.uint16 and self.value_range is None and self.takes_bytes
+
     def __call__(self, image: Image.Image) -> Tensor:
         """The input ``(1, C, H, W)`` of an image in the mode of the network's channels.
 
@@ -133,18 +194,26 @@ class Preprocess:
                 f"the image has mode {image.mode} and the preprocessing {self.channels} channel(s);"
                 " convert the image first"
             )
-        return self.normalized(np.asarray(self.resized(image)))
+        pixels = np.asarray(self.resized(image))
+        return self.normalized(pixels if pixels.dtype == np.uint8 else self.units(pixels))
 
     def resized(self, image: Image.Image) -> Image.Image:
-        if self.resize is None:
+        height, width = self.resized_size((image.height, image.width))
+        if (width, height) == image.size:
             return image
-        if isinstance(self.resize, int):
-            return resized_to_side(image, self.resize, self.interpolation)
-        height, width = self.resize
         return image.resize((width, height), INTERPOLATIONS[self.interpolation])
 
-    def normalized(self, pixels: np.ndarray[Any, Any]) -> Tensor:
-        """The input ``(1, C, H, W)``, float32, of ``uint8`` pixels ``(H, W, C)`` or ``(H, W)``."""
+    def resized_size(self, size: Pair) -> Pair:
+        """The size ``(h, w)`` to which `resize` brings an image."""
+        if isinstance(self.resize, int):
+            return size_of_side(size, self.resize)
+        return size if self.resize is None else self.resize
+
+    def normalized(self, pixels: NDArray[Any]) -> Tensor:
+        """The input ``(1, C, H, W)``, float32, of pixels ``(H, W, C)`` or ``(H, W)``.
+
+        They are ``uint8``, or floats as `units` gives them.
+        """
         values = torch.from_numpy(np.array(pixels)).float()
         values = values[..., None] if values.ndim == 2 else values  # (H, W, C)
         if self.channel_order == "BGR":
@@ -153,17 +222,39 @@ class Preprocess:
         return values.permute(2, 0, 1)[None].contiguous()  # (1, C, H, W)
 
 
+def size_of_side(size: Pair, side: int) -> Pair:
+    """A size with its smaller side of length `side`, the aspect ratio kept."""
+    factor = side / min(size)
+    return max(round(size[0] * factor), 1), max(round(size[1] * factor), 1)
+
+
 def resized_to_side(image: Image.Image, side: int, interpolation: str = "bilinear") -> Image.Image:
     """The image with its smaller side of length `side`, the aspect ratio kept."""
-    width, height = image.size
-    factor = side / min(width, height)
-    size = (max(round(width * factor), 1), max(round(height * factor), 1))
-    return image.resize(size, INTERPOLATIONS[interpolation])
+    height, width = size_of_side((image.height, image.width), side)
+    return image.resize((width, height), INTERPOLATIONS[interpolation])
+
+
+def check_filled(highest: float, name: str) -> None:
+    """Refuse 16-bit values that are taken for the whole range and use little of it.
+
+    Raises:
+        ImageError: if none reaches a quarter of the range; it names the remedies.
+    """
+    if 0 < highest < _LEAST_OF_RANGE:
+        raise ImageError(
+            f"{name} holds 16-bit values up to {highest:.0f}, which would be nearly black in the "
+            "range 0 to 65535 that the preprocessing takes them for; pass "
+            "value_range=(low, high) or a scale= of its own to fcvgg.Preprocess "
+            "(value_range=(0, 65535) is the whole range)"
+        )
 
 
 def encoded_preprocess(preprocess: Preprocess | None) -> dict[str, Any] | None:
-    """A `Preprocess` as plain data."""
-    return None if preprocess is None else asdict(preprocess)
+    """A `Preprocess` as plain data; what older versions do not know is there only if it is set."""
+    if preprocess is None:
+        return None
+    data = asdict(preprocess)
+    return data if preprocess.value_range is not None else _without(data, "value_range")
 
 
 def decoded_preprocess(data: Mapping[str, Any] | None) -> Preprocess | None:
@@ -177,6 +268,24 @@ def decoded_preprocess(data: Mapping[str, Any] | None) -> Preprocess | None:
     known = {field.name for field in fields(Preprocess)}
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items() if k in known}
     return Preprocess(**values)  # type: ignore[arg-type]  # a broken file fails in its checks
+
+
+def _without(data: dict[str, Any], key: str) -> dict[str, Any]:
+    return {k: v for k, v in data.items() if k != key}
+
+
+def _checked_range(value_range: Any) -> tuple[float, float] | None:
+    if value_range is None:
+        return None
+    try:
+        low, high = (float(v) for v in value_range)
+    except (TypeError, ValueError):
+        low = high = 0.0
+    if not (isfinite(low) and isfinite(high) and low != high):
+        raise PreprocessError(
+            f"value_range must be two different numbers (low, high), got {value_range!r}"
+        )
+    return low, high
 
 
 def _checked_resize(resize: Any) -> int | Pair | None:

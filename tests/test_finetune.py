@@ -39,6 +39,7 @@ from fcvgg.finetuning.images import ImageRows, LabelledFiles, balanced_weights, 
 from fcvgg.finetuning.strategies import Choice, Recipe, chosen, new_layer_rate, prepared, rates
 from fcvgg.finetuning.svm import fitted_svm, pooled_features
 from fcvgg.finetuning.tasks import Classification, frozen_features
+from fcvgg.pictures import Picture
 from fcvgg.training.order import SeededItems
 
 mpl.use("Agg")
@@ -196,9 +197,9 @@ def test_resize_and_centre_crop(tmp_path: Path) -> None:
 @given(*[st.integers(1, 90)] * 2, *[st.integers(1, 60)] * 2)
 def test_a_centre_crop_has_no_border(height: int, width: int, rows: int, cols: int) -> None:
     images = ImageRows(LabelledFiles((), ()), PREPROCESS, (rows, cols), "centre-crop")
-    cropped = np.asarray(images.fitted(Image.new("L", (width, height), 255)))
-    assert cropped.shape == (rows, cols)
-    assert cropped.min() == 255
+    cropped = images.fitted(Picture(np.full((height, width, 1), 255, np.uint8)))
+    assert cropped.size == (rows, cols)
+    assert cropped.pixels.min() == 255
 
 
 @pytest.mark.parametrize("channels", [1, 3, 4])

@@ -15,7 +15,8 @@ from PIL import Image
 from torch import nn
 
 import fcvgg
-from fcvgg.images import in_mode, mirrored, prepare, read_image, with_smallest_side
+from fcvgg.images import mirrored, prepare, read_picture, with_smallest_side
+from fcvgg.pictures import in_mode
 from fcvgg.preprocessing import INTERPOLATIONS
 
 
@@ -38,8 +39,15 @@ def noise(*shape: int, dtype: Any = np.uint8) -> np.ndarray:
     return np.random.default_rng(0).integers(0, top, shape, dtype=dtype, endpoint=True)
 
 
+def values(image: Any, channels: int = 3, **options: Any) -> np.ndarray:
+    """What a preprocessing is given of an image, ``(H, W, C)``."""
+    return read_picture(image, fcvgg.Preprocess((0,) * channels, (1,) * channels, **options)).pixels
+
+
 def rgb(image: Any) -> np.ndarray:
-    return np.asarray(in_mode(read_image(image), 3))
+    pixels = values(image)
+    assert pixels.dtype == np.uint8
+    return pixels
 
 
 # -- EXIF -----------------------------------------------------------------------------------------
@@ -103,7 +111,7 @@ def test_transparent_pixels_are_shown_on_white() -> None:
 def test_grey_with_alpha_is_shown_on_white() -> None:
     image = Image.merge("LA", [Image.new("L", (2, 1), 100), Image.new("L", (2, 1), 0)])
     assert rgb(image).tolist() == [[[255] * 3] * 2]
-    assert np.asarray(in_mode(image, 1)).tolist() == [[255, 255]]
+    assert values(image, 1)[..., 0].tolist() == [[255, 255]]
 
 
 @pytest.mark.parametrize("transparency", [1, bytes([255, 0])], ids=["index", "table"])
@@ -125,7 +133,7 @@ def test_a_palette_without_transparency() -> None:
 def test_cmyk(tmp_path: Path) -> None:
     Image.new("CMYK", (4, 4), (0, 255, 255, 0)).save(tmp_path / "a.jpg", quality=95)
     assert np.abs(rgb(tmp_path / "a.jpg").astype(int) - [255, 0, 0]).max() < 5
-    assert in_mode(read_image(tmp_path / "a.jpg"), 1).mode == "L"
+    assert values(tmp_path / "a.jpg", 1).shape == (4, 4, 1)
 
 
 def test_black_and_white() -> None:
@@ -134,31 +142,49 @@ def test_black_and_white() -> None:
 
 
 @pytest.mark.parametrize("suffix", ["png", "tif"])
-def test_sixteen_bit_files_are_scaled_to_eight(tmp_path: Path, suffix: str) -> None:
-    pixels = np.array([[0, 257, 257 * 100, 65535]], np.uint16)
+def test_sixteen_bit_files_are_scaled_to_the_range_of_bytes(tmp_path: Path, suffix: str) -> None:
+    pixels = np.array([[0, 257, 257 * 100 + 64, 65535]], np.uint16)
     Image.fromarray(pixels).save(tmp_path / f"a.{suffix}")
-    assert rgb(tmp_path / f"a.{suffix}")[..., 0].tolist() == [[0, 1, 100, 255]]
+    np.testing.assert_allclose(
+        values(tmp_path / f"a.{suffix}")[..., 0], [[0, 1, 100 + 64 / 257, 255]], rtol=1e-6
+    )
 
 
-def test_sixteen_bit_arrays_are_scaled_to_eight() -> None:
+def test_sixteen_bit_arrays_are_scaled_and_not_rounded() -> None:
     pixels = noise(5, 7, 3, dtype=np.uint16)
-    assert np.array_equal(rgb(pixels), np.round(pixels / 257).astype(np.uint8))
+    np.testing.assert_allclose(values(pixels), pixels / 257, rtol=1e-6)
 
 
-def test_integers_beyond_sixteen_bits_are_refused() -> None:
-    image = Image.fromarray(np.array([[0, 70000]], np.int32))
-    with pytest.raises(fcvgg.ImageError, match="holds integers from 0 to 70000, beyond 16 bits;"):
-        in_mode(image, 3)
-
-
-def test_images_of_floats_are_refused() -> None:
-    with pytest.raises(fcvgg.ImageError, match="floating-point values of unknown range; pass uint"):
-        in_mode(Image.new("F", (3, 3)), 3)
+@pytest.mark.parametrize(
+    "image",
+    [Image.fromarray(np.array([[0, 70000]], np.int32)), Image.new("F", (3, 3))],
+    ids=["int32", "float"],
+)
+def test_values_of_unknown_range_are_refused(image: Any) -> None:
+    dtype = np.asarray(image).dtype
+    with pytest.raises(
+        fcvgg.ImageError,
+        match=rf"^the image holds {dtype}, which has no known range; pass uint8 \(H, W, C\), or "
+        r"value_range=\(low, high\) or a scale= of its own to fcvgg\.Preprocess$",
+    ):
+        values(image)
+    np.testing.assert_allclose(values(image, scale=1e-3)[..., 0], np.asarray(image))
+    np.testing.assert_allclose(
+        values(image, value_range=(0, 70000))[..., 0], np.asarray(image) * (255 / 70000), rtol=1e-6
+    )
 
 
 def test_a_mode_that_has_no_rgb_is_refused() -> None:
     with pytest.raises(fcvgg.ImageError, match="mode La cannot be shown as RGB; convert it first"):
         in_mode(Image.new("La", (3, 3)), 3)
+
+
+def test_transparency_that_is_multiplied_already() -> None:
+    image = Image.fromarray(noise(5, 7, 4))
+    of_premultiplied = rgb(image.convert("RGBa")).astype(int)
+    assert np.abs(of_premultiplied - rgb(image)).max() <= 1
+    grey = Image.fromarray(noise(5, 7, 2))
+    assert np.abs(rgb(grey.convert("La")).astype(int) - rgb(grey)).max() <= 1
 
 
 def test_a_grey_network_takes_colour() -> None:
@@ -174,15 +200,21 @@ def test_a_network_of_four_channels_takes_alpha() -> None:
     prepared = prepare(pixels, fcvgg.Preprocess((0,) * 4, (1,) * 4), 4)
     got = prepared.tensor(fcvgg.Preprocess((0,) * 4, (1,) * 4))[0].permute(1, 2, 0) * 255
     np.testing.assert_allclose(got, pixels, atol=1e-3)
-    opaque = in_mode(read_image(noise(12, 20, 3)), 4)
-    assert np.array_equal(np.asarray(opaque)[..., 3], np.full((12, 20), 255))
+    assert np.array_equal(values(noise(12, 20, 3), 4)[..., 3], np.full((12, 20), 255))
 
 
 def test_a_network_of_other_channels_takes_tensors_only() -> None:
     net = classifier(5)
     assert net.score_map(torch.rand(5, 8, 8)).scores.shape == (2, 1, 1)
-    with pytest.raises(fcvgg.ImageError, match=r"takes 5 channels, which no image file has; pass"):
+    with pytest.raises(
+        fcvgg.ImageError,
+        match=r"takes 5 channels, and the array \(8, 8, 3\) has 3; pass a preprocessed tensor",
+    ):
         net.score_map(noise(8, 8, 3))
+    torch.testing.assert_close(
+        net.score_map(noise(8, 8, 5)).scores,
+        net.score_map(torch.from_numpy(noise(8, 8, 5) / 255).permute(2, 0, 1)).scores,
+    )
 
 
 # -- tensors --------------------------------------------------------------------------------------
@@ -248,16 +280,31 @@ def test_what_the_network_itself_refuses(
     [
         (
             np.zeros((9, 9, 3)),
-            r"an array of float64 has no known range; pass uint8 \(H, W, C\), or",
+            r"the array \(9, 9, 3\) holds float64, which has no known range; pass uint8 \(H, W",
         ),
-        (np.zeros((9, 9, 3), np.float32), r"an array of float32 has no known range; pass uint8"),
-        (np.zeros((9, 9), bool), r"an array of bool has no known range; pass uint8"),
-        (np.zeros((9, 9), np.int64), r"an array of int64 has no known range; pass uint8"),
-        (np.zeros((3, 9, 9), np.uint8), r"an array of shape \(3, 9, 9\) is no image; expected"),
-        (np.zeros((9, 9, 2), np.uint8), r"an array of shape \(9, 9, 2\) is no image; expected"),
-        (np.zeros((2, 9, 9, 3), np.uint8), r"an array of shape \(2, 9, 9, 3\) is no image; expe"),
-        (np.zeros(9, np.uint8), r"an array of shape \(9,\) is no image; expected \(H, W\), \(H, "),
-        (np.zeros((0, 9, 3), np.uint8), r"the array \(0, 9, 3\) has no pixels"),
+        (
+            np.zeros((9, 9, 3), np.float32),
+            r"the array \(9, 9, 3\) holds float32, which has no know",
+        ),
+        (
+            np.zeros((9, 9), bool),
+            r"the array \(9, 9\) holds bool, which has no known range; pass ui",
+        ),
+        (np.zeros((9, 9), np.int64), r"the array \(9, 9\) holds int64, which has no known range; "),
+        (
+            np.zeros((3, 9, 9), np.uint8),
+            r"the array \(3, 9, 9\) has 9 channels; expected 1, 3 or 4",
+        ),
+        (
+            np.zeros((9, 9, 2), np.uint8),
+            r"the array \(9, 9, 2\) has 2 channels; expected 1, 3 or 4",
+        ),
+        (
+            np.zeros((2, 9, 9, 3), np.uint8),
+            r"the array \(2, 9, 9, 3\) is no image; expected \(H, W",
+        ),
+        (np.zeros(9, np.uint8), r"the array \(9,\) is no image; expected \(H, W\), \(H, W, 3\) or"),
+        (np.zeros((0, 9, 3), np.uint8), r"the array \(0, 9, 3\) has no pixels: its size is \(0, 9"),
         (Image.new("RGB", (0, 5)), r"the image has no pixels: its size is \(0, 5\)"),
         (7, r"int is no image; expected a path, a PIL image, a uint8 array \(H, W, C\) or a prep"),
         (None, r"NoneType is no image; expected a path, a PIL image, a uint8 array"),
@@ -276,7 +323,9 @@ def test_an_absent_file(tmp_path: Path, net: fcvgg.FullyConvolutional) -> None:
 
 
 def test_a_folder(tmp_path: Path, net: fcvgg.FullyConvolutional) -> None:
-    with pytest.raises(fcvgg.ImageError, match=r" is a folder; expected an image file$"):
+    with pytest.raises(
+        fcvgg.ImageError, match=r" is a folder and no zarr image; expected an image file$"
+    ):
         net.score_map(tmp_path)
 
 
@@ -301,7 +350,8 @@ def test_a_truncated_image(tmp_path: Path, net: fcvgg.FullyConvolutional, suffix
     Image.fromarray(noise(64, 64, 3)).save(path)
     path.write_bytes(path.read_bytes()[:2000])
     with pytest.raises(
-        fcvgg.ImageError, match=rf"a\.{suffix} (is a broken image: |is no image that |cannot be )"
+        fcvgg.ImageError,
+        match=rf"a\.{suffix} (is a broken image: |is no image that |is truncated: |cannot be )",
     ):
         net.score_map(path)
 
@@ -325,7 +375,7 @@ def test_flipped_bytes_give_an_image_or_an_image_error(tmp_path: Path) -> None:
             broken[random.integers(0, min(len(broken), 400), 4)] = random.integers(0, 256, 4)
             path.write_bytes(broken.tobytes())
             with suppress(fcvgg.ImageError):
-                assert min(read_image(path).size) > 0
+                assert min(rgb(path).shape) > 0
 
 
 def test_a_decompression_bomb(
@@ -337,8 +387,8 @@ def test_a_decompression_bomb(
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     with pytest.raises(
         fcvgg.ImageError,
-        match=r"a\.png is too large to be loaded whole: .*; make it smaller, or raise "
-        r"PIL\.Image\.MAX_IMAGE_PIXELS if you trust the file$",
+        match=r"a\.png is too large to be loaded whole: .* 200 .*; make it smaller, save it as a "
+        r"tiled TIFF, which fcvgg\.stream .*, or raise PIL\.Image\.MAX_IMAGE_PIXELS if you trust",
     ):
         net.score_map(tmp_path / "a.png")
 
@@ -447,11 +497,12 @@ def test_integers_of_32_bits_that_fit_a_byte_are_bytes() -> None:
     pixels = noise(5, 7)
     image = Image.fromarray(pixels.astype(np.int32))
     assert image.mode == "I"
-    assert np.array_equal(np.asarray(in_mode(image, 1)), pixels)
+    assert np.array_equal(values(image, 1)[..., 0], pixels)
     brighter = Image.fromarray(np.array([[0, 257 * 100]], np.int32))
-    assert np.asarray(in_mode(brighter, 1)).tolist() == [[0, 100]]
+    assert values(brighter, 1)[..., 0].tolist() == [[0, 100]]
     dark = Image.fromarray(np.array([[0, 200]], np.uint16))  # mode I;16 says that it has 16 bits
-    assert np.asarray(in_mode(dark, 1)).tolist() == [[0, 1]]
+    with pytest.raises(fcvgg.ImageError, match="holds 16-bit values up to 200, which would be nea"):
+        values(dark, 1)
 
 
 # -- what the network is given --------------------------------------------------------------------

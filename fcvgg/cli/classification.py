@@ -12,7 +12,19 @@ from rich.console import RenderableType
 from rich.table import Table
 
 from fcvgg.cli.console import check_any_exists, exit_if_any_failed, for_each_image, say
-from fcvgg.cli.options import Arch, Device, Images, Model, OwnModel, Weights, lengths, loaded
+from fcvgg.cli.options import (
+    Arch,
+    Bands,
+    Device,
+    Images,
+    Model,
+    OwnModel,
+    Weights,
+    band_numbers,
+    lengths,
+    loaded,
+    opened,
+)
 from fcvgg.cli.reports import titled
 
 if TYPE_CHECKING:
@@ -57,6 +69,7 @@ def run(
     average: Annotated[
         Average, typer.Option("--average", help="What is averaged over the cells.")
     ] = Average.scores,
+    bands: Bands = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     own: OwnModel = OwnModel(),
     device: Device = "cpu",
@@ -64,12 +77,13 @@ def run(
     """Name every image's most probable classes, averaged over it."""
     from fcvgg.errors import ImageError
 
-    sides = lengths(scales, "--scales")
+    sides, chosen = lengths(scales, "--scales"), band_numbers(bands)
     check_any_exists(images)
     net = loaded(model, own, device, weights=weights, arch=arch)
 
     def classify(image: Path) -> dict[str, Any]:
-        probabilities = net.classify(image, scales=sides, flip=flip, average=average.value)[0]
+        source = opened(image, chosen)
+        probabilities = net.classify(source, scales=sides, flip=flip, average=average.value)[0]
         if not probabilities.isfinite().all():
             raise ImageError(f"{image} has no cell with data, so it has no class")
         result = {"image": str(image), "predictions": _predictions(net, probabilities, top)}

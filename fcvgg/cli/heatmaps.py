@@ -17,6 +17,7 @@ from fcvgg.cli.console import (
 )
 from fcvgg.cli.options import (
     Arch,
+    Bands,
     Device,
     Images,
     Model,
@@ -24,7 +25,9 @@ from fcvgg.cli.options import (
     OutputStride,
     OwnModel,
     Weights,
+    band_numbers,
     loaded,
+    opened,
 )
 from fcvgg.cli.outputs import OutputFiles
 
@@ -69,6 +72,7 @@ def run(
             show_default="the image's size",
         ),
     ] = None,
+    bands: Bands = None,
     output_stride: OutputStride = None,
     own: OwnModel = OwnModel(),
     device: Device = "cpu",
@@ -88,11 +92,11 @@ def run(
         return
     check_any_exists(images)
     net = loaded(model, own, device, weights=weights, arch=arch, output_stride=output_stride)
-    index = _index(net, target)
+    index, chosen = _index(net, target), band_numbers(bands)
     folder(output)
 
     def show(image: Path) -> Path:
-        return _show(net, image, index, scale, overlays.path_for(image))
+        return _show(net, image, chosen, index, scale, overlays.path_for(image))
 
     written = for_each_image(images, "heatmaps", show)
     exit_if_any_failed([*slides, *images], [*shown, *written])
@@ -101,11 +105,12 @@ def run(
 def _show(
     net: FullyConvolutional,
     image: Path,
+    bands: list[int] | None,
     index: int | None,
     scale: int | None,
     path: Path,
 ) -> Path:
-    score_map = net.score_map(image, scale=scale)
+    score_map = net.score_map(opened(image, bands), scale=scale)
     prediction = score_map.predict()
     shown = int(prediction.argmax()) if index is None else index
     heatmap = score_map.heatmap(shown)

@@ -8,7 +8,7 @@ import inspect
 import re
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
@@ -90,6 +90,15 @@ InputSize = Annotated[
         rich_help_panel=_PANEL,
     ),
 ]
+Bands = Annotated[
+    str | None,
+    typer.Option(
+        "--bands",
+        metavar="NUMBERS",
+        help="The channels to take, counted from 0 and in the model's order, such as 3,2,1.",
+        show_default="all",
+    ),
+]
 Device = Annotated[
     str,
     typer.Option(
@@ -137,12 +146,46 @@ class OwnPreprocess:
         ),
     ] = None
 
-    def preprocess_for(self, channels: int) -> Preprocess | None:
+    value_range: Annotated[
+        str | None,
+        typer.Option(
+            "--range",
+            metavar="LOW,HIGH",
+            help="The values of images of more than 8 bits that count as black and white, such as "
+            "0,4095 for 12 bits.",
+            show_default="0 to 65535 for 16 bits",
+            rich_help_panel=_PANEL,
+        ),
+    ] = None
+
+    def preprocess_for(self, channels: int, known: Preprocess | None = None) -> Preprocess | None:
         """The preprocessing for a network of some channels; None if none was given.
+
+        Args:
+            channels: of the network.
+            known: its own preprocessing, which is kept as far as no option says otherwise.
 
         Raises:
             PreprocessError: if it is for other channels.
         """
+        chosen = self._chosen(channels) or known
+        if chosen is None or self.value_range is None:
+            return chosen
+        return replace(chosen, value_range=self._range())
+
+    def _range(self) -> tuple[float, float] | None:
+        from fcvgg.errors import ArgumentError
+
+        if self.value_range is None:
+            return None
+        numbers = _numbers(self.value_range, "--range")
+        if len(numbers) != 2 or numbers[0] == numbers[1]:
+            raise ArgumentError(
+                f"--range must be two different numbers LOW,HIGH, got {self.value_range!r}"
+            )
+        return numbers[0], numbers[1]
+
+    def _chosen(self, channels: int) -> Preprocess | None:
         from fcvgg.errors import PreprocessError
         from fcvgg.preprocessing import Preprocess
 
@@ -172,6 +215,7 @@ class OwnPreprocess:
         if self.mean is not None and self.preprocess is not None:
             raise ArgumentError("--preprocess and --mean say the same; give one of the two")
         texts = (("--mean", self.mean), ("--std", self.std))
+        self._range()
         given = [len(_numbers(text, option)) for option, text in texts if text is not None]
         self.preprocess_for(max(given, default=3))
 
@@ -254,9 +298,7 @@ def loaded(
     settings = own.settings()
     with contextlib.redirect_stdout(sys.stderr):  # torch.hub announces downloads on stdout
         net = load(model, **options, **settings)
-    preprocess = own.preprocess_for(net.in_channels)
-    if preprocess is not None:
-        net.preprocess = preprocess
+    net.preprocess = own.preprocess_for(net.in_channels, net.preprocess)
     return net.to(place)
 
 
@@ -286,11 +328,22 @@ def in_option_words(message: str) -> str:
 
     >>> in_option_words("pass input_size=, the size it was trained at")
     'pass --input-size, the size it was trained at'
+    >>> in_option_words("fcvgg.open_image(path, bands=(0, 1, 2)) chooses some")
+    '--bands 0,1,2 chooses some'
     """
     message = message.replace("input_size=(height, width)", "--input-size HxW")
     message = re.sub(
         r"preprocess=fcvgg\.Preprocess\(mean, std\)( to convert or load)?",
         "--preprocess, or --mean and --std",
+        message,
+    )
+    message = message.replace(
+        "value_range=(low, high) or a scale= of its own to fcvgg.Preprocess", "--range LOW,HIGH"
+    )
+    message = re.sub(r"value_range=\((\S+), (\S+)\)", r"--range \1,\2", message)
+    message = re.sub(
+        r"fcvgg\.open_image\(path, bands=\(([\d, ]+)\)\)",
+        lambda found: f"--bands {found[1].replace(' ', '').strip(',')}",
         message,
     )
     message = message.replace("categories= to convert or load", "--categories")
@@ -326,6 +379,31 @@ def _length(text: str, option: str) -> int:
     if not (text.strip().isdecimal() and int(text) > 0):
         raise typer.BadParameter(f"{text!r} is no positive number of pixels", param_hint=option)
     return int(text)
+
+
+def band_numbers(text: str | None) -> list[int] | None:
+    """The channels that ``--bands`` names, from ``3,2,1``.
+
+    Raises:
+        ArgumentError: if they are no numbers.
+    """
+    from fcvgg.errors import ArgumentError
+
+    if text is None:
+        return None
+    try:
+        return [int(number) for number in text.split(",")]
+    except ValueError as error:
+        raise ArgumentError(
+            f"--bands {text!r} is no list; expected numbers with commas between them, such as 2,1,0"
+        ) from error
+
+
+def opened(image: Path, bands: list[int] | None) -> Any:
+    """An image of which only some bands are taken; the path itself for all of them."""
+    from fcvgg.streaming.opening import open_image
+
+    return image if bands is None else open_image(image, bands=bands)
 
 
 def _numbers(text: str, option: str) -> tuple[float, ...]:

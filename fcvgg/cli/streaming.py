@@ -10,7 +10,17 @@ import typer
 
 from fcvgg.categories import class_given
 from fcvgg.cli.console import say, say_wrote, tell
-from fcvgg.cli.options import Arch, Device, Model, OutputStride, OwnModel, Weights, loaded
+from fcvgg.cli.options import (
+    Arch,
+    Bands,
+    Device,
+    Model,
+    OutputStride,
+    OwnModel,
+    Weights,
+    band_numbers,
+    loaded,
+)
 from fcvgg.errors import ArgumentError
 
 NAME = "stream"
@@ -58,13 +68,15 @@ def run(
     level: Annotated[
         int, typer.Option("--level", min=0, help="The level of a pyramid; 0 is the full size.")
     ] = 0,
-    bands: Annotated[
+    bands: Bands = None,
+    nodata: Annotated[
         str | None,
         typer.Option(
-            "--bands",
-            metavar="NUMBERS",
-            help="The channels to take, counted from 0 and in the model's order, such as 3,2,1.",
-            show_default="all",
+            "--nodata",
+            metavar="NUMBER|file",
+            help="Pixels of this value are left out of the scores; 'file' takes the value that the "
+            "file declares.",
+            show_default="none",
         ),
     ] = None,
     output_stride: OutputStride = None,
@@ -75,7 +87,7 @@ def run(
     from fcvgg.streaming.execution import stream
     from fcvgg.streaming.opening import open_image
 
-    source = open_image(slide, level, bands=_bands(bands))
+    source = open_image(slide, level, bands=band_numbers(bands), nodata=_nodata(nodata))
     net = loaded(model, own, device, weights=weights, arch=arch, output_stride=output_stride)
     kept = _classes(classes, net.categories)
     if kept == "top5":
@@ -87,15 +99,13 @@ def run(
     say_wrote(output)
 
 
-def _bands(text: str | None) -> list[int] | None:
-    if text is None:
-        return None
+def _nodata(text: str | None) -> float | str | None:
+    if text in (None, "file"):
+        return text
     try:
-        return [int(number) for number in text.split(",")]
+        return float(text)  # type: ignore[arg-type]
     except ValueError as error:
-        raise ArgumentError(
-            f"--bands {text!r} is no list; expected numbers with commas between them, such as 2,1,0"
-        ) from error
+        raise ArgumentError(f"--nodata must be a number or 'file', got {text!r}") from error
 
 
 def _classes(text: str | None, categories: Sequence[str] | None) -> str | list[int | str] | None:

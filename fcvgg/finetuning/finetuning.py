@@ -15,6 +15,7 @@ from fcvgg.finetuning.images import split_folders
 from fcvgg.finetuning.pretrained import pretrained
 from fcvgg.finetuning.result import MODEL, FineTuned
 from fcvgg.finetuning.strategies import EPOCHS, SCRATCH_RATES, Recipe, chosen
+from fcvgg.images import check_usable
 from fcvgg.loading import DEFAULT_WEIGHTS
 from fcvgg.preprocessing import Preprocess
 from fcvgg.training.settings import Settings
@@ -29,7 +30,7 @@ def finetune(
     folder: str | Path = "finetuned",
     *,
     weights: str | Path | None = DEFAULT_WEIGHTS,
-    preprocess: Preprocess | Callable[[int], Preprocess | None] | None = None,
+    preprocess: Preprocess | Callable[..., Preprocess | None] | None = None,
     resume: bool = False,
     progress: bool = False,
     **options: Any,
@@ -79,6 +80,8 @@ def finetune(
     if recipe.strategy == "scratch" and weights == DEFAULT_WEIGHTS:
         weights = None
     source = pretrained(model, weights, preprocess, recipe.size)
+    for path in (*found.train.paths, *found.valid.paths):
+        check_usable(path, source.preprocess)
     choice = chosen(recipe, source.model, found.train, source.preprocess, source.native)
     job = Job(
         source,

@@ -9,14 +9,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from fcvgg.datasets import Unreadable
 from fcvgg.errors import ArgumentError, DatasetError
 from fcvgg.geometry import Pair
-from fcvgg.images import in_mode, read_image
+from fcvgg.images import read_picture
+from fcvgg.pictures import Picture
 from fcvgg.preprocessing import Preprocess
 from fcvgg.transfer.image_folders import ClassFolders, class_folders
 
@@ -189,26 +189,25 @@ class ImageRows(Dataset[tuple[Tensor, int]]):
         return len(self.files)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        picture = in_mode(read_image(self.files.paths[index]), self.preprocess.channels)
+        picture = read_picture(self.files.paths[index], self.preprocess)
         if self.transform is None:
-            pixels = np.asarray(self.fitted(picture))
+            picture = self.fitted(picture)
         else:
-            pixels = _augmented(picture, self.transform)
-        return self.preprocess.normalized(pixels)[0], self.files.labels[index]
+            picture = _augmented(picture, self.transform)
+        return self.preprocess.normalized(picture.pixels)[0], self.files.labels[index]
 
-    def fitted(self, picture: Image.Image) -> Image.Image:
+    def fitted(self, picture: Picture) -> Picture:
         """The picture at the network's input size."""
+        how = self.preprocess.interpolation
         if self.resize == "resize":
-            return replace(self.preprocess, resize=self.size).resized(picture)
-        height, width = self.size
-        scale = max(height / picture.height, width / picture.width)
-        covering = (  # rounded down, either could be a pixel short
-            max(round(picture.height * scale), height),
-            max(round(picture.width * scale), width),
-        )
-        picture = replace(self.preprocess, resize=covering).resized(picture)
-        left, top = (picture.width - width) // 2, (picture.height - height) // 2
-        return picture.crop((left, top, left + width, top + height))
+            return picture.resized(self.size, how)
+        scale = max(m / n for m, n in zip(self.size, picture.size))
+        covering = [  # rounded down, either could be a pixel short
+            max(round(n * scale), m) for m, n in zip(self.size, picture.size)
+        ]
+        picture = picture.resized((covering[0], covering[1]), how)
+        top, left = ((n - m) // 2 for m, n in zip(self.size, picture.size))
+        return picture.cropped(top, left, self.size)
 
 
 def balanced_weights(labels: Sequence[int], classes: int) -> Tensor:
@@ -221,7 +220,8 @@ def _augmentation(size: Pair, preprocess: Preprocess) -> Any:
     from torchvision.transforms import InterpolationMode, v2
 
     modes = {mode.value: mode for mode in InterpolationMode}
-    colour = [v2.ColorJitter(**_JITTER)] if preprocess.channels in (1, 3) else []
+    coloured = preprocess.channels in (1, 3) and preprocess.takes_bytes
+    colour = [v2.ColorJitter(**_JITTER)] if coloured else []
     return v2.Compose(
         [
             v2.RandomResizedCrop(
@@ -236,8 +236,10 @@ def _augmentation(size: Pair, preprocess: Preprocess) -> Any:
     )
 
 
-def _augmented(picture: Image.Image, transform: Any) -> np.ndarray[Any, Any]:
-    values = torch.from_numpy(np.array(picture))
-    values = values[None] if values.ndim == 2 else values.permute(2, 0, 1)  # (C, H, W)
-    changed = transform(values).permute(1, 2, 0).numpy()
-    return changed[..., 0] if changed.shape[2] == 1 else changed
+def _augmented(picture: Picture, transform: Any) -> Picture:
+    values = torch.from_numpy(np.array(picture.pixels)).permute(2, 0, 1)  # (C, H, W)
+    if values.dtype == torch.uint8 or not picture.in_bytes:
+        changed = transform(values)
+    else:
+        changed = transform(values / 255) * 255  # torchvision has floats from 0 to 1
+    return replace(picture, pixels=changed.permute(1, 2, 0).numpy())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ class Pretrained:
 def pretrained(
     model: nn.Module | str | Path,
     weights: str | Path | None,
-    preprocess: Preprocess | Callable[[int], Preprocess | None] | None,
+    preprocess: Preprocess | Callable[..., Preprocess | None] | None,
     size: int | Pair | None,
 ) -> Pretrained:
     """The classifier of a name, a file or a module.
@@ -50,8 +51,8 @@ def pretrained(
     Args:
         model: a classifier, or a name or file as for `fcvgg.load`.
         weights: as for `fcvgg.load`.
-        preprocess: how images become input, or what tells it for a number of channels; what the
-            source says when None.
+        preprocess: how images become input, or a function that tells it for a number of channels,
+            and may take what the source says as a second argument; what the source says when None.
         size: the native size where the classifier takes images of any size.
 
     Raises:
@@ -72,7 +73,8 @@ def pretrained(
         classifier = unwrapped(model)
         name = type(classifier).__name__
     if preprocess is not None and not isinstance(preprocess, Preprocess):
-        preprocess = preprocess(input_channels(classifier))
+        arguments = input_channels(classifier), known.get("preprocess")
+        preprocess = preprocess(*arguments[: len(signature(preprocess).parameters)])
     preprocess = preprocess or known.get("preprocess")
     if preprocess is None:
         raise PreprocessError(

@@ -7,15 +7,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import Image
 
 from fcvgg.conversion import convert
 from fcvgg.errors import ConversionError
 from fcvgg.figures import save_figure
 from fcvgg.files import written_whole
 from fcvgg.heatmap import colour_bar
-from fcvgg.images import in_mode, read_image
+from fcvgg.images import read_picture
 from fcvgg.network import FullyConvolutional
+from fcvgg.pictures import Picture
+from fcvgg.preprocessing import size_of_side
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -131,12 +132,13 @@ def _mistakes(result: FineTuned, places: list[int]) -> Figure:
     figure = Figure(figsize=(9.4, 2.9 * len(places)), dpi=110, layout="constrained")
     grid = figure.subplots(len(places), 3, squeeze=False)
     for axes, place in zip(grid, places):
-        picture = in_mode(read_image(result.valid.paths[place]), net.in_channels)
+        assert net.preprocess is not None
+        picture = read_picture(result.valid.paths[place], net.preprocess)
         given = result.probabilities[place]
         truth, named = result.valid.labels[place], int(given.argmax())
         other = truth if named != truth else int(given.argsort()[-2])
         score_map = net.score_map(_seen(picture, net))
-        axes[0].imshow(picture, cmap="gray")
+        axes[0].imshow(picture.image, cmap="gray")
         axes[0].set_title(result.valid.paths[place].name, fontsize=9)
         for ax, index in zip(axes[1:], (named, other)):
             ax.imshow(score_map.heatmap(index).overlay())
@@ -163,14 +165,12 @@ def _dense(result: FineTuned) -> FullyConvolutional:
         return convert(result.model, **options)
 
 
-def _seen(picture: Image.Image, net: FullyConvolutional) -> Image.Image:
+def _seen(picture: Picture, net: FullyConvolutional) -> Picture:
     """The picture at a size that gives several cells."""
-    from fcvgg.preprocessing import resized_to_side
-
     window = max(net.geometry.window)
     side = min(picture.size)
     wanted = min(max(side, round(_LEAST * window)), round(_MOST * window))
-    return picture if wanted == side else resized_to_side(picture, wanted)
+    return picture.resized(size_of_side(picture.size, wanted), "bilinear")
 
 
 # -- text -------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from fcvgg.finetuning.images import ImageRows
-from fcvgg.images import in_mode, read_image
+from fcvgg.images import read_picture
 from fcvgg.progress import progress_bar
 from fcvgg.sources.extras import imported
 from fcvgg.transfer.extraction import features_upto
@@ -89,7 +89,7 @@ def pooled_features(
     with progress_bar(f"features of {layer}", len(paths), progress) as advance:
         for start in range(0, len(paths), _CHUNK):
             pictures = [
-                images.fitted(in_mode(read_image(path), images.preprocess.channels))
+                images.fitted(read_picture(path, images.preprocess))
                 for path in paths[start : start + _CHUNK]
             ]
             rows.append(extractor.rows(pictures)[layer])

@@ -15,7 +15,8 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from fcvgg.categories import distinct_names
 from fcvgg.datasets import Unreadable
 from fcvgg.errors import ArgumentError, DatasetError, ImageError, one_line
-from fcvgg.images import in_mode, read_image
+from fcvgg.images import check_usable, image_size, read_image
+from fcvgg.preprocessing import Preprocess
 from fcvgg.segmentation.label_map import IGNORE_INDEX
 
 IMAGES, MASKS = "images", "masks"
@@ -56,7 +57,9 @@ class MaskFolder:
         )
 
 
-def mask_folder(folder: str | Path, categories: int | Sequence[str]) -> MaskFolder:
+def mask_folder(
+    folder: str | Path, categories: int | Sequence[str], preprocess: Preprocess | None = None
+) -> MaskFolder:
     """The images and masks of a folder; every file is opened once and checked.
 
     Args:
@@ -65,6 +68,8 @@ def mask_folder(folder: str | Path, categories: int | Sequence[str]) -> MaskFold
             are neither trained on nor counted. Images are turned as their EXIF entry says, so
             masks label the upright image.
         categories: the names of the classes in the order of their indices, or how many there are.
+        preprocess: the network's, by which it is known what images can be used; one for RGB of 8
+            bits if None.
 
     Raises:
         DatasetError: if there are no images, a mask is missing, is of another size or kind, or has
@@ -72,6 +77,7 @@ def mask_folder(folder: str | Path, categories: int | Sequence[str]) -> MaskFold
     """
     folder = Path(folder)
     names = _checked_categories(categories)
+    known = preprocess or Preprocess.preset("unit")
     pairs = _paired(folder)
     images: list[Path] = []
     masks: list[Path] = []
@@ -79,12 +85,13 @@ def mask_folder(folder: str | Path, categories: int | Sequence[str]) -> MaskFold
     totals = np.zeros(len(names), np.int64)
     for image, mask in pairs:
         try:
-            picture = in_mode(read_image(image), 3)  # as training will, though a net may be grey
+            check_usable(image, known)  # as training will
+            size = image_size(image)
             labels = read_mask(mask)
         except ImageError as error:
             skipped.append(Unreadable(str(image), one_line(error)))
             continue
-        _check_pair(image, (picture.height, picture.width), mask, labels, len(names))
+        _check_pair(image, size, mask, labels, len(names))
         totals += _counts([labels], len(names))
         images.append(image)
         masks.append(mask)
@@ -102,7 +109,11 @@ def mask_folder(folder: str | Path, categories: int | Sequence[str]) -> MaskFold
 
 
 def train_and_valid(
-    folder: str | Path, categories: int | Sequence[str], share: float = 0.2, seed: int = 0
+    folder: str | Path,
+    categories: int | Sequence[str],
+    share: float = 0.2,
+    seed: int = 0,
+    preprocess: Preprocess | None = None,
 ) -> tuple[MaskFolder, MaskFolder]:
     """Images to train on and to choose the best epoch by.
 
@@ -112,6 +123,7 @@ def train_and_valid(
         categories: as for `mask_folder`.
         share: of the images that are for validation, where the folder is split.
         seed: of the split.
+        preprocess: as for `mask_folder`.
 
     Raises:
         DatasetError: as `mask_folder`, and if there are too few images to split.
@@ -121,8 +133,12 @@ def train_and_valid(
     if not 0 < share < 1:
         raise ArgumentError(f"valid_share={share} is no share; expected 0 < valid_share < 1")
     if (folder / TRAIN).is_dir() and (folder / VALID).is_dir():
-        return mask_folder(folder / TRAIN, categories), mask_folder(folder / VALID, categories)
-    whole = mask_folder(folder, categories)
+        train, valid = folder / TRAIN, folder / VALID
+        return (
+            mask_folder(train, categories, preprocess),
+            mask_folder(valid, categories, preprocess),
+        )
+    whole = mask_folder(folder, categories, preprocess)
     if len(whole) < 2:
         raise DatasetError(
             f"{folder} has {len(whole)} image, too few to train and validate; expected two or more"

@@ -108,7 +108,7 @@ def train_fcn(
     train, valid = (
         data
         if isinstance(data, tuple)
-        else train_and_valid(data, fcn.class_names, valid_share, settings.seed)
+        else train_and_valid(data, fcn.class_names, valid_share, settings.seed, fcn.preprocess)
     )
     for part in (train, valid):
         if len(part.categories) != fcn.num_classes:

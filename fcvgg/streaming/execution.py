@@ -55,9 +55,10 @@ def stream(
         source: a path (TIFF, BigTIFF, OME-TIFF, zarr, OME-Zarr; what else Pillow reads is decoded
             whole), what `fcvgg.open_image` gives (for a level of a pyramid, or some bands), an
             open rasterio dataset, a PIL image, or an array that can be sliced (NumPy, memmap,
-            zarr, h5py, dask): ``uint8`` pixels
-            ``(H, W, C)`` or ``(H, W)``, which are preprocessed, or preprocessed floats
-            ``(C, H, W)``, also as a tensor.
+            zarr, h5py, dask): pixels ``(H, W, C)`` or ``(H, W)``, which are preprocessed, or
+            preprocessed floats ``(C, H, W)``, also as a tensor. Pixels are the same as for
+            `FullyConvolutional.score_map`; those of more than 8 bits are taken as
+            `fcvgg.Preprocess` says.
         out: a folder for the map as a zarr array, with class names and geometry in its attributes.
             Rows are written as they are finished; after an interruption the same call resumes. A
             map of another network or image is refused; an image is known by its size and three of

@@ -48,15 +48,20 @@ class StreamJob:
     def prepared(cls, net: Any, source: Any, classes: Any, rows: Any, output: int = 0) -> StreamJob:
         """Check the arguments of `stream`."""
         if not isinstance(net, FullyConvolutional):
+            whole = callable(getattr(net, "predict", None)) and hasattr(net, "backbone")
             raise ArgumentError(
-                f"stream takes a converted network, got {type(net).__name__}; "
-                "pass fcvgg.convert(model)"
+                f"net must be a converted network, got {type(net).__name__}; "
+                + (
+                    "an FCN is not streamed: its predict(image) labels a whole image"
+                    if whole
+                    else "pass fcvgg.convert(model)"
+                )
             )
         if output not in range(len(net.program.classes)):
             raise ArgumentError(
                 f"output={output!r} is unknown; the network has {len(net.program.classes)}"
             )
-        image = strip_source(source)
+        image = strip_source(source, net.in_channels)
         selection = Selection.of(classes, net, output)
         size = tuple(max(n, axis.window) for n, axis in zip(image.size, net.geometry.axes))
         height, width = net.output_size(image.size)

@@ -16,9 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fcvgg.errors import FcvggError
+from fcvgg.extras import imported
 from fcvgg.files import folder_written_whole, written_whole
 from fcvgg.geometry import Pair
-from fcvgg.sources.extras import imported
 
 if TYPE_CHECKING:
     from fcvgg.heatmap import Heatmap

@@ -15,12 +15,13 @@ from PIL import Image
 
 from fcvgg.categories import class_index, class_name
 from fcvgg.errors import ArgumentError, CategoryError, FcvggError, ImageError
+from fcvgg.extras import imported
 from fcvgg.files import written_whole
 from fcvgg.geometry import Geometry, Pair
 from fcvgg.heatmap import Heatmap
 from fcvgg.interpolation import interpolated, pixel_points, shown, within
+from fcvgg.pictures import Picture
 from fcvgg.probability import cells_with_data, normalized, to_probabilities
-from fcvgg.sources.extras import imported
 from fcvgg.streaming.opening import open_image
 from fcvgg.streaming.score_store import ScoreStore
 from fcvgg.streaming.strip_sources import StripSource
@@ -277,4 +278,6 @@ def _thumbnail(source: StripSource, ys: NDArray[Any], xs: NDArray[Any]) -> Image
         sums = np.add.reduceat(np.sum(read, 0, dtype=np.uint64), across[:-1], 0)
         lines.append(np.round(sums / (len(rows) * counts)).astype(np.uint8))
     pixels = np.stack(lines)
-    return Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
+    if source.channels == 4 and not source.transparent():
+        pixels = pixels[..., :3]
+    return Picture(pixels, in_bytes=source.dtype == np.uint8).image

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fcvgg.capture import input_channels
-from fcvgg.errors import ArgumentError, ConversionError, GeometryError, ImageError, PreprocessError
+from fcvgg.errors import ArgumentError, ConversionError, GeometryError, ImageError
 from fcvgg.geometry import Pair, checked_size
 from fcvgg.images import prepare
 from fcvgg.loading import load
@@ -41,7 +41,8 @@ class FeatureExtractor:
             one number per channel; None keeps all positions.
         size: None keeps an image's size; an int is its smaller side, ``(h, w)`` its size.
         preprocess: how images become input; the network's own when None.
-        value_range: the values ``(black, white)`` of arrays that are not ``uint8``.
+        value_range: the values ``(black, white)`` of images that are not ``uint8``, in place of
+            the preprocessing's.
         batch_size: images of one size that run at once.
         cache: None, ``"memory"``, or a folder.
         progress: show a bar on stderr.
@@ -71,6 +72,8 @@ class FeatureExtractor:
         model = load(model) if isinstance(model, (str, Path)) else model
         own = model.preprocess if isinstance(model, FullyConvolutional) else None
         self.preprocess = own if preprocess is None else preprocess
+        if self.preprocess is not None and self.value_range is not None:
+            self.preprocess = replace(self.preprocess, value_range=self.value_range)
         self.in_channels = (
             model.in_channels if isinstance(model, FullyConvolutional) else input_channels(model)
         )
@@ -126,31 +129,12 @@ class FeatureExtractor:
         return pixels
 
     def _read(self, image: Any) -> Tensor:
-        if isinstance(image, np.ndarray) and image.dtype != np.uint8 and self.value_range:
-            return self._resized(self._from_values(image))
         prepared = prepare(image, self.preprocess, self.in_channels)
         if prepared.pixels is not None:
             return self._resized(prepared.pixels)
         assert self.preprocess is not None
         size = self.preprocess.resize if self.size is None else self.size
         return prepared.tensor(replace(self.preprocess, resize=size))
-
-    def _from_values(self, array: NDArray[Any]) -> Tensor:
-        assert self.value_range is not None
-        if self.preprocess is None:
-            raise PreprocessError(
-                "the model's preprocessing is unknown; pass preprocess=fcvgg.Preprocess(mean, std)"
-            )
-        black, white = self.value_range
-        values = (array.astype(np.float32) - black) * (255 / (white - black))
-        if values.ndim == 2:
-            values = np.repeat(values[..., None], self.in_channels, 2)
-        if values.ndim != 3 or values.shape[2] != self.in_channels:
-            raise ImageError(
-                f"an array of shape {array.shape} is no image for a network of {self.in_channels} "
-                f"channels; expected (H, W) or (H, W, {self.in_channels})"
-            )
-        return self.preprocess.normalized(values)
 
     def _resized(self, pixels: Tensor) -> Tensor:
         if self.size is None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from fcvgg.datasets import Unreadable, samples_in
 from fcvgg.errors import DatasetError, ImageError
-from fcvgg.images import read_image
+from fcvgg.images import image_size
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def class_folders(folder: str | Path) -> ClassFolders:
     skipped: list[Unreadable] = []
     for name, label in samples:
         try:
-            read_image(name)
+            image_size(name)
         except ImageError as error:
             skipped.append(Unreadable(name, str(error)))
         else:

@@ -1,0 +1,23 @@
+"""Optional packages, imported where they are needed."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from fcvgg.errors import MissingExtraError
+
+
+def imported(module: str, extra: str) -> Any:
+    """An optional package's module.
+
+    Raises:
+        MissingExtraError: naming what to install.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise MissingExtraError(
+            f"this source needs the package {module.partition('.')[0]!r}, which cannot be imported "
+            f"({error}); install it with: pip install 'fcvgg[{extra}]'"
+        ) from error
