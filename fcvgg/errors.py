@@ -6,9 +6,56 @@ one, the remedy. All classes derive from `FcvggError`, so one ``except`` catches
 
 from __future__ import annotations
 
+import re
+import unicodedata
+
+_LONGEST = 2_000
+"""Characters of a message; names in files may be of any length."""
+
+_HIDDEN = frozenset(("Cc", "Cf", "Cs", "Zl", "Zp"))
+"""Unicode's kinds of characters that steer a terminal or the order of its text, or end a line."""
+
+_JOINERS = "\u200c\u200d"
+"""Characters of kind Cf that words of several scripts, and emoji, are written with."""
+
+
+def visible(text: object, longest: int | None = None) -> str:
+    """Text in one line without control or direction characters: they are written as escapes.
+
+    An escape code shows as ``\\x1b``, a line break as ``\\n``, a right-to-left mark as ``\\u200f``.
+
+    Args:
+        text: what may come from a file, such as a layer's name.
+        longest: characters beyond which the middle is left out.
+    """
+    text = str(text)
+    if longest is not None and len(text) > longest:
+        text = f"{text[: longest * 2 // 3]} [...] {text[-longest // 3 :]}"
+    if text.isprintable():
+        return text
+    return "".join(_escaped(c) if _is_hidden(c) else c for c in text)
+
+
+def _is_hidden(character: str) -> bool:
+    return unicodedata.category(character) in _HIDDEN and character not in _JOINERS
+
+
+def _escaped(character: str) -> str:
+    return character.encode("unicode_escape").decode("ascii")
+
 
 class FcvggError(Exception):
-    """Base of every error that fcvgg raises on purpose."""
+    """Base of every error that fcvgg raises on purpose.
+
+    Its message is one line of bounded length, whatever the names in it hold.
+    """
+
+    def __init__(self, *args: object):
+        super().__init__(*(_message(a) if isinstance(a, str) else a for a in args))
+
+
+def _message(text: str) -> str:
+    return visible(re.sub(r"[ \t]*\n\s*", " ", text.strip()), _LONGEST)
 
 
 class ConversionError(FcvggError):
@@ -80,5 +127,5 @@ class ContenderError(FcvggError):
 
 
 def one_line(error: BaseException) -> str:
-    """The first line of an error's message."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    """The first line of an error's message, as `visible` shows it."""
+    return visible((str(error).strip() or type(error).__name__).splitlines()[0], _LONGEST // 2)
