@@ -55,9 +55,8 @@ def check_claim(claimed: int, path: str | Path, what: str) -> None:
     allowed = allowed_bytes(path)
     if claimed > allowed:
         raise LoadError(
-            f"{what} must take at most {readable(allowed)} in a file of "
-            f"{readable(os.stat(path).st_size)}, got {readable(claimed)}; the file is broken or "
-            "made to exhaust memory"
+            f"{path} must hold at most {readable(allowed)} of {what} by its own size, got "
+            f"{readable(claimed)}; it is broken or made to exhaust memory"
         )
 
 
@@ -140,8 +139,8 @@ def check_members(archive: zipfile.ZipFile, path: Path) -> None:
         LoadError: if so.
     """
     members = archive.infolist()
-    check_count(len(members), f"the number of members of {path}", 10 * MOST_NODES)
-    check_claim(sum(member.file_size for member in members), path, f"the members of {path}")
+    check_count(len(members), f"{path}: the number of members", 10 * MOST_NODES)
+    check_claim(sum(member.file_size for member in members), path, "members")
 
 
 def read_member(archive: zipfile.ZipFile, name: str, limit: int) -> bytes:

@@ -158,11 +158,13 @@ def read_bundle(path: Path) -> tuple[Program, Settings]:
     except (SafetensorError, OSError, ValueError) as error:
         raise LoadError(f"{path / TENSORS} is broken: {one_line(error)}") from error
     try:
-        for part in ("graph", "layers", "tensors", "records"):
+        for part in ("graph", "layers", "records"):
             most = untrusted.MOST_NODES * (4 if part == "tensors" else 1)
             untrusted.check_count(
                 len(config[part]), f"the number of {part} in {path / CONFIG}", most
             )
+        what = f"{path / CONFIG}: the number of tensors"
+        untrusted.check_count(len(config["tensors"]), what, 4 * untrusted.MOST_NODES)
         table = {name: entry_of(name, data) for name, data in config["tensors"].items()}
         program = rebuilt_program(config, table, checked_tensors(table, tensors))
         return program, _settings(config, program.classes[0])
