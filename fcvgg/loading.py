@@ -16,7 +16,7 @@ from fcvgg.errors import ArgumentError, LoadError
 from fcvgg.network import FullyConvolutional
 from fcvgg.preprocessing import Preprocess
 from fcvgg.serialization.bundle import read_bundle
-from fcvgg.shape_budget import ShapeBudget, check_affordable, sizes_verified
+from fcvgg.shape_budget import ShapeBudget, check_affordable, largest_verified
 from fcvgg.sources import keras_file, onnx_file, timm_model, torchvision_model
 from fcvgg.verification import check
 
@@ -89,8 +89,8 @@ def _converted_within_budget(
     verify = options.pop("verify", True)
     with ShapeBudget(origin, sized=False):
         net = convert(model, verify=False, **options)
-    sizes = sizes_verified(net.geometry, net.input_size) if verify else [net.geometry.window]
-    check_affordable(net.network, net.in_channels, sizes, origin)
+    size = largest_verified(net.geometry, net.input_size) if verify else net.geometry.window
+    check_affordable(net.network, (1, net.in_channels, *size), origin)
     if verify:
         net.equivalence = check(model, net)
     return net

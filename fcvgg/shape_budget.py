@@ -8,7 +8,7 @@ before anything is computed.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from math import prod
 from typing import Any
 
 import torch
@@ -111,10 +111,8 @@ def _pieces(func: Any, args: Any, kwargs: Any) -> int:
     return -(-int(size) // part) if isinstance(part, int) and part > 0 else 0
 
 
-def check_affordable(
-    model: nn.Module, channels: int, sizes: Iterable[Pair], origin: object
-) -> None:
-    """Refuse a model that would take too much memory or time on an image of one of these sizes.
+def check_affordable(model: nn.Module, shape: tuple[int, ...], origin: object) -> None:
+    """Refuse a model that would take too much memory or time on images ``(N, C, H, W)``.
 
     What does not run here for another reason is left to whoever runs it.
 
@@ -128,26 +126,24 @@ def check_affordable(
         is_parameter = isinstance(tensor, nn.Parameter)
         memo[id(tensor)] = nn.Parameter(bare, tensor.requires_grad) if is_parameter else bare
     twin = copy.deepcopy(model, memo).eval()
-    for size in dict.fromkeys(sizes):
-        images = torch.empty(1, channels, *size, dtype=dtype_of(model), device="meta")
-        try:
-            with torch.no_grad(), ShapeBudget(f"{origin} at {size[0]}x{size[1]} pixels") as budget:
-                budget._count(images.numel(), torch.ops.aten.empty.memory_format)
-                twin(images)
-        except LoadError:
-            raise
-        except Exception:  # a layer that needs values, or a size that the model does not take
-            continue
+    height, width = shape[2:]
+    budget = ShapeBudget(f"{origin} at {height}x{width} pixels")
+    try:
+        with torch.no_grad(), budget:
+            images = torch.empty(shape, dtype=dtype_of(model), device="meta")
+            twin(images)
+    except LoadError:
+        raise
+    except Exception:
+        pass
 
 
-def sizes_verified(geometry: Geometry, native: Pair) -> list[Pair]:
-    """The sizes of the images that verification runs: native, and shifted along each axis."""
-    sizes = [native]
-    for i, axis in enumerate(geometry.axes):
-        size = list(native)
-        size[i] = _shifted_extent(axis, native[i])
-        sizes.append((size[0], size[1]))
-    return sizes
+def largest_verified(geometry: Geometry, native: Pair) -> Pair:
+    """The largest of the images that verification runs: native, and shifted along each axis."""
+    height, width = geometry.axes
+    tall = _shifted_extent(height, native[0]), native[1]
+    wide = native[0], _shifted_extent(width, native[1])
+    return max(native, tall, wide, key=prod)
 
 
 def _shifted_extent(axis: Axis, native: int) -> int:
