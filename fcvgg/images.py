@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from fcvgg.errors import ArgumentError, ImageError, PreprocessError, one_line
+from fcvgg.errors import ArgumentError, FcvggError, ImageError, PreprocessError, one_line
 from fcvgg.geometry import Pair
 from fcvgg.preprocessing import INTERPOLATIONS, Preprocess
 from fcvgg.probability import widened
@@ -282,7 +282,9 @@ def _from_file(path: Path) -> Image.Image:
             f"{path} is too large to be loaded whole: {one_line(error)}; make it smaller, or raise "
             "PIL.Image.MAX_IMAGE_PIXELS if you trust the file"
         ) from error
-    except (OSError, ValueError) as error:
+    except FcvggError:
+        raise
+    except Exception as error:  # Pillow's plugins raise whatever a broken file leads to
         raise ImageError(f"{path} cannot be read: {one_line(error)}") from error
 
 

@@ -59,8 +59,10 @@ def read(path: str | Path, arch: str | None = None) -> tuple[KerasModel, dict[st
             if config is None:
                 config = _application(_recognised(weights, arch, path), weights)
             return _assembled(config, weights, path)
-        except FcvggError:
-            raise
+        except FcvggError as error:
+            if str(error).startswith(str(path)):
+                raise
+            raise LoadError(f"{path}: {error}") from error
         except Exception as error:  # a description can be wrong in any way
             raise LoadError(
                 f"{path} is no readable Keras file: {type(error).__name__}: {one_line(error)}"

@@ -120,8 +120,11 @@ class Graph:
     def _add(self, node: Node, operator: Any) -> None:
         try:
             operator(self, node)
-        except LoadError:
-            raise
+        except LoadError as error:
+            message = str(error)
+            if message.startswith(str(self.path)):
+                raise
+            raise LoadError(f"{self.path}: {message}") from error
         except Exception as error:  # a node can lack an input or attribute, or have one of any kind
             raise LoadError(
                 f"{self.path}: {node} is malformed: {type(error).__name__}: {one_line(error)}"

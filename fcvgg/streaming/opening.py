@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from fcvgg.errors import ArgumentError, ImageError, one_line
+from fcvgg.errors import ArgumentError, FcvggError, ImageError, one_line
 from fcvgg.geometry import Pair
 from fcvgg.sources.extras import imported
 from fcvgg.streaming.strip_sources import (
@@ -88,7 +88,14 @@ def open_image(
     if not found:
         raise ImageError(f"there is no image file {path}")
     opened = _zarr_source if path.is_dir() else _file_source
-    source = opened(path, level, bands, missing)
+    try:
+        source = opened(path, level, bands, missing)
+    except FcvggError:
+        raise
+    except Exception as error:  # the description of a file can be wrong in any way
+        raise ImageError(
+            f"{path} cannot be read: {type(error).__name__}: {one_line(error)}"
+        ) from error
     source.path, source.level = path, level
     source.reopened = partial(open_image, path, level, bands=bands, missing=missing)
     return source
