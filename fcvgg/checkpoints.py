@@ -6,23 +6,28 @@ import argparse
 import pickle
 import re
 import warnings
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from fcvgg import untrusted
 from fcvgg.errors import LoadError, one_line
 
 SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".pth.tar", ".safetensors")
 
 _NESTED = ("state_dict", "model_state_dict", "model", "net", "ema_state_dict")
+_DEPTH = 8
+"""How many entries are opened one within the other; a dictionary may hold itself."""
+
 _PREFIXES = ("module.", "_orig_mod.", "model.")
 _LISTED = 4
+_REASON = 200
 
 _FORBIDDEN = re.compile(r"GLOBAL ([\w.]+)")
 """How torch's safe unpickler names an object that is no tensor."""
@@ -41,7 +46,36 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise LoadError(f"there is no checkpoint {path}; expected a file in {', '.join(SUFFIXES)}")
     content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
-    return _without_prefixes(_state_within(content, path))
+    state = _without_prefixes(_state_within(content, path))
+    _check_tensors(state, path)
+    return state
+
+
+def classes_in(state: Mapping[str, Tensor], layer: str, own: Tensor, arch: str) -> int:
+    """The outputs of an architecture's last layer, in a checkpoint.
+
+    Args:
+        state: of the checkpoint.
+        layer: the last layer's name.
+        own: its weight, for any number of classes.
+        arch: the architecture's name.
+
+    Raises:
+        LoadError: if the checkpoint has no such weight, or one of another shape.
+    """
+    weight = state.get(f"{layer}.weight")
+    if weight is None:
+        raise LoadError(
+            f"the checkpoint does not fit {arch}: it has no {layer}.weight, the last layer; it has "
+            f"{_listed(list(state))}"
+        )
+    if weight.ndim < 2 or not len(weight) or _as_linear(weight, own).shape[1:] != own.shape[1:]:
+        wanted = ("classes", *own.shape[1:])
+        raise LoadError(
+            f"the checkpoint does not fit {arch}: {layer}.weight must have the shape "
+            f"({', '.join(map(str, wanted))}), got {tuple(weight.shape)}"
+        )
+    return len(weight)
 
 
 def load_into(model: nn.Module, state: Mapping[str, Tensor], origin: str) -> None:
@@ -52,6 +86,16 @@ def load_into(model: nn.Module, state: Mapping[str, Tensor], origin: str) -> Non
     Raises:
         LoadError: naming what is missing, unexpected or of another shape.
     """
+    state = fitting(model, state, origin)
+    model.load_state_dict(state, strict=False)
+
+
+def fitting(model: nn.Module, state: Mapping[str, Tensor], origin: str) -> dict[str, Tensor]:
+    """A state in the shapes of a model of the same architecture, which may be without values.
+
+    Raises:
+        LoadError: naming what is missing, unexpected, of another shape or of another kind.
+    """
     own = model.state_dict()
     state = {name: _as_linear(tensor, own.get(name)) for name, tensor in state.items()}
     missing = [name for name in own if name not in state and not name.endswith("batches_tracked")]
@@ -61,12 +105,18 @@ def load_into(model: nn.Module, state: Mapping[str, Tensor], origin: str) -> Non
         for name in own
         if name in state and state[name].shape != own[name].shape
     ]
+    misread = [
+        f"{name} of {state[name].dtype} instead of {own[name].dtype}"
+        for name in own
+        if name in state and own[name].is_floating_point() and not state[name].is_floating_point()
+    ]
     problems = [
         f"{len(names)} {what}: {_listed(names)}"
         for what, names in (
             ("missing", missing),
             ("unexpected", unexpected),
             ("of another shape", misshapen),
+            ("of another kind", misread),
         )
         if names
     ]
@@ -75,7 +125,29 @@ def load_into(model: nn.Module, state: Mapping[str, Tensor], origin: str) -> Non
             f"{origin} does not fit {type(model).__name__} ({'; '.join(problems)}); "
             "check the architecture's name"
         )
-    model.load_state_dict(state, strict=False)
+    return state
+
+
+def _check_tensors(state: Mapping[str, Tensor], path: Path) -> None:
+    """Refuse tensors that are not plain arrays, or that take more memory than the file holds."""
+    untrusted.check_count(len(state), f"{path}: the number of tensors", 4 * untrusted.MOST_NODES)
+    claimed = 0
+    for name, tensor in state.items():
+        kinds = {
+            "quantised": tensor.is_quantized,
+            "without values": tensor.is_meta,
+            "nested": tensor.is_nested,
+            "sparse": tensor.layout != torch.strided,
+            f"of {tensor.dtype}": tensor.is_complex(),
+        }
+        found = [kind for kind, holds in kinds.items() if holds]
+        if found:
+            raise LoadError(
+                f"{path} must hold plain arrays of real numbers, got {name}, which is "
+                f"{' and '.join(found)}; save the dense, dequantised values"
+            )
+        claimed += tensor.numel() * tensor.element_size()
+    untrusted.check_claim(claimed, path, "tensors")
 
 
 def _as_linear(tensor: Tensor, own: Tensor | None) -> Tensor:
@@ -91,7 +163,7 @@ def _listed(names: list[str]) -> str:
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
-    except (SafetensorError, OSError, ValueError) as error:
+    except Exception as error:  # of safetensors, or of torch, for a dtype that it does not know
         raise LoadError(f"{path} is no readable safetensors file: {one_line(error)}") from error
 
 
@@ -102,10 +174,15 @@ def _read_pickle(path: Path) -> Any:
         what = f"it begins with {start!r}" if start else "it is empty"
         raise LoadError(f"{path} is no file of torch.save: {what}; was it downloaded whole?")
     try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                untrusted.check_members(archive, path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about pickle protocols, which broken files show
             with torch.serialization.safe_globals(_inert()):
                 return torch.load(path, map_location="cpu", weights_only=True)
+    except LoadError:
+        raise
     except Exception as error:  # a broken file can lead the unpickler anywhere
         raise LoadError(f"{path} {_complaint(error)}") from error
 
@@ -128,12 +205,14 @@ def _complaint(error: Exception) -> str:
         return "holds a scripted model; save model.state_dict() instead"
     if isinstance(error, pickle.UnpicklingError):
         return "is broken, or a pickle that torch.save did not write; save model.state_dict() anew"
-    reason = one_line(error).split(". ")[0].strip(" .")
+    reason = one_line(error).split(". ")[0].strip(" .")[:_REASON]
     return f"is a broken checkpoint: {type(error).__name__} ({reason})"
 
 
 def _state_within(content: Any, path: Path) -> dict[str, Tensor]:
-    while isinstance(content, Mapping):
+    for _ in range(_DEPTH):
+        if not isinstance(content, Mapping):
+            break
         tensors = {str(k): v for k, v in content.items() if isinstance(v, Tensor)}
         inner = next((content[k] for k in _NESTED if isinstance(content.get(k), Mapping)), None)
         if inner is None:

@@ -9,8 +9,8 @@ Convolutional Neural Networks" (https://distill.pub/2019/computing-receptive-fie
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from typing import Any
 
@@ -40,6 +40,24 @@ class Window:
     after: int = 0
     ceil_mode: bool = False
 
+    @classmethod
+    def from_dict(cls, data: Any) -> Window:
+        """The window of `dataclasses.asdict`, as a file has it.
+
+        Raises:
+            GeometryError: if it is no window, or beyond every known layer's.
+        """
+        window = cls(**data) if isinstance(data, dict) and data.keys() <= _WINDOW_KEYS else None
+        if window is None:
+            raise GeometryError(f"the geometry has {data!r}, which is no window")
+        positive = window.kernel, window.stride, window.dilation
+        numbers = (*positive, window.before, window.after)
+        if any(type(n) is not int or abs(n) > LARGEST_SIZE for n in numbers) or min(positive) < 1:
+            raise GeometryError(f"the geometry has {window}, which is no window")
+        if type(window.ceil_mode) is not bool:
+            raise GeometryError(f"the geometry has {window}, whose ceil_mode is no bool")
+        return window
+
     @property
     def span(self) -> int:
         """Input positions from the first to the last that one output position reads."""
@@ -59,6 +77,9 @@ class Window:
         if (cells - 1) * self.stride >= size + self.before:
             cells -= 1
         return max(cells, 0)
+
+
+_WINDOW_KEYS = {field.name for field in fields(Window)}
 
 
 @dataclass(frozen=True)
@@ -104,15 +125,10 @@ class Axis:
     @cached_property
     def _fields(self) -> list[tuple[int, int, int]]:
         """``(stride, first, end)`` per step: position i reads pixels i*stride + [first, end)."""
-        fields: list[tuple[int, int, int]] = []
+        found: list[tuple[int, int, int]] = []
         for step in self.steps:
-            fed = [(1, 0, 1) if i == IMAGE else fields[i] for i in step.inputs]
-            stride = fed[0][0]
-            first = min(f for _, f, _ in fed) - step.window.before * stride
-            end = max(e for _, _, e in fed)
-            end += (step.window.span - 1 - step.window.before) * stride
-            fields.append((stride * step.window.stride, first, end))
-        return fields
+            found.append(_field_of(step, found))
+        return found
 
     @property
     def stride(self) -> int:
@@ -192,6 +208,11 @@ class Axis:
         """
         if self.stride != other.stride:
             return False
+        if self.stride > LARGEST_SIZE:
+            raise GeometryError(
+                f"two branches with a stride of {self.stride:,} pixels meet; strides must be at "
+                f"most {LARGEST_SIZE:,}"
+            )
         start = max(self.window, other.window)
         sizes = range(start, start + self.stride)
         return all(self.cells(size) == other.cells(size) for size in sizes)
@@ -319,8 +340,14 @@ class Geometry:
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> Geometry:
-        return cls(*(_axis_from_dict(data[name]) for name in ("height", "width")))
+    def from_dict(cls, data: Any) -> Geometry:
+        """The geometry of `to_dict`, whatever a file makes of it.
+
+        Raises:
+            GeometryError: if a part is missing, of another kind, or beyond every known network's.
+        """
+        parts = _fields_of(data, ("height", "width"), "geometry")
+        return cls(*(_axis_from_dict(parts[name], name) for name in ("height", "width")))
 
     def __str__(self) -> str:
         def pair(values: Pair) -> str:
@@ -362,10 +389,61 @@ def checked_size(size: Iterable[int] | int) -> Pair:
     return int(values[0]), int(values[1])
 
 
+def _field_of(step: Step, earlier: Sequence[tuple[int, int, int]]) -> tuple[int, int, int]:
+    """``(stride, first, end)`` of a step after the earlier ones."""
+    fed = [(1, 0, 1) if i == IMAGE else earlier[i] for i in step.inputs]
+    stride = fed[0][0]
+    first = min(f for _, f, _ in fed) - step.window.before * stride
+    end = max(e for _, _, e in fed)
+    end += (step.window.span - 1 - step.window.before) * stride
+    return stride * step.window.stride, first, end
+
+
 def _box(rows: Pair, cols: Pair) -> Box:
     return rows[0], cols[0], rows[1], cols[1]
 
 
-def _axis_from_dict(data: dict[str, Any]) -> Axis:
-    steps = tuple(Step(Window(**s["window"]), tuple(s["inputs"])) for s in data["steps"])
-    return Axis(**{**data, "steps": steps})
+# -- descriptions in files ------------------------------------------------------------------------
+
+_MOST_STEPS = 10_000
+_FARTHEST = 1 << 40
+"""Pixels beyond which no stride or receptive field of a file is believed."""
+
+
+def _axis_from_dict(data: Any, name: str) -> Axis:
+    data = _fields_of(data, ("steps",), f"geometry's {name}")
+    described = data["steps"]
+    if not isinstance(described, (list, tuple)) or not 0 < len(described) <= _MOST_STEPS:
+        raise GeometryError(f"the geometry has no steps along its {name}; expected a list of them")
+    steps: list[Step] = []
+    found: list[tuple[int, int, int]] = []
+    for i, step in enumerate(described):
+        steps.append(_step_from_dict(step, i))
+        found.append(_field_of(steps[-1], found))
+        if max(map(abs, found[-1])) > _FARTHEST:
+            raise GeometryError(f"the geometry's step {i} reaches beyond {_FARTHEST:,} pixels")
+    known = {key: data[key] for key in ("origin", "context", "context_start") if key in data}
+    for key, value in known.items():
+        whole = type(value) is int and abs(value) <= _FARTHEST and (key != "context" or value > 0)
+        if not whole and not (key == "context" and value is None):
+            raise GeometryError(f"the geometry's {key} must be an integer, got {value!r}")
+    return Axis(tuple(steps), **known)
+
+
+def _step_from_dict(data: Any, place: int) -> Step:
+    data = _fields_of(data, ("window", "inputs"), f"geometry's step {place}")
+    inputs = data["inputs"]
+    if (
+        not isinstance(inputs, (list, tuple))
+        or not inputs
+        or any(type(k) is not int or not IMAGE <= k < place for k in inputs)
+    ):
+        raise GeometryError(f"the geometry has a step {place} with inputs {inputs!r}")
+    return Step(Window.from_dict(data["window"]), tuple(inputs))
+
+
+def _fields_of(data: Any, names: Iterable[str], what: str) -> dict[str, Any]:
+    missing = [n for n in names if not isinstance(data, dict) or n not in data]
+    if missing:
+        raise GeometryError(f"the {what} must have {' and '.join(names)}, got {data!r}")
+    return dict(data)

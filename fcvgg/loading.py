@@ -16,7 +16,9 @@ from fcvgg.errors import ArgumentError, LoadError
 from fcvgg.network import FullyConvolutional
 from fcvgg.preprocessing import Preprocess
 from fcvgg.serialization.bundle import read_bundle
+from fcvgg.shape_budget import ShapeBudget, check_affordable, largest_verified
 from fcvgg.sources import keras_file, onnx_file, timm_model, torchvision_model
+from fcvgg.verification import check
 
 DEFAULT_WEIGHTS = "DEFAULT"
 
@@ -75,7 +77,23 @@ def load(
     model, found = read_source(name, arch, weights, input_size, options.get("verify", True))
     settings = {"preprocess": preprocess, "categories": categories, "input_size": input_size}
     found.update({key: value for key, value in settings.items() if value is not None})
-    return convert(model, **{**found, **options})
+    if not name.endswith((onnx_file.SUFFIX, *keras_file.SUFFIXES)):
+        return convert(model, **{**found, **options})
+    return _converted_within_budget(model, {**found, **options}, name)
+
+
+def _converted_within_budget(
+    model: nn.Module, options: dict[str, Any], origin: str
+) -> FullyConvolutional:
+    """The network of a model that a file describes, which is run only if it is affordable."""
+    verify = options.pop("verify", True)
+    with ShapeBudget(origin, sized=False):
+        net = convert(model, verify=False, **options)
+    size = largest_verified(net.geometry, net.input_size) if verify else net.geometry.window
+    check_affordable(net.network, (1, net.in_channels, *size), origin)
+    if verify:
+        net.equivalence = check(model, net)
+    return net
 
 
 def read_source(

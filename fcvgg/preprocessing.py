@@ -23,6 +23,9 @@ INTERPOLATIONS = {
     "lanczos": Image.Resampling.LANCZOS,
 }
 
+_LARGEST_RESIZE = 4096
+"""Pixels of a side that preprocessing may ask for: 200 MB of a square image in float32."""
+
 _IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 PRESETS: dict[str, tuple[tuple[float, ...], tuple[float, ...], float, str]] = {
@@ -81,7 +84,8 @@ class Preprocess:
         for name in ("mean", "std"):
             value = getattr(self, name)
             numbers = tuple(value) if isinstance(value, Iterable) else (value,)
-            object.__setattr__(self, name, tuple(float(v) for v in numbers))
+            object.__setattr__(self, name, tuple(_number(v, name) for v in numbers))
+        _number(self.scale, "scale")
         if len(self.mean) != len(self.std) or not self.mean:
             raise PreprocessError(
                 f"mean has {len(self.mean)} values and std {len(self.std)}; "
@@ -100,7 +104,7 @@ class Preprocess:
         if self.channel_order == "BGR" and self.channels == 4:
             raise PreprocessError("channel_order='BGR' needs 3 channels, got mean and std for 4")
         object.__setattr__(self, "resize", _checked_resize(self.resize))
-        if self.interpolation not in INTERPOLATIONS:
+        if self.interpolation not in tuple(INTERPOLATIONS):
             raise PreprocessError(
                 f"interpolation={self.interpolation!r} is unknown; "
                 f"expected one of {', '.join(INTERPOLATIONS)}"
@@ -265,6 +269,8 @@ def decoded_preprocess(data: Mapping[str, Any] | None) -> Preprocess | None:
     """
     if data is None:
         return None
+    if not isinstance(data, Mapping) or not {"mean", "std"} <= data.keys():
+        raise PreprocessError(f"preprocess must be an object with mean and std, got {data!r}")
     known = {field.name for field in fields(Preprocess)}
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items() if k in known}
     return Preprocess(**values)  # type: ignore[arg-type]  # a broken file fails in its checks
@@ -297,7 +303,21 @@ def _checked_resize(resize: Any) -> int | Pair | None:
         raise PreprocessError(
             f"resize={resize!r} is no size; expected None, a positive int or (h, w)"
         ) from error
+    if max(height, width) > _LARGEST_RESIZE:
+        raise PreprocessError(
+            f"resize must be at most {_LARGEST_RESIZE} pixels, got {resize!r}; pass resize=None to "
+            "keep the size of large images"
+        )
     return (height, width) if isinstance(resize, Iterable) else height
+
+
+def _number(value: Any, name: str) -> float:
+    try:
+        if isinstance(value, (str, bytes, bool)):
+            raise TypeError
+        return float(value)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise PreprocessError(f"{name} must hold numbers, got {value!r}") from error
 
 
 def _row(values: Sequence[float]) -> Tensor:

@@ -79,6 +79,7 @@ def run(
         keep=keep,
     )
     say()
-    say(result.markdown())
+    for line in result.markdown().splitlines():
+        say(line)
     for path in result.write(out):
         say_wrote(path)

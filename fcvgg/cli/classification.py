@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,7 +10,7 @@ import typer
 from rich.console import RenderableType
 from rich.table import Table
 
-from fcvgg.cli.console import check_any_exists, exit_if_any_failed, for_each_image, say
+from fcvgg.cli.console import check_any_exists, exit_if_any_failed, for_each_image, say, say_json
 from fcvgg.cli.options import (
     Arch,
     Bands,
@@ -93,7 +92,7 @@ def run(
 
     results = for_each_image(images, "classifying", classify)
     if as_json:
-        typer.echo(json.dumps(results, indent=2, ensure_ascii=False))
+        say_json(results)
     exit_if_any_failed(images, results)
 
 

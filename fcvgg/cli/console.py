@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import functools
+import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 import typer
-from rich.console import Console, RenderableType
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.segment import Segment
 from rich.text import Text
 
 from fcvgg.cli.options import in_option_words
-from fcvgg.errors import FcvggError, ImageError
+from fcvgg.errors import FcvggError, ImageError, visible
 
 BAD_INPUT = 2
 """Exit status on an error that the user can mend."""
@@ -31,16 +33,46 @@ _PIPED_WIDTH = 200
 Result = TypeVar("Result")
 
 
+class VisibleConsole(Console):
+    """A console on which names from files show as `visible` writes them, each in one line."""
+
+    def render(
+        self, renderable: RenderableType, options: ConsoleOptions | None = None
+    ) -> Iterable[Segment]:
+        shown = _visible_text(renderable) if isinstance(renderable, Text) else renderable
+        return super().render(shown, options)
+
+    def render_str(self, text: str, **options: Any) -> Text:  # type: ignore[override]
+        return super().render_str(visible(text), **options)
+
+
+def _visible_text(text: Text) -> Text:
+    if text.plain.isprintable():
+        return text
+    shown = text.blank_copy()
+    for i, character in enumerate(text.plain):
+        written = visible(character)
+        shown.append_text(text[i] if written == character else Text(written))
+    return shown
+
+
 def output() -> Console:
-    """The console on stdout; made anew, since tests and pipes exchange the stream."""
+    """The console on stdout; made for each call, since tests and pipes exchange the stream."""
     limited = sys.stdout.isatty() or "COLUMNS" in os.environ
     width = None if limited else _PIPED_WIDTH
-    return Console(highlight=False, markup=False, emoji=False, width=width)
+    return VisibleConsole(highlight=False, markup=False, emoji=False, width=width)
 
 
 def say(line: RenderableType = "") -> None:
     """Print one line, which is not broken so that paths stay whole, or a table."""
     output().print(line, soft_wrap=isinstance(line, (str, Text)))
+
+
+def say_json(value: object) -> None:
+    """Print plain data as JSON, in which control characters stand as escapes."""
+    text = json.dumps(value, indent=2, ensure_ascii=False)
+    plain = (c if c == "\n" or visible(c) == c else json.dumps(c)[1:-1] for c in text)
+    typer.echo("".join(plain))
 
 
 def say_wrote(path: Path) -> None:
@@ -158,7 +190,7 @@ def folder(path: Path) -> Path:
 
 
 def _errors() -> Console:
-    return Console(stderr=True, highlight=False, markup=False, emoji=False)
+    return VisibleConsole(stderr=True, highlight=False, markup=False, emoji=False)
 
 
 def _progress(total: int) -> Progress:

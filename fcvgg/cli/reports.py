@@ -71,9 +71,9 @@ def count(number: int) -> str:
 
 
 def titled(title: str, body: RenderableType, foot: str = "") -> RenderableType:
-    """A body under a title, which is not broken to the body's width."""
-    parts = [Text(title, style="bold"), body]
-    return Group(*parts, Text(foot, style="dim")) if foot else Group(*parts)
+    """A body under a title, which is not broken to the body's width, and over lines at its foot."""
+    lines = (Text(line, style="dim") for line in foot.splitlines())
+    return Group(Text(title, style="bold"), body, *lines)
 
 
 def facts() -> Table:

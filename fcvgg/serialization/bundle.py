@@ -19,13 +19,13 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from fcvgg.errors import FcvggError, LoadError, one_line
+from fcvgg import untrusted
+from fcvgg.errors import FcvggError, LoadError, PreprocessError, one_line
 from fcvgg.files import folder_written_whole
 from fcvgg.geometry import Pair, checked_size
 from fcvgg.preprocessing import Preprocess, decoded_preprocess
 from fcvgg.program import Program
 from fcvgg.serialization.program_data import (
-    BROKEN,
     checked_activation,
     describe_program,
     rebuilt_program,
@@ -92,7 +92,7 @@ def _input_size(value: Any) -> Pair:
 def _checked_preprocess(data: Any) -> Preprocess | None:
     try:
         return decoded_preprocess(data)
-    except (FcvggError, *BROKEN) as error:
+    except PreprocessError as error:
         raise LoadError(f"{CONFIG} has a preprocess that is none: {one_line(error)}") from error
 
 
@@ -152,18 +152,26 @@ def read_bundle(path: Path) -> tuple[Program, Settings]:
     """
     config = _read_config(path / CONFIG)
     try:
+        untrusted.check_regular(path / TENSORS, within=path)
         tensors = load_file(path / TENSORS)
     except FileNotFoundError as error:
         raise LoadError(f"{path} holds no {TENSORS}; a bundle is {CONFIG} and {TENSORS}") from error
     except (SafetensorError, OSError, ValueError) as error:
         raise LoadError(f"{path / TENSORS} is broken: {one_line(error)}") from error
     try:
+        for part in ("graph", "layers", "records"):
+            most = untrusted.MOST_NODES * (4 if part == "tensors" else 1)
+            untrusted.check_count(
+                len(config[part]), f"the number of {part} in {path / CONFIG}", most
+            )
+        what = f"{path / CONFIG}: the number of tensors"
+        untrusted.check_count(len(config["tensors"]), what, 4 * untrusted.MOST_NODES)
         table = {name: entry_of(name, data) for name, data in config["tensors"].items()}
         program = rebuilt_program(config, table, checked_tensors(table, tensors))
         return program, _settings(config, program.classes[0])
     except LoadError:
         raise
-    except (FcvggError, *BROKEN) as error:
+    except Exception as error:  # a description can be wrong in any way
         reason = f"it lacks {error}" if type(error) is KeyError else repr(error)
         raise LoadError(f"{path / CONFIG} does not describe a network: {reason}") from error
 
@@ -171,18 +179,20 @@ def read_bundle(path: Path) -> tuple[Program, Settings]:
 def is_bundle(path: str | Path) -> bool:
     """Whether a path is a folder that `write_bundle` wrote."""
     try:
-        config = json.loads((Path(path) / CONFIG).read_text())
-    except (OSError, ValueError, RecursionError):
+        data = untrusted.read_bytes(Path(path) / CONFIG, untrusted.CONFIG_BYTES)
+        config = untrusted.parsed_json(data)
+    except (LoadError, OSError, ValueError):
         return False
     return isinstance(config, dict) and config.get("library_name") == "fcvgg"
 
 
 def _read_config(path: Path) -> dict[str, Any]:
     try:
-        config = json.loads(path.read_text(), parse_constant=_no_number)
+        data = untrusted.read_bytes(path, untrusted.CONFIG_BYTES, within=path.parent)
+        config = untrusted.parsed_json(data, _no_number)
     except FileNotFoundError as error:
         raise LoadError(f"{path.parent} is no bundle: it holds no {CONFIG}") from error
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise LoadError(f"{path} is broken: {one_line(error)}") from error
     if not isinstance(config, dict) or config.get("library_name") != "fcvgg":
         raise LoadError(f"{path} is not fcvgg's: expected library_name 'fcvgg'")

@@ -25,6 +25,7 @@ from torch import fx, nn
 
 from fcvgg import modules as own_modules
 from fcvgg.errors import FcvggError, LoadError, one_line
+from fcvgg.graph import Network
 from fcvgg.layers.registry import RULES, class_of
 
 INPUT = "images"
@@ -79,19 +80,24 @@ _OPERATIONS = ("placeholder", "get_attr", "call_module", "call_function", "call_
 
 # -- names ----------------------------------------------------------------------------------------
 
+_OF_MODULES = frozenset(dir(Network(nn.Module(), fx.Graph())))
+"""The attributes of the module that runs a graph, which no layer or tensor can have."""
+
 
 def is_plain_path(name: Any) -> bool:
     """Whether a dotted name may be that of a layer or tensor: ``features.0.weight``."""
-    return isinstance(name, str) and all(
+    parts = name.split(".") if isinstance(name, str) else ["", ""]
+    return parts[0] not in _OF_MODULES and all(
         re.fullmatch(r"[A-Za-z0-9_]+", part)
         and not part.startswith("__")
         and not keyword.iskeyword(part)
-        for part in name.split(".")
+        for part in parts
     )
 
 
 def _is_plain_name(name: Any) -> bool:
-    return isinstance(name, str) and name.isidentifier() and not keyword.iskeyword(name)
+    own = name in ("self", "cls")  # what generated source calls the network
+    return isinstance(name, str) and name.isidentifier() and not keyword.iskeyword(name) and not own
 
 
 # -- layers ---------------------------------------------------------------------------------------
@@ -278,6 +284,11 @@ def _check_arguments(name: str, op: str, target: Any, args: Any, kwargs: Any) ->
             raise LoadError(f"the bundle's node {name} returns {args!r}; expected its scores")
     if op == "call_method" and not (args and isinstance(args[0], fx.Node)):
         raise LoadError(f"the bundle's node {name} calls Tensor.{target} on no value of the graph")
+    if op == "call_function" and not _values_in((args, kwargs)):
+        raise LoadError(
+            f"the bundle's node {name} must compute from values of the graph, got numbers and "
+            "names alone"
+        )
     if op not in ("call_function", "call_module"):
         return
     try:
@@ -290,6 +301,12 @@ def _check_arguments(name: str, op: str, target: Any, args: Any, kwargs: Any) ->
         raise LoadError(
             f"the bundle's node {name} has arguments that its call does not take: {error}"
         ) from error
+
+
+def _values_in(arguments: Any) -> bool:
+    found: list[fx.Node] = []
+    fx.node.map_arg(arguments, found.append)
+    return bool(found)
 
 
 # -- values ---------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
@@ -9,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fcvgg import probability
-from fcvgg.errors import ArgumentError, LoadError, one_line
-from fcvgg.geometry import IMAGE, Geometry, Window
+from fcvgg import probability, untrusted
+from fcvgg.errors import ArgumentError, GeometryError, LoadError, one_line
+from fcvgg.geometry import Geometry, Window
 from fcvgg.graph import graph_module
 from fcvgg.modules import TrainingOnly, WindowLinear
 from fcvgg.placement import dtype_of
@@ -31,6 +32,7 @@ from fcvgg.serialization.tensor_table import (
     fill,
     owner_of,
 )
+from fcvgg.shape_budget import ShapeBudget
 
 BROKEN = (
     *(KeyError, TypeError, ValueError, AttributeError, IndexError, AssertionError),
@@ -125,35 +127,16 @@ def rebuilt_program(
     return program
 
 
-def _geometry(data: Mapping[str, Any]) -> Geometry:
-    geometry = Geometry.from_dict(dict(data))
-    for axis in geometry.axes:
-        numbers = (axis.origin, axis.context_start, axis.context or 1)
-        if not axis.steps or any(type(n) is not int for n in numbers):
-            raise LoadError("the bundle's geometry has no steps or no integers")
-        for i, step in enumerate(axis.steps):
-            _check_window(step.window)
-            if not step.inputs or any(
-                type(k) is not int or not IMAGE <= k < i for k in step.inputs
-            ):
-                raise LoadError(f"the bundle's geometry has a step {i} with inputs {step.inputs}")
-    return geometry
-
-
-def _check_window(window: Window) -> None:
-    positive = window.kernel, window.stride, window.dilation
-    numbers = (*positive, window.before, window.after)
-    if any(type(n) is not int for n in numbers) or min(positive) < 1:
-        raise LoadError(f"the bundle's geometry has {window}, which is no window")
-    if type(window.ceil_mode) is not bool:
-        raise LoadError(f"the bundle's geometry has {window}, whose ceil_mode is no bool")
+def _geometry(data: Any) -> Geometry:
+    try:
+        return Geometry.from_dict(data)
+    except GeometryError as error:
+        raise LoadError(f"the bundle's geometry is broken: {one_line(error)}") from error
 
 
 def _record(data: Mapping[str, Any]) -> LayerRecord:
-    height, width = (Window(**window) for window in data["windows"])
+    height, width = map(Window.from_dict, data["windows"])
     record = LayerRecord(**{**data, "windows": (height, width)})
-    for window in record.windows:
-        _check_window(window)
     numbers = (
         *(record.step, record.channels, record.parameters),
         record.multiply_adds_per_position,
@@ -181,10 +164,14 @@ def checked_activation(value: Any) -> str:
 
 
 class _Trial(fx.Interpreter):
-    """A run on tensors without values, node by node, that notes every choice of channels."""
+    """A run on tensors without values, node by node, that notes every choice of channels.
+
+    Every value of a graph is a tensor, a few of them, or the mode that `TrainingFlag` gives.
+    """
 
     def __init__(self, network: fx.GraphModule):
         super().__init__(network)
+        self.extra_traceback = False  # which fx writes into the messages of errors
         self.orders: dict[str, int] = {}
 
     def run_node(self, n: fx.Node) -> Any:
@@ -194,7 +181,55 @@ class _Trial(fx.Interpreter):
                 size = self.env[source].shape[dim]  # type: ignore[index]
                 name = str(order.target)
                 self.orders[name] = min(size, self.orders.get(name, size))
-        return super().run_node(n)
+        self._check_operands(n)
+        try:
+            value = super().run_node(n)
+        except LoadError:
+            raise
+        except NotImplementedError:
+            if n.op == "call_module" and not _is_shipped(self.fetch_attr(str(n.target))):
+                raise _NeedsValuesError from None
+            raise
+        if n.op != "output":
+            self._check_value(n, value)
+        return value
+
+    def _check_operands(self, n: fx.Node) -> None:
+        """Refuse arithmetic on anything but tensors and numbers: Python repeats and joins lists."""
+        if n.op != "call_function" or getattr(n.target, "__module__", "") != "_operator":
+            return
+        operands = [self.env[a] if isinstance(a, fx.Node) else a for a in n.args]
+        if n.target is operator.getitem:
+            operands = operands[:1]
+            kinds: tuple[type, ...] = (Tensor, tuple, list)
+        elif n.target is operator.concat:
+            kinds = (tuple, list)
+        else:
+            kinds = (Tensor, int, float)
+        wrong = next((o for o in operands if not isinstance(o, kinds)), None)
+        if wrong is not None:
+            raise LoadError(
+                f"the bundle's node {n.name} must compute with tensors and numbers, got a "
+                f"{type(wrong).__name__}"
+            )
+
+    def _check_value(self, n: fx.Node, value: Any) -> None:
+        parts = value if isinstance(value, (tuple, list)) else (value,)
+        untrusted.check_count(len(parts), f"the number of values of the bundle's node {n.name}")
+        if n.op == "call_module" and isinstance(value, bool):
+            return  # of a TrainingFlag
+        if not all(isinstance(part, Tensor) for part in parts):
+            raise LoadError(
+                f"the bundle's node {n.name} must give tensors, got {type(value).__name__}"
+            )
+
+
+class _NeedsValuesError(Exception):
+    """A layer of the user's that torch cannot run without values."""
+
+
+def _is_shipped(layer: nn.Module) -> bool:
+    return type(layer).__module__.partition(".")[0] in ("torch", "torchvision", "fcvgg")
 
 
 def _check_runs(program: Program) -> dict[str, int]:
@@ -211,11 +246,13 @@ def _check_runs(program: Program) -> dict[str, int]:
     )
     trial = _Trial(program.network)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), ShapeBudget("the bundle's network"):
             maps = trial.run(images)
-    except NotImplementedError:  # a user's layer that torch cannot run without values
+    except _NeedsValuesError:
         return trial.orders
-    except BROKEN as error:
+    except LoadError:
+        raise
+    except Exception as error:  # operations fail in any way on arguments that are not theirs
         raise LoadError(f"the bundle's network does not run: {one_line(error)}") from error
     maps = maps if isinstance(maps, (tuple, list)) else (maps,)
     shapes = [tuple(m.shape) for m in maps]

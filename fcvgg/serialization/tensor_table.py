@@ -22,6 +22,9 @@ TENSORS = "model.safetensors"
 
 _LISTED = 4
 
+_OF_PARAMETERS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+_OF_BUFFERS = (*_OF_PARAMETERS, torch.int64, torch.int32, torch.uint8, torch.bool)
+
 _KINDS = ("parameter", "frozen", "buffer", "constant")
 
 
@@ -64,6 +67,12 @@ def entry_of(name: str, data: Mapping[str, Any]) -> TensorEntry:
     entry = TensorEntry(**values)
     if entry.dtype is None or entry.kind not in _KINDS:
         raise LoadError(f"{CONFIG} has a tensor {name} of {data['dtype']!r}, a {entry.kind!r}")
+    kinds = _OF_PARAMETERS if entry.kind in ("parameter", "frozen") else _OF_BUFFERS
+    if entry.dtype not in kinds:
+        raise LoadError(
+            f"{CONFIG} has a {entry.kind} {name} of dtype {data['dtype']}; expected "
+            f"{', '.join(map(_dtype_name, kinds))}"
+        )
     if any(type(n) is not int or n < 0 for n in entry.shape):
         raise LoadError(f"{CONFIG} has a tensor {name} of shape {entry.shape}")
     return entry

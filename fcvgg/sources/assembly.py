@@ -90,8 +90,9 @@ class Assembled(nn.Module):
         later = set(self._outputs)
         self._done_with = []
         for step in reversed(self.steps):
-            self._done_with.insert(0, tuple({*step.inputs, *step.outputs} - later))
+            self._done_with.append(tuple({*step.inputs, *step.outputs} - later))
             later.update(step.inputs)
+        self._done_with.reverse()
         self.eval()
 
     def forward(self, images: Tensor) -> Any:

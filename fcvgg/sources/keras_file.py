@@ -8,17 +8,20 @@ Maps are kept channels first; `Flatten` restores Keras's order, height, width, c
 from __future__ import annotations
 
 import io
-import json
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torchvision
 
+from fcvgg import untrusted
 from fcvgg.errors import FcvggError, LoadError, one_line
+from fcvgg.geometry import checked_size
 from fcvgg.preprocessing import Preprocess
+from fcvgg.sources import hdf5_file
 from fcvgg.sources.assembly import scores_of
 from fcvgg.sources.extras import imported
 from fcvgg.sources.keras_layers import LAYERS
@@ -56,9 +59,11 @@ def read(path: str | Path, arch: str | None = None) -> tuple[KerasModel, dict[st
             if config is None:
                 config = _application(_recognised(weights, arch, path), weights)
             return _assembled(config, weights, path)
-        except FcvggError:
-            raise
-        except (LookupError, ValueError, TypeError, AttributeError, OSError, RuntimeError) as error:
+        except FcvggError as error:
+            if str(error).startswith(str(path)):
+                raise
+            raise LoadError(f"{path}: {error}") from error
+        except Exception as error:  # a description can be wrong in any way
             raise LoadError(
                 f"{path} is no readable Keras file: {type(error).__name__}: {one_line(error)}"
             ) from error
@@ -71,16 +76,22 @@ def _opened(path: Path) -> Iterator[tuple[dict[str, Any] | None, Any]]:
     if not path.is_file():
         raise LoadError(f"there is no Keras file {path}")
     config = None
+    allowed = untrusted.allowed_bytes(path)
     try:
         content: Any = path
         if path.suffix == ".keras":
             with zipfile.ZipFile(path) as archive:
-                config = json.loads(archive.read("config.json"))
-                content = io.BytesIO(archive.read("model.weights.h5"))
+                untrusted.check_members(archive, path)
+                described = untrusted.read_member(archive, "config.json", untrusted.CONFIG_BYTES)
+                content = io.BytesIO(untrusted.read_member(archive, "model.weights.h5", allowed))
+            config = untrusted.parsed_json(described)
+        problem = hdf5_file.check(path, allowed)
+        if problem is not None:
+            raise LoadError(problem)
         file = h5py.File(content, "r")
         if "model_config" in file.attrs:
-            config = json.loads(text_of(file.attrs["model_config"]))
-    except (OSError, LookupError, ValueError, TypeError, RuntimeError, zipfile.BadZipFile) as error:
+            config = untrusted.parsed_json(text_of(file.attrs["model_config"]))
+    except Exception as error:  # of zipfile, of json and of h5py, which have no class in common
         raise LoadError(f"{path} is no readable Keras file: {one_line(error)}") from error
     with file:
         yield config, file
@@ -99,7 +110,8 @@ def _weights_within(file: Any, path: Path) -> Any:
 def _assembled(
     config: Mapping[str, Any], weights: Weights, path: Path
 ) -> tuple[KerasModel, dict[str, Any]]:
-    layers = list(_layers_of(config, ()))
+    layers = list(islice(_layers_of(config, ()), untrusted.MOST_NODES + 1))
+    untrusted.check_count(len(layers), f"{path}: the number of layers")
     builder = Builder(str(path), weights, layers)
     for layer in layers:
         if layer.kind not in LAYERS and layer.kind not in _MODELS:
@@ -178,7 +190,9 @@ def _run(
     entered = 0
     waiting = list(zip(inside, entries))
     while waiting:
-        ready = next((i for i, (x, _) in enumerate(waiting) if set(x.inputs) <= set(values)), None)
+        ready = next(
+            (i for i, (x, _) in enumerate(waiting) if values.keys() >= set(x.inputs)), None
+        )
         if ready is None:
             raise LoadError(f"{builder.origin}: {waiting[0][0]} takes what no layer gives")
         layer, entry = waiting.pop(ready)
@@ -212,7 +226,7 @@ def _settings(
                 f"{builder.origin} takes input of shape {tuple(shape)}; expected (N, H, W, C)"
             )
         if shape[1] and shape[2]:
-            settings["input_size"] = (int(shape[1]), int(shape[2]))
+            settings["input_size"] = checked_size(shape[1:3])
     if _is_application(layers):
         settings["preprocess"] = CAFFE
         weights = torchvision.models.VGG16_Weights.IMAGENET1K_V1

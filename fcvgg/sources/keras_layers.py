@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fcvgg import untrusted
 from fcvgg.geometry import Pair
 from fcvgg.sources import padding
 from fcvgg.sources.keras_model import Builder, Layer, Value
@@ -176,6 +177,7 @@ def zero_padding2d(build: Builder, layer: Layer, x: Value) -> Value:
     _expect_map(build, layer, x)
     rows, columns = _both(layer.get("padding", 1))
     (top, bottom), (left, right) = _both(rows), _both(columns)
+    untrusted.numbers_within((top, bottom, left, right), 0, f"padding of the layer {layer}")
     return build.layer(layer, nn.ZeroPad2d((left, right, top, bottom)), x)
 
 
@@ -365,7 +367,8 @@ def _both(value: Any) -> Any:
 
 def _pair(layer: Layer, name: str, default: Any = None) -> Pair:
     height, width = _both(layer.get(name, default))
-    return int(height), int(width)
+    untrusted.numbers_within((height, width), 1, f"{name} of the layer {layer}")
+    return height, width
 
 
 def _stride(layer: Layer) -> Pair:

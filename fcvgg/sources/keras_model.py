@@ -6,6 +6,7 @@ reads the file.
 
 from __future__ import annotations
 
+import os
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -15,8 +16,10 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from fcvgg import untrusted
 from fcvgg.errors import LoadError
 from fcvgg.sources.assembly import Assembled
+from fcvgg.sources.hdf5_file import read_array
 
 
 class KerasModel(Assembled):
@@ -66,6 +69,7 @@ class Weights:
         self._group = group
         self._origin = origin
         self._by_name = "layer_names" in group.attrs  # as Keras wrote .h5 before version 3
+        self._names: dict[str, dict[str, str]] = {}  # of the layers in each group, with their keys
         self.aliases: dict[str, str] = {}
         """The file's own names of layers that have others in the architecture."""
 
@@ -103,7 +107,7 @@ class Weights:
             kinds = [n.split("/")[-1].partition(":")[0] for n in names]
             ranks = [order.index(k) if k in order else len(order) for k in kinds]
             names = [name for _, name in sorted(zip(ranks, names), key=lambda pair: pair[0])]
-        return [np.asarray(group[name]) for name in names]
+        return [read_array(group[name]) for name in names]
 
     def _counted(self, path: Sequence[str], layers: Sequence[Layer]) -> list[Any]:
         """By the class and its count, as Keras 3 does, or by the name where the file has it."""
@@ -115,16 +119,19 @@ class Weights:
             if group is None:
                 return []
         variables = group.get("vars", {})
-        return [np.asarray(variables[str(i)]) for i in range(len(variables))]
+        return [read_array(variables[str(i)]) for i in range(len(variables))]
 
     def _child(self, group: Any, name: str, siblings: Mapping[str, str]) -> Any:
-        named = {
-            text_of(child["vars"].attrs["name"]): child
-            for child in group.values()
-            if "vars" in child and "name" in child["vars"].attrs
-        }
+        place = getattr(group, "name", "")
+        if place not in self._names:
+            self._names[place] = {
+                text_of(child["vars"].attrs["name"]): key
+                for key, child in group.items()
+                if "vars" in child and "name" in child["vars"].attrs
+            }
+        named = self._names[place]
         if named:
-            return named.get(name)
+            return group[named[name]] if name in named else None
         counted: Counter[str] = Counter()
         keys = {}
         for sibling, kind in siblings.items():
@@ -142,6 +149,8 @@ class Builder:
         self.layers = layers
         self.model = KerasModel("images")
         self._weights = weights
+        self._taken = 0
+        self._steps: Counter[str] = Counter()
 
     def weights(self, layer: Layer, shapes: Mapping[str, tuple[int | None, ...]]) -> list[Any]:
         """The layer's arrays by the shapes expected (None for any size), or an error."""
@@ -160,7 +169,11 @@ class Builder:
                     f"{self.origin}: the {name} of {layer} has shape {array.shape} instead of "
                     f"{str(wanted).replace(chr(39), '')}"
                 )
-        return [np.asarray(array, dtype=np.float32) for array in arrays[: len(shapes)]]
+        found = [np.asarray(array, dtype=np.float32) for array in arrays[: len(shapes)]]
+        self._taken += sum(array.nbytes for array in found)
+        if os.path.exists(self.origin):
+            untrusted.check_claim(self._taken, self.origin, "weights")
+        return found
 
     def refuse(self, layer: Layer, why: str) -> LoadError:
         return LoadError(f"{self.origin}: the layer {layer} {why}, which is not supported")
@@ -170,8 +183,8 @@ class Builder:
     ) -> Value:
         """A step that computes a new value from others."""
         base = "/".join(layer.path)
-        number = sum(base in step.outputs[0] for step in self.model.steps)
-        value = Value(f"{base}#{number}", inputs[0].rank if rank is None else rank)
+        value = Value(f"{base}#{self._steps[base]}", inputs[0].rank if rank is None else rank)
+        self._steps[base] += 1
         self.model.add_step(target, [v.name for v in inputs], value.name, **settings)
         return value
 

@@ -8,9 +8,8 @@ it passes shapes on as tensors, which torch.fx cannot trace, and wants every wei
 
 from __future__ import annotations
 
-import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +17,20 @@ import numpy as np
 import torch
 from torch import nn
 
-from fcvgg.errors import FcvggError, LoadError, MissingExtraError, one_line
+from fcvgg import untrusted
+from fcvgg.errors import (
+    FcvggError,
+    GeometryError,
+    LoadError,
+    MissingExtraError,
+    one_line,
+    visible,
+)
 from fcvgg.geometry import checked_size
 from fcvgg.preprocessing import decoded_preprocess
+from fcvgg.shape_budget import check_affordable
 from fcvgg.sources.extras import imported
-from fcvgg.sources.onnx_graph import EXTRA, MALFORMED, Graph, OnnxModel
+from fcvgg.sources.onnx_graph import EXTRA, Graph, OnnxModel
 from fcvgg.sources.onnx_operators import OPERATORS
 
 SUFFIX = ".onnx"
@@ -35,6 +43,9 @@ INPUT_SIZE_KEY = "fcvgg.input_size"
 """Metadata: JSON list ``[h, w]``, the native size."""
 ACTIVATION_KEY = "fcvgg.activation"
 """Metadata: JSON of what the scores are, as `fcvgg.convert` takes it."""
+
+_EXTERNAL_TWICE = 4
+"""How many times the tensors of a file may name the same bytes of another one."""
 
 _TOLERANCE = 1e-4
 """Of the largest score, between the model read here and onnxruntime: two libraries' rounding."""
@@ -61,14 +72,16 @@ def read(
     try:
         graph = Graph(proto, path)
         model = graph.assembled(OPERATORS)
-    except MALFORMED as error:
+    except FcvggError:
+        raise
+    except Exception as error:  # a graph can be wrong in any way
         raise LoadError(
             f"{path} is no readable ONNX file: {type(error).__name__}: {one_line(error)}"
         ) from error
     settings = _settings(proto, graph)
     size = settings.get("input_size") if input_size is None else input_size
     if check and size is not None:
-        _compare_with_runtime(path, graph, model, size)
+        _compare_with_runtime(proto, graph, model, size)
     return model, settings
 
 
@@ -77,8 +90,10 @@ def _parsed(path: Path) -> Any:
     if not path.is_file():
         raise LoadError(f"there is no ONNX file {path}")
     try:
-        proto = onnx.load(path)
+        proto = onnx.load(path, load_external_data=False)
+        _load_external_data(proto, path)
         if proto.functions:
+            _check_expansion(proto, path)
             proto = imported("onnx.inliner", EXTRA).inline_local_functions(proto)
     except FcvggError:
         raise
@@ -86,7 +101,77 @@ def _parsed(path: Path) -> Any:
         raise LoadError(f"{path} is no readable ONNX file: {one_line(error)}") from error
     if not proto.graph.node or not proto.graph.output:
         raise LoadError(f"{path} is no readable ONNX file: it holds no graph")
+    untrusted.check_count(len(proto.graph.node), f"{path}: the number of nodes")
     return proto
+
+
+def _load_external_data(proto: Any, path: Path) -> None:
+    """Read the tensors that lie in files of the same folder, if these hold what is claimed."""
+    helper = imported("onnx.external_data_helper", EXTRA)
+    external = [t for t in _tensors_in(proto.graph) if helper.uses_external_data(t)]
+    external += [t for f in proto.functions for t in _tensors_in(f) if helper.uses_external_data(t)]
+    if not external:
+        return
+    claimed = 0
+    sizes: dict[Path, int] = {}
+    for tensor in external:
+        info = helper.ExternalDataInfo(tensor)
+        file = path.parent / info.location
+        try:
+            untrusted.check_regular(file, within=path.parent)
+        except OSError as error:
+            raise LoadError(f"{path} lacks the file of its weights, {file}: {error}") from error
+        sizes[file] = file.stat().st_size
+        claimed += info.length if info.length is not None else sizes[file] - (info.offset or 0)
+    allowed = _EXTERNAL_TWICE * sum(sizes.values())
+    if claimed > allowed:
+        raise LoadError(
+            f"{path} must take at most {untrusted.readable(allowed)} from the files of its "
+            f"weights, got {untrusted.readable(claimed)}"
+        )
+    helper.load_external_data_for_model(proto, str(path.parent))
+
+
+def _tensors_in(graph: Any) -> Iterator[Any]:
+    """The tensors of a graph or function, those of its nodes' attributes and graphs included."""
+    waiting = [graph]
+    while waiting:
+        current = waiting.pop()
+        yield from getattr(current, "initializer", ())
+        for node in current.node:
+            for attribute in node.attribute:
+                yield from (*attribute.tensors, *([attribute.t] if attribute.HasField("t") else ()))
+                graphs = [attribute.g] if attribute.HasField("g") else []
+                waiting += [*graphs, *attribute.graphs]
+
+
+def _check_expansion(proto: Any, path: Path) -> None:
+    """Refuse functions that call each other until their nodes, put in place, are too many."""
+    functions = {(f.domain, f.name): f for f in proto.functions}
+    expanded: dict[tuple[str, str], tuple[int, int]] = {}
+
+    def measured(nodes: Any) -> tuple[int, int]:
+        """Nodes and bytes, where the functions called are measured."""
+        counts = [
+            expanded.get((n.domain, n.op_type), (1, 0 if small else n.ByteSize()))
+            for small, n in ((len(n.attribute) == 0, n) for n in nodes)
+        ]
+        return sum(n for n, _ in counts), sum(size for _, size in counts)
+
+    waiting = dict(functions)
+    while waiting:
+        ready = [
+            key
+            for key, function in waiting.items()
+            if not any((n.domain, n.op_type) in waiting for n in function.node)
+        ]
+        if not ready:
+            raise LoadError(f"{path} has functions that call themselves, without end")
+        for key in ready:
+            expanded[key] = measured(waiting.pop(key).node)
+    count, size = measured(proto.graph.node)
+    untrusted.check_count(count, f"{path}: the number of nodes")
+    untrusted.check_claim(size, path, "nodes")
 
 
 def _settings(proto: Any, graph: Graph) -> dict[str, Any]:
@@ -97,38 +182,50 @@ def _settings(proto: Any, graph: Graph) -> dict[str, Any]:
         settings["input_size"] = graph.size
     try:
         if PREPROCESS_KEY in metadata:
-            settings["preprocess"] = decoded_preprocess(json.loads(metadata[PREPROCESS_KEY]))
+            data = untrusted.parsed_json(metadata[PREPROCESS_KEY])
+            settings["preprocess"] = decoded_preprocess(data)
         if CATEGORIES_KEY in metadata:
-            names = json.loads(metadata[CATEGORIES_KEY])
-            settings["categories"] = None if names is None else tuple(str(name) for name in names)
+            names = untrusted.parsed_json(metadata[CATEGORIES_KEY])
+            if names is not None and not (
+                isinstance(names, list) and all(isinstance(name, str) for name in names)
+            ):
+                raise ValueError("categories must be a list of names")
+            settings["categories"] = None if names is None else tuple(names)
         if INPUT_SIZE_KEY in metadata:
-            height, width = json.loads(metadata[INPUT_SIZE_KEY])
-            settings["input_size"] = (int(height), int(width))
-        settings["activation"] = json.loads(metadata.get(ACTIVATION_KEY, "null"))
-    except (ValueError, TypeError, AttributeError, FcvggError) as error:
+            settings["input_size"] = checked_size(untrusted.parsed_json(metadata[INPUT_SIZE_KEY]))
+        activation = untrusted.parsed_json(metadata.get(ACTIVATION_KEY, "null"))
+        if not isinstance(activation, (str, type(None))):
+            raise ValueError(f"activation must be a name, got {activation!r}")
+        settings["activation"] = activation
+    except Exception as error:  # metadata can be wrong in any way
         raise LoadError(f"{graph.path}: its fcvgg metadata is broken: {one_line(error)}") from error
     return {key: value for key, value in settings.items() if value is not None}
 
 
 @torch.no_grad()
-def _compare_with_runtime(path: Path, graph: Graph, model: OnnxModel, size: Any) -> None:
+def _compare_with_runtime(proto: Any, graph: Graph, model: OnnxModel, size: Any) -> None:
     """Raise if onnxruntime, where it is installed and runs the file, gives other scores."""
+    path = graph.path
     channels = next((m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)), 3)
     numbers = torch.Generator().manual_seed(0)
     try:
-        shape = (graph.batch or 1, channels, *checked_size(size))
-        images = torch.rand(shape, generator=numbers)
-        got = model(images)
-    except (*MALFORMED, FcvggError):
-        return  # convert will say what is wrong with the size or the model
-    feed = images.permute(0, 2, 3, 1) if graph.channels_last else images
+        images = (graph.batch or 1, channels, *checked_size(size))
+    except (GeometryError, TypeError):
+        return  # convert will say what is wrong with the size
+    check_affordable(model, images, path)
     try:
-        expected = _run(path, feed.numpy())
+        inputs = torch.rand(images, generator=numbers)
+        got = model(inputs)
+    except Exception:
+        return  # convert will say what is wrong with the model
+    feed = inputs.permute(0, 2, 3, 1) if graph.channels_last else inputs
+    try:
+        expected = _run(proto, graph, feed.numpy())
     except MissingExtraError:
         return
     except Exception as error:  # onnxruntime's own: they have no class in common
         warnings.warn(
-            f"{path} was read, but not compared with onnxruntime, which cannot run it: "
+            f"{visible(path)} was read, but not compared with onnxruntime, which cannot run it: "
             f"{one_line(error)}",
             stacklevel=2,
         )
@@ -143,10 +240,22 @@ def _compare_with_runtime(path: Path, graph: Graph, model: OnnxModel, size: Any)
             )
 
 
-def _run(path: Path, images: Any) -> Sequence[Any]:
+def _run(proto: Any, graph: Graph, images: Any) -> Sequence[Any]:
+    """The scores of onnxruntime, which is given the nodes that they depend on alone."""
     runtime = imported("onnxruntime", EXTRA)
     options = runtime.SessionOptions()
     options.log_severity_level = 4
     options.intra_op_num_threads = torch.get_num_threads()
-    session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    whole = len(graph.nodes) == len(proto.graph.node)
+    model = str(graph.path) if whole else _without_others(proto, graph).SerializeToString()
+    session = runtime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     return session.run(None, {session.get_inputs()[0].name: np.ascontiguousarray(images)})  # type: ignore[no-any-return]
+
+
+def _without_others(proto: Any, graph: Graph) -> Any:
+    kept = [node.proto for node in graph.nodes]
+    reduced = type(proto)()
+    reduced.CopyFrom(proto)
+    del reduced.graph.node[:]
+    reduced.graph.node.extend(kept)
+    return reduced

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +15,19 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fcvgg import untrusted
 from fcvgg.errors import LoadError, one_line
 from fcvgg.sources.assembly import Assembled, scores_of
 from fcvgg.sources.extras import imported
-
-EXTRA = "onnx"
-
-MALFORMED = (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
-"""What a graph raises that lacks an attribute or an input, or has one of another kind."""
+from fcvgg.sources.onnx_constants import EXTRA, claimed_bytes, computed, evaluated, is_foldable
 
 _IMAGE_CHANNELS = (1, 3, 4)
-_RANDOM = ("RandomNormal", "RandomUniform")
+_CONSTANTS = 640 << 20
+"""Bytes that constants may take in any file; onnx ships a VGG-19 whose weights are computed."""
+
+_EXPANSION = 8
+"""How many times the size of its weights a file's constants may take."""
+
 _SHAPE_OPERATORS = ("Shape", "Size")
 _DOMAINS = ("", "ai.onnx")
 
@@ -75,6 +76,8 @@ class Graph:
         self.uses.update(output.name for output in self.proto.output)
         self.ranks = _ranks(proto)
         self.model = OnnxModel("images")
+        self._folded = 0
+        self._allowed = _CONSTANTS + _EXPANSION * proto.ByteSize()
         self._traced: set[str] = set()
         self._shapes: set[str] = set()
         self._absorbed: set[int] = set()
@@ -117,7 +120,12 @@ class Graph:
     def _add(self, node: Node, operator: Any) -> None:
         try:
             operator(self, node)
-        except MALFORMED as error:
+        except LoadError as error:
+            message = str(error)
+            if message.startswith(str(self.path)):
+                raise
+            raise LoadError(f"{self.path}: {message}") from error
+        except Exception as error:  # a node can lack an input or attribute, or have one of any kind
             raise LoadError(
                 f"{self.path}: {node} is malformed: {type(error).__name__}: {one_line(error)}"
             ) from error
@@ -135,7 +143,7 @@ class Graph:
         traced = {self.image}
         for node in self.nodes:
             if not traced.intersection(node.inputs):
-                if node.operator.startswith(_RANDOM) or _has_graphs(node):
+                if not is_foldable(node.proto):
                     self._unsupported(node)
                 continue
             known = node.operator in operators and node.proto.domain in _DOMAINS
@@ -183,13 +191,18 @@ class Graph:
 
     def _fold(self, node: Node) -> None:
         present = [name for name in dict.fromkeys(node.inputs) if name]
+        known = {name: self.constants[name] for name in present}
         try:
-            results = evaluated(
-                *(self.constants[name] for name in present),
-                node=node.proto.SerializeToString(),
-                opset=self.opset,
-                names=tuple(present),
+            self._folded += claimed_bytes(node.proto, self.opset, known)
+        except Exception as error:
+            raise LoadError(f"{self.path}: {node} cannot be computed: {one_line(error)}") from error
+        if self._folded > self._allowed:
+            raise LoadError(
+                f"{self.path}: {node} must give values that fit the file, whose constants would "
+                f"take {untrusted.readable(self._folded)} of {untrusted.readable(self._allowed)}"
             )
+        try:
+            results = computed(known, node.proto.SerializeToString(), self.opset)
         except Exception as error:
             raise LoadError(f"{self.path}: {node} cannot be computed: {one_line(error)}") from error
         results = results if isinstance(results, tuple) else (results,)
@@ -356,17 +369,15 @@ def _needed(nodes: Sequence[Node], outputs: Iterable[Any]) -> list[Node]:
     needed: list[Node] = []
     for node in reversed(nodes):
         if wanted.intersection(node.outputs):
-            needed.insert(0, node)
+            needed.append(node)
             wanted.update(node.inputs)
-    return needed
-
-
-def _has_graphs(node: Node) -> bool:
-    return any(a.HasField("g") or a.graphs for a in node.proto.attribute)
+    return needed[::-1]
 
 
 def as_tensor(array: Any) -> Tensor:
     """An array as a float32 tensor of its own memory where it cannot be shared."""
+    if np.asarray(array).dtype.kind in "cOSU":
+        raise ValueError(f"weights must be real numbers, got {np.asarray(array).dtype}")
     array = np.asarray(array, dtype=np.float32)
     return torch.from_numpy(array if array.flags.writeable else array.copy())
 
@@ -375,23 +386,3 @@ def shape_of(x: Tensor, start: int, end: int | None, total: bool) -> Any:
     """The operators Shape and Size on an image's value, as numbers."""
     sizes = np.array(tuple(x.shape), dtype=np.int64)
     return np.array(sizes.prod()) if total else sizes[start:end]
-
-
-def evaluated(*values: Any, node: bytes, opset: int, names: Iterable[str]) -> Any:
-    """A node's result for known inputs, by onnx's reference implementation."""
-    results = _evaluator(node, opset).run(None, dict(zip(names, values)))
-    return results[0] if len(results) == 1 else tuple(results)
-
-
-@lru_cache(maxsize=512)
-def _evaluator(node: bytes, opset: int) -> Any:
-    onnx = imported("onnx", EXTRA)
-    reference = imported("onnx.reference", EXTRA)
-    proto = onnx.NodeProto.FromString(node)
-
-    def untyped(names: Iterable[str]) -> list[Any]:
-        return [onnx.ValueInfoProto(name=name) for name in dict.fromkeys(names) if name]
-
-    graph = onnx.helper.make_graph([proto], "node", untyped(proto.input), untyped(proto.output))
-    opsets = [onnx.helper.make_opsetid("", opset)]
-    return reference.ReferenceEvaluator(onnx.helper.make_model(graph, opset_imports=opsets))

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fcvgg import untrusted
 from fcvgg.geometry import Pair
 from fcvgg.sources import padding
 from fcvgg.sources.onnx_graph import Graph, Node, as_tensor
@@ -185,6 +186,7 @@ def _windows(graph: Graph, node: Node, kernel: Any = None) -> tuple[Pair, Pair, 
     if len(kernel) != 2:
         graph.refuse(node, f"has a kernel of {len(kernel)} dimensions")
     stride, dilation = node.get("strides", (1, 1)), node.get("dilations", (1, 1))
+    untrusted.numbers_within(map(int, (*kernel, *stride, *dilation)), 1, f"a size of {node}")
     return _pair(kernel), _pair(stride), _pair(dilation)
 
 
@@ -195,6 +197,7 @@ def _pair(values: Any) -> Pair:
 
 def _pads(node: Node) -> tuple[Pair, Pair]:
     top, left, bottom, right = node.get("pads", (0, 0, 0, 0))
+    untrusted.numbers_within((top, left, bottom, right), 0, f"a padding of {node}")
     return (top, left), (bottom, right)
 
 

@@ -65,19 +65,29 @@ def _pretrained(name: str, timm: Any) -> nn.Module:
 
 def _check_architecture(name: str, timm: Any) -> None:
     """Refuse what cannot be converted before its weights are downloaded."""
+    model = _bare(name, timm).eval()
+    if any(not parameter.is_meta for parameter in model.parameters()):
+        return  # its builder needs numbers: convert will tell
+    check_convertible(model, _settings(model, timm)["input_size"])
+
+
+def _bare(name: str, timm: Any, **options: Any) -> Any:
+    """A model to look at: on the meta device, where its builder can do without numbers."""
     try:
         with torch.device("meta"):
-            model = timm.create_model(name, pretrained=False).eval()
-    except (NotImplementedError, RuntimeError):  # its builder needs numbers: convert will tell
-        return
-    check_convertible(model, _settings(model, timm)["input_size"])
+            return timm.create_model(name, pretrained=False, **options)
+    except (NotImplementedError, RuntimeError):
+        return timm.create_model(name, pretrained=False, **options)
 
 
 def _from_checkpoint(name: str, path: Path, timm: Any) -> nn.Module:
     state = checkpoints.read_state(path)
     classifier = timm.get_pretrained_cfg_value(name, "classifier")
-    head = state.get(f"{classifier}.weight") if isinstance(classifier, str) else None
-    options = {} if head is None else {"num_classes": head.shape[0]}
+    options = {}
+    if isinstance(classifier, str) and f"{classifier}.weight" in state:
+        own = _bare(name, timm).get_submodule(classifier).weight
+        options = {"num_classes": checkpoints.classes_in(state, classifier, own, name)}
+    checkpoints.fitting(_bare(name, timm, **options), state, str(path))
     model: nn.Module = timm.create_model(name, pretrained=False, **options)
     checkpoints.load_into(model, state, str(path))
     return model

@@ -61,6 +61,7 @@ def read_checkpoint(path: Path, arch: str | None) -> tuple[nn.Module, dict[str, 
         )
     check_name(arch)
     classes = _classes_in(state, arch)
+    checkpoints.fitting(_without_weights(arch, num_classes=classes), state, str(path))
     model = _built(arch, num_classes=classes)
     checkpoints.load_into(model, state, str(path))
     settings = _settings_of(_published_weights(arch))
@@ -75,13 +76,13 @@ def _built(name: str, **options: Any) -> nn.Module:
     return torchvision.models.get_model(name, weights=None, **options).eval()  # type: ignore[no-any-return]
 
 
-def _without_weights(name: str) -> nn.Module:
+def _without_weights(name: str, **options: Any) -> nn.Module:
     """A model to look at: on the meta device, where its builder can do without numbers."""
     try:
         with torch.device("meta"):
-            return _built(name)
+            return _built(name, **options)
     except NotImplementedError:  # RegNet computes its widths in tensors
-        return _built(name)
+        return _built(name, **options)
 
 
 def _is_downloaded(url: str) -> bool:
@@ -91,18 +92,12 @@ def _is_downloaded(url: str) -> bool:
 
 def _classes_in(state: dict[str, Tensor], arch: str) -> int:
     """The number of classes: the outputs of the architecture's last layer, in this checkpoint."""
-    names = [
-        name
+    name, layer = [
+        (name, module)
         for name, module in _without_weights(arch).named_modules()
         if isinstance(module, (nn.Linear, nn.Conv2d))
-    ]
-    weight = state.get(f"{names[-1]}.weight")
-    if weight is None:
-        raise LoadError(
-            f"the checkpoint does not fit {arch}: it has no {names[-1]}.weight, the last layer; "
-            f"it has {', '.join(list(state)[:4])}, ..."
-        )
-    return weight.shape[0]
+    ][-1]
+    return checkpoints.classes_in(state, name, layer.weight, arch)
 
 
 def _published_weights(name: str) -> Any:

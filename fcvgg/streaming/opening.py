@@ -17,8 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from fcvgg.errors import ArgumentError, ImageError, MissingExtraError, one_line
-from fcvgg.extras import imported
+from fcvgg.errors import ArgumentError, FcvggError, ImageError, one_line
 from fcvgg.geometry import Pair
 from fcvgg.streaming.strip_sources import (
     SAMPLES,
@@ -153,8 +152,15 @@ def open_image(
     """
     if missing not in ("fill", "error"):
         raise ArgumentError(f"missing={missing!r} is unknown; expected 'fill' or 'error'")
-    source = _opened_source(path, level, bands, missing)
-    source.treat_as_missing(nodata)
+    try:
+        source = _opened_source(path, level, bands, missing)
+        source.treat_as_missing(nodata)
+    except FcvggError:
+        raise
+    except Exception as error:  # the description of a file can be wrong in any way
+        raise ImageError(
+            f"{path} cannot be read: {type(error).__name__}: {one_line(error)}"
+        ) from error
     if source.path is not None:
         source.level = level
         source.reopened = partial(

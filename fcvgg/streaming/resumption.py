@@ -12,7 +12,8 @@ from fcvgg.errors import ArgumentError
 from fcvgg.network import FullyConvolutional
 from fcvgg.placement import dtype_of
 from fcvgg.streaming.job import StreamJob
-from fcvgg.streaming.score_store import FORMAT, ScoreStore, check_same, create_store, open_store
+from fcvgg.streaming.score_store import ScoreStore, check_same, create_store, open_store
+from fcvgg.streaming.store_description import FORMAT
 from fcvgg.streaming.strip_plan import (
     StripPlan,
     readable,

@@ -8,24 +8,26 @@ metadata, which is replaced in one step, so that a killed process loses no finis
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fcvgg.errors import FcvggError
+from fcvgg import untrusted
+from fcvgg.errors import FcvggError, one_line
 from fcvgg.extras import imported
 from fcvgg.files import folder_written_whole, written_whole
 from fcvgg.geometry import Pair
+from fcvgg.streaming.store_description import checked_description, checked_progress
 
 if TYPE_CHECKING:
     from fcvgg.heatmap import Heatmap
 
 ATTRIBUTE = "fcvgg"
-FORMAT = 2
-
+_METADATA = "zarr.json"
 _PROGRESS = "fcvgg-progress.json"
 _NORMALIZER = "normalizer"
 _MAY_DIFFER = ("blocks", "strip_bytes", "source", "pixel_size", "num_classes")
@@ -117,13 +119,32 @@ class ScoreStore:
             temporary.write_text(json.dumps({"finished": finished}))
         self.finished = finished
 
-    def _read_progress(self) -> list[int]:
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Turn what broken chunks lead to into one line.
+
+        Raises:
+            FcvggError: if they cannot be read.
+        """
         try:
-            return [int(n) for n in json.loads((self.path / _PROGRESS).read_text())["finished"]]
+            yield
+        except FcvggError:
+            raise
+        except Exception as error:  # of decompressors, which have no class in common
+            raise FcvggError(
+                f"{self.path} must hold whole chunks of numbers, got one that cannot be read "
+                f"({type(error).__name__}: {one_line(error)}); stream the image again"
+            ) from error
+
+    def _read_progress(self) -> list[int]:
+        path = self.path / _PROGRESS
+        try:
+            data = untrusted.parsed_json(untrusted.read_bytes(path, untrusted.CONFIG_BYTES))
+            return checked_progress(data, self.blocks, self.array.shape[-2])
         except FileNotFoundError:
             return [0] * len(self.blocks)
-        except (OSError, ValueError, KeyError) as error:
-            raise FcvggError(f"{self.path / _PROGRESS} is broken: {error}") from error
+        except (FcvggError, OSError, ValueError) as error:
+            raise FcvggError(f"{path} is broken: {one_line(error)}") from error
 
 
 def create_store(
@@ -197,17 +218,17 @@ def open_store(path: str | Path, writable: bool = False) -> ScoreStore:
     mode = "r+" if writable else "r"
     normalizer = None
     try:
+        untrusted.read_bytes(path / _METADATA, untrusted.CONFIG_BYTES, within=path)
         array = zarr.open_array(str(path), mode=mode)
-        description = dict(array.attrs)[ATTRIBUTE]
+        data = dict(array.attrs)[ATTRIBUTE]
         if (path / _NORMALIZER).exists():
             normalizer = zarr.open_array(str(path / _NORMALIZER), mode=mode)
     except Exception as error:
         raise FcvggError(f"{path} is no score map that fcvgg.stream wrote") from error
-    if description.get("format") != FORMAT:
-        raise FcvggError(
-            f"{path} has format {description.get('format')!r}, and this version of fcvgg reads "
-            f"{FORMAT}; upgrade fcvgg"
-        )
+    try:
+        description = checked_description(data, array, lambda: _bytes_within(path))
+    except FcvggError as error:
+        raise FcvggError(f"{path} is a broken score map: {one_line(error)}") from error
     if normalizer is not None and normalizer.shape != array.shape[-2:]:
         raise FcvggError(
             f"{path / _NORMALIZER} has shape {normalizer.shape}; expected {array.shape[-2:]}, that "
@@ -216,13 +237,19 @@ def open_store(path: str | Path, writable: bool = False) -> ScoreStore:
     return ScoreStore(path, array, description, normalizer)
 
 
+def _bytes_within(path: Path) -> int:
+    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+
+
 def is_store(path: str | Path) -> bool:
     """Whether a path is a score map that `fcvgg.stream` wrote."""
     try:
-        metadata = json.loads((Path(path) / "zarr.json").read_text())
-    except (OSError, ValueError):
+        data = untrusted.read_bytes(Path(path) / _METADATA, untrusted.CONFIG_BYTES)
+        metadata = untrusted.parsed_json(data)
+    except (FcvggError, OSError, ValueError):
         return False
-    return isinstance(metadata, dict) and ATTRIBUTE in metadata.get("attributes", {})
+    attributes = metadata.get("attributes") if isinstance(metadata, dict) else None
+    return isinstance(attributes, dict) and ATTRIBUTE in attributes
 
 
 def check_same(store: ScoreStore, description: Mapping[str, Any]) -> None:

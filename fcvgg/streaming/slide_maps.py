@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from numbers import Integral
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -34,6 +35,9 @@ _SMALLEST_LEVEL = 512
 _READ_BYTES = 64 << 20
 _THUMBNAIL_ROWS = 4
 _LISTED = 8
+_MOST_CLASSES = 1 << 24
+
+Result = TypeVar("Result")
 
 
 class SlideMap:
@@ -91,7 +95,7 @@ class SlideMap:
     def source(self) -> StripSource | None:
         """The image that was streamed, if it was a file and is still there."""
         path = self._description["source"]
-        if path is None or not Path(path).exists():
+        if path is None or not (Path(path).is_file() or Path(path).is_dir()):
             return None
         return open_image(path, self._description["level"], bands=self._description.get("bands"))
 
@@ -186,6 +190,18 @@ class SlideMap:
                 yield np.round(np.nan_to_num(values).clip(0, 1) * 255).astype(np.uint8)
 
 
+def _reading(read: Callable[..., Result]) -> Callable[..., Result]:
+    """A function of a store whose errors about broken chunks are one line."""
+
+    @functools.wraps(read)
+    def reading(store: ScoreStore, *args: Any) -> Result:
+        with store.reading():
+            return read(store, *args)
+
+    return reading
+
+
+@_reading
 def _target(store: ScoreStore, target: int | str | None) -> int:
     """The class's place among those of the map."""
     description = store.description
@@ -207,7 +223,10 @@ def _target(store: ScoreStore, target: int | str | None) -> int:
     if kind == "argmax":
         counts = np.zeros(1, np.int64)  # cells without a class, -1, are not counted
         for rows in _row_ranges(store):
-            more = np.bincount(store.array[rows].ravel() + 1)[1:]
+            best = store.array[rows]
+            if best.min(initial=0) < -1 or best.max(initial=0) > _MOST_CLASSES:
+                raise ValueError(f"class indices must be from -1 to {_MOST_CLASSES}")
+            more = np.bincount(best.ravel() + 1)[1:]
             counts = np.pad(counts, (0, max(len(more) - len(counts), 0)))
             counts[: len(more)] += more
         return int(counts.argmax())
@@ -221,6 +240,7 @@ def _target(store: ScoreStore, target: int | str | None) -> int:
     return int(np.argmax(totals))
 
 
+@_reading
 def _probabilities(store: ScoreStore, index: int) -> NDArray[np.float32]:
     description, array = store.description, store.array
     if description["kind"] == "argmax":

@@ -1,0 +1,177 @@
+"""What files may claim: limits that are checked before memory is taken for what a file says.
+
+A file from a stranger may say that it is of any size, lead elsewhere, or never end. Readers ask
+here for the bytes of a file, for JSON and for the members of archives, and compare what a file
+says that it holds with `allowed_bytes`, which follows from the size that it really has.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import zipfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from fcvgg.errors import LoadError, one_line
+
+CONFIG_BYTES = 8 << 20
+"""Bytes of a description in JSON; that of a ResNet-152 takes 0.3 MB."""
+
+MOST_NODES = 3_000
+"""Nodes, layers or tensors of a model; an EfficientNet-B7 has 1,100 nodes."""
+
+LARGEST_NUMBER = 1 << 16
+"""Of kernels, strides, dilations and paddings, in elements."""
+
+_EXPANSION = 8
+"""How many times its own size a file may hold, compressed or by naming a part several times."""
+
+_ALWAYS_ALLOWED = 64 << 20
+
+
+def allowed_bytes(path: str | Path) -> int:
+    """Bytes that the contents of a file may take, by its size on disk."""
+    return _EXPANSION * os.stat(path).st_size + _ALWAYS_ALLOWED
+
+
+def readable(size: float) -> str:
+    """A number of bytes for a message: ``3.0 TB``."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "bytes" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:,.1f} TB"
+
+
+def check_claim(claimed: int, path: str | Path, what: str) -> None:
+    """Refuse what is said to take more memory than a file of this size can hold.
+
+    Raises:
+        LoadError: if so.
+    """
+    allowed = allowed_bytes(path)
+    if claimed > allowed:
+        raise LoadError(
+            f"{path} must hold at most {readable(allowed)} of {what} by its own size, got "
+            f"{readable(claimed)}; it is broken or made to exhaust memory"
+        )
+
+
+def check_count(count: int, what: str, most: int = MOST_NODES) -> None:
+    """Refuse a model of more parts than any that is known.
+
+    Raises:
+        LoadError: if so.
+    """
+    if count > most:
+        raise LoadError(
+            f"{what} must be at most {most:,}, got {count:,}; the file is broken or made to "
+            "exhaust memory"
+        )
+
+
+# -- files ----------------------------------------------------------------------------------------
+
+
+def check_regular(path: Path, within: Path | None = None) -> None:
+    """Refuse devices and pipes, and links that lead out of a folder.
+
+    The links of the Hugging Face hub's cache, from a snapshot to its blobs, stay within it.
+
+    Raises:
+        LoadError: if so.
+        OSError: if there is no file, or it cannot be looked at.
+    """
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise LoadError(f"{path} must be a regular file, got a pipe, device or folder")
+    if within is None:
+        return
+    real, folder = path.resolve(), within.resolve()
+    homes = [
+        folder,
+        *(folder.parents[1] / "blobs" for _ in [0] if folder.parent.name == "snapshots"),
+    ]
+    if not any(real.is_relative_to(home) for home in homes):
+        raise LoadError(
+            f"{path} must be a file in {within}, got a link out of it; put the file there itself"
+        )
+
+
+def read_bytes(path: Path, limit: int, within: Path | None = None) -> bytes:
+    """The bytes of a regular file that is not larger than `limit`.
+
+    Raises:
+        LoadError: if it is larger, no regular file, or a link out of the folder `within`.
+        OSError: if it cannot be read.
+    """
+    check_regular(path, within)
+    with open(path, "rb") as file:
+        data = file.read(limit + 1)
+    if len(data) > limit:
+        raise LoadError(f"{path} must be at most {readable(limit)}, got more")
+    return data
+
+
+def parsed_json(text: str | bytes, parse_constant: Callable[[str], Any] | None = None) -> Any:
+    """The contents of a description in JSON.
+
+    Raises:
+        ValueError: if it is none, is too long, or is nested too deep.
+    """
+    if len(text) > CONFIG_BYTES:
+        raise ValueError(f"it must be at most {readable(CONFIG_BYTES)}, got {readable(len(text))}")
+    try:
+        return json.loads(text, parse_constant=parse_constant)
+    except RecursionError as error:
+        raise ValueError("it is nested too deep") from error
+
+
+# -- archives -------------------------------------------------------------------------------------
+
+
+def check_members(archive: zipfile.ZipFile, path: Path) -> None:
+    """Refuse an archive whose members take more than a file of this size can hold.
+
+    Raises:
+        LoadError: if so.
+    """
+    members = archive.infolist()
+    check_count(len(members), f"{path}: the number of members", 10 * MOST_NODES)
+    check_claim(sum(member.file_size for member in members), path, "members")
+
+
+def read_member(archive: zipfile.ZipFile, name: str, limit: int) -> bytes:
+    """A member's bytes, if they are at most `limit` in number and fit their checksum.
+
+    Raises:
+        LoadError: if it is absent, larger or broken.
+    """
+    try:
+        with archive.open(name) as member:
+            data = member.read(limit + 1)
+            whole = len(data) <= limit and not member.read(1)  # the end, where the checksum is seen
+    except KeyError as error:
+        raise LoadError(f"it holds no {name}") from error
+    except Exception as error:  # of the decompressors: they have no class in common
+        raise LoadError(
+            f"its member {name} is broken: {type(error).__name__}: {one_line(error)}"
+        ) from error
+    if not whole:
+        raise LoadError(f"its member {name} must be at most {readable(limit)}, got more")
+    return data
+
+
+def numbers_within(values: Iterable[Any], least: int, what: str) -> None:
+    """Refuse kernels, strides and the like that are no integers or beyond every known layer's.
+
+    Raises:
+        LoadError: naming the value.
+    """
+    for value in values:
+        if type(value) is not int or not least <= value <= LARGEST_NUMBER:
+            raise LoadError(
+                f"{what} must be an integer from {least} to {LARGEST_NUMBER:,}, got {value!r}"
+            )
