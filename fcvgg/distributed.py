@@ -26,10 +26,10 @@ from PIL import Image
 
 from fcvgg.categories import class_name
 from fcvgg.errors import ArgumentError, FcvggError, ImageError, one_line
+from fcvgg.extras import imported
 from fcvgg.files import folder_written_whole
 from fcvgg.geometry import Pair
 from fcvgg.network import FullyConvolutional, evaluating
-from fcvgg.sources.extras import imported
 from fcvgg.streaming.execution import as_array, bands, chunked
 from fcvgg.streaming.job import StreamJob, as_result, plan_in_memory
 from fcvgg.streaming.resumption import opened_store

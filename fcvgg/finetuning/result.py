@@ -98,7 +98,7 @@ class FineTuned:
     @property
     def confusion(self) -> NDArray[Any]:
         """Counts of held-out images ``(K, K)``, by class in rows and by prediction in columns."""
-        from fcvgg.sources.extras import imported
+        from fcvgg.extras import imported
 
         metrics = imported("torchmetrics.functional.classification", "train")
         predicted = torch.from_numpy(self.probabilities).argmax(1)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from fcvgg.errors import LoadError
-from fcvgg.sources.extras import imported
+from fcvgg.extras import imported
 
 EXTRA = "onnx"
 

@@ -26,10 +26,10 @@ from fcvgg.errors import (
     one_line,
     visible,
 )
+from fcvgg.extras import imported
 from fcvgg.geometry import checked_size
 from fcvgg.preprocessing import decoded_preprocess
 from fcvgg.shape_budget import check_affordable
-from fcvgg.sources.extras import imported
 from fcvgg.sources.onnx_graph import EXTRA, Graph, OnnxModel
 from fcvgg.sources.onnx_operators import OPERATORS
 

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from fcvgg import untrusted
 from fcvgg.errors import LoadError, one_line
+from fcvgg.extras import imported
 from fcvgg.sources.assembly import Assembled, scores_of
-from fcvgg.sources.extras import imported
 from fcvgg.sources.onnx_constants import EXTRA, claimed_bytes, computed, evaluated, is_foldable
 
 _IMAGE_CHANNELS = (1, 3, 4)

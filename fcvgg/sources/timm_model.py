@@ -12,8 +12,8 @@ from torch import nn
 from fcvgg import checkpoints
 from fcvgg.conversion import check_convertible
 from fcvgg.errors import LoadError, one_line
+from fcvgg.extras import imported
 from fcvgg.preprocessing import INTERPOLATIONS, Preprocess
-from fcvgg.sources.extras import imported
 
 PREFIX = "timm:"
 EXTRA = "timm"

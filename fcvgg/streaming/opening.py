@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from fcvgg.errors import ArgumentError, FcvggError, ImageError, one_line
+from fcvgg.errors import ArgumentError, FcvggError, ImageError, MissingExtraError, one_line
+from fcvgg.extras import imported
 from fcvgg.geometry import Pair
 from fcvgg.streaming.strip_sources import (
     SAMPLES,
