@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import typer
 from rich.console import Console, RenderableType
@@ -18,12 +18,19 @@ from rich.text import Text
 
 from fcvgg.cli.options import in_option_words
 from fcvgg.errors import FcvggError, ImageError
+from fcvgg.names import readable
+
+if TYPE_CHECKING:
+    from fcvgg.image_files import Unreadable
 
 BAD_INPUT = 2
 """Exit status on an error that the user can mend."""
 
 INTERRUPTED = 130
 """Exit status after Ctrl-C, as shells have it."""
+
+_LISTED = 20
+"""Images that cannot be read and are named one by one."""
 
 _PIPED_WIDTH = 200
 """Columns of a table that no terminal limits."""
@@ -40,6 +47,7 @@ def output() -> Console:
 
 def say(line: RenderableType = "") -> None:
     """Print one line, which is not broken so that paths stay whole, or a table."""
+    line = readable(line) if isinstance(line, str) else line
     output().print(line, soft_wrap=isinstance(line, (str, Text)))
 
 
@@ -50,17 +58,26 @@ def say_wrote(path: Path) -> None:
 
 def complain(message: object) -> None:
     """Print one line on stderr, whatever the message holds."""
-    words = in_option_words(" ".join(str(message).split()))
+    words = in_option_words(readable(" ".join(str(message).split())))
     line = Text.assemble(("fcvgg: error: ", "bold red"), words)
     _errors().print(line, soft_wrap=True)
 
 
-def tell_skipped(files: Sequence[object]) -> None:
-    """Print one line on stderr for every file that was left out, which is no error."""
-    for file in files:
-        words = " ".join(str(file).split())
-        line = Text.assemble(("fcvgg: skipped ", "bold yellow"), words)
-        _errors().print(line, soft_wrap=True)
+def tell_skipped(files: Sequence[Unreadable], used: int) -> None:
+    """Print on stderr which files of a folder were left out, which is no error.
+
+    Images that cannot be read have a line each; a last line counts all files by their reason.
+    """
+    from fcvgg.image_files import left_out
+
+    failed = [file for file in files if not file.passed_over]
+    lines = [f"skipped {' '.join(str(file).split())}" for file in failed[:_LISTED]]
+    if len(failed) > _LISTED:
+        lines.append(f"skipped {len(failed) - _LISTED} more that cannot be read")
+    lines += [left_out(files, used)] * bool(files)
+    for line in lines:
+        shown = Text.assemble(("fcvgg: ", "bold yellow"), readable(line))
+        _errors().print(shown, soft_wrap=True)
 
 
 def examples(*commands: str) -> str:

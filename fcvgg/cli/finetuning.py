@@ -75,8 +75,8 @@ def run(
         Path,
         typer.Argument(
             metavar="DATA",
-            help="A folder with one folder of images per class, or with train and valid (or val) "
-            "that hold such folders.",
+            help="A folder with one folder of images per class, or with parts such as train and "
+            "val that hold such folders.",
             show_default=False,
         ),
     ],
@@ -293,7 +293,7 @@ def run(
 
 
 def _tell(result: FineTuned) -> None:
-    tell_skipped(result.skipped)
+    tell_skipped(result.skipped, sum(map(sum, result.counts.values())))
     run = result.training
     if run is not None and run.resumed_after:
         say(f"resumed after epoch {run.resumed_after}")

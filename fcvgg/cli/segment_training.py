@@ -162,7 +162,7 @@ def run(
             resume=resume,
             progress=True,
         )
-    tell_skipped(done.skipped)
+    tell_skipped(done.skipped, done.images)
     if done.run.resumed_after:
         say(f"resumed after epoch {done.run.resumed_after}")
     say(f"FCN-{variant.value}, epoch {done.run.best_epoch} of {epochs}: {done.metrics}")

@@ -280,4 +280,5 @@ def _digest_of_files(found: SplitFolders) -> str:
         f"{path.parent.name}/{path.name} {path.stat().st_size}"
         for path in (*found.train.paths, *found.valid.paths)
     ]
-    return sha256("\n".join(seen).encode()).hexdigest()[:_DIGITS]
+    names = "\n".join(seen).encode("utf-8", "surrogateescape")  # not all names are UTF-8
+    return sha256(names).hexdigest()[:_DIGITS]
