@@ -26,12 +26,12 @@ from fcvgg.errors import CategoryError, DatasetError, ImageError, one_line
 from fcvgg.image_files import (
     Contents,
     Listing,
-    Unreadable,
     among,
     contents,
     image_files,
     left_out,
 )
+from fcvgg.image_files import Unreadable as Unreadable  # found here before
 from fcvgg.images import read_image
 from fcvgg.names import readable
 
@@ -64,7 +64,7 @@ class LabelledImages:
 
     Attributes:
         skipped: the files of a folder that are not taken for images, and why.
-        folder: the folder that holds the class folders; None for other datasets.
+        part: the part of a data set that is taken; None if it has no parts.
         by_order: the class names that were matched in sorted order.
 
     Raises:
@@ -77,14 +77,15 @@ class LabelledImages:
         self.classes = classes
         self.by_order: tuple[str, ...] = ()
         self.skipped: tuple[Unreadable, ...] = ()
-        self.folder: Path | None = None
+        self.part: Path | None = None
         self._samples: Sequence[tuple[str, int]] | None = None
         self._dataset = dataset
         self._indices: list[int] | None = None
         if isinstance(dataset, (str, os.PathLike)):
             parts = parts_of(Path(dataset))
-            found = class_files(Path(dataset) if parts is None else parts.to_judge_by())
-            self.skipped, self.folder = found.skipped, found.folder
+            self.part = None if parts is None else parts.to_judge_by()
+            found = class_files(self.part or Path(dataset))
+            self.skipped = found.skipped
             self._samples = [(str(path), label) for path, label in found.samples]
             self._indices = self._matched(found.classes)
         else:
@@ -333,9 +334,9 @@ def _one_class(found: ClassFiles) -> str:
 def _why(failed: Sequence[Unreadable], passed: Sequence[Unreadable]) -> str:
     """Why a class folder gives no image, by the first of its files."""
     if failed:
-        first = failed[0]
-        reason = first.reason.removeprefix(first.name).removeprefix(":").strip()
-        why = f"none of its {len(failed)} can be read: {Path(first.name).name}: {reason}"
+        path, name = failed[0].name, Path(failed[0].name).name
+        first = Unreadable(name, failed[0].reason.replace(path, name))
+        why = f"none of its {len(failed)} can be read: {first}"
     else:
         why = "its files are not used" if passed else "it is empty"
     return f"{why}: {left_out(passed, len(failed))}" if passed else why

@@ -43,8 +43,9 @@ def run(
         Path,
         typer.Argument(
             metavar="DATA",
-            help="A folder with images/NAME.jpg and masks/NAME.png, or with train and valid "
-            "that are such folders. A mask holds class indices, and 255 where nothing counts.",
+            help="A folder with images/NAME.jpg and masks/NAME.png, or with parts such as train "
+            "and val that are such folders. A mask holds class indices, and 255 where nothing "
+            "counts.",
             show_default=False,
         ),
     ],

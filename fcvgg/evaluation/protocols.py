@@ -18,11 +18,11 @@ from torch import Tensor, nn
 
 from fcvgg.batching import run_in_batches
 from fcvgg.categories import class_name
-from fcvgg.datasets import LabelledImages, Unreadable
+from fcvgg.datasets import LabelledImages
 from fcvgg.errors import ArgumentError, DatasetError, ImageError, MissingExtraError
 from fcvgg.evaluation.cropping import centre_crop, grid_crops, ten_crops
 from fcvgg.files import written_whole
-from fcvgg.image_files import left_out
+from fcvgg.image_files import Unreadable, left_out
 from fcvgg.images import (
     PreparedImage,
     checked_flip,
@@ -125,7 +125,7 @@ class Evaluation:
             order, since none is the name of a category.
         skipped: all files of a folder that were left out, and why: those in `unreadable`, and those
             that are not images.
-        folder: the folder of class folders, or None: of a dataset in parts, the part that was used.
+        part: of a folder that holds parts of a data set, the one that was used; else None.
     """
 
     results: tuple[ProtocolResult, ...]
@@ -135,7 +135,7 @@ class Evaluation:
     unreadable: tuple[Unreadable, ...] = ()
     by_order: tuple[str, ...] = ()
     skipped: tuple[Unreadable, ...] = ()
-    folder: Path | None = None
+    part: Path | None = None
 
     def __getitem__(self, protocol: str) -> ProtocolResult:
         for result in self.results:
@@ -180,8 +180,9 @@ class Evaluation:
 
     def remarks(self) -> list[str]:
         """Lines that belong under the table: how classes were matched, and what was left out."""
-        where = "" if self.folder is None else f" of {readable(self.folder)}"
-        lines = [f"{self.images} images{where}"]
+        lines = [f"{self.images} images"]
+        if self.part is not None:
+            lines.append(f"those of the part {readable(self.part)}")
         if self.by_order:
             pairs = [
                 f"{name} = {class_name(i, self.categories)}" for i, name in enumerate(self.by_order)
@@ -222,7 +223,7 @@ class Evaluation:
             "average": self.average,
             "categories": self.categories,
             "classes_by_order": self.by_order,
-            "folder": None if self.folder is None else str(self.folder),
+            "part": None if self.part is None else str(self.part),
             "unreadable": [{"name": u.name, "reason": u.reason} for u in self.unreadable],
             "skipped": [{"name": u.name, "reason": u.reason} for u in self.skipped],
             "protocols": [
@@ -307,7 +308,7 @@ def evaluate(
         unreadable=tuple(run.unreadable),
         by_order=data.by_order,
         skipped=(*data.skipped, *run.unreadable),
-        folder=data.folder,
+        part=data.part,
     )
 
 

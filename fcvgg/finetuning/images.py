@@ -13,9 +13,10 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from fcvgg.datasets import ClassFolders, Unreadable, class_folders, parts_of
+from fcvgg.datasets import ClassFolders, class_folders, parts_of
 from fcvgg.errors import ArgumentError, DatasetError
 from fcvgg.geometry import Pair
+from fcvgg.image_files import Unreadable
 from fcvgg.images import in_mode, read_image
 from fcvgg.preprocessing import Preprocess
 

@@ -12,10 +12,10 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from fcvgg.datasets import Unreadable
 from fcvgg.finetuning.images import LabelledFiles
 from fcvgg.finetuning.strategies import Choice, Recipe
 from fcvgg.geometry import Pair
+from fcvgg.image_files import Unreadable
 from fcvgg.network import FullyConvolutional
 from fcvgg.training.settings import Settings
 
