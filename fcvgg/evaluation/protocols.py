@@ -189,13 +189,13 @@ class Evaluation:
             ]
             more = f", ... ({len(pairs)})" if len(pairs) > _TOP else ""
             lines.append(f"classes matched by their order: {', '.join(pairs[:_TOP])}{more}")
+        if len(self.skipped) > len(self.unreadable):
+            lines.append(left_out(self.skipped, self.images))
         if self.unreadable:
             lines.append(f"{len(self.unreadable)} images could not be read and were left out:")
             lines += [f"  {one}" for one in self.unreadable[:_LISTED]]
             if len(self.unreadable) > _LISTED:
                 lines.append(f"  and {len(self.unreadable) - _LISTED} more")
-        if len(self.skipped) > len(self.unreadable):
-            lines.append(left_out(self.skipped, self.images))
         return lines
 
     def __str__(self) -> str:
@@ -297,7 +297,8 @@ def evaluate(
                 tally.add(predictions[name], label)
     if not run.used:
         first = f": {run.unreadable[0]}" if run.unreadable else ""
-        first += f"; {left_out(data.skipped, 0)}" if data.skipped else ""
+        if data.skipped:
+            first += f"; {left_out((*data.skipped, *run.unreadable), 0)}"
         raise DatasetError(f"none of the dataset's {len(run.unreadable)} images can be used{first}")
     results = (_result(name, plan, tallies[name], net) for name in names)
     return Evaluation(
