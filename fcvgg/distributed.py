@@ -28,7 +28,7 @@ from fcvgg.categories import class_name
 from fcvgg.errors import ArgumentError, FcvggError, ImageError, one_line
 from fcvgg.files import folder_written_whole
 from fcvgg.geometry import Pair
-from fcvgg.image_files import Unreadable, image_files, is_leftover
+from fcvgg.image_files import Unreadable, image_files, is_leftover, left_out
 from fcvgg.names import readable
 from fcvgg.network import FullyConvolutional, evaluating
 from fcvgg.sources.extras import imported
@@ -306,6 +306,7 @@ def _files_of(name: str) -> list[tuple[str, str]]:
     Raises:
         ImageError: if there are none.
     """
+    passed = ""
     if _is_uri(name):
         found = _listed_in_store(name)
     elif os.path.isdir(name):
@@ -313,12 +314,13 @@ def _files_of(name: str) -> list[tuple[str, str]]:
         found = [(str(path), "") for path in listing.images]
         found += [(one.name, one.reason) for one in listing.skipped]
         found = sorted(found) if listing.images else []
+        passed = f" ({left_out(listing.skipped, 0)})" if listing.skipped else ""
     elif os.path.exists(name):
         found = [(name, "")]
     else:
         raise ImageError(f"there is no file or folder {name}")
     if not found:
-        raise ImageError(f"there are no images in {name}; expected at least one")
+        raise ImageError(f"there are no images in {name}; expected at least one{passed}")
     return found
 
 
