@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from numbers import Integral
@@ -31,7 +32,7 @@ from fcvgg.image_files import (
     image_files,
     left_out,
 )
-from fcvgg.image_files import Unreadable as Unreadable  # found here before
+from fcvgg.image_files import Unreadable as Unreadable  # its earlier place, still imported from
 from fcvgg.images import read_image
 from fcvgg.names import readable
 
@@ -182,6 +183,11 @@ class LabelledImages:
         return [indices[0] for indices in found]
 
     def _in_order(self, names: Sequence[str]) -> list[int]:
+        if len(set(map(_role_of, names)) - {None}) > 1 and all(map(_role_of, names)):
+            raise DatasetError(
+                f"the classes of the dataset, {_some(names)}, are parts of a data set; pass one of "
+                "them"
+            )
         if len(names) != self.classes:
             wanted = "" if self.categories is None else f", which are {_some(self.categories)}"
             raise CategoryError(
@@ -240,7 +246,8 @@ class ClassFolders:
     @property
     def counts(self) -> dict[str, int]:
         """How many images each class has."""
-        return {name: self.labels.count(i) for i, name in enumerate(self.classes)}
+        count = Counter(self.labels)
+        return {name: count[i] for i, name in enumerate(self.classes)}
 
 
 def class_folders(folder: str | Path) -> ClassFolders:
@@ -268,8 +275,9 @@ def class_folders(folder: str | Path) -> ClassFolders:
         else:
             read.append((path, label))
     labels = tuple(label for _, label in read)
+    present = set(labels)
     for label, place in enumerate(found.places):
-        if label not in labels:
+        if label not in present:
             failed = [one for one, other in unread if other == label]
             why = _why(failed, among(found.skipped, place))
             raise DatasetError(f"the class folder {place} gives no image: {why}")

@@ -92,7 +92,7 @@ def image_files(folder: Path) -> Listing:
     Raises:
         DatasetError: if the folder cannot be listed; a folder in it that cannot be is left out.
     """
-    seen = {_identity(parent) for parent in (folder.resolve(), *folder.resolve().parents)}
+    seen = {_identity(folder)}
     found = [contents(folder)]
     skipped = list(found[0].skipped)
     direct, linked = _apart(found[0].folders)
@@ -134,6 +134,7 @@ def contents(folder: Path) -> Contents:
     images: list[Path] = []
     skipped: list[Unreadable] = []
     endings = image_endings()
+    around = {folder.resolve(), *folder.resolve().parents}
     for name in names:
         if is_leftover(name):
             continue
@@ -147,6 +148,8 @@ def contents(folder: Path) -> Contents:
         if name.startswith("."):
             what = "folder" if stat.S_ISDIR(mode) else "file"
             skipped.append(_passed(path, f"a hidden {what}"))
+        elif stat.S_ISDIR(mode) and path.is_symlink() and path.resolve() in around:
+            skipped.append(_passed(path, "a link to a folder that it lies in"))
         elif stat.S_ISDIR(mode):
             folders.append(path)
         elif not stat.S_ISREG(mode):

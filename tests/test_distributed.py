@@ -187,7 +187,7 @@ def test_every_file_has_a_row_of_stated_types(net: Any, tmp_path: Path) -> None:
         assert rows[name]["error"] == ""
         assert len(rows[name]["classes"]) == len(rows[name]["probabilities"]) == 1
     assert {rows[name]["error"] for name in notes} == {"no image that can be read"}
-    assert rows["images/loop"]["error"] == "a link to a folder that is listed already"
+    assert rows["images/loop"]["error"] == "a link to a folder that it lies in"
     assert rows["images/broken.png"]["error"] == (
         f"{folder}/images/broken.png is no image that Pillow can read; expected PNG, JPEG or the "
         "like"

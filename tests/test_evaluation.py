@@ -438,6 +438,16 @@ def test_of_a_dataset_in_parts_the_one_to_judge_by_is_used(net, folder, parts, u
         fcvgg.evaluate(net, data)
 
 
+def test_parts_are_not_taken_for_classes_of_a_torchvision_folder(folder) -> None:
+    data = folder.parent / "parts"
+    for part in ("train", "test"):
+        shutil.copytree(folder, data / part)
+    two = fcvgg.convert(seeded(SmallVGG, classes=2), preprocess=PREPROCESS)
+    message = "the classes of the dataset, 'test', 'train', are parts of a data set; pass one of"
+    with pytest.raises(fcvgg.DatasetError, match=message):
+        fcvgg.evaluate(two, ImageFolder(str(data)))
+
+
 def test_names_of_any_bytes_are_matched_listed_and_written(net, folder, tmp_path) -> None:
     odd = os.fsencode(folder / "fig") + b"/h\xe4user\n.png"
     os.rename(folder / "fig" / "0.png", odd)

@@ -131,10 +131,24 @@ def test_links_are_followed_once_and_never_round(tmp_path: Path) -> None:
     assert names(listed.images, data) == ["link.png", "a/1.png", "far/3.png", "z/2.png"]
     assert {os.path.relpath(one.name, data): one.reason for one in listed.skipped} == {
         "a/again": "a link to a folder that is listed already",
-        "a/up": "a link to a folder that is listed already",
+        "a/up": "a link to a folder that it lies in",
         "nothing.png": "a link to nothing",
         "self.png": "a link to nothing",
     }
+
+
+def test_a_link_to_the_folder_itself_is_no_class(tmp_path: Path) -> None:
+    classes(tmp_path / "data", "a", "b")
+    (tmp_path / "data" / "all").symlink_to(tmp_path / "data")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "data" / "a" / "out").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "back").symlink_to(tmp_path / "elsewhere")
+    found = class_files(tmp_path / "data")
+    assert found.classes == ("a", "b")
+    assert [str(one) for one in found.skipped] == [
+        f"{tmp_path}/data/all: a link to a folder that it lies in",
+        f"{tmp_path}/data/a/out/back: a link to a folder that it lies in",
+    ]
 
 
 def test_pipes_and_sockets_do_not_hang(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

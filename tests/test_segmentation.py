@@ -852,8 +852,8 @@ def test_parts_of_masked_images(
     for i, name in enumerate(names):
         made = write_masked(tmp_path / f"made{i}" if inside else data / name, (3, 2, 4)[i], seed=i)
         for kind in ("images", "masks") if inside else ():
-            (data / kind).mkdir(parents=True, exist_ok=True)
-            (made / kind).rename(data / kind / name)
+            (data / kind.title()).mkdir(parents=True, exist_ok=True)
+            (made / kind).rename(data / kind.title() / name)
     found = train_and_valid(data, CLASSES, share=0.3)
     assert [len(part) for part in found] == counts
     used = {name for part in found for path in part.images for name in path.parts if name in names}

@@ -53,7 +53,7 @@ def say(line: RenderableType = "") -> None:
 
 def say_wrote(path: Path) -> None:
     """Print where a result was written."""
-    say(Text.assemble(("wrote ", "green"), str(path)))
+    say(Text.assemble(("wrote ", "green"), readable(path)))
 
 
 def complain(message: object) -> None:

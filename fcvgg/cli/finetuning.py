@@ -21,6 +21,7 @@ from fcvgg.cli.training_options import (
     Resume,
     RunFolder,
 )
+from fcvgg.names import readable
 
 if TYPE_CHECKING:
     from fcvgg.finetuning.result import FineTuned
@@ -303,7 +304,7 @@ def _tell(result: FineTuned) -> None:
         say(line)
     say_wrote(result.model_path)
     say_wrote(result.report_path)
-    say(Text.assemble(("next: ", "cyan"), result.heatmap_command))
+    say(Text.assemble(("next: ", "cyan"), readable(result.heatmap_command)))
 
 
 def _table(result: FineTuned) -> Table:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -60,10 +61,8 @@ class SplitFolders:
     @property
     def counts(self) -> dict[str, tuple[int, int]]:
         """How many images of every class there are to train on, and held out."""
-        return {
-            name: (self.train.labels.count(i), self.valid.labels.count(i))
-            for i, name in enumerate(self.classes)
-        }
+        train, valid = Counter(self.train.labels), Counter(self.valid.labels)
+        return {name: (train[i], valid[i]) for i, name in enumerate(self.classes)}
 
 
 def split_folders(folder: str | Path, fraction: float = 0.2, seed: int = 0) -> SplitFolders:

@@ -19,7 +19,7 @@ from fcvgg.categories import distinct_names
 from fcvgg.datasets import parts_of
 from fcvgg.errors import ArgumentError, DatasetError, ImageError, one_line
 from fcvgg.geometry import Pair
-from fcvgg.image_files import Unreadable, image_files, left_out
+from fcvgg.image_files import Unreadable, contents, image_files, left_out
 from fcvgg.images import in_mode, read_image
 from fcvgg.segmentation.label_map import IGNORE_INDEX
 
@@ -197,7 +197,7 @@ class _Place:
 
     @classmethod
     def of(cls, folder: Path) -> _Place:
-        return cls(folder, folder / IMAGES, folder / MASKS)
+        return cls(folder, _inside(folder, IMAGES), _inside(folder, MASKS))
 
 
 @dataclass(frozen=True)
@@ -212,16 +212,23 @@ class _Read:
     skipped: tuple[Unreadable, ...]
 
 
+def _inside(folder: Path, name: str) -> Path:
+    """The folder of a name in another, in any case of letters."""
+    inner = contents(folder).folders if folder.is_dir() else ()
+    return next((place for place in inner if place.name.lower() == name), folder / name)
+
+
 def _places(folder: Path) -> tuple[list[_Place], tuple[Unreadable, ...]]:
     """Where the images to train on lie, and those to validate on if they are apart."""
-    inner = (folder / IMAGES).is_dir()
-    above = folder / IMAGES if inner else folder
+    whole = _Place.of(folder)
+    inner = whole.images.is_dir()
+    above = whole.images if inner else folder
     parts = parts_of(above, "images" if inner else "folders") if above.is_dir() else None
     if parts is None:
-        return [_Place.of(folder)], ()
+        return [whole], ()
     found = [part for part in (parts.to_learn_from(), parts.valid) if part is not None]
     if inner:
-        return [_Place(folder, part, folder / MASKS / part.name) for part in found], parts.skipped
+        return [_Place(folder, part, whole.masks / part.name) for part in found], parts.skipped
     return [_Place.of(part) for part in found], parts.skipped
 
 
