@@ -657,7 +657,7 @@ def test_bad_folders_are_refused_in_one_line(tmp_path: Path) -> None:
     coloured = np.array(good.convert("RGB"))
     coloured[0, 0] = (255, 0, 9)
     Image.fromarray(coloured).save(mask)
-    kinds = "expected class indices, grey or with a palette, as PNG, TIFF, BMP or GIF"
+    kinds = "expected class indices, grey or with a palette, as PNG, TIFF or BMP"
     refused(rf"3.png has mode RGB and 3 colours such as \(255, 0, 9\); {kinds}$")
     good.convert("LA").save(mask)
     assert len(fcvgg.mask_folder(folder, CLASSES)) == 6
@@ -757,6 +757,28 @@ def test_masks_whose_labels_may_have_changed(
     message = rf"masks.{name} is a {kind}, which may change labels; expected class indices, grey or"
     with pytest.raises(fcvgg.DatasetError, match=message):
         fcvgg.mask_folder(folder, CLASSES)
+
+
+def test_a_gif_holds_grey_values_whatever_their_order(tmp_path: Path) -> None:
+    labels = np.array([[0, 2, 5, 255]] * 4, np.uint8)
+    Image.fromarray(labels).save(tmp_path / "m.gif")  # with a palette of these four
+    assert np.array_equal(read_mask(tmp_path / "m.gif"), labels)
+    coloured = Image.fromarray((labels % 3).astype(np.uint8))
+    coloured.putpalette([0, 0, 0, 255, 0, 0, 0, 255, 0])
+    coloured.save(tmp_path / "c.gif")
+    with pytest.raises(fcvgg.DatasetError, match=r"c\.gif is a GIF of colours, whose order"):
+        read_mask(tmp_path / "c.gif")
+    coloured.save(tmp_path / "c.png")
+    assert np.array_equal(read_mask(tmp_path / "c.png"), labels % 3)
+
+
+def test_a_mask_is_one_picture(tmp_path: Path) -> None:
+    mask = Image.fromarray(np.array([[0, 1]] * 2, np.uint8))
+    mask.save(tmp_path / "m.tif", save_all=True, append_images=[mask])
+    with pytest.raises(fcvgg.DatasetError, match=r"m\.tif holds several pictures; expected one"):
+        read_mask(tmp_path / "m.tif")
+    mask.save(tmp_path / "m.tif", save_all=True, append_images=[mask.resize((1, 1))])
+    assert read_mask(tmp_path / "m.tif").tolist() == [[0, 1]] * 2
 
 
 def test_fractions_are_no_labels(tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ _BINARY = frozenset({0, 255})
 _LOSSY = frozenset({"JPEG", "MPO", "JPEG2000", "WEBP", "AVIF"})
 """Formats whose compression may change labels."""
 
-_EXPECTED = "expected class indices, grey or with a palette, as PNG, TIFF, BMP or GIF"
+_EXPECTED = "expected class indices, grey or with a palette, as PNG, TIFF or BMP"
 
 
 @dataclass(frozen=True)
@@ -88,9 +88,10 @@ def mask_folder(folder: str | Path, categories: int | Sequence[str]) -> MaskFold
     Args:
         folder: with ``images/NAME.jpg`` (or another kind) and ``masks/NAME.png``. A mask holds
             class indices, as grey values, as three equal channels or as a palette image's indices,
-            and 255 for pixels that are neither trained on nor counted. It may also be a TIFF, BMP
-            or GIF, or be called ``NAME_mask``, ``NAME_label``, ``NAME_seg`` or ``NAME_gt``. Where
-            there are two classes and the masks of a data set hold only 0 and 255, 255 is class 1.
+            and 255 for pixels that are neither trained on nor counted. It may also be a TIFF, a BMP
+            or a grey GIF, or be called ``NAME_mask``, ``NAME_label``, ``NAME_seg`` or ``NAME_gt``.
+            Where there are two classes and the masks of a data set hold only 0 and 255, 255 is
+            class 1.
             Images are turned as their EXIF entry says, so masks label the upright image.
         categories: the names of the classes in the order of their indices, or how many there are.
 
@@ -146,12 +147,14 @@ def read_mask(path: Path) -> NDArray[np.int64]:
 
     Raises:
         ImageError: if the file cannot be read.
-        DatasetError: if it holds colours or fractions and not indices, or its compression may have
-            changed them.
+        DatasetError: if it holds colours or fractions and not indices, several pictures, or its
+            compression may have changed them.
     """
-    _refuse_lossy(path)
+    kind = _checked_kind(path)
     image = read_image(path)
     values = np.asarray(image)
+    if kind == "GIF" and image.mode == "P":
+        return _grey_values(image, path).astype(np.int64)
     if image.mode in ("RGBA", "LA", "PA"):
         if (values[..., -1] != 255).any():
             raise DatasetError(f"the mask {path} has transparent pixels; {_EXPECTED}")
@@ -170,18 +173,42 @@ def read_mask(path: Path) -> NDArray[np.int64]:
     return values.astype(np.int64)
 
 
-def _refuse_lossy(path: Path) -> None:
+def _checked_kind(path: Path) -> str:
+    """The format of a mask's file, or an empty string where reading it will say what is wrong.
+
+    Raises:
+        DatasetError: if its compression may change labels, or it holds several masks.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about sizes and metadata
             with Image.open(path) as image:
-                kind = image.format
+                kind = str(image.format)
                 inner = str(image.info.get("compression", "")).upper()
-    except Exception:  # whatever a file that is no image leads to; reading it says what
-        return
+                size, several = image.size, getattr(image, "n_frames", 1) > 1
+                if several:
+                    image.seek(1)
+                    several = image.size == size  # smaller ones are overviews
+    except Exception:  # whatever a file that is no image leads to
+        return ""
     if kind in _LOSSY or (kind == "TIFF" and any(name in inner for name in _LOSSY)):
         what = kind if kind in _LOSSY else f"TIFF compressed as {inner}"
         raise DatasetError(f"the mask {path} is a {what}, which may change labels; {_EXPECTED}")
+    if several:
+        raise DatasetError(f"the mask {path} holds several pictures; expected one")
+    return kind
+
+
+def _grey_values(image: Image.Image, path: Path) -> NDArray[Any]:
+    """The grey values of a GIF, whose writers renumber the colours of its palette."""
+    indices = np.asarray(image)
+    palette = np.array(image.getpalette("RGB")).reshape(-1, 3)
+    used = palette[np.unique(indices)]
+    if (used != used[:, :1]).any():
+        raise DatasetError(
+            f"the mask {path} is a GIF of colours, whose order writers change; {_EXPECTED}"
+        )
+    return palette[indices][..., 0]
 
 
 # -- finding and checking -------------------------------------------------------------------------
