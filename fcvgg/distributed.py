@@ -28,7 +28,7 @@ from fcvgg.categories import class_name
 from fcvgg.errors import ArgumentError, FcvggError, ImageError, one_line
 from fcvgg.files import folder_written_whole
 from fcvgg.geometry import Pair
-from fcvgg.image_files import Unreadable, image_files, is_leftover, left_out
+from fcvgg.image_files import SPECIAL, Unreadable, image_files, is_leftover, left_out
 from fcvgg.names import readable
 from fcvgg.network import FullyConvolutional, evaluating
 from fcvgg.sources.extras import imported
@@ -256,14 +256,11 @@ def classify(
     files = [file for name in names for file in _files_of(os.fspath(name))]
     data.DataContext.get_current().enable_progress_bars = False
     rows = data.from_items(
-        [
-            {"place": place.encode("utf-8", "surrogateescape"), "error": error}
-            for place, error in files
-        ],
+        [{"path": os.fsencode(name), "error": error} for name, error in files],
         override_num_blocks=min(len(files), max(_BLOCKS * workers, len(files) // _BLOCK_ROWS)),
     ).map_batches(
         _Classifier,
-        fn_constructor_args=(ray.put(packed(net)), top, threads, options),
+        fn_constructor_args=(ray.put(packed(net)), top, threads, options, os.getcwd()),
         batch_size=8,
         batch_format="pyarrow",
         compute=data.ActorPoolStrategy(size=workers),
@@ -316,7 +313,7 @@ def _files_of(name: str) -> list[tuple[str, str]]:
         found = sorted(found) if listing.images else []
         passed = f" ({left_out(listing.skipped, 0)})" if listing.skipped else ""
     elif os.path.exists(name):
-        found = [(name, "")]
+        found = [(name, "" if os.path.isfile(name) else SPECIAL)]
     else:
         raise ImageError(f"there is no file or folder {name}")
     if not found:
@@ -391,32 +388,35 @@ def _beside(function: Callable[..., Any]) -> dict[str, Any]:
 class _Classifier:
     """What every worker of `classify` holds."""
 
-    def __init__(self, bundle: Any, top: int, threads: int, options: dict[str, Any]):
+    def __init__(
+        self, bundle: Any, top: int, threads: int, options: dict[str, Any], folder: str = ""
+    ):
         torch.set_num_threads(threads)
         ray = imported("ray", "ray")
         held = ray.get(bundle) if isinstance(bundle, ray.ObjectRef) else bundle
         self.net = _unpacked(_Hashed(held))
         self.top, self.options = top, options
+        self.folder = folder  # that relative paths start from
 
     def __call__(self, batch: Any) -> Any:
         """Rows as a table whose types do not depend on what is in it."""
         arrow = imported("pyarrow", "ray")
-        places = [place.decode("utf-8", "surrogateescape") for place in batch["place"].to_pylist()]
-        rows = [self._classified(*row) for row in zip(places, batch["error"].to_pylist())]
+        names = [os.fsdecode(name) for name in batch["path"].to_pylist()]
+        rows = [self._classified(*row) for row in zip(names, batch["error"].to_pylist())]
         classes, probabilities, errors = zip(*rows)
         columns = {
-            "path": (arrow.string(), list(map(readable, places))),
+            "path": (arrow.string(), list(map(readable, names))),
             "classes": (arrow.list_(arrow.string()), classes),
             "probabilities": (arrow.list_(arrow.float32()), probabilities),
             "error": (arrow.string(), errors),
         }
         return arrow.table({k: arrow.array(v, kind) for k, (kind, v) in columns.items()})
 
-    def _classified(self, place: str, error: str) -> tuple[list[str], list[float], str]:
+    def _classified(self, name: str, error: str) -> tuple[list[str], list[float], str]:
         if error:
             return [], [], readable(error)
         try:
-            with _local(place) as path:
+            with _local(name, self.folder) as path:
                 scores = self.net.classify(path, **self.options)[0]
         except (OSError, FcvggError) as failed:
             return [], [], readable(" ".join(str(failed).split()))
@@ -426,24 +426,24 @@ class _Classifier:
 
 
 @contextmanager
-def _local(place: str) -> Iterator[Path]:
+def _local(name: str, folder: str) -> Iterator[Path]:
     """A file as a path of this machine; a temporary copy of what lies in a store.
 
     Raises:
-        ImageError: if it cannot be read; the message names the place and no copy.
+        ImageError: if it cannot be read; the message names the URI and no copy.
     """
-    if not _is_uri(place):
-        yield Path(place)
+    if not _is_uri(name):
+        yield Path(folder, name)
         return
-    system, path = _store_of(place)
-    with tempfile.TemporaryDirectory() as folder:
-        copy = Path(folder) / f"image{PurePosixPath(path).suffix}"
+    system, path = _store_of(name)
+    with tempfile.TemporaryDirectory() as place:
+        copy = Path(place) / f"image{PurePosixPath(path).suffix}"
         with system.open_input_stream(path) as source, open(copy, "wb") as target:
             shutil.copyfileobj(source, target)
         try:
             yield copy
         except ImageError as error:
-            raise ImageError(str(error).replace(str(copy), place)) from error
+            raise ImageError(str(error).replace(str(copy), name)) from error
 
 
 # -- the network on its way -----------------------------------------------------------------------

@@ -23,6 +23,7 @@ from fcvgg.errors import DatasetError
 from fcvgg.names import readable
 
 NO_IMAGE = "no image that can be read"
+SPECIAL = "a pipe, socket or device"
 
 _UNREAD = "could not be read"
 _LISTED = 5
@@ -153,7 +154,7 @@ def contents(folder: Path) -> Contents:
         elif stat.S_ISDIR(mode):
             folders.append(path)
         elif not stat.S_ISREG(mode):
-            skipped.append(_passed(path, "a pipe, socket or device"))
+            skipped.append(_passed(path, SPECIAL))
         elif path.suffix.lower() in endings or _is_image_by_content(path):
             images.append(path)
         else:

@@ -198,7 +198,9 @@ def test_every_file_has_a_row_of_stated_types(net: Any, tmp_path: Path) -> None:
     assert len(out.skipped) == 22
 
 
-def test_files_of_stores_are_listed_and_read_alike(net: Any, tmp_path: Path) -> None:
+def test_files_of_stores_are_listed_and_read_alike(
+    net: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = tmp_path / "data"
     (folder / "_sub").mkdir(parents=True)
     Image.fromarray(photograph(40, 50)).save(folder / "_sub" / "1.png")
@@ -220,6 +222,13 @@ def test_files_of_stores_are_listed_and_read_alike(net: Any, tmp_path: Path) -> 
             f"{uri}/notes.txt is no image that Pillow can read; expected PNG, JPEG or the like",
         ),
     ]
+    os.mkfifo(tmp_path / "pipe.png")
+    monkeypatch.chdir(tmp_path)  # where workers are not
+    given = ["2.png", "pipe.png", "data/notes.txt"]
+    near = check_table(distributed.classify(net, given, out="near", workers=1), 3)
+    assert [row["path"] for row in near] == sorted(given)
+    assert near[0]["error"] == ""
+    assert near[2]["error"] == "a pipe, socket or device"
     expected = net.classify(folder / "_sub" / "1.png")[0].topk(5).values
     assert np.allclose(rows[2]["probabilities"], expected, atol=1e-6)
     assert written.rows == 4
@@ -278,7 +287,7 @@ def test_an_image_beyond_pillows_limit_is_its_own_error(
     worker = distributed._Classifier(distributed.packed(net), 1, 1, {})
     (tmp_path / "bomb.png").write_bytes(file.getvalue())
     place = os.fsencode(tmp_path / "bomb.png")
-    rows = worker(pa.table({"place": [place], "error": [""]})).to_pylist()
+    rows = worker(pa.table({"path": [place], "error": [""]})).to_pylist()
     assert "exceeds limit of 1000 pixels" in rows[0]["error"]
     assert rows[0]["path"] == os.fsdecode(place)
 
