@@ -86,7 +86,7 @@ class LabelledImages:
             parts = parts_of(Path(dataset))
             self.part = None if parts is None else parts.to_judge_by()
             found = class_files(self.part or Path(dataset))
-            self.skipped = found.skipped
+            self.skipped = (*(parts.skipped if parts is not None else ()), *found.skipped)
             self._samples = [(str(path), label) for path, label in found.samples]
             self._indices = self._matched(found.classes)
         else:
@@ -262,6 +262,7 @@ def class_folders(folder: str | Path) -> ClassFolders:
             image that can be read, or the folders in it are no classes.
     """
     parts = parts_of(Path(folder))
+    beside = () if parts is None else parts.skipped
     found = class_files(Path(folder) if parts is None else parts.to_learn_from())
     if len(found.classes) < 2:
         raise DatasetError(_one_class(found))
@@ -285,7 +286,7 @@ def class_folders(folder: str | Path) -> ClassFolders:
         tuple(path for path, _ in read),
         labels,
         found.classes,
-        (*found.skipped, *(one for one, _ in unread)),
+        (*beside, *found.skipped, *(one for one, _ in unread)),
         found.folder,
     )
 
@@ -354,7 +355,14 @@ def _check_classes(folder: Path, places: Sequence[Path], listed: Sequence[Listin
     """Refuse folders that are parts of a data set under other names than parts have.
 
     They hold folders and no images, and the same folders each; or their names speak of parts.
+    Folders of images and of masks are no classes either.
     """
+    names = {place.name.casefold() for place in places}
+    if "images" in names and names <= _WITH_MASKS:
+        raise DatasetError(
+            f"{folder} holds {_some([p.name for p in places])}, which are no classes; expected one "
+            "folder per class, or pass images with masks to fcvgg.train_fcn"
+        )
     inner = [_inner_folders(place, one) for place, one in zip(places, listed)]
     if any(names is None for names in inner):
         return
@@ -395,6 +403,9 @@ _ROLES = {
     "test": ("test", "testing"),
 }
 """What the parts of a data set are for, and what they are called, the more usual names first."""
+
+_WITH_MASKS = frozenset({"images", "masks", "labels", "annotations"})
+"""Folders of images with a label for every pixel, or with boxes."""
 
 _PARTS_EXPECTED = "expected parts called train, valid and test"
 

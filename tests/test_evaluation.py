@@ -429,6 +429,7 @@ def test_of_a_dataset_in_parts_the_one_to_judge_by_is_used(net, folder, parts, u
     expected = fcvgg.evaluate(net, folder, protocols="dense")
     assert torch.equal(result["dense"].confusion, expected["dense"].confusion)
     assert result.part == data / used
+    assert str(result.skipped[0]) == f"{data}/readme.txt: no image that can be read"
     assert f"those of the part {data / used}" in str(result).splitlines()
     assert json.loads(result.to_json())["part"] == str(data / used)
     for part in parts[1:]:

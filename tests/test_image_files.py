@@ -235,6 +235,7 @@ def test_parts_are_known_by_name(tmp_path: Path, train: str, valid: str) -> None
     assert found.folder == tmp_path / train
     assert found.classes == ("a", "b")
     assert all(train in path.parts for path in found.paths)
+    assert [Path(one.name).name for one in found.skipped] == ["labels.csv"]
 
 
 def test_a_test_part_without_class_folders_does_not_judge(tmp_path: Path) -> None:
@@ -308,6 +309,15 @@ def test_classes_may_be_called_like_parts(tmp_path: Path) -> None:
         (
             ["val/a/1.png", "val/b/1.png"],
             "data has val and no train; expected a part to train on, or pass data/val",
+        ),
+        (
+            ["images/1.png", "Masks/1.png"],
+            "data holds 'Masks', 'images', which are no classes",
+        ),
+        (
+            ["train/images/1.png", "train/masks/1.png", "val/images/1.png", "val/masks/1.png"],
+            "data/train holds 'images', 'masks', which are no classes; expected one folder per "
+            "class, or pass images with masks to fcvgg.train_fcn",
         ),
         (
             ["mri/a/1.png", "mri/b/1.png"],
