@@ -389,10 +389,9 @@ def _check_classes(folder: Path, places: Sequence[Path], listed: Sequence[Listin
 
 def _inner_folders(place: Path, listing: Listing) -> set[str] | None:
     """The names of the folders in a folder that hold images; None if images lie beside them."""
-    inner = [path.relative_to(place).parts for path in listing.images]
-    if any(len(parts) == 1 for parts in inner):
+    if listing.images and listing.images[0].parent == place:  # what lies nearest comes first
         return None
-    return {parts[0] for parts in inner}
+    return {path.relative_to(place).parts[0] for path in listing.images}
 
 
 # -- parts of a data set --------------------------------------------------------------------------

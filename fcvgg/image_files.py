@@ -10,7 +10,6 @@ listed.
 from __future__ import annotations
 
 import os
-import stat
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -67,11 +66,13 @@ class Contents:
     """What lies directly in a folder.
 
     Attributes:
+        folder: the folder itself.
         folders: the folders that are not hidden, sorted.
         images: the image files, sorted.
         skipped: everything else but leftovers of the system.
     """
 
+    folder: Path
     folders: tuple[Path, ...]
     images: tuple[Path, ...]
     skipped: tuple[Unreadable, ...]
@@ -114,9 +115,10 @@ def image_files(folder: Path) -> Listing:
         folders = _apart(inner.folders)
         direct += folders[0]
         linked += folders[1]
-    images = [(str(path.parent), path.name, path) for one in found for path in one.images]
+    found.sort(key=lambda one: str(one.folder))
     return Listing(
-        tuple(path for *_, path in sorted(images)), tuple(sorted(skipped, key=lambda x: x.name))
+        tuple(path for one in found for path in one.images),
+        tuple(sorted(skipped, key=lambda one: one.name)),
     )
 
 
@@ -127,8 +129,8 @@ def contents(folder: Path) -> Contents:
         DatasetError: if it cannot be listed.
     """
     try:
-        with os.scandir(folder) as entries:
-            names = sorted(entry.name for entry in entries)
+        with os.scandir(folder) as listed:
+            entries = sorted(listed, key=lambda entry: entry.name)
     except OSError as error:
         raise DatasetError(f"{folder} cannot be listed: {error.strerror or error}") from error
     folders: list[Path] = []
@@ -136,30 +138,24 @@ def contents(folder: Path) -> Contents:
     skipped: list[Unreadable] = []
     endings = image_endings()
     around = {folder.resolve(), *folder.resolve().parents}
-    for name in names:
-        if is_leftover(name):
+    for entry in entries:
+        if is_leftover(entry.name):
             continue
-        path = folder / name
-        try:
-            mode = path.stat().st_mode
-        except OSError as error:
-            reason = "a link to nothing" if path.is_symlink() else error.strerror or str(error)
-            skipped.append(_passed(path, reason))
-            continue
-        if name.startswith("."):
-            what = "folder" if stat.S_ISDIR(mode) else "file"
-            skipped.append(_passed(path, f"a hidden {what}"))
-        elif stat.S_ISDIR(mode) and path.is_symlink() and path.resolve() in around:
+        path = folder / entry.name
+        is_folder, is_file = _kind(entry)
+        if not (is_folder or is_file):
+            skipped.append(_passed(path, _why_neither(path)))
+        elif entry.name.startswith("."):
+            skipped.append(_passed(path, f"a hidden {'folder' if is_folder else 'file'}"))
+        elif is_folder and entry.is_symlink() and path.resolve() in around:
             skipped.append(_passed(path, "a link to a folder that it lies in"))
-        elif stat.S_ISDIR(mode):
+        elif is_folder:
             folders.append(path)
-        elif not stat.S_ISREG(mode):
-            skipped.append(_passed(path, SPECIAL))
-        elif path.suffix.lower() in endings or _is_image_by_content(path):
+        elif os.path.splitext(entry.name)[1].lower() in endings or _is_image_by_content(path):
             images.append(path)
         else:
             skipped.append(_passed(path, NO_IMAGE))
-    return Contents(tuple(folders), tuple(images), tuple(skipped))
+    return Contents(folder, tuple(folders), tuple(images), tuple(skipped))
 
 
 def image_endings() -> frozenset[str]:
@@ -199,6 +195,23 @@ def left_out(skipped: Sequence[Unreadable], used: int) -> str:
 def among(skipped: Iterable[Unreadable], folder: Path) -> tuple[Unreadable, ...]:
     """Those that lie under a folder."""
     return tuple(one for one in skipped if folder in Path(one.name).parents)
+
+
+def _kind(entry: os.DirEntry[str]) -> tuple[bool, bool]:
+    """Whether it is a folder, and whether a file; neither where a link leads nowhere."""
+    try:
+        return entry.is_dir(), entry.is_file()
+    except OSError:
+        return False, False
+
+
+def _why_neither(path: Path) -> str:
+    """What is neither a folder nor a file."""
+    try:
+        path.stat()
+    except OSError as error:
+        return "a link to nothing" if path.is_symlink() else error.strerror or str(error)
+    return SPECIAL
 
 
 def _passed(path: Path, reason: str) -> Unreadable:
