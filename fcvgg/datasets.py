@@ -343,8 +343,8 @@ def _one_class(found: ClassFiles) -> str:
 def _why(failed: Sequence[Unreadable], passed: Sequence[Unreadable]) -> str:
     """Why a class folder gives no image, by the first of its files."""
     if failed:
-        path, name = failed[0].name, Path(failed[0].name).name
-        first = Unreadable(name, failed[0].reason.replace(path, name))
+        path, name = readable(failed[0].name), readable(Path(failed[0].name).name)
+        first = Unreadable(name, readable(failed[0].reason).replace(path, name))
         why = f"none of its {len(failed)} can be read: {first}"
     else:
         why = "its files are not used" if passed else "it is empty"

@@ -58,7 +58,8 @@ class Unreadable:
     passed_over: bool = False
 
     def __str__(self) -> str:
-        return readable(self.reason if self.name in self.reason else f"{self.name}: {self.reason}")
+        name, reason = readable(self.name), readable(self.reason)
+        return reason if name in reason else f"{name}: {reason}"
 
 
 @dataclass(frozen=True)

@@ -797,12 +797,15 @@ def test_every_file_is_paired_or_listed(tmp_path: Path) -> None:
     (folder / "images" / "0.png").rename(folder / "images" / "0.jfif")  # a PNG under another name
     (folder / "images" / "notes.txt").write_text("no image")
     Image.new("L", (4, 4)).save(folder / "masks" / "alone.png")
+    (folder / "images" / "thumbs").mkdir()
+    Image.new("L", (4, 4)).save(folder / "images" / "thumbs" / "0.png")
     found = fcvgg.mask_folder(folder, CLASSES)
     assert [p.name for p in found.images] == ["0.jfif", "1.png", "2.png"]
     assert [p.name for p in found.masks] == ["0.png", "1.png", "2.png"]
     assert [str(one) for one in found.skipped] == [
         f"{folder}/images/notes.txt: no image that can be read",
         f"{folder}/masks/alone.png: a mask of no image",
+        f"{folder}/images/thumbs/0.png: there is no folder {folder}/masks/thumbs",
     ]
 
 

@@ -281,7 +281,7 @@ def _read(place: _Place) -> _Read:
     if not images:
         raise DatasetError(
             f"none of the {len(pairs)} images in {place.images} can be read with its mask; the "
-            f"first: {next(one for one in skipped if not one.passed_over)}"
+            f"first: {next((one for one in skipped if not one.passed_over), skipped[0])}"
         )
     return _Read(place, tuple(images), tuple(masks), tuple(sizes), values, tuple(skipped))
 
@@ -368,13 +368,18 @@ def _paired(place: _Place) -> tuple[list[tuple[Path, Path]], list[Unreadable]]:
             skipped.append(Unreadable(str(mask), "a mask of no image", passed_over=True))
         else:
             found[owner].append(mask)
+    pairs = []
     for image, own in found.items():
-        if not own:
-            expected = place.masks / image.relative_to(place.images).with_suffix(".png")
+        expected = place.masks / image.relative_to(place.images).with_suffix(".png")
+        if not own and not expected.parent.is_dir():
+            skipped.append(Unreadable(str(image), f"there is no folder {expected.parent}", True))
+        elif not own:
             raise DatasetError(f"there is no mask for {image}; expected {expected}")
-        if len(own) > 1:
+        elif len(own) > 1:
             raise DatasetError(f"{image} has {len(own)} masks, {own[0]} and {own[1]}; expected one")
-    return [(image, own[0]) for image, own in found.items()], skipped
+        else:
+            pairs.append((image, own[0]))
+    return pairs, skipped
 
 
 def _stem(path: Path, folder: Path) -> str:
