@@ -1,8 +1,17 @@
-"""Labelled images: folders of classes, torchvision datasets, sequences of (image, label)."""
+"""Labelled images: folders of classes, torchvision datasets, sequences of (image, label).
+
+A folder of class folders may lie in parts of a data set, which are never taken for classes:
+``train`` or ``training``; ``valid``, ``val``, ``validation``, ``validate``, ``dev`` or ``eval``;
+``test`` or ``testing``, in any case of letters. What learns takes the part to train on. What judges
+takes the part to test on, or else the one to validate on.
+"""
 
 from __future__ import annotations
 
 import os
+import re
+import unicodedata
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from numbers import Integral
@@ -12,23 +21,22 @@ from typing import Any
 from PIL import UnidentifiedImageError
 from torch import Tensor
 from torchvision.datasets import ImageFolder
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from fcvgg.categories import class_index
 from fcvgg.errors import CategoryError, DatasetError, ImageError, one_line
+from fcvgg.image_files import (
+    Contents,
+    Listing,
+    among,
+    contents,
+    image_files,
+    left_out,
+)
+from fcvgg.image_files import Unreadable as Unreadable  # its earlier place, still imported from
+from fcvgg.images import image_size
+from fcvgg.names import readable
 
 _LISTED = 3
-
-
-@dataclass(frozen=True)
-class Unreadable:
-    """An image of a dataset that could not be used, and why."""
-
-    name: str
-    reason: str
-
-    def __str__(self) -> str:
-        return self.reason if self.name in self.reason else f"{self.name}: {self.reason}"
 
 
 @dataclass(frozen=True)
@@ -44,15 +52,21 @@ class LabelledImages:
     """A dataset's images with labels that are indices of a network's classes.
 
     Args:
-        dataset: the path of a folder with one folder of images per class; a torchvision
-            `ImageFolder`; or any sequence or iterable of ``(image, label)``. A label is an index,
-            or a category's name.
+        dataset: the path of a folder with one folder of images per class, or with parts that hold
+            such folders; a torchvision `ImageFolder`; or any sequence or iterable of
+            ``(image, label)``. A label is an index, or a category's name.
         categories: the network's class names, or None.
         classes: how many classes the network has.
 
     Class folders, and the names that a dataset gives as ``dataset.classes``, are matched to
     categories by name (case, ``_`` and ``-`` do not matter). Where none matches, as many folders as
-    classes are taken in sorted order, as torchvision does.
+    classes are taken in sorted order, as torchvision does. Of a data set in parts, the part to test
+    on is taken, or else the one to validate on.
+
+    Attributes:
+        skipped: the files of a folder that are not taken for images, and why.
+        part: the part of a data set that is taken; None if it has no parts.
+        by_order: the class names that were matched in sorted order.
 
     Raises:
         DatasetError: if there is no such folder, there are no images, or it is no dataset.
@@ -63,12 +77,18 @@ class LabelledImages:
         self.categories = categories
         self.classes = classes
         self.by_order: tuple[str, ...] = ()
+        self.skipped: tuple[Unreadable, ...] = ()
+        self.part: Path | None = None
         self._samples: Sequence[tuple[str, int]] | None = None
         self._dataset = dataset
         self._indices: list[int] | None = None
         if isinstance(dataset, (str, os.PathLike)):
-            names, self._samples = samples_in(Path(dataset))
-            self._indices = self._matched(names)
+            parts = parts_of(Path(dataset))
+            self.part = None if parts is None else parts.to_judge_by()
+            found = class_files(self.part or Path(dataset))
+            self.skipped = (*(parts.skipped if parts is not None else ()), *found.skipped)
+            self._samples = [(str(path), label) for path, label in found.samples]
+            self._indices = self._matched(found.classes)
         else:
             self._adopt(dataset)
 
@@ -163,6 +183,11 @@ class LabelledImages:
         return [indices[0] for indices in found]
 
     def _in_order(self, names: Sequence[str]) -> list[int]:
+        if len(set(map(_role_of, names)) - {None}) > 1 and all(map(_role_of, names)):
+            raise DatasetError(
+                f"the classes of the dataset, {_some(names)}, are parts of a data set; pass one of "
+                "them"
+            )
         if len(names) != self.classes:
             wanted = "" if self.categories is None else f", which are {_some(self.categories)}"
             raise CategoryError(
@@ -174,37 +199,346 @@ class LabelledImages:
         return list(range(len(names)))
 
 
-def samples_in(folder: Path) -> tuple[list[str], list[tuple[str, int]]]:
-    """The class folders' names, sorted, and every image file with the place of its class."""
-    if not folder.is_dir():
-        what = "is a file" if folder.exists() else "does not exist"
-        raise DatasetError(f"{folder} {what}; expected a folder with one folder per class")
-    names = sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
-    samples = [
-        (str(Path(place) / file), i)
-        for i, name in enumerate(names)
-        for place, folders, files in sorted(os.walk(folder / name, followlinks=True))
-        for file in sorted(files)
-        if file.lower().endswith(IMG_EXTENSIONS) and not file.startswith(".")
-    ]
-    if not names:
+# -- class folders --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ClassFiles:
+    """The image files of class folders, which may or may not be readable.
+
+    Attributes:
+        folder: holds the class folders.
+        places: the class folders, sorted.
+        samples: every file with the place of its class.
+        skipped: the files that were left out, and why.
+    """
+
+    folder: Path
+    places: tuple[Path, ...]
+    samples: tuple[tuple[Path, int], ...]
+    skipped: tuple[Unreadable, ...]
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The names of the class folders, as text that can be printed."""
+        return tuple(readable(place.name) for place in self.places)
+
+
+@dataclass(frozen=True)
+class ClassFolders:
+    """Image files that can be read, and their classes.
+
+    Attributes:
+        paths: the files, class by class.
+        labels: the index into `classes` of each.
+        classes: the names of the class folders, sorted. Control characters and bytes that are not
+            UTF-8 stand there as escapes.
+        skipped: the files that were left out, and why.
+        folder: holds the class folders.
+    """
+
+    paths: tuple[Path, ...]
+    labels: tuple[int, ...]
+    classes: tuple[str, ...]
+    skipped: tuple[Unreadable, ...] = ()
+    folder: Path | None = None
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many images each class has."""
+        count = Counter(self.labels)
+        return {name: count[i] for i, name in enumerate(self.classes)}
+
+
+def class_folders(folder: str | Path) -> ClassFolders:
+    """The images of a folder with one folder per class; each is opened once.
+
+    Args:
+        folder: holds the class folders, or parts of a data set, of which the one to train on is
+            taken.
+
+    Raises:
+        DatasetError: if there is no such folder, it has fewer than two class folders, one has no
+            image that can be read, or the folders in it are no classes.
+    """
+    parts = parts_of(Path(folder))
+    beside = () if parts is None else parts.skipped
+    found = class_files(Path(folder) if parts is None else parts.to_learn_from())
+    if len(found.classes) < 2:
+        raise DatasetError(_one_class(found))
+    read: list[tuple[Path, int]] = []
+    unread: list[tuple[Unreadable, int]] = []
+    for path, label in found.samples:
+        try:
+            image_size(path)
+        except ImageError as error:
+            unread.append((Unreadable(str(path), str(error)), label))
+        else:
+            read.append((path, label))
+    labels = tuple(label for _, label in read)
+    present = set(labels)
+    for label, place in enumerate(found.places):
+        if label not in present:
+            failed = [one for one, other in unread if other == label]
+            why = _why(failed, among(found.skipped, place))
+            raise DatasetError(f"the class folder {place} gives no image: {why}")
+    return ClassFolders(
+        tuple(path for path, _ in read),
+        labels,
+        found.classes,
+        (*beside, *found.skipped, *(one for one, _ in unread)),
+        found.folder,
+    )
+
+
+def class_files(folder: Path) -> ClassFiles:
+    """The class folders of a folder and their image files, by name and ending.
+
+    Raises:
+        DatasetError: if there is no such folder, it has no class folders, there are no images, or
+            the folders in it look like parts of a data set.
+    """
+    found = _contents(folder, "a folder with one folder per class")
+    if not found.folders:
         raise DatasetError(
             f"{folder} has no class folders; expected images in {folder.name}/CLASS/"
         )
+    listed = [image_files(place) for place in found.folders]
+    if len(found.folders) > 1:
+        _check_classes(folder, found.folders, listed)
+    samples = tuple((path, i) for i, one in enumerate(listed) for path in one.images)
+    skipped = [*_outside(found), *(x for one in listed for x in one.skipped)]
     if not samples:
+        passed = left_out(skipped, 0)
         raise DatasetError(
             f"there are no images under {folder}; expected files such as "
-            f"{folder.name}/{names[0]}/photo.jpg"
+            f"{folder.name}/{found.folders[0].name}/photo.jpg" + (f" ({passed})" if passed else "")
         )
-    return names, samples
+    return ClassFiles(folder, found.folders, samples, tuple(skipped))
+
+
+def _contents(folder: Path, expected: str) -> Contents:
+    if not folder.is_dir():
+        what = "is a file" if folder.exists() else "does not exist"
+        raise DatasetError(f"{folder} {what}; expected {expected}")
+    return contents(folder)
+
+
+def _outside(found: Contents) -> list[Unreadable]:
+    """What lies beside class folders."""
+    images = (Unreadable(str(p), "an image in no class folder", True) for p in found.images)
+    return [*images, *found.skipped]
+
+
+def _one_class(found: ClassFiles) -> str:
+    (place,) = found.places
+    inner = {path.relative_to(place).parts[:-1][:1] for path, _ in found.samples}
+    hint = f"; to use the folders in it, pass {place}"
+    return (
+        f"{found.folder} has one class folder, {place.name}; expected two or more, one per class"
+        + (hint if len(inner) > 1 else "")
+    )
+
+
+def _why(failed: Sequence[Unreadable], passed: Sequence[Unreadable]) -> str:
+    """Why a class folder gives no image, by the first of its files."""
+    if failed:
+        path, name = readable(failed[0].name), readable(Path(failed[0].name).name)
+        first = Unreadable(name, readable(failed[0].reason).replace(path, name))
+        why = f"none of its {len(failed)} can be read: {first}"
+    else:
+        why = "its files are not used" if passed else "it is empty"
+    return f"{why}: {left_out(passed, len(failed))}" if passed else why
+
+
+def _check_classes(folder: Path, places: Sequence[Path], listed: Sequence[Listing]) -> None:
+    """Refuse folders that are parts of a data set under other names than parts have.
+
+    They hold folders and no images, and the same folders each; or their names speak of parts.
+    Folders of images and of masks are no classes either.
+    """
+    names = {place.name.casefold() for place in places}
+    if "images" in names and names <= _WITH_MASKS:
+        raise DatasetError(
+            f"{folder} holds {_some([p.name for p in places])}, which are no classes; expected one "
+            "folder per class, or pass images with masks to fcvgg.train_fcn"
+        )
+    inner = [_inner_folders(place, one) for place, one in zip(places, listed)]
+    if any(names is None for names in inner):
+        return
+    held = [names for names in inner if names]
+    shared = sorted(set.intersection(*held)) if len(held) > 1 else []
+    if len(shared) > 1:
+        if all(map(_role_of, shared)):
+            raise DatasetError(
+                f"every class folder of {folder} holds the parts {_some(shared)}; expected the "
+                f"parts above the classes: {folder.name}/{shared[0]}/{places[0].name}/photo.jpg"
+            )
+        raise DatasetError(
+            f"{_some([p.name for p in places])} in {folder} all hold the folders {_some(shared)} "
+            "and no images, so they are parts of a data set and no classes; "
+            f"{_PARTS_EXPECTED}, or pass one of them"
+        )
+    speaking = {role for place in places for role in _roles_spoken_of(place.name)}
+    if len(speaking) > 1:
+        raise DatasetError(
+            f"{_some([p.name for p in places])} in {folder} hold no images but folders, and look "
+            f"like parts of a data set; {_PARTS_EXPECTED}, or pass one of them"
+        )
+
+
+def _inner_folders(place: Path, listing: Listing) -> set[str] | None:
+    """The names of the folders in a folder that hold images; None if images lie beside them."""
+    if listing.images and listing.images[0].parent == place:  # what lies nearest comes first
+        return None
+    return {path.relative_to(place).parts[0] for path in listing.images}
+
+
+# -- parts of a data set --------------------------------------------------------------------------
+
+_ROLES = {
+    "train": ("train", "training"),
+    "valid": ("valid", "val", "validation", "validate", "dev", "eval", "evaluation"),
+    "test": ("test", "testing"),
+}
+"""What the parts of a data set are for, and what they are called, the more usual names first."""
+
+_WITH_MASKS = frozenset({"images", "masks", "labels", "annotations"})
+"""Folders of images with a label for every pixel, or with boxes."""
+
+_PARTS_EXPECTED = "expected parts called train, valid and test"
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A data set in parts.
+
+    Attributes:
+        folder: holds them.
+        train: the part to learn from, or None.
+        valid: the part to choose by, or None.
+        test: the part for the last judgement, or None.
+        skipped: what lies beside the parts that are used.
+    """
+
+    folder: Path
+    train: Path | None
+    valid: Path | None
+    test: Path | None
+    skipped: tuple[Unreadable, ...] = ()
+
+    @property
+    def names(self) -> str:
+        """What there is, for a message."""
+        found = (self.train, self.valid, self.test)
+        return " and ".join(part.name for part in found if part is not None)
+
+    def to_learn_from(self) -> Path:
+        """The part to train on.
+
+        Raises:
+            DatasetError: if there is none.
+        """
+        if self.train is None:
+            raise DatasetError(
+                f"{self.folder} has {self.names} and no train; expected a part to train on, or "
+                f"pass {self.valid or self.test}"
+            )
+        return self.train
+
+    def to_judge_by(self) -> Path:
+        """The part to test on, or else the one to validate on.
+
+        A part to test on that has no class folders, since its labels are kept back, does not count.
+
+        Raises:
+            DatasetError: if there is neither.
+        """
+        for part in (self.test, self.valid):
+            if part is not None and contents(part).folders:
+                return part
+        raise DatasetError(
+            f"{self.folder} has {self.names} and neither a test nor a valid with class folders; "
+            f"expected a part to judge by, or pass {self.train}"
+        )
+
+
+def parts_of(folder: Path, holding: str = "folders") -> Parts | None:
+    """The parts of a data set that a folder holds; None if it holds none.
+
+    A folder that is called like a part is one if it holds no images but folders. So a class may be
+    called ``train``, whose images lie directly in it, beside other classes.
+
+    Args:
+        folder: the data set.
+        holding: what a part holds, ``"folders"`` or ``"images"``.
+
+    Raises:
+        DatasetError: if the folder does not exist, or what is in it is neither parts nor classes.
+    """
+    found = _contents(folder, "a folder with one folder per class")
+    called = [place for place in found.folders if _role_of(place.name)]
+    if not called:
+        return None
+    others = [place for place in found.folders if place not in called]
+    others_used = [place for place in others if image_files(place).images]
+    if holding == "folders":
+        held = [contents(place) for place in called]
+        parts = [bool(one.folders) and not (one.images and others_used) for one in held]
+        if not any(parts):
+            if len(called) > 1 and not others_used and any(one.images for one in held):
+                raise DatasetError(
+                    f"{folder} holds the parts {_some([p.name for p in called])}, and these images "
+                    f"and no class folders; expected {called[0].name}/CLASS/photo.jpg"
+                )
+            return None
+        called = [p for p, is_part in zip(called, parts) if is_part or not others_used]
+    if others_used and len({_role_of(place.name) for place in called}) == 1:
+        raise DatasetError(
+            f"{folder} holds {called[0].name}, which looks like a part of a data set, and "
+            f"{_some([p.name for p in others_used])}, which do not; {_PARTS_EXPECTED}, or class "
+            "folders only"
+        )
+    chosen = {role: _chosen(folder, called, role) for role in _ROLES}
+    beside = [place for place in found.folders if place not in chosen.values()]
+    skipped = (Unreadable(str(place), "a folder beside the parts", True) for place in beside)
+    return Parts(folder, **chosen, skipped=(*skipped, *_outside(found)))
+
+
+def _chosen(folder: Path, called: Sequence[Path], role: str) -> Path | None:
+    """The part of a role: of several the one of the more usual name."""
+    names = _ROLES[role]
+    parts = [place for place in called if _role_of(place.name) == role]
+    parts.sort(key=lambda place: names.index(place.name.casefold()))
+    if role == "train" and len(parts) > 1:
+        raise DatasetError(
+            f"{folder} holds {len(parts)} parts to train on, {_some([p.name for p in parts])}; "
+            "expected one"
+        )
+    return parts[0] if parts else None
+
+
+def _role_of(name: str) -> str | None:
+    """What a part of this name is for; None if it is no part's name."""
+    return next((role for role, names in _ROLES.items() if name.casefold() in names), None)
+
+
+def _roles_spoken_of(name: str) -> set[str]:
+    """What a name such as ``seg_train`` or ``val2017`` speaks of."""
+    words = re.findall("[a-z]+", name.casefold())
+    return {role for word in words if (role := _role_of(word)) is not None}
+
+
+# -- text -----------------------------------------------------------------------------------------
 
 
 def _plain(name: str) -> str:
-    return name.casefold().replace("_", " ").replace("-", " ").strip()
+    composed = unicodedata.normalize("NFC", readable(name))  # macOS writes accents apart
+    return composed.casefold().replace("_", " ").replace("-", " ").strip()
 
 
 def _some(names: Sequence[str]) -> str:
-    shown = ", ".join(repr(name) for name in names[:_LISTED])
+    shown = ", ".join(f"'{readable(name)}'" for name in names[:_LISTED])
     return shown + (f", ... ({len(names)})" if len(names) > _LISTED else "")
 
 

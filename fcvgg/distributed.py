@@ -8,8 +8,8 @@ is replaced and its work is done again. The extra ``fcvgg[ray]`` brings what is 
 
 from __future__ import annotations
 
-import io
 import os
+import shutil
 import tempfile
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from functools import lru_cache
 from inspect import signature
 from itertools import islice
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -29,6 +29,8 @@ from fcvgg.errors import ArgumentError, FcvggError, ImageError, one_line
 from fcvgg.extras import imported
 from fcvgg.files import folder_written_whole
 from fcvgg.geometry import Pair
+from fcvgg.image_files import SPECIAL, Unreadable, image_files, is_leftover, left_out
+from fcvgg.names import readable
 from fcvgg.network import FullyConvolutional, evaluating
 from fcvgg.streaming.execution import as_array, bands, chunked
 from fcvgg.streaming.job import StreamJob, as_result, plan_in_memory
@@ -39,6 +41,10 @@ Bundle = dict[str, bytes]
 """The files of a network that `FullyConvolutional.save` wrote."""
 
 _RETRIES = 3
+
+_BLOCKS, _BLOCK_ROWS = 4, 1000
+"""Blocks of a table for each worker at least, so that none waits long for another at the end, and
+rows of a block at most."""
 
 
 def stream(
@@ -210,17 +216,20 @@ def classify(
     threads: int = 1,
     address: str | None = None,
     **options: Any,
-) -> str:
+) -> ClassTable:
     """Classify a folder or bucket of images with `FullyConvolutional.classify`, through Ray Data.
 
-    Every worker loads the network once.
+    Every worker loads the network once, and reads images as `FullyConvolutional.classify` reads
+    paths. Every file has a row, but what systems leave in folders; see `fcvgg.image_files`.
 
     Args:
         net: a converted network.
-        paths: files, folders or buckets (``s3://...``), as `ray.data.read_binary_files` takes them.
-        out: the folder or bucket for Parquet files with the columns ``path``, ``classes``,
-            ``probabilities`` (of the `top` best, the best first) and ``error``, which is empty
-            where the image could be used.
+        paths: files and folders, or URIs of them in buckets (``s3://...``) and other stores that
+            PyArrow or fsspec opens. Folders are searched with all folders in them.
+        out: the folder or bucket for Parquet files with the columns ``path`` (string), ``classes``
+            (list of string) and ``probabilities`` (list of float) of the `top` best, the best
+            first, and ``error`` (string), which is empty where the image could be used. Bytes of a
+            path that are not UTF-8 are written as escapes, ``\\xe4``.
         top: how many classes are written.
         workers: processes that classify.
         threads: processor cores of each worker.
@@ -228,7 +237,7 @@ def classify(
         options: of `FullyConvolutional.classify`, such as ``scales``.
 
     Returns:
-        `out`.
+        `out` as a string, which also says how many rows there are and which files failed.
 
     Raises:
         ImageError: if there are no images.
@@ -244,26 +253,118 @@ def classify(
         raise ImageError("no images were given; expected at least one path")
     if Path(out).is_dir() and any(Path(out).iterdir()):
         raise FcvggError(f"{out} holds files already; choose another name, or remove it")
+    files = [file for name in names for file in _files_of(os.fspath(name))]
     data.DataContext.get_current().enable_progress_bars = False
-    try:
-        images = data.read_binary_files(
-            [str(name) for name in names], include_paths=True, **_beside(data.read_binary_files)
-        )
-    except (FileNotFoundError, ValueError) as error:
-        raise ImageError(f"{error}".splitlines()[0]) from error
-    rows = images.map_batches(
+    rows = data.from_items(
+        [{"path": os.fsencode(name), "error": error} for name, error in files],
+        override_num_blocks=min(len(files), max(_BLOCKS * workers, len(files) // _BLOCK_ROWS)),
+    ).map_batches(
         _Classifier,
-        fn_constructor_args=(ray.put(packed(net)), top, threads, options),
+        fn_constructor_args=(ray.put(packed(net)), top, threads, options, os.getcwd()),
         batch_size=8,
+        batch_format="pyarrow",
         compute=data.ActorPoolStrategy(size=workers),
         num_cpus=threads,
     )
     with _written_whole(out) as unfinished:
-        try:
-            rows.write_parquet(unfinished, **_beside(data.Dataset.write_parquet))
-        except FileNotFoundError as error:
-            raise ImageError(f"{error}".splitlines()[0]) from error
-    return str(out)
+        rows.write_parquet(unfinished, **_beside(data.Dataset.write_parquet))
+    return ClassTable(out)
+
+
+class ClassTable(str):
+    """Where `classify` wrote its rows: the path of a folder of Parquet files."""
+
+    __slots__ = ()
+
+    @property
+    def rows(self) -> int:
+        """How many files there are."""
+        return int(self._dataset().count_rows())
+
+    @property
+    def skipped(self) -> tuple[Unreadable, ...]:
+        """The files that could not be classified, and why."""
+        compute = imported("pyarrow.compute", "ray")
+        failed = self._dataset().to_table(["path", "error"], filter=compute.field("error") != "")
+        return tuple(
+            Unreadable(row["path"], row["error"])
+            for row in sorted(failed.to_pylist(), key=lambda row: str(row["path"]))
+        )
+
+    def _dataset(self) -> Any:
+        dataset = imported("pyarrow.dataset", "ray")
+        system, path = _store_of(self) if _is_uri(self) else (None, str(self))
+        return dataset.dataset(path, filesystem=system, format="parquet")
+
+
+def _files_of(name: str) -> list[tuple[str, str]]:
+    """The files of a path or URI, each with why it is no image, or an empty string.
+
+    Raises:
+        ImageError: if there are none.
+    """
+    passed = ""
+    if _is_uri(name):
+        found = _listed_in_store(name)
+    elif os.path.isdir(name):
+        listing = image_files(Path(name))
+        found = [(str(path), "") for path in listing.images]
+        found += [(one.name, one.reason) for one in listing.skipped]
+        found = sorted(found) if listing.images else []
+        passed = f" ({left_out(listing.skipped, 0)})" if listing.skipped else ""
+    elif os.path.exists(name):
+        found = [(name, "" if os.path.isfile(name) else SPECIAL)]
+    else:
+        raise ImageError(f"there is no file or folder {name}")
+    if not found:
+        raise ImageError(f"there are no images in {name}; expected at least one{passed}")
+    return found
+
+
+def _listed_in_store(uri: str) -> list[tuple[str, str]]:
+    """The files under a URI; hidden ones are left out with that reason."""
+    fs = imported("pyarrow.fs", "ray")
+    system, path = _store_of(uri)
+    try:
+        info = system.get_file_info(path)
+        if info.type == fs.FileType.NotFound:
+            raise ImageError(f"there is no file or folder {uri}")
+        if info.type == fs.FileType.File:
+            return [(uri, "")]
+        files = system.get_file_info(fs.FileSelector(path, recursive=True))
+    except OSError as error:
+        raise ImageError(f"{uri} cannot be listed: {one_line(error)}") from error
+    found = []
+    for one in sorted(files, key=lambda one: one.path):
+        below = one.path[len(path) :].strip("/")
+        parts = below.split("/")
+        if one.type != fs.FileType.File or any(map(is_leftover, parts)):
+            continue
+        hidden = any(part.startswith(".") for part in parts)
+        found.append((f"{uri.rstrip('/')}/{below}", "a hidden file" if hidden else ""))
+    return found
+
+
+def _is_uri(name: str) -> bool:
+    return "://" in name
+
+
+def _store_of(uri: str) -> tuple[Any, str]:
+    """A file system of PyArrow, and the path in it.
+
+    Raises:
+        ImageError: if neither PyArrow nor fsspec knows such stores, or it cannot be reached.
+    """
+    fs = imported("pyarrow.fs", "ray")
+    try:
+        return fs.FileSystem.from_uri(uri)  # type: ignore[no-any-return]
+    except (ValueError, OSError, NotImplementedError) as error:
+        known = error
+    try:
+        system, path = imported("fsspec.core", "ray").url_to_fs(uri)
+    except (ValueError, OSError, ImportError):
+        raise ImageError(f"{uri} cannot be opened: {one_line(known)}") from known
+    return fs.PyFileSystem(fs.FSSpecHandler(system)), path
 
 
 @contextmanager
@@ -284,40 +385,67 @@ def _beside(function: Callable[..., Any]) -> dict[str, Any]:
     return cores if "num_cpus" in signature(function).parameters else {"ray_remote_args": cores}
 
 
-_UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
-"""What Pillow raises for files that are no images, or broken."""
-
-
 class _Classifier:
     """What every worker of `classify` holds."""
 
-    def __init__(self, bundle: Any, top: int, threads: int, options: dict[str, Any]):
+    def __init__(
+        self, bundle: Any, top: int, threads: int, options: dict[str, Any], folder: str = ""
+    ):
         torch.set_num_threads(threads)
         ray = imported("ray", "ray")
         held = ray.get(bundle) if isinstance(bundle, ray.ObjectRef) else bundle
         self.net = _unpacked(_Hashed(held))
         self.top, self.options = top, options
+        self.folder = folder  # that relative paths start from
 
-    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        rows = [self._classified(data) for data in batch["bytes"]]
+    def __call__(self, batch: Any) -> Any:
+        """Rows as a table whose types do not depend on what is in it."""
+        arrow = imported("pyarrow", "ray")
+        names = [os.fsdecode(name) for name in batch["path"].to_pylist()]
+        rows = [self._classified(*row) for row in zip(names, batch["error"].to_pylist())]
         classes, probabilities, errors = zip(*rows)
-        return {
-            "path": batch["path"],
-            "classes": np.array([*classes, None], dtype=object)[:-1],
-            "probabilities": np.array([*probabilities, None], dtype=object)[:-1],
-            "error": list(errors),
+        columns = {
+            "path": (arrow.string(), list(map(readable, names))),
+            "classes": (arrow.list_(arrow.string()), classes),
+            "probabilities": (arrow.list_(arrow.float32()), probabilities),
+            "error": (arrow.string(), errors),
         }
+        return arrow.table({k: arrow.array(v, kind) for k, (kind, v) in columns.items()})
 
-    def _classified(self, data: bytes) -> tuple[list[str], list[float], str]:
+    def _classified(self, name: str, error: str) -> tuple[list[str], list[float], str]:
+        if error:
+            return [], [], readable(error)
         try:
-            scores = self.net.classify(io.BytesIO(data), **self.options)[0]
+            with _local(name, self.folder) as path:
+                scores = self.net.classify(path, **self.options)[0]
             if not scores.isfinite().all():
                 raise ImageError("no cell has data, so there is no class")
-        except (*_UNREADABLE, FcvggError) as error:
-            return [], [], " ".join(str(error).split())
+        except (OSError, FcvggError) as failed:
+            return [], [], readable(" ".join(str(failed).split()))
         values, indices = scores.topk(min(self.top, len(scores)))
         names = [class_name(i, self.net.categories) for i in indices.tolist()]
         return names, values.tolist(), ""
+
+
+@contextmanager
+def _local(name: str, folder: str) -> Iterator[Path]:
+    """A file as a path of this machine; a temporary copy of what lies in a store.
+
+    Raises:
+        ImageError: if it cannot be read; the message names the URI and no copy.
+    """
+    if not _is_uri(name):
+        yield Path(folder, name)
+        return
+    system, path = _store_of(name)
+    with tempfile.TemporaryDirectory() as place:
+        copy = Path(place) / f"image{PurePosixPath(path).suffix}"
+        with system.open_input_stream(path) as source, open(copy, "wb") as target:
+            shutil.copyfileobj(source, target)
+        try:
+            yield copy
+        except ImageError as error:
+            raise ImageError(str(error).replace(str(copy), name)) from error
 
 
 # -- the network on its way -----------------------------------------------------------------------

@@ -7,33 +7,14 @@ one, the remedy. All classes derive from `FcvggError`, so one ``except`` catches
 from __future__ import annotations
 
 import re
-import unicodedata
+
+from fcvgg.names import readable
 
 _LONGEST = 2_000
 """Characters of a message; names in files may be of any length."""
 
 _LONGEST_WORD = 400
 _LONG_WORD = re.compile(rf"\S{{{_LONGEST_WORD + 1},}}")
-
-_HIDDEN = frozenset(("Cc", "Cf", "Cs", "Zl", "Zp"))
-"""Unicode's kinds of characters that steer a terminal or the order of its text, or end a line."""
-
-_JOINERS = "\u200c\u200d"
-"""Characters of kind Cf that words of several scripts, and emoji, are written with."""
-
-
-def visible(text: object) -> str:
-    """Text in one line without control or direction characters: they are written as escapes.
-
-    An escape code shows as ``\\x1b``, a line break as ``\\n``, a right-to-left mark as ``\\u200f``.
-
-    Args:
-        text: what may come from a file, such as a layer's name.
-    """
-    text = str(text)
-    if text.isprintable():
-        return text
-    return "".join(_escaped(c) if _is_hidden(c) else c for c in text)
 
 
 def _bounded(text: str) -> str:
@@ -48,14 +29,6 @@ def _shortened(text: str, longest: int) -> str:
     return f"{text[: longest * 2 // 3]}[...]{text[-longest // 3 :]}"
 
 
-def _is_hidden(character: str) -> bool:
-    return unicodedata.category(character) in _HIDDEN and character not in _JOINERS
-
-
-def _escaped(character: str) -> str:
-    return character.encode("unicode_escape").decode("ascii")
-
-
 class FcvggError(Exception):
     """Base of every error that fcvgg raises on purpose.
 
@@ -67,7 +40,7 @@ class FcvggError(Exception):
 
 
 def _message(text: str) -> str:
-    return visible(_bounded(re.sub(r"[ \t]*\n\s*", " ", text.strip())))
+    return readable(_bounded(re.sub(r"[ \t]*\n\s*", " ", text.strip())))
 
 
 class ConversionError(FcvggError):
@@ -140,4 +113,4 @@ class ContenderError(FcvggError):
 
 def one_line(error: BaseException) -> str:
     """The first line of an error's message, as `visible` shows it."""
-    return visible(_bounded((str(error).strip() or type(error).__name__).splitlines()[0]))
+    return readable(_bounded((str(error).strip() or type(error).__name__).splitlines()[0]))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -82,6 +84,21 @@ def test_errors_are_one_line(data: Path, arguments: list[str], message: str) -> 
     assert ran.stdout == ""
     assert len(ran.stderr.splitlines()) == 1
     assert message in ran.stderr
+
+
+def test_what_was_left_out_is_one_line_on_stderr(data: Path) -> None:
+    for i in range(16):
+        (data / "face" / f"{i}.xyz").write_text("no image")
+    (data / os.fsdecode(b"n\xf6tes\x1b[31m.txt")).write_text("about")
+    shutil.copytree(data, "parts/Val")
+    ran = run("evaluate", "parts", "--model", "demo", "--protocols", "dense")
+    assert ran.exit_code == 0
+    line = (
+        "17 of 20 files left out: 16 .xyz (no image that can be read), 1 .txt (no image that can "
+        "be read)"
+    )
+    assert ran.stderr == f"fcvgg: {line}\n"
+    assert f"3 images\nthose of the part parts/Val\n{line}\n" in ran.stdout
 
 
 def test_folders_that_do_not_fit_the_classes(data: Path) -> None:

@@ -31,12 +31,17 @@ def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_train_resume_and_label(data: Path) -> None:
     (data / "images" / "3.png").write_text("no image")
+    (data / "images" / "notes.txt").write_text("no image")
     options = ("--classes", "dark, light", "--model", "demo", "--crop", "32", "--batch-size", "2")
     options += ("--lr", "5e-3")
     ran = run("segment-train", data, *options, "--epochs", 2, "--freeze-upto", "pool2", "-o", "c")
     assert ran.exit_code == 0, ran.output
     assert "skipped" in ran.stderr
     assert "3.png is no image" in ran.stderr
+    counted = (
+        "2 of 5 files left out: 1 .txt (no image that can be read), 1 .png (could not be read)"
+    )
+    assert f"fcvgg: {counted}\n" in ran.stderr
     assert "FCN-32s, epoch " in ran.stdout
     assert "wrote c/fcn" in ran.stdout
     assert ran.stdout.endswith("next: fcvgg segment photo.jpg --fcn c/fcn\n")

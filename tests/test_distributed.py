@@ -24,6 +24,7 @@ from fcvgg.streaming.job import StreamJob, plan_in_memory
 from fcvgg.streaming.score_store import ScoreStore
 
 ray = pytest.importorskip("ray")
+pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")
 pytest.importorskip("zarr")
 pytest.importorskip("tifffile")
@@ -142,6 +143,118 @@ def test_a_folder_of_images(net: Any, tmp_path: Path) -> None:
         assert rows[f"{i}.png"]["error"] == ""
 
 
+COLUMNS = {
+    "path": pa.string(),
+    "classes": pa.list_(pa.string()),
+    "probabilities": pa.list_(pa.float32()),
+    "error": pa.string(),
+}
+
+
+def check_table(out: str, count: int) -> list[dict[str, Any]]:
+    """Every file of a table has the stated types, and all readers read it; its rows, by path."""
+    for file in Path(out).iterdir():
+        assert {f.name: f.type for f in pq.read_schema(file)} == COLUMNS
+    pandas = pytest.importorskip("pandas").read_parquet(out)
+    dataset = pytest.importorskip("pyarrow.dataset").dataset(out).to_table()
+    assert len(pandas) == dataset.num_rows == pq.read_table(out).num_rows == count
+    assert sorted(pandas.path) == sorted(dataset["path"].to_pylist())
+    return sorted(dataset.to_pylist(), key=lambda row: row["path"])
+
+
+def test_every_file_has_a_row_of_stated_types(net: Any, tmp_path: Path) -> None:
+    """Annotations come first, so the first files of the table hold failures only."""
+    folder = tmp_path / "data"
+    names = ["_DSC1.JPG", "_rejected/2.png", "day/_3.jfif", "images/no-ending", "images/4.avif"]
+    kinds = ["JPEG", "PNG", "JPEG", "PNG", "AVIF"]
+    for name, kind in zip(names, kinds):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(photograph(40, 50)).save(folder / name, kind)
+    os.rename(folder / "_DSC1.JPG", os.fsencode(folder) + b"/h\xe4user.JPG")
+    names[0] = "h\\xe4user.JPG"
+    (folder / "annotations").mkdir()
+    notes = [f"annotations/{i:02}.xml" for i in range(20)]
+    for name in notes:
+        (folder / name).write_text("<a/>")
+    (folder / "images" / "broken.png").write_bytes(b"no image")
+    (folder / "images" / "Thumbs.db").write_bytes(b"left by the system")
+    (folder / "images" / "loop").symlink_to(folder)
+    out = distributed.classify(net, folder, out=tmp_path / "classes", top=1)
+    assert out == str(tmp_path / "classes")
+    rows = {os.path.relpath(row["path"], folder): row for row in check_table(out, 27)}
+    assert set(rows) == {*names, *notes, "images/broken.png", "images/loop"}
+    for name in names:
+        assert rows[name]["error"] == ""
+        assert len(rows[name]["classes"]) == len(rows[name]["probabilities"]) == 1
+    assert {rows[name]["error"] for name in notes} == {"no image that can be read"}
+    assert rows["images/loop"]["error"] == "a link to a folder that it lies in"
+    assert rows["images/broken.png"]["error"] == (
+        f"{folder}/images/broken.png is no image that Pillow can read; expected PNG, JPEG or the "
+        "like"
+    )
+    assert rows["images/broken.png"]["classes"] == rows["images/broken.png"]["probabilities"] == []
+    assert out.rows == 27
+    assert [one.name for one in out.skipped][:2] == [f"{folder}/{name}" for name in notes[:2]]
+    assert len(out.skipped) == 22
+
+
+def test_files_of_stores_are_listed_and_read_alike(
+    net: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "data"
+    (folder / "_sub").mkdir(parents=True)
+    Image.fromarray(photograph(40, 50)).save(folder / "_sub" / "1.png")
+    (folder / "notes.txt").write_text("no image")
+    (folder / ".hidden.png").write_text("no image")
+    (folder / "._1.png").write_text("left by the system")
+    absent = tmp_path / "2.png"
+    Image.fromarray(photograph(41, 50)).save(absent)
+    uri, out = folder.as_uri(), (tmp_path / "classes").as_uri()
+    written = distributed.classify(net, [uri, absent.as_uri()], out=out, workers=1)
+    assert written == out
+    rows = check_table(str(tmp_path / "classes"), 4)
+    assert [(row["path"], row["error"]) for row in rows] == [
+        (absent.as_uri(), ""),
+        (f"{uri}/.hidden.png", "a hidden file"),
+        (f"{uri}/_sub/1.png", ""),
+        (
+            f"{uri}/notes.txt",
+            f"{uri}/notes.txt is no image that Pillow can read; expected PNG, JPEG or the like",
+        ),
+    ]
+    os.mkfifo(tmp_path / "pipe.png")
+    monkeypatch.chdir(tmp_path)  # where workers are not
+    given = ["2.png", "pipe.png", "data/notes.txt"]
+    near = check_table(distributed.classify(net, given, out="near", workers=1), 3)
+    assert [row["path"] for row in near] == sorted(given)
+    assert near[0]["error"] == ""
+    assert near[2]["error"] == "a pipe, socket or device"
+    expected = net.classify(folder / "_sub" / "1.png")[0].topk(5).values
+    assert np.allclose(rows[2]["probabilities"], expected, atol=1e-6)
+    assert written.rows == 4
+    assert len(written.skipped) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("absent", "there is no file or folder absent$"),
+        ("texts", r"there are no images in texts; expected at least one \(1 of 1 files left out"),
+        ("file:///absent/x", "there is no file or folder file:///absent/x$"),
+        ("nosuch://bucket/x", "nosuch://bucket/x cannot be opened: "),
+    ],
+)
+def test_places_without_images(
+    net: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").write_text("no image")
+    with pytest.raises(ImageError, match=message):
+        distributed.classify(net, name, out=tmp_path / "classes")
+    assert not (tmp_path / "classes").exists()
+
+
 def test_a_band_comes_in_chunks(net: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fcvgg.streaming.resumption._CHUNK_ROWS", 4)
     written = []
@@ -166,14 +279,17 @@ def test_a_band_comes_in_chunks(net: Any, tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_an_image_beyond_pillows_limit_is_its_own_error(
-    net: Any, monkeypatch: pytest.MonkeyPatch
+    net: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = io.BytesIO()
     Image.fromarray(photograph(40, 50)).save(file, "PNG")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)
     worker = distributed._Classifier(distributed.packed(net), 1, 1, {})
-    rows = worker({"bytes": [file.getvalue()], "path": ["bomb.png"]})
-    assert "exceeds limit of 1000 pixels" in rows["error"][0]
+    (tmp_path / "bomb.png").write_bytes(file.getvalue())
+    place = os.fsencode(tmp_path / "bomb.png")
+    rows = worker(pa.table({"path": [place], "error": [""]})).to_pylist()
+    assert "exceeds limit of 1000 pixels" in rows[0]["error"]
+    assert rows[0]["path"] == os.fsdecode(place)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -384,10 +386,95 @@ def test_unreadable_images_are_counted_listed_and_not_fatal(net, folder) -> None
     assert lines[-3] == "2 images could not be read and were left out:"
     assert "text.jpg is no image that Pillow can read" in lines[-2]
     assert "broken.png" in lines[-1]
-    assert [u["name"] for u in json.loads(result.to_json())["unreadable"]] == [
+    written = json.loads(result.to_json())
+    assert [u["name"] for u in written["unreadable"]] == [
         str(folder / "Plum" / "text.jpg"),
         str(folder / "fig" / "broken.png"),
     ]
+    assert lines[-4] == (
+        "6 of 18 files left out: 3 .txt (no image that can be read), 1 without an ending (a hidden "
+        "folder), 1 .jpg (could not be read), 1 .png (could not be read)"
+    )
+    assert len(result.skipped) == len(written["skipped"]) == 6
+    assert set(result.unreadable) < set(result.skipped)
+
+
+def test_every_kind_of_image_of_a_folder_is_evaluated(net, tmp_path) -> None:
+    kinds = {"jfif": "JPEG", "avif": "AVIF", "jp2": "JPEG2000", "TIF": "TIFF", "ppm": "PPM"}
+    (tmp_path / "apple").mkdir()
+    for ending, kind in kinds.items():
+        picture(1).save(tmp_path / "apple" / f"x.{ending}", kind)
+    picture(1).save(tmp_path / "apple" / "no-ending", "PNG")
+    (tmp_path / "__MACOSX" / "apple").mkdir(parents=True)
+    (tmp_path / "apple" / "._x.jpg").write_text("left by the system")
+    result = fcvgg.evaluate(net, tmp_path, protocols="dense")
+    assert labels_of(result) == {"apple": 6}
+    assert result.skipped == ()
+
+
+@pytest.mark.parametrize(
+    ("parts", "used"),
+    [
+        (("Train", "Valid", "Testing"), "Testing"),
+        (("train", "val"), "val"),
+        (("training", "dev"), "dev"),
+    ],
+)
+def test_of_a_dataset_in_parts_the_one_to_judge_by_is_used(net, folder, parts, used) -> None:
+    data = folder.parent / "parts"
+    for part in parts:
+        shutil.copytree(folder, data / part)
+    (data / "readme.txt").write_text("about")
+    result = fcvgg.evaluate(net, data, protocols="dense")
+    expected = fcvgg.evaluate(net, folder, protocols="dense")
+    assert torch.equal(result["dense"].confusion, expected["dense"].confusion)
+    assert result.part == data / used
+    assert str(result.skipped[0]) == f"{data}/readme.txt: no image that can be read"
+    assert f"those of the part {data / used}" in str(result).splitlines()
+    assert json.loads(result.to_json())["part"] == str(data / used)
+    for part in parts[1:]:
+        shutil.rmtree(data / part)
+    message = f"has {parts[0]} and neither a test nor a valid with class folders; expected a part"
+    with pytest.raises(fcvgg.DatasetError, match=message):
+        fcvgg.evaluate(net, data)
+
+
+def test_parts_are_not_taken_for_classes_of_a_torchvision_folder(folder) -> None:
+    data = folder.parent / "parts"
+    for part in ("train", "test"):
+        shutil.copytree(folder, data / part)
+    two = fcvgg.convert(seeded(SmallVGG, classes=2), preprocess=PREPROCESS)
+    message = "the classes of the dataset, 'test', 'train', are parts of a data set; pass one of"
+    with pytest.raises(fcvgg.DatasetError, match=message):
+        fcvgg.evaluate(two, ImageFolder(str(data)))
+
+
+def test_names_of_any_bytes_are_matched_listed_and_written(net, folder, tmp_path) -> None:
+    odd = os.fsencode(folder / "fig") + b"/h\xe4user\n.png"
+    os.rename(folder / "fig" / "0.png", odd)
+    (folder / "fig" / os.fsdecode(b"kl\xe4r.png")).write_text("no image")
+    result = fcvgg.evaluate(net, folder, protocols="dense")
+    assert labels_of(result) == {"apple": 4, "plum": 4, "fig": 4}
+    assert str(result).encode("utf-8").endswith(b"Pillow can read; expected PNG, JPEG or the like")
+    assert "/fig/kl\\xe4r.png is no image" in str(result)
+    result.to_json(tmp_path / "evaluation.json")
+    written = json.loads((tmp_path / "evaluation.json").read_text(encoding="utf-8"))
+    (unreadable,) = written["unreadable"]
+    assert os.fsencode(unreadable["name"]).endswith(b"/fig/kl\xe4r.png")
+    os.rename(folder / "fig", os.fsencode(folder) + b"/f\xefg")
+    categories = [r"f\xefg" if name == "fig" else name for name in CLASSES]
+    odd_net = fcvgg.convert(
+        seeded(SmallVGG, classes=7), preprocess=PREPROCESS, categories=categories
+    )
+    assert labels_of(fcvgg.evaluate(odd_net, folder, protocols="dense"))[r"f\xefg"] == 4
+
+
+def test_accents_written_apart_name_the_same_class(net, tmp_path) -> None:
+    categories = ["caf\u00e9", *CLASSES[1:]]
+    net = fcvgg.convert(seeded(SmallVGG, classes=7), preprocess=PREPROCESS, categories=categories)
+    (tmp_path / "cafe\u0301").mkdir()
+    picture(0).save(tmp_path / "cafe\u0301" / "0.png")
+    assert labels_of(fcvgg.evaluate(net, tmp_path, protocols="dense")) == {"caf\u00e9": 1}
 
 
 def test_a_dataset_whose_items_fail_to_read(net) -> None:
@@ -419,6 +506,9 @@ def test_errors_of_folders(net, tmp_path) -> None:
     refused(fcvgg.DatasetError, "there are no images under .*apple/photo.jpg", tmp_path)
     (tmp_path / "apple" / "a.png").write_text("nothing")
     refused(fcvgg.DatasetError, "none of the dataset's 1 images can be used: .*a.png", tmp_path)
+    (tmp_path / "apple" / "b.xyz").write_text("nothing")
+    refused(fcvgg.DatasetError, r"a.png is no .*; 3 of 3 files left out: 1 .*1 \.xyz", tmp_path)
+    (tmp_path / "apple" / "b.xyz").unlink()
     (tmp_path / "cherry").mkdir()
     refused(fcvgg.CategoryError, "the class 'cherry' is no category of the network; exp", tmp_path)
     (tmp_path / "apple").rename(tmp_path / "rowan")

@@ -40,6 +40,7 @@ from fcvgg.finetuning.strategies import Choice, Recipe, chosen, new_layer_rate, 
 from fcvgg.finetuning.svm import fitted_svm, pooled_features
 from fcvgg.finetuning.tasks import Classification, frozen_features
 from fcvgg.pictures import Picture
+from fcvgg.training.normalization import check_normalization, smallest_batch
 from fcvgg.training.order import SeededItems
 
 mpl.use("Agg")
@@ -101,6 +102,7 @@ def test_train_and_val_folders(textures: Path) -> None:
     assert found.classes == CLASSES
     assert found.counts == dict.fromkeys(CLASSES, (12, 4))
     assert found.origin == f"held out are the images of {textures / 'val'}"
+    assert found.skipped == ()
     assert all("train" in p.parts for p in found.train.paths)
 
 
@@ -128,6 +130,33 @@ def test_a_test_folder_is_no_class_and_not_looked_at(tmp_path: Path) -> None:
     found = split_folders(tmp_path)
     assert found.counts == dict.fromkeys(CLASSES, (3, 1))
     assert all("test" not in p.parts[-3] for p in (*found.train.paths, *found.valid.paths))
+
+
+def test_parts_by_any_usual_name(tmp_path: Path) -> None:
+    for part, count in (("Training", 4), ("Dev", 2), ("Testing", 2)):
+        write_patches(tmp_path / part, count, left=True)
+    (tmp_path / "labels.csv").write_text("brick")
+    found = split_folders(tmp_path)
+    assert found.classes == CLASSES
+    assert found.counts == dict.fromkeys(CLASSES, (4, 2))
+    assert found.origin == (
+        f"held out are the images of {tmp_path / 'Dev'}; {tmp_path / 'Testing'} is left for the "
+        "last judgement"
+    )
+    assert [Path(one.name).name for one in found.skipped] == ["labels.csv"]
+
+
+def test_every_kind_of_image_is_used_or_listed(tmp_path: Path) -> None:
+    write_patches(tmp_path, 2, left=True)
+    for ending, kind in (("jfif", "JPEG"), ("avif", "AVIF"), ("JP2", "JPEG2000"), ("tif", "TIFF")):
+        Image.new("RGB", (40, 40)).save(tmp_path / "brick" / f"x.{ending}", kind)
+    for ending in ("xyz", "xml"):
+        (tmp_path / "brick" / f"x.{ending}").write_text("no image")
+    found = split_folders(tmp_path)
+    assert sum(found.counts["brick"]) == 6
+    assert [str(one) for one in found.skipped] == [
+        f"{tmp_path}/brick/x.{ending}: no image that can be read" for ending in ("xml", "xyz")
+    ]
 
 
 def test_a_class_may_be_called_train(tmp_path: Path) -> None:
@@ -164,8 +193,9 @@ def test_folders_that_will_not_do(tmp_path: Path) -> None:
     )
     with pytest.raises(DatasetError, match=message):
         split_folders(other)
-    (other / "train").rename(other / "training")
-    with pytest.raises(DatasetError, match="has valid and no train; expected both"):
+    (other / "train").rename(other / "learn")
+    message = "holds valid, which looks like a part of a data set, and 'learn', which do not; exp"
+    with pytest.raises(DatasetError, match=message):
         split_folders(other)
     with pytest.raises(ArgumentError, match="valid_fraction=1 is no share; expected 0 < share < 1"):
         split_folders(few, 1)
@@ -514,6 +544,76 @@ def test_the_report(linear: fcvgg.FineTuned) -> None:
     assert "| freeze_upto | None |" in text
 
 
+@pytest.mark.usefixtures("with_report")
+def test_names_of_any_bytes_train_and_are_reported(tmp_path: Path) -> None:
+    """Latin-1 as old archives unpack, and what Markdown, terminals and mathtext take for marks."""
+    data = write_patches(tmp_path / "data", 4, left=True, names=("brick", "grass"))
+    for i in range(4):
+        odd = os.fsencode(data / "brick") + b"/h\xe4|user\n$_{%d.png" % i
+        os.rename(data / "brick" / f"{i:02}.png", odd)
+    os.rename(data / "grass", os.fsencode(data) + b"/gr\xe4s|*$x\x1b[31m")
+    result = tuned(data, tmp_path / "run", **{**LINEAR, "epochs": 2})
+    name = r"gr\xe4s|*$x\x1b[31m"
+    assert result.classes == ("brick", name)
+    assert fcvgg.load(result.model_path).categories == ("brick", name)
+    text = result.report_path.read_text(encoding="utf-8")
+    assert all(line.isprintable() for line in text.split("\n"))
+    shown = r"gr\\xe4s\|\*$x\\x1b\[31m"
+    assert f"\n| {shown} | 3 | 1 | " in text
+    assert text.startswith(f"# demo for brick, {shown}\n")
+    rows = [line for line in text.splitlines() if line.startswith("| ")]
+    assert {line.count("|") - line.count(r"\|") for line in rows} == {3, 5}  # 2 or 4 columns
+    assert any(r"h\\xe4\|user\\n$_{" in line for line in rows)
+    again = tuned(data, tmp_path / "run", **{**LINEAR, "epochs": 2}, resume=True)
+    assert again.training is not None
+    assert again.training.resumed_after == 2
+
+
+@pytest.mark.parametrize("strategy", ["all", "partial", "scratch"])
+def test_batches_too_small_for_batch_norm_are_refused_before_training(
+    textures: Path, tmp_path: Path, strategy: str
+) -> None:
+    head = [nn.Flatten(), nn.Linear(512, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 2)]
+    blocks = [nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(4)]
+    model = nn.Sequential(*blocks, *head).eval()
+    options: dict[str, Any] = {"model": model, "preprocess": PREPROCESS, "size": 32, "hidden": None}
+    options.update(strategy=strategy, freeze_upto="pool1" if strategy == "partial" else None)
+    message = (
+        r"^batch_size=1 cannot train BatchNorm1d in \d, which gets one value per channel of 1 "
+        r"image of 32x32 pixels; use batch_size=2 or more$"
+    )
+    with pytest.raises(ArgumentError, match=message):
+        tuned(textures, tmp_path / "run", batch_size=1, **options)
+    assert not list((tmp_path / "run").iterdir())
+    two = tuned(textures, tmp_path / "two", batch_size=2, **{**options, "epochs": 1})
+    assert two.training is not None
+
+
+def test_batches_of_one_train_what_has_many_values(textures: Path, tmp_path: Path) -> None:
+    maps = seeded(SmallVGG, dtype=torch.float32, bn=True)
+    options: dict[str, Any] = {"preprocess": PREPROCESS, "hidden": None, "epochs": 1}
+    result = tuned(textures, tmp_path, model=maps, strategy="all", batch_size=1, **options)
+    assert result.training is not None
+
+
+def test_trying_batch_norm_leaves_the_model_as_it_was() -> None:
+    model = nn.Sequential(nn.BatchNorm2d(3), nn.Dropout(), nn.Flatten(), nn.BatchNorm1d(12)).eval()
+    model[1].train()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    state = torch.get_rng_state()
+    check_normalization(model, torch.ones(2, 3, 2, 2), 2)
+    with pytest.raises(
+        ArgumentError, match="batch_size=1 cannot train BatchNorm1d in 3, which get"
+    ):
+        check_normalization(model, torch.ones(1, 3, 2, 2), 1)
+    with pytest.raises(ArgumentError, match="2 images of 1x1 pixels; train at a larger size"):
+        check_normalization(nn.InstanceNorm2d(3), torch.ones(2, 3, 1, 1), 4)
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+    assert [m.training for m in model.modules()] == [False, False, True, False, False]
+    assert torch.equal(torch.get_rng_state(), state)
+    assert [smallest_batch(*case) for case in ((9, 1), (9, 4), (1, 4), (4, 4, 4))] == [1, 2, 1, 1]
+
+
 def test_another_size_weights_and_optimiser(textures: Path, tmp_path: Path) -> None:
     result = tuned(
         textures,
@@ -725,6 +825,8 @@ def test_the_command_from_folder_to_heatmap(tmp_path: Path, monkeypatch: Any) ->
     monkeypatch.chdir(tmp_path)
     write_patches(tmp_path / "photos", 6, left=True, names=("brick", "grass"))
     (tmp_path / "photos" / "brick" / "99.jpg").write_text("no image")
+    for i in range(2):
+        (tmp_path / "photos" / "grass" / f"{i}.xyz").write_text("no image")
     options = ("--arch", "demo", "--head", "linear", "--epochs", 2, "-o", "made")
     ran = run("photos", *options)
     assert ran.exit_code == 0, ran.output
@@ -733,8 +835,13 @@ def test_the_command_from_folder_to_heatmap(tmp_path: Path, monkeypatch: Any) ->
     assert "wrote made/model\nwrote made/report/report.md\n" in ran.stdout
     assert ran.stdout.endswith("next: fcvgg heatmap photo.jpg --model made/model --scale 48\n")
     assert "fcvgg: skipped photos/brick/99.jpg is no image" in ran.stderr
+    counted = "3 of 15 files left out: 2 .xyz (no image that can be read), 1 .jpg (could not be"
+    assert f"fcvgg: {counted} read)\n" in ran.stderr
     assert "epoch 2/2  train accuracy " in ran.stderr
-    assert "Skipped, since unreadable: 1 file." in (tmp_path / "made/report/report.md").read_text()
+    report = (tmp_path / "made/report/report.md").read_text()
+    assert f"\n## Files left out\n\n{counted} read).\n" in report
+    assert "\n- photos/grass/1.xyz: no image that can be read\n" in report
+    assert "\n- photos/brick/99.jpg is no image that Pillow can read" in report
     skimage = Image.fromarray(skimage_data.brick()[:100, :150])
     skimage.save("photo.jpg")
     shown = CliRunner().invoke(app, ["heatmap", "photo.jpg", "--model", "made/model"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 
 import matplotlib as mpl
@@ -133,10 +134,10 @@ def test_unreadable_images_are_listed_and_skipped(faces: Path, tmp_path: Path) -
     assert found.classes == ("a", "b")
     assert found.labels == (0, 1)
     assert found.counts == {"a": 1, "b": 1}
-    (skipped,) = found.skipped
-    assert str(skipped) == (
-        f"{tmp_path}/a/broken.png is no image that Pillow can read; expected PNG, JPEG or the like"
-    )
+    assert [str(one) for one in found.skipped] == [
+        f"{tmp_path}/a/notes.txt: no image that can be read",
+        f"{tmp_path}/a/broken.png is no image that Pillow can read; expected PNG, JPEG or the like",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -145,7 +146,10 @@ def test_unreadable_images_are_listed_and_skipped(faces: Path, tmp_path: Path) -
         ([], "has no class folders; expected images in"),
         (["a/1.png"], "has one class folder, a; expected two or more, one per class"),
         (["a/1.png", "b/"], "/b gives no image: it is empty"),
-        (["a/1.png", "b/broken.png"], "/b gives no image: none of its 1 can be read"),
+        (
+            ["a/1.png", "b/broken.png"],
+            "/b gives no image: none of its 1 can be read: broken.png is no image that Pillow can",
+        ),
     ],
 )
 def test_folders_that_are_no_task(files, message, tmp_path: Path) -> None:
@@ -176,6 +180,17 @@ def test_the_command_prints_and_plots(faces: Path, tmp_path: Path) -> None:
     with Image.open(tmp_path / "probe.png") as figure:
         assert figure.size == (720, 480)
     assert len(list((tmp_path / "cache").rglob("*.npy"))) == 90
+
+
+def test_the_command_takes_the_part_to_train_on(faces: Path, tmp_path: Path) -> None:
+    shutil.copytree(faces, tmp_path / "data" / "Train")
+    shutil.copytree(faces, tmp_path / "data" / "Test")
+    (tmp_path / "data" / "Train" / "face" / "x.xyz").write_text("no image")
+    arguments = ["probe", str(tmp_path / "data"), "--model", "demo", "--folds", "3"]
+    done = CliRunner().invoke(app, [*arguments, "-o", str(tmp_path / "probe.png")])
+    assert done.exit_code == 0, done.output
+    assert f"{tmp_path}/data/Train: face: 15 images, other: 15 images" in done.stdout
+    assert done.stderr == "fcvgg: 1 of 31 files left out: 1 .xyz (no image that can be read)\n"
 
 
 @pytest.mark.parametrize(

@@ -654,11 +654,24 @@ def test_bad_folders_are_refused_in_one_line(tmp_path: Path) -> None:
     labels[5, 7] = 9
     Image.fromarray(labels).save(mask)
     refused(r"3.png holds the label 9 at \(y, x\) = \(5, 7\); expected 0 to 1, or 255")
-    good.convert("RGB").save(mask)
-    refused(r"the mask .*3.png has mode RGB; expected a PNG of class indices")
+    coloured = np.array(good.convert("RGB"))
+    coloured[0, 0] = (255, 0, 9)
+    Image.fromarray(coloured).save(mask)
+    kinds = "expected class indices, grey or with a palette, as PNG, TIFF or BMP"
+    refused(rf"3.png has mode RGB and 3 colours such as \(255, 0, 9\); {kinds}$")
+    good.convert("LA").save(mask)
+    assert len(fcvgg.mask_folder(folder, CLASSES)) == 6
+    clear = np.stack([np.array(good), np.full(good.size[::-1], 254, np.uint8)], 2)
+    Image.fromarray(clear).save(mask)
+    refused(rf"the mask .*3.png has transparent pixels; {kinds}$")
+    good.save(mask, "JPEG")  # whatever its name says
+    refused(rf"the mask .*3.png is a JPEG, which may change labels; {kinds}$")
     mask.unlink()
     refused(r"there is no mask for .*images.3.png; expected .*masks.3.png")
     good.save(mask)
+    good.save(mask.with_name("3_mask.tif"))
+    refused(r"images.3.png has 2 masks, .*masks.3.png and .*masks.3_mask.tif; expected one")
+    mask.with_name("3_mask.tif").unlink()
     image.rename(image.with_suffix(".bmp"))
     Image.new("RGB", (4, 4)).save(image)
     refused(r"3.bmp and .*3.png would have the same mask, 3.png; rename one")
@@ -675,7 +688,216 @@ def test_bad_folders_are_refused_in_one_line(tmp_path: Path) -> None:
     refused(r"none of the 6 images in .*images can be read with its mask; the first: ")
     for path in (folder / "images").iterdir():
         path.unlink()
-    refused(r"there are no images in .*images")
+    refused(r"there are no images in .*images$")
+    (folder / "images" / "0.xyz").write_text("no image")
+    refused(
+        r"no images in .*images \(1 of 1 files left out: 1 \.xyz \(no image that can be read\)\)"
+    )
+
+
+@pytest.mark.parametrize(
+    ("ending", "mode", "options"),
+    [
+        (".png", "RGB", {}),
+        (".png", "RGBA", {}),
+        (".png", "1", {}),
+        (".png", "I;16", {}),
+        (".PNG", "L", {"format": "PNG"}),
+        (".tif", "L", {}),
+        (".tiff", "F", {"compression": "tiff_lzw"}),
+        (".tif", "I", {}),
+        (".bmp", "RGB", {}),
+        (".gif", "P", {}),
+        ("_mask.png", "L", {}),
+        ("-GT.tif", "L", {}),
+        (".png.png", "L", {}),
+        (".png_label.png", "L", {}),
+    ],
+)
+def test_masks_of_any_unambiguous_kind(
+    tmp_path: Path, ending: str, mode: str, options: dict[str, Any]
+) -> None:
+    folder = write_masked(tmp_path / "data", 3)
+    expected = fcvgg.mask_folder(folder, CLASSES)
+    truth = [expected.labels(i) for i in range(3)]
+    for mask in expected.masks:
+        labels = np.array(Image.open(mask))
+        mask.unlink()
+        if mode == "I;16":
+            image = Image.fromarray(labels.astype(np.uint16))
+        elif mode == "1":
+            image = Image.fromarray(labels.astype(bool))
+        else:
+            image = Image.fromarray(labels).convert(mode)
+        image.save(mask.with_name(mask.stem + ending), **options)
+    found = fcvgg.mask_folder(folder, CLASSES)
+    assert found.counts == expected.counts
+    assert found.sizes == expected.sizes == ((40, 40), (40, 41), (40, 42))
+    for i in range(3):
+        assert found.labels(i).dtype == np.int64
+        assert np.array_equal(found.labels(i), truth[i])
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "kind"),
+    [
+        ("0.jpg", {}, "JPEG"),
+        ("0.webp", {"lossless": True}, "WEBP"),
+        ("0.jp2", {}, "JPEG2000"),
+        ("0.tif", {"compression": "jpeg"}, "TIFF compressed as JPEG"),
+    ],
+)
+def test_masks_whose_labels_may_have_changed(
+    tmp_path: Path, name: str, options: dict[str, Any], kind: str
+) -> None:
+    folder = write_masked(tmp_path / "data", 2)
+    mask = folder / "masks" / "0.png"
+    Image.open(mask).convert("L").save(mask.with_name(name), **options)
+    mask.unlink()
+    message = rf"masks.{name} is a {kind}, which may change labels; expected class indices, grey or"
+    with pytest.raises(fcvgg.DatasetError, match=message):
+        fcvgg.mask_folder(folder, CLASSES)
+
+
+def test_a_gif_holds_grey_values_whatever_their_order(tmp_path: Path) -> None:
+    labels = np.array([[0, 2, 5, 255]] * 4, np.uint8)
+    Image.fromarray(labels).save(tmp_path / "m.gif")  # with a palette of these four
+    assert np.array_equal(read_mask(tmp_path / "m.gif"), labels)
+    coloured = Image.fromarray((labels % 3).astype(np.uint8))
+    coloured.putpalette([0, 0, 0, 255, 0, 0, 0, 255, 0])
+    coloured.save(tmp_path / "c.gif")
+    with pytest.raises(fcvgg.DatasetError, match=r"c\.gif is a GIF of colours, whose order"):
+        read_mask(tmp_path / "c.gif")
+    coloured.save(tmp_path / "c.png")
+    assert np.array_equal(read_mask(tmp_path / "c.png"), labels % 3)
+
+
+def test_a_mask_is_one_picture(tmp_path: Path) -> None:
+    mask = Image.fromarray(np.array([[0, 1]] * 2, np.uint8))
+    mask.save(tmp_path / "m.tif", save_all=True, append_images=[mask])
+    with pytest.raises(fcvgg.DatasetError, match=r"m\.tif holds several pictures; expected one"):
+        read_mask(tmp_path / "m.tif")
+    mask.save(tmp_path / "m.tif", save_all=True, append_images=[mask.resize((1, 1))])
+    assert read_mask(tmp_path / "m.tif").tolist() == [[0, 1]] * 2
+
+
+def test_fractions_are_no_labels(tmp_path: Path) -> None:
+    Image.fromarray(np.full((2, 2), 0.5, np.float32)).save(tmp_path / "m.tif")
+    with pytest.raises(fcvgg.DatasetError, match=r"m\.tif holds fractions; expected class"):
+        read_mask(tmp_path / "m.tif")
+
+
+def test_every_file_is_paired_or_listed(tmp_path: Path) -> None:
+    folder = write_masked(tmp_path / "data", 3)
+    for part in ("images", "masks"):
+        (folder / part / "more").mkdir()
+        (folder / part / "2.png").rename(folder / part / "more" / "2.png")
+        (folder / part / "Thumbs.db").write_text("left by the system")
+        (folder / part / "._0.png").write_text("left by the system")
+    (folder / "images" / "0.png").rename(folder / "images" / "0.jfif")  # a PNG under another name
+    (folder / "images" / "notes.txt").write_text("no image")
+    Image.new("L", (4, 4)).save(folder / "masks" / "alone.png")
+    (folder / "images" / "thumbs").mkdir()
+    Image.new("L", (4, 4)).save(folder / "images" / "thumbs" / "0.png")
+    found = fcvgg.mask_folder(folder, CLASSES)
+    assert [p.name for p in found.images] == ["0.jfif", "1.png", "2.png"]
+    assert [p.name for p in found.masks] == ["0.png", "1.png", "2.png"]
+    assert [str(one) for one in found.skipped] == [
+        f"{folder}/images/notes.txt: no image that can be read",
+        f"{folder}/masks/alone.png: a mask of no image",
+        f"{folder}/images/thumbs/0.png: there is no folder {folder}/masks/thumbs",
+    ]
+
+
+def remade(folder: Path, change: Any) -> None:
+    """Write every mask of a folder again, changed."""
+    for path in sorted(folder.rglob("masks/**/*.png")):
+        Image.fromarray(change(np.array(Image.open(path))).astype(np.uint8)).save(path)
+
+
+def test_masks_of_0_and_255_are_of_two_classes(tmp_path: Path) -> None:
+    folder = write_masked(tmp_path / "data", 4)
+    expected = fcvgg.mask_folder(folder, CLASSES)
+    truth = [expected.labels(i) for i in range(4)]
+    some = expected.part([1, 3])
+    assert not expected.binary
+    remade(folder, lambda labels: labels * 255)
+    found = fcvgg.mask_folder(folder, CLASSES)
+    assert found.binary
+    assert found.counts == expected.counts
+    assert found.part([1, 3]).counts == some.counts
+    assert found.part([1, 3]).sizes == some.sizes == (expected.sizes[1], expected.sizes[3])
+    assert all(np.array_equal(found.labels(i), truth[i]) for i in range(4))
+    fcn = small_fcn("32s")
+    assert torch.equal(MaskedImages(found, fcn)[2][1], torch.from_numpy(truth[2]))
+    message = (
+        r"the masks of .*data hold only 0 and 255, which is ignored; save the 3 classes as 0 to 2$"
+    )
+    with pytest.raises(fcvgg.DatasetError, match=message):
+        fcvgg.mask_folder(folder, 3)
+    one = folder / "masks" / "0.png"
+    Image.fromarray(truth[0].astype(np.uint8)).save(one)  # a label 1: 255 is ignored again
+    mixed = fcvgg.mask_folder(folder, CLASSES)
+    assert not mixed.binary
+    assert mixed.counts[1] == truth[0].sum()
+    remade(folder, lambda labels: np.full_like(labels, 255))
+    with pytest.raises(fcvgg.DatasetError, match=r"one class \(255, to be ignored\); expected two"):
+        fcvgg.mask_folder(folder, CLASSES)
+
+
+def test_what_255_means_is_one_thing_in_a_data_set(tmp_path: Path) -> None:
+    for part in ("train", "val"):
+        write_masked(tmp_path / part, 3)
+    remade(tmp_path / "val", lambda labels: labels * 255)
+    message = r"all labelled pixels of .*val are of one class \(dark\); .*; 255 is ignored"
+    with pytest.raises(fcvgg.DatasetError, match=message):
+        train_and_valid(tmp_path, CLASSES)
+    parts = tuple(fcvgg.mask_folder(tmp_path / part, CLASSES) for part in ("train", "val"))
+    with pytest.raises(fcvgg.DatasetError, match="255 is class 1 in one part and ignored in the"):
+        fcvgg.train_fcn(small_fcn(), parts, tmp_path / "run")
+    remade(tmp_path / "train", lambda labels: labels * 255)
+    assert all(part.binary for part in train_and_valid(tmp_path, CLASSES))
+
+
+@pytest.mark.parametrize(
+    ("names", "counts"),
+    [
+        (("train", "val"), [3, 2]),
+        (("Train", "Validation", "Test"), [3, 2]),
+        (("training", "dev", "testing"), [3, 2]),
+        (("train",), [2, 1]),
+        (("train", "test"), [2, 1]),
+    ],
+)
+@pytest.mark.parametrize("inside", [False, True])
+def test_parts_of_masked_images(
+    tmp_path: Path, names: tuple[str, ...], counts: list[int], inside: bool
+) -> None:
+    data = tmp_path / "data"
+    for i, name in enumerate(names):
+        made = write_masked(tmp_path / f"made{i}" if inside else data / name, (3, 2, 4)[i], seed=i)
+        for kind in ("images", "masks") if inside else ():
+            (data / kind.title()).mkdir(parents=True, exist_ok=True)
+            (made / kind).rename(data / kind.title() / name)
+    found = train_and_valid(data, CLASSES, share=0.3)
+    assert [len(part) for part in found] == counts
+    used = {name for part in found for path in part.images for name in path.parts if name in names}
+    assert used == {name for name in names if not name.lower().startswith("test")}
+    assert not {*found[0].images} & {*found[1].images}
+    assert all(one.labels(0).shape == one.sizes[0] for one in found)
+
+
+def test_parts_without_one_to_train_on(tmp_path: Path) -> None:
+    write_masked(tmp_path / "data" / "val")
+    message = "data has val and no train; expected a part to train on, or pass .*val"
+    with pytest.raises(fcvgg.DatasetError, match=message):
+        train_and_valid(tmp_path / "data", CLASSES)
+    message = (
+        "data/images does not exist; expected data/images/NAME.jpg and data/masks/NAME.png, or "
+        "such folders in data/train and data/valid"
+    )
+    with pytest.raises(fcvgg.DatasetError, match=message):
+        fcvgg.mask_folder(tmp_path / "data", CLASSES)
 
 
 # -- training ---------------------------------------------------------------------------------
@@ -841,6 +1063,34 @@ def test_what_cannot_be_trained_is_said_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(fcvgg.PreprocessError, match=r"set fcn\.preprocess"):
         fcvgg.train_fcn(fcn, folder, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_batches_too_small_for_batch_norm_are_refused_before_training(tmp_path: Path) -> None:
+    head = [nn.Linear(3 * 16, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 2)]
+    model = nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.MaxPool2d(4), nn.Flatten(), *head)
+    net = fcvgg.convert(model.eval(), input_size=16, preprocess=PLAIN)
+    folder = write_masked(tmp_path / "data", 4)
+
+    def trained(crop: int | None, batch_size: int, out: str) -> Any:
+        settings = replace(SETTINGS, epochs=1, batch_size=batch_size)
+        fcn = fcvgg.FCN(net, 2, categories=CLASSES)
+        return fcvgg.train_fcn(fcn, folder, tmp_path / out, settings=settings, crop=crop)
+
+    message = (
+        "^batch_size=1 cannot train BatchNorm2d in backbone.network.4, which gets one value per "
+        "channel of 1 image of 4x4 pixels; use batch_size=2 or more$"
+    )
+    with pytest.raises(fcvgg.ArgumentError, match=message):
+        trained(4, 1, "run")
+    assert not (tmp_path / "run").exists()
+    assert trained(4, 2, "two").images == 4
+    assert trained(16, 1, "larger").images == 4
+    for kind in ("images", "masks"):
+        for i in range(4):
+            path = folder / kind / f"{i}.png"
+            Image.open(path).resize((4 - i % 2, 4), Image.Resampling.NEAREST).save(path)
+    with pytest.raises(fcvgg.ArgumentError, match=r"batch_size=2 cannot .*; add images, or train"):
+        trained(None, 2, "alone")
 
 
 def test_a_geometry_that_does_not_fit_the_map_is_refused() -> None:

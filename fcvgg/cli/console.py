@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import typer
 from rich.console import Console, ConsoleOptions, RenderableType
@@ -19,13 +19,20 @@ from rich.segment import Segment
 from rich.text import Text
 
 from fcvgg.cli.options import in_option_words
-from fcvgg.errors import FcvggError, ImageError, visible
+from fcvgg.errors import FcvggError, ImageError
+from fcvgg.names import readable
+
+if TYPE_CHECKING:
+    from fcvgg.image_files import Unreadable
 
 BAD_INPUT = 2
 """Exit status on an error that the user can mend."""
 
 INTERRUPTED = 130
 """Exit status after Ctrl-C, as shells have it."""
+
+_LISTED = 20
+"""Images that cannot be read and are named one by one."""
 
 _PIPED_WIDTH = 200
 """Columns of a table that no terminal limits."""
@@ -34,7 +41,7 @@ Result = TypeVar("Result")
 
 
 class VisibleConsole(Console):
-    """A console on which names from files show as `visible` writes them, each in one line."""
+    """A console on which names from files show as `readable` writes them, each in one line."""
 
     def render(
         self, renderable: RenderableType, options: ConsoleOptions | None = None
@@ -43,7 +50,7 @@ class VisibleConsole(Console):
         return super().render(shown, options)
 
     def render_str(self, text: str, **options: Any) -> Text:  # type: ignore[override]
-        return super().render_str(visible(text), **options)
+        return super().render_str(readable(text), **options)
 
 
 def _visible_text(text: Text) -> Text:
@@ -51,7 +58,7 @@ def _visible_text(text: Text) -> Text:
         return text
     shown = text.blank_copy()
     for i, character in enumerate(text.plain):
-        written = visible(character)
+        written = readable(character)
         shown.append_text(text[i] if written == character else Text(written))
     return shown
 
@@ -65,40 +72,48 @@ def output() -> Console:
 
 def say(line: RenderableType = "") -> None:
     """Print one line, which is not broken so that paths stay whole, or a table."""
+    line = readable(line) if isinstance(line, str) else line
     output().print(line, soft_wrap=isinstance(line, (str, Text)))
 
 
 def say_json(value: object) -> None:
     """Print plain data as JSON, in which control characters stand as escapes."""
     text = json.dumps(value, indent=2, ensure_ascii=False)
-    plain = (c if c == "\n" or visible(c) == c else json.dumps(c)[1:-1] for c in text)
+    plain = (c if c == "\n" or readable(c) == c else json.dumps(c)[1:-1] for c in text)
     typer.echo("".join(plain))
 
 
 def say_wrote(path: Path) -> None:
     """Print where a result was written."""
-    say(Text.assemble(("wrote ", "green"), str(path)))
+    say(Text.assemble(("wrote ", "green"), readable(path)))
 
 
 def complain(message: object) -> None:
     """Print one line on stderr, whatever the message holds."""
-    words = in_option_words(" ".join(str(message).split()))
+    words = in_option_words(readable(" ".join(str(message).split())))
     line = Text.assemble(("fcvgg: error: ", "bold red"), words)
     _errors().print(line, soft_wrap=True)
 
 
 def tell(note: object) -> None:
     """Print one line on stderr that is no error."""
-    line = Text.assemble(("fcvgg: ", "bold yellow"), " ".join(str(note).split()))
+    line = Text.assemble(("fcvgg: ", "bold yellow"), readable(" ".join(str(note).split())))
     _errors().print(line, soft_wrap=True)
 
 
-def tell_skipped(files: Sequence[object]) -> None:
-    """Print one line on stderr for every file that was left out, which is no error."""
-    for file in files:
-        words = " ".join(str(file).split())
-        line = Text.assemble(("fcvgg: skipped ", "bold yellow"), words)
-        _errors().print(line, soft_wrap=True)
+def tell_skipped(files: Sequence[Unreadable], used: int) -> None:
+    """Print on stderr which files of a folder were left out, which is no error.
+
+    Images that cannot be read have a line each; a last line counts all files by their reason.
+    """
+    from fcvgg.image_files import left_out
+
+    failed = [file for file in files if not file.passed_over]
+    lines = [f"skipped {' '.join(str(file).split())}" for file in failed[:_LISTED]]
+    if len(failed) > _LISTED:
+        lines.append(f"skipped {len(failed) - _LISTED} more that cannot be read")
+    for line in [*lines, *[left_out(files, used)] * bool(files)]:
+        tell(line)
 
 
 def examples(*commands: str) -> str:

@@ -10,8 +10,9 @@ from rich.table import Table
 from rich.text import Text
 
 from fcvgg.cli.classification import Average
-from fcvgg.cli.console import say, say_wrote
+from fcvgg.cli.console import say, say_wrote, tell_skipped
 from fcvgg.cli.options import Arch, Device, Model, OwnModel, Weights, lengths, loaded
+from fcvgg.names import readable
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -29,7 +30,8 @@ def run(
         Path,
         typer.Argument(
             metavar="DATA",
-            help="A folder with one folder of images per class, named like the model's categories.",
+            help="A folder with one folder of images per class, named like the model's categories, "
+            "or with parts that hold such folders: test, or else val, is taken.",
             show_default=False,
         ),
     ],
@@ -92,7 +94,8 @@ def run(
         average=average.value,
         progress=True,
     )
-    say(Text(f"{net.source} on {data}", style="bold"))
+    tell_skipped(evaluation.skipped, evaluation.images)
+    say(Text(readable(f"{net.source} on {data}"), style="bold"))
     say(_table(evaluation.headings, evaluation.cells(), 4))
     for line in evaluation.remarks():
         say(line)

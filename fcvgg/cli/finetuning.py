@@ -21,6 +21,7 @@ from fcvgg.cli.training_options import (
     Resume,
     RunFolder,
 )
+from fcvgg.names import readable
 
 if TYPE_CHECKING:
     from fcvgg.finetuning.result import FineTuned
@@ -75,8 +76,8 @@ def run(
         Path,
         typer.Argument(
             metavar="DATA",
-            help="A folder with one folder of images per class, or with train and valid (or val) "
-            "that hold such folders.",
+            help="A folder with one folder of images per class, or with parts such as train and "
+            "val that hold such folders.",
             show_default=False,
         ),
     ],
@@ -293,7 +294,7 @@ def run(
 
 
 def _tell(result: FineTuned) -> None:
-    tell_skipped(result.skipped)
+    tell_skipped(result.skipped, sum(map(sum, result.counts.values())))
     run = result.training
     if run is not None and run.resumed_after:
         say(f"resumed after epoch {run.resumed_after}")
@@ -303,7 +304,7 @@ def _tell(result: FineTuned) -> None:
         say(line)
     say_wrote(result.model_path)
     say_wrote(result.report_path)
-    say(Text.assemble(("next: ", "cyan"), result.heatmap_command))
+    say(Text.assemble(("next: ", "cyan"), readable(result.heatmap_command)))
 
 
 def _table(result: FineTuned) -> Table:

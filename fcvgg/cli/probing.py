@@ -43,7 +43,10 @@ def run(
     data: Annotated[
         Path,
         typer.Argument(
-            metavar="DATA", help="A folder with one folder of images per class.", show_default=False
+            metavar="DATA",
+            help="A folder with one folder of images per class, or with a part train that holds "
+            "such folders.",
+            show_default=False,
         ),
     ],
     model: Model = "vgg16",
@@ -94,7 +97,7 @@ def run(
 
     wanted = size_of(size, "--size")
     found = class_folders(data)
-    tell_skipped(found.skipped)
+    tell_skipped(found.skipped, len(found.paths))
     net = loaded(model, own, device, weights=weights, arch=arch)
     try:
         result = probe(
@@ -111,7 +114,8 @@ def run(
         )
     except FcvggError as error:
         raise type(error)(str(error).replace("pass size=", "pass --size")) from error
-    say(", ".join(f"{name}: {count} images" for name, count in found.counts.items()))
+    counts = ", ".join(f"{name}: {count} images" for name, count in found.counts.items())
+    say(counts if found.folder == data else f"{found.folder}: {counts}")
     say(_table(result, folds))
     best = result.best
     say(f"best: {best.layer}, {best.mean:.1%} of held-out images right")

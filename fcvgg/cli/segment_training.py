@@ -43,8 +43,9 @@ def run(
         Path,
         typer.Argument(
             metavar="DATA",
-            help="A folder with images/NAME.jpg and masks/NAME.png, or with train and valid "
-            "that are such folders. A mask holds class indices, and 255 where nothing counts.",
+            help="A folder with images/NAME.jpg and masks/NAME.png, or with parts such as train "
+            "and val that are such folders. A mask holds class indices, and 255 where nothing "
+            "counts.",
             show_default=False,
         ),
     ],
@@ -162,7 +163,7 @@ def run(
             resume=resume,
             progress=True,
         )
-    tell_skipped(done.skipped)
+    tell_skipped(done.skipped, done.images)
     if done.run.resumed_after:
         say(f"resumed after epoch {done.run.resumed_after}")
     say(f"FCN-{variant.value}, epoch {done.run.best_epoch} of {epochs}: {done.metrics}")

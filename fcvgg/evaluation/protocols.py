@@ -18,10 +18,11 @@ from torch import Tensor, nn
 
 from fcvgg.batching import run_in_batches
 from fcvgg.categories import class_name
-from fcvgg.datasets import LabelledImages, Unreadable
+from fcvgg.datasets import LabelledImages
 from fcvgg.errors import ArgumentError, DatasetError, ImageError, MissingExtraError
 from fcvgg.evaluation.cropping import centre_crop, grid_crops, ten_crops
 from fcvgg.files import written_whole
+from fcvgg.image_files import Unreadable, left_out
 from fcvgg.images import (
     PreparedImage,
     checked_flip,
@@ -30,6 +31,7 @@ from fcvgg.images import (
     with_size,
     with_smallest_side,
 )
+from fcvgg.names import readable
 from fcvgg.network import FullyConvolutional, evaluating
 from fcvgg.placement import device_of, dtype_of
 from fcvgg.probability import MeanOfViews, to_probabilities
@@ -121,6 +123,9 @@ class Evaluation:
         unreadable: the images that could not be used, and why.
         by_order: class names of the dataset that were matched to the network's classes by their
             order, since none is the name of a category.
+        skipped: all files of a folder that were left out, and why: those in `unreadable`, and those
+            that are not images.
+        part: of a folder that holds parts of a data set, the one that was used; else None.
     """
 
     results: tuple[ProtocolResult, ...]
@@ -129,6 +134,8 @@ class Evaluation:
     average: str
     unreadable: tuple[Unreadable, ...] = ()
     by_order: tuple[str, ...] = ()
+    skipped: tuple[Unreadable, ...] = ()
+    part: Path | None = None
 
     def __getitem__(self, protocol: str) -> ProtocolResult:
         for result in self.results:
@@ -174,12 +181,16 @@ class Evaluation:
     def remarks(self) -> list[str]:
         """Lines that belong under the table: how classes were matched, and what was left out."""
         lines = [f"{self.images} images"]
+        if self.part is not None:
+            lines.append(f"those of the part {readable(self.part)}")
         if self.by_order:
             pairs = [
                 f"{name} = {class_name(i, self.categories)}" for i, name in enumerate(self.by_order)
             ]
             more = f", ... ({len(pairs)})" if len(pairs) > _TOP else ""
             lines.append(f"classes matched by their order: {', '.join(pairs[:_TOP])}{more}")
+        if len(self.skipped) > len(self.unreadable):
+            lines.append(left_out(self.skipped, self.images))
         if self.unreadable:
             lines.append(f"{len(self.unreadable)} images could not be read and were left out:")
             lines += [f"  {one}" for one in self.unreadable[:_LISTED]]
@@ -199,6 +210,8 @@ class Evaluation:
             FcvggError: if the file cannot be written.
         """
         text = json.dumps(self._plain(), indent=2, ensure_ascii=False)
+        # a byte of a name that is not UTF-8 is a lone surrogate, which JSON holds as an escape
+        text = text.encode("utf-8", "backslashreplace").decode("utf-8")
         if path is not None:
             with written_whole(Path(path)) as temporary:
                 temporary.write_text(text + "\n", encoding="utf-8")
@@ -210,7 +223,9 @@ class Evaluation:
             "average": self.average,
             "categories": self.categories,
             "classes_by_order": self.by_order,
+            "part": None if self.part is None else str(self.part),
             "unreadable": [{"name": u.name, "reason": u.reason} for u in self.unreadable],
+            "skipped": [{"name": u.name, "reason": u.reason} for u in self.skipped],
             "protocols": [
                 {
                     "protocol": r.protocol,
@@ -247,8 +262,10 @@ def evaluate(
         net: the converted network.
         dataset: a folder with one folder of images per class, a torchvision `ImageFolder`, or any
             dataset of ``(image, label)``, with images as for ``net.score_map``. Class folders are
-            matched to the categories by name, else in sorted order. Images that cannot be read are
-            counted and listed, and left out.
+            matched to the categories by name, else in sorted order. Of a folder with parts that
+            hold class folders, the part to test on is taken, or else the one to validate on; see
+            `fcvgg.datasets`. Files that are no images or cannot be read are counted and listed, and
+            left out.
         protocols: one or more of ``"centre-crop"``, ``"resize"`` (the whole image, squeezed to the
             native size), ``"ten-crop"``, ``"dense"`` (as ``net.classify``), ``"multi-crop"`` (a 5x5
             grid and its mirror images, 50 crops per scale), ``"dense+multi-crop"`` (the average of
@@ -280,6 +297,8 @@ def evaluate(
                 tally.add(predictions[name], label)
     if not run.used:
         first = f": {run.unreadable[0]}" if run.unreadable else ""
+        if data.skipped:
+            first += f"; {left_out((*data.skipped, *run.unreadable), 0)}"
         raise DatasetError(f"none of the dataset's {len(run.unreadable)} images can be used{first}")
     results = (_result(name, plan, tallies[name], net) for name in names)
     return Evaluation(
@@ -289,6 +308,8 @@ def evaluate(
         average=average,
         unreadable=tuple(run.unreadable),
         by_order=data.by_order,
+        skipped=(*data.skipped, *run.unreadable),
+        part=data.part,
     )
 
 

@@ -41,9 +41,9 @@ def finetune(
     (https://cs231n.github.io/transfer-learning, https://arxiv.org/abs/1411.1792).
 
     Args:
-        data: a folder with one folder of images per class; or with ``train`` and ``valid`` (or
-            ``val``) that hold such folders, a ``test`` beside them being left alone. Files that
-            cannot be read are skipped and listed.
+        data: a folder with one folder of images per class; or with parts that hold such folders,
+            such as ``train`` and ``valid``, a ``test`` among them being left alone; see
+            `fcvgg.datasets`. Files that are no images or cannot be read are left out and listed.
         model: a classifier, or a name or file as for `fcvgg.load`. It is not changed.
         folder: the run: ``model`` (the bundle), ``report``, ``best.ckpt``, ``last.ckpt`` and
             ``history.csv``; for ``"svm"`` without the best and the history.
@@ -60,7 +60,8 @@ def finetune(
 
     Raises:
         DatasetError: if the folder holds no such images.
-        ArgumentError: if an option is unknown or out of range.
+        ArgumentError: if an option is unknown or out of range, or the batches are too small for the
+            model's batch normalisation.
         LoadError: if the source cannot be had, or the run to resume is another's.
         ConversionError: if the model's head cannot be replaced, or the result not be converted.
         TrainingError: if training must stop, such as by a loss that is not finite.

@@ -40,6 +40,7 @@ from fcvgg.training.checkpoints import (
     write_checkpoint,
 )
 from fcvgg.training.loop import TrainingRun, fit, is_main_process
+from fcvgg.training.normalization import check_normalization, smallest_batch
 from fcvgg.training.settings import Settings
 from fcvgg.transfer.feature_cache import digest_of
 from fcvgg.transfer.heads import loss_for
@@ -157,6 +158,8 @@ def trained(job: Job) -> tuple[nn.Module, Settings, TrainingRun | None]:
         job.settings.seed,
     )
     _check_scores(job.converted(model, verify=False))  # refused before any time is spent
+    if job.strategy != "linear":
+        _check_batches(model, job)
     if job.measure_rate:
         job = replace(job, settings=replace(job.settings, lr=_measured_rate(model, job)))
     last_only = job.strategy == "linear" and not job.augmented
@@ -173,6 +176,14 @@ def _check_scores(net: FullyConvolutional) -> None:
             f"the model ends {found}, so cross entropy does not train it; expected a head that "
             "ends in scores or a softmax"
         )
+
+
+def _check_batches(model: nn.Module, job: Job) -> None:
+    """Refuse batches that are too small for the batch norm that trains."""
+    settings, channels = job.settings, job.source.preprocess.channels
+    count = smallest_batch(len(job.found.train), settings.batch_size, settings.devices)
+    images = torch.zeros(count, channels, *job.size)
+    check_normalization(model, images, settings.batch_size)
 
 
 def _fitted_svm(job: Job) -> nn.Module:
@@ -281,4 +292,5 @@ def _digest_of_files(found: SplitFolders) -> str:
         f"{path.parent.name}/{path.name} {path.stat().st_size}"
         for path in (*found.train.paths, *found.valid.paths)
     ]
-    return sha256("\n".join(seen).encode()).hexdigest()[:_DIGITS]
+    names = "\n".join(seen).encode("utf-8", "surrogateescape")  # not all names are UTF-8
+    return sha256(names).hexdigest()[:_DIGITS]

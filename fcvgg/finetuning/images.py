@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,15 +13,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from fcvgg.datasets import Unreadable
+from fcvgg.datasets import ClassFolders, class_folders, parts_of
 from fcvgg.errors import ArgumentError, DatasetError
 from fcvgg.geometry import Pair
+from fcvgg.image_files import Unreadable
 from fcvgg.images import read_picture
 from fcvgg.pictures import Picture
 from fcvgg.preprocessing import Preprocess
-from fcvgg.transfer.image_folders import ClassFolders, class_folders
 
-TRAIN, VALID, TEST = "train", ("valid", "val", "validation"), ("test", "testing")
 RESIZES = ("resize", "centre-crop")
 
 _LEAST_AREA = 0.5
@@ -48,7 +48,7 @@ class SplitFolders:
         train: the images that are learnt from.
         valid: the images that are held out.
         classes: the class names, sorted.
-        skipped: the files that cannot be read, and why.
+        skipped: the files that were left out, and why.
         origin: how the two came about, for a reader.
     """
 
@@ -61,47 +61,41 @@ class SplitFolders:
     @property
     def counts(self) -> dict[str, tuple[int, int]]:
         """How many images of every class there are to train on, and held out."""
-        return {
-            name: (self.train.labels.count(i), self.valid.labels.count(i))
-            for i, name in enumerate(self.classes)
-        }
+        train, valid = Counter(self.train.labels), Counter(self.valid.labels)
+        return {name: (train[i], valid[i]) for i, name in enumerate(self.classes)}
 
 
 def split_folders(folder: str | Path, fraction: float = 0.2, seed: int = 0) -> SplitFolders:
     """The images of a folder, to train on and held out.
 
     Args:
-        folder: holds ``train`` and ``valid`` (or ``val``), each with one folder per class; or
-            ``train`` alone, or the class folders themselves, which are then split. A ``test``
-            beside ``train`` is left for the last judgement and not looked at.
+        folder: holds parts to train on and to validate on, each with one folder per class; or a
+            part to train on alone, or the class folders themselves, which are then split. A part to
+            test on is left for the last judgement and not looked at. See `fcvgg.datasets` for the
+            names of parts.
         fraction: the share of every class that is held out where the folder is split; at least one
             image.
         seed: of the split.
 
     Raises:
-        DatasetError: if there are no two classes, one is empty or too small to be split, or the two
-            parts have other classes.
+        DatasetError: if there are no two classes, one is empty or too small to be split, the two
+            parts have other classes, or the folders are neither parts nor classes.
         ArgumentError: if `fraction` is none.
     """
     folder = Path(folder)
     if not 0 < fraction < 1:
         raise ArgumentError(f"valid_fraction={fraction} is no share; expected 0 < share < 1")
-    held_out = next((folder / name for name in VALID if (folder / name).is_dir()), None)
-    train = folder / TRAIN
-    if train.is_dir() and held_out is not None:
-        return _given(class_folders(train), class_folders(held_out), train, held_out)
-    alone = (  # a part of the data with class folders, and no class named so
-        train.is_dir() and _folders(train) and not _folders(folder) - {TRAIN, *TEST}
+    parts = parts_of(folder)
+    if parts is None:
+        return _split(class_folders(folder), fraction, seed)
+    train, valid = parts.to_learn_from(), parts.valid
+    found = (
+        _split(class_folders(train), fraction, seed)
+        if valid is None
+        else _given(class_folders(train), class_folders(valid), train, valid)
     )
-    if not train.is_dir() and held_out is not None:
-        raise DatasetError(
-            f"{folder} has {held_out.name} and no {TRAIN}; expected both, or class folders only"
-        )
-    return _split(class_folders(train if alone else folder), fraction, seed)
-
-
-def _folders(folder: Path) -> set[str]:
-    return {p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")}
+    alone = "" if parts.test is None else f"; {parts.test} is left for the last judgement"
+    return replace(found, skipped=(*parts.skipped, *found.skipped), origin=f"{found.origin}{alone}")
 
 
 def _given(train: ClassFolders, valid: ClassFolders, *folders: Path) -> SplitFolders:

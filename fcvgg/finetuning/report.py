@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,9 @@ from fcvgg.errors import ConversionError
 from fcvgg.figures import save_figure
 from fcvgg.files import written_whole
 from fcvgg.heatmap import colour_bar
+from fcvgg.image_files import left_out
 from fcvgg.images import read_picture
+from fcvgg.names import readable
 from fcvgg.network import FullyConvolutional
 from fcvgg.pictures import Picture
 from fcvgg.preprocessing import size_of_side
@@ -31,6 +34,9 @@ _FINER = 4
 
 _LEAST, _MOST = 1.5, 3.0
 """The smaller side at which images are seen for heatmaps, in windows: a window is one cell."""
+
+_LEFT_OUT = 1000
+"""Files that are listed by name."""
 
 _LABELLED = 20
 """Classes up to which a confusion matrix has numbers."""
@@ -111,8 +117,8 @@ def _confusion(result: FineTuned) -> Figure:
     ax = figure.subplots()
     shown = ax.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     ticks = range(len(classes))
-    ax.set_xticks(ticks, classes, rotation=45, ha="right", rotation_mode="anchor")
-    ax.set_yticks(ticks, classes)
+    ax.set_xticks(ticks, classes, rotation=45, ha="right", rotation_mode="anchor", parse_math=False)
+    ax.set_yticks(ticks, classes, parse_math=False)
     ax.set_xlabel("predicted")
     ax.set_ylabel("class")
     if len(classes) <= _LABELLED:
@@ -139,11 +145,12 @@ def _mistakes(result: FineTuned, places: list[int]) -> Figure:
         other = truth if named != truth else int(given.argsort()[-2])
         score_map = net.score_map(_seen(picture, net))
         axes[0].imshow(picture.image, cmap="gray")
-        axes[0].set_title(result.valid.paths[place].name, fontsize=9)
+        axes[0].set_title(readable(result.valid.paths[place].name), fontsize=9, parse_math=False)
         for ax, index in zip(axes[1:], (named, other)):
             ax.imshow(score_map.heatmap(index).overlay())
             verb = "is" if index == truth else "called" if index == named else "next"
-            ax.set_title(f"{verb} {result.classes[index]}: {given[index]:.2f}", fontsize=9)
+            said = f"{verb} {result.classes[index]}: {given[index]:.2f}"
+            ax.set_title(said, fontsize=9, parse_math=False)
         for ax in axes:
             ax.set_axis_off()
     colour_bar(figure, grid[:, 2].tolist())
@@ -178,16 +185,16 @@ def _seen(picture: Picture, net: FullyConvolutional) -> Picture:
 
 def _markdown(result: FineTuned, figures: list[tuple[str, str]], places: list[int]) -> str:
     parts = [
-        f"# {result.source} for {_listed(result.classes)}",
+        _escaped(f"# {result.source} for {_listed(result.classes)}"),
         "",
-        *(f"- {line}" for line in str(result).splitlines()),
+        *(f"- {_escaped(line)}" for line in str(result).splitlines()),
         "",
-        f"The network lies in `{result.model_path}`; `{result.heatmap_command}` shows where it "
-        "sees a class.",
+        f"The network lies in `{readable(result.model_path)}`; "
+        f"`{readable(result.heatmap_command)}` shows where it sees a class.",
         "",
         "## Images",
         "",
-        f"{result.origin[0].upper()}{result.origin[1:]}.",
+        _escaped(f"{result.origin[0].upper()}{result.origin[1:]}."),
         "",
         _table(
             ("class", "to train on", "held out", "right"),
@@ -196,7 +203,6 @@ def _markdown(result: FineTuned, figures: list[tuple[str, str]], places: list[in
                 for name, share in result.class_accuracy.items()
             ],
         ),
-        *_skipped(result),
         *(
             line
             for title, name in figures
@@ -216,6 +222,7 @@ def _markdown(result: FineTuned, figures: list[tuple[str, str]], places: list[in
         "## Settings",
         "",
         _table(("setting", "value"), list(_settings(result).items())),
+        *_skipped(result),
         "",
     ]
     return "\n".join(parts)
@@ -231,9 +238,16 @@ def _settings(result: FineTuned) -> dict[str, Any]:
 def _skipped(result: FineTuned) -> list[str]:
     if not result.skipped:
         return []
-    lines = [f"- {unreadable}" for unreadable in result.skipped]
-    files = "1 file" if len(lines) == 1 else f"{len(lines)} files"
-    return ["", f"Skipped, since unreadable: {files}.", "", *lines]
+    used = sum(map(sum, result.counts.values()))
+    lines = [f"- {_escaped(one)}" for one in result.skipped[:_LEFT_OUT]]
+    more = len(result.skipped) - len(lines)
+    return [
+        *("", "## Files left out", ""),
+        f"{_escaped(left_out(result.skipped, used))}.",
+        "",
+        *lines,
+        *[f"- and {more:,} more"] * (more > 0),
+    ]
 
 
 def _mistake(result: FineTuned, place: int) -> tuple[Any, ...]:
@@ -248,8 +262,13 @@ def _mistake(result: FineTuned, place: int) -> tuple[Any, ...]:
 
 
 def _table(heading: tuple[str, ...], rows: list[Any]) -> str:
-    lines = [heading, ("---",) * len(heading), *rows]
-    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+    lines = [heading, ("---",) * len(heading), *(map(_escaped, row) for row in rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _escaped(text: object) -> str:
+    """Text on one line that Markdown shows as it is, in a table's cell too."""
+    return re.sub(r"([\\|`*<>\[\]])", r"\\\1", readable(text))
 
 
 def _listed(classes: tuple[str, ...]) -> str:

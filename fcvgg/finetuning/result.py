@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,10 +12,10 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from fcvgg.datasets import Unreadable
 from fcvgg.finetuning.images import LabelledFiles
 from fcvgg.finetuning.strategies import Choice, Recipe
 from fcvgg.geometry import Pair
+from fcvgg.image_files import Unreadable
 from fcvgg.network import FullyConvolutional
 from fcvgg.training.settings import Settings
 
@@ -45,7 +46,7 @@ class FineTuned:
         settings: how it was trained.
         classes: the class names.
         counts: images to train on, and held out, of every class.
-        skipped: files that could not be read, and why.
+        skipped: files of the folder that were left out, and why.
         origin: how the held-out images came about.
         size: ``(h, w)`` at which it was trained.
         training: epochs and checkpoints; None for ``"svm"``, which has none.
@@ -93,7 +94,8 @@ class FineTuned:
         size the network would see details larger than any that it was trained on.
         """
         scale = round(_HEATMAP_WINDOWS * max(self.size))
-        return f"fcvgg heatmap photo.jpg --model {self.model_path} --scale {scale}"
+        model = shlex.quote(str(self.model_path))
+        return f"fcvgg heatmap photo.jpg --model {model} --scale {scale}"
 
     @property
     def confusion(self) -> NDArray[Any]:

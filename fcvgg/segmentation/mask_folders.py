@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import warnings
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,31 +13,42 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torchvision.datasets.folder import IMG_EXTENSIONS
+from PIL import Image
 
 from fcvgg.categories import distinct_names
-from fcvgg.datasets import Unreadable
+from fcvgg.datasets import parts_of
 from fcvgg.errors import ArgumentError, DatasetError, ImageError, one_line
+from fcvgg.geometry import Pair
+from fcvgg.image_files import Unreadable, contents, image_files, left_out
 from fcvgg.images import check_usable, image_size, read_image
 from fcvgg.preprocessing import Preprocess
 from fcvgg.segmentation.label_map import IGNORE_INDEX
 
 IMAGES, MASKS = "images", "masks"
-TRAIN, VALID = "train", "valid"
 
-_MASK_MODES = ("P", "L", "I", "I;16", "1")
+_SUFFIX = re.compile("[-_.](mask|labels?|seg|segmentation|gt)$", re.IGNORECASE)
+"""What the name of a mask may have after the image's."""
+
+_BINARY = frozenset({0, 255})
+
+_LOSSY = frozenset({"JPEG", "MPO", "JPEG2000", "WEBP", "AVIF"})
+"""Formats whose compression may change labels."""
+
+_EXPECTED = "expected class indices, grey or with a palette, as PNG, TIFF or BMP"
 
 
 @dataclass(frozen=True)
 class MaskFolder:
-    """Images with masks: PNGs of the same stem that hold a class index for every pixel.
+    """Images with masks of the same name, which hold a class index for every pixel.
 
     Attributes:
         images: the files that can be read.
         masks: the mask of each.
         categories: the names of the classes.
         counts: how many pixels each class has in all masks.
-        skipped: the images that cannot be read, and why.
+        skipped: the files that were left out, and why.
+        binary: whether 255 stands in the masks for class 1.
+        sizes: ``(H, W)`` of each image.
     """
 
     images: tuple[Path, ...]
@@ -42,19 +56,31 @@ class MaskFolder:
     categories: tuple[str, ...]
     counts: tuple[int, ...]
     skipped: tuple[Unreadable, ...] = ()
+    binary: bool = False
+    sizes: tuple[Pair, ...] = ()
 
     def __len__(self) -> int:
         return len(self.images)
 
+    def labels(self, index: int) -> NDArray[np.int64]:
+        """The class index of every pixel of an image, int64 ``(H, W)``; 255 is ignored."""
+        labels = read_mask(self.masks[index])
+        return np.where(labels == IGNORE_INDEX, 1, labels) if self.binary else labels
+
     def part(self, indices: Sequence[int]) -> MaskFolder:
         """Some of the images, with their masks."""
-        masks = tuple(self.masks[i] for i in indices)
-        return replace(
+        some = replace(
             self,
             images=tuple(self.images[i] for i in indices),
-            masks=masks,
-            counts=_counts([read_mask(mask) for mask in masks], len(self.categories)),
+            masks=tuple(self.masks[i] for i in indices),
+            sizes=tuple(self.sizes[i] for i in indices) if self.sizes else (),
         )
+        total = np.zeros(len(self.categories), np.int64)
+        for index in range(len(some)):
+            labels = some.labels(index)
+            known = labels[labels != IGNORE_INDEX].ravel()
+            total += np.bincount(known, minlength=len(total))
+        return replace(some, counts=tuple(total.tolist()))
 
 
 def mask_folder(
@@ -64,9 +90,12 @@ def mask_folder(
 
     Args:
         folder: with ``images/NAME.jpg`` (or another kind) and ``masks/NAME.png``. A mask holds
-            class indices, as grey values or as a palette image's indices, and 255 for pixels that
-            are neither trained on nor counted. Images are turned as their EXIF entry says, so
-            masks label the upright image.
+            class indices, as grey values, as three equal channels or as a palette image's indices,
+            and 255 for pixels that are neither trained on nor counted. It may also be a TIFF, a BMP
+            or a grey GIF, or be called ``NAME_mask``, ``NAME_label``, ``NAME_seg`` or ``NAME_gt``.
+            Where there are two classes and the masks of a data set hold only 0 and 255, 255 is
+            class 1.
+            Images are turned as their EXIF entry says, so masks label the upright image.
         categories: the names of the classes in the order of their indices, or how many there are.
         preprocess: the network's, by which it is known what images can be used; one for RGB of 8
             bits if None.
@@ -75,37 +104,9 @@ def mask_folder(
         DatasetError: if there are no images, a mask is missing, is of another size or kind, or has
             a label that is no class; the message names the file.
     """
-    folder = Path(folder)
     names = _checked_categories(categories)
-    known = preprocess or Preprocess.preset("unit")
-    pairs = _paired(folder)
-    images: list[Path] = []
-    masks: list[Path] = []
-    skipped: list[Unreadable] = []
-    totals = np.zeros(len(names), np.int64)
-    for image, mask in pairs:
-        try:
-            check_usable(image, known)  # as training will
-            size = image_size(image)
-            labels = read_mask(mask)
-        except ImageError as error:
-            skipped.append(Unreadable(str(image), one_line(error)))
-            continue
-        _check_pair(image, size, mask, labels, len(names))
-        totals += _counts([labels], len(names))
-        images.append(image)
-        masks.append(mask)
-    if not images:
-        raise DatasetError(
-            f"none of the {len(pairs)} images in {folder / IMAGES} can be read with its mask; the "
-            f"first: {skipped[0]}"
-        )
-    if np.count_nonzero(totals) < 2:
-        only = [name for name, n in zip(names, totals) if n] or [f"{IGNORE_INDEX}, to be ignored"]
-        raise DatasetError(
-            f"all labelled pixels of {folder} are of one class ({only[0]}); expected two or more"
-        )
-    return MaskFolder(tuple(images), tuple(masks), names, tuple(totals.tolist()), tuple(skipped))
+    (found,) = _checked([_read(_Place.of(Path(folder)), preprocess)], names)
+    return found
 
 
 def train_and_valid(
@@ -118,8 +119,10 @@ def train_and_valid(
     """Images to train on and to choose the best epoch by.
 
     Args:
-        folder: with ``train/`` and ``valid/``, each as for `mask_folder`; or such a folder itself,
-            which is split by chance.
+        folder: with parts to train on and to validate on, such as ``train/`` and ``val/``, each as
+            for `mask_folder`, or ``images/train/`` with ``masks/train/`` and so on; or with a part
+            to train on alone, or as for `mask_folder` itself, which are split by chance. A part to
+            test on is not looked at. See `fcvgg.datasets` for the names of parts.
         categories: as for `mask_folder`.
         share: of the images that are for validation, where the folder is split.
         seed: of the split.
@@ -132,36 +135,197 @@ def train_and_valid(
     folder = Path(folder)
     if not 0 < share < 1:
         raise ArgumentError(f"valid_share={share} is no share; expected 0 < valid_share < 1")
-    if (folder / TRAIN).is_dir() and (folder / VALID).is_dir():
-        train, valid = folder / TRAIN, folder / VALID
-        return (
-            mask_folder(train, categories, preprocess),
-            mask_folder(valid, categories, preprocess),
-        )
-    whole = mask_folder(folder, categories, preprocess)
+    names = _checked_categories(categories)
+    places, beside = _places(folder)
+    found = _checked([_read(place, preprocess) for place in places], names)
+    found[0] = replace(found[0], skipped=(*beside, *found[0].skipped))
+    if len(found) == 2:
+        return found[0], found[1]
+    (whole,) = found
     if len(whole) < 2:
         raise DatasetError(
             f"{folder} has {len(whole)} image, too few to train and validate; expected two or more"
         )
     order = torch.randperm(len(whole), generator=torch.Generator().manual_seed(seed)).tolist()
     held_out = min(max(round(share * len(whole)), 1), len(whole) - 1)
-    return whole.part(sorted(order[held_out:])), whole.part(sorted(order[:held_out]))
+    valid = replace(whole.part(sorted(order[:held_out])), skipped=())
+    return whole.part(sorted(order[held_out:])), valid
 
 
 def read_mask(path: Path) -> NDArray[np.int64]:
-    """The class index of every pixel, int64 ``(H, W)``, turned as an EXIF entry says.
+    """The stored value of every pixel, int64 ``(H, W)``, turned as an EXIF entry says.
 
     Raises:
         ImageError: if the file cannot be read.
-        DatasetError: if it holds colours and not indices.
+        DatasetError: if it holds colours or fractions and not indices, several pictures, or its
+            compression may have changed them.
     """
+    kind = _checked_kind(path)
     image = read_image(path)
-    if image.mode not in _MASK_MODES:
+    values = np.asarray(image)
+    if kind == "GIF" and image.mode == "P":
+        return _grey_values(image, path).astype(np.int64)
+    if image.mode in ("RGBA", "LA", "PA"):
+        if (values[..., -1] != 255).any():
+            raise DatasetError(f"the mask {path} has transparent pixels; {_EXPECTED}")
+        values = values[..., :-1]
+    if values.ndim == 3:
+        if (values != values[..., :1]).any():
+            colours = np.unique(values.reshape(-1, values.shape[2]), axis=0)
+            coloured = next(c for c in colours.tolist() if len(set(c)) > 1)
+            raise DatasetError(
+                f"the mask {path} has mode {image.mode} and {len(colours)} colours such as "
+                f"{tuple(coloured)}; {_EXPECTED}"
+            )
+        values = values[..., 0]
+    if values.dtype.kind == "f" and not np.array_equal(values, np.round(values)):
+        raise DatasetError(f"the mask {path} holds fractions; {_EXPECTED}")
+    return values.astype(np.int64)
+
+
+def _checked_kind(path: Path) -> str:
+    """The format of a mask's file, or an empty string where reading it will say what is wrong.
+
+    Raises:
+        DatasetError: if its compression may change labels, or it holds several masks.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about sizes and metadata
+            with Image.open(path) as image:
+                kind = str(image.format)
+                inner = str(image.info.get("compression", "")).upper()
+                size, several = image.size, getattr(image, "n_frames", 1) > 1
+                if several:
+                    image.seek(1)
+                    several = image.size == size  # smaller ones are overviews
+    except Exception:  # whatever a file that is no image leads to
+        return ""
+    if kind in _LOSSY or (kind == "TIFF" and any(name in inner for name in _LOSSY)):
+        what = kind if kind in _LOSSY else f"TIFF compressed as {inner}"
+        raise DatasetError(f"the mask {path} is a {what}, which may change labels; {_EXPECTED}")
+    if several:
+        raise DatasetError(f"the mask {path} holds several pictures; expected one")
+    return kind
+
+
+def _grey_values(image: Image.Image, path: Path) -> NDArray[Any]:
+    """The grey values of a GIF, whose writers renumber the colours of its palette."""
+    indices = np.asarray(image)
+    palette = np.array(image.getpalette("RGB")).reshape(-1, 3)
+    used = palette[np.unique(indices)]
+    if (used != used[:, :1]).any():
         raise DatasetError(
-            f"the mask {path} has mode {image.mode}; expected a PNG of class indices, grey "
-            "or with a palette"
+            f"the mask {path} is a GIF of colours, whose order writers change; {_EXPECTED}"
         )
-    return np.asarray(image).astype(np.int64)
+    return palette[indices][..., 0]
+
+
+# -- finding and checking -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where images and their masks lie."""
+
+    folder: Path
+    images: Path
+    masks: Path
+
+    @classmethod
+    def of(cls, folder: Path) -> _Place:
+        return cls(folder, _inside(folder, IMAGES), _inside(folder, MASKS))
+
+
+@dataclass(frozen=True)
+class _Read:
+    """What was read: pairs, sizes, and how many pixels have each value in all masks."""
+
+    place: _Place
+    images: tuple[Path, ...]
+    masks: tuple[Path, ...]
+    sizes: tuple[Pair, ...]
+    values: Counter[int]
+    skipped: tuple[Unreadable, ...]
+
+
+def _inside(folder: Path, name: str) -> Path:
+    """The folder of a name in another, in any case of letters."""
+    inner = contents(folder).folders if folder.is_dir() else ()
+    return next((place for place in inner if place.name.lower() == name), folder / name)
+
+
+def _places(folder: Path) -> tuple[list[_Place], tuple[Unreadable, ...]]:
+    """Where the images to train on lie, and those to validate on if they are apart."""
+    whole = _Place.of(folder)
+    inner = whole.images.is_dir()
+    above = whole.images if inner else folder
+    parts = parts_of(above, "images" if inner else "folders") if above.is_dir() else None
+    if parts is None:
+        return [whole], ()
+    found = [part for part in (parts.to_learn_from(), parts.valid) if part is not None]
+    if inner:
+        return [_Place(folder, part, whole.masks / part.name) for part in found], parts.skipped
+    return [_Place.of(part) for part in found], parts.skipped
+
+
+def _read(place: _Place, preprocess: Preprocess | None) -> _Read:
+    pairs, skipped = _paired(place)
+    images: list[Path] = []
+    masks: list[Path] = []
+    sizes: list[Pair] = []
+    values: Counter[int] = Counter()
+    for image, mask in pairs:
+        try:
+            check_usable(image, preprocess or Preprocess.preset("unit"))  # as training will
+            size = image_size(image)
+            labels = read_mask(mask)
+        except ImageError as error:
+            skipped.append(Unreadable(str(image), one_line(error)))
+            continue
+        _check_size(image, size, mask, labels)
+        for value, count in zip(*np.unique(labels, return_counts=True)):
+            values[int(value)] += int(count)
+        images.append(image)
+        masks.append(mask)
+        sizes.append(size)
+    if not images:
+        raise DatasetError(
+            f"none of the {len(pairs)} images in {place.images} can be read with its mask; the "
+            f"first: {next((one for one in skipped if not one.passed_over), skipped[0])}"
+        )
+    return _Read(place, tuple(images), tuple(masks), tuple(sizes), values, tuple(skipped))
+
+
+def _checked(parts: Sequence[_Read], names: tuple[str, ...]) -> list[MaskFolder]:
+    """The parts of a data set, whose labels are classes; what 255 means is the same in all."""
+    classes = len(names)
+    held = set().union(*(part.values for part in parts))
+    binary = held == _BINARY and classes == 2
+    if held == _BINARY and not binary:
+        raise DatasetError(
+            f"the masks of {parts[0].place.folder} hold only 0 and {IGNORE_INDEX}, which is "
+            f"ignored; save the {classes} classes as 0 to {classes - 1}"
+        )
+    found = []
+    for part in parts:
+        wrong = sorted(v for v in part.values if v != IGNORE_INDEX and not 0 <= v < classes)
+        if wrong:
+            raise DatasetError(_wrong_label(part, wrong, classes))
+        known = {1 if binary and v == IGNORE_INDEX else v: n for v, n in part.values.items()}
+        counts = tuple(known.get(i, 0) for i in range(classes))
+        if np.count_nonzero(counts) < 2:
+            only = [name for name, n in zip(names, counts) if n]
+            ignored = f"; {IGNORE_INDEX} is ignored" if IGNORE_INDEX in known else ""
+            raise DatasetError(
+                f"all labelled pixels of {part.place.folder} are of one class "
+                f"({only[0] if only else f'{IGNORE_INDEX}, to be ignored'}); expected two or more"
+                f"{ignored}"
+            )
+        found.append(
+            MaskFolder(part.images, part.masks, names, counts, part.skipped, binary, part.sizes)
+        )
+    return found
 
 
 def _checked_categories(categories: int | Sequence[str]) -> tuple[str, ...]:
@@ -180,57 +344,76 @@ def _checked_categories(categories: int | Sequence[str]) -> tuple[str, ...]:
     return distinct_names(names)
 
 
-def _paired(folder: Path) -> list[tuple[Path, Path]]:
-    for part in (folder / IMAGES, folder / MASKS):
-        if not part.is_dir():
-            what = "is a file" if part.exists() else "does not exist"
+def _paired(place: _Place) -> tuple[list[tuple[Path, Path]], list[Unreadable]]:
+    """Every image with its mask, and what else lies there."""
+    for folder in (place.images, place.masks):
+        if not folder.is_dir():
+            what = "is a file" if folder.exists() else "does not exist"
+            name = place.folder.name
             raise DatasetError(
-                f"{part} {what}; expected {folder.name}/{IMAGES}/NAME.jpg and "
-                f"{folder.name}/{MASKS}/NAME.png"
+                f"{folder} {what}; expected {name}/{IMAGES}/NAME.jpg and {name}/{MASKS}/NAME.png, "
+                f"or such folders in {name}/train and {name}/valid"
             )
-    images = sorted(
-        p
-        for p in (folder / IMAGES).iterdir()
-        if p.suffix.lower() in IMG_EXTENSIONS and not p.name.startswith(".")
-    )
-    if not images:
-        raise DatasetError(f"there are no images in {folder / IMAGES}")
-    by_stem: dict[str, Path] = {}
+    listed, masks = image_files(place.images), image_files(place.masks)
+    if not listed.images:
+        passed = left_out(listed.skipped, 0)
+        raise DatasetError(
+            f"there are no images in {place.images}" + (f" ({passed})" if passed else "")
+        )
+    images: dict[str, Path] = {}
+    for image in listed.images:
+        name = _stem(image, place.images)
+        if name in images:
+            raise DatasetError(
+                f"{images[name]} and {image} would have the same mask, {image.stem}.png; rename one"
+            )
+        images[name] = image
+    found: dict[Path, list[Path]] = {image: [] for image in images.values()}
+    whole = {str(image.relative_to(place.images)): image for image in images.values()}
+    skipped = [*listed.skipped, *masks.skipped]
+    for mask in masks.images:
+        name = _stem(mask, place.masks)
+        bare = _SUFFIX.sub("", name)
+        owner = images.get(name) or images.get(bare) or whole.get(name) or whole.get(bare)
+        if owner is None:
+            skipped.append(Unreadable(str(mask), "a mask of no image", passed_over=True))
+        else:
+            found[owner].append(mask)
     pairs = []
-    for image in images:
-        if image.stem in by_stem:
-            raise DatasetError(
-                f"{by_stem[image.stem]} and {image} would have the same mask, {image.stem}.png; "
-                "rename one"
-            )
-        by_stem[image.stem] = image
-        mask = folder / MASKS / f"{image.stem}.png"
-        if not mask.is_file():
-            raise DatasetError(f"there is no mask for {image}; expected {mask}")
-        pairs.append((image, mask))
-    return pairs
+    for image, own in found.items():
+        expected = place.masks / image.relative_to(place.images).with_suffix(".png")
+        if not own and not expected.parent.is_dir():
+            skipped.append(Unreadable(str(image), f"there is no folder {expected.parent}", True))
+        elif not own:
+            raise DatasetError(f"there is no mask for {image}; expected {expected}")
+        elif len(own) > 1:
+            raise DatasetError(f"{image} has {len(own)} masks, {own[0]} and {own[1]}; expected one")
+        else:
+            pairs.append((image, own[0]))
+    return pairs, skipped
 
 
-def _check_pair(
-    image: Path, size: tuple[int, int], mask: Path, labels: NDArray[Any], classes: int
-) -> None:
+def _stem(path: Path, folder: Path) -> str:
+    return str(path.relative_to(folder).with_suffix(""))
+
+
+def _check_size(image: Path, size: Pair, mask: Path, labels: NDArray[Any]) -> None:
     if labels.shape != size:
         turned = " of the upright image" if labels.shape == size[::-1] else ""
         raise DatasetError(
             f"the mask {mask} is {labels.shape[0]}x{labels.shape[1]} and its image {image} "
             f"{size[0]}x{size[1]}; expected one label for each pixel{turned}"
         )
-    wrong = (labels != IGNORE_INDEX) & ((labels < 0) | (labels >= classes))
-    if wrong.any():
-        y, x = np.argwhere(wrong)[0]
-        raise DatasetError(
-            f"the mask {mask} holds the label {labels[y, x]} at (y, x) = ({y}, {x}); expected 0 to "
-            f"{classes - 1}, or {IGNORE_INDEX} for pixels to ignore"
-        )
 
 
-def _counts(masks: Sequence[NDArray[Any]], classes: int) -> tuple[int, ...]:
-    total = np.zeros(classes, np.int64)
-    for labels in masks:
-        total += np.bincount(labels[labels != IGNORE_INDEX].ravel(), minlength=classes)
-    return tuple(total.tolist())
+def _wrong_label(part: _Read, wrong: Sequence[int], classes: int) -> str:
+    for mask in part.masks:
+        labels = read_mask(mask)
+        places = np.argwhere(np.isin(labels, wrong))
+        if len(places):
+            break
+    y, x = places[0]
+    return (
+        f"the mask {mask} holds the label {labels[y, x]} at (y, x) = ({y}, {x}); expected 0 to "
+        f"{classes - 1}, or {IGNORE_INDEX} for pixels to ignore"
+    )

@@ -15,7 +15,7 @@ from fcvgg.images import prepare
 from fcvgg.placement import dtype_of
 from fcvgg.preprocessing import Preprocess
 from fcvgg.segmentation.label_map import IGNORE_INDEX
-from fcvgg.segmentation.mask_folders import MaskFolder, read_mask
+from fcvgg.segmentation.mask_folders import MaskFolder
 from fcvgg.segmentation.network import FCN
 
 
@@ -51,7 +51,7 @@ class MaskedImages(Dataset[tuple[Tensor, Tensor]]):
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         pixels = self._pixels(index)
-        labels = torch.from_numpy(read_mask(self.data.masks[index]))
+        labels = torch.from_numpy(self.data.labels(index))
         if self.transform is None:
             return pixels, labels
         image, mask = self.transform(tv_tensors.Image(pixels), tv_tensors.Mask(labels))

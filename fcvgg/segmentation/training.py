@@ -11,10 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fcvgg.datasets import Unreadable
 from fcvgg.errors import ArgumentError, DatasetError, GeometryError, PreprocessError
 from fcvgg.geometry import Pair, checked_size
-from fcvgg.segmentation.mask_folders import MaskFolder, read_mask, train_and_valid
+from fcvgg.image_files import Unreadable
+from fcvgg.placement import device_of
+from fcvgg.segmentation.mask_folders import MaskFolder, train_and_valid
 from fcvgg.segmentation.metrics import (
     SegmentationMetrics,
     confusion_metric,
@@ -23,6 +24,7 @@ from fcvgg.segmentation.metrics import (
 )
 from fcvgg.segmentation.network import FCN
 from fcvgg.segmentation.samples import MaskedImages, collated
+from fcvgg.training.normalization import check_normalization, smallest_batch
 from fcvgg.training.settings import Settings
 from fcvgg.transfer.feature_cache import digest_of
 
@@ -41,13 +43,15 @@ class DenseTraining:
         fcn: the network that was given, with the weights of its best epoch.
         run: the run's files, and the values of every epoch.
         metrics: on the validation images, with these weights.
-        skipped: the images that could not be read, and why.
+        skipped: the files of the folder that were left out, and why.
+        images: how many images with masks were used.
     """
 
     fcn: FCN
     run: TrainingRun
     metrics: SegmentationMetrics
     skipped: tuple[Unreadable, ...] = ()
+    images: int = 0
 
 
 def train_fcn(
@@ -92,7 +96,8 @@ def train_fcn(
         DatasetError: if images or masks are not usable; see `mask_folder`. Also if the part to
             train on holds one class alone, or the part to validate on no labelled pixel.
         PreprocessError: if the network has no preprocessing.
-        ArgumentError: if an option is out of range.
+        ArgumentError: if an option is out of range, or the batches are too small for the network's
+            batch normalisation.
         TrainingError: if the loss is not finite or a file cannot be written; see `fcvgg.training`.
         MissingExtraError: if Lightning or torchmetrics are not installed.
     """
@@ -116,10 +121,16 @@ def train_fcn(
                 f"the masks have {len(part.categories)} classes and the network {fcn.num_classes}; "
                 "expected as many"
             )
+    if train.binary != valid.binary:
+        raise DatasetError(
+            "255 is class 1 in one part and ignored in the other; expected masks of one kind in "
+            "both: read them by fcvgg.train_fcn(fcn, folder)"
+        )
     _check_labelled(train, valid)
     weights = _checked_weights(class_weights, train.counts, fcn.num_classes)
     fcn.preprocess = replace(fcn.preprocess, resize=None)
     samples = MaskedImages(train, fcn, _checked_crop(crop), flip)
+    _check_batches(fcn, samples, settings)
     fcn.calibrate_(samples.middles(_CALIBRATION_IMAGES))
     task = DenseTask(fcn, weights, backbone_lr)
     run = fit(
@@ -146,7 +157,9 @@ def train_fcn(
     )
     fcn.eval()
     fcn.save(run.folder / "fcn")
-    return DenseTraining(fcn, run, evaluate_fcn(fcn, valid), (*train.skipped, *valid.skipped))
+    skipped = tuple(dict.fromkeys((*train.skipped, *valid.skipped)))
+    images = len(train) + len(valid)
+    return DenseTraining(fcn, run, evaluate_fcn(fcn, valid), skipped, images)
 
 
 def evaluate_fcn(fcn: FCN, data: MaskFolder) -> SegmentationMetrics:
@@ -156,9 +169,9 @@ def evaluate_fcn(fcn: FCN, data: MaskFolder) -> SegmentationMetrics:
         MissingExtraError: if torchmetrics is not installed.
     """
     confusion = confusion_metric(fcn.num_classes)
-    for image, mask in zip(data.images, data.masks):
+    for index, image in enumerate(data.images):
         predicted = torch.from_numpy(fcn.predict(image).labels)
-        count_labels(confusion, predicted, torch.from_numpy(read_mask(mask)))
+        count_labels(confusion, predicted, torch.from_numpy(data.labels(index)))
     return metrics_of(confusion.confmat, fcn.class_names)
 
 
@@ -176,6 +189,19 @@ def _check_labelled(train: MaskFolder, valid: MaskFolder) -> None:
             f"all pixels of the {len(valid)} masks to validate on are to be ignored; label more "
             "images, or split them by another seed"
         )
+
+
+def _check_batches(fcn: FCN, samples: MaskedImages, settings: Settings) -> None:
+    """Refuse batches that are too small for batch norm, at the size that gives it least."""
+    sizes = {samples.crop} if samples.crop is not None else set(samples.data.sizes)
+    if not sizes:
+        return
+    # images of different sizes run apart, so any may be alone
+    alone = len(sizes) > 1
+    count = 1 if alone else smallest_batch(len(samples), settings.batch_size, settings.devices)
+    height, width = min(sizes, key=max)  # whose map is one cell, if any is
+    images = torch.zeros(count, samples.channels, height, width)
+    check_normalization(fcn, images.to(device_of(fcn), samples.dtype), settings.batch_size)
 
 
 def _checked_crop(crop: int | Iterable[int] | None) -> Pair | None:

@@ -24,10 +24,10 @@ from fcvgg.errors import (
     LoadError,
     MissingExtraError,
     one_line,
-    visible,
 )
 from fcvgg.extras import imported
 from fcvgg.geometry import checked_size
+from fcvgg.names import readable
 from fcvgg.preprocessing import decoded_preprocess
 from fcvgg.shape_budget import check_affordable
 from fcvgg.sources.onnx_graph import EXTRA, Graph, OnnxModel
@@ -225,7 +225,7 @@ def _compare_with_runtime(proto: Any, graph: Graph, model: OnnxModel, size: Any)
         return
     except Exception as error:  # onnxruntime's own: they have no class in common
         warnings.warn(
-            f"{visible(path)} was read, but not compared with onnxruntime, which cannot run it: "
+            f"{readable(path)} was read, but not compared with onnxruntime, which cannot run it: "
             f"{one_line(error)}",
             stacklevel=2,
         )

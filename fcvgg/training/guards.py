@@ -139,7 +139,7 @@ class History(Callback):
         names = list(dict.fromkeys(name for epoch in self.epochs for name in epoch))
         with (
             written_whole(self.folder / HISTORY) as temporary,
-            open(temporary, "w", newline="") as file,
+            open(temporary, "w", newline="", encoding="utf-8", errors="backslashreplace") as file,
         ):
             writer = csv.DictWriter(file, names)
             writer.writeheader()

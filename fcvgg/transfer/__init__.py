@@ -7,11 +7,11 @@
   scikit-learn and for looking at.
 """
 
+from fcvgg.datasets import ClassFolders, class_folders
 from fcvgg.transfer.extraction import Features, features_upto
 from fcvgg.transfer.feature_figures import plot_features
 from fcvgg.transfer.freezing import freeze_, parameter_groups, trainable_parameters, unfreeze_
 from fcvgg.transfer.heads import loss_for, replace_head
-from fcvgg.transfer.image_folders import ClassFolders, class_folders
 from fcvgg.transfer.input_sizes import for_input_size
 from fcvgg.transfer.naming import LayerNames, NamedLayer, layer_names
 from fcvgg.transfer.probing import Probe, probe

@@ -1,0 +1,33 @@
+"""Names of files as text that every terminal, table and report can hold."""
+
+from __future__ import annotations
+
+import unicodedata
+
+_HIDDEN = frozenset(("Cc", "Cf", "Cs", "Zl", "Zp"))
+"""Unicode's kinds of characters that steer a terminal or the order of its text, end a line, or are
+no characters."""
+
+_JOINERS = "\u200c\u200d"
+"""Characters of kind Cf that words of several scripts, and emoji, are written with."""
+
+
+def readable(name: object) -> str:
+    r"""A name on one line, as UTF-8 can hold it.
+
+    Control and direction characters are written as escapes. So are bytes that are not UTF-8, which
+    Python gives as surrogates: old archives hold names in other encodings.
+
+    >>> readable("h\udce4user\n.png")
+    'h\\xe4user\\n.png'
+    """
+    text = str(name)
+    return text if text.isprintable() else "".join(map(_escaped, text))
+
+
+def _escaped(character: str) -> str:
+    if unicodedata.category(character) not in _HIDDEN or character in _JOINERS:
+        return character
+    if "\udc80" <= character <= "\udcff":
+        return f"\\x{ord(character) - 0xDC00:02x}"
+    return character.encode("unicode_escape").decode()
