@@ -1,6 +1,5 @@
 """The command line, run in this process on tiny images, as a user would see it."""
 
-import io
 import json
 import re
 import subprocess
@@ -15,10 +14,8 @@ import torch
 import torchvision
 from command_line import run as invoked
 from PIL import Image
-from rich.console import Console
 
 import fcvgg
-from fcvgg.cli import console
 from fcvgg.cli.reports import count
 from fcvgg.demo import SCALES, demo_model, demo_photograph
 
@@ -668,17 +665,3 @@ def test_a_bug_is_not_dressed_up_as_bad_input(images, monkeypatch):
     monkeypatch.setattr(fcvgg.FullyConvolutional, "score_map", fail)
     with pytest.raises(RuntimeError, match="shapes differ"):
         run("heatmap", "one.png", "-m", "demo")
-
-
-@pytest.mark.parametrize(
-    ("names", "shown"), [(("one.png", "two.jpg"), True), (("one.png",), False)]
-)
-def test_several_images_show_a_progress_bar(images, monkeypatch, names, shown):
-    screen = io.StringIO()
-    terminal = Console(
-        file=screen, force_terminal=True, width=80, _environ={"TERM": "xterm-256color"}
-    )
-    monkeypatch.setattr(console, "output", lambda: terminal)
-    assert run("heatmap", *names, "-m", "demo").status == 0
-    assert ("2/2" in screen.getvalue()) == shown
-    assert "wrote" in screen.getvalue()

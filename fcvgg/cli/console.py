@@ -13,11 +13,11 @@ from typing import Any, TypeVar
 import typer
 from rich.console import Console, RenderableType
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
 from fcvgg.cli.options import in_option_words
 from fcvgg.errors import FcvggError, ImageError
+from fcvgg.progress import live_console, progress_bar
 
 BAD_INPUT = 2
 """Exit status on an error that the user can mend."""
@@ -32,7 +32,13 @@ Result = TypeVar("Result")
 
 
 def output() -> Console:
-    """The console on stdout; made anew, since tests and pipes exchange the stream."""
+    """The console on stdout, or that of a bar on the same screen, above which lines then appear.
+
+    It is made for each call, since tests and pipes exchange the stream.
+    """
+    live = live_console()
+    if live is not None and sys.stdout.isatty():
+        return live
     limited = sys.stdout.isatty() or "COLUMNS" in os.environ
     width = None if limited else _PIPED_WIDTH
     return Console(highlight=False, markup=False, emoji=False, width=width)
@@ -108,14 +114,14 @@ def for_each_image(
     ends with `exit_if_any_failed`. Any other error ends the run.
     """
     results = []
-    with _progress(len(images)) as progress:
-        task = progress.add_task(what, total=len(images))
+    screen = output() if sys.stdout.isatty() else _errors()
+    with progress_bar(what, len(images), shown=len(images) > 1, console=screen) as advance:
         for image in images:
             try:
                 results.append(_within_memory(image, work))
             except ImageError as error:
                 complain(error)
-            progress.advance(task)
+            advance(1)
     return results
 
 
@@ -152,25 +158,11 @@ def folder(path: Path) -> Path:
 
 
 def _errors() -> Console:
+    """The console on stderr, or that of a bar on the same screen."""
+    live = live_console()
+    if live is not None and sys.stderr.isatty():
+        return live
     return Console(stderr=True, highlight=False, markup=False, emoji=False)
-
-
-def _progress(total: int) -> Progress:
-    """A bar on the terminal: on stdout, above which results scroll, or stderr if that is piped."""
-    console, errors = output(), _errors()
-    if not console.is_terminal:
-        console = errors
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-        redirect_stdout=sys.stdout.isatty(),
-        redirect_stderr=sys.stderr.isatty(),
-        disable=total < 2 or not console.is_terminal,
-    )
 
 
 def _within_memory(image: Path, work: Callable[[Path], Result]) -> Result:
