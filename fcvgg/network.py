@@ -399,7 +399,8 @@ class FullyConvolutional(nn.Module):
         preprocessing, categories and equivalence report. It is written whole or not at all.
 
         Raises:
-            FcvggError: if `path` is something else than a bundle, or cannot be written.
+            FcvggError: if `path` is something else than a bundle, has the ending of another format,
+                or cannot be written.
         """
         path = Path(path)
         write_bundle(

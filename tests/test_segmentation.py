@@ -529,7 +529,7 @@ def test_a_label_map_is_drawn_and_saved(tmp_path: Path) -> None:
     assert texts == ["dark (40%)", "light (60%)"]
     with pytest.raises(fcvgg.ArgumentError, match="alpha=2 is no opacity"):
         label_map.overlay(2)
-    with pytest.raises(fcvgg.ImageError, match=r"saved as .png, .* got 'labels.jpg'"):
+    with pytest.raises(fcvgg.ImageError, match=r"path must be a name in .png, got 'labels.jpg'"):
         label_map.save(tmp_path / "labels.jpg")
 
 

@@ -11,7 +11,17 @@ from rich.text import Text
 
 from fcvgg.cli.classification import Average
 from fcvgg.cli.console import say, say_wrote
-from fcvgg.cli.options import Arch, Device, Model, OwnModel, Weights, lengths, loaded
+from fcvgg.cli.options import (
+    Arch,
+    Device,
+    Model,
+    OwnModel,
+    Weights,
+    lengths,
+    loaded,
+    output_file,
+)
+from fcvgg.files import JSON_ENDINGS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -70,6 +80,7 @@ def run(
             metavar="FILE",
             dir_okay=False,
             help="The JSON file to write, with confusion matrices and every class.",
+            callback=output_file(*JSON_ENDINGS),
         ),
     ] = Path("evaluation.json"),
     own: OwnModel = OwnModel(),

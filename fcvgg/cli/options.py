@@ -14,9 +14,43 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
+from fcvgg.errors import ArgumentError
+from fcvgg.files import checked_file, checked_folder
+
 if TYPE_CHECKING:
     from fcvgg.network import FullyConvolutional
     from fcvgg.preprocessing import Preprocess
+
+
+def output_name(check: Callable[[Path], Any]) -> Callable[[Path | None], Path | None]:
+    """The callback of an option that says where to write: what `check` refuses ends the command.
+
+    It is called before the command, so that nothing is loaded or computed for a name that is wrong.
+    """
+
+    def checked(path: Path | None) -> Path | None:
+        from fcvgg.cli.console import BAD_INPUT, complain
+
+        try:
+            if path is not None:
+                check(path)
+        except ArgumentError as error:
+            complain(error)
+            raise typer.Exit(BAD_INPUT) from error
+        return path
+
+    return checked
+
+
+def output_folder(*endings: str) -> Callable[[Path | None], Path | None]:
+    """The callback of ``--output`` where it names a folder to write."""
+    return output_name(lambda path: checked_folder(path, "--output", endings))
+
+
+def output_file(*endings: str) -> Callable[[Path | None], Path | None]:
+    """The callback of ``--output`` where it names a file to write."""
+    return output_name(lambda path: checked_file(path, "--output", endings))
+
 
 MODEL_HELP = (
     "A torchvision name, timm:NAME, a checkpoint (with --arch), an .onnx or Keras file, a folder "
@@ -72,6 +106,7 @@ OutputFolder = Annotated[
         metavar="DIR",
         file_okay=False,
         help="The folder to write to; made if absent.",
+        callback=output_folder(),
         show_default="the current folder",
     ),
 ]

@@ -10,9 +10,19 @@ import typer
 from rich.table import Table
 
 from fcvgg.cli.console import say, say_wrote, tell_skipped
-from fcvgg.cli.options import Arch, Device, Model, OwnModel, Weights, loaded
+from fcvgg.cli.options import (
+    Arch,
+    Device,
+    Model,
+    OwnModel,
+    Weights,
+    loaded,
+    output_file,
+    output_name,
+)
 from fcvgg.cli.options import size as size_of
 from fcvgg.errors import FcvggError
+from fcvgg.files import FIGURE_ENDINGS, checked_folder
 
 if TYPE_CHECKING:
     from fcvgg.transfer import Probe
@@ -76,11 +86,22 @@ def run(
     cache: Annotated[
         Path | None,
         typer.Option(
-            "--cache", metavar="DIR", help="Keep features there, for the next run.", file_okay=False
+            "--cache",
+            metavar="DIR",
+            help="Keep features there, for the next run.",
+            file_okay=False,
+            callback=output_name(lambda path: checked_folder(path, "--cache")),
         ),
     ] = None,
     output: Annotated[
-        Path, typer.Option("--output", "-o", metavar="FILE", help="Where the figure goes.")
+        Path,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="FILE",
+            help="Where the figure goes.",
+            callback=output_file(*FIGURE_ENDINGS),
+        ),
     ] = Path("probe.png"),
     own: OwnModel = OwnModel(),
     device: Device = "cpu",

@@ -10,8 +10,18 @@ import typer
 
 from fcvgg.categories import class_given
 from fcvgg.cli.console import say, say_wrote
-from fcvgg.cli.options import Arch, Device, Model, OutputStride, OwnModel, Weights, loaded
+from fcvgg.cli.options import (
+    Arch,
+    Device,
+    Model,
+    OutputStride,
+    OwnModel,
+    Weights,
+    loaded,
+    output_folder,
+)
 from fcvgg.errors import ArgumentError
+from fcvgg.files import STORE_ENDINGS
 
 NAME = "stream"
 EXAMPLES = (
@@ -34,7 +44,8 @@ def run(
             "--output",
             "-o",
             metavar="OUT.zarr",
-            help="Where to write the score map; the same call resumes an interrupted one.",
+            help="The folder for the score map; the same call resumes an interrupted one.",
+            callback=output_folder(*STORE_ENDINGS),
             show_default=False,
         ),
     ],

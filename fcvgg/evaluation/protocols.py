@@ -21,7 +21,7 @@ from fcvgg.categories import class_name
 from fcvgg.datasets import LabelledImages, Unreadable
 from fcvgg.errors import ArgumentError, DatasetError, ImageError, MissingExtraError
 from fcvgg.evaluation.cropping import centre_crop, grid_crops, ten_crops
-from fcvgg.files import written_whole
+from fcvgg.files import JSON_ENDINGS, checked_file, written_whole
 from fcvgg.images import (
     PreparedImage,
     checked_flip,
@@ -196,8 +196,11 @@ class Evaluation:
         Confusion matrices are lists of ``[label, prediction, images]`` for what occurs.
 
         Raises:
-            FcvggError: if the file cannot be written.
+            FcvggError: if the name does not end in ``.json`` or ``.txt``, or the file cannot be
+                written.
         """
+        if path is not None:
+            checked_file(path, "path", JSON_ENDINGS)
         text = json.dumps(self._plain(), indent=2, ensure_ascii=False)
         if path is not None:
             with written_whole(Path(path)) as temporary:

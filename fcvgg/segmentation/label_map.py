@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from fcvgg.errors import ArgumentError, ImageError
-from fcvgg.files import written_whole
+from fcvgg.files import checked_file, written_whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -146,9 +146,7 @@ class LabelMap:
             ImageError: if the name does not end in ``.png``, or there are more than 255 classes.
             FcvggError: if the file cannot be written.
         """
-        path = Path(path)
-        if path.suffix.lower() != ".png":
-            raise ImageError(f"labels are saved as .png, which keeps them exact; got {path.name!r}")
+        path = checked_file(path, "path", (".png",), ImageError)  # which keeps labels exact
         if len(self.categories) > IGNORE_INDEX:
             raise ImageError(
                 f"a PNG holds up to {IGNORE_INDEX} classes, got {len(self.categories)}"

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fcvgg.datasets import Unreadable
 from fcvgg.errors import ArgumentError, DatasetError, GeometryError, PreprocessError
+from fcvgg.files import checked_folder
 from fcvgg.geometry import Pair, checked_size
 from fcvgg.segmentation.mask_folders import MaskFolder, read_mask, train_and_valid
 from fcvgg.segmentation.metrics import SegmentationMetrics, confusion_metric, metrics_of
@@ -94,6 +95,7 @@ def train_fcn(
     from fcvgg.segmentation.task import MONITOR, DenseTask
     from fcvgg.training.loop import fit
 
+    checked_folder(folder, "folder")
     settings = settings or Settings(optimizer="adamw", batch_size=4)
     if fcn.preprocess is None:
         raise PreprocessError(

@@ -22,10 +22,8 @@ from torch.fx.experimental import _config as shape_config
 from torch.overrides import TorchFunctionMode
 
 from fcvgg.errors import FcvggError, MissingExtraError, one_line
-from fcvgg.files import written_whole
+from fcvgg.files import EXPORT_ENDINGS, checked_file, written_whole
 from fcvgg.placement import device_of, dtype_of
-
-SUFFIXES = (".onnx", ".pt2")
 
 _LARGEST_PROTOBUF = 2 * 1024**3
 """Bytes that one ONNX file can hold; beyond, its weights lie in a file beside it."""
@@ -46,16 +44,16 @@ def export_network(
         FcvggError: if the ending is unknown or the file cannot be written.
         MissingExtraError: if ONNX's packages are not installed.
     """
-    if path.suffix not in SUFFIXES:
-        raise FcvggError(f"{path.name!r} has no format to export to; use a name in .onnx or .pt2")
-    with _OnnxOperators() if path.suffix == ".onnx" else nullcontext():
+    checked_file(path, "path", EXPORT_ENDINGS)
+    onnx = path.suffix.lower() == ".onnx"
+    with _OnnxOperators() if onnx else nullcontext():
         program = exported(network, images)
     entries = {f"fcvgg.{name}": json.dumps(value) for name, value in metadata.items()}
     with written_whole(path) as temporary:
-        if path.suffix == ".pt2":
-            torch.export.save(program, temporary, extra_files=entries)
-        else:
+        if onnx:
             _write_onnx(temporary, program, network, entries)
+        else:
+            torch.export.save(program, temporary, extra_files=entries)
     return path
 
 
