@@ -589,8 +589,10 @@ def test_convert_replaces_its_own_output(folder):
 def test_convert_never_overwrites_anything_else(images, folder):
     (folder / "work").mkdir()
     (folder / "work/thesis.txt").write_text("years")
-    for name in ("work", "one.png"):
+    (folder / "notes").write_text("weeks")
+    for name in ("work", "notes"):
         assert fails("convert", "demo", "-o", name).startswith(f"{name} exists and is no bundle")
+    assert (folder / "notes").read_text() == "weeks"
     assert (folder / "work/thesis.txt").read_text() == "years"
 
 
