@@ -105,6 +105,15 @@ class FullyConvolutional(nn.Module):
         return row, col
 
     @property
+    def usual_scale(self) -> int:
+        """The length of an image's smaller side at which such classifiers are evaluated.
+
+        8/7 of the native size: 256 for 224. The whole image then is little more than one window, so
+        that its main object has the size of those the network was trained on.
+        """
+        return round(min(self.input_size) * 8 / 7)
+
+    @property
     def in_channels(self) -> int:
         """The channels of the images."""
         return self.program.in_channels
@@ -297,8 +306,10 @@ class FullyConvolutional(nn.Module):
         Args:
             images: one image or any iterable of them, each as for `score_map` and of any size; or
                 a preprocessed batch ``(N, C, H, W)``.
-            scales: lengths of the smaller side to which each image is rescaled, or one length; None
-                keeps it. Below the window the image is padded with zeros up to it.
+            scales: lengths of the smaller side to which each image is rescaled, or one length. None
+                keeps it: of an image many windows large, what is seen is parts, and an object larger
+                than the window is recognised at a smaller scale only, such as ``net.usual_scale``.
+                Below the window the image is padded with zeros up to it.
             flip: also evaluate the mirrored image.
             average: what is averaged over the map's cells: ``"scores"`` (logits before the softmax;
                 scores that are probabilities or their logarithms are averaged as probabilities), or

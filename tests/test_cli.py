@@ -184,7 +184,7 @@ def test_heatmap_prints_class_probability_and_peak_and_writes_an_overlay(images,
     y, x = heatmap.peak
     assert ran == Ran(
         0,
-        f"one.png: face (1), probability {score_map.predict()[1]:.3f}, "
+        f"one.png: face (1), probability {score_map.predict()[1]:.3f} averaged over the image, "
         f"peak {heatmap.values[y, x]:.3f} at (y, x) = ({y}, {x})\n"
         "wrote new/maps/one-heatmap.png\n",
         "",
@@ -391,9 +391,53 @@ def test_classify_prints_the_top_classes(images):
     net = fcvgg.load("demo")
     expected = []
     for image in images:
-        (name, probability), *_ = net.score_map(image).top(1)
-        expected += [str(image), f"{probability:.4f}  {name} ({net.categories.index(name)})"]
+        (name, probability), *_ = net.score_map(image, scale=37).top(1)
+        expected += [
+            f"{image}, its smaller side at 37 pixels",
+            f"{probability:.4f}  {name} ({net.categories.index(name)})",
+        ]
     assert [line.strip() for line in ran.out.splitlines()] == expected
+
+
+def probabilities(ran):
+    """By class, of the first image that ``--json`` shows."""
+    (result, *_) = json.loads(ran.out)
+    return [p["probability"] for p in sorted(result["predictions"], key=lambda p: p["index"])]
+
+
+def test_classify_sees_a_large_image_whole_unless_told_otherwise(folder):
+    demo_photograph().save("large.png")
+    net = fcvgg.load("demo")
+    assert net.usual_scale == 37
+    for options, scales in ((), 37), (("--full-size",), None), (("--scales", "64"), 64):
+        ran = run("classify", "large.png", "-m", "demo", "--json", *options)
+        expected = net.classify("large.png", scales=scales)[0].tolist()
+        assert probabilities(ran) == expected
+        assert json.loads(ran.out)[0]["scales"] == (None if scales is None else [scales])
+    assert fails("classify", "large.png", "-m", "demo", "--full-size", "--scales", "64") == (
+        "--scales and --full-size exclude each other; give one of the two"
+    )
+
+
+def test_classify_leaves_the_size_to_a_preprocessing_that_resizes(images, folder):
+    preprocess = fcvgg.Preprocess((0.5,) * 3, (0.25,) * 3, resize=72)
+    net = fcvgg.load("demo", preprocess=preprocess)
+    net.save(folder / "resizing")
+    ran = run("classify", "one.png", "-m", "resizing", "--json")
+    assert probabilities(ran) == net.classify("one.png")[0].tolist()
+
+
+def test_heatmap_notes_once_that_images_are_many_windows_large(folder):
+    demo_photograph().resize((300, 80)).save("two.png")
+    demo_photograph().resize((96, 300)).save("three.png")
+    demo_photograph().save("many.png")
+    images = ("two.png", "three.png", "many.png")
+    ran = run("heatmap", *images, "-m", "demo")
+    assert ran.err == (
+        "fcvgg: note: three.png is 3 windows wide, and the network recognises what fits into one; "
+        "--scale 37 shows the image whole\n"
+    )
+    assert run("heatmap", *images, "-m", "demo", "--scale", "512").err == ""
 
 
 def test_classify_as_json_leaves_bad_images_out(images):

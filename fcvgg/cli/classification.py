@@ -14,6 +14,7 @@ from rich.table import Table
 from fcvgg.cli.console import check_any_exists, exit_if_any_failed, for_each_image, say
 from fcvgg.cli.options import Arch, Device, Images, Model, OwnModel, Weights, lengths, loaded
 from fcvgg.cli.reports import titled
+from fcvgg.errors import ArgumentError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,6 +25,7 @@ NAME = "classify"
 EXAMPLES = (
     "fcvgg classify dog.jpg",
     "fcvgg classify *.jpg --scales 256,384,512 --flip",
+    "fcvgg classify street.jpg --full-size",
     "fcvgg classify dog.jpg --top 1 --json",
 )
 
@@ -50,9 +52,17 @@ def run(
             "-s",
             metavar="N,N,...",
             help="Smaller sides to which an image is rescaled; their probabilities are averaged.",
-            show_default="the image's size",
+            show_default="8/7 of the native size: 256 for 224",
         ),
     ] = None,
+    full_size: Annotated[
+        bool,
+        typer.Option(
+            "--full-size",
+            help="Keep the image's size, to average over everything the network sees in parts of a "
+            "large image.",
+        ),
+    ] = False,
     flip: Annotated[bool, typer.Option("--flip", help="Average with the mirrored image.")] = False,
     average: Annotated[
         Average, typer.Option("--average", help="What is averaged over the cells.")
@@ -61,14 +71,23 @@ def run(
     own: OwnModel = OwnModel(),
     device: Device = "cpu",
 ) -> None:
-    """Name every image's most probable classes, averaged over it."""
+    """Name every image's most probable classes, averaged over it.
+
+    An image is rescaled first, as classifiers are usually evaluated, so that it is seen whole.
+    """
     sides = lengths(scales, "--scales")
+    if sides is not None and full_size:
+        raise ArgumentError("--scales and --full-size exclude each other; give one of the two")
     check_any_exists(images)
     net = loaded(model, own, device, weights=weights, arch=arch)
+    resizes = net.preprocess is not None and net.preprocess.resize is not None
+    if sides is None and not full_size and not resizes:
+        sides = [net.usual_scale]
 
     def classify(image: Path) -> dict[str, Any]:
         probabilities = net.classify(image, scales=sides, flip=flip, average=average.value)[0]
-        result = {"image": str(image), "predictions": _predictions(net, probabilities, top)}
+        predictions = _predictions(net, probabilities, top)
+        result = {"image": str(image), "scales": sides, "predictions": predictions}
         if not as_json:
             say(_table(result))
         return result
@@ -101,4 +120,6 @@ def _table(result: dict[str, Any]) -> RenderableType:
         index, name = prediction["index"], prediction["category"]
         label = class_name(index, None) if name is None else f"{name} ({index})"
         table.add_row(f"{prediction['probability']:.4f}", label)
-    return titled(result["image"], table)
+    sides = result["scales"]
+    scale = "" if sides is None else f", its smaller side at {', '.join(map(str, sides))} pixels"
+    return titled(f"{result['image']}{scale}", table)

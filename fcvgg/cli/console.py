@@ -61,6 +61,11 @@ def complain(message: object) -> None:
     _errors().print(line, soft_wrap=True)
 
 
+def note(message: str) -> None:
+    """Print one line on stderr that is worth knowing and no error."""
+    _errors().print(Text.assemble(("fcvgg: note: ", "bold yellow"), message), soft_wrap=True)
+
+
 def tell_skipped(files: Sequence[object]) -> None:
     """Print one line on stderr for every file that was left out, which is no error."""
     for file in files:

@@ -49,9 +49,6 @@ DEFAULT_PROTOCOLS = ("centre-crop", "resize", "dense")
 
 _COMBINED = {"dense+multi-crop": ("dense", "multi-crop")}
 
-_MARGIN = 256 / 224
-"""A scale of the usual proportion: 256 for a native size of 224."""
-
 _TOP = 5
 _CHUNK = 256
 """Images between two updates of the metrics."""
@@ -257,8 +254,8 @@ def evaluate(
             grid and its mirror images, 50 crops per scale), ``"dense+multi-crop"`` (the average of
             both, as in the paper's table 5); or ``"all"``.
         scales: lengths of the smaller side to which an image is rescaled before it is evaluated or
-            cropped; probabilities are averaged over them. 8/7 of the native size if None, which is
-            256 for 224. Below the window, or the native size for crops, zeros are padded.
+            cropped; probabilities are averaged over them. ``net.usual_scale`` if None: 8/7 of the
+            native size, 256 for 224. Below the window, or the native size for crops, zeros are padded.
         flip: average in the mirror image; ten-crop and multi-crop always do.
         average: what is averaged over the cells of a dense map, as for ``net.classify``.
         model: the source model to run crops with, in place of the network at its native size.
@@ -273,7 +270,7 @@ def evaluate(
     if average not in ("scores", "probabilities"):
         raise ArgumentError(f"average={average!r} is unknown; expected 'scores' or 'probabilities'")
     data = LabelledImages(dataset, net.categories, net.num_classes)
-    sides = smaller_sides(round(min(net.input_size) * _MARGIN) if scales is None else scales)
+    sides = smaller_sides(net.usual_scale if scales is None else scales)
     plan = _Plan(names, sides, checked_flip(flip))
     tallies = {name: _Tally(net.num_classes) for name in names}
     run = _Run(net, model, data, plan, average)
