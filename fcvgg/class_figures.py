@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fcvgg.categories import class_name
+from fcvgg.class_colours import class_colours
 from fcvgg.errors import ArgumentError
 from fcvgg.figures import extent_of_cells
 from fcvgg.heatmap import ALPHA, COLOUR_MAP, CONTOURS, colour_bar
@@ -22,8 +23,8 @@ if TYPE_CHECKING:
 
 TOP = 5
 
-LABEL_COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7")
-"""Okabe and Ito's, which colour-blind readers tell apart too (https://jfly.uni-koeln.de/color)."""
+MOST_COLOURED = 7
+"""Classes that a figure can tell apart by colour."""
 
 _OTHERS = "#777777"
 _OPACITY = 0.6
@@ -91,7 +92,8 @@ def label_figure(score_map: ScoreMap, ax: Axes | None = None, most: int = 6) -> 
     """Every cell in the colour of its most probable class, with a legend.
 
     A cell is a square of one stride around its centre; there is no cell in the margin. The classes
-    that win most cells have colours of their own, the others share grey.
+    that win most cells are coloured, the others share grey. A class has the same colour in every
+    figure, by its index.
 
     Args:
         score_map: of one image.
@@ -105,8 +107,8 @@ def label_figure(score_map: ScoreMap, ax: Axes | None = None, most: int = 6) -> 
     from matplotlib.colors import to_rgba
     from matplotlib.patches import Patch
 
-    if not 1 <= most <= len(LABEL_COLOURS):
-        raise ArgumentError(f"most={most}; expected 1 to {len(LABEL_COLOURS)} coloured classes")
+    if not 1 <= most <= MOST_COLOURED:
+        raise ArgumentError(f"most={most}; expected 1 to {MOST_COLOURED} coloured classes")
     height, width = score_map.image_size
     own = ax is None
     if ax is None:
@@ -118,7 +120,9 @@ def label_figure(score_map: ScoreMap, ax: Axes | None = None, most: int = 6) -> 
     order = np.argsort(-counts, kind="stable")
     cells = np.zeros((*labels.shape, 4))
     patches = []
-    for index, colour in zip(present[order[:most]], LABEL_COLOURS):
+    colours = class_colours(len(score_map.scores)) / 255
+    for index in present[order[:most]]:
+        colour = colours[index]
         cells[labels == index] = to_rgba(colour, _OPACITY)
         share = (labels == index).mean()
         name = class_name(int(index), score_map.categories)

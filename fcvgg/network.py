@@ -307,7 +307,7 @@ class FullyConvolutional(nn.Module):
             images: one image or any iterable of them, each as for `score_map` and of any size; or
                 a preprocessed batch ``(N, C, H, W)``.
             scales: lengths of the smaller side to which each image is rescaled, or one length. None
-                keeps it: of an image many windows large, what is seen is parts, and an object larger
+                keeps it: an image many windows large is then seen in parts, and an object larger
                 than the window is recognised at a smaller scale only, such as ``net.usual_scale``.
                 Below the window the image is padded with zeros up to it.
             flip: also evaluate the mirrored image.

@@ -254,8 +254,9 @@ def evaluate(
             grid and its mirror images, 50 crops per scale), ``"dense+multi-crop"`` (the average of
             both, as in the paper's table 5); or ``"all"``.
         scales: lengths of the smaller side to which an image is rescaled before it is evaluated or
-            cropped; probabilities are averaged over them. ``net.usual_scale`` if None: 8/7 of the
-            native size, 256 for 224. Below the window, or the native size for crops, zeros are padded.
+            cropped; probabilities are averaged over them. ``net.usual_scale`` if None, which is 256
+            for a native size of 224. Below the window, or the native size for crops, zeros are
+            padded.
         flip: average in the mirror image; ten-crop and multi-crop always do.
         average: what is averaged over the cells of a dense map, as for ``net.classify``.
         model: the source model to run crops with, in place of the network at its native size.

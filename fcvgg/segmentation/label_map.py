@@ -5,7 +5,6 @@ matplotlib is imported where it is used, so that importing fcvgg stays light.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from fcvgg.class_colours import class_colours
 from fcvgg.errors import ArgumentError, ImageError
 from fcvgg.files import checked_file, written_whole
 
@@ -27,9 +27,6 @@ IGNORE_INDEX = 255
 ALPHA = 0.55
 
 _IMAGE_INCHES, _LEGEND_INCHES = 6.0, 2.0
-
-_FIRST_COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7")
-"""Okabe and Ito's, which colour-blind readers tell apart too (https://jfly.uni-koeln.de/color)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -170,14 +167,3 @@ class LabelMap:
         most = sorted(self.shares.items(), key=lambda item: -item[1])[:3]
         shown = ", ".join(f"{name} {share:.0%}" for name, share in most if share)
         return f"LabelMap({height}x{width} pixels, {len(self.categories)} classes: {shown})"
-
-
-def class_colours(count: int) -> NDArray[np.uint8]:
-    """A colour for each class, ``uint8 (count, 3)``: seven to be told apart, then evenly spaced."""
-    from matplotlib.colors import hsv_to_rgb, to_rgb
-
-    first = [to_rgb(colour) for colour in _FIRST_COLOURS[:count]]
-    further = max(count - len(first), 0)
-    hues = np.arange(further) * 0.618 % 1  # by the golden ratio: neighbours differ
-    rest: Sequence[Any] = [hsv_to_rgb((hue, 0.65, 0.85)) for hue in hues]
-    return np.rint(np.array([*first, *rest]).reshape(-1, 3) * 255).astype(np.uint8)
