@@ -6,7 +6,9 @@ capture its graph, rewrite the head, and check the result against the source.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
+from math import gcd
 from typing import Any
 
 import torch
@@ -32,8 +34,8 @@ def convert(
     padding: str = "valid",
     copy: bool = False,
     verify: bool = True,
-    preprocess: Preprocess | None = None,
-    categories: Sequence[str] | None = None,
+    preprocess: Preprocess | str | None = None,
+    categories: Sequence[str] | str | os.PathLike[str] | None = None,
     activation: str | None = None,
 ) -> FullyConvolutional:
     """Turn a trained classifier into the equivalent fully convolutional network.
@@ -58,8 +60,9 @@ def convert(
             ``net.to()`` another dtype or device end the sharing.
         verify: run model and network at the native size, and the network on a shifted larger
             input, and raise on a mismatch. The report is kept as ``net.equivalence``.
-        preprocess: how ``uint8`` images become the model's input.
-        categories: the K class names.
+        preprocess: how ``uint8`` images become the model's input, or the name of a preset such as
+            ``"imagenet"``; see `Preprocess.preset`.
+        categories: the K class names, or the path of a file with one name per line.
         activation: what the scores are, ``"logits"``, ``"probabilities"``,
             ``"log_probabilities"`` or ``"sigmoid"``; read off the graph when None, and
             ``"unknown"`` if the model computes on after its softmax or sigmoid.
@@ -71,9 +74,14 @@ def convert(
     _check_options(padding, output_stride)
     model = unwrapped(model)
     size = _checked_input_size(input_size) if input_size is not None else infer_input_size(model)
-    program = _rewritten(
-        model, sharing_twin(model, own=copy), size, output_stride, padding == "same"
-    )
+    try:
+        program = _rewritten(
+            model, sharing_twin(model, own=copy), size, output_stride, padding == "same"
+        )
+    except InputSizeError as error:
+        if input_size is None:
+            raise
+        raise _with_fitting_size(error, model) from error
     net = FullyConvolutional(
         program,
         input_size=size,
@@ -103,11 +111,41 @@ def _rewritten(
     program = Rewriter(capture(model, size, is_leaf), modules, output_stride, same).run(rule_for)
     stride = program.geometry.stride
     if output_stride is not None and stride != (output_stride, output_stride):
+        native = _rewritten(model, sharing_twin(model), size, None, same)
+        *others, last = map(str, output_strides(native))
+        listed = f"{', '.join(others)} or {last}" if others else last
         raise ConversionError(
-            f"output_stride={output_stride} cannot be reached: the network's strides allow "
-            f"{stride}; choose a divisor of the native stride"
+            f"output_stride must be one that the network's layers come to, {listed}, "
+            f"got {output_stride}"
         )
     return program
+
+
+def output_strides(program: Program) -> list[int]:
+    """The output strides that a network of native stride can be converted with, its own first."""
+    layers = {program.geometry.upto(record.step).stride for record in program.records}
+
+    def reached(axis: int, wanted: int) -> int:
+        stride = before = 1
+        for after in sorted({strides[axis] for strides in layers}):
+            stride *= gcd(after // before, max(wanted // stride, 1))
+            before = after
+        return stride
+
+    largest = max(program.geometry.stride)
+    found = (n for n in range(largest, 0, -1) if largest % n == 0)
+    return [n for n in found if all(reached(axis, n) == n for axis in (0, 1))]
+
+
+def _with_fitting_size(error: InputSizeError, model: nn.Module) -> InputSizeError:
+    """The error about the size that a caller gave, with one that fits."""
+    reason = str(error).partition("; pass ")[0]
+    try:
+        height, width = infer_input_size(model)
+    except ConversionError:
+        return InputSizeError(f"{reason}; pass another input_size")
+    fitting = height if height == width else (height, width)
+    return InputSizeError(f"{reason}; pass input_size={fitting}, which the head is made for")
 
 
 def _check_options(padding: str, output_stride: int | None) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fcvgg.batching import run_in_batches
 from fcvgg.categories import one_per_class
-from fcvgg.errors import ArgumentError, ImageError, PreprocessError
+from fcvgg.errors import ArgumentError, ImageError
 from fcvgg.geometry import Geometry, Pair
 from fcvgg.heatmap import Heatmap
 from fcvgg.images import (
@@ -31,7 +31,7 @@ from fcvgg.images import (
 )
 from fcvgg.modules import WindowLinear
 from fcvgg.placement import device_of, dtype_of
-from fcvgg.preprocessing import Preprocess, encoded_preprocess
+from fcvgg.preprocessing import Preprocess, encoded_preprocess, given_preprocess
 from fcvgg.probability import ACTIVATIONS, UNKNOWN, average_over_space
 from fcvgg.program import Program
 from fcvgg.pyramid import pyramid_heatmap
@@ -69,8 +69,8 @@ class FullyConvolutional(nn.Module):
         program: Program,
         *,
         input_size: Pair,
-        preprocess: Preprocess | None = None,
-        categories: Sequence[str] | None = None,
+        preprocess: Preprocess | str | None = None,
+        categories: Sequence[str] | str | os.PathLike[str] | None = None,
         activation: str | None = None,
         source: str = "",
     ):
@@ -224,7 +224,7 @@ class FullyConvolutional(nn.Module):
         return self._categories
 
     @categories.setter
-    def categories(self, names: Sequence[str] | None) -> None:
+    def categories(self, names: Sequence[str] | str | os.PathLike[str] | None) -> None:
         self._categories = one_per_class(names, self.num_classes, "scores")
 
     @property
@@ -233,13 +233,8 @@ class FullyConvolutional(nn.Module):
         return self._preprocess
 
     @preprocess.setter
-    def preprocess(self, value: Preprocess | None) -> None:
-        if value is not None and not isinstance(value, Preprocess):
-            raise PreprocessError(
-                f"preprocess={value!r} is a {type(value).__name__}; expected fcvgg.Preprocess, "
-                "such as fcvgg.Preprocess(mean, std) or fcvgg.Preprocess.imagenet()"
-            )
-        self._preprocess = value
+    def preprocess(self, value: Preprocess | str | None) -> None:
+        self._preprocess = given_preprocess(value, self.in_channels)
 
     # -- images -----------------------------------------------------------------------------------
 

@@ -153,6 +153,22 @@ class Preprocess:
         return values.permute(2, 0, 1)[None].contiguous()  # (1, C, H, W)
 
 
+def given_preprocess(value: Preprocess | str | None, channels: int) -> Preprocess | None:
+    """The preprocessing that a caller gave: itself, or by the name of a preset.
+
+    Raises:
+        PreprocessError: if it is neither, or the preset is for other channels.
+    """
+    if isinstance(value, str):
+        return Preprocess.preset(value, channels)
+    if value is not None and not isinstance(value, Preprocess):
+        raise PreprocessError(
+            "preprocess must be a fcvgg.Preprocess, such as fcvgg.Preprocess(mean, std), or one of "
+            f"{', '.join(map(repr, PRESETS))}, got {value!r}"
+        )
+    return value
+
+
 def resized_to_side(image: Image.Image, side: int, interpolation: str = "bilinear") -> Image.Image:
     """The image with its smaller side of length `side`, the aspect ratio kept."""
     width, height = image.size

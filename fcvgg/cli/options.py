@@ -94,7 +94,8 @@ OutputStride = Annotated[
         "--output-stride",
         metavar="N",
         min=1,
-        help="Pixels between cells, a power of two below the net's own; finer is slower.",
+        help="Pixels between cells, fewer than the network's own: for VGG 16, 8, 4, 2 or 1. Half "
+        "as many take about four times as long.",
         show_default=False,
     ),
 ]
@@ -323,6 +324,9 @@ def in_option_words(message: str) -> str:
     'pass --input-size, the size it was trained at'
     """
     message = message.replace("input_size=(height, width)", "--input-size HxW")
+    message = re.sub(r"\binput_size=\((\d+), (\d+)\)", r"--input-size \1x\2", message)
+    message = re.sub(r"\binput_size=(?=\d)", "--input-size ", message)
+    message = message.replace("output_stride must", "--output-stride must")
     message = re.sub(
         r"preprocess=fcvgg\.Preprocess\(mean, std\)( to convert or load)?",
         "--preprocess, or --mean and --std",

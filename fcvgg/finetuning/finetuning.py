@@ -29,7 +29,7 @@ def finetune(
     folder: str | Path = "finetuned",
     *,
     weights: str | Path | None = DEFAULT_WEIGHTS,
-    preprocess: Preprocess | Callable[[int], Preprocess | None] | None = None,
+    preprocess: Preprocess | str | Callable[[int], Preprocess | None] | None = None,
     resume: bool = False,
     progress: bool = False,
     **options: Any,
