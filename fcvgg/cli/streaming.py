@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from fcvgg.categories import class_given
-from fcvgg.cli.console import say, say_wrote
+from fcvgg.cli.console import INTERRUPTED, complain, say, say_wrote
 from fcvgg.cli.options import (
     Arch,
     Device,
@@ -89,11 +90,27 @@ def run(
     source = open_image(slide, level, bands=_bands(bands))
     net = loaded(model, own, device, weights=weights, arch=arch, output_stride=output_stride)
     kept = _classes(classes, net.categories)
-    store = stream(net, source, out=output, classes=kept, memory=memory, progress=True)
+    with resumed_by_the_same_call(output):
+        store = stream(net, source, out=output, classes=kept, memory=memory, progress=True)
     height, width = source.size
     shape = "x".join(map(str, store.array.shape))
     say(f"{slide}: {height}x{width} pixels gave {shape} {store.description['kind']}")
     say_wrote(output)
+
+
+@contextmanager
+def resumed_by_the_same_call(path: Path) -> Iterator[None]:
+    """Streaming to a folder, which says when interrupted how far it is and how it goes on."""
+    from fcvgg.streaming.score_store import is_store, open_store
+
+    try:
+        yield
+    except KeyboardInterrupt:
+        if not is_store(path):
+            raise
+        share = open_store(path).share
+        complain(f"interrupted; {share:.0%} of {path} is finished and kept, the same call resumes")
+        raise typer.Exit(INTERRUPTED) from None
 
 
 def _bands(text: str | None) -> list[int] | None:
