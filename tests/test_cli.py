@@ -1,6 +1,7 @@
 """The command line, run in this process on tiny images, as a user would see it."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -14,12 +15,15 @@ import torch
 import torchvision
 from command_line import run as invoked
 from PIL import Image
+from typer.main import get_command
 
 import fcvgg
+from fcvgg.cli import app
 from fcvgg.cli.reports import count
 from fcvgg.demo import SCALES, demo_model, demo_photograph
 
-COMMANDS = ("demo", "heatmap", "classify", "info", "convert")
+COMMANDS = ("demo", "heatmap", "classify", "evaluate", "info", "convert", "probe", "stream")
+COMMANDS += ("bench", "finetune", "segment-train", "segment")
 
 
 @dataclass
@@ -87,7 +91,7 @@ def test_help_has_a_one_line_summary_and_examples_in_80_columns(command):
     lines = [line.strip() for line in ran.out.splitlines() if line.strip()]
     assert lines[0].startswith(f"Usage: fcvgg {command}")
     assert lines[1].endswith(".")
-    assert any("Options" in line or "Arguments" in line for line in lines[2:6])
+    assert any("Options" in line or "Arguments" in line for line in lines[2:8])
     assert "Examples" in lines
     assert f"$ fcvgg {command}" in ran.out
     assert max(map(len, ran.out.splitlines())) <= 80
@@ -112,6 +116,31 @@ def test_the_module_runs_as_a_program():
         [sys.executable, "-m", "fcvgg", "--version"], capture_output=True, text=True, check=True
     )
     assert ran.stdout == f"fcvgg {fcvgg.__version__}\n"
+
+
+def test_every_option_and_argument_says_what_it_is():
+    for name, command in get_command(app).commands.items():
+        assert set(COMMANDS) == set(get_command(app).commands)
+        for parameter in command.params:
+            text = getattr(parameter, "help", None)
+            assert text, (name, parameter.name)
+            assert re.match(r"[A-Z'-].*\.$|.*: rare classes count", text), (name, text)
+
+
+def test_shells_complete_commands_and_options():
+    words = {
+        "COMP_WORDS": "fcvgg heatmap --ta",
+        "COMP_CWORD": "2",
+        "_FCVGG_COMPLETE": "complete_bash",
+    }
+    ran = subprocess.run(
+        [sys.executable, "-c", "import fcvgg.cli; fcvgg.cli.main()"],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, **words},
+    )
+    assert ran.stdout.split() == ["--target"]
 
 
 def test_an_unknown_command_is_a_usage_error():

@@ -67,7 +67,9 @@ def run(
     average: Annotated[
         Average, typer.Option("--average", help="What is averaged over the cells.")
     ] = Average.scores,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON array in place of text.")
+    ] = False,
     own: OwnModel = OwnModel(),
     device: Device = "cpu",
 ) -> None:

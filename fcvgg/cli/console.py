@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -79,6 +80,12 @@ def examples(*commands: str) -> str:
     # a blank line is the only line break that every version of Typer keeps
     lines = [f"[dim]$[/dim] {escape(command)}" for command in commands]
     return "\n\n".join(["[bold]Examples[/bold]", *lines])
+
+
+def paragraphs(documentation: str | None) -> str:
+    """A docstring for Typer, which would keep the line breaks within paragraphs."""
+    parts = inspect.cleandoc(documentation or "").split("\n\n")
+    return "\n\n".join(" ".join(part.split()) for part in parts)
 
 
 def reporting_errors(command: Callable[..., None]) -> Callable[..., None]:

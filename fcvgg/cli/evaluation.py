@@ -52,7 +52,8 @@ def run(
             "--protocols",
             "-p",
             metavar="NAME,NAME,...",
-            help="centre-crop, resize, ten-crop, dense, multi-crop, dense+multi-crop; or all.",
+            help="How images are shown to the network: centre-crop, resize, ten-crop, dense, "
+            "multi-crop, dense+multi-crop, or all.",
         ),
     ] = "centre-crop,resize,dense",
     scales: Annotated[
@@ -86,7 +87,10 @@ def run(
     own: OwnModel = OwnModel(),
     device: Device = "cpu",
 ) -> None:
-    """Measure accuracy on labelled images: dense evaluation, crops, and both combined."""
+    """Measure accuracy on labelled images.
+
+    By dense evaluation, by crops, and by both combined.
+    """
     from fcvgg.errors import FcvggError
     from fcvgg.evaluation.protocols import evaluate
 

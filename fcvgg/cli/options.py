@@ -121,7 +121,7 @@ InputSize = Annotated[
     typer.Option(
         "--input-size",
         metavar="N|HxW",
-        help="The native size, which the model was trained at.",
+        help="The native size: that of the images the model was trained on.",
         show_default="the weights' own, or inferred",
         rich_help_panel=_PANEL,
     ),
@@ -146,7 +146,7 @@ class OwnPreprocess:
         typer.Option(
             "--preprocess",
             metavar="NAME",
-            help="What the model was trained on: imagenet, caffe (BGR minus means), tf (-1 to 1), "
+            help="How its images were prepared: imagenet, caffe (BGR minus means), tf (-1 to 1), "
             "unit (0 to 1) or none (0 to 255).",
             show_default="the weights' own",
             rich_help_panel=_PANEL,
@@ -157,7 +157,7 @@ class OwnPreprocess:
         typer.Option(
             "--mean",
             metavar="X,X,X",
-            help="With --std, in place of --preprocess: subtracted from values from 0 to 1.",
+            help="Means of the channels, of values from 0 to 1; with --std, for --preprocess.",
             show_default=False,
             rich_help_panel=_PANEL,
         ),
@@ -167,7 +167,7 @@ class OwnPreprocess:
         typer.Option(
             "--std",
             metavar="X,X,X",
-            help="With --mean: what they are then divided by, one number per channel or for all.",
+            help="Standard deviations of the channels, one for each or one for all; with --mean.",
             show_default=False,
             rich_help_panel=_PANEL,
         ),

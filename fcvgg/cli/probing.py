@@ -62,7 +62,10 @@ def run(
     layers: Annotated[
         str | None,
         typer.Option(
-            "--layers", metavar="NAME,NAME,...", help="The layers.", show_default="all pool layers"
+            "--layers",
+            metavar="NAME,NAME,...",
+            help="The layers to compare.",
+            show_default="all pool layers",
         ),
     ] = None,
     size: Annotated[
@@ -75,20 +78,24 @@ def run(
         ),
     ] = None,
     pooling: Annotated[
-        Pooling, typer.Option("--pooling", help="What is taken over a map's positions.")
+        Pooling, typer.Option("--pooling", help="What a map's positions are reduced to.")
     ] = Pooling.avg,
     classifier: Annotated[
-        Classifier, typer.Option("--classifier", help="Logistic regression, or a linear SVM.")
+        Classifier,
+        typer.Option("--classifier", help="The classifier: logistic regression or a linear SVM."),
     ] = Classifier.logistic,
     folds: Annotated[
-        int, typer.Option("--folds", metavar="N", min=2, help="Folds of the cross-validation.")
+        int,
+        typer.Option(
+            "--folds", metavar="N", min=2, help="Number of folds of the cross-validation."
+        ),
     ] = 5,
     cache: Annotated[
         Path | None,
         typer.Option(
             "--cache",
             metavar="DIR",
-            help="Keep features there, for the next run.",
+            help="A folder that keeps features for the next run.",
             file_okay=False,
             callback=output_name(lambda path: checked_folder(path, "--cache")),
         ),
@@ -99,7 +106,7 @@ def run(
             "--output",
             "-o",
             metavar="FILE",
-            help="Where the figure goes.",
+            help="The figure to write.",
             callback=output_file(*FIGURE_ENDINGS),
         ),
     ] = Path("probe.png"),

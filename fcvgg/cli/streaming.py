@@ -36,7 +36,7 @@ def run(
     slide: Annotated[
         Path,
         typer.Argument(
-            metavar="SLIDE", help="TIFF, OME-TIFF, zarr, or what Pillow reads.", show_default=False
+            metavar="SLIDE", help="A TIFF, OME-TIFF, zarr or other image.", show_default=False
         ),
     ],
     output: Annotated[
@@ -65,7 +65,7 @@ def run(
         ),
     ] = None,
     memory: Annotated[
-        str, typer.Option("--memory", metavar="SIZE", help="What may be used, such as 2GiB.")
+        str, typer.Option("--memory", metavar="SIZE", help="Memory that may be used, such as 2GiB.")
     ] = "1GiB",
     level: Annotated[
         int, typer.Option("--level", min=0, help="The level of a pyramid; 0 is the full size.")
@@ -83,7 +83,7 @@ def run(
     own: OwnModel = OwnModel(),
     device: Device = "cpu",
 ) -> None:
-    """Write the score map of an image of any size, in bounded memory."""
+    """Write the score map of an image larger than memory."""
     from fcvgg.streaming.execution import stream
     from fcvgg.streaming.opening import open_image
 
