@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import typer
+from rich.cells import cell_len
 from rich.console import Console, RenderableType
 from rich.markup import escape
 from rich.text import Text
@@ -46,25 +48,35 @@ def output() -> Console:
 
 
 def say(line: RenderableType = "") -> None:
-    """Print one line, which is not broken so that paths stay whole, or a table."""
-    output().print(line, soft_wrap=isinstance(line, (str, Text)))
+    """Print a table or a line; a terminal breaks it between words, so that paths stay whole."""
+    _print(output(), line)
+
+
+def say_whole(label: str, style: str, text: str) -> None:
+    """Print a path or a command after its label on one line, however long, to be copied."""
+    output().print(Text.assemble((f"{label} ", style), text), soft_wrap=True)
 
 
 def say_wrote(path: Path) -> None:
     """Print where a result was written."""
-    say(Text.assemble(("wrote ", "green"), str(path)))
+    say_whole("wrote", "green", str(path))
+
+
+def say_next(command: str) -> None:
+    """Print the command that goes on."""
+    say_whole("next:", "cyan", command)
 
 
 def complain(message: object) -> None:
     """Print one line on stderr, whatever the message holds."""
     words = in_option_words(" ".join(str(message).split()))
     line = Text.assemble(("fcvgg: error: ", "bold red"), words)
-    _errors().print(line, soft_wrap=True)
+    _print(_errors(), line)
 
 
 def note(message: str) -> None:
     """Print one line on stderr that is worth knowing and no error."""
-    _errors().print(Text.assemble(("fcvgg: note: ", "bold yellow"), message), soft_wrap=True)
+    _print(_errors(), Text.assemble(("fcvgg: note: ", "bold yellow"), message))
 
 
 def tell_skipped(files: Sequence[object]) -> None:
@@ -72,7 +84,7 @@ def tell_skipped(files: Sequence[object]) -> None:
     for file in files:
         words = " ".join(str(file).split())
         line = Text.assemble(("fcvgg: skipped ", "bold yellow"), words)
-        _errors().print(line, soft_wrap=True)
+        _print(_errors(), line)
 
 
 def examples(*commands: str) -> str:
@@ -167,6 +179,29 @@ def folder(path: Path) -> Path:
     except OSError as error:
         raise FcvggError(f"cannot make the folder {path}: {error.strerror or error}") from error
     return path
+
+
+def _print(console: Console, line: RenderableType) -> None:
+    if not isinstance(line, (str, Text)):
+        console.print(line)
+        return
+    text = line if isinstance(line, Text) else Text(line)
+    console.print(_broken(text, console.width) if console.is_terminal else text, soft_wrap=True)
+
+
+def _broken(text: Text, width: int) -> Text:
+    """The text with line breaks between words; a word longer than a line stays whole."""
+    parts: list[Text] = []
+    for line in text.split("\n", allow_blank=True):
+        plain, begin, breaks = line.plain, 0, []
+        for word in re.finditer(r"\S+", plain):
+            if plain[begin : word.start()].strip() and cell_len(plain[begin : word.end()]) > width:
+                begin = word.start()
+                breaks.append(begin)
+        parts += line.divide(breaks)
+    for part in parts:
+        part.rstrip()
+    return Text("\n").join(parts)
 
 
 def _errors() -> Console:

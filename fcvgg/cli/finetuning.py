@@ -10,7 +10,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from fcvgg.cli.console import resumable, say, say_wrote, tell_skipped
+from fcvgg.cli.console import resumable, say, say_next, say_wrote, tell_skipped
 from fcvgg.cli.options import OwnPreprocess, Weights
 from fcvgg.cli.options import size as size_of
 from fcvgg.cli.training_options import (
@@ -305,7 +305,7 @@ def _tell(result: FineTuned) -> None:
         say(line)
     say_wrote(result.model_path)
     say_wrote(result.report_path)
-    say(Text.assemble(("next: ", "cyan"), result.heatmap_command))
+    say_next(result.heatmap_command)
 
 
 def _table(result: FineTuned) -> Table:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.console import RenderableType
 from rich.table import Table
 
 from fcvgg.cli.console import say, say_wrote, tell_skipped
@@ -21,6 +22,7 @@ from fcvgg.cli.options import (
     output_name,
 )
 from fcvgg.cli.options import size as size_of
+from fcvgg.cli.reports import titled
 from fcvgg.errors import FcvggError
 from fcvgg.files import FIGURE_ENDINGS, checked_folder
 
@@ -147,14 +149,8 @@ def run(
     say_wrote(save_figure(axes.get_figure(root=True), output))  # type: ignore[arg-type]
 
 
-def _table(result: Probe, folds: int) -> Table:
-    table = Table(
-        title=f"A linear classifier on each layer's features, {folds} folds",
-        title_style="bold",
-        title_justify="left",
-        box=None,
-        header_style="cyan",
-    )
+def _table(result: Probe, folds: int) -> RenderableType:
+    table = Table(box=None, header_style="cyan")
     table.add_column("layer")
     for heading in ("features", "accuracy", "spread"):
         table.add_column(heading, justify="right")
@@ -162,4 +158,4 @@ def _table(result: Probe, folds: int) -> Table:
         mark = "green" if row is result.best else ""
         table.add_row(row.layer, f"{row.features}", f"{row.mean:.3f}", f"{row.std:.3f}", style=mark)
     table.add_row("chance", "", f"{result.chance:.3f}", "", style="dim")
-    return table
+    return titled(f"A linear classifier on each layer's features, {folds} folds", table)

@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.text import Text
 
-from fcvgg.cli.console import resumable, say, say_wrote, tell_skipped
+from fcvgg.cli.console import resumable, say, say_next, say_wrote, tell_skipped
 from fcvgg.cli.options import Model, OwnModel, Weights, loaded
 from fcvgg.cli.options import size as size_of
 from fcvgg.cli.training_options import (
@@ -169,4 +168,4 @@ def run(
         say(f"resumed after epoch {done.run.resumed_after}")
     say(f"FCN-{variant.value}, epoch {done.run.best_epoch} of {epochs}: {done.metrics}")
     say_wrote(output / "fcn")
-    say(Text.assemble(("next: ", "cyan"), f"fcvgg segment photo.jpg --fcn {output / 'fcn'}"))
+    say_next(f"fcvgg segment photo.jpg --fcn {output / 'fcn'}")
