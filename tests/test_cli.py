@@ -466,7 +466,7 @@ def test_heatmap_notes_once_that_images_are_many_windows_large(folder):
     images = ("two.png", "three.png", "many.png")
     ran = run("heatmap", *images, "-m", "demo")
     assert ran.err == (
-        "fcvgg: note: three.png is 3 windows wide, and the network recognises what fits into one; "
+        "fcvgg: three.png is 3 windows wide, and the network recognises what fits into one; "
         "--scale 37 shows the image whole\n"
     )
     assert run("heatmap", *images, "-m", "demo", "--scale", "512").err == ""

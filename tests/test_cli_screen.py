@@ -103,6 +103,6 @@ def test_notes_are_broken_between_words(images, monkeypatch):
     with terminal(monkeypatch, "stdout", "stderr") as shown:
         run("heatmap", "many.png", "-m", "demo")
     assert shown.screen[:2] == [
-        "fcvgg: note: many.png is 16 windows high, and the network recognises what fits",
-        "into one; --scale 37 shows the image whole",
+        "fcvgg: many.png is 16 windows high, and the network recognises what fits into",
+        "one; --scale 37 shows the image whole",
     ]

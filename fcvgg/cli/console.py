@@ -74,9 +74,10 @@ def complain(message: object) -> None:
     _print(_errors(), line)
 
 
-def note(message: str) -> None:
-    """Print one line on stderr that is worth knowing and no error."""
-    _print(_errors(), Text.assemble(("fcvgg: note: ", "bold yellow"), message))
+def tell(note: object) -> None:
+    """Print one line on stderr that is no error."""
+    line = Text.assemble(("fcvgg: ", "bold yellow"), " ".join(str(note).split()))
+    _print(_errors(), line)
 
 
 def tell_skipped(files: Sequence[object]) -> None:
@@ -186,11 +187,12 @@ def _print(console: Console, line: RenderableType) -> None:
         console.print(line)
         return
     text = line if isinstance(line, Text) else Text(line)
-    console.print(_broken(text, console.width) if console.is_terminal else text, soft_wrap=True)
+    for part in _broken(text, console.width) if console.is_terminal else [text]:
+        console.print(part, soft_wrap=True)
 
 
-def _broken(text: Text, width: int) -> Text:
-    """The text with line breaks between words; a word longer than a line stays whole."""
+def _broken(text: Text, width: int) -> list[Text]:
+    """The text as lines that end between words; a word longer than a line stays whole."""
     parts: list[Text] = []
     for line in text.split("\n", allow_blank=True):
         plain, begin, breaks = line.plain, 0, []
@@ -201,7 +203,7 @@ def _broken(text: Text, width: int) -> Text:
         parts += line.divide(breaks)
     for part in parts:
         part.rstrip()
-    return Text("\n").join(parts)
+    return parts
 
 
 def _errors() -> Console:

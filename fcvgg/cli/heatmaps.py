@@ -12,9 +12,9 @@ from fcvgg.cli.console import (
     exit_if_any_failed,
     folder,
     for_each_image,
-    note,
     say,
     say_wrote,
+    tell,
 )
 from fcvgg.cli.options import (
     Arch,
@@ -123,7 +123,7 @@ class SizeNote:
             return
         self.told = True
         extent = "high" if count == windows[0] else "wide"
-        note(
+        tell(
             f"{image} is {count:.0f} windows {extent}, and the network recognises what fits into "
             f"one; --scale {self.net.usual_scale} shows the image whole"
         )
