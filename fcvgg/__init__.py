@@ -184,6 +184,9 @@ A name is imported where it is first asked for: torch and torchvision take secon
 
 _HOMES = {name: module for module, names in _PUBLIC.items() for name in names}
 
+_MODULES = ("demo", "distributed", "errors", "evaluation", "segmentation", "training", "transfer")
+"""Modules with further names that users call."""
+
 __all__ = sorted(_HOMES)
 
 if find_spec("sklearn") is None:  # so that ``from fcvgg import *`` works without the extra
@@ -191,6 +194,8 @@ if find_spec("sklearn") is None:  # so that ``from fcvgg import *`` works withou
 
 
 def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return import_module(f"fcvgg.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(import_module(f"fcvgg.{_HOMES[name]}"), name)
@@ -199,4 +204,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOMES})
+    return sorted({*__all__, *_MODULES, *(n for n in globals() if n.startswith("__"))})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 from collections.abc import Sequence
 from numbers import Integral
 from pathlib import Path
@@ -14,7 +15,7 @@ from fcvgg.errors import CategoryError
 _LISTED = 5
 
 
-def read_categories(path: str | Path) -> tuple[str, ...]:
+def read_categories(path: str | os.PathLike[str]) -> tuple[str, ...]:
     """The class names in a text file, one per line and in the order of the scores, or in JSON.
 
     JSON holds a list of names, or an object of them by index (``{"0": "cat", "1": "dog"}``).
@@ -56,17 +57,21 @@ def _names_in(content: Any) -> list[str]:
     return content
 
 
-def one_per_class(names: Sequence[str] | None, classes: int, order: str) -> tuple[str, ...] | None:
+def one_per_class(
+    names: Sequence[str] | str | os.PathLike[str] | None, classes: int, order: str
+) -> tuple[str, ...] | None:
     """Class names as a network keeps them, or None.
 
     Args:
-        names: the names.
+        names: the names, or the path of their file.
         classes: how many there must be.
         order: what they stand in the order of, for the message.
 
     Raises:
-        CategoryError: if there are more or fewer.
+        CategoryError: if there are more or fewer, or the file cannot be read.
     """
+    if isinstance(names, (str, os.PathLike)):
+        names = read_categories(names)
     if names is not None and len(names) != classes:
         raise CategoryError(
             f"{len(names)} categories were given for {classes} classes; "

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fcvgg.categories import class_name
+from fcvgg.class_colours import class_colours
 from fcvgg.errors import ArgumentError
 from fcvgg.figures import draw_heatmap, extent_of_cells, show_image
 from fcvgg.heatmap import ALPHA, COLOUR_MAP, CONTOURS, DRAWN, colour_bar
@@ -22,8 +23,8 @@ if TYPE_CHECKING:
 
 TOP = 5
 
-LABEL_COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7")
-"""Okabe and Ito's, which colour-blind readers tell apart too (https://jfly.uni-koeln.de/color)."""
+MOST_COLOURED = 7
+"""Classes that a figure can tell apart by colour."""
 
 _OTHERS = "#777777"
 _OPACITY = 0.6
@@ -102,8 +103,9 @@ def label_figure(score_map: ScoreMap, ax: Axes | None = None, most: int = 6) -> 
     """Every cell in the colour of its most probable class, with a legend.
 
     A cell is a square of one stride around its centre; there is no cell in the margin. The classes
-    that win most cells have colours of their own, the others share grey; cells without data stay
-    bare and do not count. Large images are drawn reduced.
+    that win most cells are coloured, the others share grey; cells without data stay bare and do not
+    count. A class has the same colour in every figure, by its index. Large images are drawn
+    reduced.
 
     Args:
         score_map: of one image.
@@ -117,8 +119,8 @@ def label_figure(score_map: ScoreMap, ax: Axes | None = None, most: int = 6) -> 
     from matplotlib.colors import to_rgba
     from matplotlib.patches import Patch
 
-    if not 1 <= most <= len(LABEL_COLOURS):
-        raise ArgumentError(f"most={most}; expected 1 to {len(LABEL_COLOURS)} coloured classes")
+    if not 1 <= most <= MOST_COLOURED:
+        raise ArgumentError(f"most={most}; expected 1 to {MOST_COLOURED} coloured classes")
     height, width = score_map.image_size
     own = ax is None
     if ax is None:
@@ -133,7 +135,9 @@ def label_figure(score_map: ScoreMap, ax: Axes | None = None, most: int = 6) -> 
     drawn = labels[step // 2 :: step, step // 2 :: step]
     cells = np.zeros((*drawn.shape, 4))
     patches = []
-    for index, colour in zip(present[order[:most]], LABEL_COLOURS):
+    colours = class_colours(len(score_map.scores)) / 255
+    for index in present[order[:most]]:
+        colour = colours[index]
         cells[drawn == index] = to_rgba(colour, _OPACITY)
         share = (labels == index).sum() / known
         name = class_name(int(index), score_map.categories)

@@ -6,8 +6,10 @@ capture its graph, rewrite the head, and check the result against the source.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from math import gcd
 from typing import Any
 
 import torch
@@ -21,7 +23,7 @@ from fcvgg.modes import match_modes, training_mode_of
 from fcvgg.native_size import infer_input_size
 from fcvgg.network import FullyConvolutional
 from fcvgg.preprocessing import Preprocess
-from fcvgg.program import Program, listed
+from fcvgg.program import Program
 from fcvgg.rewriting import Rewriter
 from fcvgg.size_numbers import check_numbers
 from fcvgg.verification import check
@@ -35,8 +37,8 @@ def convert(
     padding: str = "valid",
     copy: bool = False,
     verify: bool = True,
-    preprocess: Preprocess | None = None,
-    categories: Sequence[str] | None = None,
+    preprocess: Preprocess | str | None = None,
+    categories: Sequence[str] | str | os.PathLike[str] | None = None,
     activation: str | None = None,
     in_channels: int | None = None,
 ) -> FullyConvolutional:
@@ -62,8 +64,9 @@ def convert(
             ``net.to()`` another dtype or device end the sharing.
         verify: run model and network at the native size, and the network on a shifted larger
             input, and raise on a mismatch. The report is kept as ``net.equivalence``.
-        preprocess: how ``uint8`` images become the model's input.
-        categories: the K class names.
+        preprocess: how ``uint8`` images become the model's input, or the name of a preset such as
+            ``"imagenet"``; see `Preprocess.preset`.
+        categories: the K class names, or the path of a file with one name per line.
         activation: what the scores are; read off the graph when None. ``"logits"`` go through a
             softmax (one class: a sigmoid), ``"independent_logits"`` through a sigmoid for each
             class (trained by BCEWithLogitsLoss), ``"probabilities"`` and ``"log_probabilities"``
@@ -82,10 +85,15 @@ def convert(
         size = _checked_input_size(input_size)
     else:
         size = infer_input_size(model, in_channels)
-    program = _rewritten(
-        *(model, sharing_twin(model, own=copy), size),
-        *(output_stride, padding == "same", in_channels),
-    )
+    try:
+        program = _rewritten(
+            *(model, sharing_twin(model, own=copy), size),
+            *(output_stride, padding == "same", in_channels),
+        )
+    except InputSizeError as error:
+        if input_size is None:
+            raise
+        raise _with_fitting_size(error, model, in_channels) from error
     if verify:
         _check_data(model)
     net = FullyConvolutional(
@@ -127,9 +135,12 @@ def _rewritten(
         check_numbers(captured, model, crop)
     stride = program.geometry.stride
     if output_stride is not None and stride != (output_stride, output_stride):
+        native = _rewritten(model, sharing_twin(model), size, None, same)
+        *others, last = map(str, output_strides(native))
+        listed = f"{', '.join(others)} or {last}" if others else last
         raise ConversionError(
-            f"output_stride={output_stride} cannot be reached: the network's strides allow "
-            f"{stride}; choose a divisor of the native stride"
+            f"output_stride must be one that the network's layers come to, {listed}, "
+            f"got {output_stride}"
         )
     unfollowed = unfollowed_branches(model, captured, is_leaf)
     training = [name for name in unfollowed if model.get_submodule(name).training]
@@ -149,6 +160,35 @@ def _check_data(model: nn.Module) -> None:
                 f"{name} is on the meta device, without data; move the model with model.to_empty("
                 "device='cpu') and load its weights before converting, or pass verify=False"
             )
+
+
+def output_strides(program: Program) -> list[int]:
+    """The output strides that a network of native stride can be converted with, its own first."""
+    layers = {program.geometry.upto(record.step).stride for record in program.records}
+
+    def reached(axis: int, wanted: int) -> int:
+        stride = before = 1
+        for after in sorted({strides[axis] for strides in layers}):
+            stride *= gcd(after // before, max(wanted // stride, 1))
+            before = after
+        return stride
+
+    largest = max(program.geometry.stride)
+    found = (n for n in range(largest, 0, -1) if largest % n == 0)
+    return [n for n in found if all(reached(axis, n) == n for axis in (0, 1))]
+
+
+def _with_fitting_size(
+    error: InputSizeError, model: nn.Module, in_channels: int | None
+) -> InputSizeError:
+    """The error about the size that a caller gave, with one that fits."""
+    reason = str(error).partition("; pass ")[0]
+    try:
+        height, width = infer_input_size(model, in_channels)
+    except ConversionError:
+        return InputSizeError(f"{reason}; pass another input_size")
+    fitting = height if height == width else (height, width)
+    return InputSizeError(f"{reason}; pass input_size={fitting}, which the head is made for")
 
 
 def _check_options(padding: str, output_stride: int | None, in_channels: int | None) -> None:

@@ -27,7 +27,7 @@ from PIL import Image
 from fcvgg.categories import class_name
 from fcvgg.errors import ArgumentError, FcvggError, ImageError, one_line
 from fcvgg.extras import imported
-from fcvgg.files import folder_written_whole
+from fcvgg.files import STORE_ENDINGS, TABLE_ENDINGS, checked_folder, folder_written_whole
 from fcvgg.geometry import Pair
 from fcvgg.image_files import SPECIAL, Unreadable, image_files, is_leftover, left_out
 from fcvgg.names import readable
@@ -75,15 +75,16 @@ def stream(
     Returns:
         as `fcvgg.stream`.
     """
+    folder = None if out is None else checked_folder(out, "out", STORE_ENDINGS)
     ray = _with_room(address, workers, threads)
     job = StreamJob.prepared(net, source, classes, rows)
     budget = parsed_memory(memory)
-    if out is None:
+    if folder is None:
         plan, store = plan_in_memory(job, budget), None
         finished, chunk = [0] * len(plan.blocks), 1
         result = torch.empty(job.shape, dtype=job.dtype)
     else:
-        store, plan = opened_store(job, Path(out), budget)
+        store, plan = opened_store(job, folder, budget)
         finished, chunk = store.finished, store.chunk_rows
         result = None
     workers = workers or max(int(ray.available_resources().get("CPU", 1)) // threads, 1)
@@ -245,6 +246,7 @@ def classify(
     """
     if top < 1:
         raise ArgumentError(f"top={top!r} is no number of classes; expected at least 1")
+    checked_folder(str(out), "out", TABLE_ENDINGS)
     net.classify(Image.new("RGB", net.input_size[::-1]), **options)  # unusable options end here
     ray = _with_room(address, workers, threads)
     data = imported("ray.data", "ray")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from fcvgg.categories import class_name
 from fcvgg.errors import ImageError
-from fcvgg.files import written_whole
+from fcvgg.files import FIGURE_ENDINGS, checked_file, written_whole
 from fcvgg.geometry import Pair
 from fcvgg.heatmap import DRAWN, Heatmap, colour_bar, resized
 from fcvgg.score_map import ScoreMap
@@ -62,8 +62,13 @@ def side_by_side(score_map: ScoreMap, target: int | str | None = None) -> Figure
 
 
 def save_figure(figure: Figure, path: str | Path) -> Path:
-    """Write a figure, whole or not at all, in the format that the name ends in."""
-    path = Path(path)
+    """Write a figure, whole or not at all, in the format that the name ends in.
+
+    Raises:
+        ArgumentError: if the name ends in none of `fcvgg.files.FIGURE_ENDINGS`.
+        FcvggError: if the file cannot be written.
+    """
+    path = checked_file(path, "path", FIGURE_ENDINGS)
     with written_whole(path) as temporary:
         figure.savefig(temporary)
     return path

@@ -1,15 +1,103 @@
-"""Writing files so that a failure leaves nothing half-done."""
+"""Writing files: names that say what is in them, and nothing half-done after a failure."""
 
 from __future__ import annotations
 
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from fcvgg.errors import FcvggError, one_line
+from fcvgg.errors import ArgumentError, FcvggError, one_line
+
+_FORMATS = frozenset(
+    f".{name}"
+    for name in (
+        *("png", "jpg", "jpeg", "jp2", "webp", "bmp", "gif", "ico", "ppm", "pgm", "svg", "pdf"),
+        *("eps", "ps", "tif", "tiff", "svs", "ndpi", "mrxs", "dcm", "nii", "vrt", "img"),
+        *("npy", "npz", "mat", "h5", "hdf5", "hdf", "nc", "zarr", "n5"),
+        *("pt", "pth", "ckpt", "pt2", "onnx", "keras", "safetensors", "pb", "tflite", "bin", "pkl"),
+        *("pickle", "joblib", "gguf", "mlmodel", "engine", "caffemodel", "t7", "torchscript"),
+        *("zip", "tar", "gz", "tgz", "bz2", "xz", "zst", "7z", "rar"),
+        *("csv", "tsv", "json", "jsonl", "ndjson", "parquet", "feather", "arrow", "xlsx", "xls"),
+        *("geojson", "gpkg", "shp", "kml", "xml", "yaml", "yml", "toml", "txt", "log", "md"),
+        *("html", "htm", "py", "ipynb", "db", "sqlite", "mp4", "avi"),
+    )
+)
+"""Endings by which people and programs know what a file holds."""
+
+HEATMAP_ENDINGS = (
+    *(".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".jp2", ".ppm", ".eps"),
+    *(".pdf", ".npy"),
+)
+"""What Pillow writes pixel for pixel, and NumPy's format for the values."""
+
+FIGURE_ENDINGS = (
+    *(".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".gif", ".pdf", ".svg", ".svgz", ".eps"),
+    ".ps",
+)
+"""What matplotlib writes without other programs."""
+
+EXPORT_ENDINGS = (".onnx", ".pt2")
+JSON_ENDINGS = (".json", ".txt")
+STORE_ENDINGS = (".zarr",)
+TABLE_ENDINGS = (".parquet",)
+
+
+def checked_folder(
+    path: str | os.PathLike[str], name: str, endings: Sequence[str] = (), remedy: str = ""
+) -> Path:
+    """The path of a folder to write, whose name does not end as a file of another format does.
+
+    A folder that has the name already may keep it.
+
+    Args:
+        path: where to write.
+        name: the argument or option that says so.
+        endings: those that such a folder may have; one that is no format's is always taken.
+        remedy: what else there is to do.
+
+    Raises:
+        ArgumentError: if the ending is that of another format.
+    """
+    path = Path(path)
+    if path.suffix.lower() not in _FORMATS - set(endings) or path.is_dir():
+        return path
+    stem = path
+    while stem.suffix.lower() in _FORMATS:
+        stem = stem.with_suffix("")
+    what = f"a folder in {' or '.join(endings)}" if endings else "a folder"
+    use = f"{stem.name}{endings[0] if endings else ''}"
+    raise ArgumentError(
+        f"{name} must be the name of {what}, got {path.name!r}, the name of a "
+        f"{path.suffix.lower()} file; use {use!r}{remedy}"
+    )
+
+
+def checked_file(
+    path: str | os.PathLike[str],
+    name: str,
+    endings: Sequence[str],
+    error: type[FcvggError] = ArgumentError,
+) -> Path:
+    """The path of a file to write, whose name ends as its format demands.
+
+    Args:
+        path: where to write.
+        name: the argument or option that says so.
+        endings: those of the formats that can be written.
+        error: what is raised.
+
+    Raises:
+        FcvggError: of the class `error`, if the name ends otherwise.
+    """
+    path = Path(path)
+    if path.suffix.lower() in endings:
+        return path
+    *most, last = endings
+    listed = f"{', '.join(most)} or {last}" if most else last
+    raise error(f"{name} must be a name in {listed}, got {path.name!r}")
 
 
 @contextmanager

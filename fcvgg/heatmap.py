@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from fcvgg.boxes import OVERLAP, CellWindows, ScoredBox
 from fcvgg.errors import ArgumentError, ImageError
-from fcvgg.files import written_whole
+from fcvgg.files import HEATMAP_ENDINGS, checked_file, written_whole
 from fcvgg.geometry import Pair
 
 if TYPE_CHECKING:
@@ -274,15 +274,16 @@ class Heatmap:
             boxes: as for `overlay`.
 
         Raises:
-            ImageError: if the name's ending is no image format.
+            ImageError: if the name ends in none of `fcvgg.files.HEATMAP_ENDINGS`.
             FcvggError: if the file cannot be written.
         """
-        path = Path(path)
-        kind = "npy" if path.suffix.lower() == ".npy" else _image_format(path)
+        path = checked_file(path, "path", HEATMAP_ENDINGS, ImageError)
         with written_whole(path) as temporary, open(temporary, "wb") as file:
-            if kind == "npy":
+            if path.suffix.lower() == ".npy":
                 np.save(file, self.values)
             else:
+                Image.init()
+                kind = Image.EXTENSION[path.suffix.lower()]
                 self.overlay(alpha, cmap, boxes).save(file, kind)
         return path
 
@@ -409,12 +410,3 @@ def _in_colours(image: Image.Image) -> Image.Image:
 
 def _to_bytes(colours: NDArray[np.float32]) -> NDArray[np.uint8]:
     return np.round(colours * 255).clip(0, 255).astype(np.uint8)
-
-
-def _image_format(path: Path) -> str:
-    kind = Image.registered_extensions().get(path.suffix.lower())
-    if kind is None or kind not in Image.SAVE:
-        raise ImageError(
-            f"{path.name!r} has no image format; expected a name in .png, .jpg or .npy"
-        )
-    return kind

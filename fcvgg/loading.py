@@ -28,8 +28,8 @@ def load(
     *,
     arch: str | None = None,
     weights: str | Path | None = DEFAULT_WEIGHTS,
-    preprocess: Preprocess | None = None,
-    categories: Sequence[str] | None = None,
+    preprocess: Preprocess | str | None = None,
+    categories: Sequence[str] | str | os.PathLike[str] | None = None,
     input_size: int | Iterable[int] | None = None,
     **options: Any,
 ) -> FullyConvolutional:
@@ -45,8 +45,10 @@ def load(
             their own.
         weights: for a name: ``"DEFAULT"`` or another name of torchvision's weights, which it
             downloads; the path of a checkpoint; or None for random weights.
-        preprocess: how images become input; the weights' own when None.
-        categories: the class names; the weights' own when None.
+        preprocess: how images become input, or the name of a preset such as ``"imagenet"``; the
+            weights' own when None.
+        categories: the class names, or the path of a file with one name per line; the weights' own
+            when None.
         input_size: the native size; the weights' own when None.
         options: as for `fcvgg.convert`.
 
@@ -133,8 +135,8 @@ def _check_options(options: dict[str, Any]) -> None:
 
 def _from_bundle(
     path: Path,
-    preprocess: Preprocess | None,
-    categories: Sequence[str] | None,
+    preprocess: Preprocess | str | None,
+    categories: Sequence[str] | str | os.PathLike[str] | None,
     unused: dict[str, Any],
 ) -> FullyConvolutional:
     """The network of a bundle, as it was saved: nothing is converted, and the report is kept."""

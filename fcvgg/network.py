@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fcvgg.batching import run_in_batches
 from fcvgg.categories import one_per_class
-from fcvgg.errors import ArgumentError, ImageError, PreprocessError, TrainingError
+from fcvgg.errors import ArgumentError, ImageError, TrainingError
 from fcvgg.geometry import Geometry, Pair
 from fcvgg.heatmap import Heatmap
 from fcvgg.images import (
@@ -32,7 +32,7 @@ from fcvgg.images import (
 from fcvgg.missing import Reader, can_be_looked_at, readers_of, run_with_missing
 from fcvgg.modules import WindowLinear
 from fcvgg.placement import device_of, dtype_of
-from fcvgg.preprocessing import Preprocess, encoded_preprocess
+from fcvgg.preprocessing import Preprocess, encoded_preprocess, given_preprocess
 from fcvgg.probability import (
     MeanOfViews,
     average_over_space,
@@ -76,8 +76,8 @@ class FullyConvolutional(nn.Module):
         program: Program,
         *,
         input_size: Pair,
-        preprocess: Preprocess | None = None,
-        categories: Sequence[str] | None = None,
+        preprocess: Preprocess | str | None = None,
+        categories: Sequence[str] | str | os.PathLike[str] | None = None,
         activation: str | None = None,
         source: str = "",
     ):
@@ -110,6 +110,15 @@ class FullyConvolutional(nn.Module):
             for axis in self.geometry.axes
         )
         return row, col
+
+    @property
+    def usual_scale(self) -> int:
+        """The length of an image's smaller side at which such classifiers are evaluated.
+
+        8/7 of the native size: 256 for 224. The whole image then is little more than one window, so
+        that its main object has the size of those the network was trained on.
+        """
+        return round(min(self.input_size) * 8 / 7)
 
     @property
     def in_channels(self) -> int:
@@ -254,7 +263,7 @@ class FullyConvolutional(nn.Module):
         return self._categories
 
     @categories.setter
-    def categories(self, names: Sequence[str] | None) -> None:
+    def categories(self, names: Sequence[str] | str | os.PathLike[str] | None) -> None:
         self._categories = one_per_class(names, self.num_classes, "scores")
 
     @property
@@ -263,13 +272,8 @@ class FullyConvolutional(nn.Module):
         return self._preprocess
 
     @preprocess.setter
-    def preprocess(self, value: Preprocess | None) -> None:
-        if value is not None and not isinstance(value, Preprocess):
-            raise PreprocessError(
-                f"preprocess={value!r} is a {type(value).__name__}; expected fcvgg.Preprocess, "
-                "such as fcvgg.Preprocess(mean, std) or fcvgg.Preprocess.imagenet()"
-            )
-        self._preprocess = value
+    def preprocess(self, value: Preprocess | str | None) -> None:
+        self._preprocess = given_preprocess(value, self.in_channels)
 
     # -- images -----------------------------------------------------------------------------------
 
@@ -342,8 +346,10 @@ class FullyConvolutional(nn.Module):
         Args:
             images: one image or any iterable of them, each as for `score_map` and of any size; or
                 a preprocessed batch ``(N, C, H, W)``.
-            scales: lengths of the smaller side to which each image is rescaled, or one length; None
-                keeps it. Below the window the image is padded with zeros up to it.
+            scales: lengths of the smaller side to which each image is rescaled, or one length. None
+                keeps it: an image many windows large is then seen in parts, and an object larger
+                than the window is recognised at a smaller scale only, such as ``net.usual_scale``.
+                Below the window the image is padded with zeros up to it.
             flip: also evaluate the mirrored image.
             average: what is averaged over the map's cells: ``"scores"`` (logits before the softmax;
                 scores that are probabilities or their logarithms are averaged as probabilities), or
@@ -449,7 +455,8 @@ class FullyConvolutional(nn.Module):
         preprocessing, categories and equivalence report. It is written whole or not at all.
 
         Raises:
-            FcvggError: if `path` is something else than a bundle, or cannot be written.
+            FcvggError: if `path` is something else than a bundle, has the ending of another format,
+                or cannot be written.
         """
         path = Path(path)
         write_bundle(

@@ -232,6 +232,22 @@ def size_of_side(size: Pair, side: int) -> Pair:
     return max(round(size[0] * factor), 1), max(round(size[1] * factor), 1)
 
 
+def given_preprocess(value: Preprocess | str | None, channels: int) -> Preprocess | None:
+    """The preprocessing that a caller gave: itself, or by the name of a preset.
+
+    Raises:
+        PreprocessError: if it is neither, or the preset is for other channels.
+    """
+    if isinstance(value, str):
+        return Preprocess.preset(value, channels)
+    if value is not None and not isinstance(value, Preprocess):
+        raise PreprocessError(
+            "preprocess must be a fcvgg.Preprocess, such as fcvgg.Preprocess(mean, std), or one of "
+            f"{', '.join(map(repr, PRESETS))}, got {value!r}"
+        )
+    return value
+
+
 def resized_to_side(image: Image.Image, side: int, interpolation: str = "bilinear") -> Image.Image:
     """The image with its smaller side of length `side`, the aspect ratio kept."""
     height, width = size_of_side((image.height, image.width), side)

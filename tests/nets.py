@@ -64,6 +64,21 @@ def native_error(model: nn.Module, net: nn.Module, count: int = 3) -> float:
     return max(relative_error(a.reshape(count, -1), b.flatten(1)) for a, b in pairs)
 
 
+@torch.no_grad()
+def assert_restored(original: nn.Module, restored: nn.Module, batch: Tensor) -> None:
+    """A network that was read back or copied has the same weights, bit for bit, and their scores.
+
+    The scores are equal to rounding: where tensors lie in memory decides which kernels run.
+    """
+    state = restored.state_dict()
+    assert state.keys() == original.state_dict().keys()
+    for name, value in original.state_dict().items():
+        assert (value.dtype, value.shape) == (state[name].dtype, state[name].shape), name
+        assert torch.equal(value, state[name]), name
+    for expected, got in zip(as_tuple(original(batch)), as_tuple(restored(batch)), strict=True):
+        assert relative_error(expected, got) <= EXACT[expected.dtype]
+
+
 def as_tuple(value: Any) -> tuple[Tensor, ...]:
     if isinstance(value, dict):
         return tuple(value.values())

@@ -7,6 +7,7 @@ import pytest
 
 import fcvgg
 from fcvgg.categories import class_index, class_name
+from fcvgg.demo import demo_model
 
 NAMES = ("tabby", "tiger cat", "Siamese cat", "crane", "crane", "maillot", "café")
 
@@ -82,3 +83,17 @@ def test_a_name_needs_names() -> None:
         class_index("cat", None, 5)
     assert class_name(3, None) == "class 3"
     assert class_name(3, NAMES) == "crane"
+
+
+def test_categories_are_given_by_the_path_of_their_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "names.txt").write_text("sky\nface\n")
+    assert fcvgg.load("demo", categories="names.txt").categories == ("sky", "face")
+    net = fcvgg.convert(demo_model(), categories=tmp_path / "names.txt", verify=False)
+    assert net.categories == ("sky", "face")
+    assert fcvgg.FCN(net, 2, categories="names.txt").categories == ("sky", "face")
+    with pytest.raises(fcvgg.CategoryError, match="the categories in face cannot be read: No such"):
+        net.categories = "face"
+    (tmp_path / "names.txt").write_text("sky\nface\nsea\n")
+    with pytest.raises(fcvgg.CategoryError, match="3 categories were given for 2 classes"):
+        net.categories = "names.txt"

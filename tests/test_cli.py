@@ -1,7 +1,7 @@
 """The command line, run in this process on tiny images, as a user would see it."""
 
-import io
 import json
+import os
 import re
 import subprocess
 import sys
@@ -15,14 +15,15 @@ import torch
 import torchvision
 from command_line import run as invoked
 from PIL import Image
-from rich.console import Console
+from typer.main import get_command
 
 import fcvgg
-from fcvgg.cli import console
+from fcvgg.cli import app
 from fcvgg.cli.reports import count
 from fcvgg.demo import SCALES, demo_model, demo_photograph
 
-COMMANDS = ("demo", "heatmap", "classify", "info", "convert")
+COMMANDS = ("demo", "heatmap", "classify", "evaluate", "info", "convert", "probe", "stream")
+COMMANDS += ("bench", "finetune", "segment-train", "segment")
 
 
 @dataclass
@@ -90,7 +91,7 @@ def test_help_has_a_one_line_summary_and_examples_in_80_columns(command):
     lines = [line.strip() for line in ran.out.splitlines() if line.strip()]
     assert lines[0].startswith(f"Usage: fcvgg {command}")
     assert lines[1].endswith(".")
-    assert any("Options" in line or "Arguments" in line for line in lines[2:6])
+    assert any("Options" in line or "Arguments" in line for line in lines[2:8])
     assert "Examples" in lines
     assert f"$ fcvgg {command}" in ran.out
     assert max(map(len, ran.out.splitlines())) <= 80
@@ -115,6 +116,31 @@ def test_the_module_runs_as_a_program():
         [sys.executable, "-m", "fcvgg", "--version"], capture_output=True, text=True, check=True
     )
     assert ran.stdout == f"fcvgg {fcvgg.__version__}\n"
+
+
+def test_every_option_and_argument_says_what_it_is():
+    for name, command in get_command(app).commands.items():
+        assert set(COMMANDS) == set(get_command(app).commands)
+        for parameter in command.params:
+            text = getattr(parameter, "help", None)
+            assert text, (name, parameter.name)
+            assert re.match(r"[A-Z'-].*\.$|.*: rare classes count", text), (name, text)
+
+
+def test_shells_complete_commands_and_options():
+    words = {
+        "COMP_WORDS": "fcvgg heatmap --ta",
+        "COMP_CWORD": "2",
+        "_FCVGG_COMPLETE": "complete_bash",
+    }
+    ran = subprocess.run(
+        [sys.executable, "-c", "import fcvgg.cli; fcvgg.cli.main()"],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, **words},
+    )
+    assert ran.stdout.split() == ["--target"]
 
 
 def test_an_unknown_command_is_a_usage_error():
@@ -343,7 +369,10 @@ def test_weights_that_cannot_be_downloaded_say_what_to_pass(images, no_network):
         (("-w", "LATEST"), "vgg16 has no weights 'LATEST'; expected IMAGENET1K_V1"),
         (("--arch", "vgg11"), "--arch 'vgg11' goes with a checkpoint, got 'vgg16'"),
         (("-m", "demo", "-w", "x.pt"), "'demo' comes with its weights, got --weights 'x.pt'"),
-        (("-m", "demo", "--output-stride", "3"), "output_stride=3 cannot be reached"),
+        (
+            ("-m", "demo", "--output-stride", "3"),
+            "--output-stride must be one that the network's",
+        ),
     ],
 )
 def test_a_model_that_cannot_be_loaded(images, options, message):
@@ -394,9 +423,53 @@ def test_classify_prints_the_top_classes(images):
     net = fcvgg.load("demo")
     expected = []
     for image in images:
-        (name, probability), *_ = net.score_map(image).top(1)
-        expected += [str(image), f"{probability:.4f}  {name} ({net.categories.index(name)})"]
+        (name, probability), *_ = net.score_map(image, scale=37).top(1)
+        expected += [
+            f"{image}, its smaller side at 37 pixels",
+            f"{probability:.4f}  {name} ({net.categories.index(name)})",
+        ]
     assert [line.strip() for line in ran.out.splitlines()] == expected
+
+
+def probabilities(ran):
+    """By class, of the first image that ``--json`` shows."""
+    (result, *_) = json.loads(ran.out)
+    return [p["probability"] for p in sorted(result["predictions"], key=lambda p: p["index"])]
+
+
+def test_classify_sees_a_large_image_whole_unless_told_otherwise(folder):
+    demo_photograph().save("large.png")
+    net = fcvgg.load("demo")
+    assert net.usual_scale == 37
+    for options, scales in ((), 37), (("--full-size",), None), (("--scales", "64"), 64):
+        ran = run("classify", "large.png", "-m", "demo", "--json", *options)
+        expected = net.classify("large.png", scales=scales)[0].tolist()
+        assert probabilities(ran) == expected
+        assert json.loads(ran.out)[0]["scales"] == (None if scales is None else [scales])
+    assert fails("classify", "large.png", "-m", "demo", "--full-size", "--scales", "64") == (
+        "--scales and --full-size exclude each other; give one of the two"
+    )
+
+
+def test_classify_leaves_the_size_to_a_preprocessing_that_resizes(images, folder):
+    preprocess = fcvgg.Preprocess((0.5,) * 3, (0.25,) * 3, resize=72)
+    net = fcvgg.load("demo", preprocess=preprocess)
+    net.save(folder / "resizing")
+    ran = run("classify", "one.png", "-m", "resizing", "--json")
+    assert probabilities(ran) == net.classify("one.png")[0].tolist()
+
+
+def test_heatmap_notes_once_that_images_are_many_windows_large(folder):
+    demo_photograph().resize((300, 80)).save("two.png")
+    demo_photograph().resize((96, 300)).save("three.png")
+    demo_photograph().save("many.png")
+    images = ("two.png", "three.png", "many.png")
+    ran = run("heatmap", *images, "-m", "demo")
+    assert ran.err == (
+        "fcvgg: three.png is 3 windows wide, and the network recognises what fits into one; "
+        "--scale 37 shows the image whole\n"
+    )
+    assert run("heatmap", *images, "-m", "demo", "--scale", "512").err == ""
 
 
 def test_classify_as_json_leaves_bad_images_out(images):
@@ -592,8 +665,10 @@ def test_convert_replaces_its_own_output(folder):
 def test_convert_never_overwrites_anything_else(images, folder):
     (folder / "work").mkdir()
     (folder / "work/thesis.txt").write_text("years")
-    for name in ("work", "one.png"):
+    (folder / "notes").write_text("weeks")
+    for name in ("work", "notes"):
         assert fails("convert", "demo", "-o", name).startswith(f"{name} exists and is no bundle")
+    assert (folder / "notes").read_text() == "weeks"
     assert (folder / "work/thesis.txt").read_text() == "years"
 
 
@@ -668,17 +743,3 @@ def test_a_bug_is_not_dressed_up_as_bad_input(images, monkeypatch):
     monkeypatch.setattr(fcvgg.FullyConvolutional, "score_map", fail)
     with pytest.raises(RuntimeError, match="shapes differ"):
         run("heatmap", "one.png", "-m", "demo")
-
-
-@pytest.mark.parametrize(
-    ("names", "shown"), [(("one.png", "two.jpg"), True), (("one.png",), False)]
-)
-def test_several_images_show_a_progress_bar(images, monkeypatch, names, shown):
-    screen = io.StringIO()
-    terminal = Console(
-        file=screen, force_terminal=True, width=80, _environ={"TERM": "xterm-256color"}
-    )
-    monkeypatch.setattr(console, "output", lambda: terminal)
-    assert run("heatmap", *names, "-m", "demo").status == 0
-    assert ("2/2" in screen.getvalue()) == shown
-    assert "wrote" in screen.getvalue()

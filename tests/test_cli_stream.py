@@ -17,7 +17,7 @@ import fcvgg
 from fcvgg.cli import app
 from fcvgg.demo import demo_photograph
 from fcvgg.streaming.opening import open_image, strip_source
-from fcvgg.streaming.score_store import open_store
+from fcvgg.streaming.score_store import ScoreStore, open_store
 from fcvgg.streaming.slide_maps import SlideMap, _thumbnail
 
 
@@ -268,3 +268,40 @@ def test_bands_that_are_no_colours_have_no_thumbnail(slide):
     source = open_image("five.tif", bands=[0, 1, 2, 3, 4])
     places = np.arange(0, 40, 4)
     assert _thumbnail(source, places, places) is None
+
+
+def test_an_interrupted_stream_says_how_far_it_is_and_the_same_call_resumes(slide, monkeypatch):
+    tifffile.imwrite("tall.tif", np.asarray(demo_photograph().resize((200, 1400))))
+    stream = ("stream", "tall.tif", "-o", "scores.zarr", "--model", "demo")
+    write = ScoreStore.write
+
+    def interrupted(store, block, row, cells, mark=True):
+        if row >= 96:
+            raise KeyboardInterrupt
+        write(store, block, row, cells, mark)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ScoreStore, "write", interrupted)
+        ran = fcvgg_command(*stream)
+    store = open_store("scores.zarr")
+    rows = store.array.shape[-2]
+    assert 0 < store.finished[0] < rows
+    assert store.share == store.finished[0] / rows
+    assert (ran.exit_code, ran.stdout) == (130, "")
+    assert ran.stderr == (
+        f"fcvgg: error: interrupted; {store.share:.0%} of scores.zarr is finished and kept, "
+        "the same call resumes\n"
+    )
+    ran = fcvgg_command(*stream)
+    assert ran.exit_code == 0, ran.output
+    assert open_store("scores.zarr").complete
+    assert open_store("scores.zarr").share == 1
+
+
+def test_a_stream_interrupted_before_it_began_says_no_more(slide, monkeypatch):
+    def interrupt(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fcvgg.streaming.execution.stream", interrupt)
+    ran = fcvgg_command("stream", slide, "-o", "scores.zarr", "--model", "demo")
+    assert (ran.exit_code, ran.stderr) == (130, "fcvgg: error: interrupted\n")

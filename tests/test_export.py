@@ -117,7 +117,7 @@ def test_export_keeps_the_mode(tmp_path):
 
 
 def test_an_unknown_ending_is_refused(net, tmp_path):
-    with pytest.raises(fcvgg.FcvggError, match=r"'demo.tflite' has no format .* \.onnx or \.pt2"):
+    with pytest.raises(fcvgg.FcvggError, match=r"in .onnx or .pt2, got 'demo.tflite'"):
         net.export(tmp_path / "demo.tflite")
     with pytest.raises(fcvgg.FcvggError, match="there is no folder"):
         net.export(tmp_path / "absent" / "demo.onnx")

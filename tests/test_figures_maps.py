@@ -9,12 +9,11 @@ import numpy as np
 import pytest
 import torch
 from matplotlib import pyplot as plt
-from matplotlib.colors import to_rgb
 from nets import SmallVGG, images, seeded
 from PIL import Image
 
 import fcvgg
-from fcvgg.class_figures import LABEL_COLOURS
+from fcvgg.class_colours import class_colours
 from fcvgg.figures import side_by_side
 from fcvgg.geometry import Axis, Geometry, Step, Window
 from fcvgg.heatmap import CONTOURS, Heatmap
@@ -91,10 +90,9 @@ def test_the_label_map_colours_every_cell_by_its_class(score_map) -> None:
     shown = np.asarray(ax.images[-1].get_array())
     order = sorted(np.unique(labels), key=lambda i: -(labels == i).sum())
     assert len(order) > 1
-    for index, colour in zip(order, LABEL_COLOURS):
-        np.testing.assert_allclose(
-            shown[labels == index][:, :3], [to_rgb(colour)] * sum((labels == index).ravel())
-        )
+    for index in order:
+        colours = np.unique(shown[labels == index][:, :3], axis=0)
+        np.testing.assert_allclose(colours, class_colours(index + 1)[-1:] / 255)
     (legend,) = figure.legends
     expected = [f"{CLASSES[i]} ({(labels == i).mean():.0%})" for i in order]
     assert [t.get_text() for t in legend.get_texts()] == expected
@@ -107,6 +105,31 @@ def test_the_label_map_colours_every_cell_by_its_class(score_map) -> None:
     stride = score_map.geometry.stride[0]
     assert (left, top) == (x - stride / 2, y - stride / 2)
     assert (right, bottom) == (left + cols * stride, top + rows * stride)
+
+
+def test_a_class_has_one_colour_whatever_wins(score_map) -> None:
+    """The two most frequent classes change places; the image of each keeps its colour."""
+    labels = score_map.label_map().numpy()
+    first, second = np.argsort(-np.bincount(labels.ravel()))[:2]
+    exchanged = score_map.scores.clone()
+    exchanged[[first, second]] = score_map.scores[[second, first]]
+    colours = []
+    for scores in (score_map.scores, exchanged):
+        shown = fcvgg.ScoreMap(**{**vars(score_map), "scores": scores})
+        cells = np.asarray(shown.plot_labels().images[-1].get_array())
+        colours.append([cells[shown.label_map().numpy() == i][0] for i in (first, second)])
+    np.testing.assert_array_equal(colours[0], colours[1])
+    assert not np.array_equal(*colours[0])
+
+
+def test_colours_are_stable_and_all_different() -> None:
+    colours = class_colours(1000)
+    assert (colours.shape, colours.dtype) == ((1000, 3), np.uint8)
+    assert len(np.unique(colours, axis=0)) == 1000
+    for count in (0, 1, 5, 7, 8, 21):
+        np.testing.assert_array_equal(class_colours(count), colours[:count])
+    near = np.abs(colours[:40, None].astype(int) - colours[None, :40]).sum(-1)
+    assert near[~np.eye(40, dtype=bool)].min() > 25
 
 
 def test_rare_classes_share_grey(score_map) -> None:

@@ -9,7 +9,16 @@ import onnxruntime
 import pytest
 import torch
 import torch.nn.functional as F
-from nets import Headed, Lambda, images, native_error, relative_error, seeded, sliding_window
+from nets import (
+    Headed,
+    Lambda,
+    assert_restored,
+    images,
+    native_error,
+    relative_error,
+    seeded,
+    sliding_window,
+)
 from torch import Tensor, nn
 
 import fcvgg
@@ -90,7 +99,7 @@ def test_it_is_saved_streamed_and_exported(tmp_path: Path) -> None:
     net = fcvgg.convert(model)
     batch = images(1, 3, 61, 45, dtype=torch.float32)
     expected = net(batch).detach()
-    assert torch.equal(fcvgg.load(net.save(tmp_path / "flat"))(batch), expected)
+    assert_restored(net, fcvgg.load(net.save(tmp_path / "flat")), batch)
     streamed = fcvgg.stream(net, batch[0].numpy(), memory="32MiB").scores
     torch.testing.assert_close(torch.as_tensor(streamed), expected[0], rtol=1e-5, atol=1e-5)
     session = onnxruntime.InferenceSession(net.export(tmp_path / "flat.onnx"))

@@ -122,4 +122,14 @@ def test_type_checkers_see_what_is_imported_on_demand() -> None:
 def test_an_unknown_name_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="module 'fcvgg' has no attribute 'konvert'"):
         fcvgg.konvert  # noqa: B018
-    assert set(fcvgg.__all__) <= set(dir(fcvgg))
+
+
+def test_what_dir_lists_is_public_and_there() -> None:
+    code = (
+        "import fcvgg, json; fcvgg.load; names = dir(fcvgg); "
+        "assert all(hasattr(fcvgg, name) for name in names); print(json.dumps(names))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    listed = {name for name in json.loads(run.stdout) if not name.startswith("_")}
+    assert listed == {*fcvgg.__all__, *fcvgg._MODULES}
+    assert "__version__" in json.loads(run.stdout)

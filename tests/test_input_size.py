@@ -335,3 +335,28 @@ def test_any_unpadded_net_equals_the_sliding_window(
     expected = sliding_window(model, net, batch)
     assert relative_error(expected, net(batch)) <= 1e-11
     assert not net.geometry.touches_padding(batch.shape[2:]).any()
+
+
+class Flat(nn.Module):
+    """One linear layer on features of stride 4, made for 24x24 pixels or a size like it."""
+
+    def __init__(self, features: int = 36):
+        super().__init__()
+        self.features = nn.Sequential(nn.Conv2d(3, 2, 3, 2, 1), nn.ReLU(), nn.MaxPool2d(2))
+        self.head = nn.Linear(2 * features, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.features(x).flatten(1))
+
+
+@pytest.mark.parametrize("given", [20, 32, (24, 32), 2])
+def test_a_size_that_does_not_fit_names_one_that_does(given: Any) -> None:
+    message = r"^the model does not run at input size .*; pass input_size=23, which the head is ma"
+    with pytest.raises(fcvgg.InputSizeError, match=message):
+        fcvgg.convert(seeded(Flat), input_size=given)
+    assert fcvgg.convert(seeded(Flat), input_size=23).output_size(23) == (1, 1)
+
+
+def test_a_size_that_does_not_fit_where_no_square_does() -> None:
+    with pytest.raises(fcvgg.InputSizeError, match=r"does not run .*; pass another input_size$"):
+        fcvgg.convert(seeded(Flat, 35), input_size=24)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 from collections.abc import Callable
+from math import prod
 from pathlib import Path
 
 import pytest
@@ -222,7 +223,7 @@ def test_same_padding_with_a_finer_stride() -> None:
 def test_a_stride_that_does_not_divide_is_refused(stride: int) -> None:
     with pytest.raises(
         ConversionError,
-        match=rf"output_stride={stride} cannot be reached.*choose a divisor of the native stride",
+        match=rf"output_stride must be one .* layers come to, 8, 4, 2 or 1, got {stride}$",
     ):
         fcvgg.convert(seeded(TinyVGG), output_stride=stride)
 
@@ -264,3 +265,34 @@ def test_the_benchmark_compares_maps_that_are_equal(monkeypatch: pytest.MonkeyPa
             dense = fcvgg.convert(model, output_stride=stride)(batch)
             stitched = benchmark.shift_and_stitch(native, batch, stride)
             assert relative_error(dense, stitched) <= EXACT
+
+
+class Strided(nn.Module):
+    """Convolutions of these strides before a head."""
+
+    def __init__(self, strides: tuple[int, ...]):
+        super().__init__()
+        layers = [nn.Conv2d(3, 3, 3, stride=stride, padding=1) for stride in strides]
+        self.features = nn.Sequential(*layers)
+        self.head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.features(x))
+
+
+@pytest.mark.parametrize("strides", [(2, 2, 2), (4, 3), (3, 4), (6, 1, 2), (1,), (5,)])
+def test_the_strides_that_an_error_lists_are_those_that_can_be_reached(strides) -> None:
+    model, native = seeded(Strided, strides), prod(strides)
+    reached = []
+    for wanted in range(2 * native + 1, 0, -1):
+        try:
+            net = fcvgg.convert(model, input_size=48, output_stride=wanted, verify=False)
+        except fcvgg.ConversionError as error:
+            message = str(error)
+            assert message.endswith(f", got {wanted}")
+        else:
+            assert net.geometry.stride == (wanted, wanted)
+            reached.append(wanted)
+    *others, last = map(str, reached)
+    listed = f"{', '.join(others)} or {last}" if others else last
+    assert f"output_stride must be one that the network's layers come to, {listed}, got" in message

@@ -19,6 +19,7 @@ from nets import (
     Headed,
     Lambda,
     SmallVGG,
+    assert_restored,
     images,
     native_error,
     relative_error,
@@ -231,7 +232,7 @@ def test_copies_and_pickles_of_the_network(build: type, again: Any) -> None:
     net = fcvgg.convert(model, input_size=28 if build is Functional else 32)
     twin = again(again(net))
     batch = images(2, 3, 45, 52)
-    assert torch.equal(net(batch), twin(batch))
+    assert_restored(net, twin, batch)
     assert not storages(net).keys() & storages(twin).keys()
     assert list(twin.state_dict()) == list(model.state_dict())
     assert (twin.geometry, twin.input_size, twin.equivalence) == (

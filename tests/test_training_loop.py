@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 import resource
 import signal
 import subprocess
@@ -13,11 +14,14 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.data import DistributedSampler
 
 from fcvgg.errors import ArgumentError, LoadError, TrainingError
 from fcvgg.training import Settings
+from fcvgg.training.guards import epoch_line
 from fcvgg.training.loop import Task, TrainingRun, _Loaders, fit
 from fcvgg.training.order import EpochOrder, SeededItems, mixed_seed
 
@@ -146,6 +150,30 @@ def test_nothing_of_lightning_reaches_the_user(
     lines = err.splitlines()
     assert len(lines) == 4
     assert lines[0].startswith("epoch 1/4  train loss ")
+
+
+CLASSIFICATION = ("train_accuracy", "train_loss", "valid_accuracy", "valid_loss")
+SEGMENTATION = ("train_loss", "valid_loss", "valid_mean_iou", "valid_pixel_accuracy")
+
+
+@pytest.mark.parametrize("names", [CLASSIFICATION, SEGMENTATION])
+def test_the_lines_of_long_runs_stand_in_79_columns(names: tuple[str, ...]) -> None:
+    values = {"epoch": 100, **dict.fromkeys(names, 1.23456), "lr": 1e-5, "seconds": 123.45}
+    line = epoch_line(values, 100)
+    assert len(line) <= 79, line
+    assert line.startswith("epoch 100/100  train ")
+    assert line.count("1.235") == len(names)
+    assert line.endswith("  123.5 s")
+
+
+@given(st.lists(st.from_regex(r"(train|valid)(_[a-z]{1,20}){0,3}", fullmatch=True), unique=True))
+def test_lines_of_any_task_are_broken_between_values_only(names: list[str]) -> None:
+    values = {"epoch": 7, **{n: i + 0.125 for i, n in enumerate(names)}, "seconds": 1.0}
+    lines = epoch_line(values, 30).splitlines()
+    assert max(map(len, lines)) <= 79
+    numbers = [w for line in lines for w in line.split() if re.fullmatch(r"\d+\.\d{3}", w)]
+    assert numbers == [f"{i + 0.125:.3f}" for i in range(len(names))]
+    assert lines[-1].endswith(" 1.0 s")
 
 
 @pytest.mark.parametrize("precision", ["32", "bf16-mixed"])

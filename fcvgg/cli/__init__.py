@@ -24,7 +24,7 @@ from fcvgg.cli import (
     segmentation,
     streaming,
 )
-from fcvgg.cli.console import examples, reporting_errors, say
+from fcvgg.cli.console import examples, paragraphs, reporting_errors, say
 from fcvgg.cli.options import with_own_model
 
 app = typer.Typer(
@@ -34,7 +34,6 @@ app = typer.Typer(
     epilog=examples("fcvgg demo", "fcvgg heatmap photo.jpg --target 'tabby'", "fcvgg info vgg16"),
     rich_markup_mode="rich",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -82,4 +81,6 @@ for _module in (
     segmentation,
 ):
     _command = reporting_errors(with_own_model(_module.run))
-    app.command(_module.NAME, epilog=examples(*_module.EXAMPLES))(_command)
+    app.command(
+        _module.NAME, help=paragraphs(_module.run.__doc__), epilog=examples(*_module.EXAMPLES)
+    )(_command)

@@ -35,26 +35,30 @@ def run(
     batches: Annotated[
         str, typer.Option("--batches", metavar="N,...", help="Images per call.")
     ] = "1",
-    repeats: Annotated[int, typer.Option("--repeats", min=1, help="Turns of each.")] = 7,
+    repeats: Annotated[
+        int, typer.Option("--repeats", min=1, help="Timed calls of each contender.")
+    ] = 7,
     only: Annotated[
         list[str] | None,
         typer.Option(
             "--only",
             metavar="NAME",
-            help=f"A contender; repeat for several: {', '.join(NAMES)}.",
+            help=f"A contender to time; repeat for several: {', '.join(NAMES)}.",
             show_default="all",
         ),
     ] = None,
     threads: Annotated[
         int | None,
-        typer.Option("--threads", min=1, help="Of every contender.", show_default="torch's"),
+        typer.Option(
+            "--threads", min=1, help="Processor threads of each contender.", show_default="torch's"
+        ),
     ] = None,
     clock: Annotated[
         str,
         typer.Option(
             "--clock",
             metavar="wall|cpu",
-            help="What is counted; 'cpu' with --threads 1 stands a busy machine.",
+            help="The time that is counted; cpu with --threads 1 for a busy machine.",
         ),
     ] = "wall",
     out: OutputFolder = Path(),

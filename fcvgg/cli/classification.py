@@ -25,6 +25,7 @@ from fcvgg.cli.options import (
     opened,
 )
 from fcvgg.cli.reports import titled
+from fcvgg.errors import ArgumentError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,6 +36,7 @@ NAME = "classify"
 EXAMPLES = (
     "fcvgg classify dog.jpg",
     "fcvgg classify *.jpg --scales 256,384,512 --flip",
+    "fcvgg classify street.jpg --full-size",
     "fcvgg classify dog.jpg --top 1 --json",
 )
 
@@ -61,31 +63,50 @@ def run(
             "-s",
             metavar="N,N,...",
             help="Smaller sides to which an image is rescaled; their probabilities are averaged.",
-            show_default="the image's size",
+            show_default="8/7 of the native size: 256 for 224",
         ),
     ] = None,
+    full_size: Annotated[
+        bool,
+        typer.Option(
+            "--full-size",
+            help="Keep the image's size, to average over everything the network sees in parts of a "
+            "large image.",
+        ),
+    ] = False,
     flip: Annotated[bool, typer.Option("--flip", help="Average with the mirrored image.")] = False,
     average: Annotated[
         Average, typer.Option("--average", help="What is averaged over the cells.")
     ] = Average.scores,
     bands: Bands = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON array in place of text.")
+    ] = False,
     own: OwnModel = OwnModel(),
     device: Device = "cpu",
 ) -> None:
-    """Name every image's most probable classes, averaged over it."""
+    """Name every image's most probable classes, averaged over it.
+
+    An image is rescaled first, as classifiers are usually evaluated, so that it is seen whole.
+    """
     from fcvgg.errors import ImageError
 
     sides, chosen = lengths(scales, "--scales"), band_numbers(bands)
+    if sides is not None and full_size:
+        raise ArgumentError("--scales and --full-size exclude each other; give one of the two")
     check_any_exists(images)
     net = loaded(model, own, device, weights=weights, arch=arch)
+    resizes = net.preprocess is not None and net.preprocess.resize is not None
+    if sides is None and not full_size and not resizes:
+        sides = [net.usual_scale]
 
     def classify(image: Path) -> dict[str, Any]:
         source = opened(image, chosen)
         probabilities = net.classify(source, scales=sides, flip=flip, average=average.value)[0]
         if not probabilities.isfinite().all():
             raise ImageError(f"{image} has no cell with data, so it has no class")
-        result = {"image": str(image), "predictions": _predictions(net, probabilities, top)}
+        predictions = _predictions(net, probabilities, top)
+        result = {"image": str(image), "scales": sides, "predictions": predictions}
         if not as_json:
             say(_table(result))
         return result
@@ -118,4 +139,6 @@ def _table(result: dict[str, Any]) -> RenderableType:
         index, name = prediction["index"], prediction["category"]
         label = class_name(index, None) if name is None else f"{name} ({index})"
         table.add_row(f"{prediction['probability']:.4f}", label)
-    return titled(result["image"], table)
+    sides = result["scales"]
+    scale = "" if sides is None else f", its smaller side at {', '.join(map(str, sides))} pixels"
+    return titled(f"{result['image']}{scale}", table)

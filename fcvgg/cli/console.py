@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import json
 import os
+import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import typer
-from rich.console import Console, ConsoleOptions, RenderableType
+from rich.cells import cell_len
+from rich.console import Console, RenderableType
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.segment import Segment
 from rich.text import Text
 
 from fcvgg.cli.options import in_option_words
 from fcvgg.errors import FcvggError, ImageError
 from fcvgg.names import readable
+from fcvgg.progress import live_console, progress_bar
+from fcvgg.terminal import VisibleConsole
 
 if TYPE_CHECKING:
     from fcvgg.image_files import Unreadable
@@ -40,40 +43,27 @@ _PIPED_WIDTH = 200
 Result = TypeVar("Result")
 
 
-class VisibleConsole(Console):
-    """A console on which names from files show as `readable` writes them, each in one line."""
-
-    def render(
-        self, renderable: RenderableType, options: ConsoleOptions | None = None
-    ) -> Iterable[Segment]:
-        shown = _visible_text(renderable) if isinstance(renderable, Text) else renderable
-        return super().render(shown, options)
-
-    def render_str(self, text: str, **options: Any) -> Text:  # type: ignore[override]
-        return super().render_str(readable(text), **options)
-
-
-def _visible_text(text: Text) -> Text:
-    if text.plain.isprintable():
-        return text
-    shown = text.blank_copy()
-    for i, character in enumerate(text.plain):
-        written = readable(character)
-        shown.append_text(text[i] if written == character else Text(written))
-    return shown
-
-
 def output() -> Console:
-    """The console on stdout; made for each call, since tests and pipes exchange the stream."""
+    """The console on stdout, or that of a bar on the same screen, above which lines then appear.
+
+    It is made for each call, since tests and pipes exchange the stream.
+    """
+    live = live_console()
+    if live is not None and sys.stdout.isatty():
+        return live
     limited = sys.stdout.isatty() or "COLUMNS" in os.environ
     width = None if limited else _PIPED_WIDTH
-    return VisibleConsole(highlight=False, markup=False, emoji=False, width=width)
+    return VisibleConsole(width=width)
 
 
 def say(line: RenderableType = "") -> None:
-    """Print one line, which is not broken so that paths stay whole, or a table."""
-    line = readable(line) if isinstance(line, str) else line
-    output().print(line, soft_wrap=isinstance(line, (str, Text)))
+    """Print a table or a line; a terminal breaks it between words, so that paths stay whole."""
+    _print(output(), readable(line) if isinstance(line, str) else line)
+
+
+def say_whole(label: str, style: str, text: str) -> None:
+    """Print a path or a command after its label on one line, however long, to be copied."""
+    output().print(Text.assemble((f"{label} ", style), readable(text)), soft_wrap=True)
 
 
 def say_json(value: object) -> None:
@@ -85,20 +75,25 @@ def say_json(value: object) -> None:
 
 def say_wrote(path: Path) -> None:
     """Print where a result was written."""
-    say(Text.assemble(("wrote ", "green"), readable(path)))
+    say_whole("wrote", "green", str(path))
+
+
+def say_next(command: str) -> None:
+    """Print the command that goes on."""
+    say_whole("next:", "cyan", command)
 
 
 def complain(message: object) -> None:
     """Print one line on stderr, whatever the message holds."""
     words = in_option_words(readable(" ".join(str(message).split())))
     line = Text.assemble(("fcvgg: error: ", "bold red"), words)
-    _errors().print(line, soft_wrap=True)
+    _print(_errors(), line)
 
 
 def tell(note: object) -> None:
     """Print one line on stderr that is no error."""
     line = Text.assemble(("fcvgg: ", "bold yellow"), readable(" ".join(str(note).split())))
-    _errors().print(line, soft_wrap=True)
+    _print(_errors(), line)
 
 
 def tell_skipped(files: Sequence[Unreadable], used: int) -> None:
@@ -121,6 +116,12 @@ def examples(*commands: str) -> str:
     # a blank line is the only line break that every version of Typer keeps
     lines = [f"[dim]$[/dim] {escape(command)}" for command in commands]
     return "\n\n".join(["[bold]Examples[/bold]", *lines])
+
+
+def paragraphs(documentation: str | None) -> str:
+    """A docstring for Typer, which would keep the line breaks within paragraphs."""
+    parts = inspect.cleandoc(documentation or "").split("\n\n")
+    return "\n\n".join(" ".join(part.split()) for part in parts)
 
 
 def reporting_errors(command: Callable[..., None]) -> Callable[..., None]:
@@ -161,14 +162,14 @@ def for_each_image(
     ends with `exit_if_any_failed`. Any other error ends the run.
     """
     results = []
-    with _progress(len(images)) as progress:
-        task = progress.add_task(what, total=len(images))
+    screen = output() if sys.stdout.isatty() else _errors()
+    with progress_bar(what, len(images), shown=len(images) > 1, console=screen) as advance:
         for image in images:
             try:
                 results.append(_within_memory(image, work))
             except ImageError as error:
                 complain(error)
-            progress.advance(task)
+            advance(1)
     return results
 
 
@@ -204,26 +205,36 @@ def folder(path: Path) -> Path:
     return path
 
 
+def _print(console: Console, line: RenderableType) -> None:
+    if not isinstance(line, (str, Text)):
+        console.print(line)
+        return
+    text = line if isinstance(line, Text) else Text(line)
+    for part in _broken(text, console.width) if console.is_terminal else [text]:
+        console.print(part, soft_wrap=True)
+
+
+def _broken(text: Text, width: int) -> list[Text]:
+    """The text as lines that end between words; a word longer than a line stays whole."""
+    parts: list[Text] = []
+    for line in text.split("\n", allow_blank=True):
+        plain, begin, breaks = line.plain, 0, []
+        for word in re.finditer(r"\S+", plain):
+            if plain[begin : word.start()].strip() and cell_len(plain[begin : word.end()]) > width:
+                begin = word.start()
+                breaks.append(begin)
+        parts += line.divide(breaks)
+    for part in parts:
+        part.rstrip()
+    return parts
+
+
 def _errors() -> Console:
-    return VisibleConsole(stderr=True, highlight=False, markup=False, emoji=False)
-
-
-def _progress(total: int) -> Progress:
-    """A bar on the terminal: on stdout, above which results scroll, or stderr if that is piped."""
-    console, errors = output(), _errors()
-    if not console.is_terminal:
-        console = errors
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-        redirect_stdout=sys.stdout.isatty(),
-        redirect_stderr=sys.stderr.isatty(),
-        disable=total < 2 or not console.is_terminal,
-    )
+    """The console on stderr, or that of a bar on the same screen."""
+    live = live_console()
+    if live is not None and sys.stderr.isatty():
+        return live
+    return VisibleConsole(stderr=True)
 
 
 def _within_memory(image: Path, work: Callable[[Path], Result]) -> Result:

@@ -8,9 +8,18 @@ from typing import Annotated
 import typer
 
 from fcvgg.cli.console import folder, say, say_wrote
-from fcvgg.cli.options import MODEL_HELP, Arch, OutputStride, OwnModel, Weights, loaded
+from fcvgg.cli.options import (
+    MODEL_HELP,
+    Arch,
+    OutputStride,
+    OwnModel,
+    Weights,
+    loaded,
+    output_name,
+)
 from fcvgg.cli.reports import equivalence_report, geometry_report
 from fcvgg.errors import FcvggError
+from fcvgg.files import EXPORT_ENDINGS, checked_folder
 
 NAME = "convert"
 EXAMPLES = (
@@ -19,6 +28,11 @@ EXAMPLES = (
     "fcvgg convert flowers-fcn -o flowers.onnx",
     "fcvgg heatmap rose.jpg --model flowers-fcn",
 )
+
+
+def _check_output(out: Path) -> None:
+    if out.suffix.lower() not in EXPORT_ENDINGS:
+        checked_folder(out, "--output", remedy=", or a name in .onnx or .pt2 to export")
 
 
 def run(
@@ -39,6 +53,7 @@ def run(
             help="What to write: a name in .onnx for ONNX or in .pt2 for torch.export, else a "
             "bundle, the folder that the other commands and fcvgg.load take.",
             show_default=False,
+            callback=output_name(_check_output),
         ),
     ],
     weights: Weights = "DEFAULT",
@@ -47,9 +62,7 @@ def run(
     own: OwnModel = OwnModel(),
 ) -> None:
     """Convert a classifier, check it and write the network."""
-    from fcvgg.serialization.exporting import SUFFIXES
-
-    exports = out.suffix in SUFFIXES
+    exports = out.suffix.lower() in EXPORT_ENDINGS
     if exports and out.exists() and out.resolve() == Path(source).resolve():
         raise FcvggError(f"{out} is the source, which would be lost; choose another --output")
     net = loaded(source, own, weights=weights, arch=arch, output_stride=output_stride)

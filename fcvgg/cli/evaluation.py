@@ -11,7 +11,17 @@ from rich.text import Text
 
 from fcvgg.cli.classification import Average
 from fcvgg.cli.console import say, say_wrote, tell_skipped
-from fcvgg.cli.options import Arch, Device, Model, OwnModel, Weights, lengths, loaded
+from fcvgg.cli.options import (
+    Arch,
+    Device,
+    Model,
+    OwnModel,
+    Weights,
+    lengths,
+    loaded,
+    output_file,
+)
+from fcvgg.files import JSON_ENDINGS
 from fcvgg.names import readable
 
 if TYPE_CHECKING:
@@ -44,7 +54,8 @@ def run(
             "--protocols",
             "-p",
             metavar="NAME,NAME,...",
-            help="centre-crop, resize, ten-crop, dense, multi-crop, dense+multi-crop; or all.",
+            help="How images are shown to the network: centre-crop, resize, ten-crop, dense, "
+            "multi-crop, dense+multi-crop, or all.",
         ),
     ] = "centre-crop,resize,dense",
     scales: Annotated[
@@ -72,12 +83,16 @@ def run(
             metavar="FILE",
             dir_okay=False,
             help="The JSON file to write, with confusion matrices and every class.",
+            callback=output_file(*JSON_ENDINGS),
         ),
     ] = Path("evaluation.json"),
     own: OwnModel = OwnModel(),
     device: Device = "cpu",
 ) -> None:
-    """Measure accuracy on labelled images: dense evaluation, crops, and both combined."""
+    """Measure accuracy on labelled images.
+
+    By dense evaluation, by crops, and by both combined.
+    """
     from fcvgg.errors import FcvggError
     from fcvgg.evaluation.protocols import evaluate
 

@@ -10,7 +10,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from fcvgg.cli.console import resumable, say, say_wrote, tell_skipped
+from fcvgg.cli.console import resumable, say, say_next, say_wrote, tell_skipped
 from fcvgg.cli.options import OwnPreprocess, Weights
 from fcvgg.cli.options import size as size_of
 from fcvgg.cli.training_options import (
@@ -21,7 +21,6 @@ from fcvgg.cli.training_options import (
     Resume,
     RunFolder,
 )
-from fcvgg.names import readable
 
 if TYPE_CHECKING:
     from fcvgg.finetuning.result import FineTuned
@@ -106,7 +105,7 @@ def run(
         bool | None,
         typer.Option(
             "--similar/--different",
-            help="For auto: whether the images are like those the network knows.",
+            help="For auto: whether the images resemble those the network was trained on.",
             show_default="measured",
         ),
     ] = None,
@@ -115,7 +114,7 @@ def run(
         typer.Option(
             "--freeze-upto",
             metavar="LAYER",
-            help="For partial the last frozen layer, for svm the layer whose features it gets.",
+            help="The last frozen layer (partial), or the layer whose features are used (svm).",
             show_default="the pool at half depth",
         ),
     ] = None,
@@ -124,8 +123,8 @@ def run(
         typer.Option(
             "--head",
             metavar="last|linear|N,N",
-            help="What is new: the last layer, one linear layer on the features, or hidden layers "
-            "of such widths and a last one.",
+            help="The layers that are new: the last one, one linear layer on the features, or "
+            "hidden layers of these widths and a last one.",
         ),
     ] = "last",
     resume: Resume = False,
@@ -157,7 +156,7 @@ def run(
         typer.Option(
             "--valid-fraction",
             metavar="X",
-            help="The share held out where there is no valid folder.",
+            help="The share of the images held out where there is no valid folder.",
             rich_help_panel=_IMAGES,
         ),
     ] = 0.2,
@@ -175,7 +174,7 @@ def run(
             "--epochs",
             metavar="N",
             min=1,
-            help="At most so many.",
+            help="The largest number of epochs.",
             show_default="30, for linear 100",
             rich_help_panel=TRAINING,
         ),
@@ -186,13 +185,14 @@ def run(
         typer.Option(
             "--lr",
             metavar="X",
-            help="The new layers' learning rate; others get less.",
+            help="Learning rate of the new layers; the others get less.",
             show_default="by the features",
             rich_help_panel=TRAINING,
         ),
     ] = None,
     optimizer: Annotated[
-        Optimizer, typer.Option("--optimizer", rich_help_panel=TRAINING, help="AdamW, or SGD.")
+        Optimizer,
+        typer.Option("--optimizer", rich_help_panel=TRAINING, help="The optimizer: AdamW or SGD."),
     ] = Optimizer.adamw,
     cosine: Annotated[
         bool,
@@ -208,7 +208,7 @@ def run(
             "--patience",
             metavar="N",
             min=0,
-            help="Stop after so many epochs without a better loss; 0 never stops.",
+            help="Stop after N epochs without a better loss; 0 never stops.",
             rich_help_panel=TRAINING,
         ),
     ] = 10,
@@ -218,7 +218,7 @@ def run(
             "--seed",
             metavar="N",
             min=0,
-            help="Of split, new weights, order, augmentation, dropout.",
+            help="Seed of the split, new weights, order, augmentation and dropout.",
             rich_help_panel=TRAINING,
         ),
     ] = 0,
@@ -226,7 +226,7 @@ def run(
         Precision,
         typer.Option(
             "--precision",
-            help="auto: bf16-mixed on a GPU that has it, else 32.",
+            help="Arithmetic; auto is bf16-mixed on a GPU that has it, else 32.",
             rich_help_panel=TRAINING,
         ),
     ] = Precision.auto,
@@ -235,7 +235,7 @@ def run(
         typer.Option(
             "--devices",
             metavar="N|auto",
-            help="How many GPUs, or auto for all.",
+            help="Number of GPUs, or auto for all.",
             rich_help_panel=TRAINING,
         ),
     ] = "1",
@@ -245,16 +245,17 @@ def run(
             "--workers",
             metavar="N",
             min=0,
-            help="Processes that read images.",
+            help="Number of processes that read images.",
             rich_help_panel=TRAINING,
         ),
     ] = 0,
     own: OwnPreprocess = OwnPreprocess(),
 ) -> None:
-    """Train a network for a folder's classes, convert it, and report how well it does.
+    """Train a network for a folder of images, and convert it.
 
-    The folder gets the network ('model', for the other commands), a report with curves, confusion
-    matrix and the worst mistakes, and checkpoints, from which --resume finishes an interrupted run.
+    The run's folder gets the network ('model', for the other commands), a report with curves,
+    confusion matrix and the worst mistakes, and checkpoints, from which --resume finishes an
+    interrupted run.
     """
     from fcvgg.finetuning.finetuning import finetune
 
@@ -304,7 +305,7 @@ def _tell(result: FineTuned) -> None:
         say(line)
     say_wrote(result.model_path)
     say_wrote(result.report_path)
-    say(Text.assemble(("next: ", "cyan"), readable(result.heatmap_command)))
+    say_next(result.heatmap_command)
 
 
 def _table(result: FineTuned) -> Table:

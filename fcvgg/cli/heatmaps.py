@@ -14,6 +14,7 @@ from fcvgg.cli.console import (
     for_each_image,
     say,
     say_wrote,
+    tell,
 )
 from fcvgg.cli.options import (
     Arch,
@@ -33,6 +34,9 @@ from fcvgg.cli.outputs import OutputFiles
 
 if TYPE_CHECKING:
     from fcvgg.network import FullyConvolutional
+
+MANY_WINDOWS = 2.5
+"""An image whose smaller side has more of them is rather seen in parts than whole."""
 
 NAME = "heatmap"
 EXAMPLES = (
@@ -95,11 +99,38 @@ def run(
     index, chosen = _index(net, target), band_numbers(bands)
     folder(output)
 
+    size_note = SizeNote(net)
+
     def show(image: Path) -> Path:
-        return _show(net, image, chosen, index, scale, overlays.path_for(image))
+        return _show(net, image, chosen, index, scale, overlays.path_for(image), size_note)
 
     written = for_each_image(images, "heatmaps", show)
     exit_if_any_failed([*slides, *images], [*shown, *written])
+
+
+class SizeNote:
+    """Says, once in a run, that an image is many windows large, so that its parts are recognised.
+
+    Args:
+        net: what is run on the images.
+    """
+
+    def __init__(self, net: FullyConvolutional):
+        self.net = net
+        self.told = False
+
+    def tell(self, image: Path, size: tuple[int, int]) -> None:
+        """Print the line if it is due: for an image that is run at `size` ``(H, W)``."""
+        windows = [pixels / w for pixels, w in zip(size, self.net.geometry.window)]
+        count = min(windows)
+        if count <= MANY_WINDOWS or self.told:
+            return
+        self.told = True
+        extent = "high" if count == windows[0] else "wide"
+        tell(
+            f"{image} is {count:.0f} windows {extent}, and the network recognises what fits into "
+            f"one; --scale {self.net.usual_scale} shows the image whole"
+        )
 
 
 def _show(
@@ -109,8 +140,11 @@ def _show(
     index: int | None,
     scale: int | None,
     path: Path,
+    size_note: SizeNote,
 ) -> Path:
     score_map = net.score_map(opened(image, bands), scale=scale)
+    if scale is None:
+        size_note.tell(image, score_map.input_size)
     prediction = score_map.predict()
     shown = int(prediction.argmax()) if index is None else index
     heatmap = score_map.heatmap(shown)

@@ -14,9 +14,43 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
+from fcvgg.errors import ArgumentError
+from fcvgg.files import checked_file, checked_folder
+
 if TYPE_CHECKING:
     from fcvgg.network import FullyConvolutional
     from fcvgg.preprocessing import Preprocess
+
+
+def output_name(check: Callable[[Path], Any]) -> Callable[[Path | None], Path | None]:
+    """The callback of an option that says where to write: what `check` refuses ends the command.
+
+    It is called before the command, so that nothing is loaded or computed for a name that is wrong.
+    """
+
+    def checked(path: Path | None) -> Path | None:
+        from fcvgg.cli.console import BAD_INPUT, complain
+
+        try:
+            if path is not None:
+                check(path)
+        except ArgumentError as error:
+            complain(error)
+            raise typer.Exit(BAD_INPUT) from error
+        return path
+
+    return checked
+
+
+def output_folder(*endings: str) -> Callable[[Path | None], Path | None]:
+    """The callback of ``--output`` where it names a folder to write."""
+    return output_name(lambda path: checked_folder(path, "--output", endings))
+
+
+def output_file(*endings: str) -> Callable[[Path | None], Path | None]:
+    """The callback of ``--output`` where it names a file to write."""
+    return output_name(lambda path: checked_file(path, "--output", endings))
+
 
 MODEL_HELP = (
     "A torchvision name, timm:NAME, a checkpoint (with --arch), an .onnx or Keras file, a folder "
@@ -60,7 +94,8 @@ OutputStride = Annotated[
         "--output-stride",
         metavar="N",
         min=1,
-        help="Pixels between cells, a power of two below the net's own; finer is slower.",
+        help="Pixels between cells, fewer than the network's own: for VGG 16, 8, 4, 2 or 1. Half "
+        "as many take about four times as long.",
         show_default=False,
     ),
 ]
@@ -72,6 +107,7 @@ OutputFolder = Annotated[
         metavar="DIR",
         file_okay=False,
         help="The folder to write to; made if absent.",
+        callback=output_folder(),
         show_default="the current folder",
     ),
 ]
@@ -85,7 +121,7 @@ InputSize = Annotated[
     typer.Option(
         "--input-size",
         metavar="N|HxW",
-        help="The native size, which the model was trained at.",
+        help="The native size: that of the images the model was trained on.",
         show_default="the weights' own, or inferred",
         rich_help_panel=_PANEL,
     ),
@@ -119,7 +155,7 @@ class OwnPreprocess:
         typer.Option(
             "--preprocess",
             metavar="NAME",
-            help="What the model was trained on: imagenet, caffe (BGR minus means), tf (-1 to 1), "
+            help="How its images were prepared: imagenet, caffe (BGR minus means), tf (-1 to 1), "
             "unit (0 to 1) or none (0 to 255).",
             show_default="the weights' own",
             rich_help_panel=_PANEL,
@@ -130,7 +166,7 @@ class OwnPreprocess:
         typer.Option(
             "--mean",
             metavar="X,X,X",
-            help="With --std, in place of --preprocess: subtracted from values from 0 to 1.",
+            help="Means of the channels, of values from 0 to 1; with --std, for --preprocess.",
             show_default=False,
             rich_help_panel=_PANEL,
         ),
@@ -140,7 +176,7 @@ class OwnPreprocess:
         typer.Option(
             "--std",
             metavar="X,X,X",
-            help="With --mean: what they are then divided by, one number per channel or for all.",
+            help="Standard deviations of the channels, one for each or one for all; with --mean.",
             show_default=False,
             rich_help_panel=_PANEL,
         ),
@@ -332,6 +368,9 @@ def in_option_words(message: str) -> str:
     '--bands 0,1,2 chooses some'
     """
     message = message.replace("input_size=(height, width)", "--input-size HxW")
+    message = re.sub(r"\binput_size=\((\d+), (\d+)\)", r"--input-size \1x\2", message)
+    message = re.sub(r"\binput_size=(?=\d)", "--input-size ", message)
+    message = message.replace("output_stride must", "--output-stride must")
     message = re.sub(
         r"preprocess=fcvgg\.Preprocess\(mean, std\)( to convert or load)?",
         "--preprocess, or --mean and --std",

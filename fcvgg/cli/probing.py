@@ -7,12 +7,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.console import RenderableType
 from rich.table import Table
 
 from fcvgg.cli.console import say, say_wrote, tell_skipped
-from fcvgg.cli.options import Arch, Device, Model, OwnModel, Weights, loaded
+from fcvgg.cli.options import (
+    Arch,
+    Device,
+    Model,
+    OwnModel,
+    Weights,
+    loaded,
+    output_file,
+    output_name,
+)
 from fcvgg.cli.options import size as size_of
+from fcvgg.cli.reports import titled
 from fcvgg.errors import FcvggError
+from fcvgg.files import FIGURE_ENDINGS, checked_folder
 
 if TYPE_CHECKING:
     from fcvgg.transfer import Probe
@@ -55,7 +67,10 @@ def run(
     layers: Annotated[
         str | None,
         typer.Option(
-            "--layers", metavar="NAME,NAME,...", help="The layers.", show_default="all pool layers"
+            "--layers",
+            metavar="NAME,NAME,...",
+            help="The layers to compare.",
+            show_default="all pool layers",
         ),
     ] = None,
     size: Annotated[
@@ -68,22 +83,37 @@ def run(
         ),
     ] = None,
     pooling: Annotated[
-        Pooling, typer.Option("--pooling", help="What is taken over a map's positions.")
+        Pooling, typer.Option("--pooling", help="What a map's positions are reduced to.")
     ] = Pooling.avg,
     classifier: Annotated[
-        Classifier, typer.Option("--classifier", help="Logistic regression, or a linear SVM.")
+        Classifier,
+        typer.Option("--classifier", help="The classifier: logistic regression or a linear SVM."),
     ] = Classifier.logistic,
     folds: Annotated[
-        int, typer.Option("--folds", metavar="N", min=2, help="Folds of the cross-validation.")
+        int,
+        typer.Option(
+            "--folds", metavar="N", min=2, help="Number of folds of the cross-validation."
+        ),
     ] = 5,
     cache: Annotated[
         Path | None,
         typer.Option(
-            "--cache", metavar="DIR", help="Keep features there, for the next run.", file_okay=False
+            "--cache",
+            metavar="DIR",
+            help="A folder that keeps features for the next run.",
+            file_okay=False,
+            callback=output_name(lambda path: checked_folder(path, "--cache")),
         ),
     ] = None,
     output: Annotated[
-        Path, typer.Option("--output", "-o", metavar="FILE", help="Where the figure goes.")
+        Path,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="FILE",
+            help="The figure to write.",
+            callback=output_file(*FIGURE_ENDINGS),
+        ),
     ] = Path("probe.png"),
     own: OwnModel = OwnModel(),
     device: Device = "cpu",
@@ -123,14 +153,8 @@ def run(
     say_wrote(save_figure(axes.get_figure(root=True), output))  # type: ignore[arg-type]
 
 
-def _table(result: Probe, folds: int) -> Table:
-    table = Table(
-        title=f"A linear classifier on each layer's features, {folds} folds",
-        title_style="bold",
-        title_justify="left",
-        box=None,
-        header_style="cyan",
-    )
+def _table(result: Probe, folds: int) -> RenderableType:
+    table = Table(box=None, header_style="cyan")
     table.add_column("layer")
     for heading in ("features", "accuracy", "spread"):
         table.add_column(heading, justify="right")
@@ -138,4 +162,4 @@ def _table(result: Probe, folds: int) -> Table:
         mark = "green" if row is result.best else ""
         table.add_row(row.layer, f"{row.features}", f"{row.mean:.3f}", f"{row.std:.3f}", style=mark)
     table.add_row("chance", "", f"{result.chance:.3f}", "", style="dim")
-    return table
+    return titled(f"A linear classifier on each layer's features, {folds} folds", table)

@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.text import Text
 
-from fcvgg.cli.console import resumable, say, say_wrote, tell_skipped
+from fcvgg.cli.console import resumable, say, say_next, say_wrote, tell_skipped
 from fcvgg.cli.options import Model, OwnModel, Weights, loaded
 from fcvgg.cli.options import size as size_of
 from fcvgg.cli.training_options import (
@@ -63,7 +62,7 @@ def run(
     weights: Weights = "DEFAULT",
     variant: Annotated[
         Variant,
-        typer.Option("--variant", help="Finer variants score finer maps too."),
+        typer.Option("--variant", help="The stride of the finest map that is scored."),
     ] = Variant.fcn32s,
     init_from: Annotated[
         Path | None,
@@ -105,19 +104,21 @@ def run(
     ] = ClassWeights.none,
     epochs: Annotated[
         int,
-        typer.Option("--epochs", metavar="N", min=1, help="So many.", rich_help_panel=TRAINING),
+        typer.Option(
+            "--epochs", metavar="N", min=1, help="Number of epochs.", rich_help_panel=TRAINING
+        ),
     ] = 30,
     batch_size: BatchSize = 4,
     lr: Annotated[
         float,
-        typer.Option("--lr", metavar="X", help="AdamW's learning rate.", rich_help_panel=TRAINING),
+        typer.Option("--lr", metavar="X", help="Learning rate of AdamW.", rich_help_panel=TRAINING),
     ] = 1e-3,
     backbone_lr: Annotated[
         float | None,
         typer.Option(
             "--backbone-lr",
             metavar="X",
-            help="Another one for the layers of the model.",
+            help="Learning rate of the model's own layers.",
             show_default="as --lr",
             rich_help_panel=TRAINING,
         ),
@@ -128,13 +129,13 @@ def run(
             "--seed",
             metavar="N",
             min=0,
-            help="Of split, order, crops and dropout.",
+            help="Seed of the split, order, crops and dropout.",
             rich_help_panel=TRAINING,
         ),
     ] = 0,
     own: OwnModel = OwnModel(),
 ) -> None:
-    """Train a network that labels every pixel, from images with masks.
+    """Train a network to label every pixel, from masks.
 
     The folder gets 'fcn', which 'fcvgg segment' takes, the best and the last checkpoint, and
     history.csv. The best epoch is that of the highest mean IoU on held-out images.
@@ -168,4 +169,4 @@ def run(
         say(f"resumed after epoch {done.run.resumed_after}")
     say(f"FCN-{variant.value}, epoch {done.run.best_epoch} of {epochs}: {done.metrics}")
     say_wrote(output / "fcn")
-    say(Text.assemble(("next: ", "cyan"), f"fcvgg segment photo.jpg --fcn {output / 'fcn'}"))
+    say_next(f"fcvgg segment photo.jpg --fcn {output / 'fcn'}")

@@ -20,13 +20,19 @@ def run(
     fcn: Annotated[
         Path,
         typer.Option(
-            "--fcn", metavar="DIR", help="What 'fcvgg segment-train' wrote.", show_default=False
+            "--fcn",
+            metavar="DIR",
+            help="The folder 'fcvgg segment-train' wrote.",
+            show_default=False,
         ),
     ],
     output: OutputFolder = Path(),
     device: Device = "cpu",
 ) -> None:
-    """Label every pixel of images: NAME-labels.png (class indices), NAME-overlay.png (a figure)."""
+    """Label every pixel of images.
+
+    Writes NAME-labels.png, the class indices, and NAME-overlay.png, a figure, for every image.
+    """
     from fcvgg.cli.options import checked_device
     from fcvgg.figures import save_figure
     from fcvgg.segmentation.network import FCN

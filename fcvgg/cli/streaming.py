@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from fcvgg.categories import class_given
-from fcvgg.cli.console import say, say_wrote, tell
+from fcvgg.cli.console import INTERRUPTED, complain, say, say_wrote, tell
 from fcvgg.cli.options import (
     Arch,
     Bands,
@@ -20,8 +21,10 @@ from fcvgg.cli.options import (
     Weights,
     band_numbers,
     loaded,
+    output_folder,
 )
 from fcvgg.errors import ArgumentError
+from fcvgg.files import STORE_ENDINGS
 
 NAME = "stream"
 EXAMPLES = (
@@ -35,7 +38,7 @@ def run(
     slide: Annotated[
         Path,
         typer.Argument(
-            metavar="SLIDE", help="TIFF, OME-TIFF, zarr, or what Pillow reads.", show_default=False
+            metavar="SLIDE", help="A TIFF, OME-TIFF, zarr or other image.", show_default=False
         ),
     ],
     output: Annotated[
@@ -44,7 +47,8 @@ def run(
             "--output",
             "-o",
             metavar="OUT.zarr",
-            help="Where to write the score map; the same call resumes an interrupted one.",
+            help="The folder for the score map; the same call resumes an interrupted one.",
+            callback=output_folder(*STORE_ENDINGS),
             show_default=False,
         ),
     ],
@@ -63,7 +67,7 @@ def run(
         ),
     ] = None,
     memory: Annotated[
-        str, typer.Option("--memory", metavar="SIZE", help="What may be used, such as 2GiB.")
+        str, typer.Option("--memory", metavar="SIZE", help="Memory that may be used, such as 2GiB.")
     ] = "1GiB",
     level: Annotated[
         int, typer.Option("--level", min=0, help="The level of a pyramid; 0 is the full size.")
@@ -83,7 +87,7 @@ def run(
     own: OwnModel = OwnModel(),
     device: Device = "cpu",
 ) -> None:
-    """Write the score map of an image of any size, in bounded memory."""
+    """Write the score map of an image larger than memory."""
     from fcvgg.streaming.execution import stream
     from fcvgg.streaming.opening import open_image
 
@@ -92,11 +96,27 @@ def run(
     kept = _classes(classes, net.categories)
     if kept == "top5":
         tell("--classes top5 keeps no class's map: 'fcvgg heatmap' cannot show it")
-    store = stream(net, source, out=output, classes=kept, memory=memory, progress=True)
+    with resumed_by_the_same_call(output):
+        store = stream(net, source, out=output, classes=kept, memory=memory, progress=True)
     height, width = source.size
     shape = "x".join(map(str, store.array.shape))
     say(f"{slide}: {height}x{width} pixels gave {shape} {store.description['kind']}")
     say_wrote(output)
+
+
+@contextmanager
+def resumed_by_the_same_call(path: Path) -> Iterator[None]:
+    """Streaming to a folder, which says when interrupted how far it is and how it goes on."""
+    from fcvgg.streaming.score_store import is_store, open_store
+
+    try:
+        yield
+    except KeyboardInterrupt:
+        if not is_store(path):
+            raise
+        share = open_store(path).share
+        complain(f"interrupted; {share:.0%} of {path} is finished and kept, the same call resumes")
+        raise typer.Exit(INTERRUPTED) from None
 
 
 def _nodata(text: str | None) -> float | str | None:

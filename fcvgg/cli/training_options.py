@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from fcvgg.cli.options import output_folder
+
 TRAINING = "Training"
 """The part of a command's help that says how is trained."""
 
@@ -19,6 +21,7 @@ RunFolder = Annotated[
         metavar="DIR",
         file_okay=False,
         help="The run's folder; made if absent.",
+        callback=output_folder(),
     ),
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="Finish the interrupted run in the folder.")]

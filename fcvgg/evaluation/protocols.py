@@ -21,7 +21,7 @@ from fcvgg.categories import class_name
 from fcvgg.datasets import LabelledImages
 from fcvgg.errors import ArgumentError, DatasetError, ImageError, MissingExtraError
 from fcvgg.evaluation.cropping import centre_crop, grid_crops, ten_crops
-from fcvgg.files import written_whole
+from fcvgg.files import JSON_ENDINGS, checked_file, written_whole
 from fcvgg.image_files import Unreadable, left_out
 from fcvgg.images import (
     PreparedImage,
@@ -50,9 +50,6 @@ PROTOCOLS: dict[str, str] = {
 DEFAULT_PROTOCOLS = ("centre-crop", "resize", "dense")
 
 _COMBINED = {"dense+multi-crop": ("dense", "multi-crop")}
-
-_MARGIN = 256 / 224
-"""A scale of the usual proportion: 256 for a native size of 224."""
 
 _TOP = 5
 _CHUNK = 256
@@ -207,8 +204,11 @@ class Evaluation:
         Confusion matrices are lists of ``[label, prediction, images]`` for what occurs.
 
         Raises:
-            FcvggError: if the file cannot be written.
+            FcvggError: if the name does not end in ``.json`` or ``.txt``, or the file cannot be
+                written.
         """
+        if path is not None:
+            checked_file(path, "path", JSON_ENDINGS)
         text = json.dumps(self._plain(), indent=2, ensure_ascii=False)
         # a byte of a name that is not UTF-8 is a lone surrogate, which JSON holds as an escape
         text = text.encode("utf-8", "backslashreplace").decode("utf-8")
@@ -271,8 +271,9 @@ def evaluate(
             grid and its mirror images, 50 crops per scale), ``"dense+multi-crop"`` (the average of
             both, as in the paper's table 5); or ``"all"``.
         scales: lengths of the smaller side to which an image is rescaled before it is evaluated or
-            cropped; probabilities are averaged over them. 8/7 of the native size if None, which is
-            256 for 224. Below the window, or the native size for crops, zeros are padded.
+            cropped; probabilities are averaged over them. ``net.usual_scale`` if None, which is 256
+            for a native size of 224. Below the window, or the native size for crops, zeros are
+            padded.
         flip: average in the mirror image; ten-crop and multi-crop always do.
         average: what is averaged over the cells of a dense map, as for ``net.classify``.
         model: the source model to run crops with, in place of the network at its native size.
@@ -287,7 +288,7 @@ def evaluate(
     if average not in ("scores", "probabilities"):
         raise ArgumentError(f"average={average!r} is unknown; expected 'scores' or 'probabilities'")
     data = LabelledImages(dataset, net.categories, net.num_classes)
-    sides = smaller_sides(round(min(net.input_size) * _MARGIN) if scales is None else scales)
+    sides = smaller_sides(net.usual_scale if scales is None else scales)
     plan = _Plan(names, sides, checked_flip(flip))
     tallies = {name: _Tally(net.num_classes) for name in names}
     run = _Run(net, model, data, plan, average)

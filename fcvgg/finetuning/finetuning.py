@@ -30,7 +30,7 @@ def finetune(
     folder: str | Path = "finetuned",
     *,
     weights: str | Path | None = DEFAULT_WEIGHTS,
-    preprocess: Preprocess | Callable[..., Preprocess | None] | None = None,
+    preprocess: Preprocess | str | Callable[..., Preprocess | None] | None = None,
     resume: bool = False,
     progress: bool = False,
     **options: Any,

@@ -19,7 +19,7 @@ from fcvgg.geometry import Pair, checked_size
 from fcvgg.loading import read_source
 from fcvgg.native_size import infer_input_size
 from fcvgg.placement import dtype_of
-from fcvgg.preprocessing import Preprocess
+from fcvgg.preprocessing import Preprocess, given_preprocess
 from fcvgg.sources import torchvision_model
 
 
@@ -43,7 +43,7 @@ class Pretrained:
 def pretrained(
     model: nn.Module | str | Path,
     weights: str | Path | None,
-    preprocess: Preprocess | Callable[..., Preprocess | None] | None,
+    preprocess: Preprocess | str | Callable[..., Preprocess | None] | None,
     size: int | Pair | None,
 ) -> Pretrained:
     """The classifier of a name, a file or a module.
@@ -72,20 +72,19 @@ def pretrained(
     else:
         classifier = unwrapped(model)
         name = type(classifier).__name__
-    if preprocess is not None and not isinstance(preprocess, Preprocess):
-        arguments = input_channels(classifier), known.get("preprocess")
+    channels = input_channels(classifier)
+    if callable(preprocess) and not isinstance(preprocess, Preprocess):
+        arguments = channels, known.get("preprocess")
         preprocess = preprocess(*arguments[: len(signature(preprocess).parameters)])
-    preprocess = preprocess or known.get("preprocess")
-    if preprocess is None:
+    used = given_preprocess(preprocess, channels) or known.get("preprocess")
+    if used is None:
         raise PreprocessError(
             f"the preprocessing of {name} is unknown; pass preprocess=fcvgg.Preprocess(mean, std), "
             "the one it was trained with"
         )
     if dtype_of(classifier) != torch.float32:  # images are, and so are the layers that are new
         classifier = copy.deepcopy(classifier).float()
-    return Pretrained(
-        classifier, name, preprocess, _native(classifier, known.get("input_size"), size)
-    )
+    return Pretrained(classifier, name, used, _native(classifier, known.get("input_size"), size))
 
 
 def _native(model: nn.Module, known: int | Pair | None, size: int | Pair | None) -> Pair:

@@ -30,6 +30,8 @@ class Classification(Task):
         still: keep the model in evaluation mode, since what is trained of it has no other.
     """
 
+    unprinted = ("valid_balanced_accuracy",)
+
     class_weights: Tensor | None
 
     def __init__(

@@ -377,8 +377,8 @@ def _check_options(dtype: Any, device: torch.device, engine: str | None) -> None
         raise ArgumentError("dtype=torch.float16 needs a GPU; use torch.bfloat16 on a CPU")
     if dtype == torch.bfloat16 and not has_bfloat16():
         raise ArgumentError(
-            "this processor has no bfloat16 arithmetic (neither AMX nor AVX-512 BF16), so it would "
-            "be slower than float32; use dtype=torch.float32"
+            "this processor has no bfloat16 arithmetic (neither AMX nor AVX-512 BF16, or oneDNN "
+            "may not use it), so it would be slower than float32; use dtype=torch.float32"
         )
     if engine == "onnxruntime" and dtype != torch.float32:
         raise ArgumentError("engine='onnxruntime' computes in torch.float32; pass that or None")

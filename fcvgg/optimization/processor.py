@@ -6,8 +6,10 @@ import torch
 
 
 def has_bfloat16() -> bool:
-    """Whether it computes in bfloat16."""
-    return _says("_is_avx512_bf16_supported") or has_amx()
+    """Whether it computes in bfloat16, and oneDNN may use that (see ``ONEDNN_MAX_CPU_ISA``)."""
+    return (_says("_is_avx512_bf16_supported") or has_amx()) and bool(
+        torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )
 
 
 def has_amx() -> bool:

@@ -5,7 +5,6 @@ matplotlib is imported where it is used, so that importing fcvgg stays light.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,8 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from fcvgg.class_colours import class_colours
 from fcvgg.errors import ArgumentError, ImageError
-from fcvgg.files import written_whole
+from fcvgg.files import checked_file, written_whole
 from fcvgg.heatmap import DRAWN, resized
 
 if TYPE_CHECKING:
@@ -28,9 +28,6 @@ IGNORE_INDEX = 255
 ALPHA = 0.55
 
 _IMAGE_INCHES, _LEGEND_INCHES = 6.0, 2.0
-
-_FIRST_COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7")
-"""Okabe and Ito's, which colour-blind readers tell apart too (https://jfly.uni-koeln.de/color)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -156,9 +153,7 @@ class LabelMap:
             ImageError: if the name does not end in ``.png``, or there are more than 255 classes.
             FcvggError: if the file cannot be written.
         """
-        path = Path(path)
-        if path.suffix.lower() != ".png":
-            raise ImageError(f"labels are saved as .png, which keeps them exact; got {path.name!r}")
+        path = checked_file(path, "path", (".png",), ImageError)  # which keeps labels exact
         if len(self.categories) > IGNORE_INDEX:
             raise ImageError(
                 f"a PNG holds up to {IGNORE_INDEX} classes, got {len(self.categories)}"
@@ -182,14 +177,3 @@ class LabelMap:
         most = sorted(self.shares.items(), key=lambda item: -item[1])[:3]
         shown = ", ".join(f"{name} {share:.0%}" for name, share in most if share)
         return f"LabelMap({height}x{width} pixels, {len(self.categories)} classes: {shown})"
-
-
-def class_colours(count: int) -> NDArray[np.uint8]:
-    """A colour for each class, ``uint8 (count, 3)``: seven to be told apart, then evenly spaced."""
-    from matplotlib.colors import hsv_to_rgb, to_rgb
-
-    first = [to_rgb(colour) for colour in _FIRST_COLOURS[:count]]
-    further = max(count - len(first), 0)
-    hues = np.arange(further) * 0.618 % 1  # by the golden ratio: neighbours differ
-    rest: Sequence[Any] = [hsv_to_rgb((hue, 0.65, 0.85)) for hue in hues]
-    return np.rint(np.array([*first, *rest]).reshape(-1, 3) * 255).astype(np.uint8)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from fcvgg.errors import ArgumentError
 from fcvgg.images import ImageLike, prepare
 from fcvgg.network import FullyConvolutional, evaluating
 from fcvgg.placement import device_of, dtype_of
-from fcvgg.preprocessing import Preprocess
+from fcvgg.preprocessing import Preprocess, given_preprocess
 from fcvgg.probability import cells_with_data
 from fcvgg.segmentation.backbone import MapSource, giving, map_sources, without_classifier
 from fcvgg.segmentation.label_map import IGNORE_INDEX, LabelMap
@@ -77,7 +78,7 @@ class FCN(nn.Module):
             paper trains: 32s, then 16s, then 8s. With ``copy=False`` its backbone must have the
             net's weights.
         learn_upsampling: let the kernels between score layers learn.
-        categories: the names of the classes.
+        categories: the names of the classes, or the path of a file with one name per line.
         preprocess: how images become input; the net's when None.
 
     Attributes:
@@ -100,8 +101,8 @@ class FCN(nn.Module):
         copy: bool = True,
         init_from: FCN | None = None,
         learn_upsampling: bool = True,
-        categories: Sequence[str] | None = None,
-        preprocess: Preprocess | None = None,
+        categories: Sequence[str] | str | os.PathLike[str] | None = None,
+        preprocess: Preprocess | str | None = None,
     ):
         super().__init__()
         if not isinstance(net, FullyConvolutional):
@@ -124,7 +125,8 @@ class FCN(nn.Module):
         backbone = without_classifier(net, copy, padding == "same")
         self._build(backbone, num_classes, variant, learn_upsampling)
         self.categories = categories
-        self.preprocess = net.preprocess if preprocess is None else preprocess
+        given = given_preprocess(preprocess, net.in_channels)
+        self.preprocess = net.preprocess if given is None else given
         if init_from is not None:
             self._start_from(init_from, shared=not copy)
 
@@ -195,7 +197,7 @@ class FCN(nn.Module):
         return self._categories
 
     @categories.setter
-    def categories(self, names: Sequence[str] | None) -> None:
+    def categories(self, names: Sequence[str] | str | os.PathLike[str] | None) -> None:
         names = one_per_class(names, self.num_classes, "labels")
         self._categories = None if names is None else distinct_names(names)
 

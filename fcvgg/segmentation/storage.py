@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from fcvgg.errors import FcvggError, LoadError, one_line
-from fcvgg.files import folder_written_whole
+from fcvgg.files import checked_folder, folder_written_whole
 from fcvgg.loading import load
 from fcvgg.preprocessing import decoded_preprocess, encoded_preprocess
 from fcvgg.segmentation.backbone import giving_first
@@ -33,6 +33,7 @@ def write_fcn(fcn: FCN, path: Path) -> Path:
 
     Files that somebody put into it, such as a README, stay.
     """
+    checked_folder(path, "path")
     if path.exists() and not (path / CONFIG).is_file():
         raise FcvggError(f"{path} exists and is no folder of an FCN; choose another name")
     config = {

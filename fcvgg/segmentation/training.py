@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fcvgg.errors import ArgumentError, DatasetError, GeometryError, PreprocessError
+from fcvgg.files import checked_folder
 from fcvgg.geometry import Pair, checked_size
 from fcvgg.image_files import Unreadable
 from fcvgg.placement import device_of
@@ -104,6 +105,7 @@ def train_fcn(
     from fcvgg.segmentation.task import MONITOR, DenseTask
     from fcvgg.training.loop import fit
 
+    checked_folder(folder, "folder")
     settings = settings or Settings(optimizer="adamw", batch_size=4)
     if fcn.preprocess is None:
         raise PreprocessError(

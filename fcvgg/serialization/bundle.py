@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from fcvgg import untrusted
 from fcvgg.errors import FcvggError, LoadError, PreprocessError, one_line
-from fcvgg.files import folder_written_whole
+from fcvgg.files import checked_folder, folder_written_whole
 from fcvgg.geometry import Pair, checked_size
 from fcvgg.preprocessing import Preprocess, decoded_preprocess
 from fcvgg.program import Program
@@ -126,8 +126,10 @@ def write_bundle(
     """Write a bundle to a new folder; a bundle already there is replaced when the new one is whole.
 
     Raises:
-        FcvggError: if `path` is something else than a bundle, or cannot be written.
+        FcvggError: if `path` is something else than a bundle, has the ending of another format, or
+            cannot be written.
     """
+    checked_folder(path, "path", remedy=", or net.export for .onnx and .pt2")
     if path.exists() and not (replaceable and is_bundle(path)):
         raise FcvggError(f"{path} exists and is no bundle of fcvgg; choose another name")
     config = {"library_name": "fcvgg", "format": _FORMAT, **settings, **describe_program(program)}

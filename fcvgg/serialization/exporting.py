@@ -23,11 +23,9 @@ from torch.overrides import TorchFunctionMode
 
 from fcvgg.capture import operation_name
 from fcvgg.errors import EquivalenceError, FcvggError, MissingExtraError, one_line
-from fcvgg.files import written_whole
+from fcvgg.files import EXPORT_ENDINGS, checked_file, written_whole
 from fcvgg.geometry import Pair, Window
 from fcvgg.placement import device_of, dtype_of
-
-SUFFIXES = (".onnx", ".pt2")
 
 _LARGEST_PROTOBUF = 2 * 1024**3
 """Bytes that one ONNX file can hold; beyond, its weights lie in a file beside it."""
@@ -68,9 +66,8 @@ def export_network(
         EquivalenceError: if the file gives other scores than the network; it is not kept.
         MissingExtraError: if ONNX's packages are not installed.
     """
-    if path.suffix not in SUFFIXES:
-        raise FcvggError(f"{path.name!r} has no format to export to; use a name in .onnx or .pt2")
-    as_onnx = path.suffix == ".onnx"
+    checked_file(path, "path", EXPORT_ENDINGS)
+    as_onnx = path.suffix.lower() == ".onnx"
     with _Replaced(_FOR_ONNX if as_onnx else _FOR_TORCH_EXPORT):
         program = exported(network, images)
     entries = {f"fcvgg.{name}": json.dumps(value) for name, value in metadata.items()}

@@ -9,13 +9,13 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from fcvgg.files import STORE_ENDINGS, checked_folder
 from fcvgg.geometry import Pair
 from fcvgg.network import FullyConvolutional, evaluating
 from fcvgg.placement import device_of, dtype_of
@@ -84,11 +84,12 @@ def stream(
         ImageError: if the image cannot be used, is truncated or shrinks.
         FcvggError: if `out` exists and holds something else, or cannot be written.
     """
+    folder = None if out is None else checked_folder(out, "out", STORE_ENDINGS)
     job = StreamJob.prepared(net, source, classes, rows, output)
     budget = parsed_memory(memory)
-    if out is None:
+    if folder is None:
         return _in_memory(job, budget, progress)
-    store, plan = opened_store(job, Path(out), budget)
+    store, plan = opened_store(job, folder, budget)
     with evaluating(net), _bar(progress, job, plan) as advance:
         for block in range(len(plan.blocks)):
             _fill(job, plan, store, block, advance)

@@ -87,6 +87,12 @@ class ScoreStore:
     def complete(self) -> bool:
         return all(n == self.array.shape[-2] for n in self.finished)
 
+    @property
+    def share(self) -> float:
+        """The share of the cells that is finished."""
+        cells = sum(rows * (b - a) for rows, (a, b) in zip(self.finished, self.blocks))
+        return cells / (self.array.shape[-2] * self.array.shape[-1])
+
     def write(self, block: int, row: int, cells: NDArray[Any], mark: bool = True) -> None:
         """Write rows of one block of columns and note them as finished.
 

@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from fcvgg.categories import class_index, class_name
-from fcvgg.errors import ArgumentError, CategoryError, FcvggError, ImageError
+from fcvgg.errors import CategoryError, FcvggError, ImageError
 from fcvgg.extras import imported
-from fcvgg.files import written_whole
+from fcvgg.files import checked_file, written_whole
 from fcvgg.geometry import Geometry, Pair
 from fcvgg.heatmap import Heatmap
 from fcvgg.interpolation import interpolated, pixel_points, shown, within
@@ -134,9 +134,7 @@ class SlideMap:
         Raises:
             FcvggError: if it cannot be written.
         """
-        path = Path(path)
-        if not path.name.lower().endswith((".tif", ".tiff")):
-            raise ArgumentError(f"{path.name!r} is no TIFF; expected a name in .ome.tif")
+        path = checked_file(path, "path", (".tif", ".tiff"))
         tifffile = imported("tifffile", "stream")
         sizes = self._levels()
         options: dict[str, Any] = {

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from fcvgg.errors import FcvggError, LoadError, TrainingError, one_line
-from fcvgg.files import written_whole
+from fcvgg.files import checked_folder, written_whole
 from fcvgg.training.settings import Settings
 
 BEST, LAST, HISTORY = "best.ckpt", "last.ckpt", "history.csv"
@@ -41,7 +41,9 @@ def check_new(folder: Path, names: Iterable[str], resume: bool) -> None:
 
     Raises:
         TrainingError: if a folder has one of the names, and no run is to be resumed.
+        ArgumentError: if the folder has the ending of a file.
     """
+    checked_folder(folder, "folder")
     found = next((name for name in names if (folder / name).exists()), None)
     if found is not None and not resume:
         raise TrainingError(

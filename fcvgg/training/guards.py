@@ -147,22 +147,44 @@ class History(Callback):
 
     def tell(self, epochs: int | None, unprinted: tuple[str, ...] = ()) -> None:
         """Print the last epoch's line, if lines are wanted, without names that begin so."""
-        if not self.lines:
-            return
-        last = self.epochs[-1]
-        shown: list[str] = []
-        part = ""
-        for name, value in last.items():
-            if name in ("epoch", "seconds") or name.startswith(unprinted):
-                continue
-            before, _, what = name.partition("_")  # train_loss, valid_loss, valid_accuracy
-            words = what if what and before == part else name
-            gap = "" if what and before == part else " "
-            part = before
-            text = f"{value:.3g}" if name == "lr" else f"{value:.3f}"
-            shown.append(f"{gap} {words.replace('_', ' ')} {text}")
-        line = f"epoch {int(last['epoch'])}/{epochs}{''.join(shown)}  {last['seconds']:.1f} s"
-        print(line, file=sys.stderr)
+        if self.lines:
+            print(epoch_line(self.epochs[-1], epochs, unprinted), file=sys.stderr)
+
+
+_COLUMNS = 79
+_SHORT = {"accuracy": "acc", "pixel accuracy": "acc", "mean iou": "mIoU"}
+
+
+def epoch_line(
+    values: Mapping[str, float], epochs: int | None, unprinted: tuple[str, ...] = ()
+) -> str:
+    """An epoch's values as a line that no terminal breaks: beyond 79 columns, as several.
+
+    Args:
+        values: by name, as in the history: ``epoch``, ``train_loss``, ``valid_loss`` and so on.
+        epochs: how many there are at most.
+        unprinted: beginnings of names that are left to the history, as the learning rate is.
+    """
+    lines = [f"epoch {int(values['epoch'])}/{epochs}"]
+    part = ""
+    for name, value in values.items():
+        if name in ("epoch", "seconds", "lr") or name.startswith(unprinted):
+            continue
+        before, _, what = name.partition("_")  # train_loss, valid_loss, valid_accuracy
+        words = what.replace("_", " ")
+        piece = f"{_SHORT.get(words, words)} {value:.3f}".lstrip()
+        _append(lines, f" {piece}" if before == part else f"  {before} {piece}")
+        part = before
+    _append(lines, f"  {values['seconds']:.1f} s")
+    return "\n".join(lines)
+
+
+def _append(lines: list[str], piece: str) -> None:
+    """Add a piece to the last line, or to a further one where it does not fit."""
+    if len(lines[-1]) + len(piece) <= _COLUMNS:
+        lines[-1] += piece
+    else:
+        lines.append(f"   {piece}")
 
 
 class BestAndLast(Checkpoint):

@@ -62,7 +62,7 @@ class VGGFeatures(TransformerMixin, BaseEstimator):  # type: ignore[misc]
         pooling: str | None = "avg",
         *,
         size: int | Iterable[int] | None = None,
-        preprocess: Preprocess | None = None,
+        preprocess: Preprocess | str | None = None,
         image_shape: tuple[int, ...] | None = None,
         value_range: tuple[float, float] | None = None,
         batch_size: int = 16,

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fcvgg.errors import ArgumentError, FcvggError
-from fcvgg.files import written_whole
+from fcvgg.files import checked_folder, written_whole
 
 MEMORY_LIMIT = 256 * 2**20
 """Bytes of features that the cache in memory keeps; the oldest go first."""
@@ -59,7 +59,7 @@ class DiskCache:
     """Rows as ``.npy`` files in a folder; a broken file is computed anew."""
 
     def __init__(self, folder: str | Path):
-        self.folder = Path(folder)
+        self.folder = checked_folder(folder, "cache")
 
     def get(self, key: str) -> Row | None:
         try:

@@ -15,7 +15,7 @@ from fcvgg.errors import ArgumentError, ConversionError, ImageError
 from fcvgg.images import ImageLike, prepare
 from fcvgg.network import FullyConvolutional, evaluating
 from fcvgg.placement import device_of, dtype_of
-from fcvgg.preprocessing import Preprocess
+from fcvgg.preprocessing import Preprocess, given_preprocess
 from fcvgg.transfer.extraction import features_upto
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def plot_features(
     *,
     maps: int | Sequence[int] = 39,
     columns: int | None = None,
-    preprocess: Preprocess | None = None,
+    preprocess: Preprocess | str | None = None,
 ) -> Figure:
     """A grid of a layer's feature maps on an image, the image first.
 
@@ -65,12 +65,13 @@ def plot_features(
 
 @torch.no_grad()
 def _maps(
-    model: nn.Module, image: ImageLike, layer: str, preprocess: Preprocess | None
+    model: nn.Module, image: ImageLike, layer: str, preprocess: Preprocess | str | None
 ) -> tuple[Tensor, Tensor]:
     """The maps ``(K, h, w)`` and the image as it entered, ``(H, W, 3)`` or ``(H, W)`` in [0, 1]."""
     own = model.preprocess if isinstance(model, FullyConvolutional) else None
-    preprocess = own if preprocess is None else preprocess
     channels = model.in_channels if isinstance(model, FullyConvolutional) else input_channels(model)
+    given = given_preprocess(preprocess, channels)
+    preprocess = own if given is None else given
     prepared = prepare(image, preprocess, channels)
     pixels = prepared.tensor(preprocess)
     features = features_upto(model, layer).eval()

@@ -22,7 +22,7 @@ from fcvgg.images import prepare
 from fcvgg.loading import load
 from fcvgg.network import FullyConvolutional, evaluating
 from fcvgg.placement import device_of, dtype_of
-from fcvgg.preprocessing import Preprocess
+from fcvgg.preprocessing import Preprocess, given_preprocess
 from fcvgg.transfer.extraction import Features, features_upto
 from fcvgg.transfer.feature_cache import cache_for, digest_of, key_of
 from fcvgg.transfer.naming import layer_names
@@ -56,7 +56,7 @@ class FeatureExtractor:
         *,
         pooling: str | None = "avg",
         size: int | Iterable[int] | None = None,
-        preprocess: Preprocess | None = None,
+        preprocess: Preprocess | str | None = None,
         value_range: tuple[float, float] | None = None,
         batch_size: int = 16,
         cache: str | Path | None = None,
@@ -71,12 +71,13 @@ class FeatureExtractor:
         self.value_range = _checked_range(value_range)
         model = load(model) if isinstance(model, (str, Path)) else model
         own = model.preprocess if isinstance(model, FullyConvolutional) else None
-        self.preprocess = own if preprocess is None else preprocess
-        if self.preprocess is not None and self.value_range is not None:
-            self.preprocess = replace(self.preprocess, value_range=self.value_range)
         self.in_channels = (
             model.in_channels if isinstance(model, FullyConvolutional) else input_channels(model)
         )
+        given = given_preprocess(preprocess, self.in_channels)
+        self.preprocess = own if given is None else given
+        if self.preprocess is not None and self.value_range is not None:
+            self.preprocess = replace(self.preprocess, value_range=self.value_range)
         self.pooling = pooling
         self.batch_size = batch_size
         self.progress = progress
