@@ -556,6 +556,10 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
         geotiff(MASKED.transpose(2, 0, 1), True),
         r"a\.tif has four bands, of which the last is not taken for transparency",
     ),
+    "near infrared of a level": (
+        lambda f: open_image(_four_bands_with_overview(f), level=1),
+        r"a\.tif has four bands, of which the last is not taken for transparency",
+    ),
     "near infrared of a dataset": (
         dataset(geotiff(ALPHA.transpose(2, 0, 1))),
         r"has four bands, of which the last is not taken for transparency",
@@ -606,6 +610,14 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
         r"says that 0 is white and holds int16, of which no value is black; save it",
     ),
 }
+
+
+def _four_bands_with_overview(folder: Path) -> Path:
+    large = MASKED.repeat(2, 0).repeat(2, 1).transpose(2, 0, 1)
+    path = geotiff(large, True, tiled=True, blockxsize=16, blockysize=16)(folder)
+    with rasterio.open(path, "r+") as file:
+        file.build_overviews([2])
+    return Path(path)
 
 
 @pytest.mark.parametrize("name", REFUSED)

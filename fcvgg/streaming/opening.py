@@ -229,7 +229,9 @@ def _tiff_source(file: File, name: str, level: int, bands: Bands, missing: str) 
         if beside is not None and beside.is_file():
             own = _levels(file)
             if level >= own:
-                return _beside(TiffSource(beside, level - own, bands, missing), file)
+                source = _beside(TiffSource(beside, level - own, bands, missing), file)
+                source.path = file  # of which it is a level
+                return source
         return TiffSource(file, level, bands, missing)
     except MissingExtraError as error:
         if level == 0 and missing == "fill" and _is_plain_tiff(file, name):
@@ -251,11 +253,11 @@ def _levels(file: File) -> int:
         raise ImageError(f"{file} is no readable TIFF: {one_line(error)}") from error
 
 
-def _beside(source: StripSource, file: File) -> StripSource:
+def _beside(source: TiffSource, file: File) -> StripSource:
     """A level that lies in a file of its own, as a level of the image that it belongs to."""
     assert isinstance(file, Path)
     whole = TiffSource(file)
-    source.path, source.nodata = file, whole.nodata
+    source.nodata, source.georeferenced = whole.nodata, whole.georeferenced
     if whole.pixel_size is not None:
         source.pixel_size = (
             whole.pixel_size[0] * whole.size[0] / source.size[0],

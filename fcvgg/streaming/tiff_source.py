@@ -42,6 +42,9 @@ _CENTIMETRE = 3
 """TIFF's unit of resolutions that describe the object rather than the print."""
 
 _ORIENTATION, _X_RESOLUTION, _INK_SET, _SAMPLE_FORMAT = 274, 282, 332, 339
+_NODATA = 42113
+"""GDAL's tag for the value of pixels without data, as text."""
+
 _GEOREFERENCE = (33550, 33922, 34264, 34735)
 """Tags, the last ones of GeoTIFF: pixel scale, tie points, transformation, keys."""
 
@@ -128,7 +131,8 @@ class TiffSource(StripSource):
                 f"{self.name} has axes {series.axes} of lengths {tuple(series.shape)}; expected "
                 "one plane of rows, columns and channels: pass it as an array"
             )
-        orientation = page.tags.valueof(_ORIENTATION, 1)
+        first = file.series[0].levels[0].keyframe.tags  # which says what holds for all levels
+        orientation = page.tags.valueof(_ORIENTATION, first.valueof(_ORIENTATION, 1))
         self._orientation = int(orientation) if orientation in range(1, 9) else 1
         colours = (_WHITE_IS_ZERO, _BLACK_IS_ZERO, _RGB, _PALETTE)
         decoded = page.photometric == _YCBCR and page.compression in _JPEG
@@ -176,6 +180,8 @@ class TiffSource(StripSource):
         samples = self._samples * planes
         self.channels = 3 if self._colours is not None or self._cmyk else samples
         self._describe_extra_samples(page, samples)
+        self.georeferenced = any(code in first for code in _GEOREFERENCE)
+        self.nodata = _number(page.tags.valueof(_NODATA, first.valueof(_NODATA)))
         self._direct = page.is_contiguous and page.compression == 1 and page.predictor == 1
         self._direct = self._direct and page.planarconfig == 1 and page.fillorder == 1
         self._direct = self._direct and self._step == 1
@@ -186,23 +192,16 @@ class TiffSource(StripSource):
         self.block_rows = min(int(rows), self.size[0])
 
     def _describe_extra_samples(self, page: Any, samples: int) -> None:
-        """Read what the file says of transparency and of pixels without data."""
+        """Read what the file says of transparency."""
         extra = page.extrasamples
         coloured = page.photometric == _RGB and samples == 4
         grey = page.photometric in _GREYS and samples == 2
         self.alpha = (coloured or grey) and bool(extra) and extra[-1] in _ALPHA
         self._associated = self.alpha and extra[-1] == _ASSOCIATED
         self._masks = self.alpha
-        tags = page.tags
-        self._georeferenced = any(code in tags for code in _GEOREFERENCE)
         # GDAL calls the fourth band of bytes alpha where it is told nothing else. Other than
         # programs for pictures it states a sample format and no resolution.
-        self._by_gdal = _SAMPLE_FORMAT in tags and _X_RESOLUTION not in tags
-        declared = str(tags.valueof(42113, "")).strip().rstrip("\0").strip()
-        try:
-            self.nodata = float(declared)
-        except ValueError:
-            self.nodata = None
+        self._by_gdal = _SAMPLE_FORMAT in page.tags and _X_RESOLUTION not in page.tags
 
     @property
     def _turned(self) -> bool:
@@ -213,7 +212,7 @@ class TiffSource(StripSource):
 
         In a georeferenced file it never is: near infrared is often tagged so.
         """
-        if not self.alpha or self._georeferenced:
+        if not self.alpha or self.georeferenced:
             return False
         return not self._by_gdal or looks_like_alpha(self)
 
@@ -343,6 +342,14 @@ class TiffSource(StripSource):
                 ) from error
             raise
         return None if segment is None else segment[0, : shape[1], : shape[2]]
+
+
+def _number(text: Any) -> float | None:
+    """What GDAL's tag says; None where it says nothing, or no number."""
+    try:
+        return float(str(text).strip(" \0"))
+    except ValueError:
+        return None
 
 
 def looks_like_alpha(source: StripSource) -> bool:
