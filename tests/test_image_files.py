@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 from hypothesis import given
@@ -149,6 +150,32 @@ def test_a_link_to_the_folder_itself_is_no_class(tmp_path: Path) -> None:
         f"{tmp_path}/data/all: a link to a folder that it lies in",
         f"{tmp_path}/data/a/out/back: a link to a folder that it lies in",
     ]
+
+
+PLACES = st.lists(st.sampled_from(["a", "_b", "c.png", "h\udce4", "d e"]), max_size=3)
+ENDINGS = st.sampled_from([".png", ".JPG", ".Jfif", ".xml", "", ".png.txt", "~"])
+STEMS = st.sampled_from(["x", "_y", "z w", "\udcfc", ".hidden", "._left", "|*", "n\n"])
+
+
+@given(st.sets(st.tuples(PLACES.map(tuple), STEMS, ENDINGS), max_size=12))
+def test_every_file_is_found_or_listed_once(files: set[tuple[tuple[str, ...], str, str]]) -> None:
+    with TemporaryDirectory() as made:
+        folder = Path(made)
+        written = set()
+        for place, stem, ending in files:
+            path = folder.joinpath(*place, stem + ending)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if not path.is_dir():
+                path.write_bytes(b"no image")
+                written.add(path)
+        listed = image_files(folder)
+        skipped = [Path(one.name) for one in listed.skipped]
+        assert len({*listed.images, *skipped}) == len(listed.images) + len(skipped)
+        left = {path for path in written if path.name.startswith("._")}
+        assert {*listed.images, *skipped} == written - left
+        endings = {".png", ".jpg", ".jfif"}
+        assert all(path.suffix.lower() in endings for path in listed.images)
+        assert list(listed.images) == sorted(listed.images, key=lambda p: (str(p.parent), p.name))
 
 
 def test_pipes_and_sockets_do_not_hang(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
