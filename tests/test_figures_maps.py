@@ -274,6 +274,14 @@ def test_a_large_plot_marks_what_the_full_one_would() -> None:
     heatmap.plot(boxes=boxes)
 
 
+def test_notebooks_show_large_results_reduced() -> None:
+    made = large(2000, 3300)
+    labels = LabelMap(np.zeros(made.image_size, int), ("a", "b"), made.image)
+    for shown in (made.heatmap(0), labels):
+        picture = Image.open(io.BytesIO(shown._repr_png_()))
+        assert picture.size == (1100, 667)
+
+
 def test_a_heatmap_of_another_size() -> None:
     made = large(2000, 3000)
     full, small = made.heatmap(0), made.heatmap(0, size=(200, 300))
