@@ -118,7 +118,7 @@ class ScoreMap:
         size = checked_size(self.image_size if size is None else size)
         check_pixels(
             size,
-            "pass a smaller one to resample(size), or look at one class with heatmap(target, size=)",
+            "pass a smaller one to resample, or look at one class with heatmap(target, size=)",
             len(self.scores),
         )
         scores = self.scores.masked_fill(~self.has_data, torch.nan)
