@@ -298,9 +298,9 @@ class Heatmap:
         )
 
     def _repr_png_(self) -> bytes:
-        """The overlay, as a notebook shows it."""
+        """The overlay, as a notebook shows it: reduced where it is large."""
         buffer = io.BytesIO()
-        self.overlay().save(buffer, "PNG")
+        self._reduced(-(-max(self.values.shape) // DRAWN)).overlay().save(buffer, "PNG")
         return buffer.getvalue()
 
     def __repr__(self) -> str:

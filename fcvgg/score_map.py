@@ -120,7 +120,7 @@ class ScoreMap:
         size = checked_size(self.image_size if size is None else size)
         check_pixels(
             size,
-            "pass a smaller size to resample, or look at one class with heatmap(target, size=)",
+            "pass a smaller one to resample, or look at one class with heatmap(target, size=)",
             len(self.scores),
         )
         scores = self.scores.masked_fill(~self.has_data, torch.nan)
@@ -145,8 +145,8 @@ class ScoreMap:
         size = self.image_size if size is None else checked_size(size)
         check_pixels(
             size,
-            "pass a smaller heatmap(target, size=), or stream to disk with out= and use "
-            "ScoreStore.heatmap",
+            "pass a smaller one to score_map.heatmap(target, size=(h, w)), or stream to disk with "
+            "out= and use ScoreStore.heatmap",
         )
         index = self.index_of(target)
         cells = self.probabilities()[index].clamp(0, 1).float().cpu()  # (h, w)

@@ -297,6 +297,14 @@ def test_a_large_plot_marks_what_the_full_one_would() -> None:
     heatmap.plot(boxes=boxes)
 
 
+def test_notebooks_show_large_results_reduced() -> None:
+    made = large(2000, 3300)
+    labels = fcvgg.LabelMap(np.zeros(made.image_size, int), ("a", "b"), made.image)
+    for shown in (made.heatmap(0), labels):
+        picture = Image.open(io.BytesIO(shown._repr_png_()))
+        assert picture.size == (1100, 667)
+
+
 def test_a_heatmap_of_another_size() -> None:
     made = large(2000, 3000)
     full, small = made.heatmap(0), made.heatmap(0, size=(200, 300))
@@ -321,12 +329,9 @@ def test_one_cell_is_seen_on_a_small_picture_of_a_large_image() -> None:
 
 def test_what_is_too_large_is_refused_with_the_way_round() -> None:
     made = large(9000, 12000, image=False)
-    limit = (
-        r"^size must be at most 67,108,864 pixels in memory, got 9000x12000 \(108,000,000\); pass"
-    )
-    with pytest.raises(
-        fcvgg.ArgumentError, match=limit + r" a smaller heatmap\(target, size=\), or"
-    ):
+    limit = r"^size must be at most 67,108,864 pixels in memory, got 9000x12000 \(108,000,000\); "
+    remedy = r"pass a smaller one to score_map.heatmap\(target, size=\(h, w\)\), or stream"
+    with pytest.raises(fcvgg.ArgumentError, match=limit + remedy):
         made.heatmap(0)
     with pytest.raises(fcvgg.ArgumentError, match=r"for 5 classes in memory, got 9000x12000"):
         made.resample()

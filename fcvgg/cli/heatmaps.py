@@ -142,16 +142,20 @@ def _show(
     path: Path,
     size_note: SizeNote,
 ) -> Path:
+    from fcvgg.interpolation import MOST_PIXELS
+
     score_map = net.score_map(opened(image, bands), scale=scale)
     if scale is None:
         size_note.tell(image, score_map.input_size)
     prediction = score_map.predict()
     shown = int(prediction.argmax()) if index is None else index
-    heatmap = score_map.heatmap(shown)
-    y, x = heatmap.peak
+    height, width = score_map.image_size
+    factor = max((height * width / MOST_PIXELS) ** 0.5, 1)
+    heatmap = score_map.heatmap(shown, size=(int(height / factor), int(width / factor)))
+    y, x = (int(n * factor) for n in heatmap.peak)
     say(
         f"{image}: {heatmap.label} ({shown}), probability {float(prediction[shown]):.3f} averaged "
-        f"over the image, peak {heatmap.values[y, x]:.3f} at (y, x) = ({y}, {x})"
+        f"over the image, peak {heatmap.values[heatmap.peak]:.3f} at (y, x) = ({y}, {x})"
     )
     say_wrote(heatmap.save(path))
     return path

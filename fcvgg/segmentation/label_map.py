@@ -117,12 +117,19 @@ class LabelMap:
 
     def _draw(self, ax: Axes, alpha: float) -> None:
         height, width = self.labels.shape
-        step = -(-max(height, width) // DRAWN)
-        labels = self.labels[step // 2 :: step, step // 2 :: step]
-        image = self.image and resized(self.image, labels.shape)
-        drawn = LabelMap(labels, self.categories, image).overlay(alpha)
-        ax.imshow(drawn, extent=(-0.5, width - 0.5, height - 0.5, -0.5))
+        overlay = self._reduced().overlay(alpha)
+        ax.imshow(overlay, extent=(-0.5, width - 0.5, height - 0.5, -0.5))
         ax.set_axis_off()
+
+    def _reduced(self) -> LabelMap:
+        """Every so many labels, no more than a figure draws, on the image averaged."""
+        step = -(-max(self.labels.shape) // DRAWN)
+        if step == 1:
+            return self
+        labels = self.labels[step // 2 :: step, step // 2 :: step]
+        height, width = labels.shape
+        image = self.image and resized(self.image, (height, width))
+        return LabelMap(labels, self.categories, image)
 
     def _legend(self) -> dict[str, Any]:
         return {
@@ -165,11 +172,11 @@ class LabelMap:
         return path
 
     def _repr_png_(self) -> bytes:
-        """The overlay, as a notebook shows it."""
+        """The overlay, as a notebook shows it: reduced where it is large."""
         import io
 
         buffer = io.BytesIO()
-        self.overlay().save(buffer, "PNG")
+        self._reduced().overlay().save(buffer, "PNG")
         return buffer.getvalue()
 
     def __repr__(self) -> str:

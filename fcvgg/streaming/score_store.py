@@ -101,14 +101,14 @@ class ScoreStore:
         """
         first, end = self.blocks[block]
         start = self.blocks[0][0]
-        place = slice(row, row + cells.shape[-2]), slice(first - start, end - start)
+        rows, cols = slice(row, row + cells.shape[-2]), slice(first - start, end - start)
         try:
             if self.description["kind"] == "scores":
                 count = self.array.shape[0]
                 if self.normalizer is not None:
-                    self.normalizer[place] = cells[count]
+                    self.normalizer[rows, cols] = cells[count]
                 cells = cells[:count]  # one more is dropped where an older version began the map
-            self.array[(..., *place)] = cells
+            self.array[..., rows, cols] = cells
             if mark:
                 self.mark(block, row + cells.shape[-2])
         except (OSError, FcvggError) as error:
