@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,10 @@ from typing import Any
 from torch import nn
 
 from fcvgg import checkpoints, demo
+from fcvgg.capture import input_channels
 from fcvgg.conversion import convert
-from fcvgg.errors import ArgumentError, LoadError
+from fcvgg.errors import ArgumentError, GeometryError, LoadError
+from fcvgg.geometry import checked_size
 from fcvgg.network import FullyConvolutional
 from fcvgg.preprocessing import Preprocess
 from fcvgg.serialization.bundle import read_bundle
@@ -89,6 +92,10 @@ def _converted_within_budget(
 ) -> FullyConvolutional:
     """The network of a model that a file describes, which is run only if it is affordable."""
     verify = options.pop("verify", True)
+    if options.get("input_size") is not None:
+        with suppress(GeometryError, TypeError):  # convert will say what is wrong with the size
+            size = checked_size(options["input_size"])
+            check_affordable(model, (1, input_channels(model), *size), origin)
     with ShapeBudget(origin, sized=False):
         net = convert(model, verify=False, **options)
     size = largest_verified(net.geometry, net.input_size) if verify else net.geometry.window

@@ -69,6 +69,9 @@ class ShapeBudget(TorchDispatchMode):
         most = _OPERATIONS if self._sized else _TRACED_OPERATIONS
         self._check(self._operations, most, "operations", func)
         self._check(_pieces(func, args, kwargs), _PIECES, "parts of a value", func)
+        if func._schema.name == "aten::arange":  # the order of features, which has values
+            numbers = [n for n in args if isinstance(n, (int, float))]
+            self._check(int(max(numbers, default=0)), _LARGEST_VALUE, "features", func)
         result = func(*args, **kwargs)
         returned = func._schema.returns
         shared = bool(returned) and returned[0].alias_info is not None  # a view, or in place
@@ -76,24 +79,26 @@ class ShapeBudget(TorchDispatchMode):
             results = result if isinstance(result, (tuple, list)) else (result,)
             for value in results:
                 if isinstance(value, Tensor) and value.device.type == "meta":
-                    self._count(value.numel(), func)
+                    self.count(value.numel(), func)
             flops = flop_registry.get(func._overloadpacket)
             if flops is not None:
                 self._flops += flops(*args, **kwargs, out_val=result)
                 self._check(self._flops, _FLOPS, "arithmetic operations", func)
         return result
 
-    def _count(self, elements: int, func: Any) -> None:
+    def count(self, elements: int, func: Any) -> None:
+        """Count a value, which an operation or the place of that name gives."""
         self._check(elements, _LARGEST_VALUE, "elements in a value", func)
         self._elements += elements
         self._check(self._elements, _ALL_VALUES, "elements in all values", func)
 
     def _check(self, found: int, most: int, what: str, func: Any) -> None:
         if found > most:
+            place = func if isinstance(func, str) else func._schema.name.removeprefix("aten::")
             raise ExhaustedError(
                 f"{self._origin} must take at most {most:,} {what} for an image, got {found:,} at "
-                f"{func._schema.name.removeprefix('aten::')}; build the model in torch and pass it "
-                "to fcvgg.convert if it is to be trusted"
+                f"{place}; build the model in torch and pass it to fcvgg.convert if it is to be "
+                "trusted"
             )
 
 
@@ -128,6 +133,7 @@ def check_affordable(model: nn.Module, shape: tuple[int, ...], origin: object) -
     twin = copy.deepcopy(model, memo).eval()
     height, width = shape[2:]
     budget = ShapeBudget(f"{origin} at {height}x{width} pixels")
+    budget.count(prod(shape), "its input")
     try:
         with torch.no_grad(), budget:
             images = torch.empty(shape, dtype=dtype_of(model), device="meta")

@@ -6,6 +6,7 @@ inside the functions, so that help and usage errors come fast.
 
 from __future__ import annotations
 
+import logging
 from typing import Annotated
 
 import typer
@@ -41,6 +42,7 @@ app = typer.Typer(
 
 def main() -> None:
     """Run the command line; the console script ``fcvgg``."""
+    logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # a line for every broken tag
     app(prog_name="fcvgg")
 
 

@@ -162,10 +162,8 @@ def read_bundle(path: Path) -> tuple[Program, Settings]:
         raise LoadError(f"{path / TENSORS} is broken: {one_line(error)}") from error
     try:
         for part in ("graph", "layers", "records"):
-            most = untrusted.MOST_NODES * (4 if part == "tensors" else 1)
-            untrusted.check_count(
-                len(config[part]), f"the number of {part} in {path / CONFIG}", most
-            )
+            what = f"{path / CONFIG}: the number of {part!r} entries"
+            untrusted.check_count(len(config[part]), what)
         what = f"{path / CONFIG}: the number of tensors"
         untrusted.check_count(len(config["tensors"]), what, 4 * untrusted.MOST_NODES)
         table = {name: entry_of(name, data) for name, data in config["tensors"].items()}

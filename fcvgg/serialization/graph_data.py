@@ -140,6 +140,8 @@ def decoded_layer(name: str, data: Mapping[str, Any]) -> nn.Module:
         )
     allowed = _settings_of(cls)
     settings = {k: _decoded(v, {}) for k, v in data["settings"].items() if k in allowed}
+    if "2d" in cls.__name__:
+        _check_pairs(f"the bundle's layer {name} ({cls.__name__})", settings)
     if "device" in inspect.signature(cls).parameters:
         settings["device"] = "meta"
     try:
@@ -148,6 +150,20 @@ def decoded_layer(name: str, data: Mapping[str, Any]) -> nn.Module:
         raise LoadError(
             f"the bundle's layer {name} cannot be made a {data['type']}: {one_line(error)}"
         ) from error
+
+
+_LARGEST_NUMBER = 1 << 31
+
+
+def _check_pairs(what: str, arguments: Mapping[Any, Any]) -> None:
+    """Refuse kernels and the like that are no pairs, which torch sees only when it has values."""
+    for name, value in arguments.items():
+        count = 4 if name == "padding" and "Pad2d" in what else 2
+        if not isinstance(value, (tuple, list)):
+            continue
+        numbers = all(v is None or (type(v) is int and abs(v) < _LARGEST_NUMBER) for v in value)
+        if len(value) != count or not numbers:
+            raise LoadError(f"{what} must have pairs of integers, got {name}={value!r}")
 
 
 def _layer_classes() -> dict[str, type[nn.Module]]:
@@ -291,6 +307,8 @@ def _check_arguments(name: str, op: str, target: Any, args: Any, kwargs: Any) ->
         )
     if op not in ("call_function", "call_module"):
         return
+    if op == "call_function" and "2d" in getattr(target, "__name__", ""):
+        _check_pairs(f"the bundle's node {name}", dict(enumerate(args)) | kwargs)
     try:
         signature = inspect.signature(target.forward if op == "call_module" else target)
     except (ValueError, TypeError):  # torch's own functions have none
