@@ -137,9 +137,9 @@ def _rewritten(
     if output_stride is not None and stride != (output_stride, output_stride):
         native = _rewritten(model, sharing_twin(model), size, None, same)
         *others, last = map(str, output_strides(native))
-        listed = f"{', '.join(others)} or {last}" if others else last
+        strides = f"{', '.join(others)} or {last}" if others else last
         raise ConversionError(
-            f"output_stride must be one that the network's layers come to, {listed}, "
+            f"output_stride must be one that the network's layers come to, {strides}, "
             f"got {output_stride}"
         )
     unfollowed = unfollowed_branches(model, captured, is_leaf)

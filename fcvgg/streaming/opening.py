@@ -228,7 +228,7 @@ def _tiff_source(file: File, name: str, level: int, bands: Bands, missing: str) 
         beside = Path(f"{file}.ovr") if isinstance(file, Path) and level else None
         if beside is not None and beside.is_file():
             own = _levels(file)
-            if level >= own:
+            if level >= own and isinstance(file, Path):
                 source = _beside(TiffSource(beside, level - own, bands, missing), file)
                 source.path = file  # of which it is a level
                 return source
