@@ -23,7 +23,7 @@ from fcvgg.modes import match_modes, training_mode_of
 from fcvgg.native_size import infer_input_size
 from fcvgg.network import FullyConvolutional
 from fcvgg.preprocessing import Preprocess
-from fcvgg.program import Program
+from fcvgg.program import Program, listed
 from fcvgg.rewriting import Rewriter
 from fcvgg.size_numbers import check_numbers
 from fcvgg.verification import check
