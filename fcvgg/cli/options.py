@@ -178,7 +178,7 @@ class OwnPreprocess:
 
 @dataclass(frozen=True)
 class OwnModel(OwnPreprocess):
-    """What a model's user knows of it: also its native size and class names."""
+    """What a model's user knows of it: also its native size, class names and kind of scores."""
 
     input_size: InputSize = None
     categories: Annotated[
@@ -188,6 +188,17 @@ class OwnModel(OwnPreprocess):
             metavar="FILE",
             help="The class names: one per line in the order of the scores, or a list in JSON.",
             show_default="the weights' own",
+            rich_help_panel=_PANEL,
+        ),
+    ] = None
+    activation: Annotated[
+        str | None,
+        typer.Option(
+            "--activation",
+            metavar="KIND",
+            help="What the scores are: logits (softmax), independent_logits (a sigmoid for each "
+            "class), probabilities, log_probabilities, sigmoid (after one) or values (regression).",
+            show_default="read off the model",
             rich_help_panel=_PANEL,
         ),
     ] = None
@@ -248,15 +259,19 @@ def loaded(
             looked for.
     """
     from fcvgg.loading import load
+    from fcvgg.probability import checked_activation
 
     own = own or OwnModel()
     place = checked_device(device)
     settings = own.settings()
+    activation = None if own.activation is None else checked_activation(own.activation)
     with contextlib.redirect_stdout(sys.stderr):  # torch.hub announces downloads on stdout
         net = load(model, **options, **settings)
     preprocess = own.preprocess_for(net.in_channels)
     if preprocess is not None:
         net.preprocess = preprocess
+    if activation is not None:  # also of a bundle, whose graph stays as it is
+        net.activation = activation
     return net.to(place)
 
 
