@@ -315,7 +315,8 @@ def in_option_words(message: str) -> str:
     for name in ("freeze_upto", "class_weights", "valid_fraction", "batch_size"):
         option = f"--{name.replace('_', '-')} "
         message = message.replace(f"{name}=", option).replace(f"{name} goes", f"{option}goes")
-    message = re.sub(r"\b(arch|weights)=(?=')", r"--\1 ", message)
+    message = message.replace("activation= to fcvgg.convert", "--activation")
+    message = re.sub(r"\b(arch|weights|activation)=(?=')", r"--\1 ", message)
     message = re.sub(r"(?<!-)\barch=", "--arch", message)
     return re.sub(r"(?<![-.])\binput_size\b=?", "--input-size", message)
 
