@@ -496,6 +496,9 @@ def _align(model: nn.Module, twin: nn.Module, copies: dict[int, Any]) -> None:
         module = found[name]
         module.training = source.training
         copies[id(source)] = module
+        if isinstance(source, fx.GraphModule) and isinstance(module, fx.GraphModule):
+            if module.code != source.code:  # that of the other mode
+                module.graph = copy.deepcopy(source.graph)
         for own, given in (
             (module._parameters, source._parameters),
             (module._buffers, source._buffers),
@@ -622,6 +625,10 @@ def _known_index(index: Any) -> Any:
     return fx.node.map_aggregate(index, _known)
 
 
+def _call(model: nn.Module, images: Any) -> Any:
+    return model(images)
+
+
 class _ShapeUnknownError(Exception):
     """Python asked for the shape of a value that could not be computed at this size."""
 
@@ -649,10 +656,16 @@ class _ShapeTracer(fx.Tracer):
         self._computing = False
         self._autocast = _autocast_state()
         self._failed = ""
+        self._entry: Callable[..., Any] | None = None
 
     def trace(self, root: Any, concrete_args: Any = None) -> fx.Graph:
-        if _runs_own_forward(root) or not isinstance(type(root).forward, FunctionType):
-            self.traced_func_name = "__call__"  # fx reads the class's function of this name
+        own_call = type(root).__call__ is not nn.Module.__call__
+        if own_call and not isinstance(root, fx.GraphModule):
+            self._entry = _call
+        elif _runs_own_forward(root) or not isinstance(type(root).forward, FunctionType):
+            self._entry = _run_forward
+        if self._entry is not None:
+            self.traced_func_name = "__call__"  # fx wants a function of the class
         return super().trace(root, concrete_args)
 
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
@@ -740,9 +753,7 @@ class _ShapeTracer(fx.Tracer):
     ) -> tuple[Any, list[Any]]:
         # Only the images are traced: further arguments of forward keep their defaults.
         images = self.create_proxy("placeholder", "images", (), {})
-        if self.traced_func_name != "forward":
-            root_fn = _run_forward
-        return root_fn, [self.root, images]
+        return self._entry or root_fn, [self.root, images]
 
     def create_node(
         self, kind: str, target: Any, args: Any, kwargs: Any, *more: Any, **names: Any

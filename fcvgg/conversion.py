@@ -23,7 +23,7 @@ from fcvgg.modes import match_modes, training_mode_of
 from fcvgg.native_size import infer_input_size
 from fcvgg.network import FullyConvolutional
 from fcvgg.preprocessing import Preprocess
-from fcvgg.program import Program, listed
+from fcvgg.program import Program, TrainingMode, listed
 from fcvgg.rewriting import Rewriter
 from fcvgg.size_numbers import check_numbers
 from fcvgg.verification import check
@@ -142,15 +142,20 @@ def _rewritten(
             f"output_stride must be one that the network's layers come to, {strides}, "
             f"got {output_stride}"
         )
-    unfollowed = unfollowed_branches(model, captured, is_leaf)
-    training = [name for name in unfollowed if model.get_submodule(name).training]
-    if training:
-        raise ConversionError(
-            f"{listed(training, type(model).__name__)} computes something else in training mode "
-            "(if self.training: ...), in which the model is; call model.eval() before converting"
-        )
     match_modes(program.network, model)
-    return replace(program, training_mode=training_mode_of(model, program.network, unfollowed))
+    unfollowed = unfollowed_branches(model, captured, is_leaf)
+    training_mode = training_mode_of(model, program.network, unfollowed)
+    _check_followed(model, training_mode)
+    return replace(program, training_mode=training_mode)
+
+
+def _check_followed(model: nn.Module, training_mode: TrainingMode) -> None:
+    places = [n for n in training_mode.unfollowed if model.get_submodule(n).training]
+    if places:
+        raise ConversionError(
+            f"{listed(places, type(model).__name__)} computes something else in training mode, in "
+            "which the model is; call model.eval() before converting"
+        )
 
 
 def _check_data(model: nn.Module) -> None:

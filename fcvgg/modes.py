@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
 from fcvgg.capture import bare_twin
-from fcvgg.errors import ConversionError, one_line
 from fcvgg.modules import TrainingFlag
 from fcvgg.program import TrainingMode
 
@@ -35,16 +36,16 @@ def source_names(names: Iterable[str], sources: Iterable[str]) -> dict[str, str]
 
 def match_modes(network: nn.Module, model: nn.Module) -> None:
     """Put every module of a converted network in the mode of the source's."""
-    modes = {name: module.training for name, module in model.named_modules()}
-    modules = dict(network.named_modules())
+    modes = _modes(model)
+    modules = dict(network.named_modules(remove_duplicate=False))
     for name, source in source_names(modules, modes).items():
         modules[name].training = modes[source]
 
 
 def mode_differences(network: nn.Module, model: nn.Module) -> list[str]:
     """The modules of the source that a converted network has in the other mode."""
-    modes = {name: module.training for name, module in model.named_modules()}
-    modules = dict(network.named_modules())
+    modes = _modes(model)
+    modules = dict(network.named_modules(remove_duplicate=False))
     pairs = source_names(modules, modes).items()
     different = {
         source
@@ -59,29 +60,62 @@ def training_mode_of(
     model: nn.Module, network: nn.Module, unfollowed: tuple[str, ...]
 ) -> TrainingMode:
     """What ``train()`` and ``eval()`` of a model do, tried on a copy, in the network's names."""
-    if type(model).train is nn.Module.train and "train" not in vars(model):
+    if not any(map(_has_own_train, model.modules())):
         return TrainingMode(unfollowed=unfollowed)
-    names = [name for name, _ in network.named_modules()]
-    pairs = source_names(names, [name for name, _ in model.named_modules()]).items()
+    training, evaluation = _tried(model, True), _tried(model, False)
+    names = [name for name, _ in network.named_modules(remove_duplicate=False)]
+    pairs = source_names(names, _modes(model)).items()
     still, lively = (
-        frozenset(name for name, source in pairs if source in exceptions)
-        for exceptions in (_exceptions(model, True), _exceptions(model, False))
+        frozenset(name for name, source in pairs if source in tried.exceptions)
+        for tried in (training, evaluation)
     )
-    return TrainingMode(still, lively, unfollowed)
+    further = tuple(name for name in training.changed if name not in unfollowed)
+    return TrainingMode(still, lively, training.frozen, (*unfollowed, *further))
 
 
-def _exceptions(model: nn.Module, mode: bool) -> frozenset[str]:
-    """The modules that the model's own ``train`` puts in the other mode than torch's would."""
+def _has_own_train(module: nn.Module) -> bool:
+    return type(module).train is not nn.Module.train or "train" in vars(module)
+
+
+@dataclass(frozen=True)
+class _Tried:
+    """What a model's ``train`` did to a copy of it.
+
+    Attributes:
+        exceptions: the modules that it put in the other mode than torch's own would.
+        frozen: the parameters that it took the gradient from.
+        changed: the modules of which it changed more than modes, such as weights merged for
+            inference; a graph does not hold what they compute then.
+    """
+
+    exceptions: frozenset[str]
+    frozen: frozenset[str]
+    changed: tuple[str, ...]
+
+
+def _tried(model: nn.Module, mode: bool) -> _Tried:
     twin, plain = bare_twin(model), bare_twin(model)
+    trained = {name for name, p in twin.named_parameters() if p.requires_grad}
+    before = {name: _settings(module) for name, module in twin.named_modules()}
     try:
         twin.train(mode)
-    except Exception as error:
-        raise ConversionError(
-            f"train({mode}) of {type(model).__name__} fails on a copy without data: "
-            f"{one_line(error)}; set modes only in it, or remove it before converting"
-        ) from error
-    nn.Module.train(plain, mode)
-    modes = {name: module.training for name, module in plain.named_modules()}
-    return frozenset(
-        name for name, module in twin.named_modules() if module.training != modes.get(name)
+        nn.Module.train(plain, mode)
+    except Exception:  # it needs data, so what it does is not known
+        return _Tried(frozenset(), frozenset(), ("",))
+    modes = _modes(plain)
+    return _Tried(
+        exceptions=frozenset(n for n, own in _modes(twin).items() if own != modes.get(n)),
+        frozen=frozenset(n for n, p in twin.named_parameters() if not p.requires_grad) & trained,
+        changed=tuple(n for n, m in twin.named_modules() if _settings(m) != before.get(n)),
     )
+
+
+def _settings(module: nn.Module) -> dict[str, Any]:
+    """A module's attributes that are plain values, but for its mode."""
+    plain = (bool, int, float, str, type(None))
+    named = vars(module).items()
+    return {name: v for name, v in named if isinstance(v, plain) and name != "training"}
+
+
+def _modes(model: nn.Module) -> dict[str, bool]:
+    return {name: m.training for name, m in model.named_modules(remove_duplicate=False)}

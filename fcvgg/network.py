@@ -197,15 +197,17 @@ class FullyConvolutional(nn.Module):
         if mode and known.unfollowed:
             raise TrainingError(
                 "the network cannot follow the source into training mode: "
-                f"{listed(known.unfollowed, self.source)} computes something else there "
-                "(if self.training: ...), which its graph does not hold; train the source, and "
-                "convert it again"
+                f"{listed(known.unfollowed, self.source)} computes something else there, which its "
+                "graph does not hold; train the source, and convert it again"
             )
         super().train(mode)
         exceptions = known.still if mode else known.lively
         for name, module in self.network.named_modules():
             if name in exceptions:
                 module.training = not mode
+        for name, parameter in self.network.named_parameters():
+            if mode and name in known.frozen:
+                parameter.requires_grad_(False)
         self.training = self.network.training
         return self
 

@@ -33,12 +33,14 @@ class TrainingMode:
     Attributes:
         still: the modules that the source's ``train()`` leaves in evaluation mode, by name.
         lively: the modules that its ``eval()`` leaves in training mode.
+        frozen: the parameters that its ``train()`` takes the gradient from.
         unfollowed: the modules that compute something in training mode that the graph does not
             hold; the network cannot be trained.
     """
 
     still: frozenset[str] = frozenset()
     lively: frozenset[str] = frozenset()
+    frozen: frozenset[str] = frozenset()
     unfollowed: tuple[str, ...] = ()
 
 

@@ -39,7 +39,7 @@ from torch import nn
 
 import fcvgg
 from fcvgg import checkpoints
-from fcvgg.errors import visible
+from fcvgg.names import readable
 from fcvgg.images import read_image
 from fcvgg.streaming.score_store import open_store
 
@@ -464,7 +464,7 @@ def _read_and_tell(read: Callable[[Path], Any], path: Path, sender: Any) -> None
         outcome = ("read", str(result) if isinstance(result, Path) else "")
     except fcvgg.FcvggError as error:
         outcome = ("refused", str(error))
-        if visible(error) != str(error) or len(str(error)) > LONGEST:
+        if readable(error) != str(error) or len(str(error)) > LONGEST:
             outcome = ("fault", f"a message of {len(str(error))} characters: {str(error)[:200]!r}")
     except BaseException as error:
         outcome = ("fault", f"{type(error).__name__}: {str(error)[:300]!r}")

@@ -170,6 +170,21 @@ def test_a_patched_model_is_converted_within_another_one() -> None:
     assert native_error(model, fcvgg.convert(model, verify=False)) <= EXACT[torch.float64]
 
 
+class CalledOtherwise(Plain):
+    """What the class does around forward is a part of the model's answer."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return super().__call__(torch.relu(x)) * 2
+
+
+@pytest.mark.parametrize(
+    "build", [CalledOtherwise, lambda: nn.Sequential(CalledOtherwise(), nn.Tanh())]
+)
+def test_a_call_of_the_class_is_what_is_converted(build: Callable[[], nn.Module]) -> None:
+    model = seeded(build)
+    assert native_error(model, fcvgg.convert(model, verify=False)) <= EXACT[torch.float64]
+
+
 def test_a_compiled_submodule_is_converted() -> None:
     model = seeded(Plain)
     model.conv = torch.compile(model.conv, backend="eager")

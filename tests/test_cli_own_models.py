@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from math import log
 from pathlib import Path
 
 import pytest
@@ -84,6 +85,26 @@ def test_convert_keeps_them_in_the_bundle(own: list[str]) -> None:
     assert net.preprocess == fcvgg.Preprocess((0.0,) * 3, (1.0,) * 3)
 
 
+def test_what_the_scores_are(own: list[str]) -> None:
+    options = [*own, "--preprocess", "unit", "--json"]
+    plain, single = (
+        json.loads(run("classify", "one.png", *options, *more).stdout)[0]["predictions"]
+        for more in ([], ["--activation", "multi_label_classification"])
+    )
+    assert sum(p["probability"] for p in plain) == pytest.approx(1, abs=1e-5)
+    logits = {p["index"]: log(p["probability"]) for p in plain}
+    odds = {p["index"]: log(p["probability"] / (1 - p["probability"])) for p in single}
+    differences = [odds[i] - logits[i] for i in logits]  # the softmax's one constant
+    assert differences == pytest.approx([differences[0]] * 3, abs=1e-3)
+    for value, message in (
+        ("values", "the network's scores are values"),
+        ("softmax", "--activation 'softmax' is unknown"),
+    ):
+        ran = run("classify", "one.png", *options, "--activation", value)
+        assert ran.exit_code == 2
+        assert message in ran.stderr
+
+
 def test_info_takes_the_native_size(own: list[str]) -> None:
     _, source, *options = own
     ran = run("info", source, *options[:-1], "96x64")
@@ -95,7 +116,8 @@ def test_info_takes_the_native_size(own: list[str]) -> None:
 def test_help_has_them_in_a_part_of_their_own(command: str) -> None:
     text = run(command, "--help").stdout
     *_, panel = text.partition("Own models")
-    for option in ("--input-size", "--categories", "--preprocess", "--mean", "--std"):
+    options = ("--input-size", "--categories", "--preprocess", "--mean", "--std", "--activation")
+    for option in options:
         assert option in panel, (command, option)
     assert ("--device" in text) == (command != "convert")
 

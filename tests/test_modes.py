@@ -256,6 +256,83 @@ def test_an_override_on_the_instance_is_followed() -> None:
     assert not model.trunk.training  # the override ran on a copy
 
 
+def test_parameters_that_train_freezes_are_frozen() -> None:
+    class FrozenNorms(StillNorms):
+        def train(self, mode: bool = True) -> FrozenNorms:
+            super().train(mode)
+            self.trunk.bn.requires_grad_(False)
+            return self
+
+    net = fcvgg.convert(seeded(FrozenNorms).requires_grad_(True))
+    assert all(p.requires_grad for p in net.parameters())
+    net.train()
+    frozen = {name for name, p in net.network.named_parameters() if not p.requires_grad}
+    assert frozen == {"trunk.bn.weight", "trunk.bn.bias"}
+
+
+class Merged(nn.Linear):
+    """A low-rank addition that ``eval()`` merges into the weight, as loralib does."""
+
+    def __init__(self) -> None:
+        super().__init__(54, 4)
+        self.merged = False
+        self.more = nn.Parameter(torch.ones(4, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        return y if self.merged else y + F.linear(x, self.more.expand(4, 54))
+
+    def train(self, mode: bool = True) -> Merged:
+        super().train(mode)
+        if self.merged == mode:
+            self.weight.data += -self.more if mode else self.more
+            self.merged = not mode
+        return self
+
+
+def test_a_train_that_changes_more_than_modes_is_not_followed() -> None:
+    model = Small()
+    model.fc = Merged()
+    model.double().eval()
+    before = state_of(model)
+    net = fcvgg.convert(model)
+    assert net.equivalence.passed
+    with pytest.raises(fcvgg.TrainingError, match=r"into training mode: fc computes something"):
+        net.train()
+    assert model.fc.merged
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(tensor, before[name], rtol=0, atol=0)
+
+
+def test_a_train_that_needs_data_is_not_followed() -> None:
+    class NeedsData(Small):
+        def train(self, mode: bool = True) -> NeedsData:
+            assert self.fc.weight.sum().item() != 0
+            return super().train(mode)
+
+    net = fcvgg.convert(seeded(NeedsData))
+    with pytest.raises(fcvgg.TrainingError, match=r"into training mode: NeedsData computes"):
+        net.train()
+
+
+def test_an_extractor_holds_the_graph_of_one_mode() -> None:
+    class Functional(Small):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(F.dropout(self.trunk(x).flatten(1), 0.5, self.training))
+
+    class Plain(Small):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(self.trunk(x).flatten(1))
+
+    for build in (Plain, Functional):
+        net = fcvgg.convert(create_feature_extractor(seeded(build), ["fc"]).eval(), input_size=12)
+        if build is Plain:
+            assert net.train().training
+        else:
+            with pytest.raises(fcvgg.TrainingError, match="into training mode: "):
+                net.train()
+
+
 def test_functions_follow_an_override_too() -> None:
     class Functional(Small):
         def forward(self, x: Tensor) -> Tensor:

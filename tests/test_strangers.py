@@ -31,7 +31,7 @@ from torch import nn
 import fcvgg
 from fcvgg import untrusted
 from fcvgg.checkpoints import read_state
-from fcvgg.errors import visible
+from fcvgg.names import readable
 from fcvgg.preprocessing import Preprocess
 from fcvgg.serialization.bundle import CONFIG, TENSORS
 from fcvgg.shape_budget import ShapeBudget, check_affordable
@@ -49,7 +49,7 @@ def refused(read, match, error=fcvgg.FcvggError):
     with pytest.raises(error, match=match) as caught:
         read()
     message = str(caught.value)
-    assert visible(message) == message
+    assert readable(message) == message
     assert len(message) < 4_000
     assert time.monotonic() - started < SECONDS
 
@@ -669,7 +669,7 @@ def test_ome_metadata_of_other_types(tmp_path, key, value):
         message = str(error)
     else:
         message = ""
-    assert visible(message) == message
+    assert readable(message) == message
 
 
 @pytest.mark.parametrize("value", [3, "x", [1], {"multiscales": 3}, {"multiscales": [3]}, [[]]])
@@ -772,11 +772,11 @@ def test_a_pipe_for_the_metadata_of_a_store_does_not_hang(store):
 
 
 def test_control_and_direction_characters_are_written_out():
-    assert visible("plain naïve 漢字 \u200d") == "plain naïve 漢字 \u200d"
-    assert visible("a\x1b[31m\r\n\x9b\u202e\u2066\u200f\ud800") == (
+    assert readable("plain naïve 漢字 \u200d") == "plain naïve 漢字 \u200d"
+    assert readable("a\x1b[31m\r\n\x9b\u202e\u2066\u200f\ud800") == (
         r"a\x1b[31m\r\n\x9b\u202e\u2066\u200f\ud800"
     )
-    assert str(fcvgg.FcvggError(f"a{ESCAPES}")) == rf"a{visible(ESCAPES)}"
+    assert str(fcvgg.FcvggError(f"a{ESCAPES}")) == rf"a{readable(ESCAPES)}"
     assert str(fcvgg.CategoryError("a\nb")) == "a b"
     assert len(str(fcvgg.FcvggError("x " * 10**6))) < 3_000
 
@@ -802,7 +802,7 @@ def test_names_never_reach_the_terminal_raw(tmp_path):
         result = run(*command)
         printed = result.stdout + result.stderr
         lines = printed.splitlines()
-        assert all(visible(line) == line for line in printed.split("\n")), command
+        assert all(readable(line) == line for line in printed.split("\n")), command
         assert "forged" not in [line.strip() for line in lines]
     result = run("classify", image, "--model", bundle, "--json")
     found = json.loads(result.stdout)[0]

@@ -258,7 +258,7 @@ class OwnPreprocess:
 
 @dataclass(frozen=True)
 class OwnModel(OwnPreprocess):
-    """What a model's user knows of it: also its native size and class names."""
+    """What a model's user knows of it: also its native size, class names and kind of scores."""
 
     input_size: InputSize = None
     categories: Annotated[
@@ -268,6 +268,17 @@ class OwnModel(OwnPreprocess):
             metavar="FILE",
             help="The class names: one per line in the order of the scores, or a list in JSON.",
             show_default="the weights' own",
+            rich_help_panel=_PANEL,
+        ),
+    ] = None
+    activation: Annotated[
+        str | None,
+        typer.Option(
+            "--activation",
+            metavar="KIND",
+            help="What the scores are: logits (softmax), independent_logits (a sigmoid for each "
+            "class), probabilities, log_probabilities, sigmoid (after one) or values (regression).",
+            show_default="read off the model",
             rich_help_panel=_PANEL,
         ),
     ] = None
@@ -328,13 +339,17 @@ def loaded(
             looked for.
     """
     from fcvgg.loading import load
+    from fcvgg.probability import checked_activation
 
     own = own or OwnModel()
     place = checked_device(device)
     settings = own.settings()
+    activation = None if own.activation is None else checked_activation(own.activation)
     with contextlib.redirect_stdout(sys.stderr):  # torch.hub announces downloads on stdout
         net = load(model, **options, **settings)
     net.preprocess = own.preprocess_for(net.in_channels, net.preprocess)
+    if activation is not None:  # also of a bundle, whose graph stays as it is
+        net.activation = activation
     return net.to(place)
 
 
@@ -392,7 +407,8 @@ def in_option_words(message: str) -> str:
     for name in ("freeze_upto", "class_weights", "valid_fraction", "batch_size"):
         option = f"--{name.replace('_', '-')} "
         message = message.replace(f"{name}=", option).replace(f"{name} goes", f"{option}goes")
-    message = re.sub(r"\b(arch|weights)=(?=')", r"--\1 ", message)
+    message = message.replace("activation= to fcvgg.convert", "--activation")
+    message = re.sub(r"\b(arch|weights|activation)=(?=')", r"--\1 ", message)
     message = re.sub(r"(?<!-)\barch=", "--arch", message)
     return re.sub(r"(?<![-.])\binput_size\b=?", "--input-size", message)
 

@@ -64,19 +64,21 @@ def _described_mode(program: Program) -> dict[str, list[str]]:
     return {
         "still": sorted(mode.still),
         "lively": sorted(mode.lively),
+        "frozen": sorted(mode.frozen),
         "unfollowed": [*mode.unfollowed, *lost],
     }
 
 
 def _training_mode(data: Any) -> TrainingMode:
     """What `_described_mode` wrote; nothing particular in bundles of before."""
-    parts = {"still": [], "lively": [], "unfollowed": [], **data}
+    parts = {"still": [], "lively": [], "frozen": [], "unfollowed": [], **data}
     for name, places in parts.items():
         if not isinstance(places, list) or not all(type(place) is str for place in places):
             raise LoadError(f"the bundle's training_mode.{name} is no list of names")
     return TrainingMode(
         still=frozenset(parts["still"]),
         lively=frozenset(parts["lively"]),
+        frozen=frozenset(parts["frozen"]),
         unfollowed=tuple(parts["unfollowed"]),
     )
 
