@@ -134,9 +134,7 @@ def conv2d(
     return build.window(call, x, windows, emit, weight.value.numel(), "Conv2d")
 
 
-def _is_global(
-    build: Rewriter, call: Call, x: Cells, kernel: Any, padding: Any, kind: str
-) -> bool:
+def _is_global(build: Rewriter, call: Call, x: Cells, kernel: Any, padding: Any, kind: str) -> bool:
     """Whether a pool stands for a global one, which slides by one: it covers all of the features.
 
     That is certain where its kernel is the features' own size, ``F.avg_pool2d(x, x.size()[2:])``.
