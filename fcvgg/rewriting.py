@@ -63,10 +63,12 @@ class Boundary:
 class WindowWeight:
     """An FC weight ``(O, C*kh*kw)`` as the parameter ``(O, C, kh, kw)`` of a window.
 
-    `column_order` is None where the columns lie in the order of the map, see `WindowLinear`.
+    `order[j]` is the window's element that column j multiplies; `column_order` is None where that
+    is j, see `WindowLinear`.
     """
 
     parameter: nn.Parameter
+    order: Tensor
     column_order: Tensor | None
 
 
@@ -366,7 +368,7 @@ class Rewriter:
                 column_order = order.argsort().to(columns.device)
                 columns = columns[:, column_order]
             shaped = nn.Parameter(columns.view(len(columns), -1, *kernel), weight.requires_grad)
-            self._window_weights[weight] = WindowWeight(shaped, column_order)
+            self._window_weights[weight] = WindowWeight(shaped, order, column_order)
         return self._window_weights[weight]
 
     def hold(self, call: Call, module: nn.Module) -> None:

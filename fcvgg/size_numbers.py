@@ -39,8 +39,8 @@ def check_numbers(captured: Captured, model: nn.Module, crop: Pair) -> None:
         if not _equal(*numbers):
             raise UnsupportedLayerError(
                 f"{describe(node)} computes with a number that follows from the input size, "
-                f"{numbers[0]} at {captured.size} and {numbers[1]} at {crop}, the part of it that a "
-                f"cell sees; pass input_size={crop}, or write the number out"
+                f"{numbers[0]} at {captured.size} and {numbers[1]} at {crop}, what a "
+                f"cell sees of it; pass input_size={crop}, or write the number out"
             )
 
 

@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import fcvgg
+import fcvgg.layers.registry
+import fcvgg.serialization.exporting
 
 SIZES = {"native": (32, 32), "odd": (45, 33), "large": (96, 120)}
 """Native gives one cell, which torch.export would guard against."""
@@ -170,3 +172,171 @@ def test_what_was_exported_loads_back(tmp_path):
     assert back.geometry == net.geometry
     images = torch.randn(2, 3, 11, 13)
     torch.testing.assert_close(back(images), net(images), rtol=1e-6, atol=1e-6)
+
+
+# -- every layer kind, in onnxruntime and in torch.export's module ---------------------------------
+
+ACTIVATIONS = [
+    *(nn.ReLU(), nn.ReLU6(), nn.LeakyReLU(0.2), nn.ELU(2.0), nn.SELU(), nn.CELU(2.0), nn.GELU()),
+    *(nn.GELU("tanh"), nn.SiLU(), nn.Mish(), nn.Hardswish(), nn.Tanh(), nn.Softplus(3, 1)),
+    *(nn.Softsign(), nn.RReLU(), nn.Softshrink(), nn.Hardshrink(), nn.Tanhshrink()),
+    *(nn.Hardtanh(-0.2, 0.3), nn.Sigmoid(), nn.Hardsigmoid(), nn.LogSigmoid(), nn.PReLU(4)),
+    *(nn.Threshold(0.1, -2), nn.Softmax2d(), nn.BatchNorm2d(4), nn.LocalResponseNorm(4)),
+    *(nn.Dropout(), nn.AlphaDropout(), nn.Dropout2d(), nn.ChannelShuffle(2)),
+]
+FUNCTIONS = [
+    *(F.rrelu, F.logsigmoid, torch.erf, torch.sign, torch.square, torch.exp, torch.neg, torch.abs),
+    *(lambda x: x.abs().log1p(), lambda x: (x.abs() + 1).rsqrt(), lambda x: x.abs().sqrt()),
+    *(lambda x: torch.max(x, -0.3 * x), lambda x: torch.minimum(x, 0.3 * x), lambda x: 1 - x),
+    *(lambda x: torch.where(x > 0.1, x, x * 0.2), lambda x: x.masked_fill(x < 0.05, 0.0)),
+    *(lambda x: x.clamp(-0.1, 0.2), lambda x: x.abs() ** 1.5, lambda x: F.normalize(x, dim=1)),
+    *(lambda x: x[:, [3, 1, 0, 2]], lambda x: x.flip(1), lambda x: x / 3 + 0.5),
+    lambda x: F.layer_norm(x.permute(0, 2, 3, 1), (4,)).permute(0, 3, 1, 2),
+]
+
+
+class Sum(nn.Module):
+    """The sum of what layers make of one map."""
+
+    def __init__(self, layers, functions=()):
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+        self.functions = functions
+
+    def forward(self, x):
+        return sum(call(x) for call in (*self.layers, *self.functions))
+
+
+def of(*layers, size=27):
+    """A net of a convolution, the layers under test and a fully connected head."""
+    torch.manual_seed(0)
+    trunk = nn.Sequential(nn.Conv2d(3, 4, 3), *layers).eval()
+    features = trunk(torch.zeros(1, 3, size, size)).flatten(1).shape[1]
+    model = nn.Sequential(*trunk, nn.Flatten(), nn.Linear(features, 3)).eval()
+    return fcvgg.convert(model, input_size=size)
+
+
+def check_export(net, path):
+    """Run the exported file at three sizes, of which two are beyond the native."""
+    written = net.export(path)
+    assert written.check.startswith("checked at ")
+    if path.suffix == ".onnx":
+        session = onnxruntime.InferenceSession(path)
+        compiled = openvino.compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+        engines = [
+            lambda x: session.run(None, {"images": x.numpy()})[0],
+            lambda x: np.array(compiled(x.numpy())[0]),
+        ]
+    else:
+        engines = [torch.export.load(path).module()]
+    for extra in ((0, 0), (13, 6), (20, 31)):
+        size = [max(n, w) + e for n, w, e in zip(net.input_size, net.geometry.window, extra)]
+        images = images_of(size)
+        with torch.no_grad():
+            expected = net(images)
+            for engine in engines:
+                got = torch.as_tensor(engine(images))
+                torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+POOLS = {
+    "divisor": nn.AvgPool2d(3, 2, divisor_override=1),
+    "divisor and padding": nn.AvgPool2d(3, 2, 1, divisor_override=5),
+    "divisor and padding left out": nn.AvgPool2d(3, 2, 1, False, False, divisor_override=5),
+    "divisor and ceil mode": nn.AvgPool2d(3, 2, ceil_mode=True, divisor_override=5),
+    "divisor, ceil mode and padding": nn.AvgPool2d((3, 2), 3, 1, True, divisor_override=5),
+    "padding left out": nn.AvgPool2d(3, 2, 1, count_include_pad=False),
+    "ceil mode": nn.AvgPool2d(3, 2, ceil_mode=True),
+    "ceil mode and padding": nn.AvgPool2d((2, 3), (3, 2), 1, True),
+    "ceil mode and padding left out": nn.AvgPool2d((2, 3), (3, 2), 1, True, False),
+    "maximum in ceil mode": nn.MaxPool2d(3, 2, ceil_mode=True),
+    "maximum in ceil mode and padding": nn.MaxPool2d((2, 3), (3, 2), 1, ceil_mode=True),
+    "maximum, dilated": nn.MaxPool2d(2, 3, 1, dilation=2, ceil_mode=True),
+}
+KINDS = {
+    "activations": (Sum(ACTIVATIONS),),
+    "functions": (Sum([], FUNCTIONS),),
+    "paddings": (
+        *(nn.ZeroPad2d((1, 2, 0, 1)), nn.ConstantPad2d(1, 2.5), nn.ReflectionPad2d((1, 2, 0, 1))),
+        *(nn.ReplicationPad2d(2), nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect")),
+        *(nn.Conv2d(4, 4, 4, padding="same"), nn.Conv2d(4, 4, 3, 2, (1, 2), 2, 2)),
+    ),
+    "adaptive pool": (nn.AdaptiveAvgPool2d(4), nn.Conv2d(4, 4, 1), nn.AdaptiveMaxPool2d(2)),
+    "norms": (nn.Flatten(), nn.LayerNorm(2500), nn.BatchNorm1d(2500)),
+    **{name: (pool,) for name, pool in POOLS.items()},
+}
+
+
+@pytest.mark.parametrize("suffix", fcvgg.serialization.exporting.SUFFIXES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_layer_is_exported_as_it_is(kind, suffix, tmp_path):
+    check_export(of(*KINDS[kind]), tmp_path / f"net{suffix}")
+
+
+SUMS = {
+    "sum": lambda x: x.sum((2, 3)),
+    "sum of rows, then of columns": lambda x: x.sum(3).sum(2),
+    "sum by the number of elements": lambda x: x.sum((2, 3)) / (x.shape[2] * x.shape[3]),
+    "pool": lambda x: F.avg_pool2d(x, x.shape[2:], divisor_override=7).flatten(1),
+}
+
+
+@pytest.mark.parametrize("pool", SUMS.values(), ids=SUMS.keys())
+def test_sums_over_all_positions(pool, tmp_path):
+    class Summed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.trunk = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.MaxPool2d(2))
+            self.fc = nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self.fc(pool(self.trunk(x)))
+
+    torch.manual_seed(0)
+    net = fcvgg.convert(Summed().eval(), input_size=24)
+    check_export(net, tmp_path / "sums.onnx")
+    assert fcvgg.load(tmp_path / "sums.onnx").equivalence.passed
+
+
+# -- what an export says of itself -------------------------------------------------------------------
+
+
+def test_a_file_that_gives_other_scores_is_not_kept(tmp_path, monkeypatch):
+    monkeypatch.setitem(fcvgg.serialization.exporting._FOR_ONNX, F.avg_pool2d, F.avg_pool2d)
+    net = of(nn.AvgPool2d(3, 2, divisor_override=1))
+    with pytest.raises(
+        fcvgg.EquivalenceError,
+        match=r"net.onnx gives other scores than the network at .* pixels, by .* of the largest",
+    ):
+        net.export(tmp_path / "net.onnx")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_could_not_be_run_is_said(net, tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "onnxruntime", None)
+    written = net.export(tmp_path / "demo.onnx")
+    assert written.check == ("not checked: onnxruntime is not installed; pip install 'fcvgg[onnx]'")
+    assert written == tmp_path / "demo.onnx"
+    assert written.stat().st_size > 800_000
+
+
+@pytest.mark.parametrize("suffix", fcvgg.serialization.exporting.SUFFIXES)
+def test_what_torch_cannot_export_is_named(suffix, tmp_path, monkeypatch):
+    class Odd(nn.Module):
+        def forward(self, x):
+            return torch.igamma(x.abs() + 1, x.abs() + 0.5)
+
+    class Sized(nn.ReLU):
+        def forward(self, x):
+            return x * float(x.abs().sum() > -1)
+
+    for layer in (Odd, Sized):
+        monkeypatch.setitem(
+            fcvgg.layers.registry.RULES, layer, fcvgg.layers.elementwise.act_elementwise
+        )
+    if suffix == ".onnx":
+        with pytest.raises(fcvgg.FcvggError, match=r"^torch.onnx cannot write 1 \(Odd\): [^\n]*$"):
+            of(Odd()).export(tmp_path / f"odd{suffix}")
+    with pytest.raises(fcvgg.FcvggError, match=r"^torch.export cannot take 1 \(Sized\): [^\n]*$"):
+        of(Sized()).export(tmp_path / f"sized{suffix}")
+    assert list(tmp_path.iterdir()) == []

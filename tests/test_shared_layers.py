@@ -1,4 +1,4 @@
-"""Layers and weights that the source uses at several places stay one parameter that trains alike."""
+"""Layers and weights that the source uses at several places stay one parameter."""
 
 from __future__ import annotations
 

@@ -79,8 +79,9 @@ def _fully_connected(build: Rewriter, call: Call, x: Any, weight: Any, bias: Any
     if isinstance(weight, Constant):
         node = _functional(build, call, x, weight, bias, kernel, order, dilation)
     else:
-        layer = _window_linear_layer(build.window_weight(weight, kernel, order), bias, dilation)
-        if layer.kernel_size == kernel and torch.equal(layer.fc_order().cpu(), order):
+        shaped = build.window_weight(weight, kernel, order)
+        layer = _window_linear_layer(shaped, bias, dilation)
+        if layer.kernel_size == kernel and torch.equal(shaped.order, order):
             node = build.emit_module(call, layer, x, (kernel, dilation))
         else:  # another window over the same columns: the parameter stays one
             build.hold(call, layer)
