@@ -24,9 +24,11 @@ from typer.testing import CliRunner
 
 import fcvgg
 from fcvgg.cli import app
+from fcvgg.cli.options import OwnPreprocess
 from fcvgg.datasets import Labelled
 from fcvgg.evaluation.protocols import _Plan, _Run
 from fcvgg.finetuning.images import ImageRows, LabelledFiles
+from fcvgg.finetuning.pretrained import pretrained
 from fcvgg.images import prepare, read_picture
 from fcvgg.segmentation.mask_folders import MaskFolder
 from fcvgg.segmentation.samples import MaskedImages
@@ -923,6 +925,17 @@ def test_a_range_on_the_command_line(
     np.testing.assert_allclose(
         zarr.open("s.zarr", mode="r")[:], net.score_map("scene.tif").scores, atol=1e-5
     )
+
+
+def test_a_range_beside_what_the_source_says() -> None:
+    """As ``fcvgg finetune --range`` hands it on."""
+    own = OwnPreprocess(value_range="0,4095")
+    source = pretrained("demo", None, own.preprocess_for, None)
+    assert source.preprocess.value_range == (0, 4095)
+    assert replace(source.preprocess, value_range=None) == fcvgg.load("demo").preprocess
+    assert own.preprocess_for(3) is None
+    named = replace(own, preprocess="tf").preprocess_for(3)
+    assert named == replace(fcvgg.Preprocess.preset("tf"), value_range=(0, 4095))
 
 
 def test_missing_data_on_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
