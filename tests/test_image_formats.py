@@ -692,6 +692,13 @@ def test_a_range_maps_its_ends_to_those_of_bytes(values: Pixels, options: dict[s
     np.testing.assert_allclose(units, exact, rtol=1e-6, atol=1e-4)
 
 
+def test_values_beyond_any_range_become_infinite_without_a_warning() -> None:
+    preprocess = fcvgg.Preprocess((0,) * 3, (1,) * 3, value_range=(0, 1e-3))
+    lowest = np.float32(-3.4028234663852886e38)
+    assert preprocess.units(np.array([lowest, np.nan, 0], np.float32)).tolist()[::2] == [-np.inf, 0]
+    assert replace(preprocess, value_range=None, scale=1).units(np.array([1e300])) == np.inf
+
+
 @pytest.mark.parametrize("value", [(0,), (0, 0), (0, float("nan")), "ab", 5, (1, 2, 3)])
 def test_what_is_no_range(value: Any) -> None:
     message = r"^value_range must be two different numbers \(low, high\), got "
