@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fcvgg.batching import run_in_batches
 from fcvgg.categories import one_per_class
-from fcvgg.errors import ArgumentError, ImageError, TrainingError
+from fcvgg.errors import ArgumentError, ImageError, PreprocessError, TrainingError, one_line
 from fcvgg.geometry import Geometry, Pair
 from fcvgg.heatmap import Heatmap
 from fcvgg.images import (
@@ -400,8 +400,18 @@ class FullyConvolutional(nn.Module):
 
     def _scores(self, batch: Tensor, output: int) -> Tensor:
         """One output's maps ``(N, K, h, w)`` in evaluation mode."""
-        with torch.no_grad(), evaluating(self):
-            maps = self(batch.to(device_of(self), dtype_of(self)))
+        try:
+            with torch.no_grad(), evaluating(self):
+                maps = self(batch.to(device_of(self), dtype_of(self)))
+        except (MemoryError, RuntimeError) as error:
+            # torch raises RuntimeError for the CPU, its subclass OutOfMemoryError for a GPU
+            if isinstance(error, RuntimeError) and "memory" not in str(error):
+                raise
+            raise ImageError(
+                f"an input of {'x'.join(map(str, batch.shape[2:]))} pixels does not fit into "
+                f"memory whole ({one_line(error)}); choose a smaller scale, or compute it strip by "
+                "strip with fcvgg.stream"
+            ) from error
         return maps[output] if isinstance(maps, tuple) else maps
 
     def _prepared(self, image: ImageLike) -> PreparedImage:

@@ -173,7 +173,8 @@ class Preprocess:
         wide = np.float32 if dtype.itemsize <= (2 if dtype.kind in "iu" else 4) else np.float64
         if self.value_range is not None and dtype.kind in "iuf":
             low, high = self.value_range
-            values = (values.astype(wide) - wide(low)) * wide(255 / (high - low))
+            with np.errstate(over="ignore", invalid="ignore"):  # values that stand for no data
+                values = (values.astype(wide) - wide(low)) * wide(255 / (high - low))
         elif dtype.kind not in "iuf" or (self.takes_bytes and dtype != np.uint16):
             raise ImageError(
                 f"{name} holds {dtype}, which has no known range; pass uint8 (H, W, C), or "
@@ -181,7 +182,8 @@ class Preprocess:
             )
         elif self.takes_bytes:
             values = values / np.float32(_WIDE)
-        return values.astype(np.float32, copy=False)
+        with np.errstate(over="ignore"):
+            return values.astype(np.float32, copy=False)
 
     def assumes_range(self, dtype: Any) -> bool:
         """Whether values of a dtype are taken for the whole range of 16 bits without being told."""

@@ -24,9 +24,11 @@ from typer.testing import CliRunner
 
 import fcvgg
 from fcvgg.cli import app
+from fcvgg.cli.options import OwnPreprocess
 from fcvgg.datasets import Labelled
 from fcvgg.evaluation.protocols import _Plan, _Run
 from fcvgg.finetuning.images import ImageRows, LabelledFiles
+from fcvgg.finetuning.pretrained import pretrained
 from fcvgg.images import prepare, read_picture
 from fcvgg.segmentation.mask_folders import MaskFolder
 from fcvgg.segmentation.samples import MaskedImages
@@ -690,6 +692,13 @@ def test_a_range_maps_its_ends_to_those_of_bytes(values: Pixels, options: dict[s
     np.testing.assert_allclose(units, exact, rtol=1e-6, atol=1e-4)
 
 
+def test_values_beyond_any_range_become_infinite_without_a_warning() -> None:
+    preprocess = fcvgg.Preprocess((0,) * 3, (1,) * 3, value_range=(0, 1e-3))
+    lowest = np.float32(-3.4028234663852886e38)
+    assert preprocess.units(np.array([lowest, np.nan, 0], np.float32)).tolist()[::2] == [-np.inf, 0]
+    assert replace(preprocess, value_range=None, scale=1).units(np.array([1e300])) == np.inf
+
+
 @pytest.mark.parametrize("value", [(0,), (0, 0), (0, float("nan")), "ab", 5, (1, 2, 3)])
 def test_what_is_no_range(value: Any) -> None:
     message = r"^value_range must be two different numbers \(low, high\), got "
@@ -923,6 +932,17 @@ def test_a_range_on_the_command_line(
     np.testing.assert_allclose(
         zarr.open("s.zarr", mode="r")[:], net.score_map("scene.tif").scores, atol=1e-5
     )
+
+
+def test_a_range_beside_what_the_source_says() -> None:
+    """As ``fcvgg finetune --range`` hands it on."""
+    own = OwnPreprocess(value_range="0,4095")
+    source = pretrained("demo", None, own.preprocess_for, None)
+    assert source.preprocess.value_range == (0, 4095)
+    assert replace(source.preprocess, value_range=None) == fcvgg.load("demo").preprocess
+    assert own.preprocess_for(3) is None
+    named = replace(own, preprocess="tf").preprocess_for(3)
+    assert named == replace(fcvgg.Preprocess.preset("tf"), value_range=(0, 4095))
 
 
 def test_missing_data_on_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -410,6 +410,22 @@ def test_preprocessing_of_other_channels() -> None:
         classifier(preprocess=fcvgg.Preprocess(0, 1)).score_map(noise(8, 8, 3))
 
 
+def test_an_image_for_which_memory_does_not_suffice(
+    net: fcvgg.FullyConvolutional, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def allocate(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 EB")
+
+    monkeypatch.setattr(type(net), "forward", allocate)
+    for read in (net.score_map, net.classify, net.heatmap):
+        with pytest.raises(
+            fcvgg.ImageError,
+            match=r"^an input of 20x30 pixels does not fit into memory whole \(Def.*\); choose a "
+            r"smaller scale, or compute it strip by strip with fcvgg\.stream$",
+        ):
+            read(noise(20, 30, 3))
+
+
 # -- scales and flips -----------------------------------------------------------------------------
 
 

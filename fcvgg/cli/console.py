@@ -240,6 +240,10 @@ def _errors() -> Console:
 def _within_memory(image: Path, work: Callable[[Path], Result]) -> Result:
     try:
         return work(image)
+    except ImageError as error:
+        if isinstance(error.__cause__, (MemoryError, RuntimeError)):
+            raise ImageError(f"{image}: {error}") from error  # the network knows no name
+        raise
     except (MemoryError, RuntimeError) as error:
         # torch raises RuntimeError for the CPU, its subclass OutOfMemoryError for a GPU
         if isinstance(error, RuntimeError) and "memory" not in str(error):

@@ -156,7 +156,7 @@ class OwnPreprocess:
             "--preprocess",
             metavar="NAME",
             help="How its images were prepared: imagenet, caffe (BGR minus means), tf (-1 to 1), "
-            "unit (0 to 1) or none (0 to 255).",
+            "unit (0 to 1) or none (as the values are).",
             show_default="the weights' own",
             rich_help_panel=_PANEL,
         ),

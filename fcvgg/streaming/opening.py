@@ -225,8 +225,7 @@ def _file_source(
 
 def _tiff_source(file: File, name: str, level: int, bands: Bands, missing: str) -> StripSource:
     try:
-        beside = Path(f"{file}.ovr") if isinstance(file, Path) and level else None
-        if beside is not None and beside.is_file():
+        if isinstance(file, Path) and level and (beside := Path(f"{file}.ovr")).is_file():
             own = _levels(file)
             if level >= own and isinstance(file, Path):
                 source = _beside(TiffSource(beside, level - own, bands, missing), file)
@@ -244,7 +243,7 @@ def _tiff_source(file: File, name: str, level: int, bands: Bands, missing: str) 
         ) from error
 
 
-def _levels(file: File) -> int:
+def _levels(file: Path) -> int:
     tifffile = imported("tifffile", "stream")
     try:
         with tifffile.TiffFile(file) as tiff:
@@ -253,9 +252,8 @@ def _levels(file: File) -> int:
         raise ImageError(f"{file} is no readable TIFF: {one_line(error)}") from error
 
 
-def _beside(source: TiffSource, file: File) -> StripSource:
+def _beside(source: TiffSource, file: Path) -> StripSource:
     """A level that lies in a file of its own, as a level of the image that it belongs to."""
-    assert isinstance(file, Path)
     whole = TiffSource(file)
     source.nodata, source.georeferenced = whole.nodata, whole.georeferenced
     if whole.pixel_size is not None:

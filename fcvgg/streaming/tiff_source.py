@@ -225,6 +225,10 @@ class TiffSource(StripSource):
 
     def _check_whole(self, found: int) -> None:
         tall, wide = self._tile
+        if min(tall, wide) < 1:
+            raise ImageError(
+                f"{self.name} has tiles or strips of {tall}x{wide} pixels; expected some"
+            )
         tiles = -(-self.stored_size[0] // tall) * -(-self.stored_size[1] // wide)
         tiles *= self._samples if self._page.planarconfig == _SEPARATE else 1
         for plane in self._planes:
