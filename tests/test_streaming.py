@@ -387,6 +387,7 @@ def test_classes(net: Any) -> None:
     some = fcvgg.stream(net, image, classes=["d", 0])
     assert torch.equal(some.scores, whole.scores[[3, 0]])
     assert some.categories == ("d", "a")
+    assert repr(some).startswith("ScoreMap(2 classes, ")
     torch.testing.assert_close(some.probabilities(), whole.probabilities()[[3, 0]])
     torch.testing.assert_close(some.predict(), whole.predict("probabilities")[[3, 0]])
     expected = whole.heatmap("d").values

@@ -124,10 +124,8 @@ class OptimizedNetwork(FullyConvolutional):
         images = self._padded(images)
         if self._plan is None and isinstance(self.network, fx.GraphModule):
             self._plan = Plan(self.network)
-        return run_with_missing(images, self._computed, self.readers)
-
-    def _computed(self, images: Tensor) -> Any:
-        maps = run(self.network, self._cast(images), self._plan)
+        cast = self._cast(images)  # looked at now, while it is in the cache
+        maps = run_with_missing(cast, lambda x: run(self.network, x, self._plan), self.readers)
         if isinstance(maps, Tensor):
             return maps.to(images.dtype)
         return tuple(scores.to(images.dtype) for scores in maps)

@@ -116,7 +116,7 @@ class Selection:
         return torch.cat([kept, scores.logsumexp(0, keepdim=True)])
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class ScoreMapOfSomeClasses(ScoreMap):
     """A `ScoreMap` that lacks classes, so that a softmax over it would be wrong.
 
