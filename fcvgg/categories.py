@@ -70,7 +70,7 @@ def one_per_class(
     Raises:
         CategoryError: if there are more or fewer, or the file cannot be read.
     """
-    if isinstance(names, (str, os.PathLike)):
+    if isinstance(names, os.PathLike) or (isinstance(names, str) and _is_path(names, classes)):
         names = read_categories(names)
     if names is not None and len(names) != classes:
         raise CategoryError(
@@ -78,6 +78,11 @@ def one_per_class(
             f"pass one name per class, in the order of the {order}"
         )
     return None if names is None else tuple(names)
+
+
+def _is_path(text: str, classes: int) -> bool:
+    """Whether text names a file: a letter for each class is a sequence of names."""
+    return len(text) != classes or os.path.exists(text)
 
 
 def distinct_names(names: Sequence[str]) -> tuple[str, ...]:

@@ -92,9 +92,9 @@ def test_restored_network_trains_as_the_saved_one(net, bundle):
         loss = sum(maps.square().mean() for maps in network(images))
         loss.backward()
         losses.append(loss.detach())
-    torch.testing.assert_close(*losses, rtol=0, atol=0)
+    torch.testing.assert_close(*losses)
     grads = [dict(n.network.named_parameters())["hidden.weight"].grad for n in (net, restored)]
-    torch.testing.assert_close(*grads, rtol=0, atol=0)
+    torch.testing.assert_close(*grads)
 
 
 def test_fc_weights_go_back_into_the_source(net, bundle):

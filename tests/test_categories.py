@@ -94,6 +94,8 @@ def test_categories_are_given_by_the_path_of_their_file(tmp_path, monkeypatch):
     assert fcvgg.FCN(net, 2, categories="names.txt").categories == ("sky", "face")
     with pytest.raises(fcvgg.CategoryError, match="the categories in face cannot be read: No such"):
         net.categories = "face"
+    net.categories = "sf"  # a sequence of two names
+    assert net.categories == ("s", "f")
     (tmp_path / "names.txt").write_text("sky\nface\nsea\n")
     with pytest.raises(fcvgg.CategoryError, match="3 categories were given for 2 classes"):
         net.categories = "names.txt"

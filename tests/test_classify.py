@@ -292,9 +292,9 @@ def test_any_iterable_of_images(net: fcvgg.FullyConvolutional) -> None:
     arrays = [pixels(seed=i) for i in range(3)]
     expected = net.classify(arrays)
     for images in (iter(arrays), dict(enumerate(arrays)).values(), np.stack(arrays)):
-        torch.testing.assert_close(net.classify(images), expected, rtol=0, atol=0)
+        torch.testing.assert_close(net.classify(images), expected)
     of_tensors = net.classify(tensor(array) for array in arrays)
-    torch.testing.assert_close(of_tensors, expected, rtol=0, atol=0)
+    torch.testing.assert_close(of_tensors, expected)
 
 
 def test_bytes_are_no_images(net: fcvgg.FullyConvolutional) -> None:

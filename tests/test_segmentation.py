@@ -316,7 +316,7 @@ def test_pixels_of_a_small_image_lie_where_they_do_on_its_padded_form() -> None:
     padded = nn.functional.pad(image, (left, right, top, bottom))
     with torch.no_grad():
         expected = fcn(padded)[..., top : top + 20, left : left + 25]
-        torch.testing.assert_close(fcn(image), expected, rtol=0, atol=0)
+        torch.testing.assert_close(fcn(image), expected)
 
 
 def test_score_layers_start_at_zero_and_gradients_reach_all() -> None:

@@ -96,11 +96,13 @@ def test_every_kind_of_image_gives_the_same(tmp_path: Path) -> None:
         net.preprocess(picture),
         [net.preprocess(picture)[0]],
     ):
-        assert np.array_equal(one.transform(other), expected)
+        np.testing.assert_allclose(one.transform(other), expected, rtol=1e-5, atol=1e-6)
     floats = fcvgg.VGGFeatures(net, "pool2", value_range=(0, 1)).fit_transform(array[None] / 255)
     assert np.allclose(floats, expected, rtol=1e-4, atol=1e-5)
     table = fcvgg.VGGFeatures(net, "pool2", image_shape=(40, 48, 3))
-    assert np.array_equal(table.fit_transform(array.reshape(1, -1)), expected)
+    np.testing.assert_allclose(
+        table.fit_transform(array.reshape(1, -1)), expected, rtol=1e-5, atol=1e-6
+    )
 
 
 def test_size_is_the_preprocessings_resize() -> None:
@@ -110,7 +112,7 @@ def test_size_is_the_preprocessings_resize() -> None:
         pixels = replace(net.preprocess, resize=size)(photograph)
         expected = fcvgg.VGGFeatures(net, "pool2").fit_transform(pixels)
         got = fcvgg.VGGFeatures(net, "pool2", size=size).fit_transform([photograph])
-        assert np.array_equal(got, expected)
+        np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_images_of_different_sizes_keep_their_order(small: nn.Module) -> None:
@@ -162,7 +164,9 @@ def test_names_of_features_and_pickles(small: nn.Module) -> None:
     features = fcvgg.VGGFeatures(small, "pool1").fit(batch)
     assert features.get_feature_names_out().tolist() == [f"pool1_{i}" for i in range(8)]
     again = pickle.loads(pickle.dumps(features))
-    assert np.array_equal(again.transform(batch), features.transform(batch))
+    np.testing.assert_allclose(
+        again.transform(batch), features.transform(batch), rtol=1e-5, atol=1e-6
+    )
 
 
 # -- caches -----------------------------------------------------------------------------------

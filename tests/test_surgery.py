@@ -135,7 +135,7 @@ def test_features_are_the_models_own_at_every_layer_and_any_size(name: str) -> N
         expected = model.features[i](expected.clone())
         if layer.role in ("pool", "conv"):
             features = fcvgg.features_upto(model, layer.name)
-            assert torch.equal(features(batch), expected)
+            torch.testing.assert_close(features(batch), expected)
             assert features.out_channels == expected.shape[1]
             assert features.geometry.output_size(batch.shape[2:]) == tuple(expected.shape[2:])
 
@@ -149,7 +149,9 @@ def test_features_end_where_the_name_says() -> None:
     assert next(reversed(fcvgg.features_upto(model, "features.3")._modules)) == "conv1_2"
     fc7 = fcvgg.features_upto(model, "fc7")
     batch = images(1, 3, 224, 224)
-    assert torch.equal(fc7(batch), model.classifier[:4](torch.flatten(model.features(batch), 1)))
+    torch.testing.assert_close(
+        fc7(batch), model.classifier[:4](torch.flatten(model.features(batch), 1))
+    )
 
 
 def test_features_share_nothing_and_keep_the_mode() -> None:
@@ -176,7 +178,7 @@ def test_geometry_of_features_is_the_layer_tables() -> None:
 def test_converted_features_take_any_size_up_to_the_scores() -> None:
     net = fcvgg.convert(seeded(SmallVGG))
     batch = images(1, 3, 50, 41)
-    assert torch.equal(fcvgg.features_upto(net, "fc8")(batch), net(batch))
+    torch.testing.assert_close(fcvgg.features_upto(net, "fc8")(batch), net(batch))
     assert fcvgg.features_upto(net, "fc7").geometry.window == (32, 32)
 
 
@@ -186,7 +188,7 @@ def test_several_maps_in_one_run_are_not_changed_in_place() -> None:
     batch = images(1, 3, 32, 32)
     maps = features.maps(batch, ["conv1_1", "pool1", "conv2_1"])
     for name, values in maps.items():
-        assert torch.equal(values, fcvgg.features_upto(model, name)(batch))
+        torch.testing.assert_close(values, fcvgg.features_upto(model, name)(batch))
 
 
 def test_anything_stacks_on_features_and_converts() -> None:
