@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fcvgg.batching import run_in_batches
 from fcvgg.categories import one_per_class
-from fcvgg.errors import ArgumentError, ImageError, PreprocessError, TrainingError, one_line
+from fcvgg.errors import ArgumentError, ImageError, TrainingError, one_line
 from fcvgg.geometry import Geometry, Pair
 from fcvgg.heatmap import Heatmap
 from fcvgg.images import (

@@ -39,8 +39,8 @@ from torch import nn
 
 import fcvgg
 from fcvgg import checkpoints
-from fcvgg.names import readable
 from fcvgg.images import read_image
+from fcvgg.names import readable
 from fcvgg.streaming.score_store import open_store
 
 SECONDS = 10.0
