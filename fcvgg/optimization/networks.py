@@ -28,6 +28,7 @@ from fcvgg.optimization.fusion import fused
 from fcvgg.optimization.graph_replay import GraphReplay
 from fcvgg.optimization.processor import has_bfloat16
 from fcvgg.placement import device_of, dtype_of
+from fcvgg.serialization.exporting import ExportedFile
 from fcvgg.trunk import CHANNELS_LAST, Plan, run
 from fcvgg.verification import Equivalence, verify
 
@@ -213,7 +214,7 @@ class OptimizedNetwork(FullyConvolutional):
         """Write the plain network's bundle; `fcvgg.optimize` it anew after loading."""
         return self.plain.save(path)
 
-    def export(self, path: str | Path) -> Path:
+    def export(self, path: str | Path) -> ExportedFile:
         """Write the plain network for other runtimes."""
         return self.plain.export(path)
 
