@@ -248,10 +248,6 @@ class ChannelLayerNorm(nn.LayerNorm):
     """Layer normalisation of each cell's features: ``(N, C, h, w)``, normalised over C."""
 
     def forward(self, input: Tensor) -> Tensor:
-        if torch.compiler.is_exporting():  # rows, whose order in memory depends on no size
-            rows = input.movedim(1, -1).flatten(0, 2)  # (N*h*w, C)
-            sizes = (input.shape[0], *input.shape[2:])
-            return super().forward(rows).unflatten(0, sizes).movedim(-1, 1)
         return super().forward(input.movedim(1, -1)).movedim(-1, 1)
 
 

@@ -174,14 +174,14 @@ def _compared(name: str, run: _Run, network: nn.Module, shapes: Sequence[tuple[i
                     "written, choose the other format (.onnx, .pt2)"
                 ) from error
             for wanted, got in zip(maps, found, strict=True):
-                error = _relative_error(wanted.double().cpu(), got.double().cpu())
-                if not error <= tolerance:
+                difference = _relative_error(wanted.double().cpu(), got.double().cpu())
+                if not difference <= tolerance:
                     raise EquivalenceError(
                         f"{name} gives other scores than the network at {pixels} pixels, by "
-                        f"{error:.1e} of the largest, more than {tolerance:.0e}; nothing was "
+                        f"{difference:.1e} of the largest, more than {tolerance:.0e}; nothing was "
                         "written, please report the model"
                     )
-                worst = max(worst, error)
+                worst = max(worst, difference)
     finally:
         for module, mode in modes:
             module.training = mode
@@ -349,6 +349,21 @@ def _maximum_over_padded(
     return torch.max_pool2d(padded, kernel, steps, 0, spread)
 
 
+def _layer_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    """The arithmetic, without torch's branch on the order in memory, which the size decides."""
+    dims = tuple(range(-len(normalized_shape), 0))
+    centred = input - input.mean(dims, keepdim=True)
+    normed = centred * (centred.square().mean(dims, keepdim=True) + eps).rsqrt()
+    scaled = normed if weight is None else normed * weight
+    return scaled if bias is None else scaled + bias
+
+
 def _four(kernel: Any, stride: Any, padding: Any, dilation: Any) -> tuple[Pair, Pair, Pair, Pair]:
     """Torch's arguments of a pool, where one number stands for both axes."""
 
@@ -385,8 +400,7 @@ def _ends_padded(
         size = x.shape[2 + axis] - 2 * had
         cells = (size + 2 * before - window.span + window.stride - 1) // window.stride + 1
         starts = (size + before - 1) // window.stride + 1  # windows that start in the input
-        cells = torch.sym_min(cells, starts)
-        end = (cells - 1) * window.stride + window.span - size - before
+        end = (torch.sym_min(cells, starts) - 1) * window.stride + window.span - size - before
         pads += [before - had, torch.sym_max(end - had, 0)]
     return F.pad(x, pads, value=value)
 
@@ -399,6 +413,7 @@ _FOR_ONNX: dict[Any, Callable[..., Any]] = {
 }
 _FOR_TORCH_EXPORT: dict[Any, Callable[..., Any]] = {
     F.avg_pool2d: _average_over_padded,
+    F.layer_norm: _layer_norm,
     **dict.fromkeys((F.max_pool2d, torch.max_pool2d), _maximum_over_padded),
 }
 
@@ -468,10 +483,10 @@ def _name_dimensions(graph: Any) -> None:
             continue
         dimensions: list[Any] = []
         for dimension in value.shape:
-            text = dimension if isinstance(dimension, int) else str(dimension)
-            for symbol, name in names.items() if isinstance(text, str) else ():
+            text = str(dimension)
+            for symbol, name in names.items():
                 text = re.sub(rf"\b{symbol}\b", name, text)
-            dimensions.append(text)
+            dimensions.append(dimension if isinstance(dimension, int) else text)
         value.shape = type(value.shape)(dimensions)  # the shape of a shared value is frozen
 
 
