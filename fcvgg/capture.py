@@ -496,9 +496,9 @@ def _align(model: nn.Module, twin: nn.Module, copies: dict[int, Any]) -> None:
         module = found[name]
         module.training = source.training
         copies[id(source)] = module
-        if isinstance(source, fx.GraphModule) and isinstance(module, fx.GraphModule):
-            if module.code != source.code:  # that of the other mode
-                module.graph = copy.deepcopy(source.graph)
+        graphs = isinstance(source, fx.GraphModule) and isinstance(module, fx.GraphModule)
+        if graphs and module.code != source.code:  # that of the other mode
+            module.graph = copy.deepcopy(source.graph)
         for own, given in (
             (module._parameters, source._parameters),
             (module._buffers, source._buffers),

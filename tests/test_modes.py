@@ -241,6 +241,16 @@ def test_train_sets_the_modes_that_the_sources_train_sets(
             assert network.training == model.training
 
 
+def test_dense_networks_follow_an_override_too() -> None:
+    fcn = fcvgg.FCN(fcvgg.convert(seeded(StillNorms)), 2, "32s").train()
+    modes = {name: m.training for name, m in fcn.named_modules() if name.endswith("trunk.bn")}
+    assert modes
+    assert not any(modes.values())
+    noisy = fcvgg.FCN(fcvgg.convert(seeded(NoisyRoot)), 2, "32s")
+    with pytest.raises(fcvgg.TrainingError, match="into training mode: NoisyRoot computes"):
+        noisy.train()
+
+
 def test_an_override_on_the_instance_is_followed() -> None:
     model = seeded(Small)
 

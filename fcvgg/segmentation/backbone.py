@@ -80,6 +80,7 @@ def without_classifier(net: FullyConvolutional, own: bool, same: bool) -> FullyC
         in_channels=net.in_channels,
         records=tuple(r for r in net.program.records if r.name in called | kept),
         aliases=net.program.aliases & called,
+        training_mode=net.program.training_mode,
     )
     return FullyConvolutional(
         program, input_size=net.input_size, preprocess=net.preprocess, source=net.source
