@@ -102,6 +102,8 @@ def prepare(image: Any, preprocess: Preprocess | None, channels: int) -> Prepare
                 "prepare it for this network"
             )
         return PreparedImage(image.size, image, interpolation=known.interpolation)
+    if isinstance(image, (str, os.PathLike, Image.Image)):  # known to be pixels before it is opened
+        checked_preprocess(preprocess, channels)
     source = strip_source(image, channels)
     if source.preprocessed:
         check_preprocessed(source, channels)

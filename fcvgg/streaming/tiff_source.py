@@ -21,6 +21,9 @@ from fcvgg.streaming.strip_sources import Bands, File, StripSource, level_of, qu
 _WHITE_IS_ZERO, _BLACK_IS_ZERO, _RGB, _PALETTE, _SEPARATED, _YCBCR = 0, 1, 2, 3, 5, 6
 """TIFF's photometric interpretations that can be read."""
 
+_MASK = 4
+"""TIFF's photometric interpretation, and kind of page, of a mask: 1 where there is an image."""
+
 _GREYS = (_WHITE_IS_ZERO, _BLACK_IS_ZERO)
 
 _JPEG = (6, 7)
@@ -81,10 +84,20 @@ class TiffSource(StripSource):
         bands: the channels to take; None takes all.
         missing: ``"fill"`` takes tiles that the file does not store for its nodata value, zero if
             it declares none; ``"error"`` refuses.
+        series: of images in the file: the first, or that of a mask.
     """
 
-    def __init__(self, file: File, level: int = 0, bands: Bands = None, missing: str = "fill"):
+    def __init__(
+        self,
+        file: File,
+        level: int = 0,
+        bands: Bands = None,
+        missing: str = "fill",
+        series: int = 0,
+    ):
         super().__init__(bands)
+        self._series = series
+        self._mask: TiffSource | None = None
         tifffile = imported("tifffile", "stream")
         self._source = file
         if isinstance(file, Path):
@@ -118,7 +131,7 @@ class TiffSource(StripSource):
 
     def _describe(self, file: Any, level: int) -> None:
         """Read everything but the pixels."""
-        series = level_of(file.series[0].levels, level, self.name)
+        series = level_of(file.series[self._series].levels, level, self.name)
         self._page = page = series.keyframe
         if any(p is None or p.parent is not file for p in series.pages):
             raise ImageError(
@@ -131,10 +144,12 @@ class TiffSource(StripSource):
                 f"{self.name} has axes {series.axes} of lengths {tuple(series.shape)}; expected "
                 "one plane of rows, columns and channels: pass it as an array"
             )
-        first = file.series[0].levels[0].keyframe.tags  # which says what holds for all levels
+        first = (
+            file.series[self._series].levels[0].keyframe.tags
+        )  # which says what holds for all levels
         orientation = page.tags.valueof(_ORIENTATION, first.valueof(_ORIENTATION, 1))
         self._orientation = int(orientation) if orientation in range(1, 9) else 1
-        colours = (_WHITE_IS_ZERO, _BLACK_IS_ZERO, _RGB, _PALETTE)
+        colours = (_WHITE_IS_ZERO, _BLACK_IS_ZERO, _RGB, _PALETTE, *(_MASK,) * (self._series > 0))
         decoded = page.photometric == _YCBCR and page.compression in _JPEG
         self._cmyk = (
             page.photometric == _SEPARATED
@@ -158,7 +173,7 @@ class TiffSource(StripSource):
                 f"describes {stored} of them, as large ImageJ files do; save it as an OME-TIFF"
             )
         bits = page.bitspersample
-        few = page.photometric in _GREYS and bits in (1, 2, 4)
+        few = page.photometric in (*_GREYS, _MASK) and bits in (1, 2, 4)
         known = few or bits in (8, 16, 32, 64) or page.photometric == _PALETTE
         if page.dtype is None or not known:
             raise ImageError(
@@ -180,6 +195,17 @@ class TiffSource(StripSource):
         samples = self._samples * planes
         self.channels = 3 if self._colours is not None or self._cmyk else samples
         self._describe_extra_samples(page, samples)
+        self._mask_series = next(
+            (
+                i
+                for i, other in enumerate(file.series)
+                if i != self._series
+                and other.keyframe.subfiletype & _MASK
+                and level == 0
+                and (other.keyframe.imagelength, other.keyframe.imagewidth) == self.stored_size
+            ),
+            None,
+        )
         self.georeferenced = any(code in first for code in _GEOREFERENCE)
         self.nodata = _number(page.tags.valueof(_NODATA, first.valueof(_NODATA)))
         self._direct = page.is_contiguous and page.compression == 1 and page.predictor == 1
@@ -246,10 +272,14 @@ class TiffSource(StripSource):
             )
 
     def _has_mask(self) -> bool:
-        return self._masks
+        return self._masks or self._mask_series is not None
 
     def _masked(self, stored: NDArray[Any], rows: Pair, cols: Pair) -> NDArray[np.bool_]:
-        return np.asarray(stored[..., -1] == 0)
+        if self._mask_series is None:
+            return np.asarray(stored[..., -1] == 0)
+        if self._mask is None:
+            self._mask = TiffSource(self._source, series=self._mask_series)
+        return np.asarray(self._mask._read(rows, cols)[..., 0] == 0)
 
     def _read(self, rows: Pair, cols: Pair) -> NDArray[Any]:
         read = self._rows if self._direct else self._segments
