@@ -30,7 +30,8 @@ from fcvgg.geometry import checked_size
 from fcvgg.preprocessing import decoded_preprocess
 from fcvgg.shape_budget import check_affordable
 from fcvgg.sources.extras import imported
-from fcvgg.sources.onnx_graph import EXTRA, Graph, OnnxModel
+from fcvgg.sources.onnx_constants import EXTRA
+from fcvgg.sources.onnx_graph import Graph, OnnxModel
 from fcvgg.sources.onnx_operators import OPERATORS
 
 SUFFIX = ".onnx"
