@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import difflib
-import json
 import os
 from collections.abc import Sequence
 from numbers import Integral
 from pathlib import Path
 from typing import Any
 
+from fcvgg import untrusted
 from fcvgg.errors import CategoryError
 
 _LISTED = 5
@@ -27,7 +27,7 @@ def read_categories(path: str | os.PathLike[str]) -> tuple[str, ...]:
     try:
         text = path.read_text(encoding="utf-8-sig")
         if path.suffix == ".json":
-            names = _names_in(json.loads(text))
+            names = _names_in(untrusted.parsed_json(text))
         else:
             names = [line.strip() for line in text.splitlines() if line.strip()]
     except (OSError, ValueError) as error:

@@ -15,6 +15,7 @@ import logging
 import multiprocessing
 import resource
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -43,7 +44,12 @@ from fcvgg.images import read_image
 from fcvgg.names import readable
 from fcvgg.streaming.score_store import open_store
 
-SECONDS = 10.0
+SECONDS = 10
+"""Of the processor, for a mutant."""
+
+PATIENCE = 100
+"""Seconds after which a mutant hangs that takes none of the processor."""
+
 GROWTH = 1 << 30
 """Bytes that reading a mutant may add to the memory of the process."""
 
@@ -444,19 +450,23 @@ def _outcome(read: Callable[[Path], Any], path: Path) -> tuple[str, str]:
     process.start()
     sender.close()
     try:
-        outcome = receiver.recv() if receiver.poll(SECONDS) else None
+        outcome = receiver.recv() if receiver.poll(PATIENCE) else None
     except EOFError:
         process.join()
-        outcome = ("fault", f"the process ended with status {process.exitcode}")
+        late = process.exitcode == -signal.SIGXCPU
+        ended = f"the process ended with status {process.exitcode}"
+        outcome = ("fault", f"it took more than {SECONDS} s" if late else ended)
     if outcome is None:
         process.kill()
-        outcome = ("fault", f"it took more than {SECONDS:.0f} s")
+        outcome = ("fault", f"it hung for {PATIENCE} s")
     process.join()
     return outcome  # type: ignore[no-any-return]
 
 
 def _read_and_tell(read: Callable[[Path], Any], path: Path, sender: Any) -> None:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    used = int(time.process_time()) + SECONDS
+    resource.setrlimit(resource.RLIMIT_CPU, (used, used))
     warnings.simplefilter("ignore")
     logging.disable()
     try:

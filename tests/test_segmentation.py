@@ -480,7 +480,7 @@ def test_what_cannot_be_saved_or_loaded_is_said_in_one_line(tmp_path: Path) -> N
         ({"num_classes": "x"}, "has 'x' classes"),
         ({"format": 9}, "not of format 1"),
         ({"preprocess": [1]}, "describe an FCN: "),
-        ({"preprocess": {"mean": "abc", "std": [1, 1, 1]}}, "describe an FCN: could not convert"),
+        ({"preprocess": {"mean": "abc", "std": [1, 1, 1]}}, "describe an FCN: mean must hold"),
     ]:
         config.write_text(json.dumps({**good, **change}))
         with pytest.raises(fcvgg.LoadError, match=message) as caught:

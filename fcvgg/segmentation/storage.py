@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from fcvgg import untrusted
 from fcvgg.errors import FcvggError, LoadError, one_line
 from fcvgg.files import checked_folder, folder_written_whole
 from fcvgg.loading import load
 from fcvgg.preprocessing import decoded_preprocess, encoded_preprocess
 from fcvgg.segmentation.backbone import giving_first
 from fcvgg.serialization.bundle import write_bundle
-from fcvgg.serialization.program_data import BROKEN
 
 if TYPE_CHECKING:
     from fcvgg.segmentation.network import FCN
@@ -77,10 +77,11 @@ def read_fcn(cls: type[FCN], path: Path) -> FCN:
         LoadError: if it is none, or is broken.
     """
     try:
-        config = json.loads((path / CONFIG).read_text())
+        data = untrusted.read_bytes(path / CONFIG, untrusted.CONFIG_BYTES, within=path)
+        config = untrusted.parsed_json(data)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise LoadError(f"{path} is no folder of an FCN: it holds no {CONFIG}") from error
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise LoadError(f"{path / CONFIG} is broken: {one_line(error)}") from error
     if not isinstance(config, dict) or config.get("format") != _FORMAT:
         raise LoadError(f"{path / CONFIG} is not of format {_FORMAT}; upgrade fcvgg or save anew")
@@ -88,13 +89,17 @@ def read_fcn(cls: type[FCN], path: Path) -> FCN:
         raise LoadError(f"{path} is broken: it has no folder {BACKBONE}")
     backbone = load(path / BACKBONE)
     try:
-        fcn = cls._of(backbone, *_settings(config))
+        untrusted.check_regular(path / SCORES, within=path)
+        state = load_file(path / SCORES)
+        count, variant, learned = _settings(config)
+        if not any(count in tensor.shape for tensor in state.values()):
+            raise LoadError(f"{CONFIG} has {count} classes, which no tensor of {SCORES} has")
+        fcn = cls._of(backbone, count, variant, learned)
         fcn.categories = config["categories"]
         fcn.preprocess = decoded_preprocess(config["preprocess"])
-        state = load_file(path / SCORES)
         kept = {k: v for k, v in fcn.state_dict().items() if k.startswith(_BACKBONE_PREFIX)}
         fcn.load_state_dict({**kept, **state})
-    except (FcvggError, OSError, SafetensorError, *BROKEN) as error:
+    except Exception as error:  # a description can be wrong in any way
         raise LoadError(f"{path} does not describe an FCN: {one_line(error)}") from error
     return fcn.eval()
 

@@ -34,12 +34,6 @@ from fcvgg.serialization.tensor_table import (
 )
 from fcvgg.shape_budget import ShapeBudget
 
-BROKEN = (
-    *(KeyError, TypeError, ValueError, AttributeError, IndexError, AssertionError),
-    *(RuntimeError, ArithmeticError, SyntaxError),
-)
-"""What reading a description may raise that is none of fcvgg's."""
-
 
 def describe_program(program: Program) -> dict[str, Any]:
     """The graph, the layers it calls and what is known of them, as plain data."""
