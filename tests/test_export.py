@@ -323,7 +323,7 @@ def test_what_could_not_be_run_is_said(net, tmp_path, monkeypatch):
     assert written.stat().st_size > 800_000
 
 
-@pytest.mark.parametrize("suffix", (".onnx", ".pt2"))
+@pytest.mark.parametrize("suffix", [".onnx", ".pt2"])
 def test_what_torch_cannot_export_is_named(suffix, tmp_path, monkeypatch):
     class Odd(nn.Module):
         def forward(self, x):
