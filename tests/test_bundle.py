@@ -466,7 +466,7 @@ def test_a_changed_order_is_refused_whatever_the_table_says(tmp_path, turned):
 
     edited(bundle, agree)
     order = tensors[orders[0]]
-    if sorted(order.tolist()) != list(range(len(order))):  # else it is another network
+    if order.max() >= len(order):  # else it is another network, which may choose one twice
         refused(bundle, "is not a choice of 0 to 3")
 
 
