@@ -8,11 +8,11 @@ from torch import Tensor
 from fcvgg.errors import ArgumentError
 
 ACTIVATIONS = (
-    *("logits", "independent_logits", "probabilities", "log_probabilities", "sigmoid"),
-    "values",
+    *("logits", "probabilities", "log_probabilities", "sigmoid"),
+    *("independent_logits", "values"),
 )
-"""What scores can be: before a softmax (one class: before a sigmoid), before a sigmoid for each
-class, after a softmax, after a log-softmax, after a sigmoid for each class, and plain values
+"""What scores can be: before a softmax (one class: before a sigmoid), after a softmax, after a
+log-softmax, after a sigmoid for each class, before a sigmoid for each class, and plain values
 (regression), which have no probabilities."""
 
 UNKNOWN = "unknown"

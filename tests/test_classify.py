@@ -163,7 +163,7 @@ def test_probabilities_that_are_computed_with_are_not_softmaxed_again(ending: An
 UNKNOWN = (
     r"^what the scores are cannot be read off the model, which computes on after its softmax or "
     r"sigmoid; pass activation= to fcvgg\.convert: 'logits', 'probabilities', "
-    r"'log_probabilities' or 'sigmoid'$"
+    r"'log_probabilities', 'sigmoid', 'independent_logits' or 'values'$"
 )
 
 
