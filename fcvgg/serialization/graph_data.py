@@ -163,7 +163,9 @@ def _check_pairs(what: str, arguments: Mapping[Any, Any]) -> None:
             continue
         numbers = all(v is None or (type(v) is int and abs(v) < _LARGEST_NUMBER) for v in value)
         if len(value) != count or not numbers:
-            raise LoadError(f"{what} must have pairs of integers, got {name}={value!r}")
+            raise LoadError(
+                f"{what} cannot be made with {name}={value!r}; expected a pair of integers"
+            )
 
 
 def _layer_classes() -> dict[str, type[nn.Module]]:
