@@ -733,7 +733,7 @@ def test_the_command_from_folder_to_heatmap(tmp_path: Path, monkeypatch: Any) ->
     assert "wrote made/model\nwrote made/report/report.md\n" in ran.stdout
     assert ran.stdout.endswith("next: fcvgg heatmap photo.jpg --model made/model --scale 48\n")
     assert "fcvgg: skipped photos/brick/99.jpg is no image" in ran.stderr
-    assert "epoch 2/2  train accuracy " in ran.stderr
+    assert "epoch 2/2  train acc " in ran.stderr
     assert "Skipped, since unreadable: 1 file." in (tmp_path / "made/report/report.md").read_text()
     skimage = Image.fromarray(skimage_data.brick()[:100, :150])
     skimage.save("photo.jpg")
