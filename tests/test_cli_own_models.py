@@ -67,7 +67,7 @@ def test_names_and_preprocessing(
         categories=("cat", "dog", "newt"),
         preprocess=preprocess,
     )
-    expected = net.classify("one.png")[0]
+    expected = net.classify("one.png", scales=net.usual_scale)[0]
     got = {p["category"]: p["probability"] for p in json.loads(ran.stdout)[0]["predictions"]}
     assert got == pytest.approx(dict(zip(net.categories, expected.tolist())), abs=1e-6)
 

@@ -46,7 +46,7 @@ def test_train_resume_and_label(data: Path) -> None:
     assert "wrote c/fcn" in ran.stdout
     assert ran.stdout.endswith("next: fcvgg segment photo.jpg --fcn c/fcn\n")
     (line,) = (line for line in ran.stderr.splitlines() if line.startswith("epoch 2/2"))
-    assert "mean iou" in line
+    assert " mIoU " in line
     assert "dark" not in line, "of many classes, that is too long"
     assert "valid_iou_dark" in Path("c/history.csv").read_text()
     again = run("segment-train", data, *options, "-o", "c")

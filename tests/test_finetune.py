@@ -838,7 +838,7 @@ def test_the_command_from_folder_to_heatmap(tmp_path: Path, monkeypatch: Any) ->
     assert "fcvgg: skipped photos/brick/99.jpg is no image" in ran.stderr
     counted = "3 of 15 files left out: 2 .xyz (no image that can be read), 1 .jpg (could not be"
     assert f"fcvgg: {counted} read)\n" in ran.stderr
-    assert "epoch 2/2  train accuracy " in ran.stderr
+    assert "epoch 2/2  train acc " in ran.stderr
     report = (tmp_path / "made/report/report.md").read_text()
     assert f"\n## Files left out\n\n{counted} read).\n" in report
     assert "\n- photos/grass/1.xyz: no image that can be read\n" in report

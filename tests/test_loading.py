@@ -443,8 +443,10 @@ def test_an_option_that_load_does_not_have(tmp_path: Path) -> None:
             r", input_size, output_stride, padding, copy, verify, activation, in_channels$",
         ):
             fcvgg.load(name, foo=1)
-    with pytest.raises(fcvgg.PreprocessError, match=r"expected fcvgg\.Preprocess"):
-        fcvgg.load(tmp_path / "bundle", preprocess="imagenet")
+    with pytest.raises(fcvgg.PreprocessError, match=r"^preprocess must be a fcvgg\.Preprocess"):
+        fcvgg.load(tmp_path / "bundle", preprocess=255)
+    named = fcvgg.load(tmp_path / "bundle", preprocess="imagenet")
+    assert named.preprocess == fcvgg.Preprocess.imagenet()
 
 
 # -- before a download ----------------------------------------------------------------------------
