@@ -293,9 +293,12 @@ def _thumbnail(source: StripSource, ys: NDArray[Any], xs: NDArray[Any]) -> Image
     for top, bottom in itertools.pairwise(down):
         rows = np.linspace(top, bottom - 1, min(_THUMBNAIL_ROWS, bottom - top)).round().astype(int)
         read = [source.read((int(y), int(y) + 1), (0, width))[0] for y in rows]
-        sums = np.add.reduceat(np.sum(read, 0, dtype=np.uint64), across[:-1], 0)
-        lines.append(np.round(sums / (len(rows) * counts)).astype(np.uint8))
+        sums = np.add.reduceat(np.sum(read, 0, dtype=np.float64), across[:-1], 0)
+        lines.append((sums / (len(rows) * counts)).astype(np.float32))
     pixels = np.stack(lines)
+    in_bytes = source.dtype == np.uint8
+    if in_bytes:
+        pixels = np.round(pixels).astype(np.uint8)
     if source.channels == 4 and not source.transparent():
         pixels = pixels[..., :3]
-    return Picture(pixels, in_bytes=source.dtype == np.uint8).image
+    return Picture(pixels, in_bytes).image
