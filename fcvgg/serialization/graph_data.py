@@ -42,11 +42,12 @@ _SPACES = {
 _FUNCTIONS = {
     "torch": """
         abs add amax cat celu channel_shuffle chunk clamp clamp_ clip clip_ clone concat
-        concatenate conv2d detach div erf exp flatten flip ge gt index_select layer_norm le log
-        log1p log_softmax lt masked_fill max max_pool2d maximum mean minimum moveaxis movedim mul
-        narrow neg permute pow prelu ravel relu relu_ reshape rrelu rsqrt select selu sigmoid
-        sigmoid_ sign softmax split sqrt square squeeze sub sum swapaxes swapdims tanh tanh_
-        tensor_split threshold transpose unbind unflatten unsqueeze where""",
+        concatenate conv2d detach div erf exp flatten flip fliplr flipud ge gt
+        index_select layer_norm le log log1p log_softmax lt masked_fill max max_pool2d
+        maximum mean minimum moveaxis movedim mul narrow neg permute pow prelu ravel
+        relu relu_ reshape rrelu rsqrt select selu sigmoid sigmoid_ sign softmax split
+        sqrt square squeeze sub sum swapaxes swapdims tanh tanh_ tensor_split threshold
+        transpose unbind unflatten unsqueeze where""",
     "F": """
         adaptive_avg_pool2d adaptive_max_pool2d alpha_dropout avg_pool2d batch_norm celu
         channel_shuffle conv2d dropout dropout2d elu elu_ feature_alpha_dropout gelu hardsigmoid
@@ -61,12 +62,12 @@ _FUNCTIONS = {
 """The functions that a graph may call: they compute tensors from tensors and do nothing else."""
 
 _METHODS = """
-    abs add add_ amax bfloat16 chunk clamp clamp_ clip clip_ clone contiguous detach div div_
-    double erf exp flatten flip float ge gt half le log log1p log_softmax lt masked_fill max
-    maximum mean minimum moveaxis movedim mul mul_ narrow neg permute pow prelu ravel relu
-    relu_ reshape rsqrt select sigmoid sigmoid_ sign softmax split sqrt square squeeze squeeze_
-    sub sub_ sum swapaxes swapdims tanh tanh_ tensor_split to transpose type type_as unbind
-    unflatten unsqueeze unsqueeze_ view where"""
+    abs add add_ amax bfloat16 chunk clamp clamp_ clip clip_ clone contiguous detach div
+    div_ double erf exp flatten flip fliplr flipud float ge gt half index_select le log
+    log1p log_softmax lt masked_fill max maximum mean minimum moveaxis movedim mul mul_
+    narrow neg permute pow prelu ravel relu relu_ reshape rsqrt select sigmoid sigmoid_ sign
+    softmax split sqrt square squeeze squeeze_ sub sub_ sum swapaxes swapdims tanh tanh_
+    tensor_split to transpose type type_as unbind unflatten unsqueeze unsqueeze_ view where"""
 """The Tensor methods that a graph may call."""
 
 _TORCH_VALUES = {
