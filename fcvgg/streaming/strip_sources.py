@@ -516,7 +516,7 @@ def opened(file: File, name: str) -> Iterator[Image.Image]:
             "as a tiled TIFF, which fcvgg.stream reads without a limit, or raise "
             "PIL.Image.MAX_IMAGE_PIXELS if you trust the file"
         ) from error
-    except (OSError, ValueError, SyntaxError) as error:
+    except Exception as error:  # Pillow's plugins raise whatever a broken file leads to
         raise ImageError(f"{name} cannot be read: {one_line(error)}") from error
 
 
