@@ -899,7 +899,7 @@ def test_the_command_line_names_its_own_remedies(
             2,
             "fcvgg: error: --range must be two different numbers LOW,HIGH, got '5'",
         )
-    ran = run("classify", "four.tif", "-m", "net", "--json", "--bands", "2,1,0")
+    ran = run("classify", "four.tif", "-m", "net", "--full-size", "--json", "--bands", "2,1,0")
     assert ran.exit_code == 0, ran.output
     expected = net_for(BYTES).classify(ALPHA[..., [2, 1, 0]]).max()
     assert json.loads(ran.stdout)[0]["predictions"][0]["probability"] == pytest.approx(
@@ -918,7 +918,7 @@ def test_a_range_on_the_command_line(
     net_for(BYTES).float().save("net")
     geotiff(SCENE.transpose(2, 0, 1))(tmp_path).rename("scene.tif")
     net = net_for(replace(base, value_range=(0, 9000)))
-    ran = run("classify", "scene.tif", "-m", "net", "--json", *options)
+    ran = run("classify", "scene.tif", "-m", "net", "--full-size", "--json", *options)
     assert ran.exit_code == 0, ran.output
     assert json.loads(ran.stdout)[0]["predictions"][0]["probability"] == pytest.approx(
         float(net.classify("scene.tif").max()), abs=1e-5
