@@ -279,12 +279,24 @@ def test_cells_lie_where_their_middles_lie(
             np.testing.assert_allclose(applied(cells, (col + 0.5, row + 0.5)), expected, rtol=1e-12)
 
 
-def test_an_image_without_a_place(net: Any, tmp_path: Path, opened: Any) -> None:
-    path = scene(tmp_path / "a.tif", None, None)
+@pytest.mark.parametrize("points", [(), ((0, 0, 1, 2), (0, 100, 10, 2), (80, 0, 1, 20))])
+def test_an_image_without_a_place(net: Any, tmp_path: Path, opened: Any, points: Any) -> None:
+    points = [rasterio.control.GroundControlPoint(*point) for point in points]
+    options = {"gcps": points} if points else {}
+    path = scene(tmp_path / "a.tif", "EPSG:32633" if points else None, None, **options)
     store = store_of(net, opened(path), tmp_path)
     assert [store.description[name] for name in FIELDS] == [None] * 4
     with tifffile.TiffFile(pyramid_of(store)) as file:
         assert not {33550, 33922, 34264, KEYS} & {tag.code for tag in file.pages[0].tags}
+
+
+def test_the_place_stands_on_the_first_page_of_a_pyramid(net: Any, tmp_path: Path) -> None:
+    path = scene(tmp_path / "a.tif", "EPSG:32633", UTM, pixels(90, 1100))
+    with tifffile.TiffFile(pyramid_of(store_of(net, path, tmp_path))) as file:
+        first, *others = file.series[0].levels
+        assert {33550, 33922, KEYS} <= {tag.code for tag in first.keyframe.tags}
+        assert len(others) == 2
+        assert not any(KEYS in level.keyframe.tags for level in others)
 
 
 def test_a_description_gives_the_same_place() -> None:

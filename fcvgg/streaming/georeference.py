@@ -103,9 +103,14 @@ class Georeference:
 
     @classmethod
     def of_tags(cls, tags: Mapping[int, Any]) -> Georeference | None:
-        """What a GeoTIFF's tags say; tags that are broken say nothing."""
+        """What a GeoTIFF's tags say; tags that are broken say nothing.
+
+        Nor do ground control points: their system is that of the points, not of the pixels.
+        """
         keys = _keys_of(tags)
         transform = _transform_of(tags)
+        if transform is None and _numbers(tags, TIE_POINTS):
+            return None
         if keys is not None and keys.of_points and transform is not None:
             transform = composed(transform, (1, 0, -0.5, 0, 1, -0.5))
         if keys is not None:
@@ -247,10 +252,7 @@ def _numbers(tags: Mapping[int, Any], code: int) -> list[Any]:
 
 
 def _transform_of(tags: Mapping[int, Any]) -> Transform | None:
-    """By pixel scale and tie point, else by matrix; GDAL looks for them in this order.
-
-    Tie points alone are ground control points, to which no transform need fit.
-    """
+    """By pixel scale and tie point, else by matrix; GDAL looks for them in this order."""
     scale, ties, matrix = (_numbers(tags, code) for code in (PIXEL_SCALE, TIE_POINTS, MATRIX))
     if len(scale) >= 2 and scale[0] and scale[1]:
         if len(ties) < 6:
