@@ -55,6 +55,7 @@ def stream(
     classes: Sequence[int | str] | str | None = None,
     rows: Pair | None = None,
     memory: int | str = "1GiB",
+    nodata: float | str | None = None,
     workers: int | None = None,
     threads: int = 1,
     address: str | None = None,
@@ -66,7 +67,8 @@ def stream(
     bands finish first wait in Ray's object store, and are computed again after an interruption.
 
     Args:
-        net, source, out, classes, rows: as for `fcvgg.stream`; every worker must find a path.
+        net, source, out, classes, rows, nodata: as for `fcvgg.stream`; every worker must find a
+            path.
         memory: what each worker may add.
         workers: how many bands are computed at once; None takes what Ray has room for.
         threads: processor cores of each worker.
@@ -77,7 +79,7 @@ def stream(
     """
     folder = None if out is None else checked_folder(out, "out", STORE_ENDINGS)
     ray = _with_room(address, workers, threads)
-    job = StreamJob.prepared(net, source, classes, rows)
+    job = StreamJob.prepared(net, source, classes, rows, nodata=nodata)
     budget = parsed_memory(memory)
     if folder is None:
         plan, store = plan_in_memory(job, budget), None
@@ -100,7 +102,8 @@ def stream(
     )
 
     def begun(block: int, band: Pair) -> tuple[int, Pair, Any]:
-        return block, band, work.remote(*shared, classes, rows, plan, block, band, chunk, threads)
+        part = (classes, rows, nodata, plan, block, band, chunk, threads)
+        return block, band, work.remote(*shared, *part)
 
     running = deque(begun(*piece) for piece in islice(pieces, workers))
     try:
@@ -187,6 +190,7 @@ def _band(
     source: Any,
     classes: Any,
     rows: Pair | None,
+    nodata: float | str | None,
     plan: StripPlan,
     block: int,
     band: Pair,
@@ -196,7 +200,7 @@ def _band(
     """A worker's part: the rows of one band in one block of columns, some at a time."""
     torch.set_num_threads(threads)
     net = _unpacked(_Hashed(bundle))
-    job = StreamJob.prepared(net, source, classes, rows)
+    job = StreamJob.prepared(net, source, classes, rows, nodata=nodata)
     first, end = (job.layout.rows[0] + row for row in band)
     with evaluating(net):
         parts = bands(job, plan, plan.blocks[block], (first, end), lambda _: None)

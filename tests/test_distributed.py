@@ -75,6 +75,18 @@ def test_levels_and_bands_reach_the_workers(net: Any, tmp_path: Path) -> None:
     torch.testing.assert_close(distributed.stream(net, source, workers=2).scores, expected.scores)
 
 
+def test_nodata_reaches_the_workers(net: Any, tmp_path: Path) -> None:
+    image = photograph(220, 60)
+    image[100:120, :20] = 0
+    __import__("tifffile").imwrite(tmp_path / "image.tif", image, photometric="rgb")
+    expected = fcvgg.stream(net, image, nodata=0).scores
+    assert expected.isnan().any()
+    assert not expected.isnan().all()
+    for source in (image, tmp_path / "image.tif"):
+        got = distributed.stream(net, source, nodata=0, workers=2).scores
+        torch.testing.assert_close(got, expected, equal_nan=True)
+
+
 def test_a_source_that_cannot_be_sent(net: Any) -> None:
     class Bound:
         shape, dtype = (220, 60, 3), np.dtype(np.uint8)

@@ -44,6 +44,7 @@ def stream(
     memory: int | str = "1GiB",
     progress: bool = False,
     output: int = 0,
+    nodata: float | str | None = None,
 ) -> Any:
     """The score map of an image of any size, equal to the network's on the whole image.
 
@@ -59,10 +60,12 @@ def stream(
             preprocessed floats ``(C, H, W)``, also as a tensor. Pixels are the same as for
             `FullyConvolutional.score_map`; those of more than 8 bits are taken as
             `fcvgg.Preprocess` says.
-        out: a folder for the map as a zarr array, with class names and geometry in its attributes.
-            Rows are written as they are finished; after an interruption the same call resumes. A
-            map of another network or image is refused; an image is known by its size and three of
-            its rows. None keeps the map in memory.
+        out: a folder for the map as a zarr array, with class names and geometry in its attributes,
+            and of a georeferenced image its coordinate reference system and transform (``crs``,
+            ``transform``, and ``cell_transform`` of the map's cells). Rows are written as they are
+            finished; after an interruption the same call resumes. A map of another network or
+            image is refused; an image is known by its size and three of its rows. None keeps the
+            map in memory.
         classes: class indices or names to keep, ``"argmax"`` for the best class of every cell, or
             ``"top5"``; None keeps all.
         rows: half-open range of the map's rows; only the image's rows that they need are read.
@@ -71,6 +74,9 @@ def stream(
             borders are computed twice.
         progress: show a bar with the rate and the time left.
         output: which output, for a network with several.
+        nodata: pixels of this value have no data, as for `fcvgg.open_image`: a number, or
+            ``"file"`` for what the file declares. Not for preprocessed floats, which hold NaN
+            there, nor for what is open already.
 
     Returns:
         a `ScoreMap` with the scores ``(K, h, w)``, or ``(len(classes), h, w)``, whose probabilities
@@ -85,7 +91,7 @@ def stream(
         FcvggError: if `out` exists and holds something else, or cannot be written.
     """
     folder = None if out is None else checked_folder(out, "out", STORE_ENDINGS)
-    job = StreamJob.prepared(net, source, classes, rows, output)
+    job = StreamJob.prepared(net, source, classes, rows, output, nodata)
     budget = parsed_memory(memory)
     if folder is None:
         return _in_memory(job, budget, progress)

@@ -45,7 +45,9 @@ class StreamJob:
     output: int
 
     @classmethod
-    def prepared(cls, net: Any, source: Any, classes: Any, rows: Any, output: int = 0) -> StreamJob:
+    def prepared(
+        cls, net: Any, source: Any, classes: Any, rows: Any, output: int = 0, nodata: Any = None
+    ) -> StreamJob:
         """Check the arguments of `stream`."""
         if not isinstance(net, FullyConvolutional):
             whole = callable(getattr(net, "predict", None)) and hasattr(net, "backbone")
@@ -61,7 +63,7 @@ class StreamJob:
             raise ArgumentError(
                 f"output={output!r} is unknown; the network has {len(net.program.classes)}"
             )
-        image = strip_source(source, net.in_channels)
+        image = strip_source(source, net.in_channels, nodata)
         selection = Selection.of(classes, net, output)
         size = tuple(max(n, axis.window) for n, axis in zip(image.size, net.geometry.axes))
         height, width = net.output_size(image.size)

@@ -20,6 +20,7 @@ from torch import Tensor
 from fcvgg.errors import ArgumentError, FcvggError, ImageError, MissingExtraError, one_line
 from fcvgg.extras import imported
 from fcvgg.geometry import Pair
+from fcvgg.streaming.georeference import Georeference
 from fcvgg.streaming.strip_sources import (
     SAMPLES,
     ArraySource,
@@ -67,6 +68,7 @@ class RasterSource(StripSource):
             getattr(dataset, "transform", None), "is_identity", True
         )
         self._georeferenced = bool(placed)
+        self.georeference = Georeference.of_dataset(dataset)
         self.alpha = self.channels in (2, 4) and meanings[-1:] in ([], ["alpha"])
         self.nodata = getattr(dataset, "nodata", None)
         told: Callable[..., Any] = getattr(dataset, "tags", lambda *_, **__: {})
@@ -162,12 +164,27 @@ def open_image(
         raise ImageError(
             f"{path} cannot be read: {type(error).__name__}: {one_line(error)}"
         ) from error
-    if source.path is not None:
+    if isinstance(source, RasterSource):
+        source.path = _path_of(source)
+    elif source.path is not None:
         source.level = level
         source.reopened = partial(
             open_image, source.path, level, bands=bands, missing=missing, nodata=nodata
         )
     return source
+
+
+def _path_of(source: RasterSource) -> Path | None:
+    """The dataset's file, if its path gives an image of the same pixels.
+
+    Formats that GDAL alone reads, warped datasets and overviews opened as such have none.
+    """
+    try:
+        same = open_image(source.name, source.level, bands=source.bands)
+    except FcvggError:
+        return None
+    alike = (same.size, same.channels, same.dtype) == (source.size, source.channels, source.dtype)
+    return same.path if alike else None
 
 
 def _opened_source(path: Any, level: int, bands: Bands, missing: str) -> StripSource:
@@ -256,6 +273,8 @@ def _beside(source: TiffSource, file: Path) -> StripSource:
     """A level that lies in a file of its own, as a level of the image that it belongs to."""
     whole = TiffSource(file)
     source.nodata, source.georeferenced = whole.nodata, whole.georeferenced
+    if whole.georeference is not None:
+        source.georeference = whole.georeference.scaled(whole.size, source.size)
     if whole.pixel_size is not None:
         source.pixel_size = (
             whole.pixel_size[0] * whole.size[0] / source.size[0],
@@ -281,29 +300,46 @@ def _is_plain_tiff(file: File, name: str) -> bool:
         return plain and getattr(image, "n_frames", 1) == 1 and all(counts)
 
 
-def strip_source(source: Any, channels: int | None = None) -> StripSource:
+def strip_source(
+    source: Any, channels: int | None = None, nodata: float | str | None = None
+) -> StripSource:
     """What `fcvgg.stream` and `score_map` accept, as a `StripSource`.
 
     Args:
         source: an image of any kind.
         channels: of the network, by which the values of pixels ``(H, W, C)`` are told from
             preprocessed floats ``(C, H, W)``.
+        nodata: as for `open_image`.
 
     Raises:
         ImageError: if it cannot be used as an image.
+        ArgumentError: if `nodata` is given for what is open already, or preprocessed.
     """
     if isinstance(source, StripSource):
+        if nodata is not None:
+            raise ArgumentError(
+                f"nodata must be None for an image that is open already, got {nodata!r}; pass it "
+                "where the image is opened: fcvgg.open_image(path, nodata=...)"
+            )
         return source
     if isinstance(source, (str, os.PathLike)) or _is_file(source) or _is_dataset(source):
-        return open_image(source)
+        return open_image(source, nodata=nodata)
     if isinstance(source, Image.Image):
-        return PillowSource(source)
-    if hasattr(source, "shape") and hasattr(source, "dtype") and hasattr(source, "__getitem__"):
-        return _array_source(source, channels)
-    raise ImageError(
-        f"{type(source).__name__} is no image; expected a path, a PIL image, a uint8 array "
-        "(H, W, C) or a preprocessed tensor (C, H, W)"
-    )
+        image: StripSource = PillowSource(source)
+    elif hasattr(source, "shape") and hasattr(source, "dtype") and hasattr(source, "__getitem__"):
+        image = _array_source(source, channels)
+    else:
+        raise ImageError(
+            f"{type(source).__name__} is no image; expected a path, a PIL image, a uint8 array "
+            "(H, W, C) or a preprocessed tensor (C, H, W)"
+        )
+    if image.preprocessed and nodata is not None:
+        raise ArgumentError(
+            f"nodata must be None for preprocessed floats, got {nodata!r}; put NaN where they have "
+            "no data"
+        )
+    image.treat_as_missing(nodata)
+    return image
 
 
 def _array_source(array: Any, channels: int | None) -> StripSource:

@@ -11,6 +11,7 @@ import torch
 from fcvgg.errors import ArgumentError
 from fcvgg.network import FullyConvolutional
 from fcvgg.placement import dtype_of
+from fcvgg.streaming.georeference import described
 from fcvgg.streaming.job import StreamJob
 from fcvgg.streaming.score_store import ScoreStore, check_same, create_store, open_store
 from fcvgg.streaming.store_description import FORMAT
@@ -80,6 +81,7 @@ def _description(job: StreamJob) -> dict[str, Any]:
         "nodata": job.source.left_out,
         "pixel_size": job.source.pixel_size and list(job.source.pixel_size),
         "bands": None if job.source.bands is None else list(job.source.bands),
+        **described(job.source.georeference, job.geometry),
     }
 
 

@@ -21,6 +21,7 @@ from fcvgg.errors import FcvggError, one_line
 from fcvgg.extras import imported
 from fcvgg.files import folder_written_whole, written_whole
 from fcvgg.geometry import Pair
+from fcvgg.streaming.georeference import FIELDS
 from fcvgg.streaming.store_description import checked_description, checked_progress
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ ATTRIBUTE = "fcvgg"
 _METADATA = "zarr.json"
 _PROGRESS = "fcvgg-progress.json"
 _NORMALIZER = "normalizer"
-_MAY_DIFFER = ("blocks", "strip_bytes", "source", "pixel_size", "num_classes")
+_MAY_DIFFER = ("blocks", "strip_bytes", "source", "pixel_size", "num_classes", *FIELDS)
 """How the map is computed, where the image lies now, and what older stores do not say."""
 
 _CHUNK_CHANNELS = 64

@@ -23,6 +23,7 @@ from fcvgg.heatmap import Heatmap
 from fcvgg.interpolation import interpolated, pixel_points, shown, within
 from fcvgg.pictures import Picture
 from fcvgg.probability import cells_with_data, normalized, to_probabilities
+from fcvgg.streaming.georeference import Georeference
 from fcvgg.streaming.opening import open_image
 from fcvgg.streaming.score_store import ScoreStore
 from fcvgg.streaming.strip_sources import StripSource
@@ -129,7 +130,8 @@ class SlideMap:
         Pixels without data are 0, as those without the class are.
 
         It has the slide's size in pixels, its pixel size where the slide states one, and the class
-        as the name of its channel, as viewers of OME-TIFF (napari, QuPath) read them.
+        as the name of its channel, as viewers of OME-TIFF (napari, QuPath) read them. The map of a
+        georeferenced image has its coordinate reference system and transform, as a GeoTIFF.
 
         Raises:
             FcvggError: if it cannot be written.
@@ -137,6 +139,7 @@ class SlideMap:
         path = checked_file(path, "path", (".tif", ".tiff"))
         tifffile = imported("tifffile", "stream")
         sizes = self._levels()
+        place = Georeference.of_description(self._description)
         options: dict[str, Any] = {
             "tile": (_TILE, _TILE),
             "dtype": "uint8",
@@ -149,7 +152,11 @@ class SlideMap:
         ):
             for level, size in enumerate(sizes):
                 options.update(self._resolution(size))
-                first = {"metadata": self._metadata(), "subifds": len(sizes) - 1}
+                first = {
+                    "metadata": self._metadata(),
+                    "subifds": len(sizes) - 1,
+                    "extratags": place.tags if place is not None else (),
+                }
                 kind = first if level == 0 else {"metadata": None, "subfiletype": 1}
                 file.write(self._tiles(size), shape=size, **kind, **options)
         return path

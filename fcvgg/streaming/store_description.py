@@ -11,6 +11,7 @@ import numpy as np
 from fcvgg.errors import FcvggError, one_line
 from fcvgg.geometry import Geometry, Pair, checked_size
 from fcvgg.probability import ACTIVATIONS, UNKNOWN
+from fcvgg.streaming.georeference import FIELDS, are_keys, is_transform
 
 FORMAT = 2
 
@@ -22,7 +23,7 @@ _BELIEVED_CELLS = 1 << 26
 _CELLS_PER_BYTE = 256
 """Cells that a byte on disk may stand for: maps of one class almost everywhere compress well."""
 
-_LATER = ("dtype", "output", "network", "weights", "image", "pixel_size", "bands")
+_LATER = ("dtype", "output", "network", "weights", "image", "pixel_size", "bands", *FIELDS)
 """Fields that older stores lack, or that only a resumed stream compares."""
 
 _DIMENSIONS = {"scores": 3, "argmax": 2, "top5": 4}
@@ -174,6 +175,10 @@ _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "level": (lambda v: _is_whole(v, 0, 64), "a level of the pyramid"),
     "pixel_size": (_is_pixel_size, "null or [height, width] in micrometres"),
     "bands": (lambda v: v is None or _are_whole(v, 0, _MOST_CLASSES), "null or a list of bands"),
+    "crs": (lambda v: v is None or _is_text(v), "null or a coordinate reference system"),
+    "transform": (lambda v: v is None or is_transform(v), "null or six finite numbers"),
+    "cell_transform": (lambda v: v is None or is_transform(v), "null or six finite numbers"),
+    "geo_keys": (lambda v: v is None or are_keys(v), "null or the keys of a GeoTIFF"),
     "strip_bytes": (lambda v: _is_whole(v, 1, _LARGEST_STRIP), "a number of bytes"),
     "blocks": (
         lambda v: (

@@ -8,6 +8,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from numbers import Real
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -20,6 +21,7 @@ from torch import Tensor
 from fcvgg.errors import FcvggError, ImageError, one_line
 from fcvgg.geometry import Pair
 from fcvgg.pictures import pixels_of
+from fcvgg.streaming.georeference import Georeference
 
 _ORIENTATION = 0x0112
 _TURNED = 5
@@ -59,6 +61,7 @@ class StripSource:
         missing_value: the value whose pixels are read as NaN; None keeps every value.
         reduced: whether the file holds more than 8 bits, of which its reader gives 8.
         pixel_size: height and width of a pixel in micrometres, if the file says so.
+        georeference: where the pixels lie on the earth, if the file says so.
     """
 
     name = "the image"
@@ -75,6 +78,7 @@ class StripSource:
     missing_value: float | None = None
     reduced = False
     pixel_size: tuple[float, float] | None = None
+    georeference: Georeference | None = None
     reopened: Callable[[], StripSource] | None = None
     """Opens the same image once more, in another process too."""
 
@@ -161,14 +165,14 @@ class StripSource:
         Raises:
             ImageError: if the file declares none.
         """
-        if nodata == FROM_FILE:
+        if isinstance(nodata, str) and nodata == FROM_FILE:
             self._by_mask = self.nodata is None and self._has_mask()
             if self.nodata is None and not self._by_mask:
                 raise ImageError(
                     f"{self.name} declares no nodata value; pass the value, such as nodata=0"
                 )
             nodata = self.nodata
-        if nodata is not None and (isinstance(nodata, (str, bool)) or not np.isscalar(nodata)):
+        if nodata is not None and (isinstance(nodata, bool) or not isinstance(nodata, Real)):
             raise ImageError(
                 f"nodata must be a number, 'file' or None, got {nodata!r}; 'file' takes what the "
                 "file declares"

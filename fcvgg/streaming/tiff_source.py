@@ -16,6 +16,16 @@ from PIL import Image
 from fcvgg.errors import FcvggError, ImageError, MissingExtraError, one_line
 from fcvgg.extras import imported
 from fcvgg.geometry import Pair
+from fcvgg.streaming.georeference import (
+    KEY_DOUBLES,
+    KEY_TEXT,
+    KEYS,
+    MATRIX,
+    PIXEL_SCALE,
+    TIE_POINTS,
+    Georeference,
+    Transform,
+)
 from fcvgg.streaming.strip_sources import Bands, File, StripSource, level_of, quiet
 
 _WHITE_IS_ZERO, _BLACK_IS_ZERO, _RGB, _PALETTE, _SEPARATED, _YCBCR = 0, 1, 2, 3, 5, 6
@@ -48,8 +58,8 @@ _ORIENTATION, _X_RESOLUTION, _INK_SET, _SAMPLE_FORMAT = 274, 282, 332, 339
 _NODATA = 42113
 """GDAL's tag for the value of pixels without data, as text."""
 
-_GEOREFERENCE = (33550, 33922, 34264, 34735)
-"""Tags, the last ones of GeoTIFF: pixel scale, tie points, transformation, keys."""
+_GEOREFERENCE = (PIXEL_SCALE, TIE_POINTS, MATRIX, KEYS)
+"""Tags of which a georeferenced file has one at least."""
 
 _TURNED = 5
 """Orientations from this one on exchange height and width."""
@@ -144,9 +154,8 @@ class TiffSource(StripSource):
                 f"{self.name} has axes {series.axes} of lengths {tuple(series.shape)}; expected "
                 "one plane of rows, columns and channels: pass it as an array"
             )
-        first = (
-            file.series[self._series].levels[0].keyframe.tags
-        )  # which says what holds for all levels
+        full = file.series[self._series].levels[0].keyframe
+        first = full.tags  # which say what holds for all levels
         orientation = page.tags.valueof(_ORIENTATION, first.valueof(_ORIENTATION, 1))
         self._orientation = int(orientation) if orientation in range(1, 9) else 1
         colours = (_WHITE_IS_ZERO, _BLACK_IS_ZERO, _RGB, _PALETTE, *(_MASK,) * (self._series > 0))
@@ -207,6 +216,11 @@ class TiffSource(StripSource):
             None,
         )
         self.georeferenced = any(code in first for code in _GEOREFERENCE)
+        codes = (*_GEOREFERENCE, KEY_DOUBLES, KEY_TEXT)
+        place = Georeference.of_tags({code: first.valueof(code) for code in codes if code in first})
+        if place is not None:
+            place = place.scaled((full.imagelength, full.imagewidth), self.stored_size)
+            self.georeference = place.through(self._upright)
         self.nodata = _number(page.tags.valueof(_NODATA, first.valueof(_NODATA)))
         self._direct = page.is_contiguous and page.compression == 1 and page.predictor == 1
         self._direct = self._direct and page.planarconfig == 1 and page.fillorder == 1
@@ -232,6 +246,16 @@ class TiffSource(StripSource):
     @property
     def _turned(self) -> bool:
         return self._orientation >= _TURNED
+
+    @property
+    def _upright(self) -> Transform:
+        """From pixels as they are given to those that are stored, before they are turned."""
+        height, width = self.stored_size
+        row = (-1, height) if self._orientation in _ROWS_FLIPPED else (1, 0)
+        col = (-1, width) if self._orientation in _COLS_FLIPPED else (1, 0)
+        if self._turned:
+            return 0, col[0], col[1], row[0], 0, row[1]
+        return col[0], 0, col[1], 0, row[0], row[1]
 
     def transparent(self) -> bool:
         """Whether the last of two or four channels is taken for transparency.
