@@ -277,8 +277,12 @@ class Rewriter:
                 "the model's outputs lie on different grids of cells; convert one head at a time"
             )
         self.steps.check_branches(first)
-        crop = tuple(n - unseen for n, unseen in zip(self.captured.size, outputs[0].unseen))
-        geometry = first.standing_for((crop[0], crop[1]), outputs[0].margin)
+        height, width = (
+            # padding that outweighs the image leaves no rows to tell apart
+            n - unseen if n - unseen >= window else n
+            for n, unseen, window in zip(self.captured.size, outputs[0].unseen, first.window)
+        )
+        geometry = first.standing_for((height, width), outputs[0].margin)
         self._restore_weights()
         self.graph.lint()
         return Program(

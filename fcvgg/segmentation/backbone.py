@@ -249,13 +249,15 @@ def _head_windows(net: FullyConvolutional, names: LayerNames) -> dict[str, Layer
     """The layers of the head that slide a window over the features, by their nodes' names.
 
     They are fully connected layers, pools of stride 1, and whatever takes the features to one cell
-    at the native size. What is padded already, by `fcvgg.convert`, is left out.
+    at the native size. None is left where `fcvgg.convert` has padded the head already.
     """
+    if any(axis.context_start for axis in net.geometry.axes):
+        return {}
     sizes = [axis.sizes(n) for axis, n in zip(net.geometry.axes, net.input_size)]
     found = {}
     for node in net.network.graph.nodes:
         record = _record_of(net, node)
-        if record is None or any(n.target is F.pad for n in node.all_input_nodes):
+        if record is None:
             continue
         slides = max(w.span for w in record.windows) > 1
         plain = all((w.stride, w.before, w.after) == (1, 0, 0) for w in record.windows)
@@ -267,19 +269,27 @@ def _head_windows(net: FullyConvolutional, names: LayerNames) -> dict[str, Layer
 
 
 def _padded(graph: fx.Graph, geometry: Geometry, windows: dict[str, LayerRecord]) -> Geometry:
-    """Put zeros before layers of the graph, and tell the geometry with them."""
+    """Put zeros before the head's first window, and tell the geometry with them.
+
+    As in `fcvgg.convert`, they are put there once, for all windows that follow each other.
+    """
     axes = [list(axis.steps) for axis in geometry.axes]
-    for node in [n for n in graph.nodes if n.name in windows]:
-        layer = windows[node.name]
-        pads = [((w.span - 1) // 2, w.span - 1 - (w.span - 1) // 2) for w in layer.windows]
-        (top, bottom), (left, right) = pads
+    heads = [n for n in graph.nodes if n.name in windows]
+    before = {node: _nodes_before(graph, node.name) - {node.name} for node in heads}
+    for node in heads:
+        if any(other.name in before[node] for other in heads):
+            continue
+        chain = [n for n in heads if n is node or node.name in before[n]]
+        more = [sum(windows[n.name].windows[i].span - 1 for n in chain) for i in (0, 1)]
+        (top, bottom), (left, right) = pads = [(n // 2, n - n // 2) for n in more]
         fed = node.all_input_nodes[0]
         with graph.inserting_before(node):
             zeros = graph.call_function(F.pad, (fed, (left, right, top, bottom)))
         node.replace_input_with(fed, zeros)
-        for steps, (before, after) in zip(axes, pads):
-            window = replace(steps[layer.step].window, before=before, after=after)
-            steps[layer.step] = replace(steps[layer.step], window=window)
+        step = windows[node.name].step
+        for steps, (first, last) in zip(axes, pads):
+            window = replace(steps[step].window, before=first, after=last)
+            steps[step] = replace(steps[step], window=window)
     return Geometry(Axis(tuple(axes[0])), Axis(tuple(axes[1])))
 
 
