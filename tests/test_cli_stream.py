@@ -274,6 +274,8 @@ def test_pixels_without_data_do_not_count_in_a_thumbnail(tmp_path, dtype) -> Non
     slide_map = SlideMap(fcvgg.stream(net, source, out=tmp_path / "a.zarr", classes=[0]))
     again = slide_map.source()
     np.testing.assert_array_equal(again.whole(), source.whole())
+    with pytest.raises(fcvgg.FcvggError, match=r"another score map: its nodata is \"0.0\", not"):
+        fcvgg.stream(net, tmp_path / "a.tif", out=tmp_path / "a.zarr", classes=[0])
     shown = np.asarray(slide_map.heatmap(again, 32).image, float)
     assert (shown[:3] == 0).all()
     expected = np.nanmean(source.whole()[6:].reshape(29, 2, 32, 2, 3), (1, 3))

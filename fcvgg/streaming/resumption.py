@@ -74,10 +74,10 @@ def _description(job: StreamJob) -> dict[str, Any]:
         "output": job.output,
         "network": _network_checksum(job.net),
         "weights": _weights_checksum(job.net),
+        "nodata": job.source.left_out,
         "image": _image_checksum(job),
         "source": None if job.source.path is None else str(job.source.path.resolve()),
         "level": job.source.level,
-        "nodata": job.source.left_out,
         "pixel_size": job.source.pixel_size and list(job.source.pixel_size),
         "bands": None if job.source.bands is None else list(job.source.bands),
     }
