@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from numbers import Integral
 from pathlib import Path
 from typing import Any
@@ -72,12 +72,18 @@ def one_per_class(
     """
     if isinstance(names, os.PathLike) or (isinstance(names, str) and _is_path(names, classes)):
         names = read_categories(names)
+    if isinstance(names, bytes) or not (names is None or isinstance(names, Iterable)):
+        raise CategoryError(
+            f"categories must be a sequence of names or the path of their file, got {names!r}; "
+            "pass one name per class"
+        )
+    names = None if names is None else tuple(names)
     if names is not None and len(names) != classes:
         raise CategoryError(
             f"{len(names)} categories were given for {classes} classes; "
             f"pass one name per class, in the order of the {order}"
         )
-    return None if names is None else tuple(names)
+    return names
 
 
 def _is_path(text: str, classes: int) -> bool:

@@ -61,9 +61,13 @@ def interpolated(maps: Tensor, geometry: Geometry, points: tuple[Tensor, Tensor]
     step = max(_BLOCK // max(prod(maps.shape[:-2]) * len(x), 1), 1)
     for first in range(0, len(y), step):
         part = slice(first, first + step)
-        above, below = maps[..., top[part], :], maps[..., bottom[part], :]
-        rows = torch.lerp(above, below, y[part, None])  # (..., step, w)
-        result[..., part, :] = torch.lerp(rows[..., left], rows[..., right], x)
+        above, below = top[part], bottom[part]
+        start = int(above.min())
+        needed = maps[..., start : int(below.max()) + 1, :]
+        # columns first: there are few rows of cells, and whole rows are then copied
+        rows = torch.lerp(needed[..., left], needed[..., right], x)  # (..., cells, W)
+        above, below = rows[..., above - start, :], rows[..., below - start, :]
+        result[..., part, :] = torch.lerp(above, below, y[part, None])
     return result
 
 

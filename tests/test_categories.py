@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import fcvgg
-from fcvgg.categories import class_index, class_name
+from fcvgg.categories import class_index, class_name, one_per_class
 from fcvgg.demo import demo_model
 
 NAMES = ("tabby", "tiger cat", "Siamese cat", "crane", "crane", "maillot", "café")
@@ -99,3 +99,14 @@ def test_categories_are_given_by_the_path_of_their_file(tmp_path, monkeypatch):
     (tmp_path / "names.txt").write_text("sky\nface\nsea\n")
     with pytest.raises(fcvgg.CategoryError, match="3 categories were given for 2 classes"):
         net.categories = "names.txt"
+
+
+@pytest.mark.parametrize("names", [5, 0.5, b"ab", True])
+def test_names_are_a_sequence_or_a_path(names: object) -> None:
+    with pytest.raises(fcvgg.CategoryError, match=r"^categories must be a sequence of names or"):
+        one_per_class(names, 2, "scores")  # type: ignore[arg-type]
+
+
+def test_names_of_any_iterable() -> None:
+    assert one_per_class((n for n in "ab"), 2, "scores") == ("a", "b")  # type: ignore[arg-type]
+    assert one_per_class({"a": 1, "b": 2}.keys(), 2, "scores") == ("a", "b")  # type: ignore[arg-type]

@@ -262,6 +262,28 @@ def test_a_thumbnail_is_averaged() -> None:
     assert np.array_equal(_thumbnail(source, *whole), pixels)
 
 
+@pytest.mark.parametrize("dtype", [np.uint8, np.float32])
+def test_pixels_without_data_do_not_count_in_a_thumbnail(tmp_path, dtype) -> None:
+    """A stored map remembers how its image was opened."""
+    pixels = np.random.default_rng(0).integers(1, 256, (64, 64, 3)).astype(dtype)
+    pixels[:6] = pixels[6, ::2] = 0
+    tifffile.imwrite(tmp_path / "a.tif", pixels, photometric="rgb")
+    preprocess = fcvgg.Preprocess((0.5,) * 3, (0.2,) * 3, value_range=(0, 255))
+    net = fcvgg.convert(seeded(SmallVGG), preprocess=preprocess)
+    source = open_image(tmp_path / "a.tif", nodata=0)
+    slide_map = SlideMap(fcvgg.stream(net, source, out=tmp_path / "a.zarr", classes=[0]))
+    again = slide_map.source()
+    np.testing.assert_array_equal(again.whole(), source.whole())
+    with pytest.raises(fcvgg.FcvggError, match=r"another score map: its nodata is \"0.0\", not"):
+        fcvgg.stream(net, tmp_path / "a.tif", out=tmp_path / "a.zarr", classes=[0])
+    shown = np.asarray(slide_map.heatmap(again, 32).image, float)
+    assert (shown[:3] == 0).all()
+    expected = np.nanmean(source.whole()[6:].reshape(29, 2, 32, 2, 3), (1, 3))
+    low, high = (0, 255) if dtype == np.uint8 else np.nanquantile(expected, (0.01, 0.99))
+    expected = ((expected - low) * 255 / (high - low)).clip(0, 255)
+    np.testing.assert_allclose(shown[3:], expected, atol=0.6)
+
+
 def test_bands_that_are_no_colours_have_no_thumbnail(slide):
     pixels = np.zeros((40, 50, 5), np.uint8)
     tifffile.imwrite("five.tif", pixels, photometric="minisblack", planarconfig="contig")

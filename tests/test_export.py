@@ -345,3 +345,14 @@ def test_what_torch_cannot_export_is_named(suffix, tmp_path, monkeypatch):
     with pytest.raises(fcvgg.FcvggError, match=r"^torch.export cannot take 1 \(Sized\): [^\n]*$"):
         of(Sized()).export(tmp_path / f"sized{suffix}")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dtype_that_the_format_lacks_is_said_with_remedies(tmp_path):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4 * 36, 3)).bfloat16().eval()
+    net = fcvgg.convert(model, input_size=8)
+    with pytest.raises(
+        fcvgg.FcvggError, match=r"cannot read the file: .*written, export to \.pt2, or cast"
+    ) as caught:
+        net.export(tmp_path / "a.onnx")
+    assert str(tmp_path) not in str(caught.value)
+    assert list(tmp_path.iterdir()) == []

@@ -783,6 +783,12 @@ def test_missing_data_enters_as_nan(
         np.testing.assert_array_equal(by_value.whole(), source.whole())
 
 
+def test_values_without_data_take_the_memory_of_floats(tmp_path: Path) -> None:
+    path = geotiff(_holes(np.uint8, 0).transpose(2, 0, 1), True, nodata=0)(tmp_path)
+    for source in (open_image(path), open_image(path, nodata=0)):
+        assert source.itemsize == source.read((0, 1), (0, 1)).itemsize
+
+
 @pytest.mark.parametrize("opened", [lambda p: p, rasterio.open], ids=["path", "dataset"])
 def test_a_mask_in_place_of_a_value(tmp_path: Path, opened: Any) -> None:
     """As GDAL's tools mark what a warped scene does not cover."""

@@ -35,6 +35,9 @@ from fcvgg.names import readable
 from fcvgg.preprocessing import Preprocess
 from fcvgg.serialization.bundle import CONFIG, TENSORS
 from fcvgg.shape_budget import ShapeBudget, check_affordable
+from fcvgg.streaming import score_store, store_description
+from fcvgg.streaming.job import StreamJob
+from fcvgg.streaming.resumption import opened_store
 from fcvgg.streaming.score_store import is_store, open_store
 
 SECONDS = 30
@@ -717,9 +720,11 @@ def set_field(field, value, metadata):
     metadata["attributes"]["fcvgg"][field] = value
 
 
-@pytest.mark.parametrize("field", [*NEEDED, "format", "pixel_size", "bands"])
+@pytest.mark.parametrize(
+    "field", [*NEEDED, "format", "pixel_size", "bands", "nodata", "num_classes"]
+)
 def test_a_stored_map_is_described_by_values_of_their_kinds(whole_store, tmp_path, field):
-    optional = field in ("source", "categories", "bands", "pixel_size")
+    optional = field in ("source", "categories", "bands", "pixel_size", "nodata")
     for i, value in enumerate(STRANGE):
         store = shutil.copytree(whole_store, tmp_path / f"{i}.zarr")
         described(store, partial(set_field, field, value))
@@ -753,6 +758,16 @@ def test_the_array_of_a_stored_map_fits_its_description(store, change, message):
 def test_the_progress_of_a_stored_map_is_checked(store, content):
     (store / "fcvgg-progress.json").write_text(content)
     refused(lambda: open_store(store), "fcvgg-progress.json is broken")
+
+
+def test_finished_cells_are_those_that_the_files_hold(store, monkeypatch):
+    monkeypatch.setattr(store_description, "_BELIEVED_CELLS", 10)
+    assert open_store(store).complete
+    monkeypatch.setattr(score_store, "_bytes_within", lambda _: 0)
+    refused(lambda: open_store(store), "finished cells must be those that its files can hold")
+    job = StreamJob.prepared(tiny_net(), pixels(), None, None)
+    new, _ = opened_store(job, store.with_name("new.zarr"), 1 << 30)  # which holds none as yet
+    assert new.share == 0
 
 
 def test_broken_chunks_are_one_line(store):

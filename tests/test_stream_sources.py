@@ -531,6 +531,29 @@ def test_an_incomplete_copy_of_an_ome_zarr(tmp_path: Path) -> None:
         open_image(tmp_path / "image.zarr")
 
 
+PIXEL_SIZES = [(0.25, 0.5), (0.0, 0.5), (0.5, float("nan")), (float("inf"),) * 2, (0.5, 1e12)]
+
+
+@pytest.mark.parametrize("size", PIXEL_SIZES)
+def test_a_pixel_size_that_is_none_is_left_out(net: Any, tmp_path: Path, size: Any) -> None:
+    """Whatever an image says of it, its map can be written, read and resumed."""
+    pixels = photograph(60, 50, 3)
+    expected = size if size == PIXEL_SIZES[0] else None
+    group = zarr.open_group(str(tmp_path / "a.zarr"), mode="w")
+    group.create_array("0", shape=pixels.shape, dtype=pixels.dtype)[:] = pixels
+    axes = [{"name": name, "unit": "micrometer"} for name in "yx"] + [{"name": "c"}]
+    scale = [{"type": "scale", "scale": [*size, 1]}]
+    datasets = [{"path": "0", "coordinateTransformations": scale}]
+    group.attrs["ome"] = {"multiscales": [{"axes": axes, "datasets": datasets}]}
+    metadata = {"axes": "YXS", "PhysicalSizeY": size[0], "PhysicalSizeX": size[1]}
+    tifffile.imwrite(tmp_path / "a.ome.tif", pixels, photometric="rgb", metadata=metadata)
+    for name in ("a.zarr", "a.ome.tif"):
+        assert open_image(tmp_path / name).pixel_size == expected
+        for _ in range(2):
+            store = fcvgg.stream(net, tmp_path / name, out=tmp_path / f"{name}-map")
+        assert store.description["pixel_size"] == (expected and list(expected))
+
+
 @pytest.mark.parametrize("version", [2, 3])
 def test_several_images_in_one_zarr(tmp_path: Path, version: Any) -> None:
     """As bioformats2raw writes a slide with its label, and plates of many wells."""

@@ -173,3 +173,11 @@ def test_the_figure_shows_both_maps_the_errors_and_the_sides() -> None:
         assert titles[:2] == ["model on every window: class 1", "dense map: class 1"]
     with pytest.raises(fcvgg.CategoryError, match="class 7 is out of range"):
         fcvgg.compare_windows(model, net, images(3, 32, 32)).plot(7)
+
+
+def test_cells_without_data_are_not_compared() -> None:
+    model = seeded(Unpadded)
+    image = images(3, 61, 50)
+    image[..., 5, 7] = torch.nan
+    with pytest.raises(fcvgg.ImageError, match=r"^image must have finite pixels .* 1 of 15 cells"):
+        fcvgg.compare_windows(model, fcvgg.convert(model), image)

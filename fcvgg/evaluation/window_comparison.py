@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fcvgg.categories import class_index, class_name
+from fcvgg.errors import ImageError
 from fcvgg.geometry import Pair
 from fcvgg.images import ImageLike
 from fcvgg.network import FullyConvolutional, evaluating
@@ -212,8 +213,17 @@ def compare_windows(
         image: as for ``net.score_map``.
         output: which output, for a model with several.
         progress: show a progress bar on stderr.
+
+    Raises:
+        ImageError: if the image has pixels that are not finite, with which nothing can be compared.
     """
     dense = net.score_map(image, output=output)
+    unknown = int((~dense.has_data).sum())
+    if unknown:
+        raise ImageError(
+            f"image must have finite pixels everywhere, got {unknown} of {dense.has_data.numel()} "
+            "cells without data; use a part of it that has data"
+        )
     pixels = net._prepared(image).tensor(net.preprocess).to(device_of(model), dtype_of(model))
     rows, cols = dense.scores.shape[1:]
     starts = [dense.geometry.window_of(row, col)[:2] for row in range(rows) for col in range(cols)]

@@ -214,7 +214,11 @@ def _in_onnxruntime(path: Path) -> _Run | str:
         session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     except Exception as error:
         if type(error).__name__ != "NotImplemented":
-            raise FcvggError(f"onnxruntime cannot read the file: {one_line(error)}") from error
+            reason = one_line(error).replace(str(path), "it")
+            raise FcvggError(
+                f"onnxruntime cannot read the file: {reason}; nothing was written, export to .pt2, "
+                "or cast the network with net.float()"
+            ) from error
         return f"onnxruntime cannot run it ({one_line(error)})"
 
     def run(images: Tensor) -> list[Tensor]:

@@ -31,6 +31,7 @@ from fcvgg.streaming.strip_sources import (
     level_of,
     numpy_dtype,
     opened,
+    usable_pixel_size,
 )
 from fcvgg.streaming.tiff_source import TiffSource, looks_like_alpha
 
@@ -276,10 +277,10 @@ def _beside(source: TiffSource, file: Path) -> StripSource:
     if whole.georeference is not None:
         source.georeference = whole.georeference.scaled(whole.size, source.size)
     if whole.pixel_size is not None:
-        source.pixel_size = (
-            whole.pixel_size[0] * whole.size[0] / source.size[0],
-            whole.pixel_size[1] * whole.size[1] / source.size[1],
+        down, across = (
+            pixel * n / m for pixel, n, m in zip(whole.pixel_size, whole.size, source.size)
         )
+        source.pixel_size = usable_pixel_size((down, across))
     return source
 
 
@@ -455,7 +456,8 @@ def _pixel_size(dataset: Any, axes: Sequence[Any]) -> tuple[float, float] | None
                 for axis, factor in zip(axes, scale)
                 if isinstance(axis, dict) and axis.get("unit") == "micrometer"
             }
-            return (sizes["y"], sizes["x"]) if {"y", "x"} <= sizes.keys() else None
+            known = {"y", "x"} <= sizes.keys()
+            return usable_pixel_size((sizes["y"], sizes["x"])) if known else None
     return None
 
 

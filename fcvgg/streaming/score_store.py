@@ -22,7 +22,7 @@ from fcvgg.extras import imported
 from fcvgg.files import folder_written_whole, written_whole
 from fcvgg.geometry import Pair
 from fcvgg.streaming.georeference import FIELDS
-from fcvgg.streaming.store_description import checked_description, checked_progress
+from fcvgg.streaming.store_description import check_held, checked_description, checked_progress
 
 if TYPE_CHECKING:
     from fcvgg.heatmap import Heatmap
@@ -36,6 +36,7 @@ _MAY_DIFFER = ("blocks", "strip_bytes", "source", "pixel_size", "num_classes", *
 
 _CHUNK_CHANNELS = 64
 _CHUNK_COLS = 512
+_DISK_BLOCK = 4096
 
 
 class ScoreStore:
@@ -89,10 +90,14 @@ class ScoreStore:
         return all(n == self.array.shape[-2] for n in self.finished)
 
     @property
+    def finished_cells(self) -> int:
+        """How many cells are finished."""
+        return sum(rows * (b - a) for rows, (a, b) in zip(self.finished, self.blocks))
+
+    @property
     def share(self) -> float:
         """The share of the cells that is finished."""
-        cells = sum(rows * (b - a) for rows, (a, b) in zip(self.finished, self.blocks))
-        return cells / (self.array.shape[-2] * self.array.shape[-1])
+        return self.finished_cells / (self.array.shape[-2] * self.array.shape[-1])
 
     def write(self, block: int, row: int, cells: NDArray[Any], mark: bool = True) -> None:
         """Write rows of one block of columns and note them as finished.
@@ -233,7 +238,7 @@ def open_store(path: str | Path, writable: bool = False) -> ScoreStore:
     except Exception as error:
         raise FcvggError(f"{path} is no score map that fcvgg.stream wrote") from error
     try:
-        description = checked_description(data, array, lambda: _bytes_within(path))
+        description = checked_description(data, array)
     except FcvggError as error:
         raise FcvggError(f"{path} is a broken score map: {one_line(error)}") from error
     if normalizer is not None and normalizer.shape != array.shape[-2:]:
@@ -241,11 +246,17 @@ def open_store(path: str | Path, writable: bool = False) -> ScoreStore:
             f"{path / _NORMALIZER} has shape {normalizer.shape}; expected {array.shape[-2:]}, that "
             "of the cells"
         )
-    return ScoreStore(path, array, description, normalizer)
+    store = ScoreStore(path, array, description, normalizer)
+    try:
+        check_held(store.finished_cells, lambda: _bytes_within(path))
+    except FcvggError as error:
+        raise FcvggError(f"{path} is a broken score map: {one_line(error)}") from error
+    return store
 
 
 def _bytes_within(path: Path) -> int:
-    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    """The bytes that the files of a folder take on disk, which holds them in whole blocks."""
+    return sum(max(file.stat().st_size, _DISK_BLOCK) for file in path.rglob("*") if file.is_file())
 
 
 def is_store(path: str | Path) -> bool:

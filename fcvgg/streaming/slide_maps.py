@@ -26,7 +26,7 @@ from fcvgg.probability import cells_with_data, normalized, to_probabilities
 from fcvgg.streaming.georeference import Georeference
 from fcvgg.streaming.opening import open_image
 from fcvgg.streaming.score_store import ScoreStore
-from fcvgg.streaming.strip_sources import StripSource
+from fcvgg.streaming.strip_sources import StripSource, nodata_of
 
 THUMBNAIL = 1600
 """Pixels of a thumbnail's larger side."""
@@ -98,7 +98,12 @@ class SlideMap:
         path = self._description["source"]
         if path is None or not (Path(path).is_file() or Path(path).is_dir()):
             return None
-        return open_image(path, self._description["level"], bands=self._description.get("bands"))
+        return open_image(
+            path,
+            self._description["level"],
+            bands=self._description.get("bands"),
+            nodata=nodata_of(self._description.get("nodata")),
+        )
 
     def heatmap(self, source: StripSource | None = None, side: int = THUMBNAIL) -> Heatmap:
         """A heatmap of reduced size, on a thumbnail of the image if it is given.
@@ -285,7 +290,8 @@ def _row_ranges(store: ScoreStore) -> Iterator[slice]:
 def _thumbnail(source: StripSource, ys: NDArray[Any], xs: NDArray[Any]) -> Image.Image | None:
     """The image's pixels, averaged; None where its channels are no colours.
 
-    Of the rows that a pixel of the thumbnail covers, a few are read.
+    Of the rows that a pixel of the thumbnail covers, a few are read. Pixels without data do not
+    count, and are black where there are no others.
     """
     if source.preprocessed:
         raise ImageError(f"{source.name} is preprocessed and has no picture")
@@ -295,17 +301,15 @@ def _thumbnail(source: StripSource, ys: NDArray[Any], xs: NDArray[Any]) -> Image
         (np.linspace(0, n, len(points) + 1).round().astype(int), n)
         for n, points in zip(source.size, (ys, xs))
     )
-    counts = np.diff(across)[:, None]
     lines = []
     for top, bottom in itertools.pairwise(down):
         rows = np.linspace(top, bottom - 1, min(_THUMBNAIL_ROWS, bottom - top)).round().astype(int)
-        read = [source.read((int(y), int(y) + 1), (0, width))[0] for y in rows]
-        sums = np.add.reduceat(np.sum(read, 0, dtype=np.float64), across[:-1], 0)
-        lines.append((sums / (len(rows) * counts)).astype(np.float32))
+        read = np.stack([source.read((int(y), int(y) + 1), (0, width))[0] for y in rows])
+        known = np.isfinite(read)
+        sums = np.where(known, read, 0).sum(0, dtype=np.float64)
+        sums, counts = (np.add.reduceat(n, across[:-1], 0) for n in (sums, known.sum(0)))
+        lines.append(np.where(counts, sums / np.maximum(counts, 1), np.nan).astype(np.float32))
     pixels = np.stack(lines)
-    in_bytes = source.dtype == np.uint8
-    if in_bytes:
-        pixels = np.round(pixels).astype(np.uint8)
     if source.channels == 4 and not source.transparent():
         pixels = pixels[..., :3]
-    return Picture(pixels, in_bytes).image
+    return Picture(pixels, source.dtype == np.uint8).image

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from math import isfinite, prod
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ from fcvgg.errors import FcvggError, one_line
 from fcvgg.geometry import Geometry, Pair, checked_size
 from fcvgg.probability import ACTIVATIONS, UNKNOWN
 from fcvgg.streaming.georeference import FIELDS, are_keys, is_transform
+from fcvgg.streaming.strip_sources import nodata_of, usable_pixel_size
 
 FORMAT = 2
 
@@ -20,22 +21,24 @@ _MOST_CLASSES = 1 << 24
 _LARGEST_CHUNK = 64 << 20
 _LARGEST_STRIP = 1 << 40
 _BELIEVED_CELLS = 1 << 26
-_CELLS_PER_BYTE = 256
-"""Cells that a byte on disk may stand for: maps of one class almost everywhere compress well."""
+_CELLS_PER_BYTE = 1 << 12
+"""Finished cells that a byte on disk may stand for: chunks without data are not stored."""
 
-_LATER = ("dtype", "output", "network", "weights", "image", "pixel_size", "bands", *FIELDS)
+_LATER = (
+    *("dtype", "output", "network", "weights", "image", "pixel_size", "bands", "nodata"),
+    *("num_classes", *FIELDS),
+)
 """Fields that older stores lack, or that only a resumed stream compares."""
 
 _DIMENSIONS = {"scores": 3, "argmax": 2, "top5": 4}
 
 
-def checked_description(data: Any, array: Any, stored_bytes: Callable[[], int]) -> dict[str, Any]:
+def checked_description(data: Any, array: Any) -> dict[str, Any]:
     """The description in a store's attributes, which everything after can trust.
 
     Args:
         data: as it stands in the file.
         array: the zarr array that it describes.
-        stored_bytes: gives the bytes that the store takes on disk.
 
     Raises:
         FcvggError: naming what is missing, of another kind, or does not fit the array.
@@ -60,7 +63,9 @@ def checked_description(data: Any, array: Any, stored_bytes: Callable[[], int]) 
     except FcvggError as error:
         raise FcvggError(f"geometry must be that of a network: {one_line(error)}") from error
     _check_array(data, array, cells)
-    _check_size(array, stored_bytes)
+    chunk = prod(array.chunks) * np.dtype(array.dtype).itemsize
+    if chunk > _LARGEST_CHUNK:
+        raise FcvggError(f"chunks must be of at most {_LARGEST_CHUNK:,} bytes, got {chunk:,}")
     return dict(data)
 
 
@@ -106,14 +111,15 @@ def _check_array(data: Mapping[str, Any], array: Any, cells: Pair) -> None:
         raise FcvggError(f"blocks must follow each other from 0 to {shape[-1]}, got {blocks!r}")
 
 
-def _check_size(array: Any, stored_bytes: Callable[[], int]) -> None:
-    chunk = prod(array.chunks) * np.dtype(array.dtype).itemsize
-    if chunk > _LARGEST_CHUNK:
-        raise FcvggError(f"chunks must be of at most {_LARGEST_CHUNK:,} bytes, got {chunk:,}")
-    cells = prod(array.shape[-2:])
+def check_held(cells: int, stored_bytes: Callable[[], int]) -> None:
+    """Refuse more finished cells than the files of a store can hold.
+
+    Raises:
+        FcvggError: if there are.
+    """
     if cells > _BELIEVED_CELLS and cells > _CELLS_PER_BYTE * stored_bytes():
         raise FcvggError(
-            f"the array must have cells that its files can hold, got {cells:,} in "
+            f"finished cells must be those that its files can hold, got {cells:,} in "
             f"{stored_bytes():,} bytes"
         )
 
@@ -141,8 +147,17 @@ def _is_pixel_size(value: Any) -> bool:
     return value is None or (
         isinstance(value, list)
         and len(value) == 2
-        and all(type(n) in (int, float) and 0 < n < 1e9 and isfinite(n) for n in value)
+        and all(type(n) in (int, float) for n in value)
+        and usable_pixel_size(value) is not None
     )
+
+
+def _is_nodata(value: Any) -> bool:
+    try:
+        nodata_of(value)
+    except (TypeError, ValueError):
+        return False
+    return value is None or _is_text(value)
 
 
 _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
@@ -179,6 +194,8 @@ _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "transform": (lambda v: v is None or is_transform(v), "null or six finite numbers"),
     "cell_transform": (lambda v: v is None or is_transform(v), "null or six finite numbers"),
     "geo_keys": (lambda v: v is None or are_keys(v), "null or the keys of a GeoTIFF"),
+    "nodata": (_is_nodata, "null, 'mask' or a number as text"),
+    "num_classes": (lambda v: _is_whole(v, 1, _MOST_CLASSES), "a number of classes"),
     "strip_bytes": (lambda v: _is_whole(v, 1, _LARGEST_STRIP), "a number of bytes"),
     "blocks": (
         lambda v: (

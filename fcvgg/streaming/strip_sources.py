@@ -32,8 +32,13 @@ _JPEG_2000_HEADER = 4096
 
 SAMPLES = (1, 3, 4)
 
+_MASK = "mask"
+
 FROM_FILE = "file"
 """The name of the nodata value that the file itself declares."""
+
+_LARGEST_PIXEL = 1e9
+"""Micrometres of a pixel at most, a kilometre: what says more says nothing."""
 
 Bands = Sequence[int] | None
 """Which channels of an image are taken, counted from 0 and in this order; None takes all."""
@@ -98,8 +103,9 @@ class StripSource:
 
     @property
     def itemsize(self) -> int:
-        """Bytes of a value."""
-        return self.dtype.itemsize
+        """Bytes of a value as `read` gives it: pixels without data make floats of all."""
+        kept = self.left_out is None
+        return self.dtype.itemsize if kept else np.result_type(self.dtype, np.float32).itemsize
 
     @property
     def column_bytes(self) -> int:
@@ -183,7 +189,7 @@ class StripSource:
     def left_out(self) -> str | None:
         """Which pixels are read as NaN: those of a value, or of the file's mask."""
         if self._by_mask:
-            return "mask"
+            return _MASK
         return None if self.missing_value is None else str(self.missing_value)
 
     @property
@@ -473,6 +479,21 @@ def level_of(levels: Sequence[Any], level: int, name: str) -> Any:
     if not isinstance(level, int) or not 0 <= level < len(levels):
         raise ImageError(f"{name} has no level {level}; it has {len(levels)}, counted from 0")
     return levels[level]
+
+
+def nodata_of(left_out: str | None) -> float | str | None:
+    """What `fcvgg.open_image` takes as ``nodata`` for what `StripSource.left_out` says.
+
+    Raises:
+        ValueError: if it says neither.
+    """
+    return FROM_FILE if left_out == _MASK else None if left_out is None else float(left_out)
+
+
+def usable_pixel_size(size: Sequence[float]) -> tuple[float, float] | None:
+    """Height and width of a pixel in micrometres as a file states them; None if they are none."""
+    height, width = size
+    return (height, width) if all(0 < n < _LARGEST_PIXEL for n in size) else None
 
 
 def numpy_dtype(array: Any) -> Any:

@@ -26,7 +26,14 @@ from fcvgg.streaming.georeference import (
     Georeference,
     Transform,
 )
-from fcvgg.streaming.strip_sources import Bands, File, StripSource, level_of, quiet
+from fcvgg.streaming.strip_sources import (
+    Bands,
+    File,
+    StripSource,
+    level_of,
+    quiet,
+    usable_pixel_size,
+)
 
 _WHITE_IS_ZERO, _BLACK_IS_ZERO, _RGB, _PALETTE, _SEPARATED, _YCBCR = 0, 1, 2, 3, 5, 6
 """TIFF's photometric interpretations that can be read."""
@@ -437,7 +444,8 @@ def _pixel_size(file: Any, size: Pair) -> tuple[float, float] | None:
         sizes = (1e4 / down, 1e4 / across) if min(down, across) > 0 else None
     if sizes is None:
         return None
-    return sizes[0] * first.imagelength / size[0], sizes[1] * first.imagewidth / size[1]
+    down, across = sizes[0] * first.imagelength / size[0], sizes[1] * first.imagewidth / size[1]
+    return usable_pixel_size((down, across))
 
 
 def _ome_pixel_size(description: str) -> tuple[float, float] | None:
