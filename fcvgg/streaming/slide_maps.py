@@ -26,7 +26,7 @@ from fcvgg.probability import cells_with_data, normalized, to_probabilities
 from fcvgg.streaming.georeference import Georeference
 from fcvgg.streaming.opening import open_image
 from fcvgg.streaming.score_store import ScoreStore
-from fcvgg.streaming.strip_sources import StripSource
+from fcvgg.streaming.strip_sources import FROM_FILE, MASK, StripSource
 
 THUMBNAIL = 1600
 """Pixels of a thumbnail's larger side."""
@@ -95,10 +95,13 @@ class SlideMap:
 
     def source(self) -> StripSource | None:
         """The image that was streamed, if it was a file and is still there."""
-        path = self._description["source"]
+        told = self._description
+        path, nodata = told["source"], told.get("nodata")
         if path is None or not (Path(path).is_file() or Path(path).is_dir()):
             return None
-        return open_image(path, self._description["level"], bands=self._description.get("bands"))
+        if nodata is not None:
+            nodata = FROM_FILE if nodata == MASK else float(nodata)
+        return open_image(path, told["level"], bands=told.get("bands"), nodata=nodata)
 
     def heatmap(self, source: StripSource | None = None, side: int = THUMBNAIL) -> Heatmap:
         """A heatmap of reduced size, on a thumbnail of the image if it is given.
@@ -285,7 +288,8 @@ def _row_ranges(store: ScoreStore) -> Iterator[slice]:
 def _thumbnail(source: StripSource, ys: NDArray[Any], xs: NDArray[Any]) -> Image.Image | None:
     """The image's pixels, averaged; None where its channels are no colours.
 
-    Of the rows that a pixel of the thumbnail covers, a few are read.
+    Of the rows that a pixel of the thumbnail covers, a few are read. Pixels without data are left
+    out of the averages, and where there are no others the thumbnail is NaN.
     """
     if source.preprocessed:
         raise ImageError(f"{source.name} is preprocessed and has no picture")
@@ -295,16 +299,20 @@ def _thumbnail(source: StripSource, ys: NDArray[Any], xs: NDArray[Any]) -> Image
         (np.linspace(0, n, len(points) + 1).round().astype(int), n)
         for n, points in zip(source.size, (ys, xs))
     )
-    counts = np.diff(across)[:, None]
     lines = []
     for top, bottom in itertools.pairwise(down):
         rows = np.linspace(top, bottom - 1, min(_THUMBNAIL_ROWS, bottom - top)).round().astype(int)
-        read = [source.read((int(y), int(y) + 1), (0, width))[0] for y in rows]
-        sums = np.add.reduceat(np.sum(read, 0, dtype=np.float64), across[:-1], 0)
-        lines.append((sums / (len(rows) * counts)).astype(np.float32))
+        read = np.stack([source.read((int(y), int(y) + 1), (0, width))[0] for y in rows])
+        known = np.isfinite(read)  # (rows, width, C)
+        sums, counts = (
+            np.add.reduceat(values.sum(0, dtype=np.float64), across[:-1], 0)
+            for values in (np.where(known, read, 0), known)
+        )
+        means = np.divide(sums, counts, out=np.full_like(sums, np.nan), where=counts > 0)
+        lines.append(means.astype(np.float32))
     pixels = np.stack(lines)
     in_bytes = source.dtype == np.uint8
-    if in_bytes:
+    if in_bytes and np.isfinite(pixels).all():
         pixels = np.round(pixels).astype(np.uint8)
     if source.channels == 4 and not source.transparent():
         pixels = pixels[..., :3]

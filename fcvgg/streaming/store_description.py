@@ -12,6 +12,7 @@ from fcvgg.errors import FcvggError, one_line
 from fcvgg.geometry import Geometry, Pair, checked_size
 from fcvgg.probability import ACTIVATIONS, UNKNOWN
 from fcvgg.streaming.georeference import FIELDS, are_keys, is_transform
+from fcvgg.streaming.strip_sources import MASK
 
 FORMAT = 2
 
@@ -23,7 +24,17 @@ _BELIEVED_CELLS = 1 << 26
 _CELLS_PER_BYTE = 256
 """Cells that a byte on disk may stand for: maps of one class almost everywhere compress well."""
 
-_LATER = ("dtype", "output", "network", "weights", "image", "pixel_size", "bands", *FIELDS)
+_LATER = (
+    "dtype",
+    "output",
+    "network",
+    "weights",
+    "image",
+    "nodata",
+    "pixel_size",
+    "bands",
+    *FIELDS,
+)
 """Fields that older stores lack, or that only a resumed stream compares."""
 
 _DIMENSIONS = {"scores": 3, "argmax": 2, "top5": 4}
@@ -76,6 +87,15 @@ def checked_progress(data: Any, blocks: list[Pair], rows: int) -> list[int]:
     if not all(_is_whole(n, 0, rows) for n in finished):
         raise ValueError(f"finished rows must be from 0 to {rows}, got {finished!r}")
     return finished
+
+
+def _is_nodata(value: Any) -> bool:
+    if value is None or value == MASK:
+        return True
+    try:
+        return _is_text(value) and float(value) is not None
+    except ValueError:
+        return False
 
 
 def _check_array(data: Mapping[str, Any], array: Any, cells: Pair) -> None:
@@ -173,6 +193,7 @@ _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "image": (_is_text, "a checksum"),
     "source": (lambda v: v is None or (_is_text(v) and "\0" not in v), "null or a path"),
     "level": (lambda v: _is_whole(v, 0, 64), "a level of the pyramid"),
+    "nodata": (_is_nodata, "null, 'mask' or a number as text"),
     "pixel_size": (_is_pixel_size, "null or [height, width] in micrometres"),
     "bands": (lambda v: v is None or _are_whole(v, 0, _MOST_CLASSES), "null or a list of bands"),
     "crs": (lambda v: v is None or _is_text(v), "null or a coordinate reference system"),

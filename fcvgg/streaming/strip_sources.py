@@ -35,6 +35,9 @@ SAMPLES = (1, 3, 4)
 FROM_FILE = "file"
 """The name of the nodata value that the file itself declares."""
 
+MASK = "mask"
+"""How `StripSource.left_out` names the pixels that the file's mask or transparency leaves out."""
+
 Bands = Sequence[int] | None
 """Which channels of an image are taken, counted from 0 and in this order; None takes all."""
 
@@ -183,7 +186,7 @@ class StripSource:
     def left_out(self) -> str | None:
         """Which pixels are read as NaN: those of a value, or of the file's mask."""
         if self._by_mask:
-            return "mask"
+            return MASK
         return None if self.missing_value is None else str(self.missing_value)
 
     @property
