@@ -970,7 +970,7 @@ def test_a_declared_nodata_value_is_noted_once_or_left_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    for name in ("a.tif", "b.tif"):
+    for name in ("b.tif", "a.tif"):
         geotiff(_scene_with_a_hole(-9999), True, nodata=-9999)(tmp_path).rename(name)
     own = ("-m", "demo", "--range", "0,1")
     note = "a.tif declares nodata -9999, which is read as pixel values; --nodata file leaves it out"

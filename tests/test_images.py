@@ -293,7 +293,7 @@ def test_what_the_network_itself_refuses(
         (np.zeros((9, 9), np.int64), r"the array \(9, 9\) holds int64, which has no known range; "),
         (
             np.zeros((3, 9, 9), np.uint8),
-            r"the array \(3, 9, 9\) must be \(H, W, C\) with 3 channels, .*np\.moveaxis\(array, 0, -1\)",
+            r"the array \(3, 9, 9\) must be \(H, W, C\) with 3 .*np\.moveaxis\(array, 0, -1\)",
         ),
         (
             np.zeros((9, 9, 2), np.uint8),

@@ -264,7 +264,7 @@ NOISE = np.zeros((2, 16, 16, 3), np.uint8)
         ({"layer": "pool9"}, NOISE, "the model has no layer 'pool9' (near: "),
         ({"size": (3, 9)}, NOISE, "an image of (3, 9) pixels is too small for pool2, which needs"),
         ({"preprocess": None}, NOISE, "the network's preprocessing is unknown, so an image file"),
-        ({}, NOISE / 255, "holds float64, which has no known range; pass uint8 (H, W, C)"),
+        ({}, NOISE / 255, "the array (16, 16, 3) holds float64, which has no known range; pass "),
         ({}, np.zeros((2, 48)), "X is a table of 48 numbers per image; pass image_shape=(H, W) or"),
         (
             {"image_shape": (7, 7)},
