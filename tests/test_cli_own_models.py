@@ -193,6 +193,17 @@ def test_categories_in_a_list_of_json_and_behind_a_byte_order_mark(tmp_path: Pat
         ("pass input_size=(height, width)", "pass --input-size HxW"),
         ("arch='x' goes with; pass arch=, its", "--arch 'x' goes with; pass --arch, its"),
         ("or categories= to convert or load", "or --categories"),
+        ("pass the value, such as nodata=0", "pass the value, such as --nodata 0"),
+        ("memory=1MiB is too little", "--memory 1MiB is too little"),
+        ("memory='a' is no amount", "--memory 'a' is no amount"),
+        ("bands=(0, 7) are not among", "--bands 0,7 are not among"),
+        ("fcvgg.open_image(path, bands=(0, 1)) chooses some", "--bands 0,1 chooses some"),
+        ("stream with classes=[name]", "stream with --classes NAME"),
+        (
+            "no known range; pass uint8 (H, W, C), or value_range=(low, high) or a scale= of its "
+            "own to fcvgg.Preprocess",
+            "no known range; pass --range LOW,HIGH",
+        ),
         ("pass weights=PATH (--weights PATH)", "pass weights=PATH (--weights PATH)"),
     ],
 )

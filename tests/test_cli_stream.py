@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import tifffile
 import torch
+import zarr
 from nets import SmallVGG, images, seeded
 from torch import nn
 from typer.testing import CliRunner
@@ -327,3 +328,29 @@ def test_a_stream_interrupted_before_it_began_says_no_more(slide, monkeypatch):
     monkeypatch.setattr("fcvgg.streaming.execution.stream", interrupt)
     ran = fcvgg_command("stream", slide, "-o", "scores.zarr", "--model", "demo")
     assert (ran.exit_code, ran.stderr) == (130, "fcvgg: error: interrupted\n")
+
+
+def test_options_that_a_score_map_does_not_take_are_named(slide):
+    fcvgg_command("stream", slide, "-o", "scores.zarr", "--model", "demo")
+    shown = ("heatmap", "scores.zarr", "--target", "face", "--output", "pictures")
+    ran = fcvgg_command(*shown, "--bands", "2,1,0", "-m", "demo", "--range", "0,1")
+    assert ran.exit_code == 0, ran.output
+    assert "as it was streamed, without --model, --bands, --range" in ran.stderr
+    assert "without" not in fcvgg_command(*shown).stderr
+
+
+def test_a_folder_says_how_its_images_are_given(slide):
+    (slide.parent / "photos").mkdir()
+    for command in ("classify", "heatmap"):
+        ran = fcvgg_command(command, "photos", "--model", "demo")
+        assert ran.exit_code == 2
+        assert "such as one of photos/*" in " ".join(ran.stderr.split())
+
+
+def test_a_broken_nodata_of_a_store_is_refused(slide):
+    fcvgg_command("stream", slide, "-o", "scores.zarr", "--model", "demo")
+    for nodata in ("everything", ["mask"], 5):
+        array = zarr.open_array("scores.zarr", mode="r+")
+        array.attrs["fcvgg"] = {**array.attrs["fcvgg"], "nodata": nodata}
+        with pytest.raises(fcvgg.FcvggError, match="nodata must be null, 'mask' or a number"):
+            open_store("scores.zarr")

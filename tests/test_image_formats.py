@@ -26,6 +26,7 @@ import fcvgg
 from fcvgg.cli import app
 from fcvgg.cli.options import OwnPreprocess
 from fcvgg.datasets import Labelled
+from fcvgg.demo import demo_photograph
 from fcvgg.evaluation.protocols import _Plan, _Run
 from fcvgg.finetuning.images import ImageRows, LabelledFiles
 from fcvgg.finetuning.pretrained import pretrained
@@ -33,6 +34,8 @@ from fcvgg.images import prepare, read_picture
 from fcvgg.segmentation.mask_folders import MaskFolder
 from fcvgg.segmentation.samples import MaskedImages
 from fcvgg.streaming.opening import open_image, strip_source
+from fcvgg.streaming.score_store import open_store
+from fcvgg.streaming.slide_maps import SlideMap
 from fcvgg.streaming.strip_reader import strip_reader
 from fcvgg.transfer.image_features import FeatureExtractor
 
@@ -960,3 +963,80 @@ def test_missing_data_on_the_command_line(tmp_path: Path, monkeypatch: pytest.Mo
     ran = run("stream", "a.tif", "-m", "net", "-o", "c.zarr", "--nodata", "black")
     assert ran.exit_code == 2
     assert "--nodata must be a number or 'file', got 'black'" in ran.stderr
+
+
+def _scene_with_a_hole(value: float) -> Any:
+    """A float GeoTIFF of the packaged photograph, 0 to 1, whose upper left corner has no data."""
+    pixels = np.asarray(demo_photograph().resize((160, 160)), np.float32) / 255
+    pixels[:40, :40] = value
+    return pixels.transpose(2, 0, 1)
+
+
+def test_a_declared_nodata_value_is_noted_once_or_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("b.tif", "a.tif"):
+        geotiff(_scene_with_a_hole(-9999), True, nodata=-9999)(tmp_path).rename(name)
+    own = ("-m", "demo", "--range", "0,1")
+    note = "a.tif declares nodata -9999, which is read as pixel values; --nodata file leaves it out"
+    for command in (
+        ("classify", "a.tif", "b.tif", "--full-size"),
+        ("heatmap", "a.tif", "b.tif", "-t", "face"),
+        ("stream", "a.tif", "-o", "raw.zarr"),
+    ):
+        ran = run(*command, *own)
+        assert ran.exit_code == 0, ran.output
+        assert ran.stderr.count("declares nodata") == 1
+        assert note in ran.stderr
+    net = fcvgg.load("demo", verify=False)
+    net.preprocess = replace(net.preprocess, value_range=(0, 1))
+    expected = net.classify(open_image("a.tif", nodata="file"), scales=None)[0]
+    for value in ("file", "-9999"):
+        ran = run("classify", "a.tif", "--full-size", "--json", *own, f"--nodata={value}")
+        assert ran.exit_code == 0, ran.output
+        assert "declares" not in ran.stderr
+        found = {p["index"]: p["probability"] for p in json.loads(ran.stdout)[0]["predictions"]}
+        for index, probability in enumerate(expected.tolist()):
+            assert found[index] == pytest.approx(probability, abs=1e-5)
+    ran = run("heatmap", "a.tif", *own, "-t", "face", "--nodata", "file", "-o", "h")
+    assert ran.exit_code == 0, ran.output
+    assert "declares" not in ran.stderr
+    ran = run("stream", "a.tif", "-o", "raw.zarr", *own, "--nodata", "file")
+    assert ran.exit_code == 2
+    assert 'its nodata is none, not "-9999.0"' in ran.stderr
+    ran = run("classify", "a.tif", *own, "--nodata", "black")
+    assert "--nodata must be a number or 'file', got 'black'" in ran.stderr
+
+
+def test_an_image_without_a_class_says_what_gives_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    geotiff(_scene_with_a_hole(np.nan), True, nodata=np.nan)(tmp_path)
+    ran = run("classify", "a.tif", "-m", "demo", "--range", "0,1")
+    assert ran.exit_code == 2
+    assert "a.tif has no class: every window of it sees pixels without data; --full" in ran.stderr
+    assert "declares" not in ran.stderr  # NaN is left out as it is
+    assert run("classify", "a.tif", "-m", "demo", "--range", "0,1", "--full-size").exit_code == 0
+
+
+@pytest.mark.parametrize("nodata", ["file", "-9999"])
+def test_pixels_without_data_do_not_change_the_thumbnail(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nodata: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    geotiff(_scene_with_a_hole(-9999), True, nodata=-9999)(tmp_path)
+    ran = run(
+        "stream", "a.tif", "-m", "demo", "-o", "a.zarr", "--range", "0,1", f"--nodata={nodata}"
+    )
+    assert ran.exit_code == 0, ran.output
+    slide = SlideMap(open_store("a.zarr"), "face")
+    for side in (160, 50):  # its pixels hold some with data and some without
+        picture = slide.heatmap(slide.source(), side=side).image
+        shown = np.asarray(picture, float)
+        whole = np.asarray(demo_photograph().resize((side, side)), float)
+        edge = side // 4
+        assert (shown[: edge - 1, : edge - 1] == 0).all()
+        assert abs(shown[edge + 1 :] - whole[edge + 1 :]).mean() < 12
+    assert slide.source().left_out == "-9999.0"

@@ -640,7 +640,7 @@ def test_another_map_is_not_overwritten(net: Any, tmp_path: Path) -> None:
         next(other.parameters()).add_(1)
     for wrong, picture, message in (
         (net, photograph(60, 51), "its image size is"),
-        (net, 255 - image, "its image is"),
+        (net, 255 - image, "its image, or the preprocessing or range of its values, is different"),
         (other, image, "its weights is"),
     ):
         with pytest.raises(FcvggError, match=f"exists and holds another score map: {message}"):

@@ -15,14 +15,14 @@ from fcvgg.cli.options import (
     Arch,
     Bands,
     Device,
+    ImageOpener,
     Images,
     Model,
+    Nodata,
     OwnModel,
     Weights,
-    band_numbers,
     lengths,
     loaded,
-    opened,
 )
 from fcvgg.cli.reports import titled
 from fcvgg.errors import ArgumentError
@@ -79,6 +79,7 @@ def run(
         Average, typer.Option("--average", help="What is averaged over the cells.")
     ] = Average.scores,
     bands: Bands = None,
+    nodata: Nodata = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON array in place of text.")
     ] = False,
@@ -91,7 +92,7 @@ def run(
     """
     from fcvgg.errors import ImageError
 
-    sides, chosen = lengths(scales, "--scales"), band_numbers(bands)
+    sides, opener = lengths(scales, "--scales"), ImageOpener(bands, nodata)
     if sides is not None and full_size:
         raise ArgumentError("--scales and --full-size exclude each other; give one of the two")
     check_any_exists(images)
@@ -101,10 +102,13 @@ def run(
         sides = [net.usual_scale]
 
     def classify(image: Path) -> dict[str, Any]:
-        source = opened(image, chosen)
+        source = opener.open(image)
         probabilities = net.classify(source, scales=sides, flip=flip, average=average.value)[0]
         if not probabilities.isfinite().all():
-            raise ImageError(f"{image} has no cell with data, so it has no class")
+            remedy = "" if full_size else "; --full-size averages over the windows that have data"
+            raise ImageError(
+                f"{image} has no class: every window of it sees pixels without data{remedy}"
+            )
         predictions = _predictions(net, probabilities, top)
         result = {"image": str(image), "scales": sides, "predictions": predictions}
         if not as_json:

@@ -168,7 +168,8 @@ def for_each_image(
             try:
                 results.append(_within_memory(image, work))
             except ImageError as error:
-                complain(error)
+                named = str(image) in str(error)  # a network knows no name of its image
+                complain(error if named else f"{image}: {error}")
             advance(1)
     return results
 
@@ -240,10 +241,6 @@ def _errors() -> Console:
 def _within_memory(image: Path, work: Callable[[Path], Result]) -> Result:
     try:
         return work(image)
-    except ImageError as error:
-        if isinstance(error.__cause__, (MemoryError, RuntimeError)):
-            raise ImageError(f"{image}: {error}") from error  # the network knows no name
-        raise
     except (MemoryError, RuntimeError) as error:
         # torch raises RuntimeError for the CPU, its subclass OutOfMemoryError for a GPU
         if isinstance(error, RuntimeError) and "memory" not in str(error):

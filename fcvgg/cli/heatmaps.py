@@ -20,15 +20,15 @@ from fcvgg.cli.options import (
     Arch,
     Bands,
     Device,
+    ImageOpener,
     Images,
     Model,
+    Nodata,
     OutputFolder,
     OutputStride,
     OwnModel,
     Weights,
-    band_numbers,
     loaded,
-    opened,
 )
 from fcvgg.cli.outputs import OutputFiles
 
@@ -50,6 +50,7 @@ EXAMPLES = (
 
 
 def run(
+    context: typer.Context,
     images: Images,
     model: Model = "vgg16",
     weights: Weights = "DEFAULT",
@@ -77,6 +78,7 @@ def run(
         ),
     ] = None,
     bands: Bands = None,
+    nodata: Nodata = None,
     output_stride: OutputStride = None,
     own: OwnModel = OwnModel(),
     device: Device = "cpu",
@@ -88,21 +90,23 @@ def run(
     """
     from fcvgg.cli.slides import show_slides, split
 
+    opener = ImageOpener(bands, nodata)
     overlays = OutputFiles(images, output, "-heatmap.png")
     slides, images = split(images)
     shown = show_slides(slides, target, overlays)
     if not images:
+        _note_unused(context)
         exit_if_any_failed(slides, shown)
         return
     check_any_exists(images)
     net = loaded(model, own, device, weights=weights, arch=arch, output_stride=output_stride)
-    index, chosen = _index(net, target), band_numbers(bands)
+    index = _index(net, target)
     folder(output)
 
     size_note = SizeNote(net)
 
     def show(image: Path) -> Path:
-        return _show(net, image, chosen, index, scale, overlays.path_for(image), size_note)
+        return _show(net, image, opener, index, scale, overlays.path_for(image), size_note)
 
     written = for_each_image(images, "heatmaps", show)
     exit_if_any_failed([*slides, *images], [*shown, *written])
@@ -136,7 +140,7 @@ class SizeNote:
 def _show(
     net: FullyConvolutional,
     image: Path,
-    bands: list[int] | None,
+    opener: ImageOpener,
     index: int | None,
     scale: int | None,
     path: Path,
@@ -144,7 +148,7 @@ def _show(
 ) -> Path:
     from fcvgg.interpolation import MOST_PIXELS
 
-    score_map = net.score_map(opened(image, bands), scale=scale)
+    score_map = net.score_map(opener.open(image), scale=scale)
     if scale is None:
         size_note.tell(image, score_map.input_size)
     prediction = score_map.predict()
@@ -159,6 +163,18 @@ def _show(
     )
     say_wrote(heatmap.save(path))
     return path
+
+
+def _note_unused(context: typer.Context) -> None:
+    """Say which of the given options have no effect, since all that is shown are score maps."""
+    given = [
+        parameter.opts[0]
+        for parameter in context.command.params
+        if parameter.name not in ("images", "target", "output")
+        and getattr(context.get_parameter_source(str(parameter.name)), "name", "") == "COMMANDLINE"
+    ]
+    if given:
+        tell(f"a score map is shown as it was streamed, without {', '.join(given)}")
 
 
 def _index(net: FullyConvolutional, target: str | None) -> int | None:

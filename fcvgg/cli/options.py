@@ -20,6 +20,7 @@ from fcvgg.files import checked_file, checked_folder
 if TYPE_CHECKING:
     from fcvgg.network import FullyConvolutional
     from fcvgg.preprocessing import Preprocess
+    from fcvgg.streaming.strip_sources import StripSource
 
 
 def output_name(check: Callable[[Path], Any]) -> Callable[[Path | None], Path | None]:
@@ -133,6 +134,16 @@ Bands = Annotated[
         metavar="NUMBERS",
         help="The channels to take, counted from 0 and in the model's order, such as 3,2,1.",
         show_default="all",
+    ),
+]
+Nodata = Annotated[
+    str | None,
+    typer.Option(
+        "--nodata",
+        metavar="NUMBER|file",
+        help="Pixels of this value are left out of the scores; 'file' takes the value that the "
+        "file declares.",
+        show_default="none",
     ),
 ]
 Device = Annotated[
@@ -391,12 +402,27 @@ def in_option_words(message: str) -> str:
         "--preprocess, or --mean and --std",
         message,
     )
+    message = message.replace("; pass uint8 (H, W, C), or value_range=", "; pass value_range=")
+    message = message.replace("; pass uint8 (H, W, C)", "; save it as 8 bits")
     message = message.replace(
         "value_range=(low, high) or a scale= of its own to fcvgg.Preprocess", "--range LOW,HIGH"
     )
+    message = message.replace("value_range=(low, high) to fcvgg.Preprocess", "--range LOW,HIGH")
+    message = message.replace(", or a tensor", "")
+    message = message.replace("classes=[name]", "--classes NAME")
+    message = message.replace(
+        "with fcvgg.stream, or raise PIL.Image.MAX_IMAGE_PIXELS if you trust the file",
+        "with fcvgg stream",
+    )
+    message = re.sub(r"(?<![\w.-])(memory|nodata|level)=(?=[\w.'-])", r"--\1 ", message)
     message = re.sub(r"value_range=\((\S+), (\S+)\)", r"--range \1,\2", message)
     message = re.sub(
         r"fcvgg\.open_image\(path, bands=\(([\d, ]+)\)\)",
+        lambda found: f"--bands {found[1].replace(' ', '').strip(',')}",
+        message,
+    )
+    message = re.sub(
+        r"(?<![\w.-])bands=\(([\d, -]+)\)",
         lambda found: f"--bands {found[1].replace(' ', '').strip(',')}",
         message,
     )
@@ -454,11 +480,55 @@ def band_numbers(text: str | None) -> list[int] | None:
         ) from error
 
 
-def opened(image: Path, bands: list[int] | None) -> Any:
-    """An image of which only some bands are taken; the path itself for all of them."""
-    from fcvgg.streaming.opening import open_image
+def nodata_value(text: str | None) -> float | str | None:
+    """The value that ``--nodata`` names, or ``"file"``.
 
-    return image if bands is None else open_image(image, bands=bands)
+    Raises:
+        ArgumentError: if it is neither.
+    """
+    if text in (None, "file"):
+        return text
+    try:
+        return float(text)  # type: ignore[arg-type]
+    except ValueError as error:
+        raise ArgumentError(f"--nodata must be a number or 'file', got {text!r}") from error
+
+
+class ImageOpener:
+    """Opens the images of a command, and notes once that a declared nodata value is not used.
+
+    Args:
+        bands: as given to ``--bands``.
+        nodata: as given to ``--nodata``.
+
+    Raises:
+        ArgumentError: if one of them cannot be read.
+    """
+
+    def __init__(self, bands: str | None, nodata: str | None):
+        self._bands, self._nodata = band_numbers(bands), nodata_value(nodata)
+        self._noted = False
+
+    def open(self, image: Path, level: int = 0) -> StripSource:
+        """An image at a level of its pyramid.
+
+        Raises:
+            ImageError: if it cannot be opened.
+        """
+        from fcvgg.cli.console import tell
+        from fcvgg.streaming.opening import open_image
+
+        source = open_image(image, level, bands=self._bands, nodata=self._nodata)
+        declared = source.nodata
+        # NaN enters no score, whether it is declared or not
+        unused = self._nodata is None and declared is not None and declared == declared
+        if unused and not self._noted:
+            self._noted = True
+            tell(
+                f"{image} declares nodata {declared:g}, which is read as pixel values; "
+                "--nodata file leaves it out"
+            )
+        return source
 
 
 def _numbers(text: str, option: str) -> tuple[float, ...]:

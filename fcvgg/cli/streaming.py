@@ -15,15 +15,15 @@ from fcvgg.cli.options import (
     Arch,
     Bands,
     Device,
+    ImageOpener,
     Model,
+    Nodata,
     OutputStride,
     OwnModel,
     Weights,
-    band_numbers,
     loaded,
     output_folder,
 )
-from fcvgg.errors import ArgumentError
 from fcvgg.files import STORE_ENDINGS
 
 NAME = "stream"
@@ -73,25 +73,15 @@ def run(
         int, typer.Option("--level", min=0, help="The level of a pyramid; 0 is the full size.")
     ] = 0,
     bands: Bands = None,
-    nodata: Annotated[
-        str | None,
-        typer.Option(
-            "--nodata",
-            metavar="NUMBER|file",
-            help="Pixels of this value are left out of the scores; 'file' takes the value that the "
-            "file declares.",
-            show_default="none",
-        ),
-    ] = None,
+    nodata: Nodata = None,
     output_stride: OutputStride = None,
     own: OwnModel = OwnModel(),
     device: Device = "cpu",
 ) -> None:
     """Write the score map of an image larger than memory."""
     from fcvgg.streaming.execution import stream
-    from fcvgg.streaming.opening import open_image
 
-    source = open_image(slide, level, bands=band_numbers(bands), nodata=_nodata(nodata))
+    source = ImageOpener(bands, nodata).open(slide, level)
     net = loaded(model, own, device, weights=weights, arch=arch, output_stride=output_stride)
     kept = _classes(classes, net.categories)
     if kept == "top5":
@@ -117,15 +107,6 @@ def resumed_by_the_same_call(path: Path) -> Iterator[None]:
         share = open_store(path).share
         complain(f"interrupted; {share:.0%} of {path} is finished and kept, the same call resumes")
         raise typer.Exit(INTERRUPTED) from None
-
-
-def _nodata(text: str | None) -> float | str | None:
-    if text in (None, "file"):
-        return text
-    try:
-        return float(text)  # type: ignore[arg-type]
-    except ValueError as error:
-        raise ArgumentError(f"--nodata must be a number or 'file', got {text!r}") from error
 
 
 def _classes(text: str | None, categories: Sequence[str] | None) -> str | list[int | str] | None:

@@ -148,7 +148,8 @@ def open_image(
         nodata: pixels of this value enter the network as NaN: a number, or ``"file"`` for the
             value that the file declares (`StripSource.nodata`), or else where its alpha band is 0,
             and of an open dataset its mask. Of unsigned integers all bands must hold the value, of
-            others one. None takes every value as it is.
+            others one. None takes every value as it is, also one that the
+            file declares.
 
     Raises:
         ImageError: if it is no image, is broken, or has no such level, band or nodata value.
@@ -370,7 +371,9 @@ def _array_source(array: Any, channels: int | None) -> StripSource:
 
 def _zarr_source(path: Path, level: int, bands: Bands, missing: str) -> StripSource:
     if not any((path / name).exists() for name in _ZARR):
-        raise ImageError(f"{path} is a folder and no zarr image; expected an image file")
+        raise ImageError(
+            f"{path} is a folder and no zarr image; expected an image file, such as one of {path}/*"
+        )
     zarr = imported("zarr", "stream")
     try:
         node = zarr.open(str(path), mode="r")

@@ -34,6 +34,13 @@ _NORMALIZER = "normalizer"
 _MAY_DIFFER = ("blocks", "strip_bytes", "source", "pixel_size", "num_classes", *FIELDS)
 """How the map is computed, where the image lies now, and what older stores do not say."""
 
+_CHECKSUMS = {
+    "network": "network",
+    "weights": "weights",
+    "image": "image, or the preprocessing or range of its values,",
+}
+"""Fields that show that something differs but not what, with their names in messages."""
+
 _CHUNK_CHANNELS = 64
 _CHUNK_COLS = 512
 _DISK_BLOCK = 4096
@@ -277,15 +284,17 @@ def check_same(store: ScoreStore, description: Mapping[str, Any]) -> None:
         FcvggError: naming the first difference.
     """
     wanted = json.loads(json.dumps(dict(description)))
-    for key, value in wanted.items():
+    for key, value in sorted(wanted.items(), key=lambda item: item[0] in _CHECKSUMS):
         found = store.description.get(key)
         if key not in _MAY_DIFFER and found != value:
+            what = _CHECKSUMS.get(key, key.replace("_", " "))
             raise FcvggError(
-                f"{store.path} exists and holds another score map: its {key.replace('_', ' ')} "
-                f"is{_shown(found, value)}; choose another name, or remove it"
+                f"{store.path} exists and holds another score map: its {what} is "
+                f"{_difference(key, found, value)}; choose another name, or remove it"
             )
 
 
-def _shown(found: Any, wanted: Any) -> str:
-    texts = [json.dumps(value) for value in (found, wanted)]
-    return f" {texts[0]}, not {texts[1]}" if max(map(len, texts)) <= 60 else " different"
+def _difference(key: str, found: Any, wanted: Any) -> str:
+    texts = ["none" if value is None else json.dumps(value) for value in (found, wanted)]
+    told = key not in _CHECKSUMS and max(map(len, texts)) <= 60
+    return f"{texts[0]}, not {texts[1]}" if told else "different"

@@ -14,7 +14,7 @@ from fcvgg.errors import ImageError, PreprocessError
 from fcvgg.geometry import Pair
 from fcvgg.pictures import Picture, in_channels
 from fcvgg.preprocessing import Preprocess, check_filled
-from fcvgg.streaming.strip_sources import StripSource
+from fcvgg.streaming.strip_sources import ArraySource, StripSource
 
 _CONVERTIBLE = (1, 3, 4)
 """Channels of networks that grey, RGB and RGBA can be brought to."""
@@ -102,7 +102,7 @@ def _converter(
         raise ImageError(
             f"{name} has transparency and floats, whose white is unknown; pass "
             "value_range=(low, high) to fcvgg.Preprocess, or leave the transparency out: "
-            f"{_choice(channels)}"
+            f"{_choice(source, channels)}"
         )
     return lambda pixels: preprocess.units(in_channels(pixels, channels, dtype, white), dtype, name)
 
@@ -176,13 +176,15 @@ def _check_convertible(source: StripSource, channels: int) -> None:
     """Refuse channels that are not grey, RGB or either with transparency."""
     found, name = source.channels, source.name
     if channels not in _CONVERTIBLE:
+        _check_order(source, channels)
         remedy = f"pass a preprocessed tensor ({channels}, H, W)" if found < channels else None
         raise ImageError(
             f"the network takes {channels} channels, and {name} has {found}; "
-            f"{remedy or f'choose some: {_choice(channels)}'}"
+            f"{remedy or f'choose some: {_choice(source, channels)}'}"
         )
     if found in (1, 3) or (found in (2, 4) and source.transparent()):
         return
+    _check_order(source, channels)
     if source.bands is not None:
         raise ImageError(
             f"the network takes {channels} channels, and bands={source.bands} of {name} were "
@@ -192,15 +194,32 @@ def _check_convertible(source: StripSource, channels: int) -> None:
     if found == 4:
         raise ImageError(
             f"{name} has four bands, of which the last is not taken for transparency, so that they "
-            f"are not RGBA; choose {kept} of them: {_choice(kept)}"
+            f"are not RGBA; choose {kept} of them: {_choice(source, kept)}"
         )
     raise ImageError(
         f"{name} has {found} channels; expected 1, 3 or 4, or the network's {channels}, in the "
-        f"order (H, W, C); {_choice(kept)} chooses some"
+        f"order (H, W, C); {_choice(source, kept)} chooses some"
     )
 
 
-def _choice(count: int) -> str:
+def _check_order(source: StripSource, channels: int) -> None:
+    """Refuse an array whose channels come first, which look like its rows."""
+    if _in_memory(source) and source.size[0] in (1, 3, 4, channels) and source.channels > 4:
+        raise ImageError(
+            f"{source.name} must be (H, W, C) with {channels} channels, got {source.channels} in "
+            "its last dimension; an array (C, H, W) is transposed by np.moveaxis(array, 0, -1)"
+        )
+
+
+def _in_memory(source: StripSource) -> bool:
+    """Whether it is an array that the user holds."""
+    return isinstance(source, ArraySource) and source.path is None
+
+
+def _choice(source: StripSource, count: int) -> str:
+    """What chooses some channels of an image."""
+    if _in_memory(source):
+        return f"array[..., {list(range(count))}]"
     return f"fcvgg.open_image(path, bands={tuple(range(count))})"
 
 
