@@ -70,8 +70,16 @@ def one_per_class(
     Raises:
         CategoryError: if there are more or fewer, or the file cannot be read.
     """
-    if isinstance(names, os.PathLike) or (isinstance(names, str) and _is_path(names, classes)):
+    if isinstance(names, os.PathLike):
         names = read_categories(names)
+    elif isinstance(names, str) and _is_path(names, classes):
+        try:
+            names = read_categories(names)
+        except CategoryError as error:
+            raise CategoryError(
+                f"categories={names!r} is taken for the path of a file: {error}, or pass a list of "
+                "names"
+            ) from error
     if names is not None and len(names) != classes:
         raise CategoryError(
             f"{len(names)} categories were given for {classes} classes; "

@@ -277,7 +277,8 @@ class OwnModel(OwnPreprocess):
             "--activation",
             metavar="KIND",
             help="What the scores are: logits (softmax), independent_logits (a sigmoid for each "
-            "class), probabilities, log_probabilities, sigmoid (after one) or values (regression).",
+            "class), probabilities, log_probabilities, sigmoid (after one) or values (regression, "
+            "for 'fcvgg convert' and 'fcvgg stream' only).",
             show_default="read off the model",
             rich_help_panel=_PANEL,
         ),
@@ -340,6 +341,7 @@ def loaded(
     """
     from fcvgg.loading import load
     from fcvgg.probability import checked_activation
+    from fcvgg.verification import check_activation
 
     own = own or OwnModel()
     place = checked_device(device)
@@ -350,6 +352,7 @@ def loaded(
     net.preprocess = own.preprocess_for(net.in_channels, net.preprocess)
     if activation is not None:  # also of a bundle, whose graph stays as it is
         net.activation = activation
+        check_activation(net)
     return net.to(place)
 
 
