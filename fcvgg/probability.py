@@ -9,10 +9,10 @@ from fcvgg.errors import ArgumentError
 
 ACTIVATIONS = {
     "logits": "before a softmax, or of one class before a sigmoid",
-    "independent_logits": "before a sigmoid for each class, as of BCEWithLogitsLoss",
     "probabilities": "after a softmax",
     "log_probabilities": "after a log-softmax",
     "sigmoid": "after a sigmoid for each class",
+    "independent_logits": "before a sigmoid for each class, as of BCEWithLogitsLoss",
     "values": "of a regression, without probabilities",
 }
 """What scores can be."""

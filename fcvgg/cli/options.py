@@ -411,6 +411,7 @@ def in_option_words(message: str) -> str:
         option = f"--{name.replace('_', '-')} "
         message = message.replace(f"{name}=", option).replace(f"{name} goes", f"{option}goes")
     message = message.replace("activation= to fcvgg.convert", "--activation")
+    message = message.replace(" to fcvgg.convert for scores", " for scores")
     message = re.sub(r"\b(arch|weights|activation)=(?=')", r"--\1 ", message)
     message = re.sub(r"(?<!-)\barch=", "--arch", message)
     return re.sub(r"(?<![-.])\binput_size\b=?", "--input-size", message)
