@@ -70,8 +70,16 @@ def one_per_class(
     Raises:
         CategoryError: if there are more or fewer, or the file cannot be read.
     """
-    if isinstance(names, os.PathLike) or (isinstance(names, str) and _is_path(names, classes)):
+    if isinstance(names, os.PathLike):
         names = read_categories(names)
+    elif isinstance(names, str) and _is_path(names, classes):
+        try:
+            names = read_categories(names)
+        except CategoryError as error:
+            raise CategoryError(
+                f"categories={names!r} is taken for the path of a file: {error}, or pass a list of "
+                "names"
+            ) from error
     if isinstance(names, bytes) or not (names is None or isinstance(names, Iterable)):
         raise CategoryError(
             f"categories must be a sequence of names or the path of their file, got {names!r}; "

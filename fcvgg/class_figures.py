@@ -28,8 +28,8 @@ MOST_COLOURED = 7
 
 _OTHERS = "#777777"
 _OPACITY = 0.6
-_PANEL, _TITLE, _BAR = 3.2, 0.7, 0.9
-"""Inches: a panel's longer side, the titles' height, the colour bar's width."""
+_PANEL, _TITLE, _BAR, _CAPTION = 3.2, 0.8, 0.9, 2.8
+"""Inches: a panel's longer side, the titles' height, the colour bar's width, the titles' width."""
 
 _PANEL_PIXELS = 800
 """Of a panel's longer side: twice what it has at the figure's own resolution."""
@@ -60,6 +60,7 @@ def class_grid(
         ImageError: if no cell has data.
     """
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     score_map.require_data()
     if k < 1:
@@ -69,9 +70,12 @@ def class_grid(
     photograph = score_map.image is not None
     columns, rows = _grid(len(order) + photograph)
     width, height = _panel(score_map.image_size)
-    figure = Figure(
-        figsize=(columns * width + _BAR, rows * (height + _TITLE)), dpi=110, layout="constrained"
-    )
+    size = (columns * max(width, _CAPTION) + _BAR, rows * (height + _TITLE))
+    shown = score_map.image_size[1] / max(score_map.image_size) * _PANEL
+    # not compressed, panels count as high as their slots, and titles are cut off; titles wider
+    # than their panels never count
+    layout = ConstrainedLayoutEngine(compress=True, w_pad=max((_CAPTION - shown) / 2, 0.04))
+    figure = Figure(figsize=size, dpi=110, layout=layout)
     axes = figure.subplots(rows, columns, squeeze=False)
     for ax in axes.flat:
         ax.set_axis_off()
@@ -82,17 +86,20 @@ def class_grid(
         ax.set_title(
             f"{score_map.image.height} x {score_map.image.width} pixels", fontsize="medium"
         )
-    labels = score_map.label_map()
+    compared = score_map.activation not in ("independent_logits", "sigmoid")
+    found_at = score_map.label_map() if compared else score_map.probabilities() > 0.5
     known = score_map.has_data.sum()
     for index, ax in zip(order, panels):
         heatmap = draw_heatmap(
             ax, score_map, index, _PANEL_PIXELS, alpha=alpha, cmap=cmap, contours=contours
         )
-        share = float((labels == index).sum() / known)
+        cells = found_at == index if compared else found_at[index]
+        share = f"{float(cells.sum() / known):.0%} of cells"
+        share = f"top class of {share}" if compared else f"above 50% in {share}"
         found = f"{heatmap.values[heatmap.peak]:.1%} at +" if heatmap.coverage.any() else "no peak"
         ax.set_title(
             f"{heatmap.label}\n{float(prediction[index]):.1%} averaged over the image\n"
-            f"top class of {share:.0%} of cells, {found}",
+            f"{share}, {found}",
             fontsize="medium",
         )
     colour_bar(figure, axes, alpha=alpha, cmap=cmap, blended=photograph, contours=contours)

@@ -26,7 +26,7 @@ from fcvgg.preprocessing import Preprocess
 from fcvgg.program import Program, TrainingMode, listed
 from fcvgg.rewriting import Rewriter
 from fcvgg.size_numbers import check_numbers
-from fcvgg.verification import check
+from fcvgg.verification import check, check_activation
 
 
 def convert(
@@ -71,13 +71,16 @@ def convert(
             softmax (one class: a sigmoid), ``"independent_logits"`` through a sigmoid for each
             class (trained by BCEWithLogitsLoss), ``"probabilities"`` and ``"log_probabilities"``
             are after a softmax, ``"sigmoid"`` is after a sigmoid for each class, and ``"values"``
-            (regression) have no probabilities. ``"unknown"`` is found where the model computes on
-            after its softmax or sigmoid.
+            (regression) have no probabilities. Scores in a range that the graph does not show are
+            tried on the images that `verify` runs, and on larger values. ``"unknown"`` is found
+            where the model computes on after its softmax or sigmoid.
         in_channels: the channels of the images; found by what the graph does with them when None.
 
     Raises:
         ConversionError: if the model cannot be converted exactly; the message names the layer.
         EquivalenceError: if `verify` finds that the two disagree.
+        ArgumentError: if an option is not what it must be, or scores are outside the range that
+            `activation` says.
     """
     _check_options(padding, output_stride, in_channels)
     model = unwrapped(model)
@@ -106,6 +109,7 @@ def convert(
     )
     if verify:
         net.equivalence = check(model, net)
+        check_activation(net)
     return net
 
 

@@ -7,13 +7,18 @@ from torch import Tensor
 
 from fcvgg.errors import ArgumentError
 
-ACTIVATIONS = (
-    *("logits", "probabilities", "log_probabilities", "sigmoid"),
-    *("independent_logits", "values"),
-)
-"""What scores can be: before a softmax (one class: before a sigmoid), after a softmax, after a
-log-softmax, after a sigmoid for each class, before a sigmoid for each class, and plain values
-(regression), which have no probabilities."""
+ACTIVATIONS = {
+    "logits": "before a softmax, or of one class before a sigmoid",
+    "probabilities": "after a softmax",
+    "log_probabilities": "after a log-softmax",
+    "sigmoid": "after a sigmoid for each class",
+    "independent_logits": "before a sigmoid for each class, as of BCEWithLogitsLoss",
+    "values": "of a regression, without probabilities",
+}
+"""What scores can be."""
+
+BOUNDED = ("probabilities", "log_probabilities", "sigmoid")
+"""Those whose scores lie in a range."""
 
 UNKNOWN = "unknown"
 """What the scores are where the model computes on with its probabilities. A network may have it;
@@ -40,9 +45,8 @@ def checked_activation(value: object) -> str:
     """
     name = _SPELLINGS.get(value, value) if isinstance(value, str) else value
     if not isinstance(name, str) or name not in (*ACTIVATIONS, UNKNOWN):
-        raise ArgumentError(
-            f"activation={value!r} is unknown; expected one of {', '.join(ACTIVATIONS)}"
-        )
+        kinds = (f"{kind!r} ({what})" for kind, what in ACTIVATIONS.items())
+        raise ArgumentError(f"activation={value!r} is unknown; expected one of {', '.join(kinds)}")
     return name
 
 
@@ -55,8 +59,8 @@ def require_classes(activation: str) -> None:
     if activation == "values":
         raise ArgumentError(
             "the network's scores are values (activation='values'), which have no classes, "
-            "probabilities or heatmaps; use net.score_map(image) with its scores, average() and "
-            "resample(), or fcvgg.stream without classes"
+            "probabilities or heatmaps; 'fcvgg stream IMAGE -o values.zarr' writes the values, and "
+            "in Python net.score_map(image) has them as scores, average() and resample()"
         )
 
 

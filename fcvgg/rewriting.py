@@ -248,13 +248,14 @@ class Rewriter:
 
     def _outputs(self, node: fx.Node) -> list[Cells]:
         value = self._operand_tree(node.args[0])
-        maps = list(value) if isinstance(value, (tuple, list)) else [value]
-        if isinstance(value, dict):
-            maps = list(value.values())
-        for cells in maps:
+        several = isinstance(value, (tuple, list, dict))
+        named = dict(value if isinstance(value, dict) else enumerate(value if several else [value]))
+        maps = list(named.values())
+        for name, cells in named.items():
             if not isinstance(cells, Cells):
+                place = f" as output {name!r}" if several else ""
                 raise ConversionError(
-                    f"the model returns {type(cells).__name__} where class scores are expected; "
+                    f"the model returns {_kind(cells)}{place} where class scores are expected; "
                     "wrap it so that it returns one tensor (N, K), or a tuple of them"
                 )
             if cells.positions > 1:
@@ -264,7 +265,7 @@ class Rewriter:
                 )
         vectors = [self.features(c, replace(c, moved=c.layout.flatten()), 0) for c in maps]
         nodes = tuple(v.node for v in vectors)
-        self.graph.output(nodes if isinstance(value, (tuple, list, dict)) else nodes[0])
+        self.graph.output(nodes if several else nodes[0])
         return vectors
 
     def _operand_tree(self, argument: Any) -> Any:
@@ -680,6 +681,15 @@ def _needed(graph: fx.Graph) -> list[fx.Node]:
             memory = storages_of(node.meta.get("value"))
             ends.extend(n for n, changed in changing if not memory.isdisjoint(changed))
     return [node for node in graph.nodes if node in needed]
+
+
+def _kind(value: object) -> str:
+    """What a value is, in plain words: the graph's own containers have other names."""
+    if isinstance(value, dict):
+        return "a dict"
+    if isinstance(value, (tuple, list)):
+        return f"a {'tuple' if isinstance(value, tuple) else 'list'}"
+    return "None" if value is None else type(value).__name__
 
 
 def _features_wanted(node: fx.Node, captured: Captured) -> int | None:

@@ -14,8 +14,10 @@ from fcvgg.capture import has_hooks, without_wrappers
 from fcvgg.errors import ArgumentError, EquivalenceError, ImageError, one_line
 from fcvgg.geometry import Axis
 from fcvgg.modes import mode_differences
+from fcvgg.names import counted
 from fcvgg.network import FullyConvolutional, evaluating
 from fcvgg.placement import device_of, dtype_of
+from fcvgg.probability import BOUNDED, to_probabilities
 from fcvgg.program import listed
 from fcvgg.saturation import Temperature
 
@@ -23,6 +25,9 @@ _TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 1e-2, t
 
 _TRANSLATION_FACTOR = 10
 """Libraries choose other kernels for other sizes, so shifted maps differ by more rounding."""
+
+_LARGER = 10
+"""How much larger values show the range of scores: a bias may hide it for those of usual size."""
 
 
 @dataclass(frozen=True)
@@ -64,8 +69,8 @@ class Equivalence:
         height, width = self.input_size
         return (
             f"{'equivalent' if self.passed else 'NOT EQUIVALENT'} at {height}x{width} on "
-            f"{self.images} images: max error {self.max_rel_error:.1e} of the largest score "
-            f"(tolerance {self.tolerance:.0e}), top-1 agreement {self.top1_agreement:.0%}, "
+            f"{counted(self.images, 'image')}: max error {self.max_rel_error:.1e} of the largest "
+            f"score (tolerance {self.tolerance:.0e}), top-1 agreement {self.top1_agreement:.0%}, "
             f"translation error {self.translation_error:.1e}"
             + (f"; in other modes: {listed(self.other_modes)}" if self.other_modes else "")
         )
@@ -219,6 +224,22 @@ def check(model: nn.Module, net: FullyConvolutional) -> Equivalence:
         f"interior by {report.translation_error:.1e} of the largest score; some layer mixes all "
         "positions or depends on them, and its cells would be wrong at every other size"
     )
+
+
+@torch.no_grad()
+def check_activation(net: FullyConvolutional, seed: int = 0) -> None:
+    """Refuse a range of scores that the graph does not show and that scores of noise leave.
+
+    Raises:
+        ArgumentError: if the graph ends in logits and scores lie outside the range that
+            ``net.activation`` says.
+    """
+    if net.program.activations[0] != "logits" or net.activation not in BOUNDED:
+        return
+    noise = _noise((2, net.in_channels, *net.input_size), net, seed)
+    with evaluating(net), _state_kept(net):
+        for factor in (1, _LARGER, -_LARGER):
+            to_probabilities(_outputs(net(noise * factor))[0], net.activation, dim=1)
 
 
 def _translation_error(net: FullyConvolutional, seed: int) -> float:

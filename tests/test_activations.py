@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from command_line import run
 from nets import images, seeded
 from numpy.typing import NDArray
 from PIL import Image
@@ -17,6 +18,7 @@ from torch import nn
 import fcvgg
 from fcvgg.evaluation.window_comparison import compare_windows
 from fcvgg.probability import ACTIVATIONS, to_probabilities
+from fcvgg.streaming.score_store import open_store
 
 PLAIN = fcvgg.Preprocess((0,) * 3, (1,) * 3)
 
@@ -35,7 +37,8 @@ def classifier(classes: int = 3) -> nn.Module:
 
 
 def network(activation: str | None, classes: int = 3) -> fcvgg.FullyConvolutional:
-    return fcvgg.convert(classifier(classes), activation=activation, preprocess=PLAIN)
+    """A network whose scores are said to be of a kind, whatever they are."""
+    return fcvgg.convert(classifier(classes), activation=activation, preprocess=PLAIN, verify=False)
 
 
 @pytest.fixture
@@ -78,11 +81,11 @@ def test_spellings_of_other_libraries(spelling: str, name: str) -> None:
 
 
 @pytest.mark.parametrize("value", ["softmax", "", 3, ("logits",), ["logits"]])
-def test_an_unknown_activation_lists_the_known_ones(value: Any) -> None:
-    with pytest.raises(
-        fcvgg.ArgumentError, match=f"is unknown; expected .*{', '.join(ACTIVATIONS)}"
-    ):
+def test_an_unknown_activation_explains_the_known_ones(value: Any) -> None:
+    with pytest.raises(fcvgg.ArgumentError, match="is unknown; expected one of 'logits'") as caught:
         fcvgg.convert(classifier(), activation=value)
+    assert all(f"{kind!r} ({what})" in str(caught.value) for kind, what in ACTIVATIONS.items())
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("activation", ["independent_logits", "values"])
@@ -125,7 +128,7 @@ def test_values_are_no_probabilities(
 ) -> None:
     net = network("values", classes)
     with pytest.raises(
-        fcvgg.ArgumentError, match=r"are values .*; use net\.score_map\(image\) with"
+        fcvgg.ArgumentError, match=r"are values .*; 'fcvgg stream IMAGE -o values.zarr' writes"
     ):
         use(net, picture)
 
@@ -175,6 +178,55 @@ def test_scores_outside_their_range_are_refused(
     with pytest.raises(fcvgg.ArgumentError, match=FALSE[activation]) as caught:
         use(network(activation), picture)
     assert "pass activation='logits' or 'independent_logits'" in str(caught.value)
+
+
+@pytest.mark.parametrize("activation", FALSE)
+@pytest.mark.parametrize("classes", [1, 3])
+def test_a_range_that_the_graph_does_not_show_is_tried_by_convert(
+    activation: str, classes: int
+) -> None:
+    with pytest.raises(fcvgg.ArgumentError, match=r"^scores must be (in \[0, 1\]|at most 0) where"):
+        fcvgg.convert(classifier(classes), activation=activation)
+    model = classifier(classes)
+    with torch.no_grad():  # in range for values of usual size
+        model[3].weight.mul_(-0.3 if activation == "log_probabilities" else 0.3)
+        model[3].bias.fill_(-0.5 if activation == "log_probabilities" else 0.5)
+        torch.manual_seed(0)
+        usual = to_probabilities(model(torch.randn(4, 3, 12, 12)), activation, dim=1)
+        assert usual.isfinite().all()
+    with pytest.raises(fcvgg.ArgumentError, match=r"^scores must be (in \[0, 1\]|at most 0) where"):
+        fcvgg.convert(model, activation=activation)
+    with torch.no_grad():  # and always
+        model[3].weight.zero_()
+    assert fcvgg.convert(model, activation=activation).activation == activation
+
+
+def test_the_command_line_tries_it_too(tmp_path: Path) -> None:
+    network(None).save(tmp_path / "bundle")
+    for model in ("demo", tmp_path / "bundle"):
+        ran = run("convert", model, "--activation", "probabilities", "-o", tmp_path / "converted")
+        assert ran.exit_code == 2
+        assert "scores must be in [0, 1] where --activation 'probabilities', got" in ran.stderr
+        assert not (tmp_path / "converted").exists()
+
+
+@pytest.mark.parametrize("command", ["classify", "heatmap"])
+def test_the_command_line_streams_values(
+    command: str, picture: NDArray[np.uint8], tmp_path: Path
+) -> None:
+    pytest.importorskip("zarr")
+    net = network("values", 1)
+    net.save(tmp_path / "bundle")
+    Image.fromarray(picture).save(tmp_path / "picture.png")
+    ran = run(command, tmp_path / "picture.png", "--model", tmp_path / "bundle")
+    assert ran.exit_code == 2
+    assert "'fcvgg stream IMAGE -o values.zarr' writes the values" in ran.stderr
+    values = tmp_path / "values.zarr"
+    ran = run("stream", tmp_path / "picture.png", "--model", tmp_path / "bundle", "-o", values)
+    assert ran.exit_code == 0, ran.stderr
+    torch.testing.assert_close(
+        torch.from_numpy(open_store(values).array[:]), net.score_map(picture).scores
+    )
 
 
 @pytest.mark.parametrize("activation", FALSE)

@@ -33,7 +33,8 @@ def test_it_prints_the_table_and_writes_json(data: Path) -> None:
     ran = run("evaluate", data, "--model", "demo", "--protocols", "all", "--classes")
     assert ran.exit_code == 0
     lines = [line.split() for line in ran.stdout.splitlines()]
-    assert lines[1] == ["protocol", "input", "scales", "flip", "views", "top-1", "top-5"]
+    assert ran.stdout.splitlines()[0] == f"demo on {data}"
+    assert lines[1] == ["protocol", "input", "scales", "flip", "views", "top-1"]
     assert [line[0] for line in lines[2:8]] == [
         "centre-crop",
         "resize",
@@ -43,8 +44,12 @@ def test_it_prints_the_table_and_writes_json(data: Path) -> None:
         "dense+multi-crop",
     ]
     assert "3 images" in ran.stdout
-    assert "1 images could not be read and were left out:" in ran.stdout
-    assert "broken.jpg is no image that Pillow can read" in ran.stdout
+    assert "broken.jpg" not in ran.stdout
+    assert ran.stderr.splitlines() == [
+        f"fcvgg: skipped {data}/face/broken.jpg is no image that Pillow can read; expected PNG, "
+        "JPEG or the like",
+        "fcvgg: 1 of 4 files left out: 1 .jpg (could not be read)",
+    ]
     assert "wrote evaluation.json" in ran.stdout
     written = json.loads(Path("evaluation.json").read_text())
     net = fcvgg.load("demo")
@@ -98,7 +103,17 @@ def test_what_was_left_out_is_one_line_on_stderr(data: Path) -> None:
         "be read)"
     )
     assert ran.stderr == f"fcvgg: {line}\n"
-    assert f"3 images\nthose of the part parts/Val\n{line}\n" in ran.stdout
+    assert "3 images\nthose of the part parts/Val\nwrote" in ran.stdout
+
+
+def test_it_is_headed_by_the_model_that_was_named(data: Path) -> None:
+    Path("run").mkdir()
+    fcvgg.load("demo").save("run/model")
+    shutil.rmtree(data / "background")
+    Path("data/background").mkdir()
+    ran = run("evaluate", "data", "--model", "run/model", "-p", "dense")
+    assert ran.stdout.startswith("run/model on data\n")
+    assert "\n1 image\n" in ran.stdout
 
 
 def test_folders_that_do_not_fit_the_classes(data: Path) -> None:

@@ -317,8 +317,29 @@ def test_an_interrupted_stream_says_how_far_it_is_and_the_same_call_resumes(slid
     )
     ran = fcvgg_command(*stream)
     assert ran.exit_code == 0, ran.output
+    assert f"\nresumed at {store.share:.0%}\nwrote scores.zarr\n" in ran.stdout
+    ran = fcvgg_command(*stream)
+    assert ran.stdout.endswith("\nscores.zarr was complete already\n")
+    assert "without data" not in ran.stdout
     assert open_store("scores.zarr").complete
     assert open_store("scores.zarr").share == 1
+
+
+@pytest.mark.parametrize("classes", [(), ("--classes", "argmax"), ("--classes", "top5")])
+def test_the_share_of_cells_without_data_is_said(slide, classes):
+    pixels = np.asarray(demo_photograph().resize((200, 168))).copy()
+    pixels[pixels == 7] = 8
+    pixels[:20, :20] = 7
+    tifffile.imwrite("bare.tif", pixels)
+    ran = fcvgg_command(
+        *("stream", "bare.tif", "-o", "bare.zarr", "--model", "demo", "--nodata", "7", *classes)
+    )
+    assert ran.exit_code == 0, ran.output
+    bare = fcvgg.load("demo").score_map(open_image("bare.tif", nodata=7)).scores[0].isnan()
+    share = bare.double().mean().item()
+    assert 0 < share < 1
+    assert open_store("bare.zarr").without_data == pytest.approx(share)
+    assert f", {share:.1%} of the cells without data\nwrote bare.zarr\n" in ran.stdout
 
 
 def test_a_stream_interrupted_before_it_began_says_no_more(slide, monkeypatch):

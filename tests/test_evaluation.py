@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -383,7 +384,7 @@ def test_unreadable_images_are_counted_listed_and_not_fatal(net, folder) -> None
     for a, b in zip(result, expected, strict=True):
         assert torch.equal(a.confusion, b.confusion)
     lines = str(result).splitlines()
-    assert lines[-3] == "2 images could not be read and were left out:"
+    assert lines[-3] == "of these, 2 images could not be read:"
     assert "text.jpg is no image that Pillow can read" in lines[-2]
     assert "broken.png" in lines[-1]
     written = json.loads(result.to_json())
@@ -397,6 +398,9 @@ def test_unreadable_images_are_counted_listed_and_not_fatal(net, folder) -> None
     )
     assert len(result.skipped) == len(written["skipped"]) == 6
     assert set(result.unreadable) < set(result.skipped)
+    one = replace(result, images=1, unreadable=result.unreadable[:1], skipped=result.unreadable[:1])
+    assert one.remarks()[0] == "1 image"
+    assert one.remarks()[-2] == "1 image could not be read and was left out:"
 
 
 def test_every_kind_of_image_of_a_folder_is_evaluated(net, tmp_path) -> None:

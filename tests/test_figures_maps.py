@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import tracemalloc
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -60,6 +61,29 @@ def test_the_grid_shows_the_top_classes_in_order_and_one_absolute_scale(score_ma
     for ax, (name, _) in zip(figure.axes[1:4], top, strict=True):
         expected = np.asarray(score_map.heatmap(name).overlay())
         np.testing.assert_array_equal(np.asarray(ax.images[0].get_array()), expected)
+
+
+@pytest.mark.parametrize("size", [(480, 320), (320, 480), (900, 160), (160, 900), (300, 300)])
+@pytest.mark.parametrize("k", [1, 2, 5])
+def test_titles_lie_within_the_figure_and_apart(score_map, size, k) -> None:
+    image = Image.new("RGB", size)
+    shown = replace(score_map, image=image, image_size=size[::-1], input_size=size[::-1])
+    figure = shown.plot(k)
+    drawn(figure)
+    boxes = [ax.title.get_window_extent() for ax in figure.axes if ax.get_title()]
+    assert len(boxes) == 1 + min(k, len(score_map.scores))
+    for i, box in enumerate(boxes):
+        assert box.y1 <= figure.bbox.y1
+        assert box.x0 >= 0
+        assert not any(box.overlaps(other) for other in boxes[:i])
+
+
+def test_independent_classes_are_counted_each_for_itself(score_map) -> None:
+    shown = replace(score_map, activation="independent_logits")
+    (index,) = shown.predict().topk(1).indices.tolist()
+    share = (shown.probabilities()[index] > 0.5).double().mean().item()
+    title = shown.plot(1).axes[1].get_title()
+    assert f"\nabove 50% in {share:.0%} of cells, " in title
 
 
 def test_panels_are_aligned(score_map) -> None:

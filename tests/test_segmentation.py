@@ -410,8 +410,12 @@ def test_what_cannot_be_built_is_said_in_one_line() -> None:
         fcvgg.FCN(net, 1)
     with pytest.raises(fcvgg.CategoryError, match="the category 'a' is there twice; expected one"):
         fcvgg.FCN(net, 3, categories=("a", "b", "a"))
-    with pytest.raises(fcvgg.CategoryError, match="3 categories were given for 2 classes"):
+    with pytest.raises(
+        fcvgg.CategoryError, match=r"^categories='abc' is taken for the path of a f"
+    ):
         fcvgg.FCN(net, 2, categories="abc")
+    with pytest.raises(fcvgg.CategoryError, match="3 categories were given for 2 classes"):
+        fcvgg.FCN(net, 2, categories=("a", "b", "c"))
     one_pool = nn.Sequential(
         nn.Conv2d(3, 4, 3, padding=1), nn.MaxPool2d(3), nn.Flatten(), nn.Linear(16, 2)
     )

@@ -110,9 +110,10 @@ def run(
         progress=True,
     )
     tell_skipped(evaluation.skipped, evaluation.images)
-    say(Text(readable(f"{net.source} on {data}"), style="bold"))
+    named = model if weights == "DEFAULT" else f"{model} with {weights}"
+    say(Text(readable(f"{named} on {data}"), style="bold"))
     say(_table(evaluation.headings, evaluation.cells(), 4))
-    for line in evaluation.remarks():
+    for line in evaluation.about():  # stderr has what was left out
         say(line)
     if classes:
         for result in evaluation:

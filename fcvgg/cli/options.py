@@ -288,7 +288,8 @@ class OwnModel(OwnPreprocess):
             "--activation",
             metavar="KIND",
             help="What the scores are: logits (softmax), independent_logits (a sigmoid for each "
-            "class), probabilities, log_probabilities, sigmoid (after one) or values (regression).",
+            "class), probabilities, log_probabilities, sigmoid (after one) or values (regression, "
+            "for 'fcvgg convert' and 'fcvgg stream' only).",
             show_default="read off the model",
             rich_help_panel=_PANEL,
         ),
@@ -351,6 +352,7 @@ def loaded(
     """
     from fcvgg.loading import load
     from fcvgg.probability import checked_activation
+    from fcvgg.verification import check_activation
 
     own = own or OwnModel()
     place = checked_device(device)
@@ -361,6 +363,7 @@ def loaded(
     net.preprocess = own.preprocess_for(net.in_channels, net.preprocess)
     if activation is not None:  # also of a bundle, whose graph stays as it is
         net.activation = activation
+        check_activation(net)
     return net.to(place)
 
 
@@ -434,6 +437,7 @@ def in_option_words(message: str) -> str:
         option = f"--{name.replace('_', '-')} "
         message = message.replace(f"{name}=", option).replace(f"{name} goes", f"{option}goes")
     message = message.replace("activation= to fcvgg.convert", "--activation")
+    message = message.replace(" to fcvgg.convert for scores", " for scores")
     message = re.sub(r"\b(arch|weights|activation)=(?=')", r"--\1 ", message)
     message = re.sub(r"(?<!-)\barch=", "--arch", message)
     return re.sub(r"(?<![-.])\binput_size\b=?", "--input-size", message)

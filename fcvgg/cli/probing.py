@@ -25,6 +25,7 @@ from fcvgg.cli.options import size as size_of
 from fcvgg.cli.reports import titled
 from fcvgg.errors import FcvggError
 from fcvgg.files import FIGURE_ENDINGS, checked_folder
+from fcvgg.names import counted
 
 if TYPE_CHECKING:
     from fcvgg.transfer import Probe
@@ -144,7 +145,7 @@ def run(
         )
     except FcvggError as error:
         raise type(error)(str(error).replace("pass size=", "pass --size")) from error
-    counts = ", ".join(f"{name}: {count} images" for name, count in found.counts.items())
+    counts = ", ".join(f"{name}: {counted(count, 'image')}" for name, count in found.counts.items())
     say(counts if found.folder == data else f"{found.folder}: {counts}")
     say(_table(result, folds))
     best = result.best

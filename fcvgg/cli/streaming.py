@@ -80,17 +80,28 @@ def run(
 ) -> None:
     """Write the score map of an image larger than memory."""
     from fcvgg.streaming.execution import stream
+    from fcvgg.streaming.score_store import is_store, open_store
 
     source = ImageOpener(bands, nodata).open(slide, level)
     net = loaded(model, own, device, weights=weights, arch=arch, output_stride=output_stride)
     kept = _classes(classes, net.categories)
     if kept == "top5":
         tell("--classes top5 keeps no class's map: 'fcvgg heatmap' cannot show it")
+    before = open_store(output).share if is_store(output) else 0.0
     with resumed_by_the_same_call(output):
         store = stream(net, source, out=output, classes=kept, memory=memory, progress=True)
     height, width = source.size
     shape = "x".join(map(str, store.array.shape))
-    say(f"{slide}: {height}x{width} pixels gave {shape} {store.description['kind']}")
+    bare = store.without_data
+    say(
+        f"{slide}: {height}x{width} pixels gave {shape} {store.description['kind']}"
+        + (f", {bare:.1%} of the cells without data" if bare else "")
+    )
+    if before == 1:
+        say(f"{output} was complete already")
+        return
+    if before:
+        say(f"resumed at {before:.0%}")
     say_wrote(output)
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from fcvgg.categories import class_index
 from fcvgg.errors import ArgumentError, ImageError
 from fcvgg.geometry import Geometry, Pair
+from fcvgg.names import counted
 from fcvgg.network import FullyConvolutional, each_image, evaluating
 from fcvgg.placement import device_of, dtype_of
 from fcvgg.progress import progress_bar
@@ -133,7 +134,7 @@ class EffectiveReceptiveField:
         return (
             f"effective receptive field {self.size:.1f} pixels, {self.ratio:.0%} of the "
             f"theoretical {height}x{width}: {extents}, standard deviation ({y:.1f}, {x:.1f}), "
-            f"{self.images} images{seen}"
+            f"{counted(self.images, 'image')}{seen}"
         )
 
     def plot(self, ax: Axes | None = None, *, cmap: str = "viridis", share: float = 0.95) -> Axes:

@@ -31,7 +31,7 @@ from fcvgg.images import (
     with_size,
     with_smallest_side,
 )
-from fcvgg.names import readable
+from fcvgg.names import counted, readable
 from fcvgg.network import FullyConvolutional, evaluating
 from fcvgg.placement import device_of, dtype_of
 from fcvgg.probability import MeanOfViews, to_probabilities
@@ -145,7 +145,13 @@ class Evaluation:
 
     @property
     def headings(self) -> tuple[str, ...]:
-        return ("protocol", "input", "scales", "flip", "views", "top-1", "top-5")
+        """Of `cells`; without top-5 where the network has fewer than six classes."""
+        columns = ("protocol", "input", "scales", "flip", "views", "top-1", "top-5")
+        return columns if self._has_top5 else columns[:-1]
+
+    @property
+    def _has_top5(self) -> bool:
+        return any(r.top5 is not None for r in self.results)
 
     def cells(self) -> list[tuple[str, ...]]:
         """The table as text, a row per protocol, under `headings`."""
@@ -157,7 +163,7 @@ class Evaluation:
                 "yes" if r.flip else "no",
                 str(r.views),
                 f"{r.top1:.2%}",
-                "" if r.top5 is None else f"{r.top5:.2%}",
+                *(() if not self._has_top5 else ("" if r.top5 is None else f"{r.top5:.2%}",)),
             )
             for r in self.results
         ]
@@ -176,8 +182,12 @@ class Evaluation:
         return _aligned([headings, *self.class_cells(protocol)], 1)
 
     def remarks(self) -> list[str]:
-        """Lines that belong under the table: how classes were matched, and what was left out."""
-        lines = [f"{self.images} images"]
+        """Lines that belong under the table: what was evaluated, and what was left out."""
+        return [*self.about(), *self._left_out()]
+
+    def about(self) -> list[str]:
+        """Lines on what was evaluated: how many images, and how classes were matched."""
+        lines = [counted(self.images, "image")]
         if self.part is not None:
             lines.append(f"those of the part {readable(self.part)}")
         if self.by_order:
@@ -186,10 +196,17 @@ class Evaluation:
             ]
             more = f", ... ({len(pairs)})" if len(pairs) > _TOP else ""
             lines.append(f"classes matched by their order: {', '.join(pairs[:_TOP])}{more}")
+        return lines
+
+    def _left_out(self) -> list[str]:
+        lines = []
+        count = counted(len(self.unreadable), "image")
+        title = f"{count} could not be read and {'was' if count[:2] == '1 ' else 'were'} left out:"
         if len(self.skipped) > len(self.unreadable):
             lines.append(left_out(self.skipped, self.images))
+            title = f"of these, {count} could not be read:"
         if self.unreadable:
-            lines.append(f"{len(self.unreadable)} images could not be read and were left out:")
+            lines.append(title)
             lines += [f"  {one}" for one in self.unreadable[:_LISTED]]
             if len(self.unreadable) > _LISTED:
                 lines.append(f"  and {len(self.unreadable) - _LISTED} more")

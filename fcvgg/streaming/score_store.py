@@ -106,6 +106,28 @@ class ScoreStore:
         """The share of the cells that is finished."""
         return self.finished_cells / (self.array.shape[-2] * self.array.shape[-1])
 
+    @property
+    def without_data(self) -> float:
+        """The share of the cells that hold no number, in a map of scores or of the best classes.
+
+        Where the network has one class, the label -1 also says that a cell is not of it, so such a
+        map counts as full; so do maps of labels that older versions wrote.
+
+        Raises:
+            FcvggError: if chunks cannot be read.
+        """
+        kind, rows = self.description["kind"], self.array.shape[-2]
+        if kind == "argmax" and self.description.get("num_classes", 1) == 1:
+            return 0.0
+        first: tuple[int, ...] = {"scores": (0,), "top5": (1, 0)}.get(kind, ())
+        bare = 0
+        with self.reading():
+            for row in range(0, rows, self.chunk_rows):
+                part = (*first, slice(row, row + self.chunk_rows))
+                cells = self.array[part]
+                bare += int((cells < 0 if kind == "argmax" else ~(cells < np.inf)).sum())
+        return bare / (rows * self.array.shape[-1])
+
     def write(self, block: int, row: int, cells: NDArray[Any], mark: bool = True) -> None:
         """Write rows of one block of columns and note them as finished.
 
