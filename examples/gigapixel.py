@@ -25,9 +25,9 @@ from PIL import Image
 
 import fcvgg
 from fcvgg.demo import demo_photograph
-from fcvgg.files import written_whole
-from fcvgg.images import read_image
+from fcvgg.images.reading import read_image
 from fcvgg.streaming.slide_maps import SlideMap
+from fcvgg.support.atomic import written_whole
 
 TILE = 512
 

@@ -357,7 +357,7 @@ def save_figure(test: fcvgg.MaskFolder, results: list[Result], path: Path) -> No
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
-    from fcvgg.class_colours import class_colours
+    from fcvgg.results.colours import class_colours
 
     shown = min(3, len(test) - 1)
     photograph = Image.open(test.images[shown])

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from fcvgg.boxes import ScoredBox as ScoredBox
     from fcvgg.conversion import convert as convert
     from fcvgg.errors import ArgumentError as ArgumentError
     from fcvgg.errors import CaptureError as CaptureError
@@ -33,6 +32,8 @@ if TYPE_CHECKING:
     from fcvgg.evaluation.effective_field import (
         effective_receptive_field as effective_receptive_field,
     )
+    from fcvgg.evaluation.layer_table import LayerTable as LayerTable
+    from fcvgg.evaluation.layer_table import receptive_fields as receptive_fields
     from fcvgg.evaluation.protocols import Evaluation as Evaluation
     from fcvgg.evaluation.protocols import evaluate as evaluate
     from fcvgg.evaluation.window_comparison import WindowComparison as WindowComparison
@@ -41,16 +42,17 @@ if TYPE_CHECKING:
     from fcvgg.finetuning.result import FineTuned as FineTuned
     from fcvgg.finetuning.strategies import Recipe as Recipe
     from fcvgg.geometry import Geometry as Geometry
-    from fcvgg.heatmap import Heatmap as Heatmap
-    from fcvgg.layer_table import LayerTable as LayerTable
-    from fcvgg.layer_table import receptive_fields as receptive_fields
+    from fcvgg.images.lazy.opening import open_image as open_image
+    from fcvgg.images.preprocessing import Preprocess as Preprocess
     from fcvgg.loading import load as load
     from fcvgg.network import FullyConvolutional as FullyConvolutional
     from fcvgg.optimization.networks import OptimizedNetwork as OptimizedNetwork
     from fcvgg.optimization.networks import optimize as optimize
-    from fcvgg.preprocessing import Preprocess as Preprocess
-    from fcvgg.score_map import ScoreMap as ScoreMap
-    from fcvgg.segmentation.label_map import LabelMap as LabelMap
+    from fcvgg.results.boxes import ScoredBox as ScoredBox
+    from fcvgg.results.equivalence import Equivalence as Equivalence
+    from fcvgg.results.heatmap import Heatmap as Heatmap
+    from fcvgg.results.label_map import LabelMap as LabelMap
+    from fcvgg.results.score_map import ScoreMap as ScoreMap
     from fcvgg.segmentation.mask_folders import MaskFolder as MaskFolder
     from fcvgg.segmentation.mask_folders import mask_folder as mask_folder
     from fcvgg.segmentation.metrics import SegmentationMetrics as SegmentationMetrics
@@ -60,7 +62,6 @@ if TYPE_CHECKING:
     from fcvgg.segmentation.training import evaluate_fcn as evaluate_fcn
     from fcvgg.segmentation.training import train_fcn as train_fcn
     from fcvgg.streaming.execution import stream as stream
-    from fcvgg.streaming.opening import open_image as open_image
     from fcvgg.transfer import Features as Features
     from fcvgg.transfer import GeometryChanges as GeometryChanges
     from fcvgg.transfer import LayerNames as LayerNames
@@ -80,11 +81,10 @@ if TYPE_CHECKING:
     from fcvgg.transfer import trainable_parameters as trainable_parameters
     from fcvgg.transfer import unfreeze_ as unfreeze_
     from fcvgg.transfer.estimators import VGGFeatures as VGGFeatures
-    from fcvgg.verification import Equivalence as Equivalence
     from fcvgg.verification import verify as verify
 
 _PUBLIC: dict[str, tuple[str, ...]] = {
-    "boxes": ("ScoredBox",),
+    "results.boxes": ("ScoredBox",),
     "conversion": ("convert",),
     "evaluation.effective_field": (
         "EffectiveReceptiveField",
@@ -116,8 +116,8 @@ _PUBLIC: dict[str, tuple[str, ...]] = {
     "finetuning.result": ("FineTuned",),
     "finetuning.strategies": ("Recipe",),
     "geometry": ("Geometry",),
-    "heatmap": ("Heatmap",),
-    "layer_table": (
+    "results.heatmap": ("Heatmap",),
+    "evaluation.layer_table": (
         "LayerTable",
         "receptive_fields",
     ),
@@ -127,9 +127,9 @@ _PUBLIC: dict[str, tuple[str, ...]] = {
         "OptimizedNetwork",
         "optimize",
     ),
-    "preprocessing": ("Preprocess",),
-    "score_map": ("ScoreMap",),
-    "segmentation.label_map": ("LabelMap",),
+    "images.preprocessing": ("Preprocess",),
+    "results.score_map": ("ScoreMap",),
+    "results.label_map": ("LabelMap",),
     "segmentation.mask_folders": (
         "MaskFolder",
         "mask_folder",
@@ -145,7 +145,7 @@ _PUBLIC: dict[str, tuple[str, ...]] = {
         "train_fcn",
     ),
     "streaming.execution": ("stream",),
-    "streaming.opening": ("open_image",),
+    "images.lazy.opening": ("open_image",),
     "transfer": (
         "Features",
         "GeometryChanges",
@@ -167,10 +167,8 @@ _PUBLIC: dict[str, tuple[str, ...]] = {
         "unfreeze_",
     ),
     "transfer.estimators": ("VGGFeatures",),
-    "verification": (
-        "Equivalence",
-        "verify",
-    ),
+    "results.equivalence": ("Equivalence",),
+    "verification": ("verify",),
     "evaluation.window_comparison": (
         "WindowComparison",
         "compare_windows",

@@ -9,8 +9,8 @@ from numbers import Integral
 from pathlib import Path
 from typing import Any
 
-from fcvgg import untrusted
 from fcvgg.errors import CategoryError
+from fcvgg.support import untrusted
 
 _LISTED = 5
 

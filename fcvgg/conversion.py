@@ -15,17 +15,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from fcvgg.capture import capture, sharing_twin, unfollowed_branches, without_wrappers
 from fcvgg.errors import ArgumentError, ConversionError, GeometryError, InputSizeError
 from fcvgg.geometry import Pair, checked_size
-from fcvgg.layers import is_leaf, rule_for
-from fcvgg.modes import match_modes, training_mode_of
-from fcvgg.native_size import infer_input_size
+from fcvgg.images.preprocessing import Preprocess
 from fcvgg.network import FullyConvolutional
-from fcvgg.preprocessing import Preprocess
-from fcvgg.program import Program, TrainingMode, listed
-from fcvgg.rewriting import Rewriter
-from fcvgg.size_numbers import check_numbers
+from fcvgg.rewriting.capture import capture, sharing_twin, unfollowed_branches, without_wrappers
+from fcvgg.rewriting.modes import match_modes, training_mode_of
+from fcvgg.rewriting.native_size import infer_input_size
+from fcvgg.rewriting.program import Program, TrainingMode
+from fcvgg.rewriting.rewriter import Rewriter
+from fcvgg.rewriting.rules import is_leaf, rule_for
+from fcvgg.rewriting.size_numbers import check_numbers
+from fcvgg.support.module_state import listed
 from fcvgg.verification import check, check_activation
 
 

@@ -26,16 +26,17 @@ from PIL import Image
 
 from fcvgg.categories import class_name
 from fcvgg.errors import ArgumentError, FcvggError, ImageError, one_line
-from fcvgg.extras import imported
-from fcvgg.files import STORE_ENDINGS, TABLE_ENDINGS, checked_folder, folder_written_whole
 from fcvgg.geometry import Pair
-from fcvgg.image_files import SPECIAL, Unreadable, image_files, is_leftover, left_out
+from fcvgg.images.files import SPECIAL, Unreadable, image_files, is_leftover, left_out
 from fcvgg.names import readable
-from fcvgg.network import FullyConvolutional, evaluating
+from fcvgg.network import FullyConvolutional
 from fcvgg.streaming.execution import as_array, bands, chunked
 from fcvgg.streaming.job import StreamJob, as_result, plan_in_memory
 from fcvgg.streaming.resumption import opened_store
 from fcvgg.streaming.strip_plan import StripPlan, parsed_memory
+from fcvgg.support.atomic import STORE_ENDINGS, TABLE_ENDINGS, checked_folder, folder_written_whole
+from fcvgg.support.extras import imported
+from fcvgg.support.module_state import evaluating
 
 Bundle = dict[str, bytes]
 """The files of a network that `FullyConvolutional.save` wrote."""
@@ -225,7 +226,7 @@ def classify(
     """Classify a folder or bucket of images with `FullyConvolutional.classify`, through Ray Data.
 
     Every worker loads the network once, and reads images as `FullyConvolutional.classify` reads
-    paths. Every file has a row, but what systems leave in folders; see `fcvgg.image_files`.
+    paths. Every file has a row, but what systems leave in folders; see `fcvgg.images.files`.
 
     Args:
         net: a converted network.

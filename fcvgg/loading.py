@@ -11,16 +11,16 @@ from typing import Any
 
 from torch import nn
 
-from fcvgg import checkpoints, demo
-from fcvgg.capture import input_channels
+from fcvgg import demo
 from fcvgg.conversion import convert
 from fcvgg.errors import ArgumentError, GeometryError, LoadError
 from fcvgg.geometry import checked_size
+from fcvgg.images.preprocessing import Preprocess
 from fcvgg.network import FullyConvolutional
-from fcvgg.preprocessing import Preprocess
+from fcvgg.rewriting.capture import input_channels
 from fcvgg.serialization.bundle import read_bundle
-from fcvgg.shape_budget import ShapeBudget, check_affordable, largest_verified
-from fcvgg.sources import keras_file, onnx_file, timm_model, torchvision_model
+from fcvgg.serialization.shape_budget import ShapeBudget, check_affordable, largest_verified
+from fcvgg.sources import checkpoints, keras_file, onnx_file, timm_model, torchvision_model
 from fcvgg.verification import check
 
 DEFAULT_WEIGHTS = "DEFAULT"

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import io
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -15,37 +13,36 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fcvgg.batching import run_in_batches
 from fcvgg.categories import one_per_class
 from fcvgg.errors import ArgumentError, ImageError, TrainingError, one_line
 from fcvgg.geometry import Geometry, Pair
-from fcvgg.heatmap import Heatmap
-from fcvgg.images import (
+from fcvgg.images.batching import run_in_batches
+from fcvgg.images.preprocessing import Preprocess, encoded_preprocess, given_preprocess
+from fcvgg.images.reading import (
     ImageLike,
     PreparedImage,
     checked_flip,
+    each_image,
     mirrored,
     prepare,
     smaller_sides,
     with_smallest_side,
 )
-from fcvgg.missing import Reader, can_be_looked_at, readers_of, run_with_missing
-from fcvgg.modules import WindowLinear
-from fcvgg.placement import device_of, dtype_of
-from fcvgg.preprocessing import Preprocess, encoded_preprocess, given_preprocess
+from fcvgg.inference.blocks import is_traced, run
+from fcvgg.inference.missing import Reader, can_be_looked_at, readers_of, run_with_missing
 from fcvgg.probability import (
     MeanOfViews,
     average_over_space,
     checked_activation,
     require_probabilities,
 )
-from fcvgg.program import Program, listed
-from fcvgg.pyramid import pyramid_heatmap
-from fcvgg.score_map import ScoreMap
+from fcvgg.results.heatmap import Heatmap
+from fcvgg.results.score_map import ScoreMap, pyramid_heatmap
+from fcvgg.rewriting.modules import WindowLinear
+from fcvgg.rewriting.program import Program
 from fcvgg.serialization.bundle import write_bundle
 from fcvgg.serialization.exporting import ExportedFile, export_network
-from fcvgg.streaming.strip_sources import StripSource
-from fcvgg.trunk import is_traced, run
+from fcvgg.support.module_state import device_of, dtype_of, evaluating, listed
 
 
 class FullyConvolutional(nn.Module):
@@ -600,28 +597,3 @@ def _tie(net: FullyConvolutional) -> None:
             first = nn.Parameter(view, further.requires_grad)
         owner, _, child = name.rpartition(".")
         setattr(net.network.get_submodule(owner), child, first)
-
-
-@contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode for a while; every module then gets its own mode back.
-
-    The modes are set one by one, since a model's own ``eval()`` may do more, or leave dropout on.
-    """
-    modes = [(m, m.training) for m in module.modules()]
-    try:
-        for m, _ in modes:
-            m.training = False
-        yield
-    finally:
-        for m, mode in modes:
-            m.training = mode
-
-
-def each_image(images: Any) -> Iterable[Any]:
-    """One image after the other from a batch, any other iterable of images, or a single image."""
-    if hasattr(images, "shape") and hasattr(images, "dtype"):  # an array of any library
-        return images if len(images.shape) == 4 else [images]
-    single = (str, bytes, os.PathLike, io.IOBase, StripSource)
-    several = isinstance(images, Iterable) and not isinstance(images, single)
-    return images if several else [images]

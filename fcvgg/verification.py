@@ -9,17 +9,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from fcvgg.capture import has_hooks, without_wrappers
 from fcvgg.errors import ArgumentError, EquivalenceError, ImageError, one_line
 from fcvgg.geometry import Axis
-from fcvgg.modes import mode_differences
-from fcvgg.names import counted
-from fcvgg.network import FullyConvolutional, evaluating
-from fcvgg.placement import device_of, dtype_of
+from fcvgg.network import FullyConvolutional
 from fcvgg.probability import BOUNDED, to_probabilities
-from fcvgg.program import listed
-from fcvgg.saturation import Temperature
+from fcvgg.results.equivalence import Equivalence
+from fcvgg.rewriting.capture import has_hooks, without_wrappers
+from fcvgg.rewriting.modes import mode_differences
+from fcvgg.support.module_state import device_of, dtype_of, evaluating, listed
 
 _TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
@@ -28,52 +27,6 @@ _TRANSLATION_FACTOR = 10
 
 _LARGER = 10
 """How much larger values show the range of scores: a bias may hide it for those of usual size."""
-
-
-@dataclass(frozen=True)
-class Equivalence:
-    """How far a converted network is from its source model.
-
-    Attributes:
-        max_abs_error: the largest difference of a score at the native size.
-        max_rel_error: the same, relative to the largest score. Where softmaxes, sigmoids and their
-            like saturate, the scores are also compared, here and below, with what goes into those
-            divided by a temperature in both, the largest absolute value that the network gave them:
-            what a flat function hides shows there.
-        tolerance: what `max_rel_error` may be.
-        top1_agreement: the share of images on which both name the same class, or classes whose
-            scores in the source lie within the tolerance of each other: a tie, which rounding may
-            break either way.
-        translation_error: the largest difference between the map's interior and that of the input
-            shifted by one stride, relative to the largest score; it may be 10 tolerances.
-        passed: whether both errors are within what they may be, the top-1 agreement is 1, and the
-            modules of the two are in the same modes.
-        input_size: the native size ``(h, w)`` that was run.
-        images: how many images were run.
-        other_modes: the modules that are in training mode in one of the two only, or compute
-            something in the source's training mode that the network does not hold. The numbers are
-            those of evaluation mode; in the modes that the two are in, their scores differ.
-    """
-
-    max_abs_error: float
-    max_rel_error: float
-    tolerance: float
-    top1_agreement: float
-    translation_error: float
-    passed: bool
-    input_size: tuple[int, int]
-    images: int
-    other_modes: tuple[str, ...] = ()
-
-    def __str__(self) -> str:
-        height, width = self.input_size
-        return (
-            f"{'equivalent' if self.passed else 'NOT EQUIVALENT'} at {height}x{width} on "
-            f"{counted(self.images, 'image')}: max error {self.max_rel_error:.1e} of the largest "
-            f"score (tolerance {self.tolerance:.0e}), top-1 agreement {self.top1_agreement:.0%}, "
-            f"translation error {self.translation_error:.1e}"
-            + (f"; in other modes: {listed(self.other_modes)}" if self.other_modes else "")
-        )
 
 
 @torch.no_grad()
@@ -378,3 +331,76 @@ def _remedy(model: nn.Module) -> str:
 def _not_finite(model: nn.Module) -> str:
     names = [n for n, p in model.state_dict().items() if not torch.isfinite(p).all()]
     return f": {names[0]} holds values that are not finite" if names else ""
+
+
+# -- seeing what goes into softmaxes and sigmoids -------------------------------------------------
+# Far from zero these functions are flat: a softmax whose largest logit leads by 40 is 1 for that
+# class and 0 for the others to the last digit, whatever the logits are exactly. Divided by a
+# temperature of their own size, the same values come out apart from each other.
+
+_aten = torch.ops.aten
+
+_FLAT = {
+    *(_aten._softmax, _aten._log_softmax, _aten.exp, _aten.exp_),
+    *(_aten.sigmoid, _aten.sigmoid_, _aten.log_sigmoid_forward, _aten.tanh, _aten.tanh_),
+    *(_aten.hardsigmoid, _aten.hardsigmoid_),
+}
+"""Functions that are flat, or steeper than what goes in, far from zero."""
+
+_CUT = {_aten.clamp, _aten.clamp_, _aten.hardtanh, _aten.hardtanh_}
+"""Functions that are sigmoids or tanhs of straight lines where they cut off at 1."""
+
+
+class Temperature(TorchDispatchMode):
+    """While active, divides what goes into saturating functions by a temperature.
+
+    It works below the modules, on torch's own operations, so a source model and its converted
+    network are changed alike however they are written. What other engines compute is not seen.
+
+    Args:
+        value: the temperature; 1 changes nothing.
+
+    Attributes:
+        seen: how many calls of saturating functions there were.
+        largest: the largest finite absolute value that went into them.
+    """
+
+    def __init__(self, value: float = 1.0):
+        super().__init__()
+        self.value = value
+        self.seen = 0
+        self.largest = 0.0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if _saturates(func.overloadpacket, args) and not _is_captured():
+            x, *rest = args
+            self.seen += 1
+            self.largest = max(self.largest, _largest_value(x))
+            if self.value != 1:
+                in_place = func.overloadpacket.__name__.endswith("_")
+                args = (x.div_(self.value) if in_place else x / self.value, *rest)
+        return func(*args, **(kwargs or {}))
+
+
+def _saturates(operation: Any, args: tuple[Any, ...]) -> bool:
+    if operation in _CUT:
+        return tuple(map(_number, args[1:])) in ((0, 1), (-1, 1))
+    return operation in _FLAT
+
+
+def _number(bound: Any) -> Any:
+    """A bound as a number, also where a tensor repeats it; None where that holds several."""
+    if not isinstance(bound, Tensor):
+        return bound
+    values = bound.unique()
+    return values.item() if len(values) == 1 else None
+
+
+def _largest_value(x: Tensor) -> float:
+    finite = x.detach().double().abs().nan_to_num(0, 0, 0)
+    return finite.max().item() if finite.numel() else 0.0
+
+
+def _is_captured() -> bool:
+    """Whether the calls are recorded for later replays, which are not to depend on this one."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()

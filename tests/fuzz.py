@@ -39,9 +39,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 import fcvgg
-from fcvgg import checkpoints
-from fcvgg.images import read_image
+from fcvgg.images.reading import read_image
 from fcvgg.names import readable
+from fcvgg.sources import checkpoints
 from fcvgg.streaming.score_store import open_store
 
 SECONDS = 10

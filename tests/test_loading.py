@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torchvision.models.vgg import VGG, cfgs, make_layers
 
 import fcvgg
-from fcvgg.checkpoints import read_state
+from fcvgg.sources.checkpoints import read_state
 
 CLASSES = 7
 

@@ -29,16 +29,16 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
 import fcvgg
-from fcvgg import untrusted
-from fcvgg.checkpoints import read_state
+from fcvgg.images.preprocessing import Preprocess
 from fcvgg.names import readable
-from fcvgg.preprocessing import Preprocess
-from fcvgg.serialization.bundle import CONFIG, TENSORS
-from fcvgg.shape_budget import ShapeBudget, check_affordable
+from fcvgg.serialization.shape_budget import ShapeBudget, check_affordable
+from fcvgg.serialization.tensor_table import CONFIG, TENSORS
+from fcvgg.sources.checkpoints import read_state
 from fcvgg.streaming import score_store, store_description
 from fcvgg.streaming.job import StreamJob
 from fcvgg.streaming.resumption import opened_store
 from fcvgg.streaming.score_store import is_store, open_store
+from fcvgg.support import untrusted
 
 SECONDS = 30
 """The slowest of these takes three on an idle machine."""
@@ -167,8 +167,8 @@ TAPS = {"kernel_size": [10**9, 1], "stride": [1, 1], "padding": [0, 0], "dilatio
     [
         ("nn.LocalResponseNorm", {"size": 10**9}, "elements in a value"),
         ("nn.ZeroPad2d", {"padding": [10**9] * 4}, "does not run|elements in a value|no rule"),
-        ("fcvgg.modules.BinnedPool2d", BINS, "at most 30,000 operations"),
-        ("fcvgg.modules.DilatedAvgPool2d", TAPS, "at most 30,000 operations"),
+        ("fcvgg.rewriting.modules.BinnedPool2d", BINS, "at most 30,000 operations"),
+        ("fcvgg.rewriting.modules.DilatedAvgPool2d", TAPS, "at most 30,000 operations"),
         ("nn.MaxPool2d", {"kernel_size": "wide"}, "does not run|cannot be made"),
         ("nn.Conv2d", {"in_channels": 3, "out_channels": 4, "kernel_size": 3}, "lacks the tensor"),
     ],
@@ -307,7 +307,7 @@ def test_a_checkpoint_holds_plain_arrays_of_its_own_size(tmp_path, make, message
 def test_weights_of_another_kind_are_not_cast_in_silence(tmp_path):
     model = nn.Linear(3, 2)
     torch.save({"weight": torch.ones(2, 3, dtype=torch.int8), "bias": torch.ones(2)}, "a.pth")
-    from fcvgg.checkpoints import load_into
+    from fcvgg.sources.checkpoints import load_into
 
     state = read_state("a.pth")
     os.remove("a.pth")

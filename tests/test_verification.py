@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 import fcvgg
-from fcvgg.saturation import Temperature
-from fcvgg.verification import check
+from fcvgg.verification import Temperature, check
 
 
 def constant(*scores: float) -> nn.Module:

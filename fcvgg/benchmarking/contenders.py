@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from fcvgg.conversion import convert
 from fcvgg.errors import FcvggError, MissingExtraError
-from fcvgg.extras import imported
 from fcvgg.network import FullyConvolutional
 from fcvgg.optimization.networks import optimize
-from fcvgg.optimization.processor import has_bfloat16
+from fcvgg.optimization.onednn import has_bfloat16
+from fcvgg.support.extras import imported
 
 Run = Callable[[Tensor], Any]
 Make = Callable[[nn.Module, int, int], Run]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from fcvgg.benchmarking.contenders import CONTENDERS, PLAIN
 from fcvgg.errors import ArgumentError, FcvggError, one_line
-from fcvgg.files import written_whole
+from fcvgg.support.atomic import written_whole
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

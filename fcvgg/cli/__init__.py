@@ -13,17 +13,17 @@ import typer
 
 from fcvgg.cli import (
     bench,
-    classification,
-    conversion,
-    demonstration,
-    evaluation,
-    finetuning,
-    heatmaps,
-    layers,
-    probing,
-    segment_training,
-    segmentation,
-    streaming,
+    classify,
+    convert,
+    demo,
+    evaluate,
+    finetune,
+    heatmap,
+    info,
+    probe,
+    segment,
+    segment_train,
+    stream,
 )
 from fcvgg.cli.console import examples, paragraphs, reporting_errors, say
 from fcvgg.cli.options import with_own_model
@@ -69,18 +69,18 @@ def _fcvgg(
 
 
 for _module in (
-    demonstration,
-    heatmaps,
-    classification,
-    evaluation,
-    layers,
-    conversion,
-    probing,
-    streaming,
+    demo,
+    heatmap,
+    classify,
+    evaluate,
+    info,
+    convert,
+    probe,
+    stream,
     bench,
-    finetuning,
-    segment_training,
-    segmentation,
+    finetune,
+    segment_train,
+    segment,
 ):
     _command = reporting_errors(with_own_model(_module.run))
     app.command(

@@ -19,14 +19,13 @@ from rich.console import Console, RenderableType
 from rich.markup import escape
 from rich.text import Text
 
-from fcvgg.cli.options import in_option_words
 from fcvgg.errors import FcvggError, ImageError
 from fcvgg.names import readable
-from fcvgg.progress import live_console, progress_bar
-from fcvgg.terminal import VisibleConsole
+from fcvgg.support.progress import live_console, progress_bar
+from fcvgg.support.terminal import VisibleConsole
 
 if TYPE_CHECKING:
-    from fcvgg.image_files import Unreadable
+    from fcvgg.images.files import Unreadable
 
 BAD_INPUT = 2
 """Exit status on an error that the user can mend."""
@@ -101,7 +100,7 @@ def tell_skipped(files: Sequence[Unreadable], used: int) -> None:
 
     Images that cannot be read have a line each; a last line counts all files by their reason.
     """
-    from fcvgg.image_files import left_out
+    from fcvgg.images.files import left_out
 
     failed = [file for file in files if not file.passed_over]
     lines = [f"skipped {' '.join(str(file).split())}" for file in failed[:_LISTED]]
@@ -248,3 +247,102 @@ def _within_memory(image: Path, work: Callable[[Path], Result]) -> Result:
         raise ImageError(
             f"{image} does not fit into memory at this size; choose a smaller scale"
         ) from error
+
+
+# -- where results go -----------------------------------------------------------------------------
+
+
+class OutputFiles:
+    """One file for each image, named after it, such that none takes the place of another.
+
+    Args:
+        images: all images of the run.
+        folder: where the files go.
+        ending: of their names, which begin with the image's stem: ``"-heatmap.png"``.
+    """
+
+    def __init__(self, images: Sequence[Path], folder: Path, ending: str):
+        self.folder = folder
+        self.ending = ending
+        self.inputs = {image.resolve(): image for image in images}
+        self.owners: dict[Path, Path] = {}
+        for image in images:
+            self.owners.setdefault(self._name(image), image)
+
+    def path_for(self, image: Path) -> Path:
+        """The path of an image's file.
+
+        Raises:
+            ImageError: if it is that of another image of this run, or of an input.
+        """
+        path = self._name(image)
+        owner = self.owners[path]
+        if owner != image:
+            raise ImageError(
+                f"{image} and {owner} would both be written to {path}; "
+                "run them apart, each with its own --output"
+            )
+        if path.resolve() in self.inputs:
+            raise ImageError(
+                f"the {path.stem.rpartition('-')[2]} of {image} would overwrite the input {path}; "
+                "choose another --output"
+            )
+        return path
+
+    def _name(self, image: Path) -> Path:
+        return self.folder / f"{image.stem}{self.ending}"
+
+
+def in_option_words(message: str) -> str:
+    """A message of the library in the words of the command line: ``--arch 'x'`` for ``arch='x'``.
+
+    >>> in_option_words("pass input_size=, the size it was trained at")
+    'pass --input-size, the size it was trained at'
+    >>> in_option_words("fcvgg.open_image(path, bands=(0, 1, 2)) chooses some")
+    '--bands 0,1,2 chooses some'
+    """
+    message = message.replace("input_size=(height, width)", "--input-size HxW")
+    message = re.sub(r"\binput_size=\((\d+), (\d+)\)", r"--input-size \1x\2", message)
+    message = re.sub(r"\binput_size=(?=\d)", "--input-size ", message)
+    message = message.replace("output_stride must", "--output-stride must")
+    message = re.sub(
+        r"preprocess=fcvgg\.Preprocess\(mean, std\)( to convert or load)?",
+        "--preprocess, or --mean and --std",
+        message,
+    )
+    message = message.replace("; pass uint8 (H, W, C), or value_range=", "; pass value_range=")
+    message = message.replace("; pass uint8 (H, W, C)", "; save it as 8 bits")
+    message = message.replace(
+        "value_range=(low, high) or a scale= of its own to fcvgg.Preprocess", "--range LOW,HIGH"
+    )
+    message = message.replace("value_range=(low, high) to fcvgg.Preprocess", "--range LOW,HIGH")
+    message = message.replace(", or a tensor", "")
+    message = message.replace("classes=[name]", "--classes NAME")
+    message = message.replace(
+        "with fcvgg.stream, or raise PIL.Image.MAX_IMAGE_PIXELS if you trust the file",
+        "with fcvgg stream",
+    )
+    message = re.sub(r"(?<![\w.-])(memory|nodata|level)=(?=[\w.'-])", r"--\1 ", message)
+    message = re.sub(r"value_range=\((\S+), (\S+)\)", r"--range \1,\2", message)
+    message = re.sub(
+        r"fcvgg\.open_image\(path, bands=\(([\d, ]+)\)\)",
+        lambda found: f"--bands {found[1].replace(' ', '').strip(',')}",
+        message,
+    )
+    message = re.sub(
+        r"(?<![\w.-])bands=\(([\d, -]+)\)",
+        lambda found: f"--bands {found[1].replace(' ', '').strip(',')}",
+        message,
+    )
+    message = message.replace("categories= to convert or load", "--categories")
+    message = message.replace("choose a smaller lr", "choose a smaller --lr")
+    message = message.replace("resume it, or", "pass --resume, or")
+    message = message.replace("pass size=,", "pass --size,")
+    for name in ("freeze_upto", "class_weights", "valid_fraction", "batch_size"):
+        option = f"--{name.replace('_', '-')} "
+        message = message.replace(f"{name}=", option).replace(f"{name} goes", f"{option}goes")
+    message = message.replace("activation= to fcvgg.convert", "--activation")
+    message = message.replace(" to fcvgg.convert for scores", " for scores")
+    message = re.sub(r"\b(arch|weights|activation)=(?=')", r"--\1 ", message)
+    message = re.sub(r"(?<!-)\barch=", "--arch", message)
+    return re.sub(r"(?<![-.])\binput_size\b=?", "--input-size", message)

@@ -5,22 +5,22 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
 from fcvgg.errors import ArgumentError
-from fcvgg.files import checked_file, checked_folder
+from fcvgg.support.atomic import checked_file, checked_folder
 
 if TYPE_CHECKING:
+    from fcvgg.images.lazy.source import StripSource
+    from fcvgg.images.preprocessing import Preprocess
     from fcvgg.network import FullyConvolutional
-    from fcvgg.preprocessing import Preprocess
-    from fcvgg.streaming.strip_sources import StripSource
 
 
 def output_name(check: Callable[[Path], Any]) -> Callable[[Path | None], Path | None]:
@@ -234,7 +234,7 @@ class OwnPreprocess:
 
     def _chosen(self, channels: int) -> Preprocess | None:
         from fcvgg.errors import PreprocessError
-        from fcvgg.preprocessing import Preprocess
+        from fcvgg.images.preprocessing import Preprocess
 
         if self.preprocess is not None:
             return Preprocess.preset(self.preprocess, channels)
@@ -388,61 +388,6 @@ def checked_device(name: str) -> Any:
     return device
 
 
-def in_option_words(message: str) -> str:
-    """A message of the library in the words of the command line: ``--arch 'x'`` for ``arch='x'``.
-
-    >>> in_option_words("pass input_size=, the size it was trained at")
-    'pass --input-size, the size it was trained at'
-    >>> in_option_words("fcvgg.open_image(path, bands=(0, 1, 2)) chooses some")
-    '--bands 0,1,2 chooses some'
-    """
-    message = message.replace("input_size=(height, width)", "--input-size HxW")
-    message = re.sub(r"\binput_size=\((\d+), (\d+)\)", r"--input-size \1x\2", message)
-    message = re.sub(r"\binput_size=(?=\d)", "--input-size ", message)
-    message = message.replace("output_stride must", "--output-stride must")
-    message = re.sub(
-        r"preprocess=fcvgg\.Preprocess\(mean, std\)( to convert or load)?",
-        "--preprocess, or --mean and --std",
-        message,
-    )
-    message = message.replace("; pass uint8 (H, W, C), or value_range=", "; pass value_range=")
-    message = message.replace("; pass uint8 (H, W, C)", "; save it as 8 bits")
-    message = message.replace(
-        "value_range=(low, high) or a scale= of its own to fcvgg.Preprocess", "--range LOW,HIGH"
-    )
-    message = message.replace("value_range=(low, high) to fcvgg.Preprocess", "--range LOW,HIGH")
-    message = message.replace(", or a tensor", "")
-    message = message.replace("classes=[name]", "--classes NAME")
-    message = message.replace(
-        "with fcvgg.stream, or raise PIL.Image.MAX_IMAGE_PIXELS if you trust the file",
-        "with fcvgg stream",
-    )
-    message = re.sub(r"(?<![\w.-])(memory|nodata|level)=(?=[\w.'-])", r"--\1 ", message)
-    message = re.sub(r"value_range=\((\S+), (\S+)\)", r"--range \1,\2", message)
-    message = re.sub(
-        r"fcvgg\.open_image\(path, bands=\(([\d, ]+)\)\)",
-        lambda found: f"--bands {found[1].replace(' ', '').strip(',')}",
-        message,
-    )
-    message = re.sub(
-        r"(?<![\w.-])bands=\(([\d, -]+)\)",
-        lambda found: f"--bands {found[1].replace(' ', '').strip(',')}",
-        message,
-    )
-    message = message.replace("categories= to convert or load", "--categories")
-    message = message.replace("choose a smaller lr", "choose a smaller --lr")
-    message = message.replace("resume it, or", "pass --resume, or")
-    message = message.replace("pass size=,", "pass --size,")
-    for name in ("freeze_upto", "class_weights", "valid_fraction", "batch_size"):
-        option = f"--{name.replace('_', '-')} "
-        message = message.replace(f"{name}=", option).replace(f"{name} goes", f"{option}goes")
-    message = message.replace("activation= to fcvgg.convert", "--activation")
-    message = message.replace(" to fcvgg.convert for scores", " for scores")
-    message = re.sub(r"\b(arch|weights|activation)=(?=')", r"--\1 ", message)
-    message = re.sub(r"(?<!-)\barch=", "--arch", message)
-    return re.sub(r"(?<![-.])\binput_size\b=?", "--input-size", message)
-
-
 def lengths(text: str | None, option: str) -> list[int] | None:
     """Positive numbers of pixels, from ``256,384,512``."""
     return None if text is None else [_length(part, option) for part in text.split(",")]
@@ -520,7 +465,7 @@ class ImageOpener:
             ImageError: if it cannot be opened.
         """
         from fcvgg.cli.console import tell
-        from fcvgg.streaming.opening import open_image
+        from fcvgg.images.lazy.opening import open_image
 
         source = open_image(image, level, bands=self._bands, nodata=self._nodata)
         declared = source.nodata
@@ -544,3 +489,43 @@ def _numbers(text: str, option: str) -> tuple[float, ...]:
         raise ArgumentError(
             f"{option} {text!r} is no list of numbers; expected such as 0.485,0.456,0.406"
         ) from error
+
+
+# -- options of the commands that train -----------------------------------------------------------
+
+TRAINING = "Training"
+"""The part of a command's help that says how is trained."""
+
+RunFolder = Annotated[
+    Path,
+    typer.Option(
+        "--output",
+        "-o",
+        metavar="DIR",
+        file_okay=False,
+        help="The run's folder; made if absent.",
+        callback=output_folder(),
+    ),
+]
+Resume = Annotated[bool, typer.Option("--resume", help="Finish the interrupted run in the folder.")]
+BatchSize = Annotated[
+    int,
+    typer.Option(
+        "--batch-size", metavar="N", min=1, help="Images per step.", rich_help_panel=TRAINING
+    ),
+]
+
+
+class ClassWeights(str, Enum):
+    """How classes count in the loss."""
+
+    none = "none"
+    balanced = "balanced"
+
+    @property
+    def argument(self) -> str | None:
+        """What the library calls it."""
+        return None if self is ClassWeights.none else self.value
+
+
+BALANCED_HELP = "balanced: rare classes count as much as frequent ones."

@@ -18,10 +18,11 @@ from torch import Tensor
 from fcvgg.categories import class_index
 from fcvgg.errors import ArgumentError, ImageError
 from fcvgg.geometry import Geometry, Pair
+from fcvgg.images.reading import each_image
 from fcvgg.names import counted
-from fcvgg.network import FullyConvolutional, each_image, evaluating
-from fcvgg.placement import device_of, dtype_of
-from fcvgg.progress import progress_bar
+from fcvgg.network import FullyConvolutional
+from fcvgg.support.module_state import device_of, dtype_of, evaluating
+from fcvgg.support.progress import progress_bar
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -16,14 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fcvgg.batching import run_in_batches
 from fcvgg.categories import class_name
-from fcvgg.datasets import LabelledImages
 from fcvgg.errors import ArgumentError, DatasetError, ImageError, MissingExtraError
 from fcvgg.evaluation.cropping import centre_crop, grid_crops, ten_crops
-from fcvgg.files import JSON_ENDINGS, checked_file, written_whole
-from fcvgg.image_files import Unreadable, left_out
-from fcvgg.images import (
+from fcvgg.images.batching import run_in_batches
+from fcvgg.images.datasets import LabelledImages
+from fcvgg.images.files import Unreadable, left_out
+from fcvgg.images.reading import (
     PreparedImage,
     checked_flip,
     prepare,
@@ -32,10 +31,11 @@ from fcvgg.images import (
     with_smallest_side,
 )
 from fcvgg.names import counted, readable
-from fcvgg.network import FullyConvolutional, evaluating
-from fcvgg.placement import device_of, dtype_of
+from fcvgg.network import FullyConvolutional
 from fcvgg.probability import MeanOfViews, to_probabilities
-from fcvgg.progress import progress_bar
+from fcvgg.support.atomic import JSON_ENDINGS, checked_file, written_whole
+from fcvgg.support.module_state import device_of, dtype_of, evaluating
+from fcvgg.support.progress import progress_bar
 
 PROTOCOLS: dict[str, str] = {
     "centre-crop": "centre crop",
@@ -281,8 +281,8 @@ def evaluate(
             dataset of ``(image, label)``, with images as for ``net.score_map``. Class folders are
             matched to the categories by name, else in sorted order. Of a folder with parts that
             hold class folders, the part to test on is taken, or else the one to validate on; see
-            `fcvgg.datasets`. Files that are no images or cannot be read are counted and listed, and
-            left out.
+            `fcvgg.images.datasets`. Files that are no images or cannot be read are counted and
+            listed, and left out.
         protocols: one or more of ``"centre-crop"``, ``"resize"`` (the whole image, squeezed to the
             native size), ``"ten-crop"``, ``"dense"`` (as ``net.classify``), ``"multi-crop"`` (a 5x5
             grid and its mirror images, 50 crops per scale), ``"dense+multi-crop"`` (the average of

@@ -20,12 +20,12 @@ from torch import Tensor, nn
 from fcvgg.categories import class_index, class_name
 from fcvgg.errors import ImageError
 from fcvgg.geometry import Pair
-from fcvgg.images import ImageLike
-from fcvgg.network import FullyConvolutional, evaluating
-from fcvgg.placement import device_of, dtype_of
+from fcvgg.images.reading import ImageLike
+from fcvgg.network import FullyConvolutional
 from fcvgg.probability import require_classes, to_probabilities
-from fcvgg.progress import progress_bar
-from fcvgg.score_map import ScoreMap
+from fcvgg.results.score_map import ScoreMap
+from fcvgg.support.module_state import device_of, dtype_of, evaluating
+from fcvgg.support.progress import progress_bar
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -129,7 +129,7 @@ class WindowComparison:
         """
         from matplotlib.figure import Figure
 
-        from fcvgg.heatmap import CONTOURS, colour_bar
+        from fcvgg.results.heatmap import CONTOURS, colour_bar
 
         index = (
             int(self.crops.predict().argmax())
@@ -155,7 +155,7 @@ class WindowComparison:
         return figure
 
     def _plot_error(self, ax: Axes) -> None:
-        from fcvgg.figures import CELL_COLOUR_MAP, extent_of_cells
+        from fcvgg.results.figures import CELL_COLOUR_MAP, extent_of_cells
 
         if self.dense.image is not None:
             ax.imshow(self.dense.image.convert("L"), cmap="gray", alpha=0.35)

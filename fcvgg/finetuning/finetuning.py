@@ -11,13 +11,13 @@ from typing import Any
 from torch import nn
 
 from fcvgg.errors import ArgumentError
-from fcvgg.finetuning.images import split_folders
 from fcvgg.finetuning.pretrained import pretrained
 from fcvgg.finetuning.result import MODEL, FineTuned
 from fcvgg.finetuning.strategies import EPOCHS, SCRATCH_RATES, Recipe, chosen
-from fcvgg.images import check_usable
+from fcvgg.images.datasets import split_folders
+from fcvgg.images.preprocessing import Preprocess
+from fcvgg.images.reading import check_usable
 from fcvgg.loading import DEFAULT_WEIGHTS
-from fcvgg.preprocessing import Preprocess
 from fcvgg.training.settings import Settings
 
 _DEFAULTS: dict[str, Any] = {"optimizer": "adamw", "patience": 10}
@@ -43,7 +43,8 @@ def finetune(
     Args:
         data: a folder with one folder of images per class; or with parts that hold such folders,
             such as ``train`` and ``valid``, a ``test`` among them being left alone; see
-            `fcvgg.datasets`. Files that are no images or cannot be read are left out and listed.
+            `fcvgg.images.datasets`. Files that are no images or cannot be read are left out and
+            listed.
         model: a classifier, or a name or file as for `fcvgg.load`. It is not changed.
         folder: the run: ``model`` (the bundle), ``report``, ``best.ckpt``, ``last.ckpt`` and
             ``history.csv``; for ``"svm"`` without the best and the history.

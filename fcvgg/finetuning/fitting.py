@@ -15,7 +15,7 @@ from torch import nn
 
 from fcvgg.conversion import convert
 from fcvgg.errors import ArgumentError, ConversionError
-from fcvgg.finetuning.images import ImageRows, LabelledFiles, SplitFolders, balanced_weights
+from fcvgg.finetuning.images import ImageRows, balanced_weights
 from fcvgg.finetuning.pretrained import Pretrained
 from fcvgg.finetuning.strategies import (
     Choice,
@@ -30,6 +30,7 @@ from fcvgg.finetuning.strategies import (
 from fcvgg.finetuning.svm import fitted_svm
 from fcvgg.finetuning.tasks import Classification, frozen_features
 from fcvgg.geometry import Pair
+from fcvgg.images.datasets import LabelledFiles, SplitFolders
 from fcvgg.network import FullyConvolutional
 from fcvgg.probability import UNKNOWN
 from fcvgg.training.checkpoints import (
@@ -42,8 +43,8 @@ from fcvgg.training.checkpoints import (
 from fcvgg.training.loop import TrainingRun, fit, is_main_process
 from fcvgg.training.normalization import check_normalization, smallest_batch
 from fcvgg.training.settings import Settings
-from fcvgg.transfer.feature_cache import digest_of
 from fcvgg.transfer.heads import loss_for
+from fcvgg.transfer.image_features import digest_of
 from fcvgg.transfer.naming import layer_names
 
 _MEASURED = 32

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,13 +11,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from fcvgg.datasets import ClassFolders, class_folders, parts_of
-from fcvgg.errors import ArgumentError, DatasetError
+from fcvgg.errors import ArgumentError
 from fcvgg.geometry import Pair
-from fcvgg.image_files import Unreadable
-from fcvgg.images import read_picture
-from fcvgg.pictures import Picture
-from fcvgg.preprocessing import Preprocess
+from fcvgg.images.datasets import LabelledFiles
+from fcvgg.images.pictures import Picture
+from fcvgg.images.preprocessing import Preprocess
+from fcvgg.images.reading import read_picture
+
+# -- images to train on and to judge by -----------------------------------------------------------
 
 RESIZES = ("resize", "centre-crop")
 
@@ -27,125 +26,6 @@ _LEAST_AREA = 0.5
 """The least share of an image that a random crop keeps; ImageNet's 0.08 loses small objects."""
 
 _JITTER = {"brightness": 0.2, "contrast": 0.2, "saturation": 0.2, "hue": 0.02}
-
-
-@dataclass(frozen=True)
-class LabelledFiles:
-    """Image files and the index of their class."""
-
-    paths: tuple[Path, ...]
-    labels: tuple[int, ...]
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-
-@dataclass(frozen=True)
-class SplitFolders:
-    """Images to train on and images to judge by.
-
-    Attributes:
-        train: the images that are learnt from.
-        valid: the images that are held out.
-        classes: the class names, sorted.
-        skipped: the files that were left out, and why.
-        origin: how the two came about, for a reader.
-    """
-
-    train: LabelledFiles
-    valid: LabelledFiles
-    classes: tuple[str, ...]
-    skipped: tuple[Unreadable, ...]
-    origin: str
-
-    @property
-    def counts(self) -> dict[str, tuple[int, int]]:
-        """How many images of every class there are to train on, and held out."""
-        train, valid = Counter(self.train.labels), Counter(self.valid.labels)
-        return {name: (train[i], valid[i]) for i, name in enumerate(self.classes)}
-
-
-def split_folders(folder: str | Path, fraction: float = 0.2, seed: int = 0) -> SplitFolders:
-    """The images of a folder, to train on and held out.
-
-    Args:
-        folder: holds parts to train on and to validate on, each with one folder per class; or a
-            part to train on alone, or the class folders themselves, which are then split. A part to
-            test on is left for the last judgement and not looked at. See `fcvgg.datasets` for the
-            names of parts.
-        fraction: the share of every class that is held out where the folder is split; at least one
-            image.
-        seed: of the split.
-
-    Raises:
-        DatasetError: if there are no two classes, one is empty or too small to be split, the two
-            parts have other classes, or the folders are neither parts nor classes.
-        ArgumentError: if `fraction` is none.
-    """
-    folder = Path(folder)
-    if not 0 < fraction < 1:
-        raise ArgumentError(f"valid_fraction={fraction} is no share; expected 0 < share < 1")
-    parts = parts_of(folder)
-    if parts is None:
-        return _split(class_folders(folder), fraction, seed)
-    train, valid = parts.to_learn_from(), parts.valid
-    found = (
-        _split(class_folders(train), fraction, seed)
-        if valid is None
-        else _given(class_folders(train), class_folders(valid), train, valid)
-    )
-    alone = "" if parts.test is None else f"; {parts.test} is left for the last judgement"
-    return replace(found, skipped=(*parts.skipped, *found.skipped), origin=f"{found.origin}{alone}")
-
-
-def _given(train: ClassFolders, valid: ClassFolders, *folders: Path) -> SplitFolders:
-    if train.classes != valid.classes:
-        only = [
-            f"only {folder} has {', '.join(sorted(set(a) - set(b)))}"
-            for folder, a, b in (
-                (folders[0], train.classes, valid.classes),
-                (folders[1], valid.classes, train.classes),
-            )
-            if set(a) - set(b)
-        ]
-        raise DatasetError(
-            f"the classes to train on and those held out differ: {'; '.join(only)}; "
-            "expected the same class folders in both"
-        )
-    return SplitFolders(
-        LabelledFiles(train.paths, train.labels),
-        LabelledFiles(valid.paths, valid.labels),
-        train.classes,
-        (*train.skipped, *valid.skipped),
-        f"held out are the images of {folders[1]}",
-    )
-
-
-def _split(found: ClassFolders, fraction: float, seed: int) -> SplitFolders:
-    rng = np.random.default_rng(seed)
-    held_out: set[int] = set()
-    for label, name in enumerate(found.classes):
-        places = [i for i, other in enumerate(found.labels) if other == label]
-        if len(places) < 2:
-            raise DatasetError(
-                f"the class {name!r} has one image, which cannot be both trained on and held out; "
-                "add images"
-            )
-        count = min(max(round(len(places) * fraction), 1), len(places) - 1)
-        held_out.update(rng.permutation(places)[:count].tolist())
-    return SplitFolders(
-        _at(found, [i for i in range(len(found.paths)) if i not in held_out]),
-        _at(found, sorted(held_out)),
-        found.classes,
-        found.skipped,
-        f"held out are {fraction:.0%} of every class, drawn with seed {seed}",
-    )
-
-
-def _at(found: ClassFolders, places: Sequence[int]) -> LabelledFiles:
-    return LabelledFiles(
-        tuple(found.paths[i] for i in places), tuple(found.labels[i] for i in places)
-    )
 
 
 class ImageRows(Dataset[tuple[Tensor, int]]):

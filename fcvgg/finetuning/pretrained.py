@@ -12,15 +12,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from fcvgg.capture import input_channels
 from fcvgg.conversion import unwrapped
 from fcvgg.errors import ArgumentError, InputSizeError, PreprocessError
 from fcvgg.geometry import Pair, checked_size
+from fcvgg.images.preprocessing import Preprocess, given_preprocess
 from fcvgg.loading import read_source
-from fcvgg.native_size import infer_input_size
-from fcvgg.placement import dtype_of
-from fcvgg.preprocessing import Preprocess, given_preprocess
+from fcvgg.rewriting.capture import input_channels
+from fcvgg.rewriting.native_size import infer_input_size
 from fcvgg.sources import torchvision_model
+from fcvgg.support.module_state import dtype_of
 
 
 @dataclass(frozen=True)

@@ -11,15 +11,15 @@ import numpy as np
 
 from fcvgg.conversion import convert
 from fcvgg.errors import ConversionError
-from fcvgg.figures import save_figure
-from fcvgg.files import written_whole
-from fcvgg.heatmap import colour_bar
-from fcvgg.image_files import left_out
-from fcvgg.images import read_picture
+from fcvgg.images.files import left_out
+from fcvgg.images.pictures import Picture
+from fcvgg.images.preprocessing import size_of_side
+from fcvgg.images.reading import read_picture
 from fcvgg.names import readable
 from fcvgg.network import FullyConvolutional
-from fcvgg.pictures import Picture
-from fcvgg.preprocessing import size_of_side
+from fcvgg.results.figures import save_figure
+from fcvgg.results.heatmap import colour_bar
+from fcvgg.support.atomic import written_whole
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

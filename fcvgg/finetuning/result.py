@@ -12,10 +12,10 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from fcvgg.finetuning.images import LabelledFiles
 from fcvgg.finetuning.strategies import Choice, Recipe
 from fcvgg.geometry import Pair
-from fcvgg.image_files import Unreadable
+from fcvgg.images.datasets import LabelledFiles
+from fcvgg.images.files import Unreadable
 from fcvgg.network import FullyConvolutional
 from fcvgg.training.settings import Settings
 
@@ -100,7 +100,7 @@ class FineTuned:
     @property
     def confusion(self) -> NDArray[Any]:
         """Counts of held-out images ``(K, K)``, by class in rows and by prediction in columns."""
-        from fcvgg.extras import imported
+        from fcvgg.support.extras import imported
 
         metrics = imported("torchmetrics.functional.classification", "train")
         predicted = torch.from_numpy(self.probabilities).argmax(1)

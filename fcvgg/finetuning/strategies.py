@@ -18,10 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from fcvgg.errors import ArgumentError, ConversionError, InputSizeError
-from fcvgg.finetuning.images import RESIZES, LabelledFiles
+from fcvgg.finetuning.images import RESIZES
 from fcvgg.geometry import Pair
-from fcvgg.native_size import infer_input_size
-from fcvgg.preprocessing import Preprocess
+from fcvgg.images.datasets import LabelledFiles
+from fcvgg.images.preprocessing import Preprocess
+from fcvgg.rewriting.native_size import infer_input_size
 from fcvgg.transfer.freezing import freeze_, parameter_groups, unfreeze_
 from fcvgg.transfer.heads import WEIGHT_STD, fully_connected, replace_head
 from fcvgg.transfer.input_sizes import for_input_size

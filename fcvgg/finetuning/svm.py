@@ -11,10 +11,10 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from fcvgg.extras import imported
 from fcvgg.finetuning.images import ImageRows
-from fcvgg.images import read_picture
-from fcvgg.progress import progress_bar
+from fcvgg.images.reading import read_picture
+from fcvgg.support.extras import imported
+from fcvgg.support.progress import progress_bar
 from fcvgg.transfer.extraction import features_upto
 from fcvgg.transfer.image_features import FeatureExtractor
 

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from fcvgg.errors import ConversionError
-from fcvgg.extras import imported
-from fcvgg.network import evaluating
 from fcvgg.probability import to_probabilities
-from fcvgg.progress import progress_bar
+from fcvgg.support.extras import imported
+from fcvgg.support.module_state import evaluating
+from fcvgg.support.progress import progress_bar
 from fcvgg.training.loop import Task
 
 

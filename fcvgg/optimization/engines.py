@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fcvgg.extras import imported
+from fcvgg.support.extras import imported
 
 if TYPE_CHECKING:
     from fcvgg.network import FullyConvolutional

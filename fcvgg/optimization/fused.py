@@ -18,17 +18,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fcvgg.geometry import Pair, Window
-from fcvgg.layers.strips import Sliding, Windows, strip_rule
-from fcvgg.modules import _GEMM_CELLS, by_windows, window_linear
-from fcvgg.optimization.halves import gains_by_halves, halves, joined_halves
-from fcvgg.optimization.huge_pages import on_huge_pages
-from fcvgg.optimization.row_convolution import RowConvolution
+from fcvgg.inference.memory import on_huge_pages
+from fcvgg.inference.sliding import Sliding, Windows, strip_rule
+from fcvgg.optimization.onednn import RowConvolution, gains_by_halves, halves, joined_halves
 from fcvgg.optimization.winograd import (
     CONVOLUTION,
     Tiling,
     window_tiling,
     winograd_convolution,
 )
+from fcvgg.rewriting.modules import _GEMM_CELLS, by_windows, window_linear
 
 _USUAL_ROWS = 100
 """Rows of the product that packed fully connected weights are ordered for; any number runs."""

@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from fcvgg.graph import graph_module
-from fcvgg.modules import TrainingFlag, TrainingOnly, WindowLinear
 from fcvgg.optimization.fused import FusedConv2d, FusedWindowLinear, HalvingMaxPool2d
+from fcvgg.rewriting.modules import TrainingFlag, TrainingOnly, WindowLinear
+from fcvgg.rewriting.program import graph_module
 
 MakeConv = Callable[[nn.Conv2d, Tensor, Tensor, bool], FusedConv2d]
 MakeLinear = Callable[[Tensor, Tensor, tuple[int, int], bool], FusedWindowLinear]

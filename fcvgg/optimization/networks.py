@@ -12,7 +12,8 @@ from torch import Tensor, fx, nn
 
 from fcvgg.errors import ArgumentError, EquivalenceError, FcvggError
 from fcvgg.geometry import Pair, checked_size
-from fcvgg.missing import Reader, run_with_missing
+from fcvgg.inference.blocks import CHANNELS_LAST, Plan, run
+from fcvgg.inference.missing import Reader, run_with_missing
 from fcvgg.network import FullyConvolutional
 from fcvgg.optimization.engines import ENGINES, engine_network
 from fcvgg.optimization.fused import (
@@ -25,11 +26,11 @@ from fcvgg.optimization.fused import (
 )
 from fcvgg.optimization.fusion import fused
 from fcvgg.optimization.graph_replay import GraphReplay
-from fcvgg.optimization.processor import has_bfloat16
-from fcvgg.placement import device_of, dtype_of
+from fcvgg.optimization.onednn import has_bfloat16
+from fcvgg.results.equivalence import Equivalence
 from fcvgg.serialization.exporting import ExportedFile
-from fcvgg.trunk import CHANNELS_LAST, Plan, run
-from fcvgg.verification import Equivalence, verify
+from fcvgg.support.module_state import device_of, dtype_of
+from fcvgg.verification import verify
 
 TOLERANCES = {
     torch.float64: 1e-12,

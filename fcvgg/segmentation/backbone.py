@@ -9,14 +9,13 @@ from typing import Any
 import torch.nn.functional as F
 from torch import fx, nn
 
-from fcvgg.capture import capture
 from fcvgg.errors import ArgumentError, UnsupportedLayerError
 from fcvgg.geometry import IMAGE, Axis, Geometry, Pair
-from fcvgg.graph import graph_module
-from fcvgg.layers import is_leaf
 from fcvgg.network import FullyConvolutional
 from fcvgg.probability import UNKNOWN
-from fcvgg.program import LayerRecord, Program
+from fcvgg.rewriting.capture import capture
+from fcvgg.rewriting.program import LayerRecord, Program, graph_module
+from fcvgg.rewriting.rules import is_leaf
 from fcvgg.transfer.naming import LayerNames, NamedLayer, layer_names
 
 _ACTIVATIONS = ("bn", "relu", "activation")

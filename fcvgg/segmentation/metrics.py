@@ -13,8 +13,8 @@ from torch import Tensor
 
 from fcvgg.categories import distinct_names
 from fcvgg.errors import ArgumentError, DatasetError
-from fcvgg.extras import imported
-from fcvgg.segmentation.label_map import IGNORE_INDEX
+from fcvgg.results.label_map import IGNORE_INDEX
+from fcvgg.support.extras import imported
 
 
 @dataclass(frozen=True)

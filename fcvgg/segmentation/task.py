@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fcvgg.errors import ArgumentError
-from fcvgg.segmentation.label_map import IGNORE_INDEX
+from fcvgg.results.label_map import IGNORE_INDEX
 from fcvgg.segmentation.metrics import confusion_metric, metrics_of
 from fcvgg.segmentation.network import FCN
 from fcvgg.training.loop import Task

@@ -12,11 +12,9 @@ import torch
 from torch import Tensor
 
 from fcvgg.errors import ArgumentError, DatasetError, GeometryError, PreprocessError
-from fcvgg.files import checked_folder
 from fcvgg.geometry import Pair, checked_size
-from fcvgg.image_files import Unreadable
-from fcvgg.placement import device_of
-from fcvgg.segmentation.mask_folders import MaskFolder, train_and_valid
+from fcvgg.images.files import Unreadable
+from fcvgg.segmentation.mask_folders import MaskedImages, MaskFolder, collated, train_and_valid
 from fcvgg.segmentation.metrics import (
     SegmentationMetrics,
     confusion_metric,
@@ -24,10 +22,11 @@ from fcvgg.segmentation.metrics import (
     metrics_of,
 )
 from fcvgg.segmentation.network import FCN
-from fcvgg.segmentation.samples import MaskedImages, collated
+from fcvgg.support.atomic import checked_folder
+from fcvgg.support.module_state import device_of
 from fcvgg.training.normalization import check_normalization, smallest_batch
 from fcvgg.training.settings import Settings
-from fcvgg.transfer.feature_cache import digest_of
+from fcvgg.transfer.image_features import digest_of
 
 if TYPE_CHECKING:
     from fcvgg.training.loop import TrainingRun

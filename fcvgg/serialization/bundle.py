@@ -14,17 +14,16 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from fcvgg import untrusted
 from fcvgg.errors import FcvggError, LoadError, PreprocessError, one_line
-from fcvgg.files import checked_folder, folder_written_whole
 from fcvgg.geometry import Pair, checked_size
-from fcvgg.preprocessing import Preprocess, decoded_preprocess
-from fcvgg.program import Program
+from fcvgg.images.preprocessing import Preprocess, decoded_preprocess
+from fcvgg.results.equivalence import Equivalence
+from fcvgg.rewriting.program import Program
 from fcvgg.serialization.program_data import (
     checked_activation,
     describe_program,
@@ -38,10 +37,8 @@ from fcvgg.serialization.tensor_table import (
     described_tensors,
     entry_of,
 )
-
-if TYPE_CHECKING:
-    from fcvgg.verification import Equivalence
-
+from fcvgg.support import untrusted
+from fcvgg.support.atomic import checked_folder, folder_written_whole
 
 _FORMAT = 2
 
@@ -98,8 +95,6 @@ def _checked_preprocess(data: Any) -> Preprocess | None:
 
 def _equivalence(data: Any) -> Equivalence | None:
     """The report of the check against the source."""
-    from fcvgg.verification import Equivalence  # which needs networks, which need bundles
-
     if data is None:
         return None
     names = (field.name for field in fields(Equivalence) if field.name != "other_modes")

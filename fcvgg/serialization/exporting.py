@@ -21,11 +21,11 @@ from torch.export import Dim, ExportedProgram
 from torch.fx.experimental import _config as shape_config
 from torch.overrides import TorchFunctionMode
 
-from fcvgg.capture import operation_name
 from fcvgg.errors import EquivalenceError, FcvggError, MissingExtraError, one_line
-from fcvgg.files import EXPORT_ENDINGS, checked_file, written_whole
 from fcvgg.geometry import Pair, Window
-from fcvgg.placement import device_of, dtype_of
+from fcvgg.rewriting.capture import operation_name
+from fcvgg.support.atomic import EXPORT_ENDINGS, checked_file, written_whole
+from fcvgg.support.module_state import device_of, dtype_of
 
 _LARGEST_PROTOBUF = 2 * 1024**3
 """Bytes that one ONNX file can hold; beyond, its weights lie in a file beside it."""

@@ -23,10 +23,10 @@ import torch.nn.functional as F
 import torchvision
 from torch import fx, nn
 
-from fcvgg import modules as own_modules
 from fcvgg.errors import FcvggError, LoadError, one_line
-from fcvgg.graph import Network
-from fcvgg.layers.registry import RULES, class_of
+from fcvgg.rewriting import modules as own_modules
+from fcvgg.rewriting.program import Network
+from fcvgg.rewriting.rules.registry import RULES, class_of
 
 INPUT = "images"
 """The name of the graph's one input."""
@@ -75,6 +75,9 @@ _TORCH_VALUES = {
     for value in vars(torch).values()
     if isinstance(value, (torch.dtype, torch.memory_format))
 }
+
+_OWN_LAYERS = "fcvgg.modules"
+"""What files call the module of the package's own layers, wherever it is now."""
 
 _OPERATIONS = ("placeholder", "get_attr", "call_module", "call_function", "call_method", "output")
 
@@ -137,7 +140,7 @@ def decoded_layer(name: str, data: Mapping[str, Any]) -> nn.Module:
     if cls is None:
         raise LoadError(
             f"the bundle's layer {name} is a {data['type']}, which this fcvgg has no rule for; "
-            "register its rule (see fcvgg.layers) before loading"
+            "register its rule (see fcvgg.rewriting.rules) before loading"
         )
     allowed = _settings_of(cls)
     settings = {k: _decoded(v, {}) for k, v in data["settings"].items() if k in allowed}
@@ -180,7 +183,9 @@ def _layer_classes() -> dict[str, type[nn.Module]]:
 
 
 def _class_name(cls: type) -> str:
-    space = "nn" if cls.__module__.startswith("torch.nn.modules") else cls.__module__
+    if cls.__module__.startswith("torch.nn.modules"):
+        return f"nn.{cls.__qualname__}"
+    space = _OWN_LAYERS if cls.__module__ == own_modules.__name__ else cls.__module__
     return f"{space}.{cls.__qualname__}"
 
 
@@ -222,7 +227,7 @@ def _encoded_node(node: fx.Node, names: Mapping[Callable[..., Any], str]) -> dic
     elif callable(target) or (node.op == "call_method" and target not in _METHODS.split()):
         raise FcvggError(
             f"{node.name} calls {getattr(target, '__name__', target)}, which a bundle cannot hold; "
-            "do it in a module of a class that has a rule of its own (see fcvgg.layers)"
+            "do it in a module of a class that has a rule of its own (see fcvgg.rewriting.rules)"
         )
     return {
         "op": node.op,

@@ -10,13 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fcvgg import probability, untrusted
+from fcvgg import probability
 from fcvgg.errors import ArgumentError, GeometryError, LoadError, one_line
 from fcvgg.geometry import Geometry, Window
-from fcvgg.graph import graph_module
-from fcvgg.modules import TrainingOnly, WindowLinear
-from fcvgg.placement import dtype_of
-from fcvgg.program import LayerRecord, Program, TrainingMode
+from fcvgg.rewriting.modules import TrainingOnly, WindowLinear
+from fcvgg.rewriting.program import LayerRecord, Program, TrainingMode, graph_module
 from fcvgg.serialization.graph_data import (
     called_layers,
     decoded_graph,
@@ -24,6 +22,7 @@ from fcvgg.serialization.graph_data import (
     encoded_graph,
     encoded_layer,
 )
+from fcvgg.serialization.shape_budget import ShapeBudget
 from fcvgg.serialization.tensor_table import (
     TENSORS,
     TensorEntry,
@@ -32,7 +31,8 @@ from fcvgg.serialization.tensor_table import (
     fill,
     owner_of,
 )
-from fcvgg.shape_budget import ShapeBudget
+from fcvgg.support import untrusted
+from fcvgg.support.module_state import dtype_of
 
 
 def describe_program(program: Program) -> dict[str, Any]:

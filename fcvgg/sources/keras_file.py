@@ -17,15 +17,15 @@ from typing import Any
 
 import torchvision
 
-from fcvgg import untrusted
 from fcvgg.errors import FcvggError, LoadError, one_line
-from fcvgg.extras import imported
 from fcvgg.geometry import checked_size
-from fcvgg.preprocessing import Preprocess
+from fcvgg.images.preprocessing import Preprocess
 from fcvgg.sources import hdf5_file
 from fcvgg.sources.assembly import scores_of
 from fcvgg.sources.keras_layers import LAYERS
 from fcvgg.sources.keras_model import Builder, KerasModel, Layer, Value, Weights, text_of
+from fcvgg.support import untrusted
+from fcvgg.support.extras import imported
 
 SUFFIXES = (".keras", ".h5", ".hdf5")
 EXTRA = "keras"

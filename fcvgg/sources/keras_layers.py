@@ -17,10 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fcvgg import untrusted
 from fcvgg.geometry import Pair
 from fcvgg.sources import padding
 from fcvgg.sources.keras_model import Builder, Layer, Value
+from fcvgg.support import untrusted
 
 Reader = Callable[..., Value]
 

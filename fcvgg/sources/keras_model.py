@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from fcvgg import untrusted
 from fcvgg.errors import LoadError
 from fcvgg.sources.assembly import Assembled
 from fcvgg.sources.hdf5_file import read_array
+from fcvgg.support import untrusted
 
 
 class KerasModel(Assembled):

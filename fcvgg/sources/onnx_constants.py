@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from fcvgg.errors import LoadError
-from fcvgg.extras import imported
+from fcvgg.support.extras import imported
 
 EXTRA = "onnx"
 

@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from torch import nn
 
-from fcvgg import untrusted
 from fcvgg.errors import (
     FcvggError,
     GeometryError,
@@ -25,14 +24,15 @@ from fcvgg.errors import (
     MissingExtraError,
     one_line,
 )
-from fcvgg.extras import imported
 from fcvgg.geometry import checked_size
+from fcvgg.images.preprocessing import decoded_preprocess
 from fcvgg.names import readable
-from fcvgg.preprocessing import decoded_preprocess
-from fcvgg.shape_budget import check_affordable
+from fcvgg.serialization.shape_budget import check_affordable
 from fcvgg.sources.onnx_constants import EXTRA
 from fcvgg.sources.onnx_graph import Graph, OnnxModel
 from fcvgg.sources.onnx_operators import OPERATORS
+from fcvgg.support import untrusted
+from fcvgg.support.extras import imported
 
 SUFFIX = ".onnx"
 

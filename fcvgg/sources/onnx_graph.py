@@ -15,11 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fcvgg import untrusted
 from fcvgg.errors import LoadError, one_line
-from fcvgg.extras import imported
 from fcvgg.sources.assembly import Assembled, scores_of
 from fcvgg.sources.onnx_constants import EXTRA, claimed_bytes, computed, evaluated, is_foldable
+from fcvgg.support import untrusted
+from fcvgg.support.extras import imported
 
 _IMAGE_CHANNELS = (1, 3, 4)
 _CONSTANTS = 640 << 20

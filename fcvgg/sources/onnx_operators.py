@@ -17,10 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fcvgg import untrusted
 from fcvgg.geometry import Pair
 from fcvgg.sources import padding
 from fcvgg.sources.onnx_graph import Graph, Node, as_tensor
+from fcvgg.support import untrusted
 
 Operator = Callable[[Graph, Node], None]
 

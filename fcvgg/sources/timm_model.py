@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from fcvgg import checkpoints
 from fcvgg.conversion import check_convertible
 from fcvgg.errors import LoadError, one_line
-from fcvgg.extras import imported
-from fcvgg.preprocessing import INTERPOLATIONS, Preprocess
+from fcvgg.images.preprocessing import INTERPOLATIONS, Preprocess
+from fcvgg.sources import checkpoints
+from fcvgg.support.extras import imported
 
 PREFIX = "timm:"
 EXTRA = "timm"

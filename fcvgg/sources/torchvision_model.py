@@ -10,10 +10,10 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from fcvgg import checkpoints
 from fcvgg.conversion import check_convertible
 from fcvgg.errors import LoadError, one_line
-from fcvgg.preprocessing import Preprocess
+from fcvgg.images.preprocessing import Preprocess
+from fcvgg.sources import checkpoints
 
 
 def read(name: str, weights: Any) -> tuple[nn.Module, dict[str, Any]]:

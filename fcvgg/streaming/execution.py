@@ -15,12 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fcvgg.files import STORE_ENDINGS, checked_folder
 from fcvgg.geometry import Pair
-from fcvgg.network import FullyConvolutional, evaluating
-from fcvgg.placement import device_of, dtype_of
-from fcvgg.progress import progress_bar
-from fcvgg.streaming.allocator import trimmer
+from fcvgg.inference.memory import trimmer
+from fcvgg.network import FullyConvolutional
 from fcvgg.streaming.job import StreamJob, as_result, plan_in_memory
 from fcvgg.streaming.line_buffers import LineBuffers, MissingCells
 from fcvgg.streaming.resumption import opened_store
@@ -29,6 +26,9 @@ from fcvgg.streaming.strip_plan import (
     StripPlan,
     parsed_memory,
 )
+from fcvgg.support.atomic import STORE_ENDINGS, checked_folder
+from fcvgg.support.module_state import device_of, dtype_of, evaluating
+from fcvgg.support.progress import progress_bar
 
 _MEGA = 10**6
 

@@ -14,13 +14,14 @@ from torch import Tensor
 
 from fcvgg.errors import ArgumentError
 from fcvgg.geometry import Axis, Geometry, Pair
-from fcvgg.missing import missing_pixels
+from fcvgg.images.lazy.input import strip_reader
+from fcvgg.images.lazy.opening import strip_source
+from fcvgg.images.lazy.source import StripSource
+from fcvgg.inference.missing import missing_pixels
+from fcvgg.inference.stages import stages_of
 from fcvgg.network import FullyConvolutional
-from fcvgg.placement import device_of, dtype_of
-from fcvgg.score_map import ScoreMap
-from fcvgg.streaming.opening import strip_source
+from fcvgg.results.score_map import ScoreMap
 from fcvgg.streaming.selection import ScoreMapOfSomeClasses, Selection
-from fcvgg.streaming.stages import stages_of
 from fcvgg.streaming.strip_plan import (
     Layout,
     StripPlan,
@@ -29,8 +30,7 @@ from fcvgg.streaming.strip_plan import (
     plan_strips,
     readable,
 )
-from fcvgg.streaming.strip_reader import strip_reader
-from fcvgg.streaming.strip_sources import StripSource
+from fcvgg.support.module_state import device_of, dtype_of
 
 
 @dataclass(frozen=True)

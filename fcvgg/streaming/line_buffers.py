@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from fcvgg.geometry import Pair
-from fcvgg.layers.strips import Part, Sliding
-from fcvgg.missing import readers_of_stages
-from fcvgg.modules import _GEMM_CELLS
+from fcvgg.inference.missing import readers_of_stages
+from fcvgg.inference.sliding import Part, Sliding
+from fcvgg.inference.stages import Stage
+from fcvgg.rewriting.modules import _GEMM_CELLS
 from fcvgg.streaming.schedule import Extents, Schedule
-from fcvgg.streaming.stages import Stage
 
 
 class _Rows:

@@ -9,9 +9,8 @@ from typing import Any
 import torch
 
 from fcvgg.errors import ArgumentError
+from fcvgg.images.lazy.georeference import described
 from fcvgg.network import FullyConvolutional
-from fcvgg.placement import dtype_of
-from fcvgg.streaming.georeference import described
 from fcvgg.streaming.job import StreamJob
 from fcvgg.streaming.score_store import ScoreStore, check_same, create_store, open_store
 from fcvgg.streaming.store_description import FORMAT
@@ -19,6 +18,7 @@ from fcvgg.streaming.strip_plan import (
     StripPlan,
     readable,
 )
+from fcvgg.support.module_state import dtype_of
 
 _CHUNK_BYTES = 8 << 20
 """Bytes of the rows of cells that wait until a whole chunk of them can be written."""

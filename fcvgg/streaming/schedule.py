@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fcvgg.geometry import Pair, Window
-from fcvgg.streaming.stages import Stage
+from fcvgg.inference.stages import Stage
 
 
 @dataclass(frozen=True)

@@ -16,16 +16,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fcvgg import untrusted
 from fcvgg.errors import FcvggError, one_line
-from fcvgg.extras import imported
-from fcvgg.files import folder_written_whole, written_whole
 from fcvgg.geometry import Pair
-from fcvgg.streaming.georeference import FIELDS
+from fcvgg.images.lazy.georeference import FIELDS
 from fcvgg.streaming.store_description import check_held, checked_description, checked_progress
+from fcvgg.support import untrusted
+from fcvgg.support.atomic import folder_written_whole, written_whole
+from fcvgg.support.extras import imported
 
 if TYPE_CHECKING:
-    from fcvgg.heatmap import Heatmap
+    from fcvgg.results.heatmap import Heatmap
 
 ATTRIBUTE = "fcvgg"
 _METADATA = "zarr.json"

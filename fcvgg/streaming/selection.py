@@ -20,7 +20,7 @@ from fcvgg.probability import (
     require_probabilities,
     to_probabilities,
 )
-from fcvgg.score_map import ScoreMap, best_classes
+from fcvgg.results.score_map import ScoreMap, best_classes
 from fcvgg.streaming.strip_plan import (
     itemsize_of,
 )

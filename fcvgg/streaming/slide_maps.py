@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from numbers import Integral
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -16,17 +17,16 @@ from PIL import Image
 
 from fcvgg.categories import class_index, class_name
 from fcvgg.errors import CategoryError, FcvggError, ImageError
-from fcvgg.extras import imported
-from fcvgg.files import checked_file, written_whole
 from fcvgg.geometry import Geometry, Pair
-from fcvgg.heatmap import Heatmap
-from fcvgg.interpolation import interpolated, pixel_points, shown, within
-from fcvgg.pictures import Picture
+from fcvgg.images.lazy.georeference import Georeference
+from fcvgg.images.lazy.opening import open_image
+from fcvgg.images.lazy.source import StripSource, nodata_of
+from fcvgg.images.pictures import Picture
 from fcvgg.probability import cells_with_data, normalized, to_probabilities
-from fcvgg.streaming.georeference import Georeference
-from fcvgg.streaming.opening import open_image
-from fcvgg.streaming.score_store import ScoreStore
-from fcvgg.streaming.strip_sources import StripSource, nodata_of
+from fcvgg.results.heatmap import Heatmap
+from fcvgg.results.interpolation import interpolated, pixel_points, shown, within
+from fcvgg.support.atomic import checked_file, written_whole
+from fcvgg.support.extras import imported
 
 THUMBNAIL = 1600
 """Pixels of a thumbnail's larger side."""
@@ -39,6 +39,30 @@ _LISTED = 8
 _MOST_CLASSES = 1 << 24
 
 Result = TypeVar("Result")
+
+
+class StoredScores(Protocol):
+    """A score map on disk, as far as pictures of it need it: a `ScoreStore`."""
+
+    @property
+    def path(self) -> Path: ...
+
+    @property
+    def array(self) -> Any: ...
+
+    @property
+    def normalizer(self) -> Any: ...
+
+    @property
+    def description(self) -> Mapping[str, Any]: ...
+
+    @property
+    def chunk_rows(self) -> int: ...
+
+    @property
+    def complete(self) -> bool: ...
+
+    def reading(self) -> AbstractContextManager[None]: ...
 
 
 class SlideMap:
@@ -54,7 +78,7 @@ class SlideMap:
         ImageError: if no cell has data.
     """
 
-    def __init__(self, store: ScoreStore, target: int | str | None = None):
+    def __init__(self, store: StoredScores, target: int | str | None = None):
         if not store.complete:
             raise FcvggError(f"{store.path} is not finished; the call that began it resumes it")
         self._description = store.description
@@ -204,7 +228,7 @@ def _reading(read: Callable[..., Result]) -> Callable[..., Result]:
     """A function of a store whose errors about broken chunks are one line."""
 
     @functools.wraps(read)
-    def reading(store: ScoreStore, *args: Any) -> Result:
+    def reading(store: StoredScores, *args: Any) -> Result:
         with store.reading():
             return read(store, *args)
 
@@ -212,7 +236,7 @@ def _reading(read: Callable[..., Result]) -> Callable[..., Result]:
 
 
 @_reading
-def _target(store: ScoreStore, target: int | str | None) -> int:
+def _target(store: StoredScores, target: int | str | None) -> int:
     """The class's place among those of the map."""
     description = store.description
     names, kind = description["categories"], description["kind"]
@@ -251,7 +275,7 @@ def _target(store: ScoreStore, target: int | str | None) -> int:
 
 
 @_reading
-def _probabilities(store: ScoreStore, index: int) -> NDArray[np.float32]:
+def _probabilities(store: StoredScores, index: int) -> NDArray[np.float32]:
     description, array = store.description, store.array
     if description["kind"] == "argmax":
         cells = np.empty(array.shape, np.float32)
@@ -278,7 +302,7 @@ def _probabilities(store: ScoreStore, index: int) -> NDArray[np.float32]:
     return torch.cat(bands).numpy()
 
 
-def _row_ranges(store: ScoreStore) -> Iterator[slice]:
+def _row_ranges(store: StoredScores) -> Iterator[slice]:
     """Rows a few at a time, in whole chunks."""
     *lead, height, width = store.array.shape
     row = int(np.prod([*lead, width])) * store.array.dtype.itemsize

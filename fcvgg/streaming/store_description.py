@@ -10,9 +10,9 @@ import numpy as np
 
 from fcvgg.errors import FcvggError, one_line
 from fcvgg.geometry import Geometry, Pair, checked_size
+from fcvgg.images.lazy.georeference import FIELDS, are_keys, is_transform
+from fcvgg.images.lazy.source import nodata_of, usable_pixel_size
 from fcvgg.probability import ACTIVATIONS, UNKNOWN
-from fcvgg.streaming.georeference import FIELDS, are_keys, is_transform
-from fcvgg.streaming.strip_sources import nodata_of, usable_pixel_size
 
 FORMAT = 2
 

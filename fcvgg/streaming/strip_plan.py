@@ -16,9 +16,9 @@ import torch
 
 from fcvgg.errors import ArgumentError
 from fcvgg.geometry import Pair
-from fcvgg.modules import _GEMM_CELLS
+from fcvgg.inference.stages import Stage
+from fcvgg.rewriting.modules import _GEMM_CELLS
 from fcvgg.streaming.schedule import Extents, Schedule
-from fcvgg.streaming.stages import Stage
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _UNITS.update({f"{unit}I": 1 << 10 * i for i, unit in enumerate("KMGT", 1)})

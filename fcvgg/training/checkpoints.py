@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from fcvgg.errors import FcvggError, LoadError, TrainingError, one_line
-from fcvgg.files import checked_folder, written_whole
+from fcvgg.support.atomic import checked_folder, written_whole
 from fcvgg.training.settings import Settings
 
 BEST, LAST, HISTORY = "best.ckpt", "last.ckpt", "history.csv"

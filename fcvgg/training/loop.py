@@ -31,7 +31,7 @@ from fcvgg.training.checkpoints import (
     read_checkpoint,
     run_of,
 )
-from fcvgg.training.order import EpochOrder, SeededItems
+from fcvgg.training.sampling import EpochOrder, SeededItems
 from fcvgg.training.settings import Settings, optimizer_and_schedule
 
 try:
@@ -45,14 +45,7 @@ except ImportError as _error:
         "pip install 'fcvgg[train]'"
     ) from _error
 
-from fcvgg.training.guards import (
-    Bar,
-    BestAndLast,
-    Determinism,
-    FiniteLoss,
-    History,
-    WholeFiles,
-)
+from fcvgg.training.callbacks import Bar, BestAndLast, Determinism, FiniteLoss, History, WholeFiles
 
 _CHATTY = ("pytorch_lightning", "lightning_fabric", "lightning", "lightning.pytorch")
 

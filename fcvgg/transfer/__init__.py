@@ -7,7 +7,7 @@
   scikit-learn and for looking at.
 """
 
-from fcvgg.datasets import ClassFolders, class_folders
+from fcvgg.images.datasets import ClassFolders, class_folders
 from fcvgg.transfer.extraction import Features, features_upto
 from fcvgg.transfer.feature_figures import plot_features
 from fcvgg.transfer.freezing import freeze_, parameter_groups, trainable_parameters, unfreeze_

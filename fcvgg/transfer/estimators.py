@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from fcvgg.errors import ArgumentError, ImageError, MissingExtraError
-from fcvgg.preprocessing import Preprocess
+from fcvgg.images.preprocessing import Preprocess
 from fcvgg.transfer.image_features import FeatureExtractor
 
 try:

@@ -9,12 +9,12 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from fcvgg.capture import BATCH, FollowsTraining, capture, describe, operation_name
 from fcvgg.conversion import convert
 from fcvgg.errors import ConversionError, UnsupportedLayerError
 from fcvgg.geometry import Geometry, Pair
-from fcvgg.layers import is_leaf
 from fcvgg.network import FullyConvolutional
+from fcvgg.rewriting.capture import BATCH, FollowsTraining, capture, describe, operation_name
+from fcvgg.rewriting.rules import is_leaf
 from fcvgg.transfer.naming import LayerNames, NamedLayer, layer_names
 
 _TRIAL_SIZES = (32, 64, 128, 224, 512, 1024)

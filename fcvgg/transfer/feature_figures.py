@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fcvgg.capture import input_channels
 from fcvgg.errors import ArgumentError, ConversionError, ImageError
-from fcvgg.images import ImageLike, prepare
-from fcvgg.network import FullyConvolutional, evaluating
-from fcvgg.placement import device_of, dtype_of
-from fcvgg.preprocessing import Preprocess, given_preprocess
+from fcvgg.images.preprocessing import Preprocess, given_preprocess
+from fcvgg.images.reading import ImageLike, prepare
+from fcvgg.network import FullyConvolutional
+from fcvgg.rewriting.capture import input_channels
+from fcvgg.support.module_state import device_of, dtype_of, evaluating
 from fcvgg.transfer.extraction import features_upto
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from torch import nn
 
 from fcvgg.conversion import unwrapped
 from fcvgg.errors import ArgumentError, ConversionError
-from fcvgg.placement import device_of, dtype_of
+from fcvgg.support.module_state import device_of, dtype_of
 from fcvgg.transfer.naming import LayerNames, NamedLayer, layer_names
 
 WEIGHT_STD = 0.01

@@ -8,13 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from fcvgg.capture import BATCH, capture
 from fcvgg.conversion import convert, unwrapped
 from fcvgg.errors import ArgumentError, ConversionError, GeometryError, InputSizeError, one_line
 from fcvgg.geometry import Pair, checked_size
-from fcvgg.layers import is_leaf
-from fcvgg.modules import WindowLinear
-from fcvgg.native_size import infer_input_size
+from fcvgg.rewriting.capture import BATCH, capture
+from fcvgg.rewriting.modules import WindowLinear
+from fcvgg.rewriting.native_size import infer_input_size
+from fcvgg.rewriting.rules import is_leaf
 from fcvgg.transfer.extraction import map_geometries
 from fcvgg.transfer.heads import check_classes, copied_without, fully_connected, new_linear
 from fcvgg.transfer.naming import LayerNames, NamedLayer, layer_names

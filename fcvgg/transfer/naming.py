@@ -15,14 +15,14 @@ from typing import overload
 
 from torch import Tensor, fx, nn
 
-from fcvgg.capture import capture, operation_name
 from fcvgg.conversion import unwrapped
 from fcvgg.errors import ArgumentError, ConversionError
 from fcvgg.geometry import Pair
-from fcvgg.layers import is_leaf
-from fcvgg.modules import DilatedAvgPool2d, WindowLinear
-from fcvgg.native_size import infer_input_size
 from fcvgg.network import FullyConvolutional
+from fcvgg.rewriting.capture import capture, operation_name
+from fcvgg.rewriting.modules import DilatedAvgPool2d, WindowLinear
+from fcvgg.rewriting.native_size import infer_input_size
+from fcvgg.rewriting.rules import is_leaf
 
 FIRST_FC = 6
 """The number of the first fully connected layer; VGG has five blocks before it."""

@@ -11,13 +11,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx, nn
 
-from fcvgg.capture import capture
 from fcvgg.conversion import unwrapped
 from fcvgg.errors import ArgumentError, ConversionError, FcvggError, one_line
+from fcvgg.evaluation.layer_table import short
 from fcvgg.geometry import Pair
-from fcvgg.layer_table import short
-from fcvgg.layers import is_leaf
-from fcvgg.placement import device_of, dtype_of
+from fcvgg.rewriting.capture import capture
+from fcvgg.rewriting.rules import is_leaf
+from fcvgg.support.module_state import device_of, dtype_of
 from fcvgg.transfer.extraction import map_geometries
 from fcvgg.transfer.naming import LayerNames, NamedLayer, layer_names
 

@@ -1,0 +1,83 @@
+"""``fcvgg convert``: a converted network as a bundle, or for another runtime."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fcvgg.cli.console import folder, say, say_wrote
+from fcvgg.cli.options import (
+    MODEL_HELP,
+    Arch,
+    OutputStride,
+    OwnModel,
+    Weights,
+    loaded,
+    output_name,
+)
+from fcvgg.cli.reports import equivalence_report, geometry_report
+from fcvgg.errors import FcvggError
+from fcvgg.support.atomic import EXPORT_ENDINGS, checked_folder
+
+NAME = "convert"
+EXAMPLES = (
+    "fcvgg convert vgg16 -o vgg16-fcn",
+    "fcvgg convert flowers.pth --arch vgg11 --categories flowers.txt -o flowers-fcn",
+    "fcvgg convert flowers-fcn -o flowers.onnx",
+    "fcvgg heatmap rose.jpg --model flowers-fcn",
+)
+
+
+def _check_output(out: Path) -> None:
+    if out.suffix.lower() not in EXPORT_ENDINGS:
+        checked_folder(out, "--output", remedy=", or a name in .onnx or .pt2 to export")
+
+
+def run(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="SOURCE",
+            help=MODEL_HELP,
+            show_default=False,
+        ),
+    ],
+    out: Annotated[
+        Path,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="OUT",
+            help="What to write: a name in .onnx for ONNX or in .pt2 for torch.export, else a "
+            "bundle, the folder that the other commands and fcvgg.load take.",
+            show_default=False,
+            callback=output_name(_check_output),
+        ),
+    ],
+    weights: Weights = "DEFAULT",
+    arch: Arch = None,
+    output_stride: OutputStride = None,
+    own: OwnModel = OwnModel(),
+) -> None:
+    """Convert a classifier, check it and write the network."""
+    exports = out.suffix.lower() in EXPORT_ENDINGS
+    if exports and out.exists() and out.resolve() == Path(source).resolve():
+        raise FcvggError(f"{out} is the source, which would be lost; choose another --output")
+    net = loaded(source, own, weights=weights, arch=arch, output_stride=output_stride)
+    folder(out.parent)
+    checked = None
+    if exports:
+        checked = net.export(out).check
+    else:
+        net.save(out)
+    say(equivalence_report(net))
+    say()
+    say(geometry_report(net))
+    say()
+    say_wrote(out)
+    for path in [out] if exports else sorted(out.iterdir()):
+        say(f"  {path.name}: {path.stat().st_size:,} bytes")
+    if checked is not None:
+        say(f"  {checked}")

@@ -1,0 +1,71 @@
+"""``fcvgg demo``: the packaged net on the packaged photograph."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import RenderableType
+from rich.table import Table
+
+from fcvgg.cli.console import folder, say, say_wrote
+from fcvgg.cli.options import OutputFolder
+from fcvgg.cli.reports import by, equivalence_report, geometry_report, titled
+
+if TYPE_CHECKING:
+    from fcvgg.results.heatmap import Heatmap
+    from fcvgg.results.score_map import ScoreMap
+
+NAME = "demo"
+EXAMPLES = ("fcvgg demo", "fcvgg demo --output pictures")
+
+TARGET = "face"
+FIGURE = "fcvgg-demo.png"
+OVERLAY = "fcvgg-demo-overlay.png"
+
+
+def run(output: OutputFolder = Path()) -> None:
+    """Find the face in the packaged photograph; needs no download."""
+    from fcvgg.demo import SCALES, demo_photograph
+    from fcvgg.loading import load
+    from fcvgg.results.figures import save_figure, side_by_side
+
+    output = folder(output)
+    net = load("demo")
+    say(equivalence_report(net))
+    say()
+    say(geometry_report(net))
+    say()
+    photograph = demo_photograph()
+    maps = {scale: net.score_map(photograph, scale=scale) for scale in SCALES}
+    heatmaps = {scale: score_map.heatmap(TARGET) for scale, score_map in maps.items()}
+    best = max(heatmaps, key=lambda scale: _peak(heatmaps[scale]))
+    say(_table(maps, heatmaps, best))
+    y, x = heatmaps[best].peak
+    say(
+        f"most like a {TARGET}: pixel (y, x) = ({y}, {x}), with probability "
+        f"{_peak(heatmaps[best]):.3f} at scale {best}"
+    )
+    say_wrote(heatmaps[best].save(output / OVERLAY))
+    say_wrote(save_figure(side_by_side(maps[best], TARGET), output / FIGURE))
+
+
+def _peak(heatmap: Heatmap) -> float:
+    return float(heatmap.values[heatmap.peak])
+
+
+def _table(maps: dict[int, ScoreMap], heatmaps: dict[int, Heatmap], best: int) -> RenderableType:
+    height, width = maps[best].image_size
+    table = Table(box=None, header_style="cyan")
+    for heading in ("smaller side", "cells", f"peak of {TARGET!r}", "at (y, x) of the photograph"):
+        table.add_column(heading, justify="right")
+    for scale, heatmap in heatmaps.items():
+        rows, cols = maps[scale].scores.shape[1:]
+        table.add_row(
+            f"{scale}",
+            by((rows, cols)),
+            f"{_peak(heatmap):.3f}",
+            f"{heatmap.peak}",
+            style="bold green" if scale == best else None,
+        )
+    return titled(f"The whole photograph of {height}x{width} pixels, one pass per scale", table)

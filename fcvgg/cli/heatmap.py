@@ -1,0 +1,242 @@
+"""``fcvgg heatmap``: an overlay for every image."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from fcvgg.cli.console import (
+    OutputFiles,
+    check_any_exists,
+    complain,
+    exit_if_any_failed,
+    folder,
+    for_each_image,
+    say,
+    say_wrote,
+    tell,
+)
+from fcvgg.cli.options import (
+    Arch,
+    Bands,
+    Device,
+    ImageOpener,
+    Images,
+    Model,
+    Nodata,
+    OutputFolder,
+    OutputStride,
+    OwnModel,
+    Weights,
+    loaded,
+)
+
+if TYPE_CHECKING:
+    from fcvgg.network import FullyConvolutional
+
+MANY_WINDOWS = 2.5
+"""An image whose smaller side has more of them is rather seen in parts than whole."""
+
+NAME = "heatmap"
+EXAMPLES = (
+    "fcvgg heatmap dog.jpg",
+    "fcvgg heatmap *.jpg --target 'golden retriever' --output heatmaps",
+    "fcvgg heatmap dog.jpg --weights vgg16.pth --scale 512",
+    "fcvgg heatmap scores.zarr --target tumour",
+    "fcvgg heatmap rose.jpg -w own.pth --categories names.txt --preprocess tf",
+    "fcvgg heatmap portrait.jpg --model demo --target face --scale 160",
+)
+
+
+def run(
+    context: typer.Context,
+    images: Images,
+    model: Model = "vgg16",
+    weights: Weights = "DEFAULT",
+    arch: Arch = None,
+    target: Annotated[
+        str | None,
+        typer.Option(
+            "--target",
+            "-t",
+            metavar="NAME|INDEX",
+            help="The class to show, by its name or a unique part of it, or by index.",
+            show_default="the image's top class",
+        ),
+    ] = None,
+    output: OutputFolder = Path(),
+    scale: Annotated[
+        int | None,
+        typer.Option(
+            "--scale",
+            "-s",
+            metavar="N",
+            min=1,
+            help="Rescale every image so that its smaller side has N pixels.",
+            show_default="the image's size",
+        ),
+    ] = None,
+    bands: Bands = None,
+    nodata: Nodata = None,
+    output_stride: OutputStride = None,
+    own: OwnModel = OwnModel(),
+    device: Device = "cpu",
+) -> None:
+    """Lay one class's heatmap on every image.
+
+    It shows where the network sees the class. Of what 'fcvgg stream' wrote it makes a thumbnail and
+    a pyramidal OME-TIFF of the slide's size.
+    """
+    opener = ImageOpener(bands, nodata)
+    overlays = OutputFiles(images, output, "-heatmap.png")
+    slides, images = split(images)
+    shown = show_slides(slides, target, overlays)
+    if not images:
+        _note_unused(context)
+        exit_if_any_failed(slides, shown)
+        return
+    check_any_exists(images)
+    net = loaded(model, own, device, weights=weights, arch=arch, output_stride=output_stride)
+    index = _index(net, target)
+    folder(output)
+
+    size_note = SizeNote(net)
+
+    def show(image: Path) -> Path:
+        return _show(net, image, opener, index, scale, overlays.path_for(image), size_note)
+
+    written = for_each_image(images, "heatmaps", show)
+    exit_if_any_failed([*slides, *images], [*shown, *written])
+
+
+class SizeNote:
+    """Says, once in a run, that an image is many windows large, so that its parts are recognised.
+
+    Args:
+        net: what is run on the images.
+    """
+
+    def __init__(self, net: FullyConvolutional):
+        self.net = net
+        self.told = False
+
+    def tell(self, image: Path, size: tuple[int, int]) -> None:
+        """Print the line if it is due: for an image that is run at `size` ``(H, W)``."""
+        windows = [pixels / w for pixels, w in zip(size, self.net.geometry.window)]
+        count = min(windows)
+        if count <= MANY_WINDOWS or self.told:
+            return
+        self.told = True
+        extent = "high" if count == windows[0] else "wide"
+        tell(
+            f"{image} is {count:.0f} windows {extent}, and the network recognises what fits into "
+            f"one; --scale {self.net.usual_scale} shows the image whole"
+        )
+
+
+def _show(
+    net: FullyConvolutional,
+    image: Path,
+    opener: ImageOpener,
+    index: int | None,
+    scale: int | None,
+    path: Path,
+    size_note: SizeNote,
+) -> Path:
+    from fcvgg.results.interpolation import MOST_PIXELS
+
+    score_map = net.score_map(opener.open(image), scale=scale)
+    if scale is None:
+        size_note.tell(image, score_map.input_size)
+    prediction = score_map.predict()
+    shown = int(prediction.argmax()) if index is None else index
+    height, width = score_map.image_size
+    factor = max((height * width / MOST_PIXELS) ** 0.5, 1)
+    heatmap = score_map.heatmap(shown, size=(int(height / factor), int(width / factor)))
+    y, x = (int(n * factor) for n in heatmap.peak)
+    say(
+        f"{image}: {heatmap.label} ({shown}), probability {float(prediction[shown]):.3f} averaged "
+        f"over the image, peak {heatmap.values[heatmap.peak]:.3f} at (y, x) = ({y}, {x})"
+    )
+    say_wrote(heatmap.save(path))
+    return path
+
+
+def _note_unused(context: typer.Context) -> None:
+    """Say which of the given options have no effect, since all that is shown are score maps."""
+    given = [
+        parameter.opts[0]
+        for parameter in context.command.params
+        if parameter.name not in ("images", "target", "output")
+        and getattr(context.get_parameter_source(str(parameter.name)), "name", "") == "COMMANDLINE"
+    ]
+    if given:
+        tell(f"a score map is shown as it was streamed, without {', '.join(given)}")
+
+
+def _index(net: FullyConvolutional, target: str | None) -> int | None:
+    from fcvgg.categories import class_given, class_index
+
+    if target is None:
+        return None
+    return class_index(class_given(target, net.categories), net.categories, net.num_classes)
+
+
+# -- score maps that ``fcvgg stream`` wrote -------------------------------------------------------
+
+
+def split(paths: Sequence[Path]) -> tuple[list[Path], list[Path]]:
+    """The paths that are streamed score maps, and the others."""
+    from fcvgg.streaming.score_store import is_store
+
+    slides = [path for path in paths if is_store(path)]
+    return slides, [path for path in paths if path not in slides]
+
+
+def show_slides(slides: Sequence[Path], target: str | None, overlays: OutputFiles) -> list[Path]:
+    """Write the pictures of streamed score maps; those that cannot be used are reported.
+
+    Returns:
+        the maps that were shown.
+    """
+    from fcvgg.errors import FcvggError
+
+    pyramids = OutputFiles(slides, overlays.folder, "-heatmap.ome.tif")
+    shown = []
+    for path in slides:
+        try:
+            _show_slide(path, target, overlays.path_for(path), pyramids.path_for(path))
+            shown.append(path)
+        except FcvggError as error:
+            complain(error)
+    return shown
+
+
+def _show_slide(path: Path, target: str | None, overlay: Path, pyramid: Path) -> None:
+    import numpy as np
+
+    from fcvgg.categories import class_given
+    from fcvgg.errors import ImageError
+    from fcvgg.streaming.score_store import open_store
+    from fcvgg.streaming.slide_maps import SlideMap
+
+    store = open_store(path)
+    given = None if target is None else class_given(target, store.description["categories"])
+    slide = SlideMap(store, given)
+    try:
+        source = slide.source()
+    except ImageError as error:
+        complain(f"{error}; the overlay is drawn without the image")
+        source = None
+    heatmap = slide.heatmap(source)
+    height, width = slide.image_size
+    found = f"highest probability {float(np.nanmax(slide.cells)):.3f}"
+    if store.description["kind"] == "argmax":
+        found = f"the best class of {float(np.nanmean(slide.cells)):.1%} of the cells"
+    say(f"{path}: {heatmap.label} ({slide.index}), {height}x{width} pixels, {found}")
+    folder(overlay.parent)
+    say_wrote(heatmap.save(overlay))
+    say_wrote(slide.save_pyramid(pyramid))

@@ -1,0 +1,139 @@
+"""``fcvgg info``: what every layer sees and costs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import RenderableType
+from rich.table import Table
+
+from fcvgg.cli.console import output, say
+from fcvgg.cli.options import MODEL_HELP, Arch, InputSize, OwnModel, loaded, size
+from fcvgg.cli.reports import by, count, facts, geometry_report, titled
+
+if TYPE_CHECKING:
+    from fcvgg.evaluation.layer_table import LayerTable
+    from fcvgg.network import FullyConvolutional
+
+NAME = "info"
+EXAMPLES = ("fcvgg info vgg16", "fcvgg info resnet18 --size 480x640", "fcvgg info demo")
+
+
+_LEAST_NAME = 12
+_UNLIMITED = 10_000
+
+
+def run(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help=MODEL_HELP,
+            show_default=False,
+        ),
+    ],
+    at: Annotated[
+        str | None,
+        typer.Option(
+            "--size",
+            metavar="N|HxW",
+            help="The image size for which outputs and costs are counted.",
+            show_default="the native size",
+        ),
+    ] = None,
+    arch: Arch = None,
+    input_size: InputSize = None,
+) -> None:
+    """Show what every layer sees and costs; downloads no weights."""
+    from fcvgg.evaluation.layer_table import receptive_fields
+
+    wanted = size(at, "--size")
+    own = OwnModel(input_size=input_size)
+    net = loaded(model, own, arch=arch, weights=None, verify=False)  # only to be described
+    table = receptive_fields(net, input_size=wanted)
+    frozen = _frozen_layers(net, table)
+    say(_layer_table(f"{model} ({net.source})", table, frozen))
+    say()
+    say(_totals(table, frozen))
+    say()
+    say(geometry_report(net, table.input_size))
+
+
+def _frozen_layers(net: FullyConvolutional, table: LayerTable) -> set[str]:
+    """The layers none of whose parameters is trained."""
+    trained = [name for name, p in net.network.named_parameters() if p.requires_grad]
+    return {
+        row.name
+        for row in table
+        if row.parameters and not any(name.startswith(f"{row.name}.") for name in trained)
+    }
+
+
+def _layer_table(title: str, table: LayerTable, frozen: set[str]) -> RenderableType:
+    """A row per layer; on a narrow terminal without some columns, and names without their start."""
+    longest = max(len(row.name) for row in table)
+
+    def excess(dropped: int, limit: int) -> int:
+        return max(_excess(_rows(table, frozen, dropped, limit)), 0)
+
+    dropped = 0
+    while excess(dropped, _LEAST_NAME if dropped else longest) and dropped < len(_DROPPED):
+        dropped += 1
+    limit = max(longest - excess(dropped, longest), _LEAST_NAME)
+    left_out = [name for name in _HEADINGS if name in _DROPPED[:dropped]]
+    return titled(
+        f"{title} at {by(table.input_size)} pixels",
+        _rows(table, frozen, dropped, limit),
+        "field: receptive field; jump: pixels between outputs; MACs: multiply-adds"
+        + (f"\nnot shown at this width: {', '.join(left_out)}" if left_out else ""),
+    )
+
+
+_HEADINGS = ("kind", "kernel", "stride", "field", "jump", "output", "params", "train", "MACs")
+
+_DROPPED = ("kind", "train", "stride", "kernel", "params", "MACs")
+"""What a terminal that is too narrow does without, in this order."""
+
+
+def _rows(table: LayerTable, frozen: set[str], dropped: int, limit: int) -> Table:
+    """The rows without the first `dropped` of `_DROPPED`, with names of `limit` characters."""
+    from fcvgg.evaluation.layer_table import short
+
+    shown = Table(box=None, padding=(0, 1, 0, 0), header_style="cyan")
+    shown.add_column("layer", no_wrap=True)
+    kept = [name for name in _HEADINGS if name not in _DROPPED[:dropped]]
+    for heading in kept:
+        shown.add_column(heading, justify="left" if heading == "kind" else "right", no_wrap=True)
+    for row in table:
+        cells = {
+            "kind": row.kind,
+            "kernel": short(row.kernel)
+            + (f" d{short(row.dilation)}" if max(row.dilation) > 1 else ""),
+            "stride": short(row.stride),
+            "field": short(row.receptive_field),
+            "jump": short(row.output_stride),
+            "output": f"{row.channels}x{by(row.output_size)}",
+            "params": count(row.parameters) if row.parameters else "",
+            "train": ("no" if row.name in frozen else "yes") if row.parameters else "",
+            "MACs": count(row.multiply_adds) if row.multiply_adds else "",
+        }
+        name = row.name if len(row.name) <= limit else f"…{row.name[1 - limit :]}"
+        shown.add_row(name, *(cells[heading] for heading in kept))
+    return shown
+
+
+def _excess(table: Table) -> int:
+    """Columns that a table needs beyond what the terminal has."""
+    console = output()
+    unlimited = console.options.update(max_width=_UNLIMITED)
+    return console.measure(table, options=unlimited).maximum - console.width
+
+
+def _totals(table: LayerTable, frozen: set[str]) -> RenderableType:
+    trainable = sum(row.parameters for row in table if row.name not in frozen)
+    totals = facts()
+    totals.add_row("layers", f"{len(table)} with a kernel or parameters")
+    totals.add_row("parameters", f"{table.parameters:,}, of which {trainable:,} trainable")
+    totals.add_row("multiply-adds", f"{table.multiply_adds:,}")
+    return titled("Totals", totals)

@@ -1,0 +1,128 @@
+"""``fcvgg stream``: the score map of an image larger than memory, on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fcvgg.categories import class_given
+from fcvgg.cli.console import INTERRUPTED, complain, say, say_wrote, tell
+from fcvgg.cli.options import (
+    Arch,
+    Bands,
+    Device,
+    ImageOpener,
+    Model,
+    Nodata,
+    OutputStride,
+    OwnModel,
+    Weights,
+    loaded,
+    output_folder,
+)
+from fcvgg.support.atomic import STORE_ENDINGS
+
+NAME = "stream"
+EXAMPLES = (
+    "fcvgg stream slide.tif -o scores.zarr",
+    "fcvgg stream slide.ome.tif -o tumour.zarr --level 1 --classes argmax --memory 2GiB",
+    "fcvgg heatmap scores.zarr --target tumour",
+)
+
+
+def run(
+    slide: Annotated[
+        Path,
+        typer.Argument(
+            metavar="SLIDE", help="A TIFF, OME-TIFF, zarr or other image.", show_default=False
+        ),
+    ],
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="OUT.zarr",
+            help="The folder for the score map; the same call resumes an interrupted one.",
+            callback=output_folder(*STORE_ENDINGS),
+            show_default=False,
+        ),
+    ],
+    model: Model = "vgg16",
+    weights: Weights = "DEFAULT",
+    arch: Arch = None,
+    classes: Annotated[
+        str | None,
+        typer.Option(
+            "--classes",
+            "-c",
+            metavar="NAMES",
+            help="Classes to keep, by name or index, with commas between them; 'argmax' for every "
+            "cell's best class, or 'top5'.",
+            show_default="all",
+        ),
+    ] = None,
+    memory: Annotated[
+        str, typer.Option("--memory", metavar="SIZE", help="Memory that may be used, such as 2GiB.")
+    ] = "1GiB",
+    level: Annotated[
+        int, typer.Option("--level", min=0, help="The level of a pyramid; 0 is the full size.")
+    ] = 0,
+    bands: Bands = None,
+    nodata: Nodata = None,
+    output_stride: OutputStride = None,
+    own: OwnModel = OwnModel(),
+    device: Device = "cpu",
+) -> None:
+    """Write the score map of an image larger than memory."""
+    from fcvgg.streaming.execution import stream
+    from fcvgg.streaming.score_store import is_store, open_store
+
+    source = ImageOpener(bands, nodata).open(slide, level)
+    net = loaded(model, own, device, weights=weights, arch=arch, output_stride=output_stride)
+    kept = _classes(classes, net.categories)
+    if kept == "top5":
+        tell("--classes top5 keeps no class's map: 'fcvgg heatmap' cannot show it")
+    before = open_store(output).share if is_store(output) else 0.0
+    with resumed_by_the_same_call(output):
+        store = stream(net, source, out=output, classes=kept, memory=memory, progress=True)
+    height, width = source.size
+    shape = "x".join(map(str, store.array.shape))
+    bare = store.without_data
+    say(
+        f"{slide}: {height}x{width} pixels gave {shape} {store.description['kind']}"
+        + (f", {bare:.1%} of the cells without data" if bare else "")
+    )
+    if before == 1:
+        say(f"{output} was complete already")
+        return
+    if before:
+        say(f"resumed at {before:.0%}")
+    say_wrote(output)
+
+
+@contextmanager
+def resumed_by_the_same_call(path: Path) -> Iterator[None]:
+    """Streaming to a folder, which says when interrupted how far it is and how it goes on."""
+    from fcvgg.streaming.score_store import is_store, open_store
+
+    try:
+        yield
+    except KeyboardInterrupt:
+        if not is_store(path):
+            raise
+        share = open_store(path).share
+        complain(f"interrupted; {share:.0%} of {path} is finished and kept, the same call resumes")
+        raise typer.Exit(INTERRUPTED) from None
+
+
+def _classes(text: str | None, categories: Sequence[str] | None) -> str | list[int | str] | None:
+    """Names and indices, from ``cat,dog,281``."""
+    if text in (None, "argmax", "top5"):
+        return text
+    names = [name.strip() for name in text.split(",")]  # type: ignore[union-attr]
+    return [class_given(name, categories) for name in names if name]

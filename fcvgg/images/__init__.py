@@ -1,0 +1,1 @@
+"""Images as input: read, preprocessed, batched, found in folders, and read lazily."""

@@ -1,0 +1,484 @@
+"""Images of every kind, opened to be read strip by strip or whole.
+
+tifffile and zarr are imported where they are used; the extra ``fcvgg[stream]`` brings them.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from fcvgg.errors import ArgumentError, FcvggError, ImageError, MissingExtraError, one_line
+from fcvgg.geometry import Pair
+from fcvgg.images.lazy.georeference import Georeference
+from fcvgg.images.lazy.source import (
+    SAMPLES,
+    ArraySource,
+    Bands,
+    File,
+    PillowSource,
+    StripSource,
+    level_of,
+    numpy_dtype,
+    opened,
+    usable_pixel_size,
+)
+from fcvgg.images.lazy.tiff import TiffSource, looks_like_alpha
+from fcvgg.support.extras import imported
+
+_TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+"""How TIFFs and BigTIFFs of both byte orders begin."""
+
+_ZARR = ("zarr.json", ".zarray", ".zgroup", ".zmetadata")
+"""Files of which a folder of zarr has one, by version 3 or 2."""
+
+_PLAIN_TIFF = {
+    258: ((8,), (8, 8, 8)),  # bits per sample
+    262: ((1,), (2,)),  # BlackIsZero or RGB
+    277: ((1,), (3,)),  # samples per pixel
+    284: ((1,), (1,)),  # samples of a pixel together
+}
+"""Tags of the TIFFs, grey or RGB, that Pillow reads as every other reader does."""
+
+
+class RasterSource(StripSource):
+    """An open rasterio dataset, or one of its overviews.
+
+    Pixels without data have the value that the file gives them.
+    """
+
+    def __init__(self, dataset: Any, level: int = 0, bands: Bands = None):
+        super().__init__(bands)
+        self.name = str(getattr(dataset, "name", "the dataset"))
+        dataset = _overview(dataset, level, self.name)
+        self._dataset = dataset
+        self.level = level
+        self.size = (dataset.height, dataset.width)
+        self.channels = dataset.count
+        meanings = [meaning.name for meaning in getattr(dataset, "colorinterp", ())]
+        placed = getattr(dataset, "crs", None) or not getattr(
+            getattr(dataset, "transform", None), "is_identity", True
+        )
+        self._georeferenced = bool(placed)
+        self.georeference = Georeference.of_dataset(dataset)
+        self.alpha = self.channels in (2, 4) and meanings[-1:] in ([], ["alpha"])
+        self.nodata = getattr(dataset, "nodata", None)
+        told: Callable[..., Any] = getattr(dataset, "tags", lambda *_, **__: {})
+        self._white_is_zero = told(ns="IMAGE_STRUCTURE").get("MINISWHITE") == "YES"
+        bits = told(1, ns="IMAGE_STRUCTURE").get("NBITS")
+        self._step = {"1": 255, "2": 85, "4": 17}.get(str(bits), 1)  # from a grey to the next
+        self.dtype = np.dtype(np.result_type(*dataset.dtypes))
+        self._colours: NDArray[np.uint8] | None = None
+        if meanings[:1] == ["palette"] and not self._white_is_zero:
+            colours = dataset.colormap(1)
+            self._colours = np.array([colours[i][:3] for i in range(len(colours))], np.uint8)
+            self.channels, self.dtype = 3, np.dtype(np.uint8)
+        self.block_rows = min(max(shape[0] for shape in dataset.block_shapes), self.size[0])
+        self._check()
+
+    def transparent(self) -> bool:
+        """Whether the last of two or four channels is taken for transparency."""
+        return self.alpha and not self._georeferenced and looks_like_alpha(self)
+
+    def _read(self, rows: Pair, cols: Pair) -> NDArray[Any]:
+        return np.moveaxis(np.asarray(self._dataset.read(window=(rows, cols))), 0, -1)
+
+    def _has_mask(self) -> bool:
+        flags = getattr(self._dataset, "mask_flag_enums", ())
+        return any(flag.name in ("per_dataset", "alpha") for band in flags for flag in band)
+
+    def _masked(self, stored: NDArray[Any], rows: Pair, cols: Pair) -> NDArray[np.bool_]:
+        return np.asarray(self._dataset.dataset_mask(window=(rows, cols))) == 0
+
+    def _coloured(self, stored: NDArray[Any]) -> NDArray[Any]:
+        if self._colours is not None:
+            return self._colours[stored[..., 0]]
+        grey = stored * stored.dtype.type(self._step) if self._step > 1 else stored
+        return np.iinfo(grey.dtype).max - grey if self._white_is_zero else grey
+
+
+def _overview(dataset: Any, level: int, name: str) -> Any:
+    """The dataset itself for level 0, else the overview, opened by the same name."""
+    levels = [dataset, *(dataset.overviews(1) if hasattr(dataset, "overviews") else [])]
+    level_of(levels, level, name)
+    if level == 0:
+        return dataset
+    rasterio = imported("rasterio", "geo")
+    try:
+        return rasterio.open(name, overview_level=level - 1)
+    except Exception as error:
+        raise ImageError(
+            f"level {level} of {name} cannot be opened: {one_line(error)}; pass a dataset of "
+            f"rasterio.open(path, overview_level={level - 1})"
+        ) from error
+
+
+def open_image(
+    path: Any,
+    level: int = 0,
+    *,
+    bands: Sequence[int] | None = None,
+    missing: str = "fill",
+    nodata: float | str | None = None,
+) -> StripSource:
+    """An image, read by strips or whole: for `fcvgg.stream`, and wherever else an image is taken.
+
+    Args:
+        path: TIFF, GeoTIFF, BigTIFF, OME-TIFF, a zarr array or OME-Zarr image, or what Pillow
+            reads; of these Pillow's formats are decoded whole, and count towards the memory; of an
+            animation the first frame is taken, and a TIFF of several equal pages is refused unless
+            they are channels. Also a file in memory (`io.BytesIO`), and an open rasterio dataset,
+            which brings the formats of GDAL.
+        level: of a pyramid; 0 is the full resolution. Overviews beside a TIFF (``.ovr``) count
+            after its own.
+        bands: the channels to take, counted from 0 and in the network's order, such as ``(3, 2,
+            1)`` of a satellite scene; None takes all.
+        missing: what tiles or chunks are that the file does not store. Both TIFF and zarr mean the
+            fill value (of a TIFF its nodata value, else zero), and writers leave out background
+            so: ``"fill"``. An incomplete copy looks the same; ``"error"`` refuses both.
+        nodata: pixels of this value enter the network as NaN: a number, or ``"file"`` for the
+            value that the file declares (`StripSource.nodata`), or else where its alpha band is 0,
+            and of an open dataset its mask. Of unsigned integers all bands must hold the value, of
+            others one. None takes every value as it is, also one that the
+            file declares.
+
+    Raises:
+        ImageError: if it is no image, is broken, or has no such level, band or nodata value.
+        MissingExtraError: if reading it needs the packages of ``fcvgg[stream]``.
+    """
+    if missing not in ("fill", "error"):
+        raise ArgumentError(f"missing={missing!r} is unknown; expected 'fill' or 'error'")
+    try:
+        source = _opened_source(path, level, bands, missing)
+        source.treat_as_missing(nodata)
+    except FcvggError:
+        raise
+    except Exception as error:  # the description of a file can be wrong in any way
+        raise ImageError(
+            f"{path} cannot be read: {type(error).__name__}: {one_line(error)}"
+        ) from error
+    if isinstance(source, RasterSource):
+        source.path = _path_of(source)
+    elif source.path is not None:
+        source.level = level
+        source.reopened = partial(
+            open_image, source.path, level, bands=bands, missing=missing, nodata=nodata
+        )
+    return source
+
+
+def _path_of(source: RasterSource) -> Path | None:
+    """The dataset's file, if its path gives an image of the same pixels.
+
+    Formats that GDAL alone reads, warped datasets and overviews opened as such have none.
+    """
+    try:
+        same = open_image(source.name, source.level, bands=source.bands)
+    except FcvggError:
+        return None
+    alike = (same.size, same.channels, same.dtype) == (source.size, source.channels, source.dtype)
+    return same.path if alike else None
+
+
+def _opened_source(path: Any, level: int, bands: Bands, missing: str) -> StripSource:
+    if _is_file(path):
+        path.seek(0)
+        return _file_source(path, "the image", path.read(4), level, bands, missing)
+    if not isinstance(path, (str, os.PathLike)):
+        if not _is_dataset(path):
+            raise ImageError(
+                f"{type(path).__name__} is no image; expected a path or an open rasterio dataset"
+            )
+        if missing == "error":
+            raise ArgumentError(
+                "missing='error' cannot be known of an open dataset; pass its path instead"
+            )
+        return RasterSource(path, level, bands)
+    path = Path(path)
+    try:
+        folder = stat.S_ISDIR(os.stat(path).st_mode)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise ImageError(f"there is no image file {path}") from error
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or one_line(error)
+        raise ImageError(f"{path} cannot be read: {reason}") from error
+    if folder:
+        source = _zarr_source(path, level, bands, missing)
+        source.path = path
+        return source
+    try:
+        with open(path, "rb") as file:
+            magic = file.read(4)
+    except OSError as error:
+        raise ImageError(f"{path} cannot be read: {error.strerror}") from error
+    return _file_source(path, str(path), magic, level, bands, missing)
+
+
+def _is_file(source: Any) -> bool:
+    """Whether it is a file in memory, or one that is open."""
+    return hasattr(source, "read") and hasattr(source, "seek")
+
+
+def _is_dataset(source: Any) -> bool:
+    return hasattr(source, "block_shapes") and hasattr(source, "read")
+
+
+def _file_source(
+    file: File, name: str, magic: bytes, level: int, bands: Bands, missing: str
+) -> StripSource:
+    if magic in _TIFF:
+        return _tiff_source(file, name, level, bands, missing)
+    if level:
+        raise ImageError(f"{name} has no level {level}: only TIFF and zarr hold pyramids")
+    return PillowSource(file, bands)
+
+
+def _tiff_source(file: File, name: str, level: int, bands: Bands, missing: str) -> StripSource:
+    try:
+        if isinstance(file, Path) and level and (beside := Path(f"{file}.ovr")).is_file():
+            own = _levels(file)
+            if level >= own and isinstance(file, Path):
+                source = _beside(TiffSource(beside, level - own, bands, missing), file)
+                source.path = file  # of which it is a level
+                return source
+        return TiffSource(file, level, bands, missing)
+    except MissingExtraError as error:
+        if level == 0 and missing == "fill" and _is_plain_tiff(file, name):
+            return PillowSource(file, bands)
+        if "tifffile" not in str(error):
+            raise
+        raise MissingExtraError(
+            f"{name} is a TIFF of a kind that needs the package 'tifffile' to be read rightly; "
+            "install it with: pip install 'fcvgg[stream]'"
+        ) from error
+
+
+def _levels(file: Path) -> int:
+    tifffile = imported("tifffile", "stream")
+    try:
+        with tifffile.TiffFile(file) as tiff:
+            return len(tiff.series[0].levels)
+    except Exception as error:
+        raise ImageError(f"{file} is no readable TIFF: {one_line(error)}") from error
+
+
+def _beside(source: TiffSource, file: Path) -> StripSource:
+    """A level that lies in a file of its own, as a level of the image that it belongs to."""
+    whole = TiffSource(file)
+    source.nodata, source.georeferenced = whole.nodata, whole.georeferenced
+    if whole.georeference is not None:
+        source.georeference = whole.georeference.scaled(whole.size, source.size)
+    if whole.pixel_size is not None:
+        down, across = (
+            pixel * n / m for pixel, n, m in zip(whole.pixel_size, whole.size, source.size)
+        )
+        source.pixel_size = usable_pixel_size((down, across))
+    return source
+
+
+def _is_plain_tiff(file: File, name: str) -> bool:
+    """Whether Pillow reads the same pixels of a TIFF as every other reader."""
+    with opened(file, name) as image:
+        tags = getattr(image, "tag_v2", {})
+        values = {code: tags.get(code, 1) for code in _PLAIN_TIFF}
+        plain = any(
+            all(
+                (values[code] if isinstance(values[code], tuple) else (values[code],)) == kinds[i]
+                for code, kinds in _PLAIN_TIFF.items()
+            )
+            for i in range(2)
+        )
+        counts = tags.get(325, tags.get(279, (1,)))  # bytes of tiles or strips; none is sparse
+        counts = counts if isinstance(counts, tuple) else (counts,)
+        return plain and getattr(image, "n_frames", 1) == 1 and all(counts)
+
+
+def strip_source(
+    source: Any, channels: int | None = None, nodata: float | str | None = None
+) -> StripSource:
+    """What `fcvgg.stream` and `score_map` accept, as a `StripSource`.
+
+    Args:
+        source: an image of any kind.
+        channels: of the network, by which the values of pixels ``(H, W, C)`` are told from
+            preprocessed floats ``(C, H, W)``.
+        nodata: as for `open_image`.
+
+    Raises:
+        ImageError: if it cannot be used as an image.
+        ArgumentError: if `nodata` is given for what is open already, or preprocessed.
+    """
+    if isinstance(source, StripSource):
+        if nodata is not None:
+            raise ArgumentError(
+                f"nodata must be None for an image that is open already, got {nodata!r}; pass it "
+                "where the image is opened: fcvgg.open_image(path, nodata=...)"
+            )
+        return source
+    if isinstance(source, (str, os.PathLike)) or _is_file(source) or _is_dataset(source):
+        return open_image(source, nodata=nodata)
+    if isinstance(source, Image.Image):
+        image: StripSource = PillowSource(source)
+    elif hasattr(source, "shape") and hasattr(source, "dtype") and hasattr(source, "__getitem__"):
+        image = _array_source(source, channels)
+    else:
+        raise ImageError(
+            f"{type(source).__name__} is no image; expected a path, a PIL image, a uint8 array "
+            "(H, W, C) or a preprocessed tensor (C, H, W)"
+        )
+    if image.preprocessed and nodata is not None:
+        raise ArgumentError(
+            f"nodata must be None for preprocessed floats, got {nodata!r}; put NaN where they have "
+            "no data"
+        )
+    image.treat_as_missing(nodata)
+    return image
+
+
+def _array_source(array: Any, channels: int | None) -> StripSource:
+    shape = tuple(array.shape)
+    name = f"the {'tensor' if isinstance(array, Tensor) else 'array'} {shape}"
+    floating = np.issubdtype(numpy_dtype(array), np.floating)
+    if isinstance(array, Tensor) and not floating:
+        raise ImageError(
+            f"a tensor is taken as preprocessed and must hold floats, got {array.dtype}; pass "
+            "uint8 pixels as a NumPy array (H, W, C)"
+        )
+    values = len(shape) == 2 or (
+        len(shape) == 3 and shape[2] in (1, channels) and shape[0] != channels
+    )
+    if floating and (isinstance(array, Tensor) or not values):
+        axes = {3: "SYX", 4: "NSYX"}.get(len(shape))
+        if axes is None or (axes == "NSYX" and shape[0] != 1):
+            raise ImageError(
+                f"{name} of floats is no preprocessed image; expected (C, H, W) or (1, C, H, W)"
+            )
+        return ArraySource(array, axes, name, preprocessed=True)
+    axes = {2: "YX", 3: "YXS"}.get(len(shape))
+    if axes is None:
+        raise ImageError(f"{name} is no image; expected (H, W), (H, W, 3) or (H, W, 4)")
+    return ArraySource(array, axes, name)
+
+
+def _zarr_source(path: Path, level: int, bands: Bands, missing: str) -> StripSource:
+    if not any((path / name).exists() for name in _ZARR):
+        raise ImageError(
+            f"{path} is a folder and no zarr image; expected an image file, such as one of {path}/*"
+        )
+    zarr = imported("zarr", "stream")
+    try:
+        node = zarr.open(str(path), mode="r")
+    except Exception as error:
+        raise ImageError(
+            f"{path} is a folder and no readable zarr image: {one_line(error)}; expected an image "
+            "file"
+        ) from error
+    axes: Sequence[str] | None = None
+    pixel_size = None
+    if isinstance(node, zarr.Group):
+        node = _ome_image(node, path)
+        image = _ome_attributes(node)["multiscales"]
+        try:
+            dataset = level_of(image[0]["datasets"], level, str(path))
+            node = node[dataset["path"]]
+            pixel_size = _pixel_size(dataset, image[0].get("axes", []))
+            axes = [a["name"] if isinstance(a, dict) else a for a in image[0].get("axes", [])]
+            letters = _axes_of(node.shape, axes, path)
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            raise ImageError(
+                f"{path} is no whole OME-Zarr image: its description does not fit what it holds "
+                f"({one_line(error)})"
+            ) from error
+    elif level:
+        raise ImageError(f"{path} has no level {level}: it is one zarr array")
+    else:
+        letters = _axes_of(node.shape, None, path)
+    if "fcvgg" in node.attrs:
+        raise ImageError(f"{path} is a score map that fcvgg.stream wrote, and no image")
+    if missing == "error" and node.nchunks_initialized < node.nchunks:
+        raise ImageError(
+            f"{path} lacks {node.nchunks - node.nchunks_initialized} of its {node.nchunks} chunks; "
+            "missing='fill' takes them for the fill value"
+        )
+    source = ArraySource(node, letters, str(path), bands=bands)
+    source.alpha = source.alpha and axes is None  # OME's channels are no colours
+    source.pixel_size = pixel_size
+    return source
+
+
+def _ome_attributes(node: Any) -> Any:
+    """What OME-Zarr says of a group, by version 0.5 or an older one."""
+    inner = node.attrs.get("ome")
+    return inner if isinstance(inner, dict) else dict(node.attrs)
+
+
+def _ome_image(node: Any, path: Path) -> Any:
+    """The group that is an image: itself, or the only one that bioformats2raw wrote into it.
+
+    Raises:
+        ImageError: if there is none, or several; it names what to pass.
+    """
+    attributes = _ome_attributes(node)
+    if attributes.get("multiscales"):
+        return node
+    groups = dict(node.groups())
+    images = sorted(
+        (name for name, group in groups.items() if _ome_attributes(group).get("multiscales")),
+        key=lambda name: (len(name), name),
+    )
+    if len(images) == 1:
+        return groups[images[0]]
+    if images:
+        raise ImageError(
+            f"{path} holds the images {', '.join(images)}; pass one of them, such as "
+            f"{path / images[0]}"
+        )
+    if attributes.get("plate"):
+        raise ImageError(f"{path} is a plate; pass one field of a well, such as {path / 'A/1/0'}")
+    arrays = sorted(node.array_keys())
+    held = f"one of its arrays: {', '.join(arrays)}" if arrays else "an image; it has no arrays"
+    raise ImageError(f"{path} is a zarr group and no OME-Zarr image; pass {held}")
+
+
+def _pixel_size(dataset: Any, axes: Sequence[Any]) -> tuple[float, float] | None:
+    """Micrometres of a pixel of one level of an OME-Zarr image."""
+    for transformation in dataset.get("coordinateTransformations", ()):
+        scale = transformation.get("scale")
+        if transformation.get("type") == "scale" and isinstance(scale, list):
+            sizes = {
+                axis["name"]: float(factor)
+                for axis, factor in zip(axes, scale)
+                if isinstance(axis, dict) and axis.get("unit") == "micrometer"
+            }
+            known = {"y", "x"} <= sizes.keys()
+            return usable_pixel_size((sizes["y"], sizes["x"])) if known else None
+    return None
+
+
+def _axes_of(shape: Sequence[int], names: Sequence[str] | None, path: Path) -> str:
+    """One letter per dimension, of which those that are not Y, X or S have length 1."""
+    if names:
+        letters = "".join({"c": "S", "s": "S"}.get(n.lower(), n.upper()[:1]) for n in names)
+    elif len(shape) == 2:
+        letters = "YX"
+    elif len(shape) == 3:
+        letters = "YXS" if shape[2] in SAMPLES else "SYX"
+    else:
+        letters = "?" * len(shape)
+    others = [n for letter, n in zip(letters, shape) if letter not in "YXS"]
+    counts = [letters.count(letter) for letter in "YXS"]
+    plane = counts[:2] == [1, 1] and counts[2] <= 1
+    if len(letters) != len(shape) or any(n > 1 for n in others) or not plane:
+        raise ImageError(
+            f"{path} has shape {tuple(shape)}; expected (H, W, C) or (C, H, W): pass one plane"
+        )
+    return letters

@@ -1,0 +1,567 @@
+"""Images that are read strip by strip: what all of them share, arrays, and Pillow's images."""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from numbers import Real
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from fcvgg.errors import FcvggError, ImageError, one_line
+from fcvgg.geometry import Pair
+from fcvgg.images.lazy.georeference import Georeference
+from fcvgg.images.pictures import pixels_of
+
+_ORIENTATION = 0x0112
+_TURNED = 5
+"""EXIF orientations from this one on exchange height and width."""
+
+_JPEG_2000_HEADER = 4096
+"""Bytes of a file among which the size and depth of a JPEG 2000 image stand."""
+
+SAMPLES = (1, 3, 4)
+
+_MASK = "mask"
+
+FROM_FILE = "file"
+"""The name of the nodata value that the file itself declares."""
+
+_LARGEST_PIXEL = 1e9
+"""Micrometres of a pixel at most, a kilometre: what says more says nothing."""
+
+Bands = Sequence[int] | None
+"""Which channels of an image are taken, counted from 0 and in this order; None takes all."""
+
+File = Path | BinaryIO
+"""A path, or a file in memory."""
+
+
+class StripSource:
+    """An image whose rows are read as they are needed.
+
+    Attributes:
+        name: what messages call it.
+        size: ``(H, W)``.
+        channels: of a pixel.
+        dtype: of its values.
+        preprocessed: whether it gives preprocessed floats rather than values of pixels.
+        resident: bytes that it holds in memory as a whole.
+        block_rows: rows that the file or array can only give together; they are held while needed.
+        path: of the file, if it is one.
+        level: of the pyramid in the file.
+        bands: the channels that were chosen, if some were.
+        alpha: whether the last of two or four channels is said to be transparency.
+        nodata: the value that the file declares for pixels without data, if it does.
+        missing_value: the value whose pixels are read as NaN; None keeps every value.
+        reduced: whether the file holds more than 8 bits, of which its reader gives 8.
+        pixel_size: height and width of a pixel in micrometres, if the file says so.
+        georeference: where the pixels lie on the earth, if the file says so.
+    """
+
+    name = "the image"
+    path: Path | None = None
+    level = 0
+    size: Pair
+    channels: int
+    dtype: np.dtype[Any]
+    preprocessed = False
+    resident = 0
+    block_rows = 1
+    alpha = False
+    nodata: float | None = None
+    missing_value: float | None = None
+    reduced = False
+    pixel_size: tuple[float, float] | None = None
+    georeference: Georeference | None = None
+    reopened: Callable[[], StripSource] | None = None
+    """Opens the same image once more, in another process too."""
+
+    def __init__(self, bands: Bands = None) -> None:
+        if bands is not None and not isinstance(bands, Iterable):
+            raise ImageError(
+                f"bands must be numbers of channels, counted from 0, got {bands!r}; expected such "
+                "as (0, 1, 2)"
+            )
+        self.bands = None if bands is None else tuple(bands)
+        self._held: tuple[int, Pair, Any] | None = None
+        self._stored = 0  # channels, before some are chosen
+        self._by_mask = False
+
+    def __reduce__(self) -> Any:
+        return (self.reopened, ()) if self.reopened is not None else super().__reduce__()
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a value as `read` gives it: pixels without data make floats of all."""
+        kept = self.left_out is None
+        return self.dtype.itemsize if kept else np.result_type(self.dtype, np.float32).itemsize
+
+    @property
+    def column_bytes(self) -> int:
+        """Bytes that are held per column of the image, beside the strip itself."""
+        channels = max(self._stored, self.channels)
+        return 3 * self.block_rows * channels * self.itemsize if self.block_rows > 1 else 0
+
+    def read(self, rows: Pair, cols: Pair) -> NDArray[Any]:
+        """The values of pixels, ``(rows, cols, C)``; preprocessed floats are ``(C, rows, cols)``.
+
+        Where pixels without data are asked for (`missing_value`) they are NaN, and all values are
+        floats.
+
+        Raises:
+            ImageError: if they cannot be read.
+        """
+        axis = 1 if self.preprocessed else 0
+        step, height = self.block_rows, self.size[0]
+        if step <= 1:
+            with self._reading(rows):
+                return self._pixels(rows, cols)
+        parts = []
+        for block in range(rows[0] // step, -(-rows[1] // step)):
+            first = block * step
+            if self._held is None or self._held[:2] != (block, cols):
+                self._held = None
+                with self._reading((first, min(first + step, height))):
+                    pixels = self._pixels((first, min(first + step, height)), cols)
+                self._held = (block, cols, pixels)
+            low, high = max(rows[0] - first, 0), min(rows[1] - first, step)
+            parts.append(self._held[2].take(range(low, high), axis=axis))
+        return np.concatenate(parts, axis) if len(parts) > 1 else parts[0]
+
+    def whole(self) -> NDArray[Any]:
+        """All pixels at once, as `read` gives them.
+
+        Raises:
+            ImageError: if they cannot be read, or are more than Pillow would load.
+        """
+        height, width = self.size
+        limit = Image.MAX_IMAGE_PIXELS
+        if self._is_stored and limit is not None and height * width > 2 * limit:
+            raise ImageError(
+                f"{self.name} is too large to be loaded whole: {height}x{width} pixels are more "
+                f"than {2 * limit}; read it strip by strip with fcvgg.stream, or raise "
+                "PIL.Image.MAX_IMAGE_PIXELS if you trust the file"
+            )
+        pixels = self.read((0, height), (0, width))
+        self._held = None
+        return pixels
+
+    def transparent(self) -> bool:
+        """Whether the last of two or four channels is taken for transparency."""
+        return self.alpha
+
+    def treat_as_missing(self, nodata: float | str | None) -> None:
+        """Read pixels of a value as NaN.
+
+        Args:
+            nodata: the value; ``"file"`` is what the file declares, or else its mask or
+                transparency; None keeps all as they are.
+
+        Raises:
+            ImageError: if the file declares none.
+        """
+        if isinstance(nodata, str) and nodata == FROM_FILE:
+            self._by_mask = self.nodata is None and self._has_mask()
+            if self.nodata is None and not self._by_mask:
+                raise ImageError(
+                    f"{self.name} declares no nodata value; pass the value, such as nodata=0"
+                )
+            nodata = self.nodata
+        if nodata is not None and (isinstance(nodata, bool) or not isinstance(nodata, Real)):
+            raise ImageError(
+                f"nodata must be a number, 'file' or None, got {nodata!r}; 'file' takes what the "
+                "file declares"
+            )
+        self.missing_value = None if nodata is None else float(nodata)
+
+    @property
+    def left_out(self) -> str | None:
+        """Which pixels are read as NaN: those of a value, or of the file's mask."""
+        if self._by_mask:
+            return _MASK
+        return None if self.missing_value is None else str(self.missing_value)
+
+    @property
+    def _is_stored(self) -> bool:
+        """Whether it lies in a file rather than in memory."""
+        return True
+
+    def _read(self, rows: Pair, cols: Pair) -> NDArray[Any]:
+        """What is stored, ``(rows, cols, C)``."""
+        raise NotImplementedError
+
+    def _coloured(self, stored: NDArray[Any]) -> NDArray[Any]:
+        """Grey or colours of what is stored."""
+        return stored
+
+    def _pixels(self, rows: Pair, cols: Pair) -> NDArray[Any]:
+        """The bands that were chosen, NaN where there is no data."""
+        stored = self._read(rows, cols)
+        if self.preprocessed:
+            return stored
+        pixels = self._coloured(stored)
+        chosen: Any = slice(None) if self.bands is None else list(self.bands)
+        if self._by_mask:
+            absent = self._masked(stored, rows, cols)
+        elif self.missing_value is not None:
+            coloured = stored.shape[2] != pixels.shape[2]  # bands of colours, stored as an index
+            absent = self._equal(stored if coloured else stored[..., chosen], self.missing_value)
+        else:
+            return pixels[..., chosen]
+        pixels = pixels[..., chosen]
+        exact = np.result_type(pixels.dtype, np.float32)
+        return np.where(absent[..., None], exact.type(np.nan), pixels.astype(exact, copy=False))
+
+    def _has_mask(self) -> bool:
+        """Whether the file says by a mask or transparency where it has no data."""
+        return False
+
+    def _masked(self, stored: NDArray[Any], rows: Pair, cols: Pair) -> NDArray[np.bool_]:
+        """Which pixels have no data by that mask."""
+        raise NotImplementedError
+
+    @staticmethod
+    def _equal(stored: NDArray[Any], value: float) -> NDArray[np.bool_]:
+        """Which pixels hold the value of those without data.
+
+        Unsigned values of pictures and scenes use the ends of their range for data too, so that
+        all bands have to hold it; of others one band without data leaves the pixel unknown.
+        """
+        if stored.dtype.kind == "f":
+            value = float(np.asarray(value).astype(stored.dtype))
+        equal = np.isnan(stored) if np.isnan(value) else stored == value
+        return equal.all(2) if stored.dtype.kind == "u" else equal.any(2)
+
+    @contextmanager
+    def _reading(self, rows: Pair) -> Iterator[None]:
+        try:
+            with quiet("tifffile", "PIL.TiffImagePlugin"):
+                yield
+        except FcvggError:
+            raise
+        except Exception as error:  # decoders raise whatever a broken file leads to
+            raise ImageError(
+                f"rows {rows[0]} to {rows[1]} of {self.name} cannot be read: {one_line(error)}"
+            ) from error
+
+    def _check(self) -> None:
+        """Refuse what is no image; `size`, `channels` and `dtype` are known by now."""
+        if 0 in self.size or self.channels == 0:
+            raise ImageError(f"{self.name} has no pixels: its size is {self.size}")
+        if self.preprocessed:
+            return
+        if self.dtype.kind not in "iuf":
+            raise ImageError(
+                f"{self.name} holds {self.dtype}, which has no known range; pass uint8 (H, W, C)"
+            )
+        self._stored = self.channels
+        if self.bands is not None:
+            if not self.bands or not all(band in range(self.channels) for band in self.bands):
+                raise ImageError(
+                    f"bands={self.bands} are not among those of {self.name}, which has "
+                    f"{self.channels}, counted from 0"
+                )
+            self.channels = len(self.bands)
+            self.alpha = False
+
+
+class ArraySource(StripSource):
+    """An array that is sliced: NumPy, memmap, zarr, h5py, dask or a tensor.
+
+    Args:
+        axes: what the dimensions are: Y and X, S for the samples of a pixel, others have length 1.
+    """
+
+    def __init__(
+        self, array: Any, axes: str, name: str, preprocessed: bool = False, bands: Bands = None
+    ):
+        super().__init__(bands)
+        self._array, self._axes = array, axes
+        self.name, self.preprocessed = name, preprocessed
+        shape = dict(zip(axes, array.shape))
+        self.size = (shape["Y"], shape["X"])
+        self.channels = shape.get("S", 1)
+        self.dtype = np.dtype(numpy_dtype(array)).newbyteorder("=")
+        self.alpha = self.channels == 4 and not preprocessed
+        self.block_rows = min(_chunk(array, axes.index("Y")), self.size[0] or 1)
+        self._check()
+
+    @property
+    def _is_stored(self) -> bool:
+        array = self._array
+        return isinstance(array, np.memmap) or not isinstance(array, (np.ndarray, Tensor))
+
+    def _read(self, rows: Pair, cols: Pair) -> NDArray[Any]:
+        self._check_file()
+        ranges = {"Y": slice(*rows), "X": slice(*cols), "S": slice(None)}
+        part = self._array[tuple(ranges.get(axis, 0) for axis in self._axes)]
+        if isinstance(part, Tensor):
+            part = part.detach().cpu()
+            part = part.float() if part.dtype == torch.bfloat16 else part
+        pixels = np.asarray(part)
+        pixels = pixels.astype(pixels.dtype.newbyteorder("="), copy=False)
+        kept = [axis for axis in self._axes if axis in ranges]
+        if self.preprocessed:
+            return pixels.transpose([kept.index(axis) for axis in "SYX"])
+        if "S" not in kept:
+            return pixels.transpose([kept.index(axis) for axis in "YX"])[..., None]
+        return pixels.transpose([kept.index(axis) for axis in "YXS"])
+
+    def _check_file(self) -> None:
+        """A memory map of a file that has shrunk would end the process."""
+        array = self._array
+        if isinstance(array, np.memmap) and array.filename and array.base is not None:
+            wanted = array.offset + (array.nbytes if array.flags.c_contiguous else 0)
+            found = os.path.getsize(array.filename)
+            if found < wanted:
+                raise ImageError(
+                    f"{array.filename} has shrunk while it was read: it has {found} bytes, and "
+                    f"the array needs {wanted}"
+                )
+
+
+class PillowSource(StripSource):
+    """A PIL image, or a file that Pillow can only decode as a whole; of several frames the first.
+
+    Args:
+        image: the image, its path, or the file in memory.
+        bands: the channels to take; None takes all.
+    """
+
+    def __init__(self, image: Image.Image | File, bands: Bands = None):
+        super().__init__(bands)
+        self._file = None if isinstance(image, Image.Image) else image
+        self._array: NDArray[Any] | None = None
+        if isinstance(image, Image.Image):
+            self.name = f"the image {getattr(image, 'filename', '')}".rstrip()
+            self._take(self._decoded(image))
+        else:
+            self.path = image if isinstance(image, Path) else None
+            self.name = str(image) if self.path is not None else self.name
+            with opened(image, self.name) as file:
+                described, self.reduced = _described(file), _is_reduced(file)
+                if described is None or file.format == "PNG":  # which is decoded to be turned
+                    self._take(self._decoded(file))
+                else:
+                    self.size = _upright_size(file)
+                    self.channels, self.dtype = described
+            self.resident = 2 * self.size[0] * self.size[1] * self.channels * self.itemsize
+        self.alpha = self.channels in (2, 4)
+        self._check()
+
+    @property
+    def _is_stored(self) -> bool:
+        return False  # Pillow has a limit of its own
+
+    def _take(self, pixels: NDArray[Any]) -> None:
+        self._array = pixels
+        self.size, self.channels = (pixels.shape[0], pixels.shape[1]), pixels.shape[2]
+        self.dtype = pixels.dtype
+
+    def _read(self, rows: Pair, cols: Pair) -> NDArray[Any]:
+        if self._array is None:
+            assert self._file is not None
+            with opened(self._file, self.name) as file:
+                self._array = self._decoded(file)
+        return self._array[slice(*rows), slice(*cols)]
+
+    def _decoded(self, image: Image.Image) -> NDArray[Any]:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # about sizes and metadata
+                pixels = _wide_png(image)
+                if pixels is not None:
+                    return pixels
+                image.load()
+                image = ImageOps.exif_transpose(image)
+        except Exception as error:  # Pillow's decoders raise whatever a broken file leads to
+            raise ImageError(f"{self.name} is a broken image: {one_line(error)}") from error
+        if 0 in image.size:
+            raise ImageError(f"{self.name} has no pixels: its size is {image.size}")
+        try:
+            return pixels_of(image)
+        except ValueError as error:
+            raise ImageError(
+                f"{self.name} of mode {image.mode} cannot be shown as RGB; convert it first"
+            ) from error
+
+
+def _described(image: Image.Image) -> tuple[int, np.dtype[Any]] | None:
+    """Channels and dtype of what Pillow decodes; None where only the pixels tell."""
+    transparency = image.mode in ("PA", "RGBa") or "transparency" in image.info
+    depth = _wide_rawmode(image)
+    if depth is not None:
+        channels = 4 if transparency else {"RGB": 3, "RGBA": 4, "LA": 2}[depth]
+        return channels, np.dtype(np.uint16)
+    if image.mode == "I":
+        return None
+    if image.mode.startswith("I;") or image.mode == "F":
+        return 1 + transparency, np.dtype(np.float32 if image.mode == "F" else np.uint16)
+    channels = {"1": 1, "L": 1, "LA": 2, "La": 2, "RGBA": 4}.get(image.mode, 3)
+    return 4 if transparency else channels, np.dtype(np.uint8)
+
+
+def _is_reduced(image: Image.Image) -> bool:
+    """Whether Pillow gives 8 of the bits that a PPM or a JPEG 2000 holds."""
+    if image.mode not in ("RGB", "RGBA", "LA"):
+        return False
+    tiles = getattr(image, "tile", None)
+    if image.format == "PPM" and tiles:
+        return isinstance(tiles[0][3], tuple) and tiles[0][3][1] > 255
+    file = getattr(image, "fp", None)
+    if image.format != "JPEG2000" or file is None:
+        return False
+    place = file.tell()
+    file.seek(0)
+    header = file.read(_JPEG_2000_HEADER)
+    file.seek(place)
+    start = header.find(b"\xff\x4f\xff\x51")
+    depth = header[start + 42 : start + 43]
+    return start >= 0 and bool(depth) and (depth[0] & 0x7F) + 1 > 8
+
+
+def _wide_rawmode(image: Image.Image) -> str | None:
+    """The channels of a PNG of 16 bits that Pillow would give in 8."""
+    tiles = getattr(image, "tile", None)
+    if getattr(image, "format", None) != "PNG" or not tiles or tiles[0][0] != "zip":
+        return None
+    rawmode = tiles[0][3]
+    channels = rawmode.removesuffix(";16B") if isinstance(rawmode, str) else ""
+    return channels if channels in ("RGB", "RGBA", "LA") and channels != rawmode else None
+
+
+def _wide_png(image: Image.Image) -> NDArray[np.uint16] | None:
+    """The pixels of a PNG of 16 bits with several channels.
+
+    Pillow decodes the upper byte of each number. Decoded as if the numbers were little-endian, it
+    gives the lower one; grey with alpha is four bytes in a row, as RGBA of 8 bits is.
+    """
+    channels = _wide_rawmode(image)
+    source = getattr(image, "fp", None)
+    if channels is None or source is None:
+        return None
+    source.seek(0)
+    data = source.read()
+    kinds = ("RGBA",) if channels == "LA" else (f"{channels};16B", f"{channels};16L")
+    parts = []
+    for rawmode in kinds:
+        with Image.open(io.BytesIO(data)) as part:
+            part.tile = [(*part.tile[0][:3], rawmode)]  # type: ignore[attr-defined]
+            part.load()
+            parts.append(np.asarray(ImageOps.exif_transpose(part)).astype(np.uint16))
+    if channels == "LA":
+        parts = [parts[0][..., ::2], parts[0][..., 1::2]]
+    pixels = (parts[0] * np.uint16(256) + parts[1]).astype(np.uint16, copy=False)
+    hidden = image.info.get("transparency")
+    if channels != "RGB" or hidden is None:
+        return pixels
+    opaque = (pixels != np.array(hidden, np.uint16)).any(2, keepdims=True)
+    return np.concatenate([pixels, opaque * np.uint16(65535)], 2)
+
+
+def level_of(levels: Sequence[Any], level: int, name: str) -> Any:
+    """One level of a pyramid.
+
+    Raises:
+        ImageError: if there is none of that number.
+    """
+    if not isinstance(level, int) or not 0 <= level < len(levels):
+        raise ImageError(f"{name} has no level {level}; it has {len(levels)}, counted from 0")
+    return levels[level]
+
+
+def nodata_of(left_out: str | None) -> float | str | None:
+    """What `fcvgg.open_image` takes as ``nodata`` for what `StripSource.left_out` says.
+
+    Raises:
+        ValueError: if it says neither.
+    """
+    return FROM_FILE if left_out == _MASK else None if left_out is None else float(left_out)
+
+
+def usable_pixel_size(size: Sequence[float]) -> tuple[float, float] | None:
+    """Height and width of a pixel in micrometres as a file states them; None if they are none."""
+    height, width = size
+    return (height, width) if all(0 < n < _LARGEST_PIXEL for n in size) else None
+
+
+def numpy_dtype(array: Any) -> Any:
+    """The dtype in which an array's values are read."""
+    if not isinstance(array, Tensor):
+        return np.dtype(array.dtype)
+    if array.is_floating_point():
+        return np.dtype(np.float32 if array.dtype == torch.bfloat16 else f"f{array.element_size()}")
+    return np.dtype(np.int64)
+
+
+def _chunk(array: Any, axis: int) -> int:
+    """Rows of a chunk; 1 for what is not stored in chunks."""
+    chunks = getattr(array, "chunks", None)
+    if isinstance(array, (np.ndarray, Tensor)) or not chunks:
+        return 1
+    rows = chunks[axis]
+    return int(rows if isinstance(rows, (int, np.integer)) else max(rows))
+
+
+@contextmanager
+def opened(file: File, name: str) -> Iterator[Image.Image]:
+    """A file's header, read by Pillow and with its limits on the size.
+
+    Raises:
+        ImageError: if Pillow cannot read it, or would not for its size.
+    """
+    try:
+        if not isinstance(file, Path):
+            file.seek(0)
+        with warnings.catch_warnings(), quiet("PIL.TiffImagePlugin"):
+            warnings.simplefilter("ignore")  # about sizes and metadata
+            image = Image.open(file)
+        with image:
+            yield image
+    except FcvggError:
+        raise
+    except UnidentifiedImageError as error:
+        raise ImageError(
+            f"{name} is no image that Pillow can read; expected PNG, JPEG or the like"
+        ) from error
+    except Image.DecompressionBombError as error:
+        raise ImageError(
+            f"{name} is too large to be loaded whole: {one_line(error)}; make it smaller, save it "
+            "as a tiled TIFF, which fcvgg.stream reads without a limit, or raise "
+            "PIL.Image.MAX_IMAGE_PIXELS if you trust the file"
+        ) from error
+    except Exception as error:  # Pillow's plugins raise whatever a broken file leads to
+        raise ImageError(f"{name} cannot be read: {one_line(error)}") from error
+
+
+@contextmanager
+def quiet(*loggers: str) -> Iterator[None]:
+    """Nothing that readers log reaches stderr; what is wrong with a file is raised."""
+
+    def nothing(_: logging.LogRecord) -> bool:
+        return False
+
+    found = [logging.getLogger(name) for name in loggers]
+    for logger in found:
+        logger.addFilter(nothing)
+    try:
+        yield
+    finally:
+        for logger in found:
+            logger.removeFilter(nothing)
+
+
+def _upright_size(image: Image.Image) -> Pair:
+    turned = image.getexif().get(_ORIENTATION, 1) >= _TURNED
+    return (image.width, image.height) if turned else (image.height, image.width)

@@ -1,0 +1,464 @@
+"""TIFF, BigTIFF and OME-TIFF, of which only the tiles or strips that are needed are read."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from fcvgg.errors import FcvggError, ImageError, MissingExtraError, one_line
+from fcvgg.geometry import Pair
+from fcvgg.images.lazy.georeference import (
+    KEY_DOUBLES,
+    KEY_TEXT,
+    KEYS,
+    MATRIX,
+    PIXEL_SCALE,
+    TIE_POINTS,
+    Georeference,
+    Transform,
+)
+from fcvgg.images.lazy.source import Bands, File, StripSource, level_of, quiet, usable_pixel_size
+from fcvgg.support.extras import imported
+
+_WHITE_IS_ZERO, _BLACK_IS_ZERO, _RGB, _PALETTE, _SEPARATED, _YCBCR = 0, 1, 2, 3, 5, 6
+"""TIFF's photometric interpretations that can be read."""
+
+_MASK = 4
+"""TIFF's photometric interpretation, and kind of page, of a mask: 1 where there is an image."""
+
+_GREYS = (_WHITE_IS_ZERO, _BLACK_IS_ZERO)
+
+_JPEG = (6, 7)
+"""TIFF's compressions whose decoder turns YCbCr into RGB."""
+
+_ALPHA = (1, 2)
+"""TIFF's kinds of extra samples that are transparency; with the first, colours are multiplied by
+it."""
+
+_ASSOCIATED = 1
+
+_SEPARATE = 2
+"""TIFF's planar configuration of which every sample has tiles of its own."""
+
+_CMYK = 1
+"""TIFF's set of inks of four."""
+
+_CENTIMETRE = 3
+"""TIFF's unit of resolutions that describe the object rather than the print."""
+
+_ORIENTATION, _X_RESOLUTION, _INK_SET, _SAMPLE_FORMAT = 274, 282, 332, 339
+_NODATA = 42113
+"""GDAL's tag for the value of pixels without data, as text."""
+
+_GEOREFERENCE = (PIXEL_SCALE, TIE_POINTS, MATRIX, KEYS)
+"""Tags of which a georeferenced file has one at least."""
+
+_TURNED = 5
+"""Orientations from this one on exchange height and width."""
+
+_ROWS_FLIPPED, _COLS_FLIPPED = (3, 4, 6, 7), (2, 3, 7, 8)
+"""Orientations of which the rows, and columns, that are stored run from the far end."""
+
+_MICROMETRES = {"µm": 1.0, "um": 1.0, "nm": 1e-3, "mm": 1e3, "cm": 1e4}
+
+_LOOKED_AT = 16
+"""Rows of an image, evenly spread, by which alpha is told from another band."""
+
+_OPAQUE = 0.5
+"""The share of pixels of a picture's alpha that are wholly opaque or wholly transparent."""
+
+
+@dataclass(frozen=True)
+class _Plane:
+    """Where the tiles or strips of one page of a TIFF stand in the file."""
+
+    offsets: Sequence[int]
+    counts: Sequence[int]
+    jpeg_tables: bytes | None
+
+
+class TiffSource(StripSource):
+    """One level of a TIFF, BigTIFF or OME-TIFF; only the tiles or strips that are needed are read.
+
+    Args:
+        file: the path, or the file in memory.
+        level: of the pyramid; 0 is the full resolution.
+        bands: the channels to take; None takes all.
+        missing: ``"fill"`` takes tiles that the file does not store for its nodata value, zero if
+            it declares none; ``"error"`` refuses.
+        series: of images in the file: the first, or that of a mask.
+    """
+
+    def __init__(
+        self,
+        file: File,
+        level: int = 0,
+        bands: Bands = None,
+        missing: str = "fill",
+        series: int = 0,
+    ):
+        super().__init__(bands)
+        self._series = series
+        self._mask: TiffSource | None = None
+        tifffile = imported("tifffile", "stream")
+        self._source = file
+        if isinstance(file, Path):
+            self.path, self.name = file, str(file)
+        else:
+            file.seek(0)
+        try:
+            with quiet("tifffile"), tifffile.TiffFile(file) as tiff:
+                self._describe(tiff, level)
+                self.pixel_size = _pixel_size(tiff, self.stored_size)
+                found = tiff.filehandle.size
+        except FcvggError:
+            raise
+        except Exception as error:
+            raise ImageError(f"{self.name} is no readable TIFF: {one_line(error)}") from error
+        if self._turned and self.pixel_size is not None:
+            self.pixel_size = self.pixel_size[::-1]
+        self._check()
+        self._check_whole(found)
+        if missing == "error":
+            self._check_stored()
+
+    @contextmanager
+    def _opened(self) -> Iterator[BinaryIO]:
+        if not isinstance(self._source, Path):
+            self._source.seek(0)
+            yield self._source
+            return
+        with open(self._source, "rb") as file:
+            yield file
+
+    def _describe(self, file: Any, level: int) -> None:
+        """Read everything but the pixels."""
+        series = level_of(file.series[self._series].levels, level, self.name)
+        self._page = page = series.keyframe
+        if any(p is None or p.parent is not file for p in series.pages):
+            raise ImageError(
+                f"{self.name} has its pixels in several files; expected one: save it as one"
+            )
+        squeezed = [axis for axis, n in zip(series.axes, series.shape) if n > 1 or axis in "YX"]
+        planes = len(series.pages)
+        if set(squeezed) - set("YXSC"):
+            raise ImageError(
+                f"{self.name} has axes {series.axes} of lengths {tuple(series.shape)}; expected "
+                "one plane of rows, columns and channels: pass it as an array"
+            )
+        full = file.series[self._series].levels[0].keyframe
+        first = full.tags  # which say what holds for all levels
+        orientation = page.tags.valueof(_ORIENTATION, first.valueof(_ORIENTATION, 1))
+        self._orientation = int(orientation) if orientation in range(1, 9) else 1
+        colours = (_WHITE_IS_ZERO, _BLACK_IS_ZERO, _RGB, _PALETTE, *(_MASK,) * (self._series > 0))
+        decoded = page.photometric == _YCBCR and page.compression in _JPEG
+        self._cmyk = (
+            page.photometric == _SEPARATED
+            and page.samplesperpixel * planes == 4
+            and page.tags.valueof(_INK_SET, _CMYK) == _CMYK
+            and page.dtype == np.uint8
+        )
+        if page.photometric not in colours and not decoded and not self._cmyk:
+            raise ImageError(
+                f"{self.name} stores its colours as {getattr(page.photometric, 'name', '?')}; "
+                "expected RGB, grey, a palette, or CMYK of 8 bits: save it so"
+            )
+        self._planes = [_Plane(p.dataoffsets, p.databytecounts, p.jpegtables) for p in series.pages]
+        self._decode = page.decode
+        self._byteorder = file.byteorder
+        self._samples = page.samplesperpixel
+        stored = self._samples * planes * page.imagelength * page.imagewidth
+        if stored != np.prod(series.shape, dtype=object):
+            raise ImageError(
+                f"{self.name} says that it holds {'x'.join(map(str, series.shape))} numbers and "
+                f"describes {stored} of them, as large ImageJ files do; save it as an OME-TIFF"
+            )
+        bits = page.bitspersample
+        few = page.photometric in (*_GREYS, _MASK) and bits in (1, 2, 4)
+        known = few or bits in (8, 16, 32, 64) or page.photometric == _PALETTE
+        if page.dtype is None or not known:
+            raise ImageError(
+                f"{self.name} has {bits} bits per sample; expected 8, 16, 32 or 64: save it so"
+            )
+        self._step = 255 // ((1 << bits) - 1) if few else 1  # between two neighbouring greys
+        self.dtype = np.dtype(np.uint8 if page.dtype.kind == "b" else page.dtype)
+        if page.photometric == _WHITE_IS_ZERO and self.dtype.kind != "u":
+            raise ImageError(
+                f"{self.name} says that 0 is white and holds {self.dtype}, of which no value is "
+                "black; save it with 0 as black"
+            )
+        self._colours = None
+        if page.photometric == _PALETTE:
+            self._colours = (np.asarray(page.colormap) >> 8).astype(np.uint8).T  # (colours, 3)
+            self.dtype = np.dtype(np.uint8)
+        self.stored_size = (page.imagelength, page.imagewidth)
+        self.size = self.stored_size[::-1] if self._turned else self.stored_size
+        samples = self._samples * planes
+        self.channels = 3 if self._colours is not None or self._cmyk else samples
+        self._describe_extra_samples(page, samples)
+        self._mask_series = next(
+            (
+                i
+                for i, other in enumerate(file.series)
+                if i != self._series
+                and other.keyframe.subfiletype & _MASK
+                and level == 0
+                and (other.keyframe.imagelength, other.keyframe.imagewidth) == self.stored_size
+            ),
+            None,
+        )
+        self.georeferenced = any(code in first for code in _GEOREFERENCE)
+        codes = (*_GEOREFERENCE, KEY_DOUBLES, KEY_TEXT)
+        place = Georeference.of_tags({code: first.valueof(code) for code in codes if code in first})
+        if place is not None:
+            place = place.scaled((full.imagelength, full.imagewidth), self.stored_size)
+            self.georeference = place.through(self._upright)
+        self.nodata = _number(page.tags.valueof(_NODATA, first.valueof(_NODATA)))
+        self._direct = page.is_contiguous and page.compression == 1 and page.predictor == 1
+        self._direct = self._direct and page.planarconfig == 1 and page.fillorder == 1
+        self._direct = self._direct and self._step == 1
+        if self._turned:
+            rows = page.tilewidth if page.is_tiled else self.size[0]
+        else:
+            rows = 1 if self._direct else self._tile[0]
+        self.block_rows = min(int(rows), self.size[0])
+
+    def _describe_extra_samples(self, page: Any, samples: int) -> None:
+        """Read what the file says of transparency."""
+        extra = page.extrasamples
+        coloured = page.photometric == _RGB and samples == 4
+        grey = page.photometric in _GREYS and samples == 2
+        self.alpha = (coloured or grey) and bool(extra) and extra[-1] in _ALPHA
+        self._associated = self.alpha and extra[-1] == _ASSOCIATED
+        self._masks = self.alpha
+        # GDAL calls the fourth band of bytes alpha where it is told nothing else. Other than
+        # programs for pictures it states a sample format and no resolution.
+        self._by_gdal = _SAMPLE_FORMAT in page.tags and _X_RESOLUTION not in page.tags
+
+    @property
+    def _turned(self) -> bool:
+        return self._orientation >= _TURNED
+
+    @property
+    def _upright(self) -> Transform:
+        """From pixels as they are given to those that are stored, before they are turned."""
+        height, width = self.stored_size
+        row = (-1, height) if self._orientation in _ROWS_FLIPPED else (1, 0)
+        col = (-1, width) if self._orientation in _COLS_FLIPPED else (1, 0)
+        if self._turned:
+            return 0, col[0], col[1], row[0], 0, row[1]
+        return col[0], 0, col[1], 0, row[0], row[1]
+
+    def transparent(self) -> bool:
+        """Whether the last of two or four channels is taken for transparency.
+
+        In a georeferenced file it never is: near infrared is often tagged so.
+        """
+        if not self.alpha or self.georeferenced:
+            return False
+        return not self._by_gdal or looks_like_alpha(self)
+
+    @property
+    def _tile(self) -> Pair:
+        key = self._page
+        if key.is_tiled:
+            return key.tilelength, key.tilewidth
+        return min(key.rowsperstrip, self.stored_size[0]), self.stored_size[1]
+
+    def _check_whole(self, found: int) -> None:
+        tall, wide = self._tile
+        if min(tall, wide) < 1:
+            raise ImageError(
+                f"{self.name} has tiles or strips of {tall}x{wide} pixels; expected some"
+            )
+        tiles = -(-self.stored_size[0] // tall) * -(-self.stored_size[1] // wide)
+        tiles *= self._samples if self._page.planarconfig == _SEPARATE else 1
+        for plane in self._planes:
+            ends = [offset + count for offset, count in zip(plane.offsets, plane.counts)]
+            if (len(ends) < tiles and not self._direct) or not ends or max(ends) > found:
+                reach = f", and its pixels reach to byte {max(ends)}" if ends else ""
+                raise ImageError(f"{self.name} is truncated: it has {found} bytes{reach}")
+
+    def _check_stored(self) -> None:
+        counts = [count for plane in self._planes for count in plane.counts]
+        if not all(counts):
+            raise ImageError(
+                f"{self.name} lacks {counts.count(0)} of its {len(counts)} tiles; "
+                "missing='fill' takes them for the nodata value, or zeros"
+            )
+
+    def _has_mask(self) -> bool:
+        return self._masks or self._mask_series is not None
+
+    def _masked(self, stored: NDArray[Any], rows: Pair, cols: Pair) -> NDArray[np.bool_]:
+        if self._mask_series is None:
+            return np.asarray(stored[..., -1] == 0)
+        if self._mask is None:
+            self._mask = TiffSource(self._source, series=self._mask_series)
+        return np.asarray(self._mask._read(rows, cols)[..., 0] == 0)
+
+    def _read(self, rows: Pair, cols: Pair) -> NDArray[Any]:
+        read = self._rows if self._direct else self._segments
+        ranges = [cols, rows] if self._turned else [rows, cols]
+        flipped = [self._orientation in kinds for kinds in (_ROWS_FLIPPED, _COLS_FLIPPED)]
+        for axis, size in enumerate(self.stored_size):
+            if flipped[axis]:
+                ranges[axis] = (size - ranges[axis][1], size - ranges[axis][0])
+        with self._opened() as file:
+            planes = [read(file, plane, *ranges) for plane in self._planes]
+        pixels = planes[0] if len(planes) == 1 else np.concatenate(planes, 2)
+        pixels = pixels[tuple(slice(None, None, -1 if flip else 1) for flip in flipped)]
+        return pixels.swapaxes(0, 1) if self._turned else pixels
+
+    def _coloured(self, stored: NDArray[Any]) -> NDArray[Any]:
+        """Grey or colours of what is stored: palettes, inverted grey, CMYK, multiplied alpha."""
+        if self._colours is not None:
+            return self._colours[stored[..., 0]]
+        if self._cmyk:
+            inks = Image.fromarray(np.ascontiguousarray(stored), "CMYK")
+            return np.asarray(inks.convert("RGB"))
+        if self._step > 1:
+            stored = stored.astype(np.uint8) * np.uint8(self._step)
+        if self._page.photometric == _WHITE_IS_ZERO:
+            grey = np.iinfo(stored.dtype).max - stored[..., :1]
+            stored = np.concatenate([grey, stored[..., 1:]], 2)
+        if self._associated and stored.dtype.kind == "u":
+            alpha = stored[..., -1:].astype(np.float64)
+            full = np.iinfo(stored.dtype).max
+            whole = stored * np.float64(full)
+            pure = np.divide(whole, alpha, out=np.zeros(stored.shape), where=alpha > 0)
+            pure[..., -1:] = alpha
+            return pure.round().clip(0, full).astype(stored.dtype)
+        return stored
+
+    def _bytes(self, file: BinaryIO, offset: int, count: int) -> bytes:
+        file.seek(offset)
+        data = file.read(count)
+        if len(data) != count:
+            raise ImageError(
+                f"{self.name} has shrunk while it was read: byte {offset + count} is beyond its end"
+            )
+        return data
+
+    def _rows(self, file: BinaryIO, plane: _Plane, rows: Pair, cols: Pair) -> NDArray[Any]:
+        """Rows of an uncompressed image, which follow each other in the file."""
+        dtype = np.dtype(self._page.dtype).newbyteorder(self._byteorder)
+        row = self.stored_size[1] * self._samples * dtype.itemsize
+        data = self._bytes(file, plane.offsets[0] + rows[0] * row, (rows[1] - rows[0]) * row)
+        pixels = np.frombuffer(data, dtype).reshape(-1, self.stored_size[1], self._samples)
+        return pixels[:, cols[0] : cols[1]].astype(self._page.dtype, copy=False)
+
+    def _segments(self, file: BinaryIO, plane: _Plane, rows: Pair, cols: Pair) -> NDArray[Any]:
+        """Pixels of the tiles or strips that cover rows and columns."""
+        height, width = self.stored_size
+        tall, wide = self._tile
+        across, down = -(-width // wide), -(-height // tall)
+        samples = self._samples if self._page.planarconfig == _SEPARATE else 1
+        shape = (rows[1] - rows[0], cols[1] - cols[0], self._samples)
+        pixels: NDArray[Any] = np.full(shape, self._fill, self._page.dtype)
+        for sample in range(samples):
+            part = pixels[..., sample : sample + 1] if samples > 1 else pixels
+            for y in range(rows[0] // tall, -(-rows[1] // tall)):
+                for x in range(cols[0] // wide, -(-cols[1] // wide)):
+                    segment = self._segment(file, plane, (sample * down + y) * across + x)
+                    if segment is not None:
+                        _paste(part, segment, y * tall - rows[0], x * wide - cols[0])
+        return pixels
+
+    @property
+    def _fill(self) -> float:
+        """What tiles that the file does not store are filled with, as by GDAL."""
+        dtype = np.dtype(self._page.dtype)
+        if self.nodata is None or dtype.kind == "b":
+            return 0
+        if dtype.kind == "f":
+            return self.nodata
+        limits = np.iinfo(dtype)
+        return int(self.nodata) if limits.min <= self.nodata <= limits.max else 0
+
+    def _segment(self, file: BinaryIO, plane: _Plane, index: int) -> NDArray[Any] | None:
+        """One tile or strip; None for one that was not stored."""
+        if not plane.counts[index]:
+            return None
+        data = self._bytes(file, plane.offsets[index], plane.counts[index])
+        tables = {"jpegtables": plane.jpeg_tables} if plane.jpeg_tables is not None else {}
+        try:
+            segment, _, shape = self._decode(data, index, **tables)
+        except ValueError as error:
+            if "imagecodecs" in str(error):
+                raise MissingExtraError(
+                    f"{self.name} is compressed with a method that needs the package imagecodecs; "
+                    "install it with: pip install 'fcvgg[stream]'"
+                ) from error
+            raise
+        return None if segment is None else segment[0, : shape[1], : shape[2]]
+
+
+def _number(text: Any) -> float | None:
+    """What GDAL's tag says; None where it says nothing, or no number."""
+    try:
+        return float(str(text).strip(" \0"))
+    except ValueError:
+        return None
+
+
+def looks_like_alpha(source: StripSource) -> bool:
+    """Whether the last channel's values are those of a picture's transparency.
+
+    Most of its pixels are wholly opaque or wholly transparent, or all are alike.
+    """
+    height, width = source.size
+    rows = np.linspace(0, height - 1, _LOOKED_AT).round().astype(int)
+    lines = [source.read((int(y), int(y) + 1), (0, width))[0, :, -1] for y in np.unique(rows)]
+    values = np.concatenate(lines)
+    values = values[values == values]  # without what has no data
+    full = np.iinfo(source.dtype).max if source.dtype.kind in "iu" else 1
+    extreme = (values == 0) | (values == full)
+    return not values.size or bool(extreme.mean() >= _OPAQUE or (values == values[0]).all())
+
+
+def _pixel_size(file: Any, size: Pair) -> tuple[float, float] | None:
+    """Micrometres of a pixel of a level of this size, as OME, Aperio or TIFF's tags state them."""
+    first = file.series[0].keyframe
+    sizes = _ome_pixel_size(file.ome_metadata) if file.is_ome else None
+    scanned = re.search(r"\bMPP ?= ?(\d+(?:\.\d+)?)", first.description)
+    if sizes is None and scanned is not None and float(scanned[1]) > 0:
+        sizes = (float(scanned[1]), float(scanned[1]))
+    if sizes is None and first.resolutionunit == _CENTIMETRE:  # inches are about printing
+        across, down = first.get_resolution(_CENTIMETRE)
+        sizes = (1e4 / down, 1e4 / across) if min(down, across) > 0 else None
+    if sizes is None:
+        return None
+    down, across = sizes[0] * first.imagelength / size[0], sizes[1] * first.imagewidth / size[1]
+    return usable_pixel_size((down, across))
+
+
+def _ome_pixel_size(description: str) -> tuple[float, float] | None:
+    tag = re.search(r"<(?:\w+:)?Pixels\b[^>]*>", description)
+    found = dict(re.findall(r'(PhysicalSize\w+)="([^"]*)"', tag[0])) if tag else {}
+    try:
+        sizes = [
+            float(found[f"PhysicalSize{axis}"])
+            * _MICROMETRES[found.get(f"PhysicalSize{axis}Unit", "µm")]
+            for axis in "YX"
+        ]
+    except (KeyError, ValueError):
+        return None
+    return (sizes[0], sizes[1]) if min(sizes) > 0 else None
+
+
+def _paste(target: NDArray[Any], part: NDArray[Any], top: int, left: int) -> None:
+    """Put a tile at its place, cut to the target."""
+    rows, cols = target.shape[:2]
+    y, x = max(-top, 0), max(-left, 0)
+    part = part[y : rows - top, x : cols - left]
+    height, width = part.shape[:2]
+    target[top + y : top + y + height, left + x : left + x + width] = part

@@ -1,0 +1,159 @@
+"""Pixels that are not finite, and the cells that see them.
+
+A cell sees a pixel if positions that the layers read, one layer after the other, lead from the
+pixel to the cell. Kernels, convolution algorithms and runtimes differ in what they make of NaN: a
+maximum may hide it, a tile of Winograd's algorithm spreads it. So a network is given zeros there,
+and the cells that see them become NaN by geometry, whatever computes the scores.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import isfinite
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from fcvgg.errors import UnsupportedLayerError
+from fcvgg.geometry import Geometry, Window
+from fcvgg.inference.sliding import Part, Sliding
+from fcvgg.inference.stages import Stage, stages_of
+
+Windows = tuple[Window, Window]
+
+
+@dataclass(frozen=True)
+class Reader:
+    """What an operation reads: positions of earlier ones, 0 being the image.
+
+    Attributes:
+        inputs: the operations that it reads; those of a join have maps of one size.
+        windows: along the height and the width.
+        border: how positions outside the map are filled, as of `Sliding`.
+    """
+
+    inputs: tuple[int, ...]
+    windows: Windows = (Window(), Window())
+    border: str = "constant"
+
+    def seen(self, masks: Sequence[Tensor]) -> Tensor:
+        """Which outputs read a marked position of the inputs, bool ``(N, 1, h, w)``."""
+        mask = masks[0]
+        for other in masks[1:]:
+            mask = mask | other
+        for dim, window in zip((2, 3), self.windows):
+            mask = _seen_along(mask, dim, window, self.border)
+        return mask
+
+    def stage(self) -> Stage:
+        """The same for a strip of the image, which comes with its border."""
+        if self.windows == (Window(), Window()):
+            return Stage("missing", self.inputs, 1, call=self.seen)
+        height, width = (Window(w.kernel, w.stride, w.dilation) for w in self.windows)
+        inner = Reader(self.inputs, (height, width))
+
+        def run(mask: Tensor, part: Part) -> Tensor:
+            return inner.seen([mask])
+
+        return Stage("missing", self.inputs, 1, Sliding(self.windows, run, border=self.border))
+
+
+def _seen_along(mask: Tensor, dim: int, window: Window, border: str) -> Tensor:
+    if window.is_identity:
+        return mask
+    size = mask.shape[dim]
+    first = torch.arange(window.output_size(size), device=mask.device)
+    first = first * window.stride - window.before
+    result: Tensor | None = None
+    for tap in range(window.kernel):
+        places = first + tap * window.dilation
+        outside = (places < 0) | (places >= size)
+        if border == "reflect":
+            places = (size - 1) - ((size - 1) - places.abs()).abs()
+        hit = mask.index_select(dim, places.clamp(0, size - 1))
+        if border == "constant" and bool(outside.any()):
+            hit &= ~outside.view(-1, 1) if dim == 2 else ~outside
+        result = hit if result is None else result.logical_or_(hit)
+    assert result is not None
+    return result
+
+
+def readers_of_stages(stages: Sequence[Stage]) -> list[Reader]:
+    """What the stages after the image read."""
+    return [
+        Reader(stage.inputs)
+        if stage.sliding is None
+        else Reader(stage.inputs, stage.sliding.windows, stage.sliding.border)
+        for stage in stages[1:]
+    ]
+
+
+def readers_of(
+    network: fx.GraphModule, in_channels: int, output: int, geometry: Geometry
+) -> list[Reader]:
+    """What the operations of a converted network read; the last one gives the output.
+
+    A layer without a rule for strips is known by its windows alone, from the geometry.
+    """
+    try:
+        return readers_of_stages(stages_of(network, in_channels, output))
+    except UnsupportedLayerError:
+        return [
+            Reader(tuple(i + 1 for i in down.inputs), (down.window, across.window))
+            for down, across in zip(geometry.height.steps, geometry.width.steps)
+        ]
+
+
+def cells_that_see(pixels: Tensor, readers: Sequence[Reader]) -> Tensor:
+    """The cells ``(N, 1, h, w)`` that see marked pixels ``(N, 1, H, W)``, both bool."""
+    masks = [pixels]
+    for reader in readers:
+        masks.append(reader.seen([masks[i] for i in reader.inputs]))
+    return masks[-1]
+
+
+def missing_pixels(images: Tensor) -> Tensor | None:
+    """Where images ``(N, C, H, W)`` are not finite in some channel, ``(N, 1, H, W)``; None if not.
+
+    For finite images this is one sum, made while they are on their way into the cache.
+    """
+    wide = torch.float32 if images.dtype == torch.float16 else None  # whose sums soon overflow
+    if isfinite(images.detach().sum(dtype=wide).item()):
+        return None
+    finite = images.detach().isfinite()  # the sum of finite pixels overflows where they are huge
+    return None if bool(finite.all()) else ~finite.all(1, keepdim=True)
+
+
+def can_be_looked_at(images: Tensor) -> bool:
+    """Whether a tensor has values now: not while a network is traced, exported or vectorised."""
+    return (
+        type(images) in (Tensor, nn.Parameter)
+        and images.device.type != "meta"
+        and not torch._C._functorch.is_functorch_wrapped_tensor(images)
+    )
+
+
+def run_with_missing(
+    images: Tensor,
+    network: Callable[[Tensor], Any],
+    readers: Callable[[int], Sequence[Reader]],
+) -> Any:
+    """``network(images)``, with NaN in the cells that see a pixel that is not finite.
+
+    Args:
+        images: ``(N, C, H, W)``, padded up to the window.
+        network: gives a map ``(N, K, h, w)`` or a tuple of them.
+        readers: of an output, by its number.
+    """
+    pixels = missing_pixels(images)
+    if pixels is None:
+        return network(images)
+    maps = network(images.masked_fill(pixels, 0))
+    several = maps if isinstance(maps, tuple) else (maps,)
+    marked = tuple(
+        scores.masked_fill(cells_that_see(pixels, readers(i)), torch.nan)
+        for i, scores in enumerate(several)
+    )
+    return marked if isinstance(maps, tuple) else marked[0]

@@ -1,0 +1,367 @@
+"""Figures made of a score map; matplotlib is imported where it is used."""
+
+from __future__ import annotations
+
+from math import ceil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from fcvgg.categories import class_name
+from fcvgg.errors import ArgumentError, ImageError
+from fcvgg.geometry import Geometry, Pair
+from fcvgg.results.colours import class_colours
+from fcvgg.results.heatmap import ALPHA, COLOUR_MAP, CONTOURS, DRAWN, Heatmap, colour_bar, resized
+from fcvgg.support.atomic import FIGURE_ENDINGS, checked_file, written_whole
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from PIL import Image
+    from torch import Tensor
+
+CELL_COLOUR_MAP = "viridis"
+"""Another map than the heatmap's, since scores and probabilities are other quantities."""
+
+_PANEL, _BARS, _TITLE = 4.0, 1.9, 0.35
+"""Inches: a panel's width, both colour bars' width with their labels, the titles' height."""
+
+_FADED = 0.35
+
+
+class DrawableMap(Protocol):
+    """What figures show of a `ScoreMap`, which imports them."""
+
+    @property
+    def scores(self) -> Tensor: ...
+
+    @property
+    def geometry(self) -> Geometry: ...
+
+    @property
+    def image_size(self) -> Pair: ...
+
+    @property
+    def input_size(self) -> Pair: ...
+
+    @property
+    def categories(self) -> tuple[str, ...] | None: ...
+
+    @property
+    def activation(self) -> str: ...
+
+    @property
+    def image(self) -> Image.Image | None: ...
+
+    @property
+    def has_data(self) -> Tensor: ...
+
+    def probabilities(self) -> Tensor: ...
+
+    def predict(self, average: str = "scores") -> Tensor: ...
+
+    def label_map(self) -> Tensor: ...
+
+    def heatmap(
+        self, target: int | str | None = None, *, size: Iterable[int] | int | None = None
+    ) -> Heatmap: ...
+
+    def index_of(self, target: int | str | None) -> int: ...
+
+    def require_data(self) -> None: ...
+
+
+def side_by_side(score_map: DrawableMap, target: int | str | None = None) -> Figure:
+    """The image, one class's scores cell by cell, and its heatmap, in three panels.
+
+    Args:
+        score_map: of an image that is known (`ScoreMap.image`).
+        target: a class index or category name; None for the top class of the average.
+
+    Raises:
+        ImageError: if the score map was made from a tensor, so that there is no image to show.
+    """
+    from matplotlib.figure import Figure
+
+    image = score_map.image
+    if image is None:
+        raise ImageError(
+            "the score map was made from a tensor and has no image to show; "
+            "make it from a path, a PIL image or a uint8 array"
+        )
+    index = score_map.index_of(target)
+    height, width = score_map.image_size
+    figure = Figure(
+        figsize=(3 * _PANEL + _BARS, _PANEL * height / width + _TITLE),
+        dpi=110,
+        layout="constrained",
+    )
+    photograph, cells, heatmap = figure.subplots(1, 3)
+    show_image(photograph, score_map, "RGB")
+    photograph.set_title(f"photograph: {image.height} x {image.width} pixels")
+    _plot_cells(cells, score_map, index)
+    draw_heatmap(heatmap, score_map, index, contours=())
+    colour_bar(figure, heatmap)
+    name = class_name(index, score_map.categories)
+    heatmap.set_title(f"heatmap: probability of {name!r}")
+    return figure
+
+
+def save_figure(figure: Figure, path: str | Path) -> Path:
+    """Write a figure, whole or not at all, in the format that the name ends in.
+
+    Raises:
+        ArgumentError: if the name ends in none of `fcvgg.support.atomic.FIGURE_ENDINGS`.
+        FcvggError: if the file cannot be written.
+    """
+    path = checked_file(path, "path", FIGURE_ENDINGS)
+    with written_whole(path) as temporary:
+        figure.savefig(temporary)
+    return path
+
+
+def draw_heatmap(
+    ax: Axes, score_map: DrawableMap, index: int, side: int = DRAWN, **options: Any
+) -> Heatmap:
+    """Draw a class's heatmap as `Heatmap.draw` does, computed no larger than it is drawn.
+
+    Args:
+        ax: where to draw; it counts the image's pixels.
+        score_map: of one image.
+        index: of the class.
+        side: pixels of the longer side at most.
+        options: of `Heatmap.draw`.
+    """
+    height, width = score_map.image_size
+    heatmap = score_map.heatmap(index, size=_drawn_size(score_map.image_size, side))
+    down, across = heatmap.values.shape
+    heatmap.draw(ax, (height / down, width / across), **options)
+    ax.set(xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5))
+    return heatmap
+
+
+def show_image(
+    ax: Axes, score_map: DrawableMap, mode: str, side: int = DRAWN, **options: Any
+) -> None:
+    """Draw a score map's image, in colours (``"RGB"``) or grey (``"L"``), as `draw_heatmap`."""
+    if score_map.image is None:
+        return
+    height, width = score_map.image_size
+    picture = resized(score_map.image, _drawn_size(score_map.image_size, side)).convert(mode)
+    ax.imshow(picture, extent=(-0.5, width - 0.5, height - 0.5, -0.5), **options)
+    ax.set_axis_off()
+
+
+def _drawn_size(size: Pair, side: int) -> Pair:
+    """The size at which an image of this one is drawn."""
+    factor = max(max(size) / side, 1.0)
+    height, width = (max(round(n / factor), 1) for n in size)
+    return height, width
+
+
+def _plot_cells(ax: Axes, score_map: DrawableMap, index: int) -> None:
+    """Every cell as a square of one stride around its centre; there is no cell in the margin."""
+    show_image(ax, score_map, "L", cmap="gray", alpha=_FADED)
+    shown = ax.imshow(
+        score_map.scores[index].float().cpu().numpy(),
+        cmap=CELL_COLOUR_MAP,
+        interpolation="nearest",
+        extent=extent_of_cells(score_map),
+    )
+    height, width = score_map.image_size
+    ax.set_xlim(-0.5, width - 0.5)
+    ax.set_ylim(height - 0.5, -0.5)
+    rows, cols = score_map.scores.shape[1:]
+    resized = score_map.input_size != score_map.image_size
+    seen = f" at {score_map.input_size[0]} x {score_map.input_size[1]} pixels" if resized else ""
+    ax.set_title(f"score map: {rows} x {cols} cells{seen}")
+    ax.set_axis_off()
+    bar = ax.figure.colorbar(shown, ax=ax, fraction=0.046, pad=0.03)
+    bar.set_label(f"score of {class_name(index, score_map.categories)!r}")
+
+
+def extent_of_cells(score_map: DrawableMap) -> tuple[float, float, float, float]:
+    """Left, right, bottom and top edge of all cells, in pixels of the image."""
+    edges = []
+    for axis, cells, pixels, size in zip(
+        score_map.geometry.axes,
+        score_map.scores.shape[1:],
+        score_map.input_size,
+        score_map.image_size,
+    ):
+        scale = size / pixels
+        first = axis.centre_of(0) - axis.stride / 2 + 0.5
+        edges.append((first * scale - 0.5, (first + cells * axis.stride) * scale - 0.5))
+    (top, bottom), (left, right) = edges
+    return left, right, bottom, top
+
+
+# -- the most probable classes side by side, and who wins where -----------------------------------
+
+TOP = 5
+
+MOST_COLOURED = 7
+"""Classes that a figure can tell apart by colour."""
+
+_OTHERS = "#777777"
+_OPACITY = 0.6
+_CLASS_PANEL, _CLASS_TITLE, _CLASS_BAR, _CAPTION = 3.2, 0.8, 0.9, 2.8
+"""Inches: a panel's longer side, the titles' height, the colour bar's width, the titles' width."""
+
+_PANEL_PIXELS = 800
+"""Of a panel's longer side: twice what it has at the figure's own resolution."""
+
+
+def class_grid(
+    score_map: DrawableMap,
+    k: int = TOP,
+    *,
+    alpha: float = ALPHA,
+    cmap: str = COLOUR_MAP,
+    contours: Sequence[float] = CONTOURS,
+) -> Figure:
+    """The k most probable classes as aligned heatmaps, with one absolute colour scale.
+
+    The first panel shows the photograph, where it is known. Large images are drawn reduced; the
+    axes count their pixels.
+
+    Args:
+        score_map: of one image.
+        k: how many classes; all of them if there are fewer.
+        alpha: as for `Heatmap.overlay`.
+        cmap: as for `Heatmap.overlay`.
+        contours: as for `Heatmap.plot`.
+
+    Raises:
+        ArgumentError: if `k` is not positive.
+        ImageError: if no cell has data.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+    score_map.require_data()
+    if k < 1:
+        raise ArgumentError(f"k={k} is no number of classes; expected 1 or more")
+    prediction = score_map.predict()
+    order = prediction.argsort(descending=True)[:k].tolist()
+    photograph = score_map.image is not None
+    columns, rows = _class_grid_shape(len(order) + photograph)
+    width, height = _class_panel(score_map.image_size)
+    size = (columns * max(width, _CAPTION) + _CLASS_BAR, rows * (height + _CLASS_TITLE))
+    shown = score_map.image_size[1] / max(score_map.image_size) * _CLASS_PANEL
+    # not compressed, panels count as high as their slots, and titles are cut off; titles wider
+    # than their panels never count
+    layout = ConstrainedLayoutEngine(compress=True, w_pad=max((_CAPTION - shown) / 2, 0.04))
+    figure = Figure(figsize=size, dpi=110, layout=layout)
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for ax in axes.flat:
+        ax.set_axis_off()
+    panels = list(axes.flat)
+    if score_map.image is not None:
+        ax = panels.pop(0)
+        show_image(ax, score_map, "RGB", _PANEL_PIXELS)
+        ax.set_title(
+            f"{score_map.image.height} x {score_map.image.width} pixels", fontsize="medium"
+        )
+    compared = score_map.activation not in ("independent_logits", "sigmoid")
+    found_at = score_map.label_map() if compared else score_map.probabilities() > 0.5
+    known = score_map.has_data.sum()
+    for index, ax in zip(order, panels):
+        heatmap = draw_heatmap(
+            ax, score_map, index, _PANEL_PIXELS, alpha=alpha, cmap=cmap, contours=contours
+        )
+        cells = found_at == index if compared else found_at[index]
+        share = f"{float(cells.sum() / known):.0%} of cells"
+        share = f"top class of {share}" if compared else f"above 50% in {share}"
+        found = f"{heatmap.values[heatmap.peak]:.1%} at +" if heatmap.coverage.any() else "no peak"
+        ax.set_title(
+            f"{heatmap.label}\n{float(prediction[index]):.1%} averaged over the image\n"
+            f"{share}, {found}",
+            fontsize="medium",
+        )
+    colour_bar(figure, axes, alpha=alpha, cmap=cmap, blended=photograph, contours=contours)
+    return figure
+
+
+def label_figure(score_map: DrawableMap, ax: Axes | None = None, most: int = 6) -> Axes:
+    """Every cell in the colour of its most probable class, with a legend.
+
+    A cell is a square of one stride around its centre; there is no cell in the margin. The classes
+    that win most cells are coloured, the others share grey; cells without data stay bare and do not
+    count. A class has the same colour in every figure, by its index. Large images are drawn
+    reduced.
+
+    Args:
+        score_map: of one image.
+        ax: where to draw; a new figure when None.
+        most: how many classes have a colour, up to 7.
+
+    Raises:
+        ArgumentError: if `most` is not from 1 to 7.
+    """
+    from matplotlib import pyplot as plt
+    from matplotlib.colors import to_rgba
+    from matplotlib.patches import Patch
+
+    if not 1 <= most <= MOST_COLOURED:
+        raise ArgumentError(f"most={most}; expected 1 to {MOST_COLOURED} coloured classes")
+    height, width = score_map.image_size
+    own = ax is None
+    if ax is None:
+        panel = _class_panel(score_map.image_size)
+        size = (1.5 * panel[0] + 2.4, 1.5 * panel[1] + _CLASS_TITLE)
+        _, ax = plt.subplots(figsize=size, layout="constrained")
+    labels = score_map.label_map().cpu().numpy()
+    known = max(int(score_map.has_data.sum()), 1)
+    present, counts = np.unique(labels[labels >= 0], return_counts=True)
+    order = np.argsort(-counts, kind="stable")
+    step = -(-max(labels.shape) // DRAWN)
+    drawn = labels[step // 2 :: step, step // 2 :: step]
+    cells = np.zeros((*drawn.shape, 4))
+    patches = []
+    colours = class_colours(len(score_map.scores)) / 255
+    for index in present[order[:most]]:
+        colour = colours[index]
+        cells[drawn == index] = to_rgba(colour, _OPACITY)
+        share = (labels == index).sum() / known
+        name = class_name(int(index), score_map.categories)
+        patches.append(Patch(color=colour, alpha=_OPACITY, label=f"{name} ({share:.0%})"))
+    others = present[order[most:]]
+    if len(others):
+        cells[np.isin(drawn, others)] = to_rgba(_OTHERS, _OPACITY)
+        share = np.isin(labels, others).sum() / known
+        name = f"{len(others)} more classes ({share:.0%})"
+        patches.append(Patch(color=_OTHERS, alpha=_OPACITY, label=name))
+    if score_map.image is not None:
+        show_image(ax, score_map, "L", cmap="gray", vmin=0, vmax=255)
+    ax.imshow(cells, interpolation="nearest", extent=extent_of_cells(score_map))
+    ax.set_xlim(-0.5, width - 0.5)
+    ax.set_ylim(height - 0.5, -0.5)
+    ax.set_title(f"most probable class of {labels.shape[0]} x {labels.shape[1]} cells")
+    ax.set_axis_off()
+    if not patches:
+        return ax
+    look = {"title": "class (share of cells)", "frameon": False, "alignment": "left"}
+    if own:  # the layout makes room for a figure's legend, not for one beside an image
+        ax.figure.legend(handles=patches, loc="outside right upper", **look)
+    else:
+        ax.legend(
+            handles=patches, loc="upper left", bbox_to_anchor=(1.01, 1), borderaxespad=0, **look
+        )
+    return ax
+
+
+def _class_grid_shape(panels: int) -> tuple[int, int]:
+    """Columns and rows for a number of panels: wider than high."""
+    columns = min(panels, 3 if panels <= 9 else ceil(panels**0.5))
+    return columns, ceil(panels / columns)
+
+
+def _class_panel(size: tuple[int, int]) -> tuple[float, float]:
+    """Inches ``(width, height)`` of a panel for an image of ``(H, W)``; a strip stays visible."""
+    height, width = size
+    longer = max(size)
+    return max(width / longer * _CLASS_PANEL, 1.2), max(height / longer * _CLASS_PANEL, 0.8)

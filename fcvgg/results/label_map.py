@@ -1,0 +1,186 @@
+"""`LabelMap`: one class for every pixel, and how it is shown.
+
+matplotlib is imported where it is used, so that importing fcvgg stays light.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from fcvgg.errors import ArgumentError, ImageError
+from fcvgg.results.colours import class_colours
+from fcvgg.results.heatmap import DRAWN, resized
+from fcvgg.support.atomic import checked_file, written_whole
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+IGNORE_INDEX = 255
+"""The label of pixels that are of no class, neither trained on nor counted."""
+
+ALPHA = 0.55
+
+_IMAGE_INCHES, _LEGEND_INCHES = 6.0, 2.0
+
+
+@dataclass(frozen=True, eq=False)
+class LabelMap:
+    """The class of every pixel of an image.
+
+    Attributes:
+        labels: integers ``(H, W)``, indices into `categories`, or `IGNORE_INDEX` for pixels
+            without data.
+        categories: the names of the classes.
+        image: the image that the labels speak about, if it is known.
+    """
+
+    labels: NDArray[Any]
+    categories: tuple[str, ...]
+    image: Image.Image | None = None
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """The share of the labelled pixels that each class has."""
+        known = self.labels[self.labels != IGNORE_INDEX]
+        counts = np.bincount(known.ravel(), minlength=len(self.categories))
+        return {name: n / max(known.size, 1) for name, n in zip(self.categories, counts.tolist())}
+
+    def coloured(self) -> Image.Image:
+        """The labels alone, each class in its colour, what is ignored in black."""
+        return Image.fromarray(self._palette()[self.labels.astype(np.uint8)])
+
+    def overlay(self, alpha: float = ALPHA) -> Image.Image:
+        """The colours laid on the image, which is shown in grey; alone where there is none.
+
+        Raises:
+            ArgumentError: if `alpha` is not in [0, 1].
+        """
+        if not 0 <= alpha <= 1:
+            raise ArgumentError(f"alpha={alpha} is no opacity; expected 0 <= alpha <= 1")
+        colours = self.coloured()
+        if self.image is None:
+            return colours
+        grey = self.image.convert("RGB").convert("L").convert("RGB")
+        known = Image.fromarray((self.labels != IGNORE_INDEX).astype(np.uint8) * 255)
+        return Image.composite(Image.blend(grey, colours, alpha), grey, known)
+
+    def plot(self, ax: Axes | None = None, *, alpha: float = ALPHA, legend: bool = True) -> Axes:
+        """Draw the overlay, with a legend of the classes that are there.
+
+        Args:
+            ax: where to draw; a new figure when None.
+            alpha: as for `overlay`.
+            legend: name the classes and their shares beside the image.
+        """
+        if ax is None:
+            from matplotlib import pyplot as plt
+
+            return self._drawn(plt.figure(layout="constrained"), alpha, legend)
+        self._draw(ax, alpha)
+        if (
+            legend
+        ):  # beside the image, where the axes' own layout leaves room or the caller makes it
+            ax.legend(loc="upper left", bbox_to_anchor=(1.01, 1), borderaxespad=0, **self._legend())
+        return ax
+
+    def figure(self, *, alpha: float = ALPHA) -> Figure:
+        """The overlay with a legend of the classes that are there, in the image's proportions.
+
+        Large images are drawn reduced.
+        """
+        from matplotlib.figure import Figure
+
+        height, width = self.labels.shape
+        down = max(_IMAGE_INCHES * height / width, _LEGEND_INCHES)
+        figure = Figure(
+            figsize=(_IMAGE_INCHES + _LEGEND_INCHES, down),
+            dpi=max(110, min(width, DRAWN) / _IMAGE_INCHES),  # no pixel is lost up to there
+            layout="constrained",
+        )
+        self._drawn(figure, alpha, legend=True)
+        return figure
+
+    def _drawn(self, figure: Any, alpha: float, legend: bool) -> Axes:
+        """The axes of a figure that is this label map's alone."""
+        ax: Axes = figure.subplots()
+        self._draw(ax, alpha)
+        if legend:  # the layout makes room for a figure's legend, not for one beside an image
+            figure.legend(loc="outside right upper", **self._legend())
+        return ax
+
+    def _draw(self, ax: Axes, alpha: float) -> None:
+        height, width = self.labels.shape
+        overlay = self._reduced().overlay(alpha)
+        ax.imshow(overlay, extent=(-0.5, width - 0.5, height - 0.5, -0.5))
+        ax.set_axis_off()
+
+    def _reduced(self) -> LabelMap:
+        """Every so many labels, no more than a figure draws, on the image averaged."""
+        step = -(-max(self.labels.shape) // DRAWN)
+        if step == 1:
+            return self
+        labels = self.labels[step // 2 :: step, step // 2 :: step]
+        height, width = labels.shape
+        image = self.image and resized(self.image, (height, width))
+        return LabelMap(labels, self.categories, image)
+
+    def _legend(self) -> dict[str, Any]:
+        return {
+            **{"handles": self._patches(), "title": "class (share of pixels)"},
+            **{"frameon": False, "alignment": "left"},
+        }
+
+    def _palette(self) -> NDArray[np.uint8]:
+        """The colour of every label, ``uint8 (256, 3)``; black for what is no class."""
+        table = np.zeros((256, 3), np.uint8)
+        table[: len(self.categories)] = class_colours(len(self.categories))
+        return table
+
+    def _patches(self) -> list[Any]:
+        from matplotlib.patches import Patch
+
+        colours = class_colours(len(self.categories)) / 255
+        return [
+            Patch(color=colour, label=f"{name} ({share:.0%})")
+            for (name, share), colour in zip(self.shares.items(), colours)
+            if share > 0
+        ]
+
+    def save(self, path: str | Path) -> Path:
+        """Write the labels as a PNG of class indices with a palette, as `MaskFolder` reads them.
+
+        Raises:
+            ImageError: if the name does not end in ``.png``, or there are more than 255 classes.
+            FcvggError: if the file cannot be written.
+        """
+        path = checked_file(path, "path", (".png",), ImageError)  # which keeps labels exact
+        if len(self.categories) > IGNORE_INDEX:
+            raise ImageError(
+                f"a PNG holds up to {IGNORE_INDEX} classes, got {len(self.categories)}"
+            )
+        indexed = Image.fromarray(self.labels.astype(np.uint8))
+        indexed.putpalette(self._palette().tobytes())
+        with written_whole(path) as temporary:
+            indexed.save(temporary, "PNG")
+        return path
+
+    def _repr_png_(self) -> bytes:
+        """The overlay, as a notebook shows it: reduced where it is large."""
+        import io
+
+        buffer = io.BytesIO()
+        self._reduced().overlay().save(buffer, "PNG")
+        return buffer.getvalue()
+
+    def __repr__(self) -> str:
+        height, width = self.labels.shape
+        most = sorted(self.shares.items(), key=lambda item: -item[1])[:3]
+        shown = ", ".join(f"{name} {share:.0%}" for name, share in most if share)
+        return f"LabelMap({height}x{width} pixels, {len(self.categories)} classes: {shown})"

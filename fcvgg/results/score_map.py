@@ -1,0 +1,283 @@
+"""`ScoreMap`: the scores of one image, cell by cell; one heatmap of several scales."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fcvgg.categories import class_index, class_name
+from fcvgg.errors import ArgumentError, ImageError
+from fcvgg.geometry import Geometry, Pair, checked_size
+from fcvgg.probability import (
+    average_of_cells,
+    average_over_space,
+    cells_with_data,
+    require_classes,
+    to_probabilities,
+    widened,
+)
+from fcvgg.results.boxes import CellWindows, cell_windows
+from fcvgg.results.heatmap import Heatmap, resized
+from fcvgg.results.interpolation import check_pixels, interpolated, pixel_points, shown, within
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from PIL import Image
+
+
+@dataclass(frozen=True, eq=False)
+class ScoreMap:
+    """Raw class scores ``(K, h, w)`` of one image.
+
+    A cell that sees a pixel without data (not finite) has NaN scores. It counts in no average, has
+    no label, and no pixel of a heatmap whose interpolation involves it has a value.
+
+    Attributes:
+        scores: the network's output, whatever the source's activation made of it.
+        geometry: where the cells lie, in pixels of the network's input.
+        image_size: ``(H, W)`` of the image, in whose pixels results are given.
+        input_size: ``(H, W)`` of the network's input: the image's, unless preprocessing resized it.
+        categories: the class names, or None.
+        activation: what the scores are.
+        image: the image itself, to lay results on; None for a tensor.
+    """
+
+    scores: Tensor
+    geometry: Geometry
+    image_size: Pair
+    input_size: Pair
+    categories: tuple[str, ...] | None = None
+    activation: str = "logits"
+    image: Image.Image | None = None
+
+    def __repr__(self) -> str:
+        classes, height, width = self.scores.shape
+        return (
+            f"ScoreMap({classes} classes, {height}x{width} cells on {self.image_size[0]}x"
+            f"{self.image_size[1]} pixels, {self.activation})"
+        )
+
+    @property
+    def has_data(self) -> Tensor:
+        """The cells, bool ``(h, w)``, whose scores say something: none NaN or plus infinity."""
+        return cells_with_data(self.scores)
+
+    def average(self) -> Tensor:
+        """The raw scores averaged over the cells with data, ``(K,)``; NaN where there is none."""
+        return average_of_cells(self.scores)
+
+    def probabilities(self) -> Tensor:
+        """The class probabilities of every cell, ``(K, h, w)``; NaN where it has no data."""
+        probabilities = to_probabilities(self.scores, self.activation)
+        return probabilities.masked_fill(~self.has_data, torch.nan)
+
+    def predict(self, average: str = "scores") -> Tensor:
+        """The class probabilities of the image, ``(K,)``, averaged as `average` says.
+
+        The average is over the cells with data; NaN where there is none.
+        """
+        return average_over_space(self.scores, self.activation, average)
+
+    def top(self, k: int = 5) -> list[tuple[str, float]]:
+        """The k most probable classes of the averaged prediction, with their probabilities.
+
+        Raises:
+            ImageError: if no cell has data.
+        """
+        self.require_data()
+        values, indices = self.predict().topk(min(k, len(self.scores)))
+        return [
+            (class_name(i, self.categories), p) for i, p in zip(indices.tolist(), values.tolist())
+        ]
+
+    def label_map(self) -> Tensor:
+        """The most probable class of every cell, int64 ``(h, w)``; -1 where it has no data.
+
+        For a network of one class: 0 where its probability is above one half, else -1.
+        """
+        if len(self.scores) == 1:
+            return (self.probabilities()[0] > 0.5).long() - 1
+        require_classes(self.activation)
+        return best_classes(self.scores)
+
+    def resample(self, size: Iterable[int] | int | None = None) -> Tensor:
+        """The scores at every pixel, ``(K, H, W)``, interpolated between the cells' centres.
+
+        Outside the centres the nearest cell's score is held. A pixel that depends on a cell
+        without data is NaN.
+
+        Args:
+            size: pixels to cover the image with; the image's own when None.
+
+        Raises:
+            ArgumentError: if that is more than memory is meant for; the limit is named.
+        """
+        size = checked_size(self.image_size if size is None else size)
+        check_pixels(
+            size,
+            "pass a smaller one to resample, or look at one class with heatmap(target, size=)",
+            len(self.scores),
+        )
+        scores = self.scores.masked_fill(~self.has_data, torch.nan)
+        return interpolated(widened(scores), self.geometry, self._points(size)).to(scores.dtype)
+
+    def heatmap(
+        self, target: int | str | None = None, *, size: Iterable[int] | int | None = None
+    ) -> Heatmap:
+        """One class's probability at every pixel.
+
+        Args:
+            target: a class index or category name; None for the top class of the average.
+            size: pixels to cover the image with; the image's own when None. The heatmap then speaks
+                about an image resized to it. Of a reduced one, pixels that cover several cells show
+                the highest.
+
+        Raises:
+            ArgumentError: if the size is more than memory is meant for; the limit is named.
+            ImageError: if no cell has data.
+        """
+        reduced = size is not None and checked_size(size) != self.image_size
+        size = self.image_size if size is None else checked_size(size)
+        check_pixels(
+            size,
+            "pass a smaller one to score_map.heatmap(target, size=(h, w)), or stream to disk with "
+            "out= and use ScoreStore.heatmap",
+        )
+        index = self.index_of(target)
+        cells = self.probabilities()[index].clamp(0, 1).float().cpu()  # (h, w)
+        points = self._points(size)
+        if reduced:
+            extents = [pixels / n for pixels, n in zip(self.input_size, size)]
+            values = shown(cells, self.geometry, points, extents)
+        else:
+            values = interpolated(cells, self.geometry, points)
+        rows, cols = (
+            within(axis, at, n) for axis, at, n in zip(self.geometry.axes, points, cells.shape)
+        )
+        return Heatmap(
+            values=values.clamp_(0, 1).numpy(),
+            coverage=(values.isnan().logical_not_() & rows[:, None] & cols).numpy(),
+            label=class_name(index, self.categories),
+            image=self.image if self.image is None else resized(self.image, size),
+            windows=cell_windows(self.geometry, cells.double().numpy(), self.input_size, size),
+        )
+
+    def index_of(self, target: int | str | None) -> int:
+        """The index of a class, given by index or name; of the top class of the average if None.
+
+        Raises:
+            CategoryError: if there is no such class.
+            ImageError: if no cell has data.
+        """
+        self.require_data()
+        if target is not None:
+            return class_index(target, self.categories, len(self.scores))
+        return int(self.predict().argmax())
+
+    def require_data(self) -> None:
+        """Refuse a map that says nothing.
+
+        Raises:
+            ImageError: if no cell has data.
+        """
+        if not self.has_data.any():
+            raise ImageError(
+                "no cell of the score map has data: every one sees pixels that are not finite or "
+                "nodata; use a part of the image with more data, or a network with smaller windows"
+            )
+
+    def plot(self, k: int = 5, **options: Any) -> Figure:
+        """The k most probable classes as aligned heatmaps, with one absolute colour scale.
+
+        See `fcvgg.results.figures.class_grid` for the options; `fcvgg.results.figures.save_figure`
+        writes it.
+        """
+        from fcvgg.results.figures import class_grid
+
+        return class_grid(self, k, **options)
+
+    def plot_labels(self, ax: Axes | None = None, most: int = 6) -> Axes:
+        """Every cell in the colour of its most probable class, with a legend.
+
+        The `most` frequent classes have colours of their own, the others share grey.
+        """
+        from fcvgg.results.figures import label_figure
+
+        return label_figure(self, ax, most)
+
+    def _points(self, size: Pair) -> tuple[Tensor, Tensor]:
+        """The pixels of a picture of the image, in pixels of the network's input."""
+        rows, cols = (pixel_points(n, pixels) for n, pixels in zip(size, self.input_size))
+        return rows, cols
+
+
+def best_classes(scores: Tensor) -> Tensor:
+    """The class with the highest score in every cell of ``(K, h, w)``; -1 where it has no data."""
+    return scores.argmax(0).masked_fill(~cells_with_data(scores), -1)
+
+
+# -- several scales -------------------------------------------------------------------------------
+# Objects larger or smaller than the window show up at the scale at which they fit it.
+
+COMBINATIONS = ("max", "mean")
+
+
+def pyramid_heatmap(
+    maps: Sequence[ScoreMap], target: int | str | None = None, combine: str = "max"
+) -> Heatmap:
+    """One class's probability at every pixel, from several scales.
+
+    At every pixel the values of all scales are combined, those too that a scale holds beyond its
+    outermost cells: the result is as continuous as the scales are, and the maximum is nowhere below
+    one of them. A scale without data at a pixel does not count there.
+
+    Args:
+        maps: of one image, with its size as ``image_size``.
+        target: a class index or category name; None for the top class of the mean prediction.
+        combine: ``"max"`` or ``"mean"``.
+
+    Raises:
+        ArgumentError: if `combine` is neither, or there are no maps.
+        ImageError: if no cell of any map has data.
+    """
+    if combine not in COMBINATIONS:
+        raise ArgumentError(f"combine={combine!r} is unknown; expected 'max' or 'mean'")
+    if not maps:
+        raise ArgumentError("no scales were given; expected at least one smaller side in pixels")
+    useful = [one for one in maps if one.has_data.any()]
+    if not useful:
+        maps[0].require_data()
+    if target is None:
+        index = int(torch.stack([one.predict() for one in useful]).mean(0).argmax())
+    else:
+        index = class_index(target, maps[0].categories, len(maps[0].scores))
+    first, *others = useful
+    heatmap = first.heatmap(index)
+    values, coverage, windows = heatmap.values, heatmap.coverage, [heatmap.windows]
+    counts = (~np.isnan(values)).astype(np.uint8)
+    if combine == "mean":
+        np.nan_to_num(values, copy=False)
+    for one in others:
+        further = one.heatmap(index)
+        known = ~np.isnan(further.values)
+        if combine == "max":
+            np.fmax(values, further.values, out=values)
+        else:
+            np.add(values, further.values, out=values, where=known)
+            counts += known
+        coverage |= further.coverage
+        windows.append(further.windows)
+    if combine == "mean":
+        values = np.where(counts, values / np.maximum(counts, 1), np.nan).astype(np.float32)
+    return replace(
+        heatmap,
+        values=values,
+        coverage=coverage,
+        windows=CellWindows.joined(w for w in windows if w is not None),
+    )

@@ -1,0 +1,1 @@
+"""A classifier's graph: captured, understood, and written again on maps."""

@@ -1,0 +1,194 @@
+"""A rewritten model: what is known of its layers, its geometry, and the graph that runs."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import fx, nn
+
+from fcvgg.errors import UnsupportedLayerError
+from fcvgg.geometry import IMAGE, Axis, Geometry, Pair, Step, Window
+
+Windows = tuple[Window, Window]
+"""A layer along the height and along the width."""
+
+
+@dataclass(frozen=True)
+class LayerRecord:
+    """What one layer of the converted network is; `step` is its place in the geometry."""
+
+    name: str
+    kind: str
+    windows: Windows
+    step: int
+    channels: int
+    parameters: int
+    multiply_adds_per_position: int
+
+
+@dataclass(frozen=True)
+class TrainingMode:
+    """What ``train()`` of the source does beyond setting one mode for all of its modules.
+
+    Attributes:
+        still: the modules that the source's ``train()`` leaves in evaluation mode, by name.
+        lively: the modules that its ``eval()`` leaves in training mode.
+        frozen: the parameters that its ``train()`` takes the gradient from.
+        unfollowed: the modules that compute something in training mode that the graph does not
+            hold; the network cannot be trained.
+    """
+
+    still: frozenset[str] = frozenset()
+    lively: frozenset[str] = frozenset()
+    frozen: frozenset[str] = frozenset()
+    unfollowed: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Program:
+    """A rewritten model: what `fcvgg.network.FullyConvolutional` runs and knows of itself."""
+
+    network: fx.GraphModule
+    geometry: Geometry
+    activations: tuple[str, ...]
+    classes: tuple[int, ...]
+    in_channels: int
+    records: tuple[LayerRecord, ...]
+    aliases: frozenset[str]
+    training_mode: TrainingMode = field(default=TrainingMode())
+
+
+# -- geometry, collected while the network is written ---------------------------------------------
+
+
+class Steps:
+    """The steps of both axes in order of computation, each with the layer that it stands for."""
+
+    def __init__(self) -> None:
+        self._axes: tuple[list[Step], list[Step]] = ([], [])
+        self._strides: list[Pair] = []
+        self._places: list[str] = []
+
+    def add(self, windows: Windows, inputs: Iterable[int], place: str) -> int:
+        """Append a step to both axes and return its place; an identity over one input adds none."""
+        inputs = tuple(dict.fromkeys(inputs))
+        if len(inputs) == 1 and all(window.is_identity for window in windows):
+            return inputs[0]
+        for steps, window in zip(self._axes, windows):
+            steps.append(Step(window, inputs))
+        stride = self.stride_at(inputs[0])
+        self._strides.append((stride[0] * windows[0].stride, stride[1] * windows[1].stride))
+        self._places.append(place)
+        return len(self._places) - 1
+
+    def join(self, inputs: Iterable[int], place: str) -> int:
+        """The step of a layer over several maps, whose cells must lie on one grid."""
+        inputs = tuple(inputs)
+        strides = {self.stride_at(step) for step in inputs}
+        if len(strides) > 1:
+            raise UnsupportedLayerError(
+                f"{place} joins branches with different strides {sorted(strides)}; "
+                "branches must have the same number of input pixels between cells"
+            )
+        return self.add((Window(), Window()), inputs, place)
+
+    def stride_at(self, step: int) -> Pair:
+        """Image pixels between neighbours after a step."""
+        return (1, 1) if step == IMAGE else self._strides[step]
+
+    def geometry_at(self, step: int) -> Geometry:
+        """The geometry of the network up to a step."""
+        return Geometry(*(Axis(tuple(steps)).upto(step) for steps in self._axes))
+
+    def check_branches(self, geometry: Geometry) -> None:
+        """Refuse branches whose sizes differ at some input size; one period of the stride decides.
+
+        Raises:
+            UnsupportedLayerError: naming the layer that joins them.
+        """
+        for axis in geometry.axes:
+            for size in range(axis.window, axis.window + axis.stride):
+                sizes = axis.sizes(size)
+                for i, step in enumerate(axis.steps):
+                    fed = {size if k == IMAGE else sizes[k] for k in step.inputs}
+                    if len(fed) > 1:
+                        raise UnsupportedLayerError(
+                            f"{self._places[i]} joins branches whose sizes differ for an input of "
+                            f"{size} pixels ({sorted(fed)}); pad them alike"
+                        )
+
+
+def same_grid(a: Geometry, b: Geometry) -> bool:
+    """Whether the cells of two maps lie in the same places for every input size."""
+    return all(
+        (x.stride, x.offset, x.receptive_field, x.window)
+        == (y.stride, y.offset, y.receptive_field, y.window)
+        and x.agree(y)
+        for x, y in zip(a.axes, b.axes)
+    )
+
+
+# -- the graph that runs, with the whole tree of modules around it --------------------------------
+
+
+def graph_module(modules: nn.Module, graph: fx.Graph) -> Network:
+    """A module that runs `graph` and owns the tree of `modules`, also layers it does not call."""
+    network = Network(modules, graph, class_name="Network")
+    for name in _TREE:
+        setattr(network, name, getattr(modules, name))
+    return network
+
+
+class Network(fx.GraphModule):
+    """A graph module that keeps its whole tree of modules in copies and pickles.
+
+    Plain fx keeps what the graph calls, and checkpoints would lose their keys. A pickle holds the
+    nodes of the graph, where fx would trace its code anew, into the functions of this package.
+    """
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Network:
+        tree, nodes = copy.deepcopy((_tree(self), _as_data(self.graph)), memo)
+        return _network(tree, nodes)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _network, (_tree(self), _as_data(self.graph))
+
+
+_TREE = ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set", "training")
+
+
+@dataclass(frozen=True)
+class _Result:
+    """Among the arguments of a node as data: the result of the node of this name."""
+
+    name: str
+
+
+def _tree(module: nn.Module) -> dict[str, Any]:
+    return {name: getattr(module, name) for name in _TREE}
+
+
+def _as_data(graph: fx.Graph) -> list[tuple[Any, ...]]:
+    def data(argument: Any) -> Any:
+        return _Result(argument.name) if isinstance(argument, fx.Node) else argument
+
+    return [
+        (n.op, n.name, n.target, *fx.node.map_aggregate((n.args, n.kwargs), data))  # type: ignore
+        for n in graph.nodes
+    ]
+
+
+def _network(tree: dict[str, Any], nodes: list[tuple[Any, ...]]) -> Network:
+    modules, graph, made = nn.Module(), fx.Graph(), dict[str, fx.Node]()
+    vars(modules).update(tree)
+
+    def node_of(argument: Any) -> Any:
+        return made[argument.name] if isinstance(argument, _Result) else argument
+
+    for op, name, target, args, kwargs in nodes:
+        args, kwargs = fx.node.map_aggregate((args, kwargs), node_of)  # type: ignore
+        made[name] = graph.create_node(op, target, args, kwargs, name)
+    return graph_module(modules, graph)

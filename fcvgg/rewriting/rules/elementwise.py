@@ -1,0 +1,271 @@
+"""Layers that act on each element by itself, or combine values element by element."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from math import inf
+from math import log as log_of
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+from torchvision.ops import StochasticDepth, stochastic_depth
+
+from fcvgg.errors import RefusedLayerError, UnsupportedLayerError
+from fcvgg.geometry import Window
+from fcvgg.rewriting.layouts import Cells, Constant, channels_along
+from fcvgg.rewriting.modules import TrainingOnly
+from fcvgg.rewriting.rewriter import Call, Rewriter
+from fcvgg.rewriting.rules.registry import RULES, calling, rule
+
+
+def pointwise(*targets: Any) -> None:
+    """Register layers and functions that act on each element, or combine values elementwise."""
+    RULES.update(dict.fromkeys(targets, act_elementwise))
+
+
+def act_elementwise(
+    build: Rewriter, call: Call, *args: Any, as_function: Any = None, **kwargs: Any
+) -> Any:
+    """The source's own call on maps; `as_function` is what is called in its place."""
+    operands: list[Cells] = []
+    fx.node.map_aggregate(
+        (args, kwargs), lambda a: operands.append(a) if isinstance(a, Cells) else a
+    )  # type: ignore
+    aligned = _on_one_grid(build, call, operands)
+    swap = {id(old): new for old, new in zip(operands, aligned)}
+    first = max(aligned, key=lambda c: c.extent[0])
+
+    def prepared(argument: Any) -> Any:
+        if isinstance(argument, Cells):
+            return swap[id(argument)]
+        if isinstance(argument, Constant):
+            return _per_channel(build, call, argument, first)
+        return argument
+
+    args, kwargs = fx.node.map_aggregate((args, kwargs), prepared)  # type: ignore
+    if as_function is None:
+        node = build.emit(call, args, kwargs)
+    else:
+        node = build.emit_function(call, as_function, *args, **kwargs)
+    step = build.join(aligned, call) if len(aligned) > 1 else first.step
+    result = replace(first, node=node, step=step).computed_from(aligned).joined_with(aligned)
+    if call.parameters():
+        build.record(call, call.kind, (Window(), Window()), result)
+    return result
+
+
+def _on_one_grid(build: Rewriter, call: Call, operands: Sequence[Cells]) -> Sequence[Cells]:
+    """Operands of one layout, or maps that broadcast over channels only."""
+    first = operands[0]
+    if all(first.same_layout(other) for other in operands):
+        return operands
+    extents = {cells.extent[1:] for cells in operands}
+    if len(extents) > 1:
+        if (1, 1) in extents:
+            raise RefusedLayerError(
+                f"{call} combines a map with a value pooled over all its positions "
+                "(squeeze-and-excitation or global attention); every cell would depend on the "
+                "whole image"
+            )
+        raise UnsupportedLayerError(
+            f"{call} combines maps of different sizes {sorted(extents)} at the native size"
+        )
+    if len({cells.dilation for cells in operands}) > 1:
+        raise UnsupportedLayerError(
+            f"{call} joins branches of different dilation; their cells do not lie on one grid"
+        )
+    ndim = len(operands[0].dims)
+    if any(len(c.dims) != ndim for c in operands) or ndim not in (1, 3):
+        raise UnsupportedLayerError(
+            f"{call} combines values of shapes {', '.join(c.shape for c in operands)} whose "
+            "elements were moved differently"
+        )
+    settled = [build.as_map(c, call) if ndim == 3 else build.features(call, c, 0) for c in operands]
+    if len({c.extent[0] for c in settled} - {1}) > 1:
+        raise UnsupportedLayerError(f"{call} combines maps of different numbers of channels")
+    return settled
+
+
+def _per_channel(build: Rewriter, call: Call, constant: Constant, cells: Cells) -> Constant:
+    """A parameter shaped to broadcast over the map, if it depends on nothing but the channel."""
+    shape = tuple(constant.value.shape)
+    if constant.value.numel() == 1:
+        return Constant(build.graph.call_method("reshape", (constant.node, ())), constant.value)
+    if len(shape) > len(cells.dims) and shape[0] == 1:
+        shape = shape[1:]
+    padded = (1,) * (len(cells.dims) - len(shape)) + shape
+    axes = [i for i, n in enumerate(padded) if n > 1]
+    if len(padded) == len(cells.dims) and len(axes) == 1:
+        channels = channels_along(cells, axes[0])
+        if channels is not None and torch.equal(channels, torch.arange(cells.extent[0])):
+            node = build.graph.call_method("reshape", (constant.node, (-1, 1, 1)))
+            return Constant(node, constant.value)
+    raise UnsupportedLayerError(
+        f"{call} uses a parameter of shape {tuple(constant.value.shape)} that is shaped by "
+        "position; a cell's result may depend on its channel only"
+    )
+
+
+pointwise(
+    *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish),
+    *(nn.Hardswish, nn.Tanh, nn.Softplus, nn.Softsign),
+    *(nn.RReLU, nn.Softshrink, nn.Hardshrink, nn.Tanhshrink, nn.Threshold),
+    *calling("relu", "relu_", "relu6", "leaky_relu", "leaky_relu_", "elu", "elu_", "selu"),
+    *calling("celu", "gelu", "silu", "mish", "hardswish", "tanh"),
+    *calling("tanh_", "softplus", "softsign", "threshold", "rrelu"),
+    *calling("sub", "sub_", "isub", "neg", "pow", "square", "sqrt", "rsqrt"),
+    *calling("log1p", "abs", "maximum", "minimum", "erf", "sign"),
+    *calling("where", "masked_fill", "gt", "ge", "lt", "le"),
+)
+
+
+@rule(
+    *(nn.Dropout, nn.AlphaDropout, nn.Dropout2d, nn.FeatureAlphaDropout),
+    *("float", "half", "double", "bfloat16", "to", "type", "type_as"),
+    *calling("clone"),  # emitted, since a layer that works in place may follow
+    *(StochasticDepth, stochastic_depth, TrainingOnly, *calling("pos")),
+)
+def keep(build: Rewriter, call: Call, x: Any, *rest: Any, **names: Any) -> Any:
+    """Layers after which the scores are still what they were."""
+    result = act_elementwise(build, call, x, *rest, **names)
+    return result.alike(x) if isinstance(x, Cells) else result
+
+
+@rule(*calling("exp"))
+def exp(build: Rewriter, call: Call, x: Any) -> Any:
+    result = act_elementwise(build, call, x)
+    return result.meaning_of("probabilities") if _is(x, "log_probabilities") else result
+
+
+@rule(*calling("log"))
+def log(build: Rewriter, call: Call, x: Any) -> Any:
+    result = act_elementwise(build, call, x)
+    return result.meaning_of("log_probabilities") if _is(x, *_PROBABILITIES) else result
+
+
+_PROBABILITIES = ("probabilities", "sigmoid")
+
+
+def _is(x: Any, *meanings: str) -> bool:
+    return isinstance(x, Cells) and x.meaning in meanings
+
+
+@rule(*calling("add", "add_", "iadd"))
+def add(build: Rewriter, call: Call, *args: Any, **kwargs: Any) -> Any:
+    result = act_elementwise(build, call, *args, **kwargs)
+    first, *others = (*args, *kwargs.values())
+    operands = [x for x in (first, *others) if isinstance(x, Cells)]
+    kinds = {x.activation for x in operands}
+    whole = all(isinstance(x, Cells) or _is_zero(x) for x in (first, *others))
+    if len(others) != 1 or len(kinds) > 1 or not kinds.issubset(_PROBABILITIES) or not whole:
+        return result
+    return result.meaning_of(kinds.pop(), sum(x.share for x in operands))
+
+
+def _is_zero(x: Any) -> bool:
+    """Whether it is the number with which Python's `sum` begins."""
+    return isinstance(x, (int, float)) and x == 0
+
+
+@rule(*calling("mul", "mul_", "imul"))
+def mul(build: Rewriter, call: Call, *args: Any, **kwargs: Any) -> Any:
+    result = act_elementwise(build, call, *args, **kwargs)
+    first, *others = (*args, *kwargs.values())
+    if isinstance(first, (int, float)) and len(others) == 1:
+        first, others = others[0], [first]
+    return _scaled(result, first, others[0]) if len(others) == 1 else result
+
+
+@rule(*calling("div", "div_", "truediv", "itruediv"))
+def div(build: Rewriter, call: Call, *args: Any, **kwargs: Any) -> Any:
+    result = act_elementwise(build, call, *args, **kwargs)
+    first, *others = (*args, *kwargs.values())
+    known = len(others) == 1 and isinstance(others[0], (int, float)) and others[0] > 0
+    return _scaled(result, first, 1 / others[0]) if known else result
+
+
+def _scaled(result: Any, x: Any, factor: Any) -> Any:
+    """Probabilities multiplied by a number, as for an average of several."""
+    tagged = isinstance(x, Cells) and x.activation in _PROBABILITIES
+    if not tagged or not isinstance(factor, (int, float)) or factor <= 0:
+        return result
+    return result.meaning_of(x.activation, x.share * factor)
+
+
+@rule(nn.Hardtanh)
+def hardtanh_module(build: Rewriter, call: Call, x: Any) -> Any:
+    limits: Any = call.module
+    return _clamped(act_elementwise(build, call, x), x, limits.min_val, limits.max_val)
+
+
+@rule(*calling("hardtanh"))
+def hardtanh(
+    build: Rewriter,
+    call: Call,
+    input: Any,
+    min_val: float = -1.0,
+    max_val: float = 1.0,
+    inplace: bool = False,
+) -> Any:
+    result = act_elementwise(build, call, input, min_val, max_val, inplace)
+    return _clamped(result, input, min_val, max_val)
+
+
+@rule(*calling("clamp", "clamp_", "clip", "clip_"))
+def clamp(build: Rewriter, call: Call, input: Any, min: Any = None, max: Any = None) -> Any:
+    return _clamped(act_elementwise(build, call, input, min, max), input, min, max)
+
+
+_LEAST = 1e-3
+"""How far from 0 and 1 limits of probabilities may be that only guard against rounding."""
+
+
+def _clamped(result: Any, x: Any, lowest: Any, highest: Any) -> Any:
+    """Probabilities stay what they are within limits that hold them; logits cut to [0, 1] are the
+    hard sigmoid of Keras and others."""
+    low = -inf if lowest is None else lowest
+    high = inf if highest is None else highest
+    if not isinstance(low, (int, float)) or not isinstance(high, (int, float)):
+        return result
+    if _is(x, "logits") and (low, high) == (0, 1):
+        return result.meaning_of("sigmoid")
+    holds = _is(x, *_PROBABILITIES) and low <= _LEAST and high >= 1 - _LEAST
+    holds_logs = _is(x, "log_probabilities") and low <= log_of(_LEAST) and high >= 0
+    return result.alike(x) if holds or holds_logs else result
+
+
+@rule(F.alpha_dropout, F.feature_alpha_dropout)
+def alpha_dropout(
+    build: Rewriter,
+    call: Call,
+    x: Any,
+    p: float = 0.5,
+    training: Any = False,
+    inplace: bool = False,
+) -> Any:
+    return dropout(build, call, x, p, training, inplace)
+
+
+@rule(F.dropout, F.dropout2d)
+def dropout(
+    build: Rewriter, call: Call, x: Any, p: float = 0.5, training: Any = True, inplace: bool = False
+) -> Any:
+    if training is True and p > 0:
+        raise UnsupportedLayerError(
+            f"{call} drops at random in evaluation mode too (training=True); "
+            "pass training=self.training"
+        )
+    return keep(build, call, x, p, training, inplace)
+
+
+@rule(nn.Sigmoid, nn.Hardsigmoid, *calling("sigmoid", "sigmoid_", "hardsigmoid"))
+def sigmoid(build: Rewriter, call: Call, x: Any, *rest: Any, **names: Any) -> Any:
+    return act_elementwise(build, call, x, *rest, **names).meaning_of("sigmoid")
+
+
+@rule(nn.LogSigmoid, *calling("logsigmoid"))
+def log_sigmoid(build: Rewriter, call: Call, x: Any) -> Any:
+    return act_elementwise(build, call, x).meaning_of("log_probabilities")

@@ -1,0 +1,43 @@
+"""Layers known to break the equivalence, each with its reason."""
+
+from __future__ import annotations
+
+from torch import nn
+from torchvision.ops import SqueezeExcitation
+
+from fcvgg.rewriting.rules.registry import ATTENTION, calling, refuse
+
+refuse(
+    "its statistics mix all positions, so a cell would change with the rest of the image",
+    *(nn.GroupNorm, nn.InstanceNorm1d, nn.InstanceNorm2d),
+    *calling("group_norm", "instance_norm"),
+)
+refuse(
+    ATTENTION,
+    *(nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerEncoder),
+    *calling("scaled_dot_product_attention"),
+)
+refuse(
+    "products of values (attention) mix positions; a fully connected layer must be nn.Linear or "
+    "F.linear",
+    *calling("matmul", "bmm", "baddbmm", "addmm", "mm", "einsum", "tensordot"),
+)
+refuse(
+    "squeeze-and-excitation pools over all positions, so a cell would change with the rest of the "
+    "image",
+    SqueezeExcitation,
+)
+refuse(
+    "resizing to or from a fixed size ties a cell to the size of the image",
+    *(nn.Upsample, nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d),
+    *calling("interpolate", "upsample", "grid_sample"),
+)
+refuse(
+    "the scores of all classes must come out, not a choice among them",
+    *calling("argmax", "topk", "sort"),
+)
+refuse(
+    "shuffling or rolling positions moves a cell away from its place in the image",
+    *calling("roll"),
+    *(nn.PixelShuffle, nn.PixelUnshuffle, nn.Fold, nn.Unfold),
+)

@@ -1,0 +1,67 @@
+"""Functions that only move or select elements: they act on the layout and emit nothing."""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor, fx, nn
+
+from fcvgg.errors import InputSizeError, UnsupportedLayerError
+from fcvgg.rewriting.layouts import Cells, Constant, rearranged
+from fcvgg.rewriting.rewriter import Call, Rewriter
+from fcvgg.rewriting.rules.registry import RULES, calling
+
+_SELECTIONS = {
+    *calling("getitem", "narrow", "select", "unbind", "flip", "chunk", "split"),
+    *calling("index_select", "fliplr", "flipud", "tensor_split"),
+}
+"""Functions that reach into the batch on purpose, not for want of the right size."""
+
+
+def moves(*targets: Any) -> None:
+    """Register functions that only rearrange or select elements; they act on the layout alone."""
+    RULES.update(dict.fromkeys(targets, _moves))
+
+
+def _moves(build: Rewriter, call: Call, x: Any, *args: Any, **kwargs: Any) -> Any:
+    if isinstance(x, (tuple, list)) and call.node.target is operator.getitem:
+        return x[args[0]]
+    if not isinstance(x, Cells):
+        return call.node.meta["value"]
+
+    args, kwargs = fx.node.map_aggregate(
+        (args, kwargs), lambda a: build.value_of(a, call) if isinstance(a, Constant) else a
+    )  # type: ignore
+
+    def operation(batch: Tensor) -> Any:
+        if call.module is not None:
+            return call.module(batch, *args, **kwargs)
+        if call.node.op == "call_method":
+            return getattr(batch, str(call.node.target))(*args, **kwargs)
+        return call.node.target(batch, *args, **kwargs)  # type: ignore[operator]
+
+    layouts = rearranged(x, operation)
+    if layouts is None and call.node.target in _SELECTIONS:
+        raise UnsupportedLayerError(f"{call} takes some images of the batch, or mixes them")
+    if layouts is None:
+        height, width = build.captured.size
+        raise InputSizeError(
+            f"{call} moves elements between the images of the batch at input size "
+            f"({height}, {width}): a reshape with fixed sizes turned positions into batch rows; "
+            "pass the native size, or reshape with x.view(x.size(0), -1)"
+        )
+    moved = [replace(x, moved=layout) for layout in layouts]
+    single = isinstance(call.node.meta["value"], Tensor)
+    return moved[0] if single else tuple(moved)
+
+
+moves(
+    *(nn.Flatten, nn.Unflatten, nn.Identity, nn.ChannelShuffle, operator.getitem),
+    *calling("flatten", "unflatten", "view", "reshape", "permute", "transpose", "movedim"),
+    *calling("swapaxes", "swapdims", "squeeze", "squeeze_", "unsqueeze", "unsqueeze_", "chunk"),
+    *calling("split", "narrow", "select", "unbind", "flip", "channel_shuffle", "index_select"),
+    *calling("fliplr", "flipud"),
+    *calling("contiguous", "detach", "channels_last", "ravel", "moveaxis", "tensor_split"),
+)

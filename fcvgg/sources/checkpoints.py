@@ -1,0 +1,233 @@
+"""Reading checkpoints: the parameters of a model whose architecture is known elsewhere."""
+
+from __future__ import annotations
+
+import argparse
+import pickle
+import re
+import warnings
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from fcvgg.errors import LoadError, one_line
+from fcvgg.support import untrusted
+
+SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".pth.tar", ".safetensors")
+
+_NESTED = ("state_dict", "model_state_dict", "model", "net", "ema_state_dict")
+_DEPTH = 8
+"""How many entries are opened one within the other; a dictionary may hold itself."""
+
+_PREFIXES = ("module.", "_orig_mod.", "model.")
+_LISTED = 4
+_REASON = 200
+
+_FORBIDDEN = re.compile(r"GLOBAL ([\w.]+)")
+"""How torch's safe unpickler names an object that is no tensor."""
+
+
+def read_state(path: str | Path) -> dict[str, Tensor]:
+    """The tensors of a file of torch.save or safetensors, by name.
+
+    Entries that hold the state beside other things (``state_dict``, ``model``) are opened, prefixes
+    of wrappers (``module.``) removed. Pickled code is never run.
+
+    Raises:
+        LoadError: if the file is absent, broken, holds code, or holds no tensors.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise LoadError(f"there is no checkpoint {path}; expected a file in {', '.join(SUFFIXES)}")
+    content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
+    state = _without_prefixes(_state_within(content, path))
+    _check_tensors(state, path)
+    return state
+
+
+def classes_in(state: Mapping[str, Tensor], layer: str, own: Tensor, arch: str) -> int:
+    """The outputs of an architecture's last layer, in a checkpoint.
+
+    Args:
+        state: of the checkpoint.
+        layer: the last layer's name.
+        own: its weight, for any number of classes.
+        arch: the architecture's name.
+
+    Raises:
+        LoadError: if the checkpoint has no such weight, or one of another shape.
+    """
+    weight = state.get(f"{layer}.weight")
+    if weight is None:
+        raise LoadError(
+            f"the checkpoint does not fit {arch}: it has no {layer}.weight, the last layer; it has "
+            f"{_listed(list(state))}"
+        )
+    if weight.ndim < 2 or not len(weight) or _as_linear(weight, own).shape[1:] != own.shape[1:]:
+        wanted = ("classes", *own.shape[1:])
+        raise LoadError(
+            f"the checkpoint does not fit {arch}: {layer}.weight must have the shape "
+            f"({', '.join(map(str, wanted))}), got {tuple(weight.shape)}"
+        )
+    return len(weight)
+
+
+def load_into(model: nn.Module, state: Mapping[str, Tensor], origin: str) -> None:
+    """Load a state into a model of the same architecture; nothing is loaded if it does not fit.
+
+    A converted network's state fits its source too, if the source flattens in torch's order.
+
+    Raises:
+        LoadError: naming what is missing, unexpected or of another shape.
+    """
+    state = fitting(model, state, origin)
+    model.load_state_dict(state, strict=False)
+
+
+def fitting(model: nn.Module, state: Mapping[str, Tensor], origin: str) -> dict[str, Tensor]:
+    """A state in the shapes of a model of the same architecture, which may be without values.
+
+    Raises:
+        LoadError: naming what is missing, unexpected, of another shape or of another kind.
+    """
+    own = model.state_dict()
+    state = {name: _as_linear(tensor, own.get(name)) for name, tensor in state.items()}
+    missing = [name for name in own if name not in state and not name.endswith("batches_tracked")]
+    unexpected = [name for name in state if name not in own]
+    misshapen = [
+        f"{name} {tuple(state[name].shape)} instead of {tuple(own[name].shape)}"
+        for name in own
+        if name in state and state[name].shape != own[name].shape
+    ]
+    misread = [
+        f"{name} of {state[name].dtype} instead of {own[name].dtype}"
+        for name in own
+        if name in state and own[name].is_floating_point() and not state[name].is_floating_point()
+    ]
+    problems = [
+        f"{len(names)} {what}: {_listed(names)}"
+        for what, names in (
+            ("missing", missing),
+            ("unexpected", unexpected),
+            ("of another shape", misshapen),
+            ("of another kind", misread),
+        )
+        if names
+    ]
+    if problems:
+        raise LoadError(
+            f"{origin} does not fit {type(model).__name__} ({'; '.join(problems)}); "
+            "check the architecture's name"
+        )
+    return state
+
+
+def _check_tensors(state: Mapping[str, Tensor], path: Path) -> None:
+    """Refuse tensors that are not plain arrays, or that take more memory than the file holds."""
+    untrusted.check_count(len(state), f"{path}: the number of tensors", 4 * untrusted.MOST_NODES)
+    claimed = 0
+    for name, tensor in state.items():
+        kinds = {
+            "quantised": tensor.is_quantized,
+            "without values": tensor.is_meta,
+            "nested": tensor.is_nested,
+            "sparse": tensor.layout != torch.strided,
+            f"of {tensor.dtype}": tensor.is_complex(),
+        }
+        found = [kind for kind, holds in kinds.items() if holds]
+        if found:
+            raise LoadError(
+                f"{path} must hold plain arrays of real numbers, got {name}, which is "
+                f"{' and '.join(found)}; save the dense, dequantised values"
+            )
+        claimed += tensor.numel() * tensor.element_size()
+    untrusted.check_claim(claimed, path, "tensors")
+
+
+def _as_linear(tensor: Tensor, own: Tensor | None) -> Tensor:
+    """A convolution's weight as the fully connected one that it was, if that is what fits."""
+    fits = own is not None and own.ndim == 2 and tensor.ndim == 4
+    return tensor.flatten(1) if fits else tensor
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:_LISTED]) + (", ..." if len(names) > _LISTED else "")
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except Exception as error:  # of safetensors, or of torch, for a dtype that it does not know
+        raise LoadError(f"{path} is no readable safetensors file: {one_line(error)}") from error
+
+
+def _read_pickle(path: Path) -> Any:
+    with open(path, "rb") as file:
+        start = file.read(16)
+    if not start.startswith((b"PK", b"\x80")):  # a zip archive, or a pickle of old
+        what = f"it begins with {start!r}" if start else "it is empty"
+        raise LoadError(f"{path} is no file of torch.save: {what}; was it downloaded whole?")
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                untrusted.check_members(archive, path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about pickle protocols, which broken files show
+            with torch.serialization.safe_globals(_inert()):
+                return torch.load(path, map_location="cpu", weights_only=True)
+    except LoadError:
+        raise
+    except Exception as error:  # a broken file can lead the unpickler anywhere
+        raise LoadError(f"{path} {_complaint(error)}") from error
+
+
+def _inert() -> list[Any]:
+    """What training scripts keep beside the state and what is plain data: numbers, options."""
+    scalar = np.float64(0).__reduce__()[0]  # type: ignore[index]  # what unpickles a number
+    kinds = [type(np.dtype(name)) for name in ("float64", "float32", "int64", "int32", "bool")]
+    return [scalar, np.dtype, *kinds, argparse.Namespace]
+
+
+def _complaint(error: Exception) -> str:
+    found = _FORBIDDEN.search(str(error))
+    if found is not None:
+        return (
+            f"holds a Python object ({found[1]}) beside tensors; opening it could run code, so it "
+            "is refused; save model.state_dict() instead"
+        )
+    if "TorchScript" in str(error):
+        return "holds a scripted model; save model.state_dict() instead"
+    if isinstance(error, pickle.UnpicklingError):
+        return "is broken, or a pickle that torch.save did not write; save model.state_dict() anew"
+    reason = one_line(error).split(". ")[0].strip(" .")[:_REASON]
+    return f"is a broken checkpoint: {type(error).__name__} ({reason})"
+
+
+def _state_within(content: Any, path: Path) -> dict[str, Tensor]:
+    for _ in range(_DEPTH):
+        if not isinstance(content, Mapping):
+            break
+        tensors = {str(k): v for k, v in content.items() if isinstance(v, Tensor)}
+        inner = next((content[k] for k in _NESTED if isinstance(content.get(k), Mapping)), None)
+        if inner is None:
+            if tensors:
+                return tensors
+            break
+        content = inner
+    raise LoadError(
+        f"{path} holds no state of a model: expected tensors by name, or an entry "
+        f"{' or '.join(repr(name) for name in _NESTED[:3])}; got {type(content).__name__}"
+    )
+
+
+def _without_prefixes(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    for prefix in _PREFIXES * 2:
+        if state and all(name.startswith(prefix) for name in state):
+            state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
+    return state

@@ -1,0 +1,41 @@
+"""The state of a module: the device and dtype of its parameters, and its modes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """The device of the first parameter."""
+    return next((p.device for p in model.parameters()), torch.device("cpu"))
+
+
+def dtype_of(model: nn.Module) -> torch.dtype:
+    """The dtype of the first floating-point parameter."""
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode for a while; every module then gets its own mode back.
+
+    The modes are set one by one, since a model's own ``eval()`` may do more, or leave dropout on.
+    """
+    modes = [(m, m.training) for m in module.modules()]
+    try:
+        for m, _ in modes:
+            m.training = False
+        yield
+    finally:
+        for m, mode in modes:
+            m.training = mode
+
+
+def listed(places: Sequence[str], root: str = "", most: int = 3) -> str:
+    """Names of modules for a message, the root's in place of an empty one."""
+    names = ", ".join(name or root or "the model" for name in places[:most])
+    return names + (f" and {len(places) - most} more" if len(places) > most else "")

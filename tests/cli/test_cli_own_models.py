@@ -1,0 +1,212 @@
+"""The command line's options for models that publish nothing about themselves."""
+
+from __future__ import annotations
+
+import json
+import re
+from math import log
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+from command_line import run
+
+import fcvgg
+from fcvgg.categories import read_categories
+from fcvgg.cli.console import in_option_words
+from fcvgg.cli.options import OwnModel
+from fcvgg.demo import demo_photograph
+
+COMMANDS = ("heatmap", "classify", "evaluate", "stream", "probe", "convert")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of three classes of torchvision's smallest network."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = torchvision.models.squeezenet1_1(num_classes=3)
+    path = tmp_path_factory.mktemp("own") / "own.pt"
+    torch.save(model.state_dict(), path)
+    return path
+
+
+@pytest.fixture
+def own(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Options that name the checkpoint, beside a photograph and a list of names."""
+    monkeypatch.chdir(tmp_path)
+    demo_photograph().resize((80, 70)).save("one.png")
+    Path("names.txt").write_text("cat\ndog\n\nnewt\n")
+    return ["-m", str(checkpoint), "--arch", "squeezenet1_1", "--input-size", "64"]
+
+
+@pytest.mark.parametrize(
+    ("options", "preprocess"),
+    [
+        (["--preprocess", "tf"], fcvgg.Preprocess((0.5,) * 3, (0.5,) * 3)),
+        (
+            ["--preprocess", "caffe"],
+            fcvgg.Preprocess(
+                (103.939, 116.779, 123.68), (1.0,) * 3, scale=1.0, channel_order="BGR"
+            ),
+        ),
+        (["--preprocess", "none"], fcvgg.Preprocess((0,) * 3, (1,) * 3, scale=1)),
+        (["--mean", "0.1,0.2,0.3", "--std", "0.5"], fcvgg.Preprocess((0.1, 0.2, 0.3), (0.5,) * 3)),
+        ([], fcvgg.Preprocess.imagenet()),
+    ],
+)
+def test_names_and_preprocessing(
+    own: list[str], checkpoint: Path, options: list[str], preprocess: fcvgg.Preprocess
+) -> None:
+    ran = run("classify", "one.png", *own, "--categories", "names.txt", *options, "--json")
+    assert (ran.exit_code, ran.stderr) == (0, "")
+    net = fcvgg.load(
+        checkpoint,
+        arch="squeezenet1_1",
+        input_size=64,
+        categories=("cat", "dog", "newt"),
+        preprocess=preprocess,
+    )
+    expected = net.classify("one.png", scales=net.usual_scale)[0]
+    got = {p["category"]: p["probability"] for p in json.loads(ran.stdout)[0]["predictions"]}
+    assert got == pytest.approx(dict(zip(net.categories, expected.tolist())), abs=1e-6)
+
+
+def test_convert_keeps_them_in_the_bundle(own: list[str]) -> None:
+    _, source, *options = own
+    Path("names.json").write_text(json.dumps({"0": "cat", "1": "dog", "2": "newt"}))
+    options += ["--categories", "names.json", "--preprocess", "unit", "--device", "cpu"]
+    assert "No such option" in run("convert", source, *options, "-o", "made").stderr
+    ran = run("convert", source, *options[:-2], "-o", "made")
+    assert (ran.exit_code, ran.stderr) == (0, "")
+    net = fcvgg.load("made")
+    assert net.input_size == (64, 64)
+    assert net.categories == ("cat", "dog", "newt")
+    assert net.preprocess == fcvgg.Preprocess((0.0,) * 3, (1.0,) * 3)
+
+
+def test_what_the_scores_are(own: list[str]) -> None:
+    options = [*own, "--preprocess", "unit", "--json"]
+    plain, single = (
+        json.loads(run("classify", "one.png", *options, *more).stdout)[0]["predictions"]
+        for more in ([], ["--activation", "multi_label_classification"])
+    )
+    assert sum(p["probability"] for p in plain) == pytest.approx(1, abs=1e-5)
+    logits = {p["index"]: log(p["probability"]) for p in plain}
+    odds = {p["index"]: log(p["probability"] / (1 - p["probability"])) for p in single}
+    differences = [odds[i] - logits[i] for i in logits]  # the softmax's one constant
+    assert differences == pytest.approx([differences[0]] * 3, abs=1e-3)
+    for value, message in (
+        ("values", "the network's scores are values"),
+        ("softmax", "--activation 'softmax' is unknown"),
+    ):
+        ran = run("classify", "one.png", *options, "--activation", value)
+        assert ran.exit_code == 2
+        assert message in ran.stderr
+
+
+def test_info_takes_the_native_size(own: list[str]) -> None:
+    _, source, *options = own
+    ran = run("info", source, *options[:-1], "96x64")
+    assert (ran.exit_code, ran.stderr) == (0, "")
+    assert re.search(r"native size +96x64", ran.stdout)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_has_them_in_a_part_of_their_own(command: str) -> None:
+    text = run(command, "--help").stdout
+    *_, panel = text.partition("Own models")
+    options = ("--input-size", "--categories", "--preprocess", "--mean", "--std", "--activation")
+    for option in options:
+        assert option in panel, (command, option)
+    assert ("--device" in text) == (command != "convert")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            ["--categories", "absent.txt"],
+            "the categories in absent.txt cannot be read: No such file or directory; expected one",
+        ),
+        (["--categories", "empty.txt"], "empty.txt holds no categories; expected one name per"),
+        (["--categories", "short.txt"], "1 categories were given for 3 classes; pass one name per"),
+        (["--categories", "bad.json"], "the categories in bad.json cannot be read: it has no inde"),
+        (["--categories", "one.png"], "the categories in one.png cannot be read: 'utf-8' codec ca"),
+        (["--mean", "0.5"], "--mean and --std go together; give both"),
+        (["--mean", "a,b", "--std", "1"], "--mean 'a,b' is no list of numbers; expected such as"),
+        (["--mean", "0.5", "--std", "0"], "std is (0.0,); expected positive values"),
+        (["--mean", "1,2", "--std", "1"], "--mean has 2 numbers and the network takes 3 channel"),
+        (
+            ["--preprocess", "unit", "--mean", "0", "--std", "1"],
+            "--preprocess and --mean say the same; give one of the two",
+        ),
+        (["--preprocess", "torch"], "preprocess 'torch' is unknown; expected one of imagenet, caf"),
+        (["--device", "gpu"], "--device 'gpu' cannot be used here (Expected one of cpu, cuda, "),
+        (["--device", "cuda:99"], "--device 'cuda:99' cannot be used here ("),
+        (["--device", "meta"], "--device 'meta' cannot be used here ("),
+        (["--input-size", "5"], "the model does not run at input size (5, 5): features.5 (MaxPo"),
+    ],
+)
+def test_what_cannot_be_used_is_one_line(own: list[str], options: list[str], message: str) -> None:
+    Path("empty.txt").write_text("\n")
+    Path("short.txt").write_text("cat\n")
+    Path("bad.json").write_text('{"1": "cat"}')
+    ran = run("classify", "one.png", *own, *options)
+    assert ran.exit_code == 2
+    assert ran.stdout == ""
+    assert len(ran.stderr.splitlines()) == 1, ran.stderr
+    assert ran.stderr.startswith(f"fcvgg: error: {message}")
+
+
+def test_a_bundle_keeps_its_native_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    fcvgg.load("demo").save("made")
+    ran = run("info", "made", "--input-size", "64")
+    assert ran.exit_code == 2
+    assert "to which --input-size cannot be applied" in ran.stderr
+
+
+def test_preprocessing_for_other_channels() -> None:
+    grey = OwnModel(preprocess="tf").preprocess_for(1)
+    assert grey == fcvgg.Preprocess((0.5,), (0.5,))
+    with pytest.raises(
+        fcvgg.PreprocessError, match=r"^preprocess 'imagenet' is for 3 channels and the .* takes 1;"
+    ):
+        fcvgg.Preprocess.preset("imagenet", 1)
+
+
+def test_categories_in_a_list_of_json_and_behind_a_byte_order_mark(tmp_path: Path) -> None:
+    listed, marked = tmp_path / "names.json", tmp_path / "names.txt"
+    listed.write_text('["a, b", "ü"]', encoding="utf-8")
+    marked.write_text("a, b\r\nü\r\n", encoding="utf-8-sig")
+    assert read_categories(listed) == read_categories(marked) == ("a, b", "ü")
+    listed.write_text('"cat"')
+    with pytest.raises(fcvgg.CategoryError, match=r"cannot be read: it is no list of names; exp"):
+        read_categories(listed)
+
+
+@pytest.mark.parametrize(
+    ("message", "words"),
+    [
+        ("pass input_size=, the size", "pass --input-size, the size"),
+        ("pass input_size=(height, width)", "pass --input-size HxW"),
+        ("arch='x' goes with; pass arch=, its", "--arch 'x' goes with; pass --arch, its"),
+        ("or categories= to convert or load", "or --categories"),
+        ("pass the value, such as nodata=0", "pass the value, such as --nodata 0"),
+        ("memory=1MiB is too little", "--memory 1MiB is too little"),
+        ("memory='a' is no amount", "--memory 'a' is no amount"),
+        ("bands=(0, 7) are not among", "--bands 0,7 are not among"),
+        ("fcvgg.open_image(path, bands=(0, 1)) chooses some", "--bands 0,1 chooses some"),
+        ("stream with classes=[name]", "stream with --classes NAME"),
+        (
+            "no known range; pass uint8 (H, W, C), or value_range=(low, high) or a scale= of its "
+            "own to fcvgg.Preprocess",
+            "no known range; pass --range LOW,HIGH",
+        ),
+        ("pass weights=PATH (--weights PATH)", "pass weights=PATH (--weights PATH)"),
+    ],
+)
+def test_messages_name_options(message: str, words: str) -> None:
+    assert in_option_words(message) == words
