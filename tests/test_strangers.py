@@ -167,8 +167,8 @@ TAPS = {"kernel_size": [10**9, 1], "stride": [1, 1], "padding": [0, 0], "dilatio
     [
         ("nn.LocalResponseNorm", {"size": 10**9}, "elements in a value"),
         ("nn.ZeroPad2d", {"padding": [10**9] * 4}, "does not run|elements in a value|no rule"),
-        ("fcvgg.rewriting.modules.BinnedPool2d", BINS, "at most 30,000 operations"),
-        ("fcvgg.rewriting.modules.DilatedAvgPool2d", TAPS, "at most 30,000 operations"),
+        ("fcvgg.modules.BinnedPool2d", BINS, "at most 30,000 operations"),
+        ("fcvgg.modules.DilatedAvgPool2d", TAPS, "at most 30,000 operations"),
         ("nn.MaxPool2d", {"kernel_size": "wide"}, "does not run|cannot be made"),
         ("nn.Conv2d", {"in_channels": 3, "out_channels": 4, "kernel_size": 3}, "lacks the tensor"),
     ],
