@@ -33,6 +33,7 @@ from fcvgg.images.preprocessing import Preprocess
 from fcvgg.names import readable
 from fcvgg.serialization.shape_budget import ShapeBudget, check_affordable
 from fcvgg.serialization.tensor_table import CONFIG, TENSORS
+from fcvgg.sources import assembly
 from fcvgg.sources.checkpoints import read_state
 from fcvgg.streaming import score_store, store_description
 from fcvgg.streaming.job import StreamJob
@@ -848,3 +849,10 @@ def test_arithmetic_is_counted():
             layer(image)
 
     refused(counted, "arithmetic operations", fcvgg.LoadError)
+
+
+def test_layers_of_files_called_like_keywords_get_another_name() -> None:
+    model = assembly.Assembled("image")
+    for name, layer in (("class", nn.Conv2d(3, 4, 3)), ("a.if", nn.Flatten())):
+        model.add_layer(name, layer)
+    assert [name for name, _ in model.named_children()] == ["class_", "a_if"]

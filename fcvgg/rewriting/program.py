@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+import keyword
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import fx, nn
 
-from fcvgg.errors import UnsupportedLayerError
+from fcvgg.errors import ConversionError, UnsupportedLayerError
 from fcvgg.geometry import IMAGE, Axis, Geometry, Pair, Step, Window
 
 Windows = tuple[Window, Window]
@@ -135,7 +136,18 @@ def same_grid(a: Geometry, b: Geometry) -> bool:
 
 
 def graph_module(modules: nn.Module, graph: fx.Graph) -> Network:
-    """A module that runs `graph` and owns the tree of `modules`, also layers it does not call."""
+    """A module that runs `graph` and owns the tree of `modules`, also layers it does not call.
+
+    Raises:
+        ConversionError: if a layer is called like a keyword of Python, which no code can name.
+    """
+    for node in graph.nodes:
+        parts = str(node.target).split(".") if node.op in ("call_module", "get_attr") else ()
+        if any(map(keyword.iskeyword, parts)):
+            raise ConversionError(
+                f"the layer {node.target!r} must not be called like a keyword of Python, which the "
+                "code of a graph cannot name; rename it"
+            )
     network = Network(modules, graph, class_name="Network")
     for name in _TREE:
         setattr(network, name, getattr(modules, name))

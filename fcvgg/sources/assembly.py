@@ -7,6 +7,7 @@ shapes, so `fcvgg.convert` reads it like any other model.
 
 from __future__ import annotations
 
+import keyword
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -45,7 +46,9 @@ class Assembled(nn.Module):
     def add_layer(self, name: str, layer: nn.Module) -> str:
         """Hold a layer under the name nearest to the wanted one that is free; gives that name."""
         parts = name.split(".")
-        proper = all(re.fullmatch(r"\w+", part) for part in parts) and self._has_room(name)
+        proper = not any(map(keyword.iskeyword, parts))  # a graph's code has names, not keywords
+        proper = proper and all(re.fullmatch(r"\w+", part) for part in parts)
+        proper = proper and self._has_room(name)
         name = self._free(name if proper else plain_name(name))
         parent: nn.Module = self
         *path, child = name.split(".")
@@ -143,7 +146,8 @@ class Assembled(nn.Module):
 
 def plain_name(name: str) -> str:
     """A name that a module's attribute may have."""
-    return re.sub(r"\W+", "_", name).strip("_") or "value"
+    plain = re.sub(r"\W+", "_", name).strip("_") or "value"
+    return f"{plain}_" if keyword.iskeyword(plain) else plain
 
 
 def scores_of(output: Tensor) -> Tensor:

@@ -561,3 +561,11 @@ def test_verify_tells_another_model_apart() -> None:
     assert not report.passed
     assert report.max_rel_error > 1e-2
     assert other.training
+
+
+def test_a_layer_called_like_a_keyword_is_refused() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3))
+    model.add_module("class", nn.Flatten())
+    model.add_module("lambda", nn.Linear(16, 2))
+    with pytest.raises(fcvgg.ConversionError, match="'lambda' must not be called like a keyword"):
+        fcvgg.convert(model.eval(), input_size=4)

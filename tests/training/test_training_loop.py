@@ -297,7 +297,8 @@ def test_workers_change_nothing(tmp_path: Path) -> None:
     # in a process of its own: after Ray and the engines have run in this one, the signal of a
     # loader's worker that ends killed the process, in two runs of the whole suite of two
     code = (
-        "import dataclasses, pathlib, sys, conftest, test_training_loop as t;"  # with one thread
+        "import dataclasses, pathlib, sys; sys.path.insert(0, 'training');"
+        "import conftest, test_training_loop as t;"  # with one thread
         "settings = dataclasses.replace(t.ONE_EPOCH, workers=2);"
         "t.train(pathlib.Path(sys.argv[1]), settings=settings)"
     )
