@@ -754,4 +754,5 @@ def test_the_peak_stays_below_the_bound_and_does_not_grow_with_the_height(
 
     short, tall = peak(1024), peak(3072)
     assert max(short, tall) <= 64 << 20
-    assert tall <= 1.1 * short + (8 << 20)  # the allocator's share does not repeat exactly
+    # the allocator's share varies by 13 MiB; a copy of the taller image would add 24 MiB
+    assert tall <= 1.1 * short + (16 << 20)
