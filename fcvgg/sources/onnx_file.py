@@ -127,8 +127,8 @@ def _load_external_data(proto: Any, path: Path) -> None:
     allowed = _EXTERNAL_TWICE * sum(sizes.values())
     if claimed > allowed:
         raise LoadError(
-            f"{path} must take at most {untrusted.readable(allowed)} from the files of its "
-            f"weights, got {untrusted.readable(claimed)}"
+            f"{path} must take at most {untrusted.size_text(allowed)} from the files of its "
+            f"weights, got {untrusted.size_text(claimed)}"
         )
     helper.load_external_data_for_model(proto, str(path.parent))
 

@@ -199,7 +199,7 @@ class Graph:
         if self._folded > self._allowed:
             raise LoadError(
                 f"{self.path}: {node} must give values that fit the file, whose constants would "
-                f"take {untrusted.readable(self._folded)} of {untrusted.readable(self._allowed)}"
+                f"take {untrusted.size_text(self._folded)} of {untrusted.size_text(self._allowed)}"
             )
         try:
             results = computed(known, node.proto.SerializeToString(), self.opset)

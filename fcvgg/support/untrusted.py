@@ -37,7 +37,7 @@ def allowed_bytes(path: str | Path) -> int:
     return _EXPANSION * os.stat(path).st_size + _ALWAYS_ALLOWED
 
 
-def readable(size: float) -> str:
+def size_text(size: float) -> str:
     """A number of bytes for a message: ``3.0 TB``."""
     for unit in ("bytes", "kB", "MB", "GB"):
         if size < 1000:
@@ -55,8 +55,8 @@ def check_claim(claimed: int, path: str | Path, what: str) -> None:
     allowed = allowed_bytes(path)
     if claimed > allowed:
         raise LoadError(
-            f"{path} must hold at most {readable(allowed)} of {what} by its own size, got "
-            f"{readable(claimed)}; it is broken or made to exhaust memory"
+            f"{path} must hold at most {size_text(allowed)} of {what} by its own size, got "
+            f"{size_text(claimed)}; it is broken or made to exhaust memory"
         )
 
 
@@ -111,7 +111,7 @@ def read_bytes(path: Path, limit: int, within: Path | None = None) -> bytes:
     with open(path, "rb") as file:
         data = file.read(limit + 1)
     if len(data) > limit:
-        raise LoadError(f"{path} must be at most {readable(limit)}, got more")
+        raise LoadError(f"{path} must be at most {size_text(limit)}, got more")
     return data
 
 
@@ -122,7 +122,8 @@ def parsed_json(text: str | bytes, parse_constant: Callable[[str], Any] | None =
         ValueError: if it is none, is too long, or is nested too deep.
     """
     if len(text) > CONFIG_BYTES:
-        raise ValueError(f"it must be at most {readable(CONFIG_BYTES)}, got {readable(len(text))}")
+        limit, size = size_text(CONFIG_BYTES), size_text(len(text))
+        raise ValueError(f"it must be at most {limit}, got {size}")
     try:
         return json.loads(text, parse_constant=parse_constant)
     except RecursionError as error:
@@ -160,7 +161,7 @@ def read_member(archive: zipfile.ZipFile, name: str, limit: int) -> bytes:
             f"its member {name} is broken: {type(error).__name__}: {one_line(error)}"
         ) from error
     if not whole:
-        raise LoadError(f"its member {name} must be at most {readable(limit)}, got more")
+        raise LoadError(f"its member {name} must be at most {size_text(limit)}, got more")
     return data
 
 
