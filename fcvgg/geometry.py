@@ -67,6 +67,11 @@ class Window:
     def is_identity(self) -> bool:
         return self == Window()
 
+    def reads(self, first: int, end: int) -> Pair:
+        """The input positions that outputs ``[first, end)`` read, padding included."""
+        start = first * self.stride - self.before
+        return start, (end - 1) * self.stride - self.before + self.span
+
     def output_size(self, size: int) -> int:
         """Output positions for `size` input positions, by torch's rule; 0 where none fits."""
         free = size + self.before + self.after - self.span

@@ -1,4 +1,4 @@
-"""Memory of large maps and weights: kept by the heap, given back, on large pages."""
+"""Memory of large maps and weights: reused when freed, returned to the system, on large pages."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ import torch
 from torch import Tensor
 
 # -- the C library's heap -------------------------------------------------------------------------
-# A block that is mapped anew, or that takes memory which was given back, costs the system's
-# clearing of its pages: 18 of 75 ms for a VGG-16 in bfloat16 at 448 pixels. Only glibc is told
-# anything.
+# The kernel zeroes newly mapped pages: 18 of 75 ms for VGG-16 in bfloat16 at 448 pixels. A process
+# that keeps freed memory avoids that. Only glibc's allocator has the settings made here; `optimize`
+# and `stream` make them, a plain forward pass never does.
 
 _LARGEST_LEARNT = (32 << 20) - (64 << 10)
-"""Bytes of the largest block from which glibc learns how large the blocks are that come and go."""
+"""Bytes of the largest freed block by which glibc raises its threshold for mapping memory."""
 
 _SETTINGS = {-3: 32 << 20, -1: 256 << 20}
-"""Of `mallopt`: M_MMAP_THRESHOLD, the largest that it takes, and M_TRIM_THRESHOLD."""
+"""Options of `mallopt`: M_MMAP_THRESHOLD, at its largest value, and M_TRIM_THRESHOLD."""
 
 _OWN_SETTINGS = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES")
-"""Variables with which a user decides these things."""
+"""Environment variables with which a user makes these settings."""
 
 
 def learn_block_sizes() -> None:
-    """Let glibc learn that blocks below 32 MB come and go, so that it takes them from the heap.
+    """Raise glibc's thresholds, so that it takes blocks below 32 MB from the heap.
 
-    It learns from blocks that are freed; one that is taken and freed here, untouched, teaches it
-    the most at once. It then gives back what is free at the heap's end from 64 MB on.
+    It adapts to the blocks that are freed: one untouched block of the largest size, allocated and
+    freed here, suffices. It then returns memory at the heap's end above 64 MB.
     """
     torch.empty(_LARGEST_LEARNT, dtype=torch.uint8)
 
@@ -42,8 +42,8 @@ def learn_block_sizes() -> None:
 def keep_freed_maps() -> None:
     """Let the process keep up to 256 MB of freed memory, and take blocks below 32 MB from it.
 
-    Threads other than the main one have heaps of their own, for which that does not count. Nothing
-    is done where the user has decided by a variable of the environment.
+    Threads other than the main one have heaps of their own, to which that does not apply. Nothing
+    is changed where an environment variable of the user makes such a setting.
     """
     set_option = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if set_option is None or any(name in os.environ for name in _OWN_SETTINGS):
@@ -52,23 +52,25 @@ def keep_freed_maps() -> None:
         set_option(option, size)
 
 
-# -- giving freed memory back ---------------------------------------------------------------------
+# -- returning freed memory to the system ---------------------------------------------------------
 
 _STATM = Path("/proc/self/statm")
 _LEAST, _MOST = 0.5, 1.0
-"""Of the bytes in use, from which on freed memory is given back: as late as the bound allows, since
-what is given back must be cleared anew by the system, page by page.
+"""Share of the bytes in use above which freed memory is returned: as late as the bound allows,
+since the kernel must zero every page that is mapped again.
 """
 
 
 def trimmer(used: int, memory: int) -> Callable[[int], None]:
     """A function to call before operations, which keeps what the process adds below `memory`.
 
-    It is told how many bytes the operation needs at once beside its input and output. `used` are
-    the bytes that are in use at most.
+    glibc keeps freed blocks, and the gaps between blocks in use can add up to a multiple of what is
+    in use. The function takes the bytes of the operation's workspace. On systems other than Linux
+    with glibc it does nothing.
 
-    The C library keeps freed blocks for itself, and gaps between blocks in use add up to a multiple
-    of what is in use. On systems other than Linux with glibc the function does nothing.
+    Args:
+        used: bytes that are in use at most.
+        memory: bytes that the process may add.
     """
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is None or not _STATM.exists():
@@ -95,32 +97,26 @@ def _resident_pages() -> int:
 _LEAST_BYTES = 8 * 1024**2
 
 _COLLAPSE = 25
-"""MADV_COLLAPSE of Linux 6.1: fold the pages now; older systems refuse and nothing changes."""
+"""MADV_COLLAPSE of Linux 6.1: merge the pages now. Older systems refuse, which changes nothing."""
 
 
 def on_huge_pages(weights: Tensor) -> Tensor:
-    """The same tensor; the system is asked to hold its memory in pages of 2 MB.
+    """The same tensor, after asking Linux to hold its memory in pages of 2 MB.
 
-    A wish that is not granted is no error. Nothing is asked for small tensors, nor where the system
-    is not Linux.
+    The system may decline, which changes nothing. Small tensors are left alone.
     """
-    size = weights.numel() * weights.element_size()
-    advise = _madvise()
+    advise, size = _madvise(), weights.numel() * weights.element_size()
     if advise is None or size < _LEAST_BYTES or weights.device.type != "cpu":
         return weights
-    pointer = _pointer(weights)
-    if pointer is not None:
+    pointer_of: Any = Tensor.data_ptr
+    if weights.is_mkldnn:  # such tensors hide their memory but for an operation of newer torch
+        pointer_of = getattr(torch.ops.mkldnn, "data_ptr", None)
+    if pointer_of is not None:
+        pointer = int(pointer_of(weights))
         first = -(-pointer // mmap.PAGESIZE) * mmap.PAGESIZE
         length = (pointer + size - first) // mmap.PAGESIZE * mmap.PAGESIZE
         advise(ctypes.c_void_p(first), ctypes.c_size_t(length), _COLLAPSE)
     return weights
-
-
-def _pointer(weights: Tensor) -> int | None:
-    if not weights.is_mkldnn:
-        return weights.data_ptr()
-    data_ptr = getattr(torch.ops.mkldnn, "data_ptr", None)
-    return None if data_ptr is None else int(data_ptr(weights))
 
 
 @lru_cache(maxsize=1)

@@ -2,7 +2,7 @@
 
 `FusedConv2d` and `FusedWindowLinear` run on any device and in any dtype. `PackedConv2d` and
 `PackedWindowLinear` hold their weights in the order that oneDNN computes with, so that no call
-reorders them, and may hold another form of them beside it: transformed for Winograd's algorithm, or
+reorders them. They may hold a second form of the weights: transformed for Winograd's algorithm, or
 ordered for a convolution over rows.
 """
 
@@ -30,10 +30,10 @@ from fcvgg.optimization.winograd import (
 from fcvgg.rewriting.modules import _GEMM_CELLS, by_windows, window_linear
 
 _USUAL_ROWS = 100
-"""Rows of the product that packed fully connected weights are ordered for; any number runs."""
+"""Rows of the product for which fully connected weights are packed; any number runs."""
 
 _USUAL_SIZE = 56
-"""Rows and columns of the map that convolution weights are ordered for before one was seen."""
+"""Rows and columns of the map for which convolution weights are packed before one was seen."""
 
 _LEAST_CHANNELS = 128
 """Channels from which Winograd's transforms cost less than the products they save."""
@@ -51,45 +51,75 @@ _WINDOW_KERNELS = range(5, 8)
 """Extents of the windows for which Winograd's algorithm saves enough multiplications."""
 
 
-class FusedConv2d(nn.Module):
+class FusedLayer(nn.Module):
+    """A layer with weight ``(O, C, kh, kw)`` and bias ``(O,)``, and the ReLU after it."""
+
+    stride: Pair = (1, 1)
+    padding: Pair = (0, 0)
+    groups = 1
+
+    def __init__(self, weight: Tensor, bias: Tensor, dilation: Pair, relu: bool):
+        super().__init__()
+        self.out_channels, self.in_channels = weight.shape[:2]  # the inputs of one group
+        self.kernel = (weight.shape[2], weight.shape[3])
+        self.dilation = dilation
+        self.relu = relu
+        self._hold(weight, bias)
+
+    def _hold(self, weight: Tensor, bias: Tensor) -> None:
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.bias = nn.Parameter(bias, requires_grad=False)
+
+    @property
+    def weight_count(self) -> int:
+        """Elements of the weight."""
+        return prod((self.out_channels, self.in_channels, *self.kernel))
+
+    def held_bytes(self) -> int:
+        """Bytes of the layer's own weights."""
+        return self.weight.nbytes
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.out_channels}, kernel={self.kernel}, padding={self.padding}, "
+            f"dilation={self.dilation}, relu={self.relu}"
+        )
+
+
+class FusedConv2d(FusedLayer):
     """A convolution with bias, and the ReLU after it."""
 
     def __init__(self, conv: nn.Conv2d, weight: Tensor, bias: Tensor, relu: bool):
-        super().__init__()
-        self.stride = _pair(conv.stride)
-        self.padding = _pair(conv.padding)
-        self.dilation = _pair(conv.dilation)
+        geometry: Any = (conv.stride, conv.padding)
+        self.stride, self.padding = geometry
         self.groups = conv.groups
-        self.kernel = (weight.shape[2], weight.shape[3])
-        self.out_channels, self.in_channels = weight.shape[:2]  # the inputs of one group
-        self.relu = relu
-        self._take(weight, bias)
+        super().__init__(weight, bias, (conv.dilation[0], conv.dilation[1]), relu)
 
-    def _take(self, weight: Tensor, bias: Tensor) -> None:
-        layout = torch.channels_last if weight.is_cuda else torch.contiguous_format
-        self.weight = nn.Parameter(weight.contiguous(memory_format=layout), requires_grad=False)
-        self.bias = nn.Parameter(bias, requires_grad=False)
+    def _hold(self, weight: Tensor, bias: Tensor) -> None:
+        order = torch.channels_last if weight.is_cuda else torch.contiguous_format
+        super()._hold(weight.contiguous(memory_format=order), bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.convolved(x, self.padding)
 
     def convolved(self, x: Tensor, padding: Pair) -> Tensor:
-        """The layer with other padding: none for rows that come padded."""
+        """The layer's output with other padding: none for rows that come padded."""
         x = F.conv2d(x, self.weight, self.bias, self.stride, padding, self.dilation, self.groups)
         return x.relu_() if self.relu else x
 
-    def held_bytes(self) -> int:
-        """Bytes of the layer's own weights."""
-        return _bytes(self.weight)
 
-    def extra_repr(self) -> str:
-        return f"{self.out_channels}, kernel={self.kernel}, padding={self.padding}, {self.relu=}"
+class FusedWindowLinear(FusedLayer):
+    """A fully connected layer at every window, with bias, and the ReLU after it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = window_linear(x, self.weight, self.bias, self.dilation)
+        return x.relu_() if self.relu else x
 
 
-class Packed(nn.Module):
-    """Weights in an order that only oneDNN can read, and perhaps Winograd's kernels beside them.
+class Packed(FusedLayer):
+    """Weights in an order that only oneDNN can read, and perhaps Winograd's kernels.
 
-    Both are shared by copies; oneDNN's are packed anew after a pickle.
+    Copies of the layer share both. A pickle holds plain weights, which are packed when it is read.
     """
 
     _packed: Any
@@ -98,10 +128,12 @@ class Packed(nn.Module):
     _tiling: Tiling
 
     def _pack(self, weight: Tensor) -> Any:
+        """Weights in oneDNN's order."""
         raise NotImplementedError
 
-    def _padding(self) -> Pair:
-        return (0, 0)
+    def _winograd_pays(self, x: Tensor, padding: Pair) -> bool:
+        """Whether Winograd's algorithm is faster than oneDNN for maps of this size."""
+        raise NotImplementedError
 
     @property
     def dtype(self) -> torch.dtype:
@@ -111,36 +143,41 @@ class Packed(nn.Module):
     def has_winograd(self) -> bool:
         return self._kernels is not None
 
-    def settle(self, x: Tensor) -> None:
-        """Keep only the form of the weights that is faster on maps of this size."""
+    def specialise(self, x: Tensor) -> None:
+        """Keep only the form of the weights that is faster for maps of the size of `x`."""
         if self._kernels is None:
             return
-        if self._suits(x, self._padding()):
+        if self._winograd_pays(x, self.padding):
             self._packed = None
         else:
             self._kernels = None
 
-    def _by_winograd(self, x: Tensor, padding: Pair, relu: bool) -> Tensor | None:
+    def _by_winograd(self, x: Tensor, padding: Pair) -> Tensor | None:
         """The layer by Winograd's algorithm; None where oneDNN is faster."""
-        if self._kernels is None or not (self._packed is None or self._suits(x, padding)):
+        if self._kernels is None:
             return None
-        return winograd_convolution(self._tiling, x, self._kernels, self._bias, padding, relu)
-
-    def _suits(self, x: Tensor, padding: Pair) -> bool:
-        raise NotImplementedError
+        if self._packed is not None and not self._winograd_pays(x, padding):
+            return None
+        return winograd_convolution(self._tiling, x, self._kernels, self._bias, padding, self.relu)
 
     def _outputs(self, x: Tensor, padding: Pair) -> Pair:
-        height, width = (n + 2 * p - self._tiling.kernel + 1 for n, p in zip(x.shape[2:], padding))
+        """Rows and columns of the layer's output for stride 1 and no dilation."""
+        height, width = (n + 2 * p - k + 1 for n, p, k in zip(x.shape[2:], padding, self.kernel))
         return height, width
 
-    def _held_bytes(self, weights: int) -> int:
-        own = 0 if self._packed is None else weights * self._bias.element_size()
-        return own + _bytes(self._kernels)
+    @property
+    def _attribute(self) -> str:
+        """What oneDNN does with the sums, in torch's terms."""
+        return "relu" if self.relu else "none"
+
+    def held_bytes(self) -> int:
+        packed = 0 if self._packed is None else self.weight_count * self._bias.element_size()
+        return packed + (0 if self._kernels is None else self._kernels.nbytes)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         twin = type(self).__new__(type(self))
         memo[id(self)] = twin
-        held = ("_packed", "_kernels", "_rows", "_bias")  # replaced, never changed
+        held = ("_packed", "_kernels", "_rows", "_bias")  # replaced, never changed in place
         own = {k: v if k in held else copy.deepcopy(v, memo) for k, v in self.__dict__.items()}
         twin.__dict__.update(own)
         return twin
@@ -157,7 +194,7 @@ class Packed(nn.Module):
 
 
 class PackedConv2d(Packed, FusedConv2d):
-    """The same on a CPU through oneDNN: weights in its order, and perhaps Winograd's beside."""
+    """A convolution on a CPU through oneDNN, and by Winograd's algorithm where that is faster."""
 
     _tiling = CONVOLUTION
 
@@ -167,93 +204,59 @@ class PackedConv2d(Packed, FusedConv2d):
         self._tries_winograd = winograd
         super().__init__(conv, weight, bias, relu)
 
-    def _take(self, weight: Tensor, bias: Tensor) -> None:
+    def _hold(self, weight: Tensor, bias: Tensor) -> None:
         self._bias = bias
-        self._kernels = None
-        self._order: Any = None
+        self._order: tuple[int, bool] | None = None
         self._packed = self._pack(weight)
-        if self._tries_winograd and self._allows_winograd(weight):
-            self._kernels = on_huge_pages(self._tiling.kernels(weight))
+        wide = min(weight.shape[:2]) >= _LEAST_CHANNELS and weight.dtype == torch.float32
+        fits = self._tries_winograd and wide and self._is_plain_3x3
+        self._kernels = on_huge_pages(self._tiling.kernels(weight)) if fits else None
+
+    @property
+    def _is_plain_3x3(self) -> bool:
+        """Whether the layer is a 3x3 convolution without stride, dilation and groups."""
+        plain = self.stride == self.dilation == (1, 1) and self.groups == 1
+        return plain and self.kernel == (3, 3)
 
     def _pack(self, weight: Tensor) -> Any:
         shape = (1, self.in_channels * self.groups, _USUAL_SIZE, _USUAL_SIZE)
         return self._ordered(weight.to_mkldnn(), shape)
 
     def _ordered(self, weight: Tensor, shape: Sequence[int]) -> Any:
+        """Packed weights in the order that is fastest for inputs of a shape."""
         reorder: Any = torch._C._nn.mkldnn_reorder_conv2d_weight
-        window = (self.padding, self.stride, self.dilation)
-        return reorder(weight, *window, self.groups, shape)
+        return reorder(weight, self.padding, self.stride, self.dilation, self.groups, shape)
 
-    def _allows_winograd(self, weight: Tensor) -> bool:
-        regular = self.kernel == (3, 3) and self.stride == self.dilation == (1, 1)
-        wide = min(weight.shape[:2]) >= _LEAST_CHANNELS
-        return regular and wide and self.groups == 1 and weight.dtype == torch.float32
-
-    def _padding(self) -> Pair:
-        return self.padding
-
-    def _suits(self, x: Tensor, padding: Pair) -> bool:
+    def _winograd_pays(self, x: Tensor, padding: Pair) -> bool:
         return len(x) * self._tiling.tiles(*self._outputs(x, padding)) >= _LEAST_TILES
 
     def convolved(self, x: Tensor, padding: Pair) -> Tensor:
-        scores = self._by_winograd(x, padding, self.relu)
+        """The layer by the fastest of three ways for the shape of `x`."""
+        scores = self._by_winograd(x, padding)
         if scores is not None:
             return scores
-        if self._gains_by_halves(x, padding):
+        if self._is_plain_3x3 and padding == (1, 1) and gains_by_halves(x, self.out_channels):
             return joined_halves(self._by_onednn(halves(x), (0, 1), halved=True), x.shape[2])
         return self._by_onednn(x, padding)
 
-    def _gains_by_halves(self, x: Tensor, padding: Pair) -> bool:
-        regular = self.kernel == (3, 3) and self.stride == self.dilation == padding == (1, 1)
-        return regular and self.groups == 1 and gains_by_halves(x, self.out_channels)
-
     def _by_onednn(self, x: Tensor, padding: Pair, halved: bool = False) -> Tensor:
-        order = x.shape[3], halved  # not the height and the padding: strips differ in them
-        if order != self._order:  # or oneDNN would reorder the weights at every call
+        # oneDNN reorders weights at every call where they suit other shapes, so they are reordered
+        # once when the width changes. Strips of one map differ in height and padding, which must
+        # not count.
+        order = x.shape[3], halved
+        if order != self._order:
             self._packed = self._ordered(self._packed, x.shape)
             self._order = order
-        attribute = "relu" if self.relu else "none"
         return torch.ops.mkldnn._convolution_pointwise(
             *(x, self._packed, self._bias, padding, self.stride, self.dilation, self.groups),
-            *(attribute, [], ""),
+            *(self._attribute, [], ""),
         )
-
-    def held_bytes(self) -> int:
-        kernel = self.kernel[0] * self.kernel[1]
-        return self._held_bytes(self.out_channels * self.in_channels * kernel)
-
-
-class FusedWindowLinear(nn.Module):
-    """A fully connected layer at every window, with bias, and the ReLU after it."""
-
-    def __init__(self, weight: Tensor, bias: Tensor, dilation: Pair, relu: bool):
-        super().__init__()
-        self.kernel = (weight.shape[2], weight.shape[3])
-        self.out_channels, self.in_channels = weight.shape[:2]
-        self.dilation = dilation
-        self.relu = relu
-        self._take(weight, bias)
-
-    def _take(self, weight: Tensor, bias: Tensor) -> None:
-        self.weight = nn.Parameter(weight, requires_grad=False)
-        self.bias = nn.Parameter(bias, requires_grad=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = window_linear(x, self.weight, self.bias, self.dilation)
-        return x.relu_() if self.relu else x
-
-    def held_bytes(self) -> int:
-        """Bytes of the layer's own weights."""
-        return _bytes(self.weight)
-
-    def extra_repr(self) -> str:
-        return f"{self.out_channels}, kernel={self.kernel}, dilation={self.dilation}, {self.relu=}"
 
 
 class PackedWindowLinear(Packed, FusedWindowLinear):
-    """The same on a CPU through oneDNN, with the weights in its order.
+    """A fully connected layer at every window on a CPU, with the weights in oneDNN's order.
 
-    Settled for a size in bfloat16, it may hold a second form of them for maps of that size.
+    Specialised for a size in bfloat16, it may hold a second form of them for maps of that size.
     """
 
     _rows: RowConvolution | None = None
@@ -264,42 +267,39 @@ class PackedWindowLinear(Packed, FusedWindowLinear):
         self._tries_winograd = winograd
         super().__init__(weight, bias, dilation, relu)
 
-    def _take(self, weight: Tensor, bias: Tensor) -> None:
+    def _hold(self, weight: Tensor, bias: Tensor) -> None:
         self._bias = bias
-        self._kernels = None
         self._tiling = window_tiling(self.kernel[0])
-        if self._tries_winograd and self._allows_winograd(weight):
-            self._kernels = on_huge_pages(self._tiling.kernels(weight))
+        fits = self._tries_winograd and self._is_wide and weight.dtype == torch.float32
+        self._kernels = on_huge_pages(self._tiling.kernels(weight)) if fits else None
         self._packed = self._pack(weight.permute(0, 2, 3, 1).reshape(len(weight), -1))
 
     def _pack(self, weight: Tensor) -> Any:  # (O, kh*kw*C)
         return on_huge_pages(torch.ops.mkldnn._reorder_linear_weight(weight, _USUAL_ROWS))
 
-    def _allows_winograd(self, weight: Tensor) -> bool:
-        return self._is_wide() and weight.dtype == torch.float32
-
+    @property
     def _is_wide(self) -> bool:
         """Whether the layer is one of those for which other forms than products were measured."""
         square = self.kernel[0] == self.kernel[1] and self.kernel[0] in _WINDOW_KERNELS
         wide = min(self.out_channels, self.in_channels) >= _LEAST_CHANNELS
         return square and wide and self.dilation == (1, 1)
 
-    def _suits(self, x: Tensor, padding: Pair) -> bool:
+    def _winograd_pays(self, x: Tensor, padding: Pair) -> bool:
         outputs = self._outputs(x, padding)
         tiles = self._tiling.tiles(*outputs)
         saves = tiles * self._tiling.inputs**2 < prod((*outputs, *self.kernel))
         return saves and tiles >= _LEAST_WINDOW_TILES
 
-    def settle(self, x: Tensor) -> None:
-        super().settle(x)
+    def specialise(self, x: Tensor) -> None:
+        super().specialise(x)
         grid = self._outputs(x, (0, 0))
-        if self._is_wide() and self.dtype == torch.bfloat16 and RowConvolution.suits(grid):
+        if self._is_wide and self.dtype == torch.bfloat16 and RowConvolution.suits(grid):
             rows = self._row_convolution(grid)
-            if _agree(rows(x), self.forward(x)):  # calling it would settle it again
+            if _agree(rows(x), self.forward(x)):  # a call of the module would come back here
                 self._rows = rows
 
     def _row_convolution(self, grid: Pair) -> RowConvolution:
-        weight = self._packed.to_dense()
+        weight = self._packed.to_dense()  # (O, kh*kw*C)
         return RowConvolution(weight, self._bias, self.kernel, grid, self.relu)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -313,11 +313,12 @@ class PackedWindowLinear(Packed, FusedWindowLinear):
             self._rows = self._row_convolution(grid)
 
     def forward(self, x: Tensor) -> Tensor:
+        """The layer by the fastest of four ways for the shape of `x`."""
         if self.kernel == (1, 1):
-            return self._linear(x.movedim(1, -1)).movedim(-1, 1)
+            return self._linear(x.movedim(1, -1)).movedim(-1, 1)  # (N, H, W, C) and back
         if self._rows is not None and self._rows.takes(x):
             return self._rows(x)
-        scores = self._by_winograd(x, (0, 0), self.relu)
+        scores = self._by_winograd(x, (0, 0))
         if scores is not None:
             return scores
         cells = self.gathered * _GEMM_CELLS
@@ -331,23 +332,20 @@ class PackedWindowLinear(Packed, FusedWindowLinear):
         return 2 if self.dtype == torch.bfloat16 else 1
 
     def _linear(self, rows: Tensor) -> Tensor:
-        attribute = "relu" if self.relu else "none"
         return torch.ops.mkldnn._linear_pointwise(
-            rows.contiguous(), self._packed, self._bias, attribute, [], ""
+            rows.contiguous(), self._packed, self._bias, self._attribute, [], ""
         )
 
     def held_bytes(self) -> int:
-        kernel = self.kernel[0] * self.kernel[1]
-        held = self._held_bytes(self.out_channels * self.in_channels * kernel)
-        return held + (0 if self._rows is None else self._rows.held_bytes())
+        return super().held_bytes() + (0 if self._rows is None else self._rows.held_bytes())
 
 
 class HalvingMaxPool2d(nn.Module):
-    """``nn.MaxPool2d(2)`` in bfloat16, without the indices that torch computes beside it.
+    """``nn.MaxPool2d(2)`` in bfloat16, without the indices that torch computes as well.
 
     Args:
-        positive: whether the map comes from a ReLU. The bits of such numbers are in order as
-            integers, which the processor compares without widening them.
+        positive: whether the map comes from a ReLU. As integers the bits of such numbers have the
+            same order, and the processor compares them without conversion to float32.
     """
 
     def __init__(self, positive: bool = False):
@@ -359,7 +357,7 @@ class HalvingMaxPool2d(nn.Module):
         return torch.maximum(*_pairs(rows, 3)).view(x.dtype)
 
     def halve_into(self, x: Tensor, out: Tensor) -> None:
-        """Write the same into `out`, and overwrite rows of `x`, which are in the cache."""
+        """Write the same into `out`; the rows of `x` are overwritten, which are in the cache."""
         x, out = self._comparable(x), self._comparable(out)
         rows, below = _pairs(x, 2)
         torch.maximum(rows, below, out=rows)
@@ -396,22 +394,21 @@ def _conv_strip(conv: FusedConv2d) -> Sliding:
         channels=conv.out_channels,
         pads_width=True,
         pads_height=True,
-        columns=conv.kernel[0] * conv.kernel[1] * conv.in_channels,
-        weights=conv.out_channels * conv.in_channels * conv.kernel[0] * conv.kernel[1],
+        columns=conv.weight_count // conv.out_channels,
+        weights=conv.weight_count,
     )
 
 
 @strip_rule(FusedWindowLinear, PackedWindowLinear)
 def _linear_strip(layer: FusedWindowLinear) -> Sliding:
-    pointwise = layer.kernel == (1, 1)
-    columns = layer.in_channels * layer.kernel[0] * layer.kernel[1]
+    columns = 0 if layer.kernel == (1, 1) else layer.weight_count // layer.out_channels
     gathered = layer.gathered if isinstance(layer, PackedWindowLinear) else 1
     return Sliding(
         _windows(layer.kernel, (1, 1), (0, 0), layer.dilation),
         lambda x, part: layer(x),
         channels=layer.out_channels,
-        columns=0 if pointwise else columns * gathered,
-        weights=layer.out_channels * columns,
+        columns=columns * gathered,
+        weights=layer.weight_count,
         gathers=True,
     )
 
@@ -435,15 +432,7 @@ def _windows(kernel: Pair, stride: Pair, padding: Pair, dilation: Pair) -> Windo
     return height, width
 
 
-def _pair(value: Any) -> Pair:
-    return (value, value) if isinstance(value, int) else (value[0], value[1])
-
-
 def _agree(scores: Tensor, expected: Tensor) -> bool:
     """Whether two ways to compute scores in bfloat16 differ by its rounding only."""
     difference = (scores.float() - expected.float()).abs().max()
     return bool(difference <= _BFLOAT16_ROUNDING * expected.abs().max())
-
-
-def _bytes(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.numel() * tensor.element_size()

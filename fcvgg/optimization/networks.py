@@ -12,12 +12,14 @@ from torch import Tensor, fx, nn
 
 from fcvgg.errors import ArgumentError, EquivalenceError, FcvggError
 from fcvgg.geometry import Pair, checked_size
-from fcvgg.inference.blocks import CHANNELS_LAST, Plan, run
+from fcvgg.inference.blocks import CHANNELS_LAST, BlockwiseGraph, run
+from fcvgg.inference.memory import keep_freed_maps
 from fcvgg.inference.missing import Reader, run_with_missing
 from fcvgg.network import FullyConvolutional
 from fcvgg.optimization.engines import ENGINES, engine_network
 from fcvgg.optimization.fused import (
     FusedConv2d,
+    FusedLayer,
     FusedWindowLinear,
     Packed,
     PackedConv2d,
@@ -25,9 +27,7 @@ from fcvgg.optimization.fused import (
     has_packing,
 )
 from fcvgg.optimization.fusion import fused
-from fcvgg.optimization.graph_replay import GraphReplay
 from fcvgg.optimization.onednn import has_bfloat16
-from fcvgg.results.equivalence import Equivalence
 from fcvgg.serialization.exporting import ExportedFile
 from fcvgg.support.module_state import device_of, dtype_of
 from fcvgg.verification import verify
@@ -52,7 +52,7 @@ class Optimization:
         dtype: of the arithmetic.
         layers: convolutions and fully connected layers with bias and ReLU in one call.
         winograd: how many of them may run by Winograd's algorithm.
-        packed_bytes: what the optimised network holds of its own, beside the plain network.
+        packed_bytes: bytes that the optimised network holds in addition to the plain one.
     """
 
     engine: str
@@ -92,10 +92,10 @@ class OptimizedNetwork(FullyConvolutional):
         self._activations = plain._activations
         self.optimization = optimization
         self._plain: tuple[FullyConvolutional, ...] = (plain,)  # no submodule: not its parameters
-        self._plan: Plan | None = None
+        self._blockwise: BlockwiseGraph | None = None
         self._readers = [plain.readers(i) for i in range(len(plain.program.classes))]
         like = torch.zeros((), device=device_of(plain), dtype=dtype_of(plain))
-        self._like = nn.Parameter(like, requires_grad=False)  # tells what images it takes
+        self._like = nn.Parameter(like, requires_grad=False)  # device and dtype of the images
         super().train(False)
 
     @property
@@ -123,30 +123,33 @@ class OptimizedNetwork(FullyConvolutional):
         if not images.is_floating_point():
             self._check_dtype(images)
         images = self._padded(images)
-        if self._plan is None and isinstance(self.network, fx.GraphModule):
-            self._plan = Plan(self.network)
-        cast = self._cast(images)  # looked at now, while it is in the cache
-        maps = run_with_missing(cast, lambda x: run(self.network, x, self._plan), self.readers)
+        if self._blockwise is None and isinstance(self.network, fx.GraphModule):
+            self._blockwise = BlockwiseGraph(self.network)
+        # run_with_missing sums the cast images at once, while they are still in the cache
+        maps = run_with_missing(
+            self._cast(images), lambda x: run(self.network, x, self._blockwise), self.readers
+        )
         if isinstance(maps, Tensor):
             return maps.to(images.dtype)
         return tuple(scores.to(images.dtype) for scores in maps)
 
     def readers(self, output: int = 0) -> list[Reader]:
-        """The plain network's, whatever runs here."""
+        """What each operation of the plain network reads, whatever engine runs here."""
         return self._readers[output]
 
     def _cast(self, images: Tensor) -> Tensor:
-        """The images as the network computes with them.
+        """The images in the memory format and dtype that the network computes in.
 
-        Layout and dtype in two copies: both at once cast pixel by pixel, three times as slowly.
+        Two copies, since torch changes both at once pixel by pixel, three times as slowly.
         """
-        if self.optimization.engine == "torch" and self.compute_dtype in CHANNELS_LAST:
+        channels_last = images.is_cuda or self.compute_dtype in CHANNELS_LAST
+        if self.optimization.engine == "torch" and channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
         return images.to(self.compute_dtype)
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """Of the arithmetic; runtimes take float32 whatever they compute in."""
+        """Dtype of the images that the network takes; other engines always take float32."""
         engine = self.optimization.engine != "torch"
         return torch.float32 if engine else self.optimization.dtype
 
@@ -155,14 +158,15 @@ class OptimizedNetwork(FullyConvolutional):
         """The graph whose layers `fcvgg.stream` runs over strips of an image.
 
         Raises:
-            ArgumentError: if another runtime has them.
+            ArgumentError: if the network runs in another engine.
         """
         if self.optimization.engine != "torch":
             raise ArgumentError(
-                f"engine={self.optimization.engine!r} runs whole images only; stream the plain "
-                "network (net.plain), or one optimised without engine="
+                f"net must run in torch to be streamed, got engine={self.optimization.engine!r}, "
+                "which runs whole images only; stream the plain network (net.plain), or one "
+                "optimised without engine="
             )
-        return self.network.network if isinstance(self.network, GraphReplay) else self.network
+        return self.network
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """The plain network's."""
@@ -182,14 +186,14 @@ class OptimizedNetwork(FullyConvolutional):
         return self
 
     def _apply(self, fn: Any, recurse: bool = True) -> OptimizedNetwork:
-        """Refuse to move; a call that leaves everything where it is may stand."""
+        """Refuse to move or cast; calls that change neither device nor dtype are allowed."""
         moved = fn(self._like)
         if (moved.device, moved.dtype) != (self._like.device, self._like.dtype):
             raise FcvggError(_FIXED.format("move or cast"))
         return self
 
     def save(self, path: str | Path) -> Path:
-        """Write the plain network's bundle; `fcvgg.optimize` it anew after loading."""
+        """Write the plain network's bundle; call `fcvgg.optimize` again after loading it."""
         return self.plain.save(path)
 
     def export(self, path: str | Path) -> ExportedFile:
@@ -215,10 +219,10 @@ def optimize(
     Batch norm is folded into the layer before it, bias and ReLU are computed in one call with it,
     and dropout is gone. On a CPU the weights are ordered once as oneDNN computes with them, wide
     3x3 convolutions and fc6 run by Winograd's algorithm where a map has enough tiles, and the first
-    layers run in strips that stay in the cache. On a GPU the channels come last and every size that
-    is seen is captured as a graph; that path is tested with stand-ins and was not run on a GPU. The
-    copy keeps methods, geometry and preprocessing of `net`; its `equivalence` compares it with
-    `net`.
+    layers run in strips that stay in the cache. The process then keeps up to 256 MB of freed memory
+    for the next maps, unless ``MALLOC_*`` variables say otherwise. On a GPU the channels come last
+    in memory. The copy keeps the methods, geometry and preprocessing of `net`; its `equivalence`
+    compares it with `net`.
 
     The copy takes memory of its own: for a VGG-16 in float32 553 MB of weights in oneDNN's order
     and 767 MB of Winograd's, 537 of them for fc6; in bfloat16 277 MB, and 205 more where fc6 gets a
@@ -244,33 +248,34 @@ def optimize(
         MissingExtraError: if the engine is not installed.
     """
     _check_network(net)
-    images = None if size is None else checked_size(size)
+    size = None if size is None else checked_size(size)
     dtype = dtype_of(net) if dtype is None else dtype
     _check_options(dtype, device_of(net), engine)
     if dtype == torch.float64 and dtype_of(net) != dtype:
         raise ArgumentError(
-            f"dtype={dtype} is wider than the network's {dtype_of(net)}, which gains nothing; "
-            "leave it out, or convert the model in float64"
+            f"dtype must not be wider than the network's {dtype_of(net)}, got {dtype}; leave it "
+            "out, or convert the model in float64"
         )
     if engine is not None and engine != "torch":
         fast = OptimizedNetwork(
             net, engine_network(net, engine, dtype), Optimization(engine, dtype)
         )
         return _checked(net, fast)
-    fast = _fused(net, dtype, images, winograd=True)
+    if device_of(net).type == "cpu":
+        keep_freed_maps()
+    fast = _fused(net, dtype, size, winograd=True)
     try:
         return _checked(net, fast)
     except EquivalenceError:
         if not fast.optimization.winograd:
             raise
-        return _checked(net, _fused(net, dtype, images, winograd=False))
+        return _checked(net, _fused(net, dtype, size, winograd=False))
 
 
 def _fused(
     net: FullyConvolutional, dtype: torch.dtype, size: Pair | None, winograd: bool
 ) -> OptimizedNetwork:
-    device = device_of(net)
-    packs = device.type == "cpu" and dtype in _PACKED and has_packing()
+    packs = device_of(net).type == "cpu" and dtype in _PACKED and has_packing()
 
     def conv(layer: nn.Conv2d, weight: Tensor, bias: Tensor, relu: bool) -> FusedConv2d:
         if packs:
@@ -284,8 +289,8 @@ def _fused(
 
     network = fused(net.network, dtype, conv, linear)
     if size is not None and packs:
-        _settle(net, network, size)
-    layers = [m for m in network.modules() if isinstance(m, (FusedConv2d, FusedWindowLinear))]
+        _specialise(net, network, size)
+    layers = [m for m in network.modules() if isinstance(m, FusedLayer)]
     optimization = Optimization(
         engine="torch",
         dtype=dtype,
@@ -293,16 +298,18 @@ def _fused(
         winograd=sum(isinstance(m, Packed) and m.has_winograd for m in layers),
         packed_bytes=sum(m.held_bytes() for m in layers),
     )
-    runner = GraphReplay(network) if device.type == "cuda" else network
-    return OptimizedNetwork(net, runner, optimization)
+    return OptimizedNetwork(net, network, optimization)
 
 
 @torch.no_grad()
-def _settle(net: FullyConvolutional, network: nn.Module, size: Pair) -> None:
-    """Let every layer keep what it needs for images of `size` only, shown to it once."""
+def _specialise(net: FullyConvolutional, network: nn.Module, size: Pair) -> None:
+    """Let every packed layer keep only the weights that images of `size` need.
+
+    The network runs once on noise of that size, and each layer decides by the map that it is given.
+    """
     size = tuple(max(n, w) for n, w in zip(size, net.geometry.window))  # type: ignore[assignment]
     layers = [m for m in network.modules() if isinstance(m, Packed)]
-    handles = [m.register_forward_pre_hook(lambda m, args: m.settle(args[0])) for m in layers]
+    handles = [m.register_forward_pre_hook(lambda m, args: m.specialise(args[0])) for m in layers]
     noise = torch.rand(1, net.in_channels, *size, generator=torch.Generator().manual_seed(0))
     try:
         network(noise.to(layers[0].dtype) if layers else noise)
@@ -312,12 +319,12 @@ def _settle(net: FullyConvolutional, network: nn.Module, size: Pair) -> None:
 
 
 def _checked(net: FullyConvolutional, fast: OptimizedNetwork) -> OptimizedNetwork:
-    """The optimised network with its report.
+    """The optimised network, with the report that compares it with the plain one.
 
     Raises:
-        EquivalenceError: if it differs too much.
+        EquivalenceError: if they differ by more than the tolerance of the dtype.
     """
-    report = _compared(net, fast)
+    report = verify(_CentreScores(net), fast, tolerance=TOLERANCES[fast.optimization.dtype])
     if not report.passed:
         raise EquivalenceError(
             f"the optimised network differs from the plain one by {report.max_rel_error:.1e} of "
@@ -328,16 +335,12 @@ def _checked(net: FullyConvolutional, fast: OptimizedNetwork) -> OptimizedNetwor
     return fast
 
 
-def _compared(net: FullyConvolutional, fast: OptimizedNetwork) -> Equivalence:
-    return verify(_CentreScores(net), fast, tolerance=TOLERANCES[fast.optimization.dtype])
-
-
 class _CentreScores(nn.Module):
     """The plain network as a model that gives vectors of scores at the native size."""
 
     def __init__(self, net: FullyConvolutional):
         super().__init__()
-        self.training = False  # as an optimised network, whatever the plain one's mode is
+        self.training = False  # evaluates like an optimised network, whatever the net's mode
         self.net = net
 
     def forward(self, images: Tensor) -> Any:
@@ -350,22 +353,23 @@ class _CentreScores(nn.Module):
 
 def _check_network(net: Any) -> None:
     if isinstance(net, OptimizedNetwork):
-        raise ArgumentError("the network is optimised already; pass the one it was made from")
+        raise ArgumentError(
+            "net must be a plain network, got one that is optimised already; pass the one it was "
+            "made from"
+        )
     if not isinstance(net, FullyConvolutional):
         raise ArgumentError(
-            f"optimize takes a converted network, got {type(net).__name__}; "
-            "pass fcvgg.convert(model)"
+            f"net must be a converted network, got {type(net).__name__}; pass fcvgg.convert(model)"
         )
 
 
 def _check_options(dtype: Any, device: torch.device, engine: str | None) -> None:
     if engine not in (None, "torch", *ENGINES):
         raise ArgumentError(
-            f"engine={engine!r} is unknown; expected None, {' or '.join(map(repr, ENGINES))}"
+            f"engine must be None, {' or '.join(map(repr, ENGINES))}, got {engine!r}"
         )
     if dtype not in TOLERANCES:
-        names = ", ".join(str(d) for d in TOLERANCES)
-        raise ArgumentError(f"dtype={dtype!r} is unknown; expected one of {names}")
+        raise ArgumentError(f"dtype must be {' or '.join(map(str, TOLERANCES))}, got {dtype!r}")
     if engine in ENGINES and (device.type != "cpu" or dtype == torch.float64):
         raise ArgumentError(
             f"engine={engine!r} runs float32 networks on the CPU, got {dtype} on {device}; move "
@@ -374,11 +378,16 @@ def _check_options(dtype: Any, device: torch.device, engine: str | None) -> None
     if device.type != "cpu":
         return
     if dtype == torch.float16:
-        raise ArgumentError("dtype=torch.float16 needs a GPU; use torch.bfloat16 on a CPU")
+        raise ArgumentError(
+            "dtype must not be torch.float16 on a CPU, which computes slowly in it; use "
+            "torch.bfloat16, or move the network to a GPU"
+        )
     if dtype == torch.bfloat16 and not has_bfloat16():
         raise ArgumentError(
-            "this processor has no bfloat16 arithmetic (neither AMX nor AVX-512 BF16, or oneDNN "
-            "may not use it), so it would be slower than float32; use dtype=torch.float32"
+            "dtype must not be torch.bfloat16 on this processor, which has neither AMX nor AVX-512 "
+            "BF16 (or oneDNN may not use them) and would be slower; use dtype=torch.float32"
         )
     if engine == "onnxruntime" and dtype != torch.float32:
-        raise ArgumentError("engine='onnxruntime' computes in torch.float32; pass that or None")
+        raise ArgumentError(
+            f"dtype must be torch.float32 or None with engine='onnxruntime', got {dtype}"
+        )

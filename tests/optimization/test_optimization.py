@@ -35,9 +35,9 @@ from fcvgg.errors import (
     ImageError,
     MissingExtraError,
 )
-from fcvgg.inference import blocks as trunk
+from fcvgg.inference import blocks
 from fcvgg.inference import memory
-from fcvgg.optimization import fused, fusion, graph_replay, onednn, winograd
+from fcvgg.optimization import fused, fusion, onednn, winograd
 from fcvgg.optimization import networks as optimization
 from fcvgg.rewriting import modules
 
@@ -137,10 +137,10 @@ def test_many_cells_with_gradients_are_a_convolution(monkeypatch):
 
 @pytest.fixture
 def in_strips(monkeypatch):
-    """Makes every block of a trunk run in strips of one output row."""
-    monkeypatch.setattr(trunk, "_WHOLE_BYTES", 0)
-    monkeypatch.setattr(trunk, "_STRIP_BYTES", 1)
-    monkeypatch.setattr(trunk, "_LEAST_ROWS", 1)
+    """Makes every block run in strips of one output row."""
+    monkeypatch.setattr(blocks, "_WHOLE_BYTES", 0)
+    monkeypatch.setattr(blocks, "_STRIP_BYTES", 1)
+    monkeypatch.setattr(blocks, "_LEAST_ROWS", 1)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -174,9 +174,9 @@ def test_strips_leave_the_images_alone(in_strips, small):
 @pytest.mark.parametrize("first", [[], [nn.ReLU()], [nn.Dropout()]])
 @pytest.mark.parametrize("whole_bytes", [0, 1 << 30])
 def test_a_pool_that_comes_first_leaves_the_images_alone(monkeypatch, whole_bytes, first):
-    monkeypatch.setattr(trunk, "_WHOLE_BYTES", whole_bytes)
-    monkeypatch.setattr(trunk, "_STRIP_BYTES", 1)
-    monkeypatch.setattr(trunk, "_LEAST_ROWS", 1)
+    monkeypatch.setattr(blocks, "_WHOLE_BYTES", whole_bytes)
+    monkeypatch.setattr(blocks, "_STRIP_BYTES", 1)
+    monkeypatch.setattr(blocks, "_LEAST_ROWS", 1)
     layers = [*first, nn.MaxPool2d(2), nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]
     model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(4 * 16, 5))
     net = fcvgg.convert(seeded(lambda: model, dtype=torch.float32), input_size=16)
@@ -218,12 +218,14 @@ def test_blocks_that_keep_some_channels(request, strips, relu_first):
 
 
 def test_shapes_are_read_once(monkeypatch, small):
-    monkeypatch.setattr(trunk, "_MOST_SCHEDULES", 2)
+    monkeypatch.setattr(blocks, "_MOST_SHAPES", 2)
     fast = copy.deepcopy(fcvgg.optimize(small))  # which has read no shape yet
     read = []
-    real = trunk._schedules
+    real = blocks._sized_blocks
     monkeypatch.setattr(
-        trunk, "_schedules", lambda blocks, x: read.append(tuple(x.shape[2:])) or real(blocks, x)
+        blocks,
+        "_sized_blocks",
+        lambda chain, x: read.append(tuple(x.shape[2:])) or real(chain, x),
     )
     for size in [(40, 40), (40, 40), (61, 45), (40, 40), (33, 70), (40, 40)]:
         batch = images(1, 3, *size, dtype=torch.float32)
@@ -240,9 +242,20 @@ def test_a_watched_layer_sees_its_whole_map(in_strips, small):
     assert seen == [(20, 20)]
 
 
+def test_only_optimising_changes_how_the_process_keeps_memory(in_strips, monkeypatch, small):
+    asked = []
+    monkeypatch.setattr(optimization, "keep_freed_maps", lambda: asked.append("optimize"))
+    monkeypatch.setattr(memory.ctypes, "CDLL", lambda name: pytest.fail("the C library was used"))
+    small(images(1, 3, 61, 45, dtype=torch.float32))
+    assert asked == []
+    monkeypatch.setattr(memory, "_madvise", lambda: None)
+    fcvgg.optimize(small)
+    assert asked == ["optimize"]
+
+
 def test_training_runs_the_graph_as_it_is(in_strips, monkeypatch, small):
     small.train()
-    monkeypatch.setattr(trunk, "computed", None)
+    monkeypatch.setattr(blocks, "run_block", None)
     with torch.enable_grad():
         small(images(2, 3, 40, 40, dtype=torch.float32)).sum().backward()
     small.eval()
@@ -678,12 +691,12 @@ def test_a_network_in_bfloat16_streams(small):
 
 def test_a_network_of_an_engine_does_not_stream(small):
     fast = fcvgg.optimize(small, engine="onnxruntime")
-    with pytest.raises(ArgumentError, match="runs whole images only; stream the plain network"):
+    with pytest.raises(ArgumentError, match="which runs whole images only; stream the plain network"):
         fcvgg.stream(fast, images(3, 90, 52, dtype=torch.float32))
 
 
 def test_a_dtype_wider_than_the_networks(small):
-    with pytest.raises(ArgumentError, match=r"is wider than the network's torch.float32"):
+    with pytest.raises(ArgumentError, match=r"must not be wider than the network's torch.float32"):
         fcvgg.optimize(small, dtype=torch.float64)
 
 
@@ -777,7 +790,7 @@ def test_it_only_evaluates(small):
         fast.load_state_dict({})
 
 
-def test_a_trunk_that_was_left_training_evaluates(small):
+def test_a_block_that_was_left_training_evaluates(small):
     small.train()
     fast = fcvgg.optimize(small)
     assert small.training
@@ -863,7 +876,7 @@ def test_an_engine_that_is_absent_is_named(monkeypatch, small, engine, extra):
 
 def test_a_network_that_differs_is_refused(monkeypatch, small):
     monkeypatch.setattr(fused.FusedConv2d, "forward", lambda self, x: self.convolved(x, (1, 1)) * 2)
-    monkeypatch.setattr(trunk, "_blocks", lambda network: [])
+    monkeypatch.setattr(blocks, "_blocks", lambda network: [])
     with pytest.raises(EquivalenceError, match=r"differs from the plain one by .* more than 1e-04"):
         fcvgg.optimize(small)
 
@@ -871,9 +884,9 @@ def test_a_network_that_differs_is_refused(monkeypatch, small):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"engine": "tensorrt"}, "engine='tensorrt' is unknown; expected None, 'onnxruntime' or"),
-        ({"dtype": torch.int8}, "dtype=torch.int8 is unknown; expected one of torch.float64"),
-        ({"dtype": torch.float16}, "torch.float16 needs a GPU; use torch.bfloat16 on a CPU"),
+        ({"engine": "tensorrt"}, "engine must be None, 'onnxruntime' or 'openvino', got 'tensorrt'"),
+        ({"dtype": torch.int8}, "dtype must be torch.float64 or .* or torch.bfloat16, got torch.int8"),
+        ({"dtype": torch.float16}, "must not be torch.float16 on a CPU, .* use torch.bfloat16, or"),
     ],
 )
 def test_options_are_checked(small, options, message):
@@ -883,7 +896,7 @@ def test_options_are_checked(small, options, message):
 
 def test_bfloat16_is_refused_where_the_processor_lacks_it(monkeypatch, small):
     monkeypatch.setattr(optimization, "has_bfloat16", lambda: False)
-    with pytest.raises(ArgumentError, match="this processor has no bfloat16 arithmetic"):
+    with pytest.raises(ArgumentError, match="must not be torch.bfloat16 on this processor"):
         fcvgg.optimize(small, dtype=torch.bfloat16)
 
 
@@ -894,63 +907,21 @@ def test_what_is_not_a_converted_network_is_refused(small):
         fcvgg.optimize(fcvgg.optimize(small))
 
 
-# -- CUDA without a GPU: a stand-in for the recorder, which runs on the CPU ------------------------
+# -- CUDA ------------------------------------------------------------------------------------------
 
 
-class FakeGraphs:
-    """Stands for torch.cuda: a graph is the function that was recorded, called again by replay."""
-
-    def __init__(self, network):
-        self.network, self.replays, self.records = network, 0, 0
-
-    def record(self, images):
-        inputs = images.clone()
-        scores = self.network(inputs)
-        self.records += 1
-        return self.Graph(self, inputs, scores), inputs, scores
-
-    class Graph:
-        def __init__(self, graphs, inputs, scores):
-            self.graphs, self.inputs, self.scores = graphs, inputs, scores
-
-        def replay(self):
-            self.graphs.replays += 1
-            self.scores.copy_(self.graphs.network(self.inputs))
-
-
-def test_graphs_are_recorded_once_per_size_and_give_own_results(monkeypatch, small):
-    replay = graph_replay.GraphReplay(small.network)
-    graphs = FakeGraphs(small.network)
-    monkeypatch.setattr(replay, "_record", graphs.record)
-    monkeypatch.setattr(graph_replay, "_is_replayed", lambda images: True)
-    monkeypatch.setattr(graph_replay, "_MOST_GRAPHS", 2)
-    batches = [images(2, 3, n, n, seed=i, dtype=torch.float32) for i, n in enumerate((32, 40, 32))]
-    kept = [replay(batch) for batch in batches]
-    for batch, scores in zip(batches, kept):  # an earlier result outlives a later replay
-        assert relative_error(small.network(batch), scores) < REORDERED
-    assert (graphs.records, graphs.replays) == (2, 3)
-    replay(images(1, 3, 32, 32, dtype=torch.float32))  # the batch counts, the oldest one goes
-    replay(batches[1])
-    assert graphs.records == 4
-    twin = copy.deepcopy(replay)
-    assert not twin._recorded
-
-
-def test_a_network_on_the_meta_device_is_neither_packed_nor_recorded(small):
-    """What a GPU would run, shape by shape: plain fused layers with the channels last."""
+def test_a_network_on_the_meta_device_gives_the_shapes_of_a_gpu():
+    """What a GPU would run: plain fused layers with the channels last."""
     net = fcvgg.convert(seeded(SmallVGG, bn=True, dtype=torch.float32), input_size=32)
     network = fusion.fused(net.network, torch.float16, fused.FusedConv2d, fused.FusedWindowLinear)
-    network = network.to("meta")
-    replay = graph_replay.GraphReplay(network)
-    assert replay(torch.zeros(2, 3, 60, 44, dtype=torch.float16, device="meta")).shape == (
-        *(2, 5),
-        *net.output_size((60, 44)),
-    )
-    assert not replay._recorded
+    batch = torch.zeros(2, 3, 60, 44, dtype=torch.float16, device="meta")
+    batch = batch.contiguous(memory_format=torch.channels_last)
+    scores = network.to("meta")(batch)
+    assert scores.shape == (2, 5, *net.output_size((60, 44)))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
-def test_a_gpu_replays_a_graph_per_size(small):
+def test_a_gpu_runs_every_size():
     net = fcvgg.convert(seeded(SmallVGG, bn=True, dtype=torch.float32).cuda(), input_size=32)
     for dtype, tolerance in ((torch.float32, 1e-3), (torch.float16, 2e-2)):
         fast = fcvgg.optimize(net, dtype=dtype)
