@@ -22,7 +22,7 @@ _EXTRAS = {"onnxruntime": "onnx", "openvino": "openvino"}
 
 
 class EngineNetwork(nn.Module):
-    """Calls a runtime with float32 images on the CPU."""
+    """Calls an engine with float32 images on the CPU."""
 
     def __init__(self, run: Runner, outputs: int):
         super().__init__()
@@ -35,10 +35,10 @@ class EngineNetwork(nn.Module):
 
 
 def engine_network(net: FullyConvolutional, engine: str, dtype: torch.dtype) -> EngineNetwork:
-    """A network that runs in `engine` what `net.export` gives.
+    """A network that runs the file of `net.export` in another engine.
 
     Raises:
-        MissingExtraError: if it is not installed.
+        MissingExtraError: if the engine is not installed.
     """
     open_engine = ENGINES[engine]
     imported(engine, _EXTRAS[engine])

@@ -1,12 +1,13 @@
 """Fuse the layers of a converted network: batch norm folded, bias and ReLU in one call.
 
-`fused` reads the network's graph and builds another one; the network is left alone. A layer that
-nothing is known of is called as it is, so every network stays whole.
+`fused` reads the network's graph and builds another one; the network is left alone. An unknown layer
+is copied and called as it is.
 """
 
 from __future__ import annotations
 
 import copy
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -34,11 +35,13 @@ _RELUS = {F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_"}
 def fused(
     network: fx.GraphModule, dtype: torch.dtype, make_conv: MakeConv, make_linear: MakeLinear
 ) -> fx.GraphModule:
-    """The network for evaluation, with layers of `fcvgg.fused` that the two functions make.
+    """The network for evaluation, with layers of `fcvgg.optimization.fused`.
 
     Args:
         network: of a `FullyConvolutional`.
-        dtype: of the arithmetic; the other layers get a copy in it where theirs differs.
+        dtype: of the arithmetic; all layers are copied in it.
+        make_conv: makes a fused convolution.
+        make_linear: makes a fused fully connected layer.
     """
     return _Fusion(network, dtype, make_conv, make_linear).run()
 
@@ -79,24 +82,28 @@ class _Fusion:
         elif isinstance(module, nn.Conv2d) and _is_plain(module):
             self._add_layer(node, module)
         elif module is not None:
-            self._made[node] = self._call(node, node.target, lambda: self._own(node, module))
+            self._made[node] = self._call(node, node.target, lambda: self._copied(node, module))
         else:
             if node.op == "get_attr":
                 self._keep_tensor(str(node.target))
             self._made[node] = self._graph.node_copy(node, self._made.__getitem__)
 
     def _add_layer(self, node: fx.Node, layer: nn.Conv2d) -> None:
-        """A convolution or fully connected layer, with the batch norm and the ReLU after it."""
-        last, norm, relu = node, None, False
-        following = self._only_user(last)
+        """A convolution or fully connected layer, with the batch norm and the ReLU after it.
+
+        Both are taken in only where nothing else reads the map between.
+        """
+        chain, norm, relu = [node], None, False
+        following = self._only_user(node)
         if following is not None and type(self._module(following)) is nn.BatchNorm2d:
-            last, norm = following, self._module(following)
-            following = self._only_user(last)
+            norm = self._module(following)
+            chain.append(following)
+            following = self._only_user(following)
         if following is not None and self._is_relu(following):
-            last, relu = following, True
+            relu = True
+            chain.append(following)
         made = self._call(node, (id(layer), id(norm), relu), lambda: self._layer(layer, norm, relu))
-        for passed in _chain(node, last):
-            self._made[passed] = made
+        self._made.update(dict.fromkeys(chain, made))
 
     def _layer(self, layer: nn.Conv2d, norm: Any, relu: bool) -> nn.Module:
         weight = layer.weight.detach()
@@ -112,9 +119,9 @@ class _Fusion:
         return self._make_conv(layer, weight, bias, relu)
 
     def _call(self, node: fx.Node, key: Any, make: Callable[[], nn.Module]) -> fx.Node:
-        """A call of a module that is made once for all nodes of one key."""
+        """A call of a module, which is made once for all nodes of one key."""
         if key not in self._names:
-            self._names[key] = f"{str(node.target).replace('.', '_')}"
+            self._names[key] = str(node.target).replace(".", "_")
             if hasattr(self._modules, self._names[key]):
                 self._names[key] += f"_{len(self._names)}"
             self._modules.add_module(self._names[key], make())
@@ -122,21 +129,17 @@ class _Fusion:
         kwargs = fx.node.map_arg(node.kwargs, self._made.__getitem__)
         return self._graph.call_module(self._names[key], args, kwargs)
 
-    def _own(self, node: fx.Node, module: nn.Module) -> nn.Module:
+    def _copied(self, node: fx.Node, module: nn.Module) -> nn.Module:
         if self._dtype == torch.bfloat16 and _halves(module):
             calls = [n for n in self._network.graph.nodes if n.target == node.target]
             return HalvingMaxPool2d(
                 positive=all(self._is_relu(n.all_input_nodes[0]) for n in calls)
             )
-        own = copy.deepcopy(module).to(self._dtype)
-        return own.requires_grad_(False)
+        return copy.deepcopy(module).to(self._dtype).requires_grad_(False)
 
     def _keep_tensor(self, path: str) -> None:
-        """A tensor that the graph reads, in a tree of plain modules under the same path."""
-        value: Any = self._network
-        for name in path.split("."):
-            value = getattr(value, name)
-        value = value.detach()
+        """Keep a tensor that the graph reads, in a tree of plain modules under the same path."""
+        value: Tensor = operator.attrgetter(path)(self._network).detach()
         owner, (*parents, name) = self._modules, path.split(".")
         for parent in parents:
             if not hasattr(owner, parent):
@@ -164,7 +167,7 @@ def _halves(module: nn.Module) -> bool:
 
 
 def _is_plain(layer: nn.Conv2d) -> bool:
-    """Whether a layer is what its class says: no computed weights, zeros of a number around it."""
+    """Whether nothing changes what the class computes: no hooks, no computed weights, zero padding."""
     if type(layer) not in (nn.Conv2d, WindowLinear):
         return False
     regular = layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
@@ -173,7 +176,7 @@ def _is_plain(layer: nn.Conv2d) -> bool:
 
 
 def _folded(weight: Tensor, bias: Tensor | None, norm: Any) -> tuple[Tensor, Tensor]:
-    """Weight and bias with a batch norm after them, computed in float64."""
+    """Weight and bias that include the batch norm after the layer, computed in float64."""
     mean, var, scale, shift = (
         None if t is None else t.detach().double()
         for t in (norm.running_mean, norm.running_var, norm.weight, norm.bias)
@@ -181,10 +184,3 @@ def _folded(weight: Tensor, bias: Tensor | None, norm: Any) -> tuple[Tensor, Ten
     wide = None if bias is None else bias.double()
     folded = fuse_conv_bn_weights(weight.double(), wide, mean, var, norm.eps, scale, shift)  # type: ignore[arg-type]
     return folded[0].detach(), folded[1].detach()
-
-
-def _chain(first: fx.Node, last: fx.Node) -> list[fx.Node]:
-    nodes = [first]
-    while nodes[-1] is not last:
-        nodes.append(next(iter(nodes[-1].users)))
-    return nodes

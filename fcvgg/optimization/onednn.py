@@ -1,4 +1,4 @@
-"""Shapes in which oneDNN computes the same layers faster, and what the processor has."""
+"""Shapes in which oneDNN computes the same layers faster, and arithmetic of the processor."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from fcvgg.geometry import Pair
 from fcvgg.inference.memory import on_huge_pages
 
 # -- a fully connected layer as a convolution over rows -------------------------------------------
-# A product of gathered windows reads kh*kw copies of every position from the cache again and again.
-# Here windows are gathered along the width only, which gives a map with kw times the channels, and
-# a convolution of (kh, 1) does the rest: with AMX in bfloat16 0.75 to 0.9 of the product's time for
-# 32 cells and more (`examples/benchmarks/NOTES.md`). oneDNN orders such weights for one size of
-# map, and would order 205 MB of a VGG's fc6 anew for another.
+# A product of gathered windows reads kh*kw copies of every position from the cache. Here windows are
+# gathered along the width only, which gives a map with kw times the channels, and a convolution of
+# (kh, 1) does the rest: with AMX in bfloat16 it takes 0.75 to 0.9 of the product's time for 32 cells
+# and more (`examples/benchmarks/NOTES.md`). oneDNN orders such weights for one size of map, and
+# would reorder 205 MB of a VGG's fc6 for another.
 
 _LEAST_CELLS = 32
 """Cells of a map below which reading the weights takes longest, and a product reads them faster."""
@@ -29,7 +29,7 @@ _MOST_CELLS_ACROSS = 44
 
 
 class RowConvolution:
-    """The layer for maps whose cells are `grid`, which are cut into pieces of one size.
+    """The layer for maps whose cells are `grid`; large ones are cut into pieces of one size.
 
     Args:
         rows: the layer's weight ``(O, kh*kw*C)``, each row in the order ``(kh, kw, C)``.
@@ -54,7 +54,7 @@ class RowConvolution:
         return prod(_piece(grid)) >= (_LEAST_CELLS if pieces == 1 else _LEAST_PIECE_CELLS)
 
     def takes(self, x: Tensor) -> bool:
-        """Whether it is the faster way for these maps: of its size, one or large ones."""
+        """Whether it is the faster way for these maps, which must have the cells of `grid`."""
         cells = tuple(n - k + 1 for n, k in zip(x.shape[2:], self._kernel))
         return cells == self.grid and (len(x) == 1 or prod(self._piece) >= _LEAST_PIECE_CELLS)
 
@@ -69,14 +69,14 @@ class RowConvolution:
         for i in range(len(x)):
             for top in starts[0]:
                 for left in starts[1]:
-                    region = x[i : i + 1, :, top:, left:]
-                    region = region[:, :, : down + kernel_height - 1, : across + kernel_width - 1]
+                    bottom, right = top + down + kernel_height - 1, left + across + kernel_width - 1
+                    region = x[i : i + 1, :, top:bottom, left:right]  # (1, C, H, W)
                     place = scores[i : i + 1, :, top : top + down, left : left + across]
                     place.copy_(self._convolved(region))
         return scores
 
     def held_bytes(self) -> int:
-        """Bytes of its weights."""
+        """Bytes of the packed weights."""
         return self._packed.numel() * self._bias.element_size()
 
     def _convolved(self, x: Tensor) -> Tensor:
@@ -89,13 +89,12 @@ class RowConvolution:
 
     def _pack(self, rows: Tensor) -> Any:
         height = self._kernel[0]
-        weight: Any = rows.view(len(rows), height, -1).movedim(1, 2).unsqueeze(3)
-        weight = weight.contiguous()  # (O, kw*C, kh, 1)
-        weight = weight.to_mkldnn()
+        weight = rows.view(len(rows), height, -1).movedim(1, 2).unsqueeze(3)  # (O, kw*C, kh, 1)
         reorder: Any = torch._C._nn.mkldnn_reorder_conv2d_weight
         down, across = self._piece
         shape = (1, weight.shape[1], down + height - 1, across)
-        return on_huge_pages(reorder(weight, (0, 0), (1, 1), (1, 1), 1, shape))
+        dense = weight.contiguous().to_mkldnn()
+        return on_huge_pages(reorder(dense, (0, 0), (1, 1), (1, 1), 1, shape))
 
 
 def _piece(grid: Pair) -> Pair:
@@ -113,21 +112,21 @@ def _starts(grid: Pair) -> tuple[list[int], list[int]]:
 
 
 # -- a 3x3 convolution of a small map as that of its two halves -----------------------------------
-# oneDNN shares one map among two threads by blocks of rows and channels that fit badly: of 32x32
-# positions and 512 channels in bfloat16, 2.2 ms are 1.9 when each thread has its half
+# oneDNN splits one map between two threads by blocks of rows and channels that fit badly. With one
+# half for each thread, 32x32 positions and 512 channels in bfloat16 take 1.9 ms instead of 2.2
 # (`examples/benchmarks/NOTES.md`).
 
 _THREADS = 2
-"""The only number for which it was measured, besides one thread, where it gains nothing."""
+"""The only number of threads for which halves were measured to gain; with one they do not."""
 
 _LEAST_ROWS = 20
 """Rows below which the copy costs more than it gains."""
 
 _MOST_POSITIONS = 48 * 48
-"""Positions up to which it gains."""
+"""Positions up to which halves gain."""
 
 _LEAST_CHANNELS = 512
-"""Output channels from which it gains."""
+"""Output channels from which halves gain."""
 
 
 def gains_by_halves(x: Tensor, out_channels: int) -> bool:
@@ -163,21 +162,21 @@ def joined_halves(scores: Tensor, height: int) -> Tensor:
     return rows[None, :height].permute(0, 3, 1, 2)
 
 
-# -- what arithmetic the processor has ------------------------------------------------------------
+# -- arithmetic of the processor ------------------------------------------------------------------
 
 
 def has_bfloat16() -> bool:
-    """Whether it computes in bfloat16, and oneDNN may use that (see ``ONEDNN_MAX_CPU_ISA``)."""
-    return (_says("_is_avx512_bf16_supported") or has_amx()) and bool(
+    """Whether the processor has bfloat16, and oneDNN may use it (see ``ONEDNN_MAX_CPU_ISA``)."""
+    return (_reports("_is_avx512_bf16_supported") or has_amx()) and bool(
         torch.ops.mkldnn._is_mkldnn_bf16_supported()
     )
 
 
 def has_amx() -> bool:
-    """Whether it has tiles of AMX, which multiply matrices of bfloat16."""
-    return _says("_is_amx_tile_supported")
+    """Whether the processor has AMX tiles, which multiply matrices of bfloat16."""
+    return _reports("_is_amx_tile_supported")
 
 
-def _says(name: str) -> bool:
+def _reports(name: str) -> bool:
     check = getattr(torch.cpu, name, None)
     return check is not None and bool(check())

@@ -3,8 +3,8 @@
 A tile of 6x6 inputs gives 4x4 outputs of a 3x3 convolution with 36 multiplications where the direct
 sum takes 144, and a tile of 8x8 inputs gives 2x2 outputs of a 7x7 one with 64 instead of 196 (Lavin
 and Gray, https://arxiv.org/abs/1509.09308). The transforms of the tiles are one matrix product
-each, with the two axes' matrices as a Kronecker product, and tiles and features are taken in blocks
-small enough for the processor's cache, which is what makes it pay.
+each, with the two axes' matrices as a Kronecker product. Tiles and features are taken in blocks that
+fit the processor's cache, without which the algorithm would be slower than the direct sum.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ import torch
 from torch import Tensor
 
 _POINTS = (0, 1, -1, 2, -2, Fraction(1, 2), Fraction(-1, 2))
-"""Where the polynomials are evaluated; infinity comes beside them. More points cost accuracy."""
+"""Where the polynomials are evaluated, and at infinity as well. More points cost accuracy."""
 
 _TILES_PER_THREAD = 64
-"""Tiles of a block: its transformed inputs, at 512 channels 4.7 MB, fit a core's share of cache."""
+"""Tiles of a block: its transformed inputs (4.7 MB at 512 channels) fit a core's share of cache."""
 
 _MOST_TILES = 512
 
 _MOST_BYTES = 28 * 1024**2
-"""Of a block's transformed inputs at most: beyond 32 MB glibc maps every allocation anew."""
+"""Of a block's transformed inputs: above 32 MB glibc maps new memory for every allocation."""
 
 _FEATURES = 256
-"""Features of a block where the kernels are too large for the cache anyhow."""
+"""Features of a block where the kernels do not fit the cache in any case."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Tiling:
 
     @property
     def inputs(self) -> int:
-        """Of a tile along one axis."""
+        """Inputs of a tile along one axis."""
         return self.outputs + self.kernel - 1
 
     def tiles(self, height: int, width: int) -> int:
@@ -59,7 +59,7 @@ class Tiling:
     def kernels(self, weight: Tensor) -> Tensor:
         """Weights ``(O, C, k, k)`` as ``(O/F, inputs**2, C, F)`` for blocks of F features.
 
-        That is ``inputs**2 / k**2`` times their memory.
+        They take ``inputs**2 / k**2`` times the weights' memory.
         """
         features, channels = weight.shape[:2]
         block = features if self.resident or features % _FEATURES else _FEATURES
@@ -67,7 +67,7 @@ class Tiling:
         kernels = weight.new_empty(features // block, len(square), channels, block)
         for part, target in zip(weight.detach().split(block), kernels):
             columns = part.double().permute(2, 3, 1, 0).flatten(2).flatten(0, 1)  # (k*k, C*F)
-            target.copy_((square @ columns).view(target.shape))
+            target.copy_((square @ columns).view(target.shape))  # (inputs**2, C, F)
         return kernels
 
     def input_transform(self, dtype: torch.dtype) -> Tensor:
@@ -79,27 +79,31 @@ class Tiling:
         return torch.kron(self._output_transform, self._output_transform).to(dtype)
 
     def tiles_at_a_time(self, channels: int, itemsize: int) -> int:
-        """Tiles of a block."""
+        """Tiles of a block, so that its transformed inputs stay in the cache."""
         if self.resident:
             return min(_TILES_PER_THREAD * torch.get_num_threads(), _MOST_TILES)
         return min(_MOST_BYTES // (self.inputs**2 * channels * itemsize), _MOST_TILES)
+
+    # A convolution of one axis is a product of polynomials. Each factor is evaluated at the points,
+    # the values are multiplied, and the product is interpolated from them (Toom and Cook). Winograd's
+    # matrices transpose that: interpolation becomes the transform of the inputs. Fractions keep the
+    # matrices exact up to the last rounding.
 
     @cached_property
     def _points(self) -> list[Fraction]:
         return [Fraction(point) for point in _POINTS[: self.inputs - 1]]
 
-    def _rows(self) -> list[list[Fraction]]:
-        """The polynomials with roots at all points but one, and at all points."""
-        points = self._points
-        without = [points[:i] + points[i + 1 :] for i in range(len(points))]
-        return [[*_with_roots(roots), Fraction(0)] for roots in without] + [_with_roots(points)]
-
     @cached_property
     def _input_transform(self) -> Tensor:
-        return _matrix(self._rows())
+        # one row has the polynomial with roots at all points but one, the last row at all points
+        points = self._points
+        without = [points[:i] + points[i + 1 :] for i in range(len(points))]
+        rows = [[*_with_roots(roots), Fraction(0)] for roots in without]
+        return _matrix([*rows, _with_roots(points)])
 
     @cached_property
     def _kernel_transform(self) -> Tensor:
+        # one row evaluates a kernel at a point, scaled for the interpolation; the last at infinity
         rows = [
             [p**i / prod(p - q for q in self._points if q != p) for i in range(self.kernel)]
             for p in self._points
@@ -144,12 +148,15 @@ def winograd_convolution(
     Returns:
         ``(N, O, H + 2*padding - k + 1, W + 2*padding - k + 1)`` in channels_last.
     """
-    inputs, outputs = tiling.input_transform(x.dtype), tiling.output_transform(x.dtype)
+    input_transform, output_transform = (
+        tiling.input_transform(x.dtype),
+        tiling.output_transform(x.dtype),
+    )
     step, extent = tiling.outputs, tiling.inputs
     count, channels, height, width = x.shape
-    features = kernels.shape[3]
+    features = kernels.shape[3]  # F, of one block of kernels
     rows, cols = (n + 2 * p - tiling.kernel + 1 for n, p in zip((height, width), padding))
-    down, across = -(-rows // step), -(-cols // step)
+    down, across = -(-rows // step), -(-cols // step)  # tiles
     most = tiling.tiles_at_a_time(channels, x.element_size())
     block = max(min(most // across, down), 1)  # rows of tiles
     images = max(min(most // (down * across), count), 1) if block == down else 1
@@ -157,32 +164,33 @@ def winograd_convolution(
     result = torch.empty(
         (count, len(bias), rows, cols), dtype=x.dtype, memory_format=torch.channels_last
     )
-    places, source = result.permute(0, 2, 3, 1), x.permute(0, 2, 3, 1)  # (N, H, W, C)
+    places, source = result.permute(0, 2, 3, 1), x.permute(0, 2, 3, 1)  # (N, H, W, O or C)
     halo = extent - step
+    # All blocks use the same five buffers, so that they stay in the cache and are mapped once.
     strip = x.new_zeros(images, block * step + halo, across * step + halo, channels)
     most = images * block * across
-    taken = x.new_empty(extent**2 * most * channels)
-    spread = x.new_empty(extent**2 * most * channels)
-    products = x.new_empty(extent**2 * most * features)
-    sums = x.new_empty(step**2 * most * features)
+    tile_buffer = x.new_empty(extent**2 * most * channels)
+    transformed_buffer = x.new_empty(extent**2 * most * channels)
+    product_buffer = x.new_empty(extent**2 * most * features)
+    output_buffer = x.new_empty(step**2 * most * features)
     for image, first in itertools.product(range(0, count, images), range(0, down, block)):
         some = min(images, count - image)
         lines = min(block, down - first)
         grid = (some, lines, across)
-        number = prod(grid)
-        padded = strip[:some, : lines * step + halo]
+        tiles = prod(grid)
+        padded = strip[:some, : lines * step + halo]  # (n, H, W, C)
         _fill(padded, source[image : image + some], first * step - padding[0], padding[1])
-        tiles = taken[: extent**2 * number * channels].view(extent**2, -1)
-        tiles.view(extent, extent, *grid, channels).copy_(_tiled(padded, tiling, lines, across))
-        moved = spread[: extent**2 * number * channels].view(extent**2, -1)
-        torch.mm(inputs, tiles, out=moved)
-        product = products[: extent**2 * number * features].view(extent**2, number, features)
-        values = sums[: step**2 * number * features].view(step**2, -1)
+        given = tile_buffer[: extent**2 * tiles * channels].view(extent**2, -1)
+        given.view(extent, extent, *grid, channels).copy_(_tiled(padded, tiling, lines, across))
+        transformed = transformed_buffer[: given.numel()].view(extent**2, -1)
+        torch.mm(input_transform, given, out=transformed)  # (inputs**2, tiles*C)
+        products = product_buffer[: extent**2 * tiles * features].view(extent**2, tiles, features)
+        outputs = output_buffer[: step**2 * tiles * features].view(step**2, -1)
         target = places[image : image + some, first * step : (first + lines) * step]
-        for i, kernel in enumerate(kernels):
-            torch.bmm(moved.view(extent**2, number, channels), kernel, out=product)
-            torch.mm(outputs, product.view(extent**2, -1), out=values)
-            squares = values.view(step, step, *grid, features).permute(2, 3, 0, 4, 1, 5)
+        for i, kernel in enumerate(kernels):  # (inputs**2, C, F)
+            torch.bmm(transformed.view(extent**2, tiles, channels), kernel, out=products)
+            torch.mm(output_transform, products.view(extent**2, -1), out=outputs)
+            squares = outputs.view(step, step, *grid, features).permute(2, 3, 0, 4, 1, 5)
             part = slice(i * features, (i + 1) * features)
             _place(squares, bias[part], relu, target[..., part])
     return result
