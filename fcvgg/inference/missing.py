@@ -1,9 +1,9 @@
 """Pixels that are not finite, and the cells that see them.
 
-A cell sees a pixel if positions that the layers read, one layer after the other, lead from the
-pixel to the cell. Kernels, convolution algorithms and runtimes differ in what they make of NaN: a
-maximum may hide it, a tile of Winograd's algorithm spreads it. So a network is given zeros there,
-and the cells that see them become NaN by geometry, whatever computes the scores.
+A cell sees a pixel if the positions that each layer reads lead from the cell to the pixel. Layers
+and engines treat NaN differently: a maximum may hide it, a tile of Winograd's algorithm spreads it.
+So the network gets zeros there, and the cells that see such pixels become NaN by geometry, whatever
+computes the scores.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 
 from fcvgg.errors import UnsupportedLayerError
 from fcvgg.geometry import Geometry, Window
-from fcvgg.inference.sliding import Part, Sliding
+from fcvgg.inference.sliding import Sliding
 from fcvgg.inference.stages import Stage, stages_of
 
 Windows = tuple[Window, Window]
@@ -31,7 +31,7 @@ class Reader:
     Attributes:
         inputs: the operations that it reads; those of a join have maps of one size.
         windows: along the height and the width.
-        border: how positions outside the map are filled, as of `Sliding`.
+        border: how positions outside the map are filled, see `Sliding`.
     """
 
     inputs: tuple[int, ...]
@@ -48,19 +48,17 @@ class Reader:
         return mask
 
     def stage(self) -> Stage:
-        """The same for a strip of the image, which comes with its border."""
+        """The same as a stage, for strips of the image that come with their border."""
         if self.windows == (Window(), Window()):
             return Stage("missing", self.inputs, 1, call=self.seen)
         height, width = (Window(w.kernel, w.stride, w.dilation) for w in self.windows)
         inner = Reader(self.inputs, (height, width))
-
-        def run(mask: Tensor, part: Part) -> Tensor:
-            return inner.seen([mask])
-
-        return Stage("missing", self.inputs, 1, Sliding(self.windows, run, border=self.border))
+        sliding = Sliding(self.windows, lambda mask, part: inner.seen([mask]), border=self.border)
+        return Stage("missing", self.inputs, 1, sliding)
 
 
 def _seen_along(mask: Tensor, dim: int, window: Window, border: str) -> Tensor:
+    """Which outputs along one axis read a marked position: the taps of the kernel, joined."""
     if window.is_identity:
         return mask
     size = mask.shape[dim]
@@ -70,14 +68,19 @@ def _seen_along(mask: Tensor, dim: int, window: Window, border: str) -> Tensor:
     for tap in range(window.kernel):
         places = first + tap * window.dilation
         outside = (places < 0) | (places >= size)
-        if border == "reflect":
-            places = (size - 1) - ((size - 1) - places.abs()).abs()
-        hit = mask.index_select(dim, places.clamp(0, size - 1))
+        hit = mask.index_select(dim, places_within(places, size, border))
         if border == "constant" and bool(outside.any()):
             hit &= ~outside.view(-1, 1) if dim == 2 else ~outside
         result = hit if result is None else result.logical_or_(hit)
     assert result is not None
     return result
+
+
+def places_within(places: Tensor, size: int, border: str) -> Tensor:
+    """For positions along an axis, those inside ``[0, size)`` that a border fills them with."""
+    if border == "reflect":
+        places = (size - 1) - ((size - 1) - places.abs()).abs()
+    return places.clamp(0, size - 1)
 
 
 def readers_of_stages(stages: Sequence[Stage]) -> list[Reader]:
@@ -95,7 +98,7 @@ def readers_of(
 ) -> list[Reader]:
     """What the operations of a converted network read; the last one gives the output.
 
-    A layer without a rule for strips is known by its windows alone, from the geometry.
+    If a layer has no rule for strips, the windows are those of the geometry.
     """
     try:
         return readers_of_stages(stages_of(network, in_channels, output))
@@ -115,19 +118,19 @@ def cells_that_see(pixels: Tensor, readers: Sequence[Reader]) -> Tensor:
 
 
 def missing_pixels(images: Tensor) -> Tensor | None:
-    """Where images ``(N, C, H, W)`` are not finite in some channel, ``(N, 1, H, W)``; None if not.
+    """Pixels ``(N, 1, H, W)`` of images ``(N, C, H, W)`` not finite in some channel; None if none.
 
-    For finite images this is one sum, made while they are on their way into the cache.
+    For finite images this takes one sum, which also brings them into the cache.
     """
-    wide = torch.float32 if images.dtype == torch.float16 else None  # whose sums soon overflow
+    wide = torch.float32 if images.dtype == torch.float16 else None  # float16 sums overflow soon
     if isfinite(images.detach().sum(dtype=wide).item()):
         return None
-    finite = images.detach().isfinite()  # the sum of finite pixels overflows where they are huge
+    finite = images.detach().isfinite()  # huge but finite pixels may overflow the sum
     return None if bool(finite.all()) else ~finite.all(1, keepdim=True)
 
 
 def can_be_looked_at(images: Tensor) -> bool:
-    """Whether a tensor has values now: not while a network is traced, exported or vectorised."""
+    """Whether a tensor has values: not while a network is traced, exported or vectorised."""
     return (
         type(images) in (Tensor, nn.Parameter)
         and images.device.type != "meta"

@@ -1,14 +1,14 @@
 """A converted network as a list of operations on maps.
 
-`stages_of` reads the network's graph as `Stage`s: windows that slide, and operations that work on
-every position by itself.
+`stages_of` reads the network's graph as `Stage`s: layers that slide over their map, and operations
+that work on each position alone.
 """
 
 from __future__ import annotations
 
 import inspect
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,12 +30,12 @@ class Stage:
     """One operation of the network on maps.
 
     Attributes:
-        name: of its node.
+        name: of its node in the graph.
         inputs: the stages that it reads; stage 0 is the image.
         channels: of its output.
-        sliding: its window; None where it works on every position by itself.
-        call: computes such an operation from its inputs.
-        in_place: whether its output takes the place of its input.
+        sliding: how it computes a part of its map; None where it works on each position alone.
+        call: computes an operation of the latter kind from its inputs.
+        in_place: whether it writes its output into its input.
         is_relu: whether it is a ReLU, which can write its output where it is wanted.
     """
 
@@ -52,7 +52,7 @@ def stages_of(network: fx.GraphModule, in_channels: int, output: int = 0) -> lis
     """The stages that one output of a converted network needs; the last one computes it.
 
     Raises:
-        UnsupportedLayerError: if a node can not be computed strip by strip; it is named.
+        UnsupportedLayerError: if a node cannot be computed strip by strip; it is named.
     """
     return _StageReader(network, in_channels).read(output)
 
@@ -81,7 +81,7 @@ class _StageReader:
 
     def _add(self, node: fx.Node) -> None:
         if not any(fed in self._places for fed in node.all_input_nodes):
-            self._constants[node] = self._value(node)
+            self._constants[node] = self._evaluated(node, self._constants)
             return
         module = None
         if node.op == "call_module":
@@ -94,14 +94,14 @@ class _StageReader:
         else:
             kind = type(module).__name__ if module is not None else operation_name(node)
             raise UnsupportedLayerError(
-                f"{node.name} ({kind}) cannot be streamed: there is no rule how it computes a "
+                f"{node.name} ({kind}) cannot be streamed without a rule for how it computes a "
                 "strip of its map; register one with fcvgg.inference.sliding.strip_rule"
             )
 
     def _add_positional(self, node: fx.Node, module: nn.Module | None) -> None:
         changed = _changed_in_place(node, module)
         shared = changed is not None and len([u for u in changed.users if u in self._needed]) > 1
-        call = self._call(node, module, changed if shared else None)
+        call = self._call(node, changed if shared else None)
         place = self._append(
             node,
             call=call,
@@ -131,45 +131,34 @@ class _StageReader:
             return len(self._constants[node.args[2]])  # type: ignore[index]
         return max(fed)
 
-    def _call(
-        self, node: fx.Node, module: nn.Module | None, kept: fx.Node | None
-    ) -> Callable[[Sequence[Tensor]], Tensor]:
-        """The node's operation on values of its map inputs; `kept` is copied before."""
+    def _call(self, node: fx.Node, kept: fx.Node | None) -> Callable[[Sequence[Tensor]], Tensor]:
+        """The node's operation on values of its map inputs; it works on a copy of `kept`."""
         maps = [fed for fed in node.all_input_nodes if fed in self._places]
         constants = {
             fed: self._constants[fed] for fed in node.all_input_nodes if fed not in self._places
         }
-        target: Any = module if module is not None else node.target
 
         def call(values: Sequence[Tensor]) -> Tensor:
             known = {**constants, **dict(zip(maps, values))}
             if kept is not None:
                 known[kept] = known[kept].clone()
-            args, kwargs = fx.node.map_aggregate(
-                (node.args, node.kwargs), lambda a: known[a] if isinstance(a, fx.Node) else a
-            )  # type: ignore
-            if node.op == "call_method":
-                return getattr(args[0], target)(*args[1:], **kwargs)
-            return target(*args, **kwargs)
+            return self._evaluated(node, known)
 
         return call
 
-    def _value(self, node: fx.Node) -> Any:
-        """The value of a node that does not depend on the image."""
+    def _evaluated(self, node: fx.Node, known: Mapping[fx.Node, Any]) -> Any:
+        """The value of a node, from the values of its inputs."""
+        target: Any = node.target
         if node.op == "get_attr":
-            value: Any = self._network
-            for name in str(node.target).split("."):
-                value = getattr(value, name)
-            return value
+            return operator.attrgetter(target)(self._network)
         args, kwargs = fx.node.map_aggregate(
-            (node.args, node.kwargs), lambda a: self._constants[a] if isinstance(a, fx.Node) else a
+            (node.args, node.kwargs), lambda a: known[a] if isinstance(a, fx.Node) else a
         )  # type: ignore
-        if node.op == "call_module":
-            return self._network.get_submodule(str(node.target))(*args, **kwargs)
         if node.op == "call_method":
-            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-        assert callable(node.target)
-        return node.target(*args, **kwargs)
+            return getattr(args[0], target)(*args[1:], **kwargs)
+        if node.op == "call_module":
+            target = self._network.get_submodule(target)
+        return target(*args, **kwargs)
 
 
 def _ancestors(node: fx.Node) -> set[fx.Node]:

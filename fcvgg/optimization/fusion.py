@@ -1,7 +1,7 @@
 """Fuse the layers of a converted network: batch norm folded, bias and ReLU in one call.
 
-`fused` reads the network's graph and builds another one; the network is left alone. An unknown layer
-is copied and called as it is.
+`fused` reads the network's graph and builds another one; the network is left alone. An unknown
+layer is copied and called as it is.
 """
 
 from __future__ import annotations
@@ -167,7 +167,7 @@ def _halves(module: nn.Module) -> bool:
 
 
 def _is_plain(layer: nn.Conv2d) -> bool:
-    """Whether nothing changes what the class computes: no hooks, no computed weights, zero padding."""
+    """Whether a layer is a usual one: no hooks, no computed weights, padding with zeros."""
     if type(layer) not in (nn.Conv2d, WindowLinear):
         return False
     regular = layer.padding_mode == "zeros" and not isinstance(layer.padding, str)

@@ -12,11 +12,11 @@ from fcvgg.geometry import Pair
 from fcvgg.inference.memory import on_huge_pages
 
 # -- a fully connected layer as a convolution over rows -------------------------------------------
-# A product of gathered windows reads kh*kw copies of every position from the cache. Here windows are
-# gathered along the width only, which gives a map with kw times the channels, and a convolution of
-# (kh, 1) does the rest: with AMX in bfloat16 it takes 0.75 to 0.9 of the product's time for 32 cells
-# and more (`examples/benchmarks/NOTES.md`). oneDNN orders such weights for one size of map, and
-# would reorder 205 MB of a VGG's fc6 for another.
+# A product of gathered windows reads kh*kw copies of every position from the cache. Here windows
+# are gathered along the width only, which gives a map with kw times the channels, and a convolution
+# of (kh, 1) does the rest: with AMX in bfloat16 it takes 0.75 to 0.9 of the product's time for 32
+# cells and more (`examples/benchmarks/NOTES.md`). oneDNN orders such weights for one size of map,
+# and would reorder 205 MB of a VGG's fc6 for another.
 
 _LEAST_CELLS = 32
 """Cells of a map below which reading the weights takes longest, and a product reads them faster."""

@@ -3,8 +3,8 @@
 A tile of 6x6 inputs gives 4x4 outputs of a 3x3 convolution with 36 multiplications where the direct
 sum takes 144, and a tile of 8x8 inputs gives 2x2 outputs of a 7x7 one with 64 instead of 196 (Lavin
 and Gray, https://arxiv.org/abs/1509.09308). The transforms of the tiles are one matrix product
-each, with the two axes' matrices as a Kronecker product. Tiles and features are taken in blocks that
-fit the processor's cache, without which the algorithm would be slower than the direct sum.
+each, with the two axes' matrices as a Kronecker product. Tiles and features are taken in blocks
+that fit the processor's cache, without which the algorithm would be slower than the direct sum.
 """
 
 from __future__ import annotations
@@ -85,9 +85,9 @@ class Tiling:
         return min(_MOST_BYTES // (self.inputs**2 * channels * itemsize), _MOST_TILES)
 
     # A convolution of one axis is a product of polynomials. Each factor is evaluated at the points,
-    # the values are multiplied, and the product is interpolated from them (Toom and Cook). Winograd's
-    # matrices transpose that: interpolation becomes the transform of the inputs. Fractions keep the
-    # matrices exact up to the last rounding.
+    # the values are multiplied, and the product is interpolated from them (Toom and Cook).
+    # Winograd's matrices transpose that: interpolation becomes the transform of the inputs.
+    # Fractions keep the matrices exact up to the last rounding.
 
     @cached_property
     def _points(self) -> list[Fraction]:
@@ -148,10 +148,8 @@ def winograd_convolution(
     Returns:
         ``(N, O, H + 2*padding - k + 1, W + 2*padding - k + 1)`` in channels_last.
     """
-    input_transform, output_transform = (
-        tiling.input_transform(x.dtype),
-        tiling.output_transform(x.dtype),
-    )
+    input_transform = tiling.input_transform(x.dtype)
+    output_transform = tiling.output_transform(x.dtype)
     step, extent = tiling.outputs, tiling.inputs
     count, channels, height, width = x.shape
     features = kernels.shape[3]  # F, of one block of kernels

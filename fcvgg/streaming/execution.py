@@ -22,10 +22,7 @@ from fcvgg.streaming.job import StreamJob, as_result, plan_in_memory
 from fcvgg.streaming.line_buffers import LineBuffers, MissingCells
 from fcvgg.streaming.resumption import opened_store
 from fcvgg.streaming.score_store import ScoreStore
-from fcvgg.streaming.strip_plan import (
-    StripPlan,
-    parsed_memory,
-)
+from fcvgg.streaming.strip_plan import StripPlan, parsed_memory
 from fcvgg.support.atomic import STORE_ENDINGS, checked_folder
 from fcvgg.support.module_state import device_of, dtype_of, evaluating
 from fcvgg.support.progress import progress_bar
@@ -86,9 +83,11 @@ def stream(
         disk. Cells that see pixels that are not finite hold NaN, or -1 for a class.
 
     Raises:
-        ArgumentError: if an option is none of these, or `memory` too little; the least is named.
+        ArgumentError: if an option cannot be used, or `memory` is too little; the message states
+            the least.
         ImageError: if the image cannot be used, is truncated or shrinks.
-        FcvggError: if `out` exists and holds something else, or cannot be written.
+        FcvggError: if `out` exists and holds something else, another run is writing it, or it
+            cannot be written.
     """
     folder = None if out is None else checked_folder(out, "out", STORE_ENDINGS)
     job = StreamJob.prepared(net, source, classes, rows, output, nodata)
@@ -105,21 +104,21 @@ def stream(
 def bands(
     job: StreamJob, plan: StripPlan, cols: Pair, rows: Pair, advance: Callable[[float], None]
 ) -> Iterator[Tensor]:
-    """The result's rows ``[first, end)`` for some columns, a few at a time, from top to bottom.
+    """Rows of cells ``(..., rows, cols)`` for some columns, a few at a time, from top to bottom.
 
-    The same plan gives the same bits wherever `rows` begins.
+    The same plan gives the same bits wherever the range `rows` begins.
     """
-    schedule = job.layout.schedule(plan.strip_bytes, cols)
-    width = job.layout.width(cols)
+    schedule = job.workload.schedule(plan.strip_bytes, cols)
+    width = job.workload.width(cols)
     buffers = LineBuffers(schedule, width, rows[0], trimmer(plan.peak, plan.memory))
     missing = MissingCells(schedule, width, rows[0])
     left = rows[1] - rows[0]
     while left:
         first, end = buffers.image_rows
-        *strip, pixels = job.strip((first, end), buffers.image_cols)
-        cells = buffers.push(strip.pop())  # nobody else holds it, so that it can be freed
-        unknown = missing.push(pixels)
         left_col, right_col = buffers.image_cols
+        *strip, pixels = job.strip((first, end), (left_col, right_col))
+        cells = buffers.push(strip.pop())  # held nowhere else, so that it can be freed
+        unknown = missing.push(pixels)
         advance((end - first) * (right_col - left_col) / _MEGA)
         if cells is not None:
             cells = cells if unknown is None else cells.masked_fill(unknown, torch.nan)
@@ -136,7 +135,7 @@ def _in_memory(job: StreamJob, memory: int, progress: bool) -> Any:
     with evaluating(job.net), _bar(progress, job, plan) as advance:
         for cols in plan.blocks:
             row = 0
-            for cells in bands(job, plan, cols, job.layout.rows, advance):
+            for cells in bands(job, plan, cols, job.workload.rows, advance):
                 result[..., row : row + cells.shape[-2], cols[0] : cols[1]] = cells
                 row += cells.shape[-2]
     return as_result(job, result)
@@ -150,7 +149,7 @@ def _fill(
     advance: Callable[[float], None],
 ) -> None:
     """Compute and write the rows of a block that are not finished."""
-    first, end = job.layout.rows
+    first, end = job.workload.rows
     begin = first + store.finished[block]
     if begin == end:
         return
@@ -166,7 +165,7 @@ def _fill(
 def chunked(
     parts: Iterator[Tensor], row: int, chunk_rows: int, end: int
 ) -> Iterator[tuple[int, Tensor]]:
-    """Rows in whole chunks, each with its first row; the last chunk may be shorter."""
+    """Rows in whole chunks, each with its first row; the last one, up to `end`, may be shorter."""
     waiting: list[Tensor] = []
     count = 0
     for part in parts:
@@ -181,7 +180,7 @@ def chunked(
 
 
 def as_array(cells: Tensor) -> np.ndarray[Any, Any]:
-    """Values as zarr stores them."""
+    """Values as zarr stores them: on the CPU, bfloat16 as float32."""
     cells = cells.float() if cells.dtype == torch.bfloat16 else cells
     return np.ascontiguousarray(cells.cpu().numpy())
 
@@ -189,8 +188,8 @@ def as_array(cells: Tensor) -> np.ndarray[Any, Any]:
 def _bar(
     progress: bool, job: StreamJob, plan: StripPlan
 ) -> AbstractContextManager[Callable[[float], None]]:
-    """A function that is told how many megapixels were done, and shows it if asked to."""
-    first, end = job.layout.height().ranges[0]
-    cols = [job.layout.width(block).ranges[0] for block in plan.blocks]
+    """A function that takes how many megapixels are done, and shows them if `progress`."""
+    first, end = job.workload.height().ranges[0]
+    cols = [job.workload.width(block).ranges[0] for block in plan.blocks]
     total = sum((end - first) * (b - a) for a, b in cols)
     return progress_bar("streaming", total / _MEGA, progress, rate="MP/s")

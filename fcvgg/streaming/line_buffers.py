@@ -1,8 +1,8 @@
 """Run a converted network over strips of rows: exact, and no position computed twice.
 
 By a `fcvgg.streaming.schedule.Schedule`, every operation keeps the last rows of its input that
-later outputs need, pads at the true borders of its map only, and hands on what it could finish;
-where branches join, the rows that came first wait.
+later outputs need, pads at the true borders of its map only, and hands on the rows that it could
+finish. Where branches join, the rows that came first wait.
 """
 
 from __future__ import annotations
@@ -14,85 +14,11 @@ import torch
 from torch import Tensor
 
 from fcvgg.geometry import Pair
-from fcvgg.inference.missing import readers_of_stages
+from fcvgg.inference.missing import places_within, readers_of_stages
 from fcvgg.inference.sliding import Part, Sliding
 from fcvgg.inference.stages import Stage
 from fcvgg.rewriting.modules import _GEMM_CELLS
-from fcvgg.streaming.schedule import Extents, Schedule
-
-
-class _Rows:
-    """Rows of a map that wait for one reader: consecutive pieces ``(N, C, rows, cols)``."""
-
-    def __init__(self, start: int):
-        self.start = start
-        self.pieces: list[Tensor] = []
-        self._kept: Tensor | None = None
-
-    @property
-    def waits(self) -> bool:
-        """Whether there are rows."""
-        return bool(self.pieces)
-
-    def append(self, rows: Tensor) -> None:
-        self.pieces.append(rows)
-
-    def extended(self, like: Tensor) -> Tensor:
-        """Room for further rows, shaped as `like`, right after those that wait."""
-        count = sum(p.shape[2] for p in self.pieces)
-        rows = like.shape[2]
-        held = _empty(like, {2: count + rows})
-        place = 0
-        for piece in self.pieces:
-            held.narrow(2, place, piece.shape[2]).copy_(piece)
-            place += piece.shape[2]
-        self.pieces = [held]
-        return held.narrow(2, count, rows)
-
-    def take(self, first: int, end: int, keep: int, count: int) -> Tensor:
-        """Rows ``[first, end)``; of all `count` rows that came, those before `keep` are dropped."""
-        if len(self.pieces) == 1 and first == self.start and end == self.start + count == keep:
-            self.start = keep
-            return self.pieces.pop()  # in whatever order of dimensions
-        skipped = first - self.start
-        held = self.pieces[0] if len(self.pieces) == 1 else _joined(self.pieces)
-        self.pieces = []
-        taken = held.narrow(2, skipped, end - first)
-        kept = min(max(keep - self.start, 0), count)
-        if kept < count:  # a copy, which lets the rest go
-            self.pieces = [self._copied(held.narrow(2, kept, count - kept))]
-        self.start += kept
-        return taken
-
-    def _copied(self, rows: Tensor) -> Tensor:
-        """A copy of rows that are kept, at the place of those that were kept before.
-
-        Small blocks of memory that are held for long would be scattered among the large ones, and
-        keep the gaps between them from joining.
-        """
-        kept, memory = self._kept, rows.untyped_storage().data_ptr()
-        if kept is None or kept.shape != rows.shape or kept.untyped_storage().data_ptr() == memory:
-            kept = self._kept = _empty(rows, {})
-        return kept.copy_(rows)
-
-
-def _empty(like: Tensor, sizes: dict[int, int]) -> Tensor:
-    """Room for a map with other sizes, with the channels last in memory where they are in `like`.
-
-    torch's own guess (`empty_like`, `pad`) mistakes the order of some rows of a map, and all layers
-    after it would follow.
-    """
-    shape = [sizes.get(dim, size) for dim, size in enumerate(like.shape)]
-    last = like.stride(1) == 1 and like.shape[1] > 1
-    format = torch.channels_last if last else torch.contiguous_format
-    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=format)
-
-
-def _joined(pieces: Sequence[Tensor]) -> Tensor:
-    """Pieces of rows as one; whole rows are copied where the channels lie last in memory."""
-    if all(p.is_contiguous(memory_format=torch.channels_last) for p in pieces):
-        return torch.cat([p.permute(0, 2, 3, 1) for p in pieces], 1).permute(0, 3, 1, 2)
-    return torch.cat(list(pieces), 2)
+from fcvgg.streaming.schedule import AxisRanges, Schedule
 
 
 class LineBuffers:
@@ -108,7 +34,7 @@ class LineBuffers:
     def __init__(
         self,
         schedule: Schedule,
-        width: Extents,
+        width: AxisRanges,
         row: int,
         before: Callable[[int], None] = lambda needed: None,
     ):
@@ -116,14 +42,13 @@ class LineBuffers:
         self._schedule = schedule
         self._stages = schedule.stages
         self._height, self._width = schedule.height, width
-        self.strip, self._done = schedule.starts_for(row)
+        self.strip, self._done = schedule.restart_at(row)  # the end of every operation's rows
         self._row = row
-        self._arrived = list(self._done)
         self._readers: list[list[tuple[int, int]]] = [[] for _ in self._stages]
-        self._waiting: list[list[_Rows]] = []
+        self._waiting: list[list[WaitingRows]] = []  # for every operation and input
         for i, stage in enumerate(self._stages):
-            self._waiting.append([_Rows(self._done[fed]) for fed in stage.inputs])
-            if self._height.ranges[i] == (0, 0):
+            self._waiting.append([WaitingRows(self._done[fed]) for fed in stage.inputs])
+            if self._height.ranges[i] == (0, 0):  # nothing needs the operation
                 continue
             for place, fed in enumerate(stage.inputs):
                 self._readers[fed].append((i, place))
@@ -135,8 +60,7 @@ class LineBuffers:
     @property
     def image_rows(self) -> Pair:
         """The rows of the image that come next."""
-        first, end = self._schedule.image_rows(self.strip)
-        return max(first, self._done[0]), end
+        return self._done[0], int(self._schedule.ends[self.strip, 0])
 
     @property
     def image_cols(self) -> Pair:
@@ -152,16 +76,16 @@ class LineBuffers:
         """
         ends = self._schedule.ends[self.strip]
         cells = self._hand_on(0, strip, int(ends[0]))
-        del strip
+        del strip  # the readers have it, and its memory is free once they have computed
         for i in range(1, len(self._stages)):
             end = int(ends[i])
             if end > self._done[i]:
-                self._before(self._gathered(i, end))
+                self._before(self._gathered_bytes(i, end))
                 cells = self._hand_on(i, self._compute(i, self._done[i], end), end)
         self.strip += 1
         return cells
 
-    def _gathered(self, i: int, end: int) -> int:
+    def _gathered_bytes(self, i: int, end: int) -> int:
         """Bytes of the windows that an operation gathers for its next rows."""
         sliding = self._stages[i].sliding
         if sliding is None or not sliding.gathers:
@@ -171,8 +95,9 @@ class LineBuffers:
         return cells * sliding.columns * self._waiting[i][0].pieces[0].element_size()
 
     def _hand_on(self, i: int, rows: Tensor, end: int) -> Tensor | None:
+        """Give rows up to `end` to the operation's readers; wanted cells are returned."""
         first, self._done[i] = self._done[i], end
-        if not self._is_placed(i):
+        if not self._writes_into_reader(i):
             for reader, place in self._readers[i]:
                 self._waiting[reader][place].append(rows)
         if i < len(self._stages) - 1 or end <= self._row:
@@ -180,27 +105,31 @@ class LineBuffers:
         return rows[:, :, max(self._row - first, 0) :]
 
     def _compute(self, i: int, first: int, end: int) -> Tensor:
+        """The rows ``[first, end)`` of an operation, ``(1, C, rows, cols)``."""
         stage = self._stages[i]
         if stage.sliding is not None:
             return self._slide(i, stage.sliding, first, end)
-        assert stage.call is not None
-        if self._is_placed(i):
-            fed, waiting = stage.inputs[0], self._waiting[i][0]
-            rows = waiting.take(first, end, end, self._done[fed] - waiting.start)
+        if self._writes_into_reader(i):
+            rows = self._take(i, 0, (first, end), end)
             reader, _ = self._readers[i][0]
             return torch.clamp_min(rows, 0, out=self._waiting[reader][0].extended(rows))
         cols = self._width.ranges[i]
         taken = []
-        for fed, waiting in zip(stage.inputs, self._waiting[i]):
-            rows = waiting.take(first, end, end, self._done[fed] - waiting.start)
+        for place, fed in enumerate(stage.inputs):
+            rows = self._take(i, place, (first, end), end)
             taken.append(_narrowed(rows, self._width.ranges[fed], cols))
             del rows
         if stage.in_place and self._is_waiting(taken[0]):
             taken[0] = taken[0].clone()
+        assert stage.call is not None
         return stage.call(taken)
 
+    def _take(self, i: int, place: int, rows: Pair, keep: int) -> Tensor:
+        """Rows of one input of an operation; those before `keep` are dropped."""
+        return self._waiting[i][place].take(*rows, keep, self._done[self._stages[i].inputs[place]])
+
     def _is_waiting(self, rows: Tensor) -> bool:
-        """Whether rows lie in memory that others still wait to read.
+        """Whether rows lie in memory that other operations still wait to read.
 
         The network may hand on its input as its output, as dropout does, and a strip that needs no
         border is handed on where the network would pad a copy.
@@ -213,7 +142,7 @@ class LineBuffers:
             for piece in waiting.pieces
         )
 
-    def _is_placed(self, i: int) -> bool:
+    def _writes_into_reader(self, i: int) -> bool:
         """Whether an operation writes its rows right after those that wait for its only reader.
 
         That saves the copy by which the reader would join them; it must read them in this strip.
@@ -225,31 +154,83 @@ class LineBuffers:
             self._stages[reader].sliding is not None
             and self._width.ranges[fed] == self._width.ranges[i]
             and self._schedule.ends[self.strip, reader] > self._done[reader]
-            and self._waiting[reader][0].waits
+            and bool(self._waiting[reader][0].pieces)
         )
 
     def _slide(self, i: int, sliding: Sliding, first: int, end: int) -> Tensor:
-        fed, waiting = self._stages[i].inputs[0], self._waiting[i][0]
+        """A layer's rows ``[first, end)``, from the rows and columns that its kernel reads.
+
+        Positions outside the map are added only at its true borders. The layer pads the width
+        itself where it is given all columns, which saves a copy.
+        """
+        fed = self._stages[i].inputs[0]
         height, width = self._height.reaches[i], self._width.reaches[i]
-        rows, cols = height.needs(first, end), width.needs(*self._width.ranges[i])
-        last = self._height.ranges[i][1]
-        keep = int(height.kept_from(np.array(end), last)) if end < last else self._done[fed]
-        x = waiting.take(*rows, keep, self._done[fed] - waiting.start)
-        x = _narrowed(x, self._width.ranges[fed], cols)
-        whole = self._width.ranges[i] == (0, self._width.sizes[i]) and cols == (0, width.size)
+        out_cols = self._width.ranges[i]
+        rows, cols = height.needs(first, end), width.needs(*out_cols)
+        keep = int(height.kept_from(np.array(end), self._height.ranges[i][1]))
+        x = self._take(i, 0, rows, min(keep, self._done[fed]))
+        x = _narrowed(x, self._width.ranges[fed], cols)  # (1, C, rows, cols)
+        whole = out_cols == (0, self._width.sizes[i]) and cols == (0, width.size)
         pads_width = sliding.pads_width and whole
-        wanted_cols = cols if pads_width else width.raw(*self._width.ranges[i])
-        x = _bordered(x, sliding, rows, height.raw(first, end), height.size, 2)
+        wanted_cols = cols if pads_width else width.window.reads(*out_cols)
+        x = _bordered(x, sliding, rows, height.window.reads(first, end), height.size, 2)
         x = _bordered(x, sliding, cols, wanted_cols, width.size, 3)
-        size = (height.size, width.size)
-        part = Part((first, end), self._width.ranges[i], size, pads_width)
-        return sliding.run(x, part)
+        return sliding.run(x, Part((first, end), out_cols, (height.size, width.size), pads_width))
+
+
+class WaitingRows:
+    """Rows of a map that wait for one reader: consecutive pieces ``(N, C, rows, cols)``."""
+
+    def __init__(self, start: int):
+        self.start = start
+        self.pieces: list[Tensor] = []
+        self._kept: Tensor | None = None
+
+    def append(self, rows: Tensor) -> None:
+        self.pieces.append(rows)
+
+    def extended(self, like: Tensor) -> Tensor:
+        """Room for further rows, shaped as `like`, right after those that wait."""
+        count, rows = sum(p.shape[2] for p in self.pieces), like.shape[2]
+        held = _empty(like, {2: count + rows})
+        torch.cat(self.pieces, 2, out=held.narrow(2, 0, count))
+        self.pieces = [held]
+        return held.narrow(2, count, rows)
+
+    def take(self, first: int, end: int, keep: int, arrived: int) -> Tensor:
+        """Rows ``[first, end)`` of those that came, which end at `arrived`.
+
+        Rows before `keep` are dropped. The others are copied, since a view would hold the memory of
+        all.
+        """
+        if len(self.pieces) == 1 and first == self.start and end == arrived == keep:
+            self.start = keep
+            return self.pieces.pop()  # whatever its memory format is
+        held = self.pieces[0] if len(self.pieces) == 1 else _joined(self.pieces)
+        self.pieces = []
+        taken = held.narrow(2, first - self.start, end - first)
+        keep = min(max(keep, self.start), arrived)
+        if keep < arrived:
+            self.pieces = [self._copied(held.narrow(2, keep - self.start, arrived - keep))]
+        self.start = keep
+        return taken
+
+    def _copied(self, rows: Tensor) -> Tensor:
+        """A copy of rows that are kept, in the memory of those that were kept before.
+
+        Small blocks of memory that are held for long would be scattered among the large ones, and
+        the gaps between them could not join.
+        """
+        kept, memory = self._kept, rows.untyped_storage().data_ptr()
+        if kept is None or kept.shape != rows.shape or kept.untyped_storage().data_ptr() == memory:
+            kept = self._kept = _empty(rows, {})
+        return kept.copy_(rows)
 
 
 class MissingCells:
     """Which cells see a pixel that is not finite, while strips of the image come in.
 
-    Nothing is computed before the first such pixel; the strips before it are then made up for.
+    Nothing is computed before the first such pixel; the earlier strips are then made up for.
 
     Args:
         schedule: by which the cells themselves are computed.
@@ -257,7 +238,7 @@ class MissingCells:
         row: the first row of cells that is wanted.
     """
 
-    def __init__(self, schedule: Schedule, width: Extents, row: int):
+    def __init__(self, schedule: Schedule, width: AxisRanges, row: int):
         self._schedule, self._width, self._row = schedule, width, row
         self._buffers: LineBuffers | None = None
         self._skipped = 0
@@ -276,15 +257,39 @@ class MissingCells:
             readers += [reader.stage() for reader in readers_of_stages(self._schedule.stages)]
             schedule = self._schedule.with_stages(readers)
             self._buffers = LineBuffers(schedule, self._width, self._row)
-            self._device = pixels.device
             for _ in range(self._skipped):
-                self._buffers.push(self._none(self._buffers))
-        return self._buffers.push(self._none(self._buffers) if pixels is None else pixels)
+                self._buffers.push(self._all_finite(self._buffers, pixels.device))
+            self._device = pixels.device
+        if pixels is None:
+            pixels = self._all_finite(self._buffers, self._device)
+        return self._buffers.push(pixels)
 
-    def _none(self, buffers: LineBuffers) -> Tensor:
+    def _all_finite(self, buffers: LineBuffers, device: torch.device) -> Tensor:
         """A strip without such pixels."""
         shape = [end - first for first, end in (buffers.image_rows, buffers.image_cols)]
-        return torch.zeros(1, 1, *shape, dtype=torch.bool, device=self._device)
+        return torch.zeros(1, 1, *shape, dtype=torch.bool, device=device)
+
+
+# -- parts of maps --------------------------------------------------------------------------------
+
+
+def _empty(like: Tensor, sizes: dict[int, int]) -> Tensor:
+    """Room for a map with other sizes, with the channels last in memory where they are in `like`.
+
+    torch's own guess (`empty_like`, `pad`) mistakes the memory format of maps with few rows, and
+    all later layers would follow it.
+    """
+    shape = [sizes.get(dim, size) for dim, size in enumerate(like.shape)]
+    last = like.stride(1) == 1 and like.shape[1] > 1
+    order = torch.channels_last if last else torch.contiguous_format
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=order)
+
+
+def _joined(pieces: Sequence[Tensor]) -> Tensor:
+    """Pieces of rows as one; whole rows are copied where the channels lie last in memory."""
+    if all(p.is_contiguous(memory_format=torch.channels_last) for p in pieces):
+        return torch.cat([p.permute(0, 2, 3, 1) for p in pieces], 1).permute(0, 3, 1, 2)
+    return torch.cat(list(pieces), 2)
 
 
 def _narrowed(x: Tensor, held: Pair, wanted: Pair) -> Tensor:
@@ -293,15 +298,13 @@ def _narrowed(x: Tensor, held: Pair, wanted: Pair) -> Tensor:
 
 
 def _bordered(x: Tensor, sliding: Sliding, held: Pair, wanted: Pair, size: int, dim: int) -> Tensor:
-    """The positions `wanted` along one axis, of which those outside ``[0, size)`` are filled."""
+    """The positions `wanted` along one axis; those outside ``[0, size)`` are filled."""
     if wanted == held:
         return x
-    low, high = max(wanted[0], 0), min(wanted[1], size)
     if sliding.border != "constant":
         places = torch.arange(*wanted, device=x.device)
-        if sliding.border == "reflect":
-            places = (size - 1) - ((size - 1) - places.abs()).abs()
-        return x.index_select(dim, places.clamp(0, size - 1) - held[0])
+        return x.index_select(dim, places_within(places, size, sliding.border) - held[0])
+    low, high = max(wanted[0], 0), min(wanted[1], size)
     inside = max(high - low, 0)
     x = x.narrow(dim, low - held[0] if inside else 0, inside)
     pads = (low - wanted[0], wanted[1] - high) if inside else (wanted[1] - wanted[0], 0)

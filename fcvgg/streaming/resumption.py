@@ -1,4 +1,4 @@
-"""Maps on disk that an interrupted stream goes on with: the same image, weights and plan."""
+"""Resuming a stream: the map on disk must be of the same image, weights and plan."""
 
 from __future__ import annotations
 
@@ -14,19 +14,17 @@ from fcvgg.network import FullyConvolutional
 from fcvgg.streaming.job import StreamJob
 from fcvgg.streaming.score_store import ScoreStore, check_same, create_store, open_store
 from fcvgg.streaming.store_description import FORMAT
-from fcvgg.streaming.strip_plan import (
-    StripPlan,
-    readable,
-)
+from fcvgg.streaming.strip_plan import StripPlan, rounded_up
 from fcvgg.support.module_state import dtype_of
+from fcvgg.support.untrusted import size_text
 
 _CHUNK_BYTES = 8 << 20
-"""Bytes of the rows of cells that wait until a whole chunk of them can be written."""
+"""Bytes of the rows of cells that wait until they make a whole chunk."""
 
 _CHUNK_ROWS = 32
 
 _CHECKED_COLS = 2048
-"""Columns of the image that are read at a time to see which image it is."""
+"""Columns of the image that are read at a time for its checksum."""
 
 
 def opened_store(job: StreamJob, path: Path, memory: int) -> tuple[ScoreStore, StripPlan]:
@@ -52,8 +50,8 @@ def _resumed_plan(job: StreamJob, store: ScoreStore, memory: int) -> StripPlan:
     peak = job.peak(strip_bytes, max(b - a for a, b in blocks), waiting)
     if peak > memory and not store.complete:
         raise ArgumentError(
-            f"memory={readable(memory)} is too little to resume {store.path}, which was begun with "
-            f"more; the same strips need {readable(peak)}"
+            f"memory must be at least {size_text(rounded_up(peak))} to resume {store.path} with "
+            f"the strips that it was begun with, got {size_text(memory)}"
         )
     return StripPlan(strip_bytes, blocks, peak, memory)
 
@@ -65,7 +63,7 @@ def _description(job: StreamJob) -> dict[str, Any]:
         "kind": job.selection.kind,
         "geometry": job.geometry.to_dict(),
         "image_size": list(job.source.size),
-        "rows": list(job.layout.rows),
+        "rows": list(job.workload.rows),
         "classes": list(job.selection.indices),
         "all_classes": job.selection.whole,
         "num_classes": job.selection.count,
@@ -86,7 +84,7 @@ def _description(job: StreamJob) -> dict[str, Any]:
 
 
 def _network_checksum(net: FullyConvolutional) -> str:
-    """Of the operations and their options: networks of other layers may have the same weights."""
+    """A checksum of the operations and options: other networks may have the same weights."""
     return f"{zlib.crc32(f'{net.network.code}{net.network!r}'.encode()):08x}"
 
 
@@ -100,9 +98,9 @@ def _weights_checksum(net: FullyConvolutional) -> str:
 
 
 def _image_checksum(job: StreamJob) -> str:
-    """Of the first, the middle and the last row that the network reads, some columns at a time."""
-    first, end = job.layout.height().ranges[0]
-    left, right = job.layout.width(job.layout.cols).ranges[0]
+    """A checksum of the first, the middle and the last row that the network reads."""
+    first, end = job.workload.height().ranges[0]
+    left, right = job.workload.width(job.workload.cols).ranges[0]
     checksum = 0
     for row in dict.fromkeys((first, (first + end) // 2, end - 1)):
         for col in range(left, right, _CHECKED_COLS):

@@ -1,7 +1,7 @@
 """Which rows and columns every operation of a network computes, in whole numbers.
 
-`Extents` says what part of every map some cells need; `Schedule` says which rows every operation
-computes when which strip of the image has come.
+`AxisRanges` says what part of every map some cells need along one axis; `Schedule` says which rows
+every operation computes at which strip of the image.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from fcvgg.inference.stages import Stage
 
 @dataclass(frozen=True)
 class Reach:
-    """What a stage's outputs read along one axis of an input with `size` positions."""
+    """What an operation reads along one axis of an input with `size` positions.
+
+    Attributes:
+        mirrors: whether positions outside the input repeat those inside (reflect, replicate), so
+            that outputs at the border read more of them.
+    """
 
     window: Window
     size: int
     mirrors: bool = False
 
-    def raw(self, first: int, end: int) -> Pair:
-        """The positions, padding included, that outputs ``[first, end)`` read."""
-        start = first * self.window.stride - self.window.before
-        return start, (end - 1) * self.window.stride - self.window.before + self.window.span
-
     def needs(self, first: int, end: int) -> Pair:
         """The positions of the input that outputs ``[first, end)`` read: at least one."""
-        low, high = self.raw(first, end)
+        low, high = self.window.reads(first, end)
         if self.mirrors and low < 0:
             high = max(high, self.window.before + 1)
         if self.mirrors and high > self.size:
@@ -42,11 +42,14 @@ class Reach:
         return low, max(min(high, self.size), low + 1)
 
     def kept_from(self, first: NDArray[np.int64], end: int) -> NDArray[np.int64]:
-        """From where on outputs ``[first, end)`` need their input; for many values of `first`."""
+        """The first position that outputs ``[first, end)`` still need, for each value of `first`.
+
+        It is `size` where no output is left.
+        """
         low = first * self.window.stride - self.window.before
-        if self.mirrors and self.raw(end - 1, end)[1] > self.size:
+        if self.mirrors and self.window.reads(end - 1, end)[1] > self.size:
             low = np.minimum(low, self.size - 1 - self.window.after)
-        return np.clip(low, 0, self.size)
+        return np.where(first < end, np.clip(low, 0, self.size), self.size)
 
     def finished(self, available: NDArray[np.int64], first: int, end: int) -> NDArray[np.int64]:
         """The end of those outputs of ``[first, end)`` that inputs up to `available` allow."""
@@ -57,8 +60,8 @@ class Reach:
         return np.where(available >= self.needs(first, end)[1], end, done)
 
 
-class Extents:
-    """The size of every stage's map along one axis, and the part of it that is computed.
+class AxisRanges:
+    """The size of every operation's map along one axis, and the part of it that is computed.
 
     Args:
         axis: 0 for the height, 1 for the width.
@@ -76,46 +79,49 @@ class Extents:
             mirrors = sliding is not None and sliding.border != "constant"
             self.reaches.append(Reach(window, fed, mirrors))
             self.sizes.append(window.output_size(fed))
-        self.ranges = demanded(stages, self.reaches, outputs)
+        self.ranges = needed_ranges(stages, self.reaches, outputs)
 
 
-def demanded(
+def needed_ranges(
     stages: Sequence[Stage],
     reaches: Sequence[Reach],
     outputs: Pair,
-    widened: Callable[[int, Pair], Pair] = lambda stage, needed: needed,
+    extend: Callable[[int, Pair], Pair] = lambda stage, needed: needed,
 ) -> list[Pair]:
-    """The range of every stage's positions that the last stage's `outputs` need.
+    """The range of every operation's positions that the last operation's `outputs` need.
 
-    `widened` may enlarge the range of a stage.
+    `extend` may enlarge the range of an operation. One that nothing needs has ``(0, 0)``.
     """
     ranges: list[Pair | None] = [None] * len(stages)
     ranges[-1] = outputs
-    for i in range(len(stages) - 1, -1, -1):
+    for i in range(len(stages) - 1, 0, -1):
         needed = ranges[i]
-        if needed is None:  # of no use for this output
-            ranges[i] = (0, 0)
+        if needed is None:
             continue
-        needed = ranges[i] = widened(i, needed)
+        ranges[i] = needed = extend(i, needed)
         low, high = reaches[i].needs(*needed)
         for fed in stages[i].inputs:
-            other = ranges[fed]
-            union = (low, high) if other is None else (min(low, other[0]), max(high, other[1]))
-            ranges[fed] = union
-    return [r for r in ranges if r is not None]
+            other = ranges[fed] or (low, high)
+            ranges[fed] = min(low, other[0]), max(high, other[1])
+    if ranges[0] is not None:
+        ranges[0] = extend(0, ranges[0])
+    return [(0, 0) if r is None else r for r in ranges]
 
 
 class Schedule:
-    """Which rows every stage computes at which strip of the image.
+    """Which rows every operation computes at which strip of the image.
+
+    Deep layers have short rows, and fetch all their weights to compute one. They wait for several
+    strips and compute several rows at once. All periods are powers of two, so that layers compute
+    at the same strips and do not wait for each other.
 
     Args:
         stages: of the network.
         height: the sizes and ranges along the height.
         strip: rows of the image in a strip.
-        every: for every stage, at which strips it computes: at each of so many, and at the last.
-            Deep layers, whose rows are short, so use their weights for several rows at once; those
-            that wait for the same strips do not wait for each other.
-        multiples: for every stage, of how many rows it computes a multiple, but at the map's end.
+        periods: for every operation, after how many strips it computes; all do at the last strip.
+        multiples: for every operation, the number of which its rows are a multiple, except at the
+            end of the map.
 
     Attributes:
         ends: int64 ``(strips, stages)``: the end of the rows that are computed after each strip.
@@ -124,71 +130,60 @@ class Schedule:
     def __init__(
         self,
         stages: Sequence[Stage],
-        height: Extents,
+        height: AxisRanges,
         strip: int,
-        every: Sequence[int],
+        periods: Sequence[int],
         multiples: Sequence[int],
     ):
         self.stages = stages
         self.height = height
         self.strip = strip
         first, end = height.ranges[0]
-        self._first_strip = first // strip
-        strips = -(-end // strip) - self._first_strip
-        self.ends = np.zeros((strips, len(stages)), np.int64)
-        bounds = (np.arange(self._first_strip, self._first_strip + strips) + 1) * strip
-        self.ends[:, 0] = np.clip(bounds, first, end)
+        first_strip = first // strip
+        numbers = np.arange(first_strip, -(-end // strip)) + 1  # strips read after each, of all
+        self.ends = np.zeros((len(numbers), len(stages)), np.int64)
+        self.ends[:, 0] = np.clip(numbers * strip, first, end)
         for i, stage in enumerate(stages[1:], 1):
             low, high = height.ranges[i]
             available = self.ends[:, list(stage.inputs)].min(1)
-            empty = [height.ranges[fed][0] for fed in stage.inputs]
-            available = np.where(available > max(empty), available, 0)
+            # an input that has computed nothing yet stands at its first row, which is not there
+            empty = max(height.ranges[fed][0] for fed in stage.inputs)
+            available = np.where(available > empty, available, 0)
             done = height.reaches[i].finished(available, low, high)
             whole = np.maximum(done - done % multiples[i], low)
             done = np.where(done < high, whole, done)
-            self.ends[:, i] = self._at(every[i], done, low)
-
-    def _at(self, every: int, done: NDArray[np.int64], low: int) -> NDArray[np.int64]:
-        """The end of a stage's rows after each strip, if it computes at some strips only."""
-        strips = np.arange(len(done))
-        computes = (self._first_strip + strips + 1) % every == 0
-        computes[-1] = True
-        last = np.maximum.accumulate(np.where(computes, strips, -1))
-        return np.where(last >= 0, done[last], low)
+            computes = numbers % periods[i] == 0
+            computes[-1] = True
+            self.ends[:, i] = np.maximum.accumulate(np.where(computes, done, low))
 
     @cached_property
-    def before(self) -> NDArray[np.int64]:
-        """The end of the rows that were computed before each strip."""
+    def starts(self) -> NDArray[np.int64]:
+        """The end of the rows that were computed before each strip, as `ends` after it."""
         first = np.array([[low for low, _ in self.height.ranges]])
         return np.concatenate([first, self.ends[:-1]])
 
-    def starts_for(self, row: int) -> tuple[int, list[int]]:
+    def restart_at(self, row: int) -> tuple[int, list[int]]:
         """Where to begin so that `row` and all later ones come out with the same bits.
 
-        Every stage then begins at a row where one of its strips begins, so that all strips are the
-        same as in a run from the beginning.
+        oneDNN's sums depend on how many rows it computes at once. So every operation begins at a
+        row where one of its strips begins, and all its later strips are those of a whole run.
 
         Returns:
-            the number of the first strip, and every stage's first row.
+            the number of the first strip, and every operation's first row.
         """
 
-        def widened(stage: int, needed: Pair) -> Pair:
-            bounds = self.before[:, stage]
-            begun = bounds[bounds <= needed[0]]
+        def to_start_of_strip(stage: int, needed: Pair) -> Pair:
+            starts = self.starts[:, stage]
+            begun = starts[starts <= needed[0]]
             return int(begun[-1]) if len(begun) else needed[0], needed[1]
 
-        last = self.height.ranges[-1][1]
-        ranges = demanded(self.stages, self.height.reaches, (row, last), widened)
-        starts = [low for low, _ in ranges]
-        strip = int(np.searchsorted(self.ends[:, 0], starts[0], side="right"))
-        return strip, starts
+        outputs = row, self.height.ranges[-1][1]
+        ranges = needed_ranges(self.stages, self.height.reaches, outputs, to_start_of_strip)
+        strip = int(np.searchsorted(self.ends[:, 0], ranges[0][0], side="right"))
+        return strip, [low for low, _ in ranges]
 
     def with_stages(self, stages: Sequence[Stage]) -> Schedule:
         """The same schedule for other operations with the same windows."""
         other = copy.copy(self)
         other.stages = stages
         return other
-
-    def image_rows(self, strip: int) -> Pair:
-        """The image's rows of a strip."""
-        return int(self.before[strip, 0]), int(self.ends[strip, 0])

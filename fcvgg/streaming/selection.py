@@ -21,9 +21,6 @@ from fcvgg.probability import (
     to_probabilities,
 )
 from fcvgg.results.score_map import ScoreMap, best_classes
-from fcvgg.streaming.strip_plan import (
-    itemsize_of,
-)
 
 _TOP = 5
 
@@ -39,10 +36,10 @@ class Selection:
 
     @classmethod
     def of(cls, classes: Any, net: FullyConvolutional, output: int) -> Selection:
-        """Read the argument `classes` of `stream`.
+        """The selection that the argument `classes` of `stream` asks for.
 
         Raises:
-            ArgumentError: if it is none.
+            ArgumentError: if it is of another kind.
             CategoryError: if a class is unknown.
         """
         count = net.program.classes[output]
@@ -52,22 +49,24 @@ class Selection:
         if isinstance(classes, str):
             if classes not in ("argmax", "top5"):
                 raise ArgumentError(
-                    f"classes={classes!r} is unknown; expected 'argmax', 'top5', or a sequence of "
-                    "class indices and names"
+                    "classes must be 'argmax', 'top5', or a sequence of class indices and names, "
+                    f"got {classes!r}"
                 )
             require_classes(activation)
-            if classes == "argmax" and count == 1:  # what cannot be told is said before the work
+            if classes == "argmax" and count == 1:  # or it would fail after the first strip
                 require_probabilities(activation)
             return cls(classes, (), count, activation)
         if not isinstance(classes, Iterable):
             raise ArgumentError(
-                f"classes={classes!r} is no sequence; expected class indices and names, such as "
+                f"classes must be a sequence of class indices and names, got {classes!r}; pass "
                 f"[{classes!r}]"
             )
         names = net.categories if output == 0 else None
         indices = tuple(class_index(c, names, count) for c in classes)
         if not indices or len(set(indices)) < len(indices):
-            raise ArgumentError(f"classes={list(classes)} names no class, or one twice")
+            raise ArgumentError(
+                f"classes must name at least one class and none twice, got {list(classes)}"
+            )
         return cls("scores", indices, count, activation)
 
     @property
@@ -83,9 +82,9 @@ class Selection:
 
     @property
     def normalized(self) -> bool:
-        """Whether one more channel says what the probabilities of the kept classes depend on.
+        """Whether one more channel holds the log-sum-exp over all classes.
 
-        It is the logarithm of the softmax's denominator, over all classes.
+        Without it the probabilities of the kept classes could not be computed.
         """
         return self.kind == "scores" and not self.whole and self.activation == "logits"
 
@@ -93,10 +92,10 @@ class Selection:
         if self.kind == "argmax":
             return torch.int64
         exact = self.kind == "top5" or self.normalized
-        return torch.float32 if exact and itemsize_of(scores) < 4 else scores
+        return torch.float32 if exact and scores.itemsize < 4 else scores
 
     def __call__(self, scores: Tensor) -> Tensor:
-        """What is kept of scores ``(K, h, w)``."""
+        """What is kept of scores ``(K, h, w)``, of shape ``(*lead, h, w)``."""
         if self.kind == "argmax":
             if self.count == 1:
                 return (to_probabilities(scores, self.activation)[0] > 0.5).long() - 1
@@ -104,16 +103,15 @@ class Selection:
         if self.kind == "top5":
             unknown = ~cells_with_data(scores)
             best, indices = scores.to(self.dtype(scores.dtype)).topk(min(_TOP, self.count), 0)
-            return torch.stack(
-                [indices.masked_fill(unknown, -1).to(best), best.masked_fill(unknown, torch.nan)]
-            )
+            indices = indices.masked_fill(unknown, -1).to(best)
+            return torch.stack([indices, best.masked_fill(unknown, torch.nan)])  # (2, 5, h, w)
         if self.whole:
             return scores
         kept = scores[list(self.indices)]
         if not self.normalized:
             return kept
         kept, scores = (values.to(self.dtype(scores.dtype)) for values in (kept, scores))
-        return torch.cat([kept, scores.logsumexp(0, keepdim=True)])
+        return torch.cat([kept, scores.logsumexp(0, keepdim=True)])  # (classes + 1, h, w)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -121,8 +119,8 @@ class ScoreMapOfSomeClasses(ScoreMap):
     """A `ScoreMap` that lacks classes, so that a softmax over it would be wrong.
 
     Attributes:
-        normalizer: of logits, the log-sum-exp ``(h, w)`` over all classes, by which the
-            probabilities of those that were kept are exact.
+        normalizer: of logits, the log-sum-exp ``(h, w)`` over all classes, which makes the
+            probabilities of the kept classes exact.
     """
 
     normalizer: Tensor | None = None
@@ -137,7 +135,7 @@ class ScoreMapOfSomeClasses(ScoreMap):
     def predict(self, average: str = "scores") -> Tensor:
         """The probabilities of the kept classes, averaged over the cells.
 
-        The average of logits depends on classes that were not kept, so that of such maps
+        Logits cannot be averaged without the classes that were not kept, so for maps of logits the
         probabilities are averaged, whatever `average` says.
         """
         if self.activation != "logits":

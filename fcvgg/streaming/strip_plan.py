@@ -1,7 +1,7 @@
 """How a network is streamed within a memory bound: the height of strips, the width of blocks.
 
 The estimate walks the `fcvgg.streaming.schedule.Schedule` and adds up, for every operation at every
-strip, the rows that wait, the operation's input and output and the library's workspace.
+strip, the rows that wait, the operation's input and output, and the library's workspace.
 """
 
 from __future__ import annotations
@@ -18,26 +18,27 @@ from fcvgg.errors import ArgumentError
 from fcvgg.geometry import Pair
 from fcvgg.inference.stages import Stage
 from fcvgg.rewriting.modules import _GEMM_CELLS
-from fcvgg.streaming.schedule import Extents, Schedule
+from fcvgg.streaming.schedule import AxisRanges, Schedule
+from fcvgg.support.untrusted import size_text
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _UNITS.update({f"{unit}I": 1 << 10 * i for i, unit in enumerate("KMGT", 1)})
 
 _SAFETY = 1.1
 _FIXED = 24 << 20
-"""Bytes beside the maps: the libraries' own buffers, the allocator's gaps."""
+"""Bytes in addition to the maps: the libraries' own buffers, the allocator's gaps."""
 
 _STRIP_BYTES = 8 << 20
 """Bytes of a map, per thread, that an operation computes at once: they stay in the cache."""
 
 _POSITIONS = 4096
-"""Positions for which weights are fetched often enough to be used well."""
+"""Positions computed at once that make good use of fetched weights."""
 
 _MOST_STRIPS = 16
-"""Strips that a layer waits for at most: what waits is lost when a run is interrupted."""
+"""Strips that a layer waits for at most: an interrupted run loses what waits."""
 
 _LEAST_BYTES = 1 << 18
-"""Bytes of it below which an image is rather cut into blocks of columns."""
+"""The least `StripPlan.strip_bytes` before an image is cut into blocks of columns instead."""
 
 _WINDOWS = 8
 """Windows of rows over which the memory is estimated; it repeats after some."""
@@ -60,24 +61,29 @@ def parsed_memory(memory: int | str) -> int:
     if isinstance(memory, str):
         match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?\s*", memory.upper())
         if match and match[2] in _UNITS and float(match[1]) > 0:
-            return int(float(match[1]) * _UNITS[match[2]])
+            return round(float(match[1]) * _UNITS[match[2]])
     raise ArgumentError(
-        f"memory={memory!r} is no amount; expected bytes or text such as '512MiB' or '2GB'"
+        f"memory must be a number of bytes or text such as '512MiB' or '2GB', got {memory!r}"
     )
 
 
-def readable(size: float) -> str:
-    """Bytes as people write them, rounded up: ``"513MiB"``."""
-    for unit in ("B", "KiB", "MiB"):
-        if size < 1024:
-            return f"{int(np.ceil(size))}{unit}"
-        size /= 1024
-    return f"{np.ceil(size * 10) / 10:g}GiB"
+def rounded_up(size: int) -> int:
+    """Bytes, rounded up to two digits, so that the text of a message is enough."""
+    step = 10 ** max(len(str(size)) - 2, 0)
+    return -(-size // step) * step
 
 
 @dataclass(frozen=True)
-class Layout:
-    """What is streamed: the size of the network's input, and the cells that are asked for."""
+class Workload:
+    """What a stream computes.
+
+    Attributes:
+        stages: the network's operations.
+        size: ``(H, W)`` of the network's input.
+        rows: half-open range of the cells that are asked for.
+        cols: the same of columns.
+        itemsize: bytes of a number of the maps.
+    """
 
     stages: Sequence[Stage]
     size: Pair
@@ -85,46 +91,45 @@ class Layout:
     cols: Pair
     itemsize: int = 4
 
+    def height(self) -> AxisRanges:
+        """The height's sizes and ranges."""
+        return AxisRanges(self.stages, 0, self.size[0], self.rows)
+
+    def width(self, cols: Pair) -> AxisRanges:
+        """The width's sizes and ranges for some columns of cells."""
+        return AxisRanges(self.stages, 1, self.size[1], cols)
+
     def schedule(self, strip_bytes: int, cols: Pair) -> Schedule:
-        """The schedule by which operations compute about `strip_bytes` of their map at once."""
+        """The schedule by which operations compute about `strip_bytes` of their map at once.
+
+        A strip of the image gives every map as many rows as its size has of the image's. The
+        largest map decides the strip; layers with weights wait until they have as many rows.
+        """
         height = self.height()
         widths = [high - low for low, high in self.width(cols).ranges]
-        rows = [
-            n * stage.channels * self.itemsize for n, stage in zip(widths, self.stages)
-        ]  # bytes of one row of each map
-        shares = [
-            row * size / self.size[0] for row, size in zip(rows, height.sizes)
-        ]  # bytes of each map for one row of the image
-        strip = min(max(int(strip_bytes // max(shares)), 1), self.size[0])
-        every, multiples = [1], [1]
-        for i, stage in enumerate(self.stages[1:], 1):
+        row_bytes = [n * stage.channels * self.itemsize for n, stage in zip(widths, self.stages)]
+        per_image_row = [row * size / self.size[0] for row, size in zip(row_bytes, height.sizes)]
+        strip = min(max(int(strip_bytes // max(per_image_row)), 1), self.size[0])
+        periods, multiples = [1] * len(self.stages), [1] * len(self.stages)
+        for i, stage in enumerate(self.stages):
             if stage.sliding is None or not stage.sliding.weights:
-                every.append(1)
-                multiples.append(1)
                 continue
             stride = stage.sliding.windows[0].stride
-            largest = max(rows[i], *(stride * rows[fed] for fed in stage.inputs))
-            wanted = min(strip_bytes // largest, -(-_POSITIONS // widths[i]))
+            largest = max(row_bytes[i], *(stride * row_bytes[fed] for fed in stage.inputs))
+            wanted = min(strip_bytes // largest, -(-_POSITIONS // widths[i]))  # rows
             strips = wanted * self.size[0] // (strip * height.sizes[i])
             strips = min(max(strips, 1), _MOST_STRIPS)
-            every.append(1 << strips.bit_length() - 1)  # so that layers wait together
-            come = every[i] * strip * height.sizes[i] // self.size[0]  # rows, in these strips
+            periods[i] = 1 << strips.bit_length() - 1  # so that layers wait together
+            come = periods[i] * strip * height.sizes[i] // self.size[0]  # rows, in these strips
             product = _GEMM_CELLS // widths[i] if stage.sliding.gathers else 1
-            multiples.append(max(min(product, come), 1))  # a part would fetch all weights as well
-        return Schedule(self.stages, height, strip, every, multiples)
-
-    def height(self) -> Extents:
-        """The height's sizes and ranges."""
-        return Extents(self.stages, 0, self.size[0], self.rows)
-
-    def width(self, cols: Pair) -> Extents:
-        """The width's sizes and ranges for some columns of cells."""
-        return Extents(self.stages, 1, self.size[1], cols)
+            # a product of fewer rows than it has room for would fetch all weights as well
+            multiples[i] = max(min(product, come), 1)
+        return Schedule(self.stages, height, strip, periods, multiples)
 
 
 @dataclass(frozen=True)
 class StripPlan:
-    """How maps are cut.
+    """How maps are cut into strips of rows and blocks of columns.
 
     Attributes:
         strip_bytes: of a map that an operation computes at once; strips of rows follow from it.
@@ -139,36 +144,39 @@ class StripPlan:
     memory: int
 
 
-def plan_strips(layout: Layout, memory: int, beside: int, source_row: int = 0) -> StripPlan:
+def plan_strips(workload: Workload, memory: int, taken: int, source_row: int = 0) -> StripPlan:
     """The plan that uses the memory best: blocks of columns only where strips alone do not fit.
 
     Args:
         memory: bytes that may be added.
-        beside: bytes of them that are taken whatever the plan is.
+        taken: bytes of them that are taken whatever the plan is.
         source_row: bytes per column of the image that the source holds.
 
     Raises:
         ArgumentError: if no plan fits; the message says what the least is.
     """
-    cells = layout.cols[1] - layout.cols[0]
+    first, end = workload.cols
 
     def peak(strip_bytes: int, block: int) -> int:
-        return beside + estimated_peak(layout, strip_bytes, block, source_row)
+        return taken + estimated_peak(workload, strip_bytes, block, source_row)
+
+    def plan(strip_bytes: int, block: int) -> StripPlan:
+        blocks = tuple((n, min(n + block, end)) for n in range(first, end, block))
+        return StripPlan(strip_bytes, blocks, peak(strip_bytes, block), memory)
 
     best = _STRIP_BYTES * torch.get_num_threads()
     sizes = [best >> i for i in range(best.bit_length()) if best >> i >= _LEAST_BYTES]
     for strip_bytes in sizes:
-        if peak(strip_bytes, cells) <= memory:
-            return _planned(layout, strip_bytes, cells, peak(strip_bytes, cells), memory)
+        if peak(strip_bytes, end - first) <= memory:
+            return plan(strip_bytes, end - first)
     for strip_bytes in (*(n for n in sizes if n <= _STRIP_BYTES), 1):
         if peak(strip_bytes, 1) <= memory:
-            block = _widest(memory, cells, lambda n, size=strip_bytes: peak(size, n))  # type: ignore
-            block -= block % _BLOCK if block > _BLOCK else 0
-            return _planned(layout, strip_bytes, block, peak(strip_bytes, block), memory)
+            block = _widest(memory, end - first, lambda n, size=strip_bytes: peak(size, n))  # type: ignore
+            return plan(strip_bytes, block - (block % _BLOCK if block > _BLOCK else 0))
     raise ArgumentError(
-        f"memory={readable(memory)} is too little to stream an image of {layout.size[0]}x"
-        f"{layout.size[1]} pixels through this network; the least that would do is "
-        f"{readable(peak(1, 1))}"
+        f"memory must be at least {size_text(rounded_up(peak(1, 1)))} to stream an image of "
+        f"{workload.size[0]}x{workload.size[1]} pixels through this network, got "
+        f"{size_text(memory)}"
     )
 
 
@@ -181,102 +189,88 @@ def _widest(memory: int, cells: int, peak: Callable[[int], int]) -> int:
     return low
 
 
-def _planned(layout: Layout, strip_bytes: int, block: int, peak: int, memory: int) -> StripPlan:
-    first, end = layout.cols
-    blocks = tuple((n, min(n + block, end)) for n in range(first, end, block))
-    return StripPlan(strip_bytes, blocks, peak, memory)
+# -- the estimate ---------------------------------------------------------------------------------
 
 
-def estimated_peak(layout: Layout, strip_bytes: int, block: int, source_row: int = 0) -> int:
+def estimated_peak(workload: Workload, strip_bytes: int, block: int, source_row: int = 0) -> int:
     """Bytes that streaming one block of columns adds at its fullest."""
-    first, end = layout.cols
+    first, end = workload.cols
     middle = max((first + end - block) // 2, first)
-    width = layout.width((middle, middle + block))
-    schedule = _shortened(layout).schedule(strip_bytes, (middle, middle + block))
-    cols = [high - low for low, high in width.ranges]
-    fullest = _fullest(layout, schedule, cols)
-    image = schedule.ends[:, 0] - schedule.before[:, 0]
-    source = source_row * cols[0] + int(image.max()) * cols[0] * layout.stages[0].channels * _PIXEL
-    return int(_SAFETY * (fullest + source)) + _FIXED
+    cols = middle, middle + block
+    schedule = _shortened(workload).schedule(strip_bytes, cols)
+    widths = [high - low for low, high in workload.width(cols).ranges]
+    image = int((schedule.ends[:, 0] - schedule.starts[:, 0]).max())  # rows of a strip
+    source = (source_row + image * workload.stages[0].channels * _PIXEL) * widths[0]
+    return int(_SAFETY * (_fullest(workload, schedule, widths) + source)) + _FIXED
 
 
-def _shortened(layout: Layout) -> Layout:
-    """The same for an image of fewer rows: all that can happen happens in the first few windows."""
-    first, last = layout.rows
-    height = Extents(layout.stages, 0, layout.size[0], (first, first + 1))
+def _shortened(workload: Workload) -> Workload:
+    """The same for fewer rows: all that can happen to memory happens in the first few windows."""
+    first, last = workload.rows
+    height = AxisRanges(workload.stages, 0, workload.size[0], (first, first + 1))
     window = height.ranges[0][1] - height.ranges[0][0]
     rows = last - first
-    enough = -(-_WINDOWS * window * rows // layout.size[0])
-    return replace(layout, rows=(first, first + min(rows, max(enough, 1) + _WINDOWS)))
+    enough = -(-_WINDOWS * window * rows // workload.size[0])
+    return replace(workload, rows=(first, first + min(rows, max(enough, 1) + _WINDOWS)))
 
 
-def _fullest(layout: Layout, schedule: Schedule, cols: Sequence[int]) -> float:
-    """The most bytes that maps and workspaces take at any operation of any strip."""
-    stages, item = layout.stages, layout.itemsize
-    height = schedule.height
-    ends, before = schedule.ends, schedule.before
-    row = [cols[i] * stage.channels * item for i, stage in enumerate(stages)]  # bytes of one row
+def _fullest(workload: Workload, schedule: Schedule, widths: Sequence[int]) -> float:
+    """The most bytes that maps and workspaces take at any operation of any strip.
 
-    def kept(i: int, done: Any) -> Any:
-        """The first row of its inputs that stage i still needs."""
-        last = height.ranges[i][1]
-        low = height.reaches[i].kept_from(done, last)
-        return np.where(done < last, low, height.reaches[i].size)
+    The operations are walked as `LineBuffers.push` runs them, for all strips at once: each array
+    below has one number per strip.
+    """
+    stages, height = workload.stages, schedule.height
+    starts, ends = schedule.starts, schedule.ends  # (strips, stages)
+    computed = ends - starts
+    row_bytes = [n * stage.channels * workload.itemsize for n, stage in zip(widths, stages)]
 
-    readers: list[list[int]] = [[] for _ in stages]
-    held = np.zeros(len(ends))
-    for i, stage in enumerate(stages):
-        for fed in stage.inputs:
-            readers[fed].append(i)
-            waiting = before[:, fed] - kept(i, before[:, i])
-            held += row[fed] * np.clip(waiting, 0, before[:, fed] - height.ranges[fed][0])
-    fullest = 0.0
-    for i, stage in enumerate(stages):
-        computed = ends[:, i] - before[:, i]
-        output = row[i] * computed
-        if i == 0:
-            held = held + output * max(len(readers[0]), 1)
-            fullest = max(fullest, float((held + output).max()))
-            continue
-        given = np.zeros(len(ends))
-        left = np.zeros(len(ends))
-        for fed in stage.inputs:
-            low = np.minimum(kept(i, before[:, i]), before[:, fed])
-            given += row[fed] * np.maximum(ends[:, fed] - np.maximum(low, height.ranges[fed][0]), 0)
-            low = np.minimum(kept(i, ends[:, i]), ends[:, fed])
-            left += row[fed] * np.maximum(ends[:, fed] - np.maximum(low, height.ranges[fed][0]), 0)
-        runs = computed > 0
-        joined = given if stage.sliding is not None or len(stage.inputs) > 1 else 0 * given
-        made = 0 * output if stage.in_place else output
-        low_row, last_row = height.ranges[i]
-        at_border = (before[:, i] == low_row) | (ends[:, i] == last_row)
-        work = made + left + _workspace(stage, layout, given, output, at_border)
-        work = np.where(runs, work, 0)
-        fullest = max(fullest, float((held + np.where(runs, np.maximum(joined, work), 0)).max()))
-        held = np.where(runs, held - given + left + output * len(readers[i]), held)
+    def waiting(i: int, done: Any, arrived: Any) -> Any:
+        """Bytes of the inputs that stage i still needs once its rows up to `done` are computed."""
+        kept = height.reaches[i].kept_from(done, height.ranges[i][1])
+        first = [height.ranges[fed][0] for fed in stages[i].inputs]
+        return sum(
+            row_bytes[fed] * np.maximum(arrived[:, fed] - np.maximum(kept, low), 0)
+            for fed, low in zip(stages[i].inputs, first)
+        )
+
+    readers = [sum(stage.inputs.count(i) for stage in stages) for i in range(len(stages))]
+    image = row_bytes[0] * computed[:, 0]
+    held = sum(waiting(i, starts[:, i], starts) for i in range(1, len(stages)))
+    held = held + image * max(readers[0], 1)
+    fullest = float((held + image).max())
+    for i, stage in enumerate(stages[1:], 1):
+        output = row_bytes[i] * computed[:, i]
+        arriving = sum(row_bytes[fed] * computed[:, fed] for fed in stage.inputs)
+        given = waiting(i, starts[:, i], starts) + arriving
+        left = waiting(i, ends[:, i], ends)
+        low, high = height.ranges[i]
+        at_border = (starts[:, i] == low) | (ends[:, i] == high)
+        made = 0 if stage.in_place else output
+        work = made + left + _workspace(stage, workload, given, output, at_border)
+        # pieces of rows are joined before the operation runs, while their copies are still held
+        joined = given if stage.sliding is not None or len(stage.inputs) > 1 else 0
+        runs = computed[:, i] > 0
+        fullest = max(fullest, float((held + runs * np.maximum(joined, work)).max()))
+        held = held + runs * (left - given + output * readers[i])
     return fullest
 
 
-def _workspace(stage: Stage, layout: Layout, given: Any, output: Any, at_border: Any) -> Any:
-    """What the library takes beside a layer's input and output."""
+def _workspace(stage: Stage, workload: Workload, given: Any, output: Any, at_border: Any) -> Any:
+    """Bytes that the library takes in addition to a layer's input and output."""
     sliding = stage.sliding
     if sliding is None:
         return 0 * output
-    item = layout.itemsize
+    item = workload.itemsize
     positions = output / (stage.channels * item)
     work = 0 * output
     if sliding.gathers:
         work = work + np.minimum(positions, _GEMM_CELLS) * sliding.columns * item
-    elif sliding.weights and item <= 4:  # oneDNN orders input, output and weights anew
+    elif sliding.weights and item <= 4:  # oneDNN reorders input, output and weights
         work = work + given + output + sliding.weights * item
     elif sliding.columns:
         work = work + positions * sliding.columns * item
     if sliding.indexes:
         work = work + positions * stage.channels * 8
-    # a padded copy
-    return work + (np.where(at_border, given, 0) if sliding.pads_width else given)
-
-
-def itemsize_of(dtype: torch.dtype) -> int:
-    """Bytes of one element."""
-    return torch.empty((), dtype=dtype).element_size()
+    padded_copy = np.where(at_border, given, 0) if sliding.pads_width else given
+    return work + padded_copy

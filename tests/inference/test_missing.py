@@ -272,7 +272,7 @@ def test_strips_made_up_for(rows: Any) -> None:
     expected = oracle(made("padded"), image[None].double())[0]
     job = StreamJob.prepared(net, image, None, rows)
     width = net.output_size((150, 90))[1]
-    first, end = job.layout.rows
+    first, end = job.workload.rows
     with torch.no_grad():
         for cols in ((0, width), (0, 7), (5, width)):
             plan = StripPlan(1 << 12, (cols,), 0, 1 << 30)

@@ -35,8 +35,7 @@ from fcvgg.errors import (
     ImageError,
     MissingExtraError,
 )
-from fcvgg.inference import blocks
-from fcvgg.inference import memory
+from fcvgg.inference import blocks, memory
 from fcvgg.optimization import fused, fusion, onednn, winograd
 from fcvgg.optimization import networks as optimization
 from fcvgg.rewriting import modules
@@ -691,7 +690,9 @@ def test_a_network_in_bfloat16_streams(small):
 
 def test_a_network_of_an_engine_does_not_stream(small):
     fast = fcvgg.optimize(small, engine="onnxruntime")
-    with pytest.raises(ArgumentError, match="which runs whole images only; stream the plain network"):
+    with pytest.raises(
+        ArgumentError, match="which runs whole images only; stream the plain network"
+    ):
         fcvgg.stream(fast, images(3, 90, 52, dtype=torch.float32))
 
 
@@ -884,8 +885,14 @@ def test_a_network_that_differs_is_refused(monkeypatch, small):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"engine": "tensorrt"}, "engine must be None, 'onnxruntime' or 'openvino', got 'tensorrt'"),
-        ({"dtype": torch.int8}, "dtype must be torch.float64 or .* or torch.bfloat16, got torch.int8"),
+        (
+            {"engine": "tensorrt"},
+            "engine must be None, 'onnxruntime' or 'openvino', got 'tensorrt'",
+        ),
+        (
+            {"dtype": torch.int8},
+            "dtype must be torch.float64 or .* or torch.bfloat16, got torch.int8",
+        ),
         ({"dtype": torch.float16}, "must not be torch.float16 on a CPU, .* use torch.bfloat16, or"),
     ],
 )
@@ -896,7 +903,7 @@ def test_options_are_checked(small, options, message):
 
 def test_bfloat16_is_refused_where_the_processor_lacks_it(monkeypatch, small):
     monkeypatch.setattr(optimization, "has_bfloat16", lambda: False)
-    with pytest.raises(ArgumentError, match="must not be torch.bfloat16 on this processor"):
+    with pytest.raises(ArgumentError, match=r"must not be torch.bfloat16 on this processor"):
         fcvgg.optimize(small, dtype=torch.bfloat16)
 
 

@@ -36,9 +36,9 @@ from fcvgg.inference.stages import stages_of
 from fcvgg.streaming import resumption, strip_plan
 from fcvgg.streaming.job import StreamJob
 from fcvgg.streaming.line_buffers import LineBuffers
-from fcvgg.streaming.schedule import Extents, Schedule
+from fcvgg.streaming.schedule import AxisRanges, Schedule
 from fcvgg.streaming.score_store import is_store, open_store
-from fcvgg.streaming.strip_plan import Layout, parsed_memory
+from fcvgg.streaming.strip_plan import Workload, parsed_memory
 
 pytest.importorskip("zarr")
 
@@ -60,8 +60,8 @@ def in_strips(
     stages = stages_of(net.network, net.in_channels)
     h, w = net.output_size(x.shape[2:])
     rows = rows or (0, h)
-    height = Extents(stages, 0, x.shape[2], rows)
-    width = Extents(stages, 1, x.shape[3], cols or (0, w))
+    height = AxisRanges(stages, 0, x.shape[2], rows)
+    width = AxisRanges(stages, 1, x.shape[3], cols or (0, w))
     schedule = Schedule(stages, height, strip, [every] * len(stages), [multiple] * len(stages))
     buffers = LineBuffers(schedule, width, rows[0] if first is None else first)
     bands = []
@@ -330,8 +330,8 @@ def test_layers_that_wait_for_strips_wait_together() -> None:
     net = fcvgg.convert(seeded(narrow_vgg, "vgg11"), verify=False, input_size=224)
     stages = stages_of(net.network, net.in_channels)
     rows, cols = net.output_size((8192, 512))
-    layout = Layout(stages, (8192, 512), (0, rows), (0, cols))
-    schedule = layout.schedule(1 << 20, (0, cols))
+    workload = Workload(stages, (8192, 512), (0, rows), (0, cols))
+    schedule = workload.schedule(1 << 20, (0, cols))
     arrived = (np.arange(len(schedule.ends)) + 1) * schedule.strip
     spoken_for = (schedule.ends[:, -1] - 1) * 32 + 224  # by the cells that are computed
     assert len(arrived) == 64
@@ -440,9 +440,9 @@ def test_little_memory_gives_the_same_in_blocks_of_columns(net: Any) -> None:
 
 
 def _least(net: Any, image: np.ndarray[Any, Any]) -> str:
-    with pytest.raises(FcvggError, match="the least that would do is") as caught:
+    with pytest.raises(FcvggError, match="memory must be at least") as caught:
         fcvgg.stream(net, image, memory="1MiB")
-    text = str(caught.value).split("the least that would do is ")[1].split(",")[0]
+    text = str(caught.value).split("memory must be at least ")[1].split(" to ")[0]
     assert parsed_memory(text) > 1 << 20
     return text
 
@@ -450,20 +450,26 @@ def _least(net: Any, image: np.ndarray[Any, Any]) -> str:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"memory": "lots"}, "memory='lots' is no amount; expected bytes or text"),
-        ({"memory": 0}, "memory=0 is no amount"),
-        ({"memory": -5}, "memory=-5 is no amount"),
-        ({"rows": (5, 5)}, "no range of the map's"),
-        ({"rows": (0, 10**6)}, "no range of the map's"),
-        ({"rows": 7}, "rows=7 is no range"),
-        ({"rows": (1.5, 3)}, r"rows=\(1.5, 3\) is no range; expected whole numbers"),
-        ({"classes": "best"}, "classes='best' is unknown; expected 'argmax', 'top5'"),
-        ({"classes": []}, "names no class, or one twice"),
-        ({"classes": ["a", 0]}, "names no class, or one twice"),
-        ({"classes": 0}, r"classes=0 is no sequence; expected class indices and names, such as"),
+        ({"memory": "lots"}, "memory must be a number of bytes or text .*, got 'lots'"),
+        ({"memory": 0}, "memory must be a number of bytes .*, got 0"),
+        ({"memory": -5}, "memory must be a number of bytes .*, got -5"),
+        (
+            {"rows": (5, 5)},
+            r"rows must be \(first, end\) with 0 <= first < end <= .*, got \(5, 5\)",
+        ),
+        ({"rows": (0, 10**6)}, r"the rows of the map, got \(0, 1000000\)"),
+        ({"rows": 7}, r"rows must be whole numbers \(first, end\), got 7"),
+        ({"rows": (1.5, 3)}, r"rows must be whole numbers \(first, end\), got \(1.5, 3\)"),
+        ({"classes": "best"}, "classes must be 'argmax', 'top5', or a sequence .*, got 'best'"),
+        ({"classes": []}, "classes must name at least one class and none twice"),
+        ({"classes": ["a", 0]}, "none twice, got"),
+        (
+            {"classes": 0},
+            r"classes must be a sequence of class indices and names, got 0; pass \[0\]",
+        ),
         ({"classes": ["dog"]}, "dog"),
         ({"classes": [9]}, "9"),
-        ({"output": 1}, "output=1 is unknown; the network has 1"),
+        ({"output": 1}, "output must be from 0 to 0, got 1"),
     ],
 )
 def test_unusable_options(net: Any, options: dict[str, Any], message: str) -> None:
