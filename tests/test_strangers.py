@@ -744,9 +744,9 @@ def test_a_stored_map_is_described_by_values_of_their_kinds(whole_store, tmp_pat
             lambda m: m["chunk_grid"]["configuration"].update(chunk_shape=[3, 10**6, 10**6]),
             "chunks must be of at most",
         ),
-        (lambda m: m.update(data_type="int64"), "broken|no score map"),
-        (lambda m: m.update(attributes=[1]), "no score map"),
-        (lambda m: m.update(node_type="group"), "no score map"),
+        (lambda m: m.update(data_type="int64"), "broken|must be a score map"),
+        (lambda m: m.update(attributes=[1]), "must be a score map"),
+        (lambda m: m.update(node_type="group"), "must be a score map"),
     ],
 )
 def test_the_array_of_a_stored_map_fits_its_description(store, change, message):
@@ -765,7 +765,7 @@ def test_finished_cells_are_those_that_the_files_hold(store, monkeypatch):
     monkeypatch.setattr(store_description, "_BELIEVED_CELLS", 10)
     assert open_store(store).complete
     monkeypatch.setattr(score_store, "_bytes_within", lambda _: 0)
-    refused(lambda: open_store(store), "finished cells must be those that its files can hold")
+    refused(lambda: open_store(store), "finished cells must be at most 4,096 per byte of its files")
     job = StreamJob.prepared(tiny_net(), pixels(), None, None)
     new, _ = opened_store(job, store.with_name("new.zarr"), 1 << 30)  # which holds none as yet
     assert new.share == 0
@@ -781,7 +781,7 @@ def test_a_pipe_for_the_metadata_of_a_store_does_not_hang(store):
     (store / "zarr.json").unlink()
     os.mkfifo(store / "zarr.json")
     assert not is_store(store)
-    refused(lambda: open_store(store), "is no score map")
+    refused(lambda: open_store(store), "must be a score map")
 
 
 # -- names ----------------------------------------------------------------------------------------

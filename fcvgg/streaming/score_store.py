@@ -1,8 +1,8 @@
 """Score maps on disk: a zarr array that is filled row by row and can be resumed.
 
 The array's attributes hold, under ``"fcvgg"``, what the map is: its geometry, class names and the
-plan by which it is computed. Which rows are finished stands in a small file beside the array's
-metadata, which is replaced in one step, so that a killed process loses no finished row.
+plan by which it is computed. A small file next to the array's metadata holds which rows are
+finished. It is replaced atomically, so that a killed process loses no finished row.
 """
 
 from __future__ import annotations
@@ -32,14 +32,17 @@ _METADATA = "zarr.json"
 _PROGRESS = "fcvgg-progress.json"
 _NORMALIZER = "normalizer"
 _MAY_DIFFER = ("blocks", "strip_bytes", "source", "pixel_size", "num_classes", *FIELDS)
-"""How the map is computed, where the image lies now, and what older stores do not say."""
+"""Fields that a resumed stream may change, and those that older stores lack."""
 
 _CHECKSUMS = {
     "network": "network",
     "weights": "weights",
     "image": "image, or the preprocessing or range of its values,",
 }
-"""Fields that show that something differs but not what, with their names in messages."""
+"""Fields that show only that something differs, with their names in messages."""
+
+_LONGEST_VALUE = 60
+"""Characters of a value that a message shows."""
 
 _CHUNK_CHANNELS = 64
 _CHUNK_COLS = 512
@@ -51,9 +54,9 @@ class ScoreStore:
 
     Attributes:
         array: the zarr array: scores, or what ``classes=`` keeps of them.
-        normalizer: of some classes' logits, the log-sum-exp ``(h, w)`` over all classes, an array
-            in the folder of the first one; None of other maps, and of those of older versions.
-        description: what the map is, as it stands in the array's attributes.
+        normalizer: for logits of some classes, the log-sum-exp ``(h, w)`` over all classes, in the
+            folder of the first array; None for other maps, and those of older versions.
+        description: what the map is, from the array's attributes.
         finished: for every block of columns, how many of its rows are finished.
     """
 
@@ -108,10 +111,10 @@ class ScoreStore:
 
     @property
     def without_data(self) -> float:
-        """The share of the cells that hold no number, in a map of scores or of the best classes.
+        """The share of the cells without data.
 
-        Where the network has one class, the label -1 also says that a cell is not of it, so such a
-        map counts as full; so do maps of labels that older versions wrote.
+        A map of labels of a network with one class counts as full, since -1 is also the label of
+        cells that are not of it; so do maps of labels that older versions wrote.
 
         Raises:
             FcvggError: if chunks cannot be read.
@@ -129,10 +132,10 @@ class ScoreStore:
         return bare / (rows * self.array.shape[-1])
 
     def write(self, block: int, row: int, cells: NDArray[Any], mark: bool = True) -> None:
-        """Write rows of one block of columns and note them as finished.
+        """Write rows of one block of columns, and record them as finished if `mark`.
 
         Raises:
-            FcvggError: if the disk is full or the like; what was finished before stays.
+            FcvggError: if writing fails; the rows that were finished before stay.
         """
         first, end = self.blocks[block]
         start = self.blocks[0][0]
@@ -142,7 +145,7 @@ class ScoreStore:
                 count = self.array.shape[0]
                 if self.normalizer is not None:
                     self.normalizer[rows, cols] = cells[count]
-                cells = cells[:count]  # one more is dropped where an older version began the map
+                cells = cells[:count]  # also drops the normalizer where an older store has none
             self.array[..., rows, cols] = cells
             if mark:
                 self.mark(block, row + cells.shape[-2])
@@ -150,11 +153,11 @@ class ScoreStore:
             reason = getattr(error, "strerror", None) or str(error)
             raise FcvggError(
                 f"cannot write {self.path}: {reason}; {self.finished[block]} of "
-                f"{self.array.shape[-2]} rows are finished and kept, and the same call resumes"
+                f"{self.array.shape[-2]} rows are finished and kept; repeat the call to resume"
             ) from error
 
     def mark(self, block: int, rows: int) -> None:
-        """Note how many rows of a block are finished."""
+        """Record how many rows of a block are finished."""
         finished = [*self.finished[:block], rows, *self.finished[block + 1 :]]
         with written_whole(self.path / _PROGRESS) as temporary:
             temporary.write_text(json.dumps({"finished": finished}))
@@ -162,16 +165,16 @@ class ScoreStore:
 
     @contextmanager
     def reading(self) -> Iterator[None]:
-        """Turn what broken chunks lead to into one line.
+        """A context in which errors about broken chunks become one line.
 
         Raises:
-            FcvggError: if they cannot be read.
+            FcvggError: if chunks cannot be read.
         """
         try:
             yield
         except FcvggError:
             raise
-        except Exception as error:  # of decompressors, which have no class in common
+        except Exception as error:  # decompressors raise errors without a common class
             raise FcvggError(
                 f"{self.path} must hold whole chunks of numbers, got one that cannot be read "
                 f"({type(error).__name__}: {one_line(error)}); stream the image again"
@@ -196,14 +199,14 @@ def create_store(
     description: Mapping[str, Any],
     normalized: bool = False,
 ) -> ScoreStore:
-    """A new store; it appears under its name with all its attributes, or not at all.
+    """A new store, written atomically with all its attributes.
 
     Args:
-        path: of the folder.
+        path: the folder.
         shape: of what is written to it.
         dtype: of the scores.
         chunk_rows: rows of cells that are written at a time.
-        description: of the map.
+        description: what the map is.
         normalized: whether the last channel is `ScoreStore.normalizer`.
 
     Raises:
@@ -227,7 +230,7 @@ def create_store(
             dtype=dtype,
             chunks=chunks,
             dimension_names=names,
-            fill_value=-1 if description["kind"] == "argmax" else np.nan,  # no data, as yet
+            fill_value=-1 if description["kind"] == "argmax" else np.nan,  # no data yet
             attributes={ATTRIBUTE: dict(description)},
             overwrite=True,
         )
@@ -244,7 +247,7 @@ def create_store(
 
 
 def _aligned(block: int) -> int:
-    """A chunk's columns such that no chunk belongs to two blocks."""
+    """Columns of a chunk, such that no chunk belongs to two blocks."""
     return max(n for n in range(1, min(block, _CHUNK_COLS) + 1) if block % n == 0)
 
 
@@ -252,7 +255,7 @@ def open_store(path: str | Path, writable: bool = False) -> ScoreStore:
     """A score map that `fcvgg.stream` wrote, finished or not.
 
     Raises:
-        FcvggError: if it is none.
+        FcvggError: if it holds something else, or is broken.
     """
     path = Path(path)
     zarr = imported("zarr", "stream")
@@ -265,26 +268,22 @@ def open_store(path: str | Path, writable: bool = False) -> ScoreStore:
         if (path / _NORMALIZER).exists():
             normalizer = zarr.open_array(str(path / _NORMALIZER), mode=mode)
     except Exception as error:
-        raise FcvggError(f"{path} is no score map that fcvgg.stream wrote") from error
+        raise FcvggError(f"{path} must be a score map that fcvgg.stream wrote") from error
     try:
-        description = checked_description(data, array)
+        store = ScoreStore(path, array, checked_description(data, array), normalizer)
+        check_held(store.finished_cells, lambda: _bytes_within(path))
     except FcvggError as error:
         raise FcvggError(f"{path} is a broken score map: {one_line(error)}") from error
     if normalizer is not None and normalizer.shape != array.shape[-2:]:
         raise FcvggError(
-            f"{path / _NORMALIZER} has shape {normalizer.shape}; expected {array.shape[-2:]}, that "
-            "of the cells"
+            f"{path / _NORMALIZER} must have the shape of the cells, {array.shape[-2:]}, got "
+            f"{normalizer.shape}"
         )
-    store = ScoreStore(path, array, description, normalizer)
-    try:
-        check_held(store.finished_cells, lambda: _bytes_within(path))
-    except FcvggError as error:
-        raise FcvggError(f"{path} is a broken score map: {one_line(error)}") from error
     return store
 
 
 def _bytes_within(path: Path) -> int:
-    """The bytes that the files of a folder take on disk, which holds them in whole blocks."""
+    """The bytes that the files of a folder take on disk, at least a block each."""
     return sum(max(file.stat().st_size, _DISK_BLOCK) for file in path.rglob("*") if file.is_file())
 
 
@@ -310,13 +309,10 @@ def check_same(store: ScoreStore, description: Mapping[str, Any]) -> None:
         found = store.description.get(key)
         if key not in _MAY_DIFFER and found != value:
             what = _CHECKSUMS.get(key, key.replace("_", " "))
+            texts = ["none" if v is None else json.dumps(v) for v in (found, value)]
+            is_short = key not in _CHECKSUMS and max(map(len, texts)) <= _LONGEST_VALUE
             raise FcvggError(
                 f"{store.path} exists and holds another score map: its {what} is "
-                f"{_difference(key, found, value)}; choose another name, or remove it"
+                f"{', not '.join(texts) if is_short else 'different'}; choose another name, or "
+                "remove it"
             )
-
-
-def _difference(key: str, found: Any, wanted: Any) -> str:
-    texts = ["none" if value is None else json.dumps(value) for value in (found, wanted)]
-    told = key not in _CHECKSUMS and max(map(len, texts)) <= 60
-    return f"{texts[0]}, not {texts[1]}" if told else "different"

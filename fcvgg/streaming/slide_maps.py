@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
 from numbers import Integral
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -28,6 +26,9 @@ from fcvgg.results.interpolation import interpolated, pixel_points, shown, withi
 from fcvgg.support.atomic import checked_file, written_whole
 from fcvgg.support.extras import imported
 
+if TYPE_CHECKING:
+    from fcvgg.streaming.score_store import ScoreStore
+
 THUMBNAIL = 1600
 """Pixels of a thumbnail's larger side."""
 
@@ -37,32 +38,6 @@ _READ_BYTES = 64 << 20
 _THUMBNAIL_ROWS = 4
 _LISTED = 8
 _MOST_CLASSES = 1 << 24
-
-Result = TypeVar("Result")
-
-
-class StoredScores(Protocol):
-    """A score map on disk, as far as pictures of it need it: a `ScoreStore`."""
-
-    @property
-    def path(self) -> Path: ...
-
-    @property
-    def array(self) -> Any: ...
-
-    @property
-    def normalizer(self) -> Any: ...
-
-    @property
-    def description(self) -> Mapping[str, Any]: ...
-
-    @property
-    def chunk_rows(self) -> int: ...
-
-    @property
-    def complete(self) -> bool: ...
-
-    def reading(self) -> AbstractContextManager[None]: ...
 
 
 class SlideMap:
@@ -78,9 +53,14 @@ class SlideMap:
         ImageError: if no cell has data.
     """
 
-    def __init__(self, store: StoredScores, target: int | str | None = None):
+    def __init__(self, store: ScoreStore, target: int | str | None = None):
         if not store.complete:
-            raise FcvggError(f"{store.path} is not finished; the call that began it resumes it")
+            raise FcvggError(f"{store.path} is not finished; repeat the call that began it")
+        with store.reading():
+            place = _target(store, target)
+            self.cells = _probabilities(store, place)  # (h, w), NaN where there is no data
+        if np.isnan(self.cells).all():
+            raise ImageError(f"no cell of {store.path} has data, so there is nothing to show")
         self._description = store.description
         self.path = store.path
         self.geometry = Geometry.from_dict(store.description["geometry"])
@@ -88,20 +68,15 @@ class SlideMap:
         sizes = store.description.get("pixel_size")
         self.pixel_size: tuple[float, float] | None = sizes and (sizes[0], sizes[1])
         names = store.description["categories"]
-        place = _target(store, target)
         kept = store.description["classes"] if store.description["kind"] == "scores" else None
         self.index = place if kept is None else kept[place]
         self.label = class_name(self.index, None) if names is None else names[place]
-        self.cells = _probabilities(store, place)  # (h, w), NaN where there is no data
-        if np.isnan(self.cells).all():
-            raise ImageError(f"no cell of {store.path} has data, so there is nothing to show")
 
     def shown(self, ys: NDArray[Any], xs: NDArray[Any], size: Pair) -> NDArray[np.float32]:
-        """The probability at pixels of a picture of the image of this size, at points `ys`, `xs`.
+        """The probability at points `ys`, `xs` of the image, for a picture of it of some size.
 
-        Where a pixel of a reduced picture covers cells, it shows the highest: on the small picture
-        of a large slide, what a few cells have found would else fall between the pixels. Without
-        data it is NaN.
+        Where a pixel of a reduced picture covers several cells, it shows the highest probability,
+        so that a few cells of a large slide stay visible. Without data it is NaN.
         """
         if size == self.image_size:
             return self.sampled(ys, xs)
@@ -145,8 +120,8 @@ class SlideMap:
         )
         if source is not None and source.size != self.image_size:
             raise ImageError(
-                f"{source.name} has size {source.size}, and {self.path} was made of an image of "
-                f"size {self.image_size}"
+                f"{source.name} must have size {self.image_size}, that of the image of {self.path}, "
+                f"got {source.size}"
             )
         picture = None if source is None else _thumbnail(source, ys.numpy(), xs.numpy())
         values = self.shown(ys.numpy(), xs.numpy(), size).clip(0, 1)
@@ -156,11 +131,11 @@ class SlideMap:
     def save_pyramid(self, path: str | Path) -> Path:
         """Write the probability at every pixel as a pyramidal OME-TIFF, 0 to 255 for 0 to 1.
 
-        Pixels without data are 0, as those without the class are.
+        Pixels without data are 0, like those without the class.
 
-        It has the slide's size in pixels, its pixel size where the slide states one, and the class
-        as the name of its channel, as viewers of OME-TIFF (napari, QuPath) read them. The map of a
-        georeferenced image has its coordinate reference system and transform, as a GeoTIFF.
+        The file has the slide's size in pixels, its pixel size where the slide states one, and the
+        class as the name of its channel, as viewers of OME-TIFF (napari, QuPath) read them. For a
+        georeferenced image it is a GeoTIFF with its coordinate reference system and transform.
 
         Raises:
             FcvggError: if it cannot be written.
@@ -224,33 +199,21 @@ class SlideMap:
                 yield np.round(np.nan_to_num(values).clip(0, 1) * 255).astype(np.uint8)
 
 
-def _reading(read: Callable[..., Result]) -> Callable[..., Result]:
-    """A function of a store whose errors about broken chunks are one line."""
-
-    @functools.wraps(read)
-    def reading(store: StoredScores, *args: Any) -> Result:
-        with store.reading():
-            return read(store, *args)
-
-    return reading
-
-
-@_reading
-def _target(store: StoredScores, target: int | str | None) -> int:
-    """The class's place among those of the map."""
+def _target(store: ScoreStore, target: int | str | None) -> int:
+    """The place of a class among those of the map."""
     description = store.description
     names, kind = description["categories"], description["kind"]
     if kind == "top5":
         raise CategoryError(
-            f"{store.path} holds the top five of every cell; a heatmap needs scores of a class: "
-            "stream with classes=[name]"
+            f"{store.path} must hold scores of a class to show a heatmap, got the top five of "
+            "every cell; stream with classes=[name]"
         )
     count = store.array.shape[0] if kind == "scores" else len(names or ()) or 1 << 31
     if isinstance(target, Integral) and kind == "scores" and not description["all_classes"]:
         if target not in description["classes"]:
             held = ", ".join(map(str, description["classes"][:_LISTED]))
             held += ", ..." if count > _LISTED else ""
-            raise CategoryError(f"{store.path} holds the classes {held}, not class {target}")
+            raise CategoryError(f"target must be a class of {store.path} ({held}), got {target}")
         return int(description["classes"].index(target))
     if target is not None:
         return class_index(target, names, count)
@@ -274,14 +237,16 @@ def _target(store: StoredScores, target: int | str | None) -> int:
     return int(np.argmax(totals))
 
 
-@_reading
-def _probabilities(store: StoredScores, index: int) -> NDArray[np.float32]:
+def _probabilities(store: ScoreStore, index: int) -> NDArray[np.float32]:
+    """The probability ``(h, w)`` of the class at a place of the map."""
     description, array = store.description, store.array
     if description["kind"] == "argmax":
         cells = np.empty(array.shape, np.float32)
         for rows in _row_ranges(store):
             labels = array[rows]
-            unknown = np.nan if description.get("num_classes", 1) > 1 else 0  # else another class
+            unknown = (
+                np.nan if description.get("num_classes", 1) > 1 else 0
+            )  # -1 of one class: not it
             cells[rows] = np.where(labels < 0, unknown, labels == index)
         return cells
     activation = description["activation"]
@@ -290,8 +255,8 @@ def _probabilities(store: StoredScores, index: int) -> NDArray[np.float32]:
     if not description["all_classes"]:
         if store.normalizer is None:
             raise CategoryError(
-                f"{store.path} holds the logits of some of the classes without what their "
-                "probabilities need, as older versions wrote it; stream again"
+                f"{store.path} was written by an older version, without what the probabilities of "
+                "some of the classes need; stream the image again"
             )
         logits, normalizer = (torch.from_numpy(a) for a in (array[index], store.normalizer[:]))
         return normalized(logits, normalizer).float().numpy()
@@ -302,7 +267,7 @@ def _probabilities(store: StoredScores, index: int) -> NDArray[np.float32]:
     return torch.cat(bands).numpy()
 
 
-def _row_ranges(store: StoredScores) -> Iterator[slice]:
+def _row_ranges(store: ScoreStore) -> Iterator[slice]:
     """Rows a few at a time, in whole chunks."""
     *lead, height, width = store.array.shape
     row = int(np.prod([*lead, width])) * store.array.dtype.itemsize
@@ -312,13 +277,13 @@ def _row_ranges(store: StoredScores) -> Iterator[slice]:
 
 
 def _thumbnail(source: StripSource, ys: NDArray[Any], xs: NDArray[Any]) -> Image.Image | None:
-    """The image's pixels, averaged; None where its channels are no colours.
+    """The image's pixels, averaged; None where its channels are not colours.
 
-    Of the rows that a pixel of the thumbnail covers, a few are read. Pixels without data do not
+    A few of the rows that a pixel of the thumbnail covers are read. Pixels without data do not
     count, and are black where there are no others.
     """
     if source.preprocessed:
-        raise ImageError(f"{source.name} is preprocessed and has no picture")
+        raise ImageError(f"{source.name} must hold pixels to be shown, got preprocessed values")
     if source.channels not in (1, 3, 4):
         return None
     (down, _), (across, width) = (

@@ -1,4 +1,4 @@
-"""What a score map on disk says of itself, read once and checked against its array."""
+"""The description of a score map on disk, read once and checked against its array."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _LARGEST_CHUNK = 64 << 20
 _LARGEST_STRIP = 1 << 40
 _BELIEVED_CELLS = 1 << 26
 _CELLS_PER_BYTE = 1 << 12
-"""Finished cells that a byte on disk may stand for: chunks without data are not stored."""
+"""Finished cells per byte on disk at most: chunks without data are not stored."""
 
 _LATER = (
     *("dtype", "output", "network", "weights", "image", "pixel_size", "bands", "nodata"),
@@ -34,26 +34,26 @@ _DIMENSIONS = {"scores": 3, "argmax": 2, "top5": 4}
 
 
 def checked_description(data: Any, array: Any) -> dict[str, Any]:
-    """The description in a store's attributes, which everything after can trust.
+    """The description in a store's attributes, which later code can trust.
 
     Args:
-        data: as it stands in the file.
+        data: the description, as read from the file.
         array: the zarr array that it describes.
 
     Raises:
-        FcvggError: naming what is missing, of another kind, or does not fit the array.
+        FcvggError: naming the field that is missing, of another kind, or does not fit the array.
     """
     if not isinstance(data, Mapping):
         raise FcvggError(f"the description must be an object, got {type(data).__name__}")
     if data.get("format") != FORMAT:
         raise FcvggError(
-            f"it has format {data.get('format')!r}, and this version of fcvgg reads {FORMAT}; "
-            "upgrade fcvgg"
+            f"format must be {FORMAT}, which this version of fcvgg reads, got "
+            f"{data.get('format')!r}; upgrade fcvgg"
         )
     for name, (holds, expected) in _FIELDS.items():
-        if name not in data and name in _LATER:
-            continue
         if name not in data:
+            if name in _LATER:
+                continue
             raise FcvggError(f"the description lacks {name!r}")
         if not holds(data[name]):
             raise FcvggError(f"{name} must be {expected}, got {data[name]!r}")
@@ -73,7 +73,7 @@ def checked_progress(data: Any, blocks: list[Pair], rows: int) -> list[int]:
     """How many rows of every block are finished.
 
     Raises:
-        ValueError: if the file says anything else.
+        ValueError: if the file holds anything else.
     """
     finished = data.get("finished") if isinstance(data, Mapping) else None
     if not isinstance(finished, list) or len(finished) != len(blocks):
@@ -115,12 +115,12 @@ def check_held(cells: int, stored_bytes: Callable[[], int]) -> None:
     """Refuse more finished cells than the files of a store can hold.
 
     Raises:
-        FcvggError: if there are.
+        FcvggError: if there are more.
     """
     if cells > _BELIEVED_CELLS and cells > _CELLS_PER_BYTE * stored_bytes():
         raise FcvggError(
-            f"finished cells must be those that its files can hold, got {cells:,} in "
-            f"{stored_bytes():,} bytes"
+            f"finished cells must be at most {_CELLS_PER_BYTE:,} per byte of its files, got "
+            f"{cells:,} in {stored_bytes():,} bytes"
         )
 
 

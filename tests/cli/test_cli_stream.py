@@ -171,7 +171,7 @@ def test_a_map_of_some_classes_is_known_by_the_networks_indices(slide, tmp_path)
     assert (chosen.index, chosen.label) == (1, "class 1")
     np.testing.assert_allclose(chosen.cells, net.score_map(x).probabilities()[1], atol=1e-5)
     assert SlideMap(store).index in (1, 3)
-    with pytest.raises(fcvgg.errors.CategoryError, match="holds the classes 3, 1, not class 2"):
+    with pytest.raises(fcvgg.errors.CategoryError, match=r"a class of .* \(3, 1\), got 2"):
         SlideMap(store, 2)
 
 
@@ -189,14 +189,16 @@ def test_one_class_of_logits_is_shown_as_its_probability(tmp_path):
             probabilities = expected.probabilities()["abcde".index(name)]
             np.testing.assert_allclose(shown.cells, probabilities, atol=1e-6)
         assert again.heatmap("b").values.shape == (150, 90)
-        with pytest.raises(fcvgg.errors.CategoryError, match="holds the classes 3, 1, not class 2"):
+        with pytest.raises(fcvgg.errors.CategoryError, match=r"a class of .* \(3, 1\), got 2"):
             SlideMap(again, 2)
     # a map that an older version began is finished without, and says what it lacks
     shutil.rmtree(tmp_path / "1GiB" / "normalizer")
     (tmp_path / "1GiB" / "fcvgg-progress.json").unlink()
     store = fcvgg.stream(net, x, out=tmp_path / "1GiB", classes=["d", "b"])
     np.testing.assert_allclose(store.array[0], expected.scores[3], atol=1e-6)
-    with pytest.raises(fcvgg.errors.CategoryError, match="as older versions wrote it; stream aga"):
+    with pytest.raises(
+        fcvgg.errors.CategoryError, match=r"written by an older version, .*; stream the"
+    ):
         SlideMap(store, "d")
 
 

@@ -655,7 +655,7 @@ def test_another_map_is_not_overwritten(net: Any, tmp_path: Path) -> None:
         fcvgg.stream(net, image, out=out, classes="argmax")
     assert np.array_equal(open_store(out).array[:], before)
     (tmp_path / "other").mkdir()
-    with pytest.raises(FcvggError, match="is no score map that"):
+    with pytest.raises(FcvggError, match="must be a score map that"):
         fcvgg.stream(net, image, out=tmp_path / "other")
     with pytest.raises(FcvggError, match="there is no folder"):
         fcvgg.stream(net, image, out=tmp_path / "absent" / "map.zarr")
