@@ -2,12 +2,13 @@
 
 Ray runs on this machine by default, and on a cluster by its address: start it with ``ray start
 --head`` on one machine and ``ray start --address=HEAD:6379`` on the others, and pass
-``address="auto"`` on any of them. Files must lie where every machine finds them. A worker that dies
-is replaced and its work is done again. The extra ``fcvgg[ray]`` brings what is needed.
+``address="auto"`` on any of them. Every machine must find files under the same path. A worker that
+dies is replaced and its work is done again. Needs the extra ``fcvgg[ray]``.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import tempfile
@@ -16,7 +17,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from inspect import signature
-from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -41,11 +41,17 @@ from fcvgg.support.module_state import evaluating
 Bundle = dict[str, bytes]
 """The files of a network that `FullyConvolutional.save` wrote."""
 
+Write = Callable[[int, int, np.ndarray[Any, Any]], None]
+"""Takes rows of cells, with the block of columns and the first row."""
+
+Running = tuple[int, Pair, Any]
+"""A block of columns, a band of rows, and references to the parts that a worker computes."""
+
 _RETRIES = 3
 
 _BLOCKS, _BLOCK_ROWS = 4, 1000
-"""Blocks of a table for each worker at least, so that none waits long for another at the end, and
-rows of a block at most."""
+"""Blocks of a table per worker at least, so that none waits long for another at the end, and rows
+of a block at most."""
 
 
 def stream(
@@ -64,89 +70,92 @@ def stream(
     """`fcvgg.stream` with bands of rows given to workers; the result is the same.
 
     Each worker reads the image's rows that its band and the halo need. With as many threads the
-    bits are those of one process. Rows are kept or written from top to bottom: those that later
-    bands finish first wait in Ray's object store, and are computed again after an interruption.
+    bits are those of one process. Rows are kept or written from top to bottom: rows of later bands
+    that finish early wait in Ray's object store, and are computed again after an interruption.
 
     Args:
-        net, source, out, classes, rows, nodata: as for `fcvgg.stream`; every worker must find a
-            path.
-        memory: what each worker may add.
+        net, source, out, classes, rows, nodata: as for `fcvgg.stream`; every worker must find
+            `source` if it is a path.
+        memory: bytes that each worker may add, or text such as ``"512MiB"``.
         workers: how many bands are computed at once; None takes what Ray has room for.
         threads: processor cores of each worker.
         address: of a Ray cluster, or None for this machine.
 
     Returns:
-        as `fcvgg.stream`.
+        the same as `fcvgg.stream`.
     """
     folder = None if out is None else checked_folder(out, "out", STORE_ENDINGS)
     ray = _with_room(address, workers, threads)
     job = StreamJob.prepared(net, source, classes, rows, nodata=nodata)
     budget = parsed_memory(memory)
-    if folder is None:
-        plan, store = plan_in_memory(job, budget), None
-        finished, chunk = [0] * len(plan.blocks), 1
-        result = torch.empty(job.shape, dtype=job.dtype)
-    else:
-        store, plan = opened_store(job, folder, budget)
-        finished, chunk = store.finished, store.chunk_rows
-        result = None
     workers = workers or max(int(ray.available_resources().get("CPU", 1)) // threads, 1)
-    height = job.shape[-2]
-    pieces = (
-        (block, band)
-        for block in range(len(plan.blocks))
-        for band in _split(finished[block], height, workers, chunk)
-    )
-    shared = ray.put(packed(net)), _sent(ray, source)
+    shared = ray.put(packed(net)), _sent(ray, source), classes, rows, nodata
     work = ray.remote(_band).options(
         num_cpus=threads, max_retries=_RETRIES, num_returns="streaming"
     )
 
-    def begun(block: int, band: Pair) -> tuple[int, Pair, Any]:
-        part = (classes, rows, nodata, plan, block, band, chunk, threads)
-        return block, band, work.remote(*shared, *part)
+    def run(plan: StripPlan, finished: Sequence[int], chunk: int, write: Write) -> None:
+        pieces = (
+            (block, band)
+            for block in range(len(plan.blocks))
+            for band in _split(finished[block], job.shape[-2], workers, chunk)
+        )
 
-    running = deque(begun(*piece) for piece in islice(pieces, workers))
+        def begin(block: int, band: Pair) -> Running:
+            return block, band, work.remote(*shared, plan, block, band, chunk, threads)
+
+        _run_in_order(ray, itertools.starmap(begin, pieces), workers, write)
+
+    if folder is not None:
+        store, plan = opened_store(job, folder, budget)
+        run(plan, store.finished, store.chunk_rows, store.write)
+        return store
+    plan = plan_in_memory(job, budget)
+    result = torch.empty(job.shape, dtype=job.dtype)
+
+    def keep(block: int, row: int, cells: np.ndarray[Any, Any]) -> None:
+        place = result[..., row : row + cells.shape[-2], slice(*plan.blocks[block])]
+        place.copy_(torch.from_numpy(cells.copy()))  # a copy, since Ray's arrays are read-only
+
+    run(plan, [0] * len(plan.blocks), 1, keep)
+    return as_result(job, result)
+
+
+def _run_in_order(ray: Any, bands: Iterator[Running], workers: int, write: Write) -> None:
+    """Write the rows of bands in order, while the next bands are computed; `bands` begins them."""
+    running = deque(itertools.islice(bands, workers))
     try:
         while running:
             block, band, parts = running[0]
             for row, cells in _computed(ray, band, parts):
-                if store is not None:
-                    store.write(block, row, cells)
-                    continue
-                left, right = plan.blocks[block]
-                assert result is not None
-                place = result[..., row : row + cells.shape[-2], left:right]
-                place.copy_(torch.from_numpy(cells.copy()))
+                write(block, row, cells)
             running.popleft()
-            running.extend(begun(*piece) for piece in islice(pieces, 1))
+            running.extend(itertools.islice(bands, 1))
     finally:
         for _, _, parts in running:
             ray.cancel(parts)
-    return store if store is not None else as_result(job, result)  # type: ignore[arg-type]
 
 
 def _with_room(address: str | None, workers: int | None, threads: int) -> Any:
-    """Ray, connected, where such workers can run.
+    """Ray, connected, with room for the workers.
 
     Raises:
-        ArgumentError: if they cannot: Ray would wait for ever.
+        ArgumentError: if there is none, where Ray would wait for ever.
     """
     for name, number in (("workers", workers), ("threads", threads)):
         if number is not None and number < 1:
-            raise ArgumentError(f"{name}={number} is no number of {name}; expected at least 1")
+            raise ArgumentError(f"{name} must be at least 1, got {number}")
     ray = started(address)
     cores = max(int(node["Resources"].get("CPU", 0)) for node in ray.nodes())
     if address is None and threads > cores:
         raise ArgumentError(
-            f"threads={threads} is more than the {cores} cores that Ray has on a machine; "
-            "take fewer"
+            f"threads must be at most {cores}, the cores that Ray has on a machine, got {threads}"
         )
     return ray
 
 
 def _computed(ray: Any, band: Pair, parts: Any) -> Iterator[tuple[int, np.ndarray[Any, Any]]]:
-    """What the worker of a band has computed, as it comes, each with its first row."""
+    """The rows that the worker of a band computes, as they come, each part with its first row."""
     row = band[0]
     try:
         for part in parts:
@@ -166,15 +175,15 @@ def _sent(ray: Any, source: Any) -> Any:
     """A reference to the source for other processes.
 
     Raises:
-        ImageError: if they cannot have it.
+        ImageError: if it cannot be sent to them.
     """
     try:
         return ray.put(source)
-    except Exception as error:  # whatever an array or dataset of some library raises
+    except Exception as error:  # pickling arrays and datasets of other libraries raises anything
         reason = one_line(error.__cause__ or error)
         raise ImageError(
-            f"{type(source).__name__} cannot be sent to workers: {reason}; pass a path that every "
-            "machine finds"
+            f"source must be a path, or an object that can be sent to workers, got "
+            f"{type(source).__name__}: {reason}; pass a path that every machine finds"
         ) from error
 
 
@@ -200,9 +209,9 @@ def _band(
 ) -> Iterator[np.ndarray[Any, Any]]:
     """A worker's part: the rows of one band in one block of columns, some at a time."""
     torch.set_num_threads(threads)
-    net = _unpacked(_Hashed(bundle))
+    net = _unpacked(tuple(bundle.items()))
     job = StreamJob.prepared(net, source, classes, rows, nodata=nodata)
-    first, end = (job.layout.rows[0] + row for row in band)
+    first, end = (job.workload.rows[0] + row for row in band)
     with evaluating(net):
         parts = bands(job, plan, plan.blocks[block], (first, end), lambda _: None)
         for _, cells in chunked(parts, band[0], chunk, band[1]):
@@ -226,7 +235,8 @@ def classify(
     """Classify a folder or bucket of images with `FullyConvolutional.classify`, through Ray Data.
 
     Every worker loads the network once, and reads images as `FullyConvolutional.classify` reads
-    paths. Every file has a row, but what systems leave in folders; see `fcvgg.images.files`.
+    paths. Every file has a row, except those that systems leave in folders; see
+    `fcvgg.images.files`.
 
     Args:
         net: a converted network.
@@ -234,32 +244,35 @@ def classify(
             PyArrow or fsspec opens. Folders are searched with all folders in them.
         out: the folder or bucket for Parquet files with the columns ``path`` (string), ``classes``
             (list of string) and ``probabilities`` (list of float) of the `top` best, the best
-            first, and ``error`` (string), which is empty where the image could be used. Bytes of a
-            path that are not UTF-8 are written as escapes, ``\\xe4``.
-        top: how many classes are written.
+            first, and ``error`` (string), empty where the image could be used. Bytes of a path that
+            are not UTF-8 are written as escapes, ``\\xe4``.
+        top: number of classes that are written.
         workers: processes that classify.
         threads: processor cores of each worker.
         address: of a Ray cluster, or None for this machine.
         options: of `FullyConvolutional.classify`, such as ``scales``.
 
     Returns:
-        `out` as a string, which also says how many rows there are and which files failed.
+        `out` as a string, with the number of rows and the files that failed as attributes.
 
     Raises:
         ImageError: if there are no images.
         FcvggError: if `out` is a folder that holds files, or there is no cluster at `address`.
     """
     if top < 1:
-        raise ArgumentError(f"top={top!r} is no number of classes; expected at least 1")
+        raise ArgumentError(f"top must be at least 1, got {top!r}")
     checked_folder(str(out), "out", TABLE_ENDINGS)
-    net.classify(Image.new("RGB", net.input_size[::-1]), **options)  # unusable options end here
+    net.classify(Image.new("RGB", net.input_size[::-1]), **options)  # checks the options
     ray = _with_room(address, workers, threads)
     data = imported("ray.data", "ray")
     names = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
     if not names:
-        raise ImageError("no images were given; expected at least one path")
+        raise ImageError("paths must name at least one file or folder, got none")
     if Path(out).is_dir() and any(Path(out).iterdir()):
-        raise FcvggError(f"{out} holds files already; choose another name, or remove it")
+        raise FcvggError(
+            f"out must be a new or empty folder, got {out}, which holds files; choose another "
+            "name, or remove it"
+        )
     files = [file for name in names for file in _files_of(os.fspath(name))]
     data.DataContext.get_current().enable_progress_bars = False
     rows = data.from_items(
@@ -273,8 +286,8 @@ def classify(
         compute=data.ActorPoolStrategy(size=workers),
         num_cpus=threads,
     )
-    with _written_whole(out) as unfinished:
-        rows.write_parquet(unfinished, **_beside(data.Dataset.write_parquet))
+    with _write_folder(out) as unfinished:
+        rows.write_parquet(unfinished, **_without_cores(data.Dataset.write_parquet))
     return ClassTable(out)
 
 
@@ -285,7 +298,7 @@ class ClassTable(str):
 
     @property
     def rows(self) -> int:
-        """How many files there are."""
+        """Number of files."""
         return int(self._dataset().count_rows())
 
     @property
@@ -305,10 +318,10 @@ class ClassTable(str):
 
 
 def _files_of(name: str) -> list[tuple[str, str]]:
-    """The files of a path or URI, each with why it is no image, or an empty string.
+    """The files of a path or URI, each with why it is not an image, or an empty string.
 
     Raises:
-        ImageError: if there are none.
+        ImageError: if there are no images.
     """
     passed = ""
     if _is_uri(name):
@@ -324,7 +337,7 @@ def _files_of(name: str) -> list[tuple[str, str]]:
     else:
         raise ImageError(f"there is no file or folder {name}")
     if not found:
-        raise ImageError(f"there are no images in {name}; expected at least one{passed}")
+        raise ImageError(f"{name} must hold at least one image, got none{passed}")
     return found
 
 
@@ -375,9 +388,9 @@ def _store_of(uri: str) -> tuple[Any, str]:
 
 
 @contextmanager
-def _written_whole(out: str | os.PathLike[str]) -> Iterator[str]:
-    """Where to write a folder, which gets its name when it is finished; buckets have it at once."""
-    if "://" in str(out):
+def _write_folder(out: str | os.PathLike[str]) -> Iterator[str]:
+    """Where to write a folder atomically; in a bucket under its name, which has no renaming."""
+    if _is_uri(str(out)):
         yield str(out)
         return
     path = Path(out).absolute()
@@ -386,14 +399,14 @@ def _written_whole(out: str | os.PathLike[str]) -> Iterator[str]:
         yield str(unfinished)
 
 
-def _beside(function: Callable[..., Any]) -> dict[str, Any]:
-    """Arguments by which reading and writing find room beside workers that hold every core."""
+def _without_cores(function: Callable[..., Any]) -> dict[str, Any]:
+    """Arguments by which Ray reads and writes without a core of its own, since workers hold all."""
     cores = {"num_cpus": 0}
     return cores if "num_cpus" in signature(function).parameters else {"ray_remote_args": cores}
 
 
 class _Classifier:
-    """What every worker of `classify` holds."""
+    """The network and options that every worker of `classify` holds."""
 
     def __init__(
         self, bundle: Any, top: int, threads: int, options: dict[str, Any], folder: str = ""
@@ -401,23 +414,24 @@ class _Classifier:
         torch.set_num_threads(threads)
         ray = imported("ray", "ray")
         held = ray.get(bundle) if isinstance(bundle, ray.ObjectRef) else bundle
-        self.net = _unpacked(_Hashed(held))
+        self.net = _unpacked(tuple(held.items()))
         self.top, self.options = top, options
-        self.folder = folder  # that relative paths start from
+        self.folder = folder  # where relative paths start
 
     def __call__(self, batch: Any) -> Any:
-        """Rows as a table whose types do not depend on what is in it."""
+        """The rows of a batch as a table, whose types do not depend on the values."""
         arrow = imported("pyarrow", "ray")
         names = [os.fsdecode(name) for name in batch["path"].to_pylist()]
         rows = [self._classified(*row) for row in zip(names, batch["error"].to_pylist())]
         classes, probabilities, errors = zip(*rows)
-        columns = {
-            "path": (arrow.string(), list(map(readable, names))),
-            "classes": (arrow.list_(arrow.string()), classes),
-            "probabilities": (arrow.list_(arrow.float32()), probabilities),
-            "error": (arrow.string(), errors),
-        }
-        return arrow.table({k: arrow.array(v, kind) for k, (kind, v) in columns.items()})
+        return arrow.table(
+            {
+                "path": arrow.array(list(map(readable, names)), arrow.string()),
+                "classes": arrow.array(classes, arrow.list_(arrow.string())),
+                "probabilities": arrow.array(probabilities, arrow.list_(arrow.float32())),
+                "error": arrow.array(errors, arrow.string()),
+            }
+        )
 
     def _classified(self, name: str, error: str) -> tuple[list[str], list[float], str]:
         if error:
@@ -436,10 +450,10 @@ class _Classifier:
 
 @contextmanager
 def _local(name: str, folder: str) -> Iterator[Path]:
-    """A file as a path of this machine; a temporary copy of what lies in a store.
+    """A file as a path of this machine: a temporary copy if it lies in a store.
 
     Raises:
-        ImageError: if it cannot be read; the message names the URI and no copy.
+        ImageError: if it cannot be read; the message names the URI, not the copy.
     """
     if not _is_uri(name):
         yield Path(folder, name)
@@ -455,11 +469,11 @@ def _local(name: str, folder: str) -> Iterator[Path]:
             raise ImageError(str(error).replace(str(copy), name)) from error
 
 
-# -- the network on its way -----------------------------------------------------------------------
+# -- the network on other machines ----------------------------------------------------------------
 
 
 def started(address: str | None) -> Any:
-    """Ray, connected: to what runs already, to a cluster, or to one started on this machine.
+    """Ray, connected to a running cluster, or to one that is started on this machine.
 
     Raises:
         MissingExtraError: if Ray is not installed.
@@ -485,25 +499,12 @@ def packed(net: FullyConvolutional) -> Bundle:
         return {file.name: file.read_bytes() for file in saved.iterdir()}
 
 
-class _Hashed:
-    """A bundle as a key: equal if the hashes of its files are."""
-
-    def __init__(self, bundle: Bundle):
-        self.bundle = bundle
-        self._key = tuple(sorted((name, hash(bytes(data))) for name, data in bundle.items()))
-
-    def __hash__(self) -> int:
-        return hash(self._key)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Hashed) and self._key == other._key
-
-
 @lru_cache(maxsize=1)
-def _unpacked(bundle: _Hashed) -> FullyConvolutional:
+def _unpacked(bundle: tuple[tuple[str, bytes], ...]) -> FullyConvolutional:
+    """The network of a bundle's files; a worker that gets several bands loads it once."""
     from fcvgg.loading import load
 
     with tempfile.TemporaryDirectory() as folder:
-        for name, data in bundle.bundle.items():
+        for name, data in bundle:
             (Path(folder) / name).write_bytes(data)
         return load(folder)

@@ -18,7 +18,7 @@ from PIL import Image
 
 import fcvgg
 from fcvgg import distributed
-from fcvgg.distributed import _written_whole
+from fcvgg.distributed import _write_folder
 from fcvgg.errors import FcvggError, ImageError
 from fcvgg.streaming.job import StreamJob, plan_in_memory
 from fcvgg.streaming.score_store import ScoreStore
@@ -97,7 +97,7 @@ def test_a_source_that_cannot_be_sent(net: Any) -> None:
         def __getitem__(self, key: Any) -> Any:
             raise AssertionError
 
-    message = "Bound cannot be sent to workers: it is bound to this process; pass a path"
+    message = "can be sent to workers, got Bound: it is bound to this process; pass a path"
     with pytest.raises(FcvggError, match=message):
         distributed.stream(net, Bound())
 
@@ -251,7 +251,7 @@ def test_files_of_stores_are_listed_and_read_alike(
     ("name", "message"),
     [
         ("absent", "there is no file or folder absent$"),
-        ("texts", r"there are no images in texts; expected at least one \(1 of 1 files left out"),
+        ("texts", r"texts must hold at least one image, got none \(1 of 1 files left out"),
         ("file:///absent/x", "there is no file or folder file:///absent/x$"),
         ("nosuch://bucket/x", "nosuch://bucket/x cannot be opened: "),
     ],
@@ -307,10 +307,10 @@ def test_an_image_beyond_pillows_limit_is_its_own_error(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"workers": -1}, "workers=-1 is no number of workers; expected at least 1"),
-        ({"workers": 0}, "workers=0 is no number"),
-        ({"threads": 0}, "threads=0 is no number of threads"),
-        ({"threads": 64}, "threads=64 is more than the 2 cores that Ray has on a machine"),
+        ({"workers": -1}, "workers must be at least 1, got -1"),
+        ({"workers": 0}, "workers must be at least 1, got 0"),
+        ({"threads": 0}, "threads must be at least 1, got 0"),
+        ({"threads": 64}, "threads must be at most 2, the cores that Ray has on a machine, got 64"),
     ],
 )
 def test_workers_that_cannot_be(net: Any, options: Any, message: str, tmp_path: Path) -> None:
@@ -323,26 +323,26 @@ def test_workers_that_cannot_be(net: Any, options: Any, message: str, tmp_path: 
 def test_bad_input(net: Any, tmp_path: Path) -> None:
     with pytest.raises(FcvggError, match="average='bogus' is unknown"):
         distributed.classify(net, "x", out=tmp_path / "classes", average="bogus")
-    with pytest.raises(FcvggError, match="no images were given"):
+    with pytest.raises(FcvggError, match="paths must name at least one file or folder"):
         distributed.classify(net, [], out=tmp_path / "classes")
-    with pytest.raises(FcvggError, match=r"top=0 is no number"):
+    with pytest.raises(FcvggError, match=r"top must be at least 1, got 0"):
         distributed.classify(net, "x", out=tmp_path / "classes", top=0)
     (tmp_path / "classes").mkdir()
     (tmp_path / "classes" / "a.parquet").touch()
-    with pytest.raises(FcvggError, match="classes holds files already; choose another name"):
+    with pytest.raises(FcvggError, match="classes, which holds files; choose another name"):
         distributed.classify(net, "x", out=tmp_path / "classes")
 
 
 def test_an_interrupted_folder_of_images_leaves_nothing(tmp_path: Path) -> None:
     def interrupted() -> None:
-        with _written_whole(tmp_path / "classes") as folder:
+        with _write_folder(tmp_path / "classes") as folder:
             (Path(folder) / "part.parquet").write_text("half")
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         interrupted()
     assert not list(tmp_path.iterdir())
-    with _written_whole("s3://bucket/classes") as place:
+    with _write_folder("s3://bucket/classes") as place:
         assert place == "s3://bucket/classes"
 
 

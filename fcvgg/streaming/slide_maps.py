@@ -120,7 +120,7 @@ class SlideMap:
         )
         if source is not None and source.size != self.image_size:
             raise ImageError(
-                f"{source.name} must have size {self.image_size}, that of the image of {self.path}, "
+                f"{source.name} must have the size of the image of {self.path}, {self.image_size}, "
                 f"got {source.size}"
             )
         picture = None if source is None else _thumbnail(source, ys.numpy(), xs.numpy())
