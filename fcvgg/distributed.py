@@ -36,6 +36,7 @@ from fcvgg.streaming.resumption import opened_store
 from fcvgg.streaming.strip_plan import StripPlan, parsed_memory
 from fcvgg.support.atomic import STORE_ENDINGS, TABLE_ENDINGS, checked_folder, folder_written_whole
 from fcvgg.support.extras import imported
+from fcvgg.support.locking import locked
 from fcvgg.support.module_state import evaluating
 
 Bundle = dict[str, bytes]
@@ -107,8 +108,9 @@ def stream(
         _run_in_order(ray, itertools.starmap(begin, pieces), workers, write)
 
     if folder is not None:
-        store, plan = opened_store(job, folder, budget)
-        run(plan, store.finished, store.chunk_rows, store.write)
+        with locked(folder):
+            store, plan = opened_store(job, folder, budget)
+            run(plan, store.finished, store.chunk_rows, store.write)
         return store
     plan = plan_in_memory(job, budget)
     result = torch.empty(job.shape, dtype=job.dtype)

@@ -22,6 +22,7 @@ from fcvgg.distributed import _write_folder
 from fcvgg.errors import FcvggError, ImageError
 from fcvgg.streaming.job import StreamJob, plan_in_memory
 from fcvgg.streaming.score_store import ScoreStore
+from fcvgg.support.locking import locked
 
 ray = pytest.importorskip("ray")
 pa = pytest.importorskip("pyarrow")
@@ -288,6 +289,13 @@ def test_a_band_comes_in_chunks(net: Any, tmp_path: Path, monkeypatch: pytest.Mo
     assert [row for row, _ in written] == sorted(row for row, _ in written)
     assert len(written) > 4
     assert max(rows for _, rows in written) < store.array.shape[-2] // 2
+
+
+def test_a_folder_that_another_run_writes_is_refused(net: Any, tmp_path: Path) -> None:
+    out = tmp_path / "map.zarr"
+    with locked(out), pytest.raises(FcvggError, match="another run that is writing it"):
+        distributed.stream(net, photograph(60, 60), out=out)
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_image_beyond_pillows_limit_is_its_own_error(

@@ -24,6 +24,7 @@ from fcvgg.streaming.resumption import opened_store
 from fcvgg.streaming.score_store import ScoreStore
 from fcvgg.streaming.strip_plan import StripPlan, parsed_memory
 from fcvgg.support.atomic import STORE_ENDINGS, checked_folder
+from fcvgg.support.locking import locked
 from fcvgg.support.module_state import device_of, dtype_of, evaluating
 from fcvgg.support.progress import progress_bar
 
@@ -94,10 +95,11 @@ def stream(
     budget = parsed_memory(memory)
     if folder is None:
         return _in_memory(job, budget, progress)
-    store, plan = opened_store(job, folder, budget)
-    with evaluating(net), _bar(progress, job, plan) as advance:
-        for block in range(len(plan.blocks)):
-            _fill(job, plan, store, block, advance)
+    with locked(folder):
+        store, plan = opened_store(job, folder, budget)
+        with evaluating(net), _bar(progress, job, plan) as advance:
+            for block in range(len(plan.blocks)):
+                _fill(job, plan, store, block, advance)
     return store
 
 

@@ -38,7 +38,9 @@ from fcvgg.streaming.job import StreamJob
 from fcvgg.streaming.line_buffers import LineBuffers
 from fcvgg.streaming.schedule import AxisRanges, Schedule
 from fcvgg.streaming.score_store import is_store, open_store
-from fcvgg.streaming.strip_plan import Workload, parsed_memory
+from fcvgg.streaming.strip_plan import Workload, parsed_memory, rounded_up
+from fcvgg.support.locking import locked
+from fcvgg.support.untrusted import size_text
 
 pytest.importorskip("zarr")
 
@@ -722,6 +724,38 @@ def test_a_full_disk_keeps_what_is_finished(
     monkeypatch.setattr(zarr.Array, "__setitem__", setitem)
     store = fcvgg.stream(net, image, out=out)
     assert np.abs(store.array[:] - net.score_map(image).scores.numpy()).max() <= 1e-12
+
+
+def test_a_folder_is_written_by_one_run_at_a_time(net: Any, tmp_path: Path) -> None:
+    image, out = photograph(400, 50), tmp_path / "map.zarr"
+    with locked(out), pytest.raises(FcvggError, match="another run that is writing it; wait") as e:
+        fcvgg.stream(net, image, out=out)
+    assert "\n" not in str(e.value)
+    assert not list(tmp_path.iterdir())
+    store = fcvgg.stream(net, image, out=out)
+    with locked(out), pytest.raises(FcvggError, match="must be written by one run at a time"):
+        fcvgg.stream(net, image, out=out)
+    assert store.complete
+    assert open_store(out).complete  # reading needs no lock
+    assert [path.name for path in tmp_path.iterdir()] == ["map.zarr"]
+
+
+def test_a_killed_run_leaves_a_folder_that_the_next_one_may_write(net: Any, tmp_path: Path) -> None:
+    out = tmp_path / "map.zarr"
+    code = (
+        "import os, pathlib, sys; from fcvgg.support.locking import locked\n"
+        "with locked(pathlib.Path(sys.argv[1])): os._exit(1)"
+    )
+    subprocess.run([sys.executable, "-c", code, str(out)], check=False)
+    assert [path.name for path in tmp_path.iterdir()] == [".map.zarr.lock"]
+    assert fcvgg.stream(net, photograph(90, 50), out=out).complete
+    assert [path.name for path in tmp_path.iterdir()] == ["map.zarr"]
+
+
+def test_the_least_memory_of_a_message_suffices() -> None:
+    for size in (1, 99, 101, 26_300_001, 1_040_000_000, 2_300_000_000, 5_010_000_000_000):
+        text = size_text(rounded_up(size))
+        assert size <= parsed_memory(text.removesuffix(" bytes")) <= 1.1 * size + 1
 
 
 # -- memory ---------------------------------------------------------------------------------------
