@@ -95,6 +95,7 @@ def stream(
     budget = parsed_memory(memory)
     if folder is None:
         return _in_memory(job, budget, progress)
+    # held to the end: two runs would overwrite each other's record of finished rows
     with locked(folder):
         store, plan = opened_store(job, folder, budget)
         with evaluating(net), _bar(progress, job, plan) as advance:
@@ -115,6 +116,7 @@ def bands(
     buffers = LineBuffers(schedule, width, rows[0], trimmer(plan.peak, plan.memory))
     missing = MissingCells(schedule, width, rows[0])
     left = rows[1] - rows[0]
+    # the last strips may give more rows than are asked for: a band ends within a run's schedule
     while left:
         first, end = buffers.image_rows
         left_col, right_col = buffers.image_cols
@@ -124,8 +126,8 @@ def bands(
         advance((end - first) * (right_col - left_col) / _MEGA)
         if cells is not None:
             cells = cells if unknown is None else cells.masked_fill(unknown, torch.nan)
-            kept = job.selection(cells[0, :, :left].to(dtype_of(job.net)))
-            del cells
+            kept = job.selection(cells[0, :, :left].to(dtype_of(job.net)))  # (..., rows, cols)
+            del cells  # before the caller copies what is kept
             left -= kept.shape[-2]
             yield kept
 
@@ -133,7 +135,7 @@ def bands(
 def _in_memory(job: StreamJob, memory: int, progress: bool) -> Any:
     plan = plan_in_memory(job, memory)
     device = device_of(job.net)
-    result = torch.empty(job.shape, dtype=job.dtype, device=device)
+    result = torch.empty(job.shape, dtype=job.dtype, device=device)  # (..., h, w)
     with evaluating(job.net), _bar(progress, job, plan) as advance:
         for cols in plan.blocks:
             row = 0
@@ -175,8 +177,9 @@ def chunked(
         count += part.shape[-2]
         whole = count if row + count == end else count - count % chunk_rows
         if whole:
-            joined = torch.cat(waiting, -2) if len(waiting) > 1 else part
+            joined = torch.cat(waiting, -2) if len(waiting) > 1 else part  # (..., count, cols)
             yield row, joined[..., :whole, :]
+            # a copy, since a view would hold the memory of the rows that are written
             waiting = [joined[..., whole:, :].clone()] if whole < count else []
             row, count = row + whole, count - whole
 

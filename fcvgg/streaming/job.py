@@ -67,6 +67,7 @@ class StreamJob:
             (0, width),
             net.compute_dtype.itemsize,
         )
+        # reads rows and columns as preprocessed floats
         read = strip_reader(image, net.preprocess, net.in_channels)
         return cls(net, image, read, selection, workload, output)
 
@@ -127,10 +128,10 @@ class StreamJob:
         device, dtype = device_of(self.net), self.net.compute_dtype
         if y[0] == y[1] or x[0] == x[1]:
             shape = (1, self.net.in_channels, rows[1] - rows[0], cols[1] - cols[0])
-            return torch.zeros(shape, device=device, dtype=dtype), None
+            return torch.zeros(shape, device=device, dtype=dtype), None  # padding only
         pixels = self.read(y, x).to(device, dtype)
         missing = missing_pixels(pixels)
-        if missing is not None:
+        if missing is not None:  # zeros, since layers treat NaN differently
             pixels = pixels.masked_fill(missing, 0)
         # with the channels last oneDNN is faster, and a row of a map is one piece of memory
         last = device.type == "cpu" and pixels.element_size() <= 4

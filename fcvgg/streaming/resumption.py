@@ -29,14 +29,17 @@ _CHECKED_COLS = 2048
 
 def opened_store(job: StreamJob, path: Path, memory: int) -> tuple[ScoreStore, StripPlan]:
     """The store of a job on disk, new or to be resumed, and the plan it is computed by."""
+    # few rows: an interrupted run loses those that do not make a whole chunk
     chunk_rows = max(min(_CHUNK_BYTES // job.row_bytes, _CHUNK_ROWS, job.shape[-2]), 1)
     description = _description(job)
     if path.exists():
         store = open_store(path, writable=True)
         check_same(store, description)
         return store, _resumed_plan(job, store, memory)
+    # three times: the rows that wait, the chunk that they are joined to, and its copy for zarr
     plan = job.plan(memory, 3 * chunk_rows * job.row_bytes)
     description.update(strip_bytes=plan.strip_bytes, blocks=[list(block) for block in plan.blocks])
+    # zarr has no bfloat16
     dtype = job.dtype if job.dtype != torch.bfloat16 else torch.float32
     name = str(dtype).removeprefix("torch.")
     normalized = job.selection.normalized
@@ -90,6 +93,7 @@ def _network_checksum(net: FullyConvolutional) -> str:
 
 def _weights_checksum(net: FullyConvolutional) -> str:
     checksum = 0
+    # as bytes, so that weights of any dtype count bit by bit
     for tensor in net.state_dict().values():
         flat = tensor.detach().contiguous().cpu().view(-1)
         if flat.numel():
@@ -102,12 +106,13 @@ def _image_checksum(job: StreamJob) -> str:
     first, end = job.workload.height().ranges[0]
     left, right = job.workload.width(job.workload.cols).ranges[0]
     checksum = 0
+    # three rows, since reading all of a slide would take as long as the stream itself
     for row in dict.fromkeys((first, (first + end) // 2, end - 1)):
         for col in range(left, right, _CHECKED_COLS):
             cols = (col, min(col + _CHECKED_COLS, right))
             values, missing = job.strip((row, row + 1), cols)
             values = values.double().cpu().contiguous()
-            if missing is not None:
+            if missing is not None:  # the strip holds zeros there
                 values = values.masked_fill(missing.cpu(), torch.nan)
             checksum = zlib.crc32(values.numpy().data, checksum)
     return f"{checksum:08x}"

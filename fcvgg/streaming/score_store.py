@@ -119,6 +119,7 @@ class ScoreStore:
         Raises:
             FcvggError: if chunks cannot be read.
         """
+        # one channel tells: a cell without data holds NaN in all of them
         kind, rows = self.description["kind"], self.array.shape[-2]
         if kind == "argmax" and self.description.get("num_classes", 1) == 1:
             return 0.0
@@ -143,10 +144,12 @@ class ScoreStore:
         try:
             if self.description["kind"] == "scores":
                 count = self.array.shape[0]
+                # the channel after the classes goes to an array of its own
                 if self.normalizer is not None:
                     self.normalizer[rows, cols] = cells[count]
                 cells = cells[:count]  # also drops the normalizer where an older store has none
-            self.array[..., rows, cols] = cells
+            self.array[..., rows, cols] = cells  # (..., h, w)
+            # recorded only now: a run that is killed in between computes these rows again
             if mark:
                 self.mark(block, row + cells.shape[-2])
         except (OSError, FcvggError) as error:
@@ -213,6 +216,8 @@ def create_store(
         FcvggError: if it cannot be written.
     """
     zarr = imported("zarr", "stream")
+    # blocks of columns are written one after the other: a chunk that two of them shared would be
+    # read, changed and written again
     block = max(b - a for a, b in description["blocks"])
     chunks = (
         *(min(n, _CHUNK_CHANNELS) for n in shape[:-2]),
@@ -262,6 +267,7 @@ def open_store(path: str | Path, writable: bool = False) -> ScoreStore:
     mode = "r+" if writable else "r"
     normalizer = None
     try:
+        # zarr would read metadata of any size, and follow links out of the folder
         untrusted.read_bytes(path / _METADATA, untrusted.CONFIG_BYTES, within=path)
         array = zarr.open_array(str(path), mode=mode)
         data = dict(array.attrs)[ATTRIBUTE]
@@ -304,7 +310,8 @@ def check_same(store: ScoreStore, description: Mapping[str, Any]) -> None:
     Raises:
         FcvggError: naming the first difference.
     """
-    wanted = json.loads(json.dumps(dict(description)))
+    wanted = json.loads(json.dumps(dict(description)))  # tuples as lists, as a file has them
+    # checksums last, so that a difference with a name is reported first
     for key, value in sorted(wanted.items(), key=lambda item: item[0] in _CHECKSUMS):
         found = store.description.get(key)
         if key not in _MAY_DIFFER and found != value:

@@ -91,23 +91,24 @@ class Selection:
     def dtype(self, scores: torch.dtype) -> torch.dtype:
         if self.kind == "argmax":
             return torch.int64
+        # half precision holds neither all class indices nor a log-sum-exp to enough digits
         exact = self.kind == "top5" or self.normalized
         return torch.float32 if exact and scores.itemsize < 4 else scores
 
     def __call__(self, scores: Tensor) -> Tensor:
         """What is kept of scores ``(K, h, w)``, of shape ``(*lead, h, w)``."""
         if self.kind == "argmax":
-            if self.count == 1:
+            if self.count == 1:  # 0 where a cell is of the class, else -1
                 return (to_probabilities(scores, self.activation)[0] > 0.5).long() - 1
-            return best_classes(scores)
+            return best_classes(scores)  # (h, w)
         if self.kind == "top5":
-            unknown = ~cells_with_data(scores)
+            unknown = ~cells_with_data(scores)  # (h, w)
             best, indices = scores.to(self.dtype(scores.dtype)).topk(min(_TOP, self.count), 0)
             indices = indices.masked_fill(unknown, -1).to(best)
             return torch.stack([indices, best.masked_fill(unknown, torch.nan)])  # (2, 5, h, w)
         if self.whole:
             return scores
-        kept = scores[list(self.indices)]
+        kept = scores[list(self.indices)]  # (classes, h, w)
         if not self.normalized:
             return kept
         kept, scores = (values.to(self.dtype(scores.dtype)) for values in (kept, scores))
@@ -130,6 +131,7 @@ class ScoreMapOfSomeClasses(ScoreMap):
         if self.activation != "logits":
             return super().probabilities()
         assert self.normalizer is not None
+        # the softmax over all classes, from the normaliser instead of the classes that are gone
         return normalized(self.scores, self.normalizer).masked_fill(~self.has_data, torch.nan)
 
     def predict(self, average: str = "scores") -> Tensor:

@@ -113,6 +113,7 @@ class SlideMap:
         height, width = self.image_size
         factor = max(max(height, width) / side, 1.0)
         size = (max(round(height / factor), 1), max(round(width / factor), 1))
+        # the middle of every thumbnail pixel, in pixels of the image
         ys, xs = (pixel_points(n, m) for n, m in zip(size, self.image_size))
         rows, cols = (
             within(axis, points, n)
@@ -124,7 +125,7 @@ class SlideMap:
                 f"got {source.size}"
             )
         picture = None if source is None else _thumbnail(source, ys.numpy(), xs.numpy())
-        values = self.shown(ys.numpy(), xs.numpy(), size).clip(0, 1)
+        values = self.shown(ys.numpy(), xs.numpy(), size).clip(0, 1)  # (H, W)
         coverage = (rows[:, None] & cols).numpy() & ~np.isnan(values)
         return Heatmap(values, coverage, self.label, picture)
 
@@ -161,6 +162,7 @@ class SlideMap:
                     "subifds": len(sizes) - 1,
                     "extratags": place.tags if place is not None else (),
                 }
+                # the reduced levels hang on the first as sub-images, as OME-TIFF demands
                 kind = first if level == 0 else {"metadata": None, "subfiletype": 1}
                 file.write(self._tiles(size), shape=size, **kind, **options)
         return path
@@ -192,6 +194,7 @@ class SlideMap:
         return sizes
 
     def _tiles(self, size: Pair) -> Iterator[NDArray[np.uint8]]:
+        # tile by tile, so that memory does not grow with the slide
         ys, xs = (pixel_points(n, m).numpy() for n, m in zip(size, self.image_size))
         for top in range(0, size[0], _TILE):
             for left in range(0, size[1], _TILE):
@@ -229,9 +232,9 @@ def _target(store: ScoreStore, target: int | str | None) -> int:
         return int(counts.argmax())
     if count == 1:
         return 0
-    totals = np.zeros(count)
+    totals = np.zeros(count)  # average scores decide, in float64 for millions of cells
     for rows in _row_ranges(store):
-        scores = torch.from_numpy(store.array[:, rows])
+        scores = torch.from_numpy(store.array[:, rows])  # (K, rows, w)
         scores = scores.masked_fill(~cells_with_data(scores), 0)
         totals += scores.sum((1, 2), dtype=torch.float64).numpy()
     return int(np.argmax(totals))
@@ -250,7 +253,7 @@ def _probabilities(store: ScoreStore, index: int) -> NDArray[np.float32]:
             cells[rows] = np.where(labels < 0, unknown, labels == index)
         return cells
     activation = description["activation"]
-    if activation != "logits":
+    if activation != "logits":  # probabilities of a class need no other class
         return to_probabilities(torch.from_numpy(array[index][None]), activation)[0].float().numpy()
     if not description["all_classes"]:
         if store.normalizer is None:
@@ -260,6 +263,7 @@ def _probabilities(store: ScoreStore, index: int) -> NDArray[np.float32]:
             )
         logits, normalizer = (torch.from_numpy(a) for a in (array[index], store.normalizer[:]))
         return normalized(logits, normalizer).float().numpy()
+    # a softmax needs all classes, so some rows at a time
     bands = [
         to_probabilities(torch.from_numpy(array[:, rows]), activation)[index].float()
         for rows in _row_ranges(store)
@@ -295,7 +299,8 @@ def _thumbnail(source: StripSource, ys: NDArray[Any], xs: NDArray[Any]) -> Image
         rows = np.linspace(top, bottom - 1, min(_THUMBNAIL_ROWS, bottom - top)).round().astype(int)
         read = np.stack([source.read((int(y), int(y) + 1), (0, width))[0] for y in rows])
         known = np.isfinite(read)
-        sums = np.where(known, read, 0).sum(0, dtype=np.float64)
+        sums = np.where(known, read, 0).sum(0, dtype=np.float64)  # (W, C)
+        # then over the columns of every pixel of the thumbnail
         sums, counts = (np.add.reduceat(n, across[:-1], 0) for n in (sums, known.sum(0)))
         lines.append(np.where(counts, sums / np.maximum(counts, 1), np.nan).astype(np.float32))
     pixels = np.stack(lines)

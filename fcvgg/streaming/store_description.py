@@ -63,6 +63,7 @@ def checked_description(data: Any, array: Any) -> dict[str, Any]:
     except FcvggError as error:
         raise FcvggError(f"geometry must be that of a network: {one_line(error)}") from error
     _check_array(data, array, cells)
+    # zarr decodes a chunk as a whole, however little of it is read
     chunk = prod(array.chunks) * np.dtype(array.dtype).itemsize
     if chunk > _LARGEST_CHUNK:
         raise FcvggError(f"chunks must be of at most {_LARGEST_CHUNK:,} bytes, got {chunk:,}")
@@ -84,6 +85,7 @@ def checked_progress(data: Any, blocks: list[Pair], rows: int) -> list[int]:
 
 
 def _check_array(data: Mapping[str, Any], array: Any, cells: Pair) -> None:
+    # a file from elsewhere may claim anything: every index that is used later is checked here
     kind, shape = data["kind"], tuple(array.shape)
     first, end = data["rows"]
     expected = (end - first, cells[1])
@@ -105,6 +107,7 @@ def _check_array(data: Mapping[str, Any], array: Any, cells: Pair) -> None:
         raise FcvggError(f"classes must name the {lead} of the array, got {len(classes)}")
     if kind == "scores" and names is not None and len(names) != lead:
         raise FcvggError(f"categories must name the {lead} classes of the array, got {len(names)}")
+    # the blocks cover all columns, in order and without gaps
     blocks = [tuple(block) for block in data["blocks"]]
     ends = [0, *(b for _, b in blocks)]
     if any(a != before or a >= b for (a, b), before in zip(blocks, ends)) or ends[-1] != shape[-1]:
