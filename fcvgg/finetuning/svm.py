@@ -24,7 +24,7 @@ _CHUNK = 64
 _SHARPNESS = np.geomspace(0.05, 20, 200)
 
 
-def fitted_svm(
+def fit_svm(
     model: nn.Module,
     images: ImageRows,
     layer: str,
@@ -37,22 +37,23 @@ def fitted_svm(
     """A classifier: the layers up to `layer`, their average over positions, and one linear layer.
 
     The linear layer holds what scikit-learn's `LinearSVC` learnt on the standardised features, with
-    the standardisation folded in, so its scores are the machine's decision values but for one
-    factor (for two classes, minus and plus half the one decision value). The factor makes their
-    softmax fit held-out folds; it changes no decision.
+    the standardisation folded in, so its scores are the machine's decision values times one factor
+    (for two classes, minus and plus half the one decision value). The factor makes their softmax
+    fit held-out folds; it changes no decision.
 
     Args:
         model: the pretrained classifier.
-        images: not augmented.
-        layer: whose features are used.
-        balanced: weight classes by their numbers.
+        images: the training images, not augmented.
+        layer: the name of the layer whose features are used.
+        balanced: weight classes inversely to their sizes.
         batch_size: images that run at once.
-        seed: of the machine and the folds.
+        seed: the seed of the machine and the folds.
         progress: show a bar.
     """
-    svm = imported("sklearn.svm", "sklearn")
-    pipeline = imported("sklearn.pipeline", "sklearn")
-    preprocessing = imported("sklearn.preprocessing", "sklearn")
+    svm, pipeline, preprocessing, exceptions = (
+        imported(f"sklearn.{name}", "sklearn")
+        for name in ("svm", "pipeline", "preprocessing", "exceptions")
+    )
     rows = pooled_features(model, images, layer, batch_size, progress)
     labels = np.array(images.files.labels)
     machine = pipeline.make_pipeline(
@@ -62,10 +63,8 @@ def fitted_svm(
         ),
     )
     with warnings.catch_warnings():
-        # a machine that has not quite converged decides as well
-        warnings.simplefilter(
-            "ignore", imported("sklearn.exceptions", "sklearn").ConvergenceWarning
-        )
+        # a machine that has not fully converged is still useful
+        warnings.simplefilter("ignore", exceptions.ConvergenceWarning)
         machine.fit(rows, labels)
         factor = _sharpness(machine, rows, labels, seed)
     features = features_upto(model, layer)
@@ -98,7 +97,7 @@ def pooled_features(
 
 
 def _linear(scaler: Any, machine: Any, factor: float) -> nn.Linear:
-    """The machine's decision on features as they are, in double precision until the end."""
+    """The machine's decision on features that are not standardised, computed in float64."""
     weight = machine.coef_ / scaler.scale_  # (K, C), or (1, C) for two classes
     bias = machine.intercept_ - weight @ scaler.mean_
     if len(weight) == 1:
@@ -111,7 +110,7 @@ def _linear(scaler: Any, machine: Any, factor: float) -> nn.Linear:
 
 
 def _sharpness(machine: Any, rows: NDArray[Any], labels: NDArray[Any], seed: int) -> float:
-    """The factor on the decision values whose softmax fits images of folds left out best."""
+    """The factor on the decision values whose softmax best fits held-out folds."""
     selection = imported("sklearn.model_selection", "sklearn")
     if np.bincount(labels).min() < _FOLDS:
         return 1.0

@@ -13,7 +13,7 @@ from fcvgg.errors import ArgumentError
 from fcvgg.results.label_map import IGNORE_INDEX
 from fcvgg.segmentation.metrics import confusion_metric, metrics_of
 from fcvgg.segmentation.network import FCN
-from fcvgg.training.loop import Task
+from fcvgg.training.loop import TrainingModule
 
 MONITOR = "valid_mean_iou"
 
@@ -21,7 +21,7 @@ IOU_OF = "valid_iou_"
 """What a class's name follows; of many classes, a line for every epoch would be too long."""
 
 
-class DenseTask(Task):
+class DenseTask(TrainingModule):
     """Cross entropy over the labelled pixels of a batch; mean IoU over the validation images."""
 
     weights: Tensor | None

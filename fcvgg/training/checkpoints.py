@@ -1,4 +1,4 @@
-"""The files of a training run: written whole, and read only by the run that they are of."""
+"""The files of a training run: written atomically, and read only by the run that wrote them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fcvgg.training.settings import Settings
 
 BEST, LAST, HISTORY = "best.ckpt", "last.ckpt", "history.csv"
 RUN_KEY = "fcvgg_run"
-"""Where a checkpoint tells of which run it is."""
+"""The key in a checkpoint of what run it belongs to."""
 
 Kind = TypeVar("Kind", bound=BaseException)
 
@@ -40,34 +40,29 @@ def check_new(folder: Path, names: Iterable[str], resume: bool) -> None:
     """Refuse to write over another run.
 
     Raises:
-        TrainingError: if a folder has one of the names, and no run is to be resumed.
-        ArgumentError: if the folder has the ending of a file.
+        TrainingError: if the folder has one of the names, and the run is not to be resumed.
+        ArgumentError: if the folder is named like a file.
     """
     checked_folder(folder, "folder")
     found = next((name for name in names if (folder / name).exists()), None)
     if found is not None and not resume:
         raise TrainingError(
-            f"{folder} holds a run already ({found}); resume it, or choose another folder"
+            f"{folder} already holds a run ({found}); resume it, or choose another folder"
         )
 
 
 def run_of(identity: Mapping[str, Any], settings: Settings) -> dict[str, Any]:
-    """What run this is, as a checkpoint gives it back: tuples become lists."""
+    """What run this is, as a checkpoint gives it back, where tuples have become lists."""
     plain = {k: list(v) if isinstance(v, (tuple, list)) else v for k, v in identity.items()}
     return {"identity": plain, "settings": settings.fixed}
 
 
-def state_and_run(model: nn.Module, run: Mapping[str, Any]) -> dict[str, Any]:
-    """A checkpoint of weights, and of which run they are."""
-    return {"state_dict": model.state_dict(), RUN_KEY: dict(run)}
-
-
 def begun_run(folder: Path, run: Mapping[str, Any], resume: bool) -> dict[str, Any] | None:
-    """The last checkpoint in a folder, if there is one, and it is of the same run.
+    """The last checkpoint of a run in its folder, or None if there is none.
 
     Raises:
-        TrainingError: if there is one, and it is not to be resumed.
-        LoadError: if it is another run's, or broken.
+        TrainingError: if there is one, and the run is not to be resumed.
+        LoadError: if it belongs to another run, or is broken.
     """
     last = folder / LAST
     if not last.exists():
@@ -76,39 +71,39 @@ def begun_run(folder: Path, run: Mapping[str, Any], resume: bool) -> dict[str, A
     content = read_checkpoint(last)
     found = content.get(RUN_KEY)
     if not isinstance(found, dict):
-        raise LoadError(f"{last} is no checkpoint of fcvgg's training; choose another folder")
+        raise LoadError(f"{last} was not written by fcvgg's training; choose another folder")
     for kind in ("identity", "settings"):
         for name, value in run[kind].items():
             was = found[kind].get(name)
             if was != value:
                 raise LoadError(
-                    f"{last} is of another run: its {name.replace('_', ' ')} is {was!r}, not "
+                    f"{last} belongs to another run: its {name.replace('_', ' ')} is {was!r}, not "
                     f"{value!r}; resume with the same, or choose another folder"
                 )
     return content
 
 
 def check_fits(content: Mapping[str, Any], model: nn.Module, path: Path) -> None:
-    """Refuse a checkpoint of a network of other layers.
+    """Refuse a checkpoint of a network with other layers.
 
     Raises:
         LoadError: if a parameter is missing or has another shape.
     """
-    was, own = (
-        {k: tuple(v.shape) for k, v in s.items()}
-        for s in (content["state_dict"], model.state_dict())
+    saved, own = (
+        {name: tuple(tensor.shape) for name, tensor in state.items()}
+        for state in (content["state_dict"], model.state_dict())
     )
-    differing = [name for name in {**was, **own} if was.get(name) != own.get(name)]
+    differing = [name for name in {**saved, **own} if saved.get(name) != own.get(name)]
     if differing:
         name = differing[0]
         raise LoadError(
-            f"{path} does not fit the network: {name} is {was.get(name, 'absent')} there and "
-            f"{own.get(name, 'absent')} here ({len(differing)} such); resume with the same network"
+            f"{path} does not fit the network: {name} is {saved.get(name, 'absent')} there and "
+            f"{own.get(name, 'absent')} here (1 of {len(differing)}); resume with the same network"
         )
 
 
 def write_checkpoint(checkpoint: Any, path: Path) -> None:
-    """Write what torch.save takes, whole or not at all.
+    """Write what torch.save takes, atomically.
 
     Raises:
         TrainingError: if the disk is full or the folder cannot be written.
@@ -145,7 +140,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     except Exception as error:  # a broken file can lead the unpickler anywhere
         raise LoadError(f"{path} is a broken checkpoint: {one_line(error)[:200]}") from error
     if not isinstance(content, dict):
-        raise LoadError(f"{path} is no checkpoint: it holds {type(content).__name__}")
+        raise LoadError(f"{path} must hold a checkpoint, got {type(content).__name__}")
     return content
 
 

@@ -19,7 +19,7 @@ def mixed_seed(*numbers: int) -> int:
     return int.from_bytes(digest, "big") >> 1
 
 
-class EpochOrder(Sampler[tuple[int, int]]):
+class EpochSampler(Sampler[tuple[int, int]]):
     """``(epoch, index)`` for every item of a dataset, shuffled by seed and epoch."""
 
     def __init__(self, dataset: Sized, seed: int, epoch: int):

@@ -984,7 +984,7 @@ def test_training_finds_the_parts_and_a_resumed_run_ends_the_same(tmp_path: Path
         assert torch.equal(resumed.fcn.state_dict()[name], value), name
     with pytest.raises(fcvgg.LoadError, match="its class weights is"):
         train(folder, tmp_path / "parts", resume=True, backbone_lr=1e-3)
-    with pytest.raises(fcvgg.TrainingError, match="parts holds a run already"):
+    with pytest.raises(fcvgg.TrainingError, match="parts already holds a run"):
         train(folder, tmp_path / "parts", **options)
     with pytest.raises(fcvgg.LoadError, match="its starting weights is"):
         fcvgg.train_fcn(
