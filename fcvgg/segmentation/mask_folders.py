@@ -33,7 +33,7 @@ from fcvgg.support.module_state import dtype_of
 IMAGES, MASKS = "images", "masks"
 
 _SUFFIX = re.compile("[-_.](mask|labels?|seg|segmentation|gt)$", re.IGNORECASE)
-"""What the name of a mask may have after the image's."""
+"""What may follow the image's name in the name of a mask."""
 
 _BINARY = frozenset({0, 255})
 
@@ -51,9 +51,9 @@ class MaskFolder:
         images: the files that can be read.
         masks: the mask of each.
         categories: the names of the classes.
-        counts: how many pixels each class has in all masks.
+        counts: the number of pixels of each class in all masks.
         skipped: the files that were left out, and why.
-        binary: whether 255 stands in the masks for class 1.
+        binary: whether 255 means class 1 in the masks.
         sizes: ``(H, W)`` of each image.
     """
 
@@ -103,12 +103,12 @@ def mask_folder(
             class 1.
             Images are turned as their EXIF entry says, so masks label the upright image.
         categories: the names of the classes in the order of their indices, or how many there are.
-        preprocess: the network's, by which it is known what images can be used; one for RGB of 8
-            bits if None.
+        preprocess: the network's, which decides what images can be used; one for RGB of 8 bits if
+            None.
 
     Raises:
-        DatasetError: if there are no images, a mask is missing, is of another size or kind, or has
-            a label that is no class; the message names the file.
+        DatasetError: if there are no images, a mask is missing, has another size or kind, or has a
+            label that is not a class; the message names the file.
     """
     names = _checked_categories(categories)
     (found,) = _checked([_read(_Place.of(Path(folder)), preprocess)], names)
@@ -122,35 +122,35 @@ def train_and_valid(
     seed: int = 0,
     preprocess: Preprocess | None = None,
 ) -> tuple[MaskFolder, MaskFolder]:
-    """Images to train on and to choose the best epoch by.
+    """Images to train on, and images that decide the best epoch.
 
     Args:
         folder: with parts to train on and to validate on, such as ``train/`` and ``val/``, each as
             for `mask_folder`, or ``images/train/`` with ``masks/train/`` and so on; or with a part
-            to train on alone, or as for `mask_folder` itself, which are split by chance. A part to
-            test on is not looked at. See `fcvgg.images.datasets` for the names of parts.
+            to train on alone, or as for `mask_folder` itself, which are split at random. A part to
+            test on is not used. See `fcvgg.images.datasets` for the names of parts.
         categories: as for `mask_folder`.
-        share: of the images that are for validation, where the folder is split.
-        seed: of the split.
+        share: the share of validation images where the folder is split, between 0 and 1.
+        seed: the seed of the split.
         preprocess: as for `mask_folder`.
 
     Raises:
         DatasetError: as `mask_folder`, and if there are too few images to split.
-        ArgumentError: if `share` is none.
+        ArgumentError: if `share` is out of range.
     """
     folder = Path(folder)
     if not 0 < share < 1:
-        raise ArgumentError(f"valid_share={share} is no share; expected 0 < valid_share < 1")
+        raise ArgumentError(f"valid_share must be between 0 and 1, got {share}")
     names = _checked_categories(categories)
-    places, beside = _places(folder)
+    places, skipped = _places(folder)
     found = _checked([_read(place, preprocess) for place in places], names)
-    found[0] = replace(found[0], skipped=(*beside, *found[0].skipped))
+    found[0] = replace(found[0], skipped=(*skipped, *found[0].skipped))
     if len(found) == 2:
         return found[0], found[1]
     (whole,) = found
     if len(whole) < 2:
         raise DatasetError(
-            f"{folder} has {len(whole)} image, too few to train and validate; expected two or more"
+            f"{folder} must have two images or more, to train and to validate on, got {len(whole)}"
         )
     order = torch.randperm(len(whole), generator=torch.Generator().manual_seed(seed)).tolist()
     held_out = min(max(round(share * len(whole)), 1), len(whole) - 1)
@@ -163,8 +163,8 @@ def read_mask(path: Path) -> NDArray[np.int64]:
 
     Raises:
         ImageError: if the file cannot be read.
-        DatasetError: if it holds colours or fractions and not indices, several pictures, or its
-            compression may have changed them.
+        DatasetError: if it holds colours or fractions instead of indices, or several pictures, or
+            its compression may have changed them.
     """
     kind = _checked_kind(path)
     image = read_image(path)
@@ -190,7 +190,7 @@ def read_mask(path: Path) -> NDArray[np.int64]:
 
 
 def _checked_kind(path: Path) -> str:
-    """The format of a mask's file, or an empty string where reading it will say what is wrong.
+    """The format of a mask's file, or an empty string if it cannot be opened.
 
     Raises:
         DatasetError: if its compression may change labels, or it holds several masks.
@@ -205,7 +205,7 @@ def _checked_kind(path: Path) -> str:
                 if several:
                     image.seek(1)
                     several = image.size == size  # smaller ones are overviews
-    except Exception:  # whatever a file that is no image leads to
+    except Exception:  # Pillow raises anything for a broken file, which reading then reports
         return ""
     if kind in _LOSSY or (kind == "TIFF" and any(name in inner for name in _LOSSY)):
         what = kind if kind in _LOSSY else f"TIFF compressed as {inner}"
@@ -216,7 +216,7 @@ def _checked_kind(path: Path) -> str:
 
 
 def _grey_values(image: Image.Image, path: Path) -> NDArray[Any]:
-    """The grey values of a GIF, whose writers renumber the colours of its palette."""
+    """The grey values of a GIF: its indices are of no use, since writers renumber the palette."""
     indices = np.asarray(image)
     palette = np.array(image.getpalette("RGB")).reshape(-1, 3)
     used = palette[np.unique(indices)]
@@ -232,7 +232,7 @@ def _grey_values(image: Image.Image, path: Path) -> NDArray[Any]:
 
 @dataclass(frozen=True)
 class _Place:
-    """Where images and their masks lie."""
+    """Folders of images and of their masks."""
 
     folder: Path
     images: Path
@@ -245,7 +245,7 @@ class _Place:
 
 @dataclass(frozen=True)
 class _Read:
-    """What was read: pairs, sizes, and how many pixels have each value in all masks."""
+    """The pairs of a place, their sizes, and the number of pixels of each value in all masks."""
 
     place: _Place
     images: tuple[Path, ...]
@@ -256,13 +256,13 @@ class _Read:
 
 
 def _inside(folder: Path, name: str) -> Path:
-    """The folder of a name in another, in any case of letters."""
+    """The folder of a name inside another, whatever its case."""
     inner = contents(folder).folders if folder.is_dir() else ()
     return next((place for place in inner if place.name.lower() == name), folder / name)
 
 
 def _places(folder: Path) -> tuple[list[_Place], tuple[Unreadable, ...]]:
-    """Where the images to train on lie, and those to validate on if they are apart."""
+    """The places of the training images, and of the validation images if they are apart."""
     whole = _Place.of(folder)
     inner = whole.images.is_dir()
     above = whole.images if inner else folder
@@ -304,7 +304,7 @@ def _read(place: _Place, preprocess: Preprocess | None) -> _Read:
 
 
 def _checked(parts: Sequence[_Read], names: tuple[str, ...]) -> list[MaskFolder]:
-    """The parts of a data set, whose labels are classes; what 255 means is the same in all."""
+    """The parts of a data set with valid labels; 255 has the same meaning in all."""
     classes = len(names)
     held = set().union(*(part.values for part in parts))
     binary = held == _BINARY and classes == 2
@@ -341,17 +341,15 @@ def _checked_categories(categories: int | Sequence[str]) -> tuple[str, ...]:
         names = tuple(map(str, categories))
     else:
         raise ArgumentError(
-            f"categories={categories!r} are none; expected the names of the classes, or a number"
+            f"categories must be the names of the classes or a number, got {categories!r}"
         )
     if not 2 <= len(names) <= IGNORE_INDEX:
-        raise ArgumentError(
-            f"{len(names)} classes cannot be told apart by masks; expected 2 to {IGNORE_INDEX}"
-        )
+        raise ArgumentError(f"categories must be 2 to {IGNORE_INDEX} classes, got {len(names)}")
     return distinct_names(names)
 
 
 def _paired(place: _Place) -> tuple[list[tuple[Path, Path]], list[Unreadable]]:
-    """Every image with its mask, and what else lies there."""
+    """Every image with its mask, and the files that are left out."""
     for folder in (place.images, place.masks):
         if not folder.is_dir():
             what = "is a file" if folder.exists() else "does not exist"
@@ -433,9 +431,9 @@ class MaskedImages(Dataset[tuple[Tensor, Tensor]]):
 
     Args:
         data: the files.
-        fcn: for its dtype and its preprocessing, of which the resizing is left out.
+        fcn: for its dtype and its preprocessing, except for resizing.
         crop: the size of a random part; None for whole images.
-        flip: mirror images by chance, one in two.
+        flip: mirror each image with probability 1/2.
     """
 
     def __init__(
@@ -444,6 +442,7 @@ class MaskedImages(Dataset[tuple[Tensor, Tensor]]):
         assert fcn.preprocess is not None
         self.data = data
         self.crop = crop
+        self.flip = flip
         self.channels = fcn.backbone.in_channels
         self.dtype = dtype_of(fcn)
         self.preprocess: Preprocess = replace(fcn.preprocess, resize=None)
@@ -467,7 +466,7 @@ class MaskedImages(Dataset[tuple[Tensor, Tensor]]):
         return image.as_subclass(Tensor), mask.as_subclass(Tensor)
 
     def middles(self, count: int) -> Tensor:
-        """The middles of the first images, without chance, ``(N, C, H, W)``.
+        """The middles of the first images, never random, ``(N, C, H, W)``.
 
         They have the size of the crop, or of the smallest image along each axis.
         """
