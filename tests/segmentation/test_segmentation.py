@@ -418,7 +418,7 @@ def test_what_cannot_be_built_is_said_in_one_line() -> None:
     with pytest.raises(fcvgg.ArgumentError, match="num_classes=0 is no number of classes"):
         fcvgg.FCN(net, 0)
     with pytest.raises(
-        fcvgg.ArgumentError, match="num_classes must be 2 to 255, got 1; add a class"
+        fcvgg.ArgumentError, match="num_classes must be 2 to 255, got 1; add"
     ):
         fcvgg.FCN(net, 1)
     with pytest.raises(fcvgg.CategoryError, match="the category 'a' is there twice; expected one"):
