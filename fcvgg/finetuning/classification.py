@@ -1,20 +1,15 @@
-"""The Lightning module of a classifier, and a classifier's outputs for images outside training."""
+"""The Lightning module of a classifier."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from fcvgg.errors import ConversionError
-from fcvgg.probability import to_probabilities
 from fcvgg.support.extras import imported
-from fcvgg.support.module_state import evaluating
-from fcvgg.support.progress import progress_bar
 from fcvgg.training.loop import TrainingModule
 
 
@@ -98,60 +93,3 @@ class Classification(TrainingModule):
                 "scores (N, K)"
             )
         return scores.float()
-
-
-def frozen_features(
-    model: nn.Module, layer: nn.Module, images: Dataset[Any], what: str, **execution: Any
-) -> TensorDataset:
-    """What a fully connected layer gets for every image, ``(N, D)``, with its label.
-
-    In evaluation mode, so that dropout has no effect. `execution` is as for `_outputs`.
-    """
-    rows: list[Tensor] = []
-    labels: list[Tensor] = []
-
-    def keep(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        rows.append(inputs[0].float().cpu())
-
-    handle = layer.register_forward_pre_hook(keep)
-    try:
-        labels.extend(
-            truth for _, truth in _outputs(model, images, f"features, {what}", **execution)
-        )
-    finally:
-        handle.remove()
-    return TensorDataset(torch.cat(rows), torch.cat(labels))
-
-
-def probabilities_of(
-    model: nn.Module, images: Dataset[Any], activation: str, **execution: Any
-) -> Tensor:
-    """The class probabilities ``(N, K)`` that a classifier gives images at its native size.
-
-    `activation` is what its scores are, as for `fcvgg.FullyConvolutional`; `execution` is as for
-    `_outputs`.
-    """
-    outputs = _outputs(model, images, "held-out images", **execution)
-    return torch.cat([to_probabilities(scores, activation, dim=1).cpu() for scores, _ in outputs])
-
-
-@torch.no_grad()
-def _outputs(
-    model: nn.Module,
-    images: Dataset[Any],
-    what: str,
-    *,
-    batch_size: int,
-    device: torch.device,
-    progress: bool = False,
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """A model's outputs in evaluation mode with the labels, batch by batch; it ends on the CPU."""
-    model.to(device)
-    count = len(images)  # type: ignore[arg-type]
-    try:
-        with evaluating(model), progress_bar(what, count, progress) as advance:
-            for batch, labels in DataLoader(images, batch_size):
-                yield model(batch.to(device)), labels
-                advance(len(labels))
-    finally:
-        model.cpu()

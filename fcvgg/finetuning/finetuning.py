@@ -102,7 +102,7 @@ def _evaluate(
     job: Job, model: nn.Module, settings: Settings, run: TrainingRun | None, began: float
 ) -> FineTuned:
     """Convert and verify a trained classifier, and try it on the held-out images."""
-    from fcvgg.finetuning.classification import probabilities_of
+    from fcvgg.finetuning.outputs import probabilities_of
 
     net = job.converted(model, verify=True)
     probabilities = probabilities_of(model, job.valid, net.activation, **job.execution)

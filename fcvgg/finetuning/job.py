@@ -16,8 +16,9 @@ from torch.utils.data import Dataset, Subset, TensorDataset
 
 from fcvgg.conversion import convert
 from fcvgg.errors import ArgumentError, ConversionError
-from fcvgg.finetuning.classification import Classification, frozen_features
+from fcvgg.finetuning.classification import Classification
 from fcvgg.finetuning.images import ImageRows
+from fcvgg.finetuning.outputs import frozen_features
 from fcvgg.finetuning.pretrained import Pretrained
 from fcvgg.finetuning.strategies import (
     Choice,
@@ -36,7 +37,7 @@ from fcvgg.network import FullyConvolutional
 from fcvgg.probability import UNKNOWN
 from fcvgg.training.checkpoints import LAST, RUN_KEY, begun_run, run_of, write_checkpoint
 from fcvgg.training.loop import TrainingRun, fit, is_main_process
-from fcvgg.training.normalization import check_normalization, smallest_batch
+from fcvgg.training.normalization import check_batches
 from fcvgg.training.settings import Settings, balanced_weights
 from fcvgg.transfer.heads import loss_for
 from fcvgg.transfer.image_features import digest_of
@@ -173,7 +174,8 @@ def train(job: Job) -> tuple[nn.Module, Settings, TrainingRun | None]:
     )
     _check_scores(job.converted(model, verify=False))  # refused before any time is spent
     if job.strategy != "linear":
-        _check_batches(model, job)
+        channels = job.source.preprocess.channels
+        check_batches(model, len(job.found.train), channels, job.size, job.settings)
     if job.measure_rate:
         job = replace(job, settings=replace(job.settings, lr=_measured_rate(model, job)))
     last_only = job.strategy == "linear" and not job.augmented
@@ -191,14 +193,6 @@ def _check_scores(net: FullyConvolutional) -> None:
         )
 
 
-def _check_batches(model: nn.Module, job: Job) -> None:
-    """Refuse batches that are too small for the batch norm that trains."""
-    settings, channels = job.settings, job.source.preprocess.channels
-    count = smallest_batch(len(job.found.train), settings.batch_size, settings.devices)
-    images = torch.zeros(count, channels, *job.size)  # (N, C, h, w)
-    check_normalization(model, images, settings.batch_size)
-
-
 def _train_svm(job: Job) -> nn.Module:
     """Features and machine, computed again when resumed, but never over another run."""
     recipe = job.recipe
@@ -214,9 +208,8 @@ def _train_svm(job: Job) -> nn.Module:
         job.train,
         recipe.freeze_upto or middle_pool(layer_names(job.source.model)),
         balanced=recipe.class_weights == "balanced",
-        batch_size=job.settings.batch_size,
         seed=job.settings.seed,
-        progress=job.progress,
+        **job.execution,
     )
     model.requires_grad_(False)
     model.get_submodule("classifier").requires_grad_(True)

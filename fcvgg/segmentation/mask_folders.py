@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -111,7 +111,7 @@ def mask_folder(
             label that is not a class; the message names the file.
     """
     names = _checked_categories(categories)
-    (found,) = _checked([_read(_Place.of(Path(folder)), preprocess)], names)
+    (found,) = _read_parts([_place(Path(folder))], names, preprocess)
     return found
 
 
@@ -143,7 +143,7 @@ def train_and_valid(
         raise ArgumentError(f"valid_share must be between 0 and 1, got {share}")
     names = _checked_categories(categories)
     places, skipped = _places(folder)
-    found = _checked([_read(place, preprocess) for place in places], names)
+    found = _read_parts(places, names, preprocess)
     found[0] = replace(found[0], skipped=(*skipped, *found[0].skipped))
     if len(found) == 2:
         return found[0], found[1]
@@ -230,40 +230,24 @@ def _grey_values(image: Image.Image, path: Path) -> NDArray[Any]:
 # -- finding and checking -------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Place:
-    """Folders of images and of their masks."""
+class _Place(NamedTuple):
+    """Folders of images and of their masks, and the one that the user knows them by."""
 
     folder: Path
     images: Path
     masks: Path
 
-    @classmethod
-    def of(cls, folder: Path) -> _Place:
-        return cls(folder, _inside(folder, IMAGES), _inside(folder, MASKS))
 
-
-@dataclass(frozen=True)
-class _Read:
-    """The pairs of a place, their sizes, and the number of pixels of each value in all masks."""
-
-    place: _Place
-    images: tuple[Path, ...]
-    masks: tuple[Path, ...]
-    sizes: tuple[Pair, ...]
-    values: Counter[int]
-    skipped: tuple[Unreadable, ...]
-
-
-def _inside(folder: Path, name: str) -> Path:
-    """The folder of a name inside another, whatever its case."""
+def _place(folder: Path) -> _Place:
+    """The folders of images and masks in another, whatever the case of their names."""
     inner = contents(folder).folders if folder.is_dir() else ()
-    return next((place for place in inner if place.name.lower() == name), folder / name)
+    by_name = {place.name.lower(): place for place in inner}
+    return _Place(folder, *(by_name.get(name, folder / name) for name in (IMAGES, MASKS)))
 
 
 def _places(folder: Path) -> tuple[list[_Place], tuple[Unreadable, ...]]:
     """The places of the training images, and of the validation images if they are apart."""
-    whole = _Place.of(folder)
+    whole = _place(folder)
     inner = whole.images.is_dir()
     above = whole.images if inner else folder
     parts = parts_of(above, "images" if inner else "folders") if above.is_dir() else None
@@ -272,14 +256,13 @@ def _places(folder: Path) -> tuple[list[_Place], tuple[Unreadable, ...]]:
     found = [part for part in (parts.to_learn_from(), parts.valid) if part is not None]
     if inner:
         return [_Place(folder, part, whole.masks / part.name) for part in found], parts.skipped
-    return [_Place.of(part) for part in found], parts.skipped
+    return [_place(part) for part in found], parts.skipped
 
 
-def _read(place: _Place, preprocess: Preprocess | None) -> _Read:
+def _read(place: _Place, preprocess: Preprocess | None) -> tuple[MaskFolder, Counter[int]]:
+    """A place's pairs, without classes yet, and the pixels of each value in all masks."""
     pairs, skipped = _paired(place)
-    images: list[Path] = []
-    masks: list[Path] = []
-    sizes: list[Pair] = []
+    read: list[tuple[Path, Path, Pair]] = []
     values: Counter[int] = Counter()
     for image, mask in pairs:
         try:
@@ -289,48 +272,53 @@ def _read(place: _Place, preprocess: Preprocess | None) -> _Read:
         except ImageError as error:
             skipped.append(Unreadable(str(image), one_line(error)))
             continue
-        _check_size(image, size, mask, labels)
-        for value, count in zip(*np.unique(labels, return_counts=True)):
-            values[int(value)] += int(count)
-        images.append(image)
-        masks.append(mask)
-        sizes.append(size)
-    if not images:
+        if labels.shape != size:
+            turned = " of the upright image" if labels.shape == size[::-1] else ""
+            raise DatasetError(
+                f"the mask {mask} is {labels.shape[0]}x{labels.shape[1]} and its image {image} "
+                f"{size[0]}x{size[1]}; expected one label for each pixel{turned}"
+            )
+        values.update(dict(zip(*(x.tolist() for x in np.unique(labels, return_counts=True)))))
+        read.append((image, mask, size))
+    if not read:
         raise DatasetError(
             f"none of the {len(pairs)} images in {place.images} can be read with its mask; the "
             f"first: {next((one for one in skipped if not one.passed_over), skipped[0])}"
         )
-    return _Read(place, tuple(images), tuple(masks), tuple(sizes), values, tuple(skipped))
+    images, masks, sizes = zip(*read)
+    return MaskFolder(images, masks, (), (), tuple(skipped), sizes=sizes), values
 
 
-def _checked(parts: Sequence[_Read], names: tuple[str, ...]) -> list[MaskFolder]:
+def _read_parts(
+    places: Sequence[_Place], names: tuple[str, ...], preprocess: Preprocess | None
+) -> list[MaskFolder]:
     """The parts of a data set with valid labels; 255 has the same meaning in all."""
     classes = len(names)
-    held = set().union(*(part.values for part in parts))
+    parts = [_read(place, preprocess) for place in places]
+    held = set().union(*(values for _, values in parts))
     binary = held == _BINARY and classes == 2
     if held == _BINARY and not binary:
         raise DatasetError(
-            f"the masks of {parts[0].place.folder} hold only 0 and {IGNORE_INDEX}, which is "
+            f"the masks of {places[0].folder} hold only 0 and {IGNORE_INDEX}, which is "
             f"ignored; save the {classes} classes as 0 to {classes - 1}"
         )
     found = []
-    for part in parts:
-        wrong = sorted(v for v in part.values if v != IGNORE_INDEX and not 0 <= v < classes)
+    for place, (part, values) in zip(places, parts):
+        wrong = sorted(v for v in values if v != IGNORE_INDEX and not 0 <= v < classes)
         if wrong:
-            raise DatasetError(_wrong_label(part, wrong, classes))
-        known = {1 if binary and v == IGNORE_INDEX else v: n for v, n in part.values.items()}
-        counts = tuple(known.get(i, 0) for i in range(classes))
+            raise DatasetError(_wrong_label(part.masks, wrong, classes))
+        counts = tuple(values[IGNORE_INDEX if binary and i == 1 else i] for i in range(classes))
         if np.count_nonzero(counts) < 2:
             only = [name for name, n in zip(names, counts) if n]
-            ignored = f"; {IGNORE_INDEX} is ignored" if IGNORE_INDEX in known else ""
+            ignored = (
+                f"; {IGNORE_INDEX} is ignored" if IGNORE_INDEX in values and not binary else ""
+            )
             raise DatasetError(
-                f"all labelled pixels of {part.place.folder} are of one class "
+                f"all labelled pixels of {place.folder} are of one class "
                 f"({only[0] if only else f'{IGNORE_INDEX}, to be ignored'}); expected two or more"
                 f"{ignored}"
             )
-        found.append(
-            MaskFolder(part.images, part.masks, names, counts, part.skipped, binary, part.sizes)
-        )
+        found.append(replace(part, categories=names, counts=counts, binary=binary))
     return found
 
 
@@ -372,13 +360,13 @@ def _paired(place: _Place) -> tuple[list[tuple[Path, Path]], list[Unreadable]]:
                 f"{images[name]} and {image} would have the same mask, {image.stem}.png; rename one"
             )
         images[name] = image
-    found: dict[Path, list[Path]] = {image: [] for image in images.values()}
-    whole = {str(image.relative_to(place.images)): image for image in images.values()}
+    # a mask is called like its image, with its ending or without, before a suffix or not
+    owners = {**{str(image.relative_to(place.images)): image for image in listed.images}, **images}
+    found: dict[Path, list[Path]] = {image: [] for image in listed.images}
     skipped = [*listed.skipped, *masks.skipped]
     for mask in masks.images:
         name = _stem(mask, place.masks)
-        bare = _SUFFIX.sub("", name)
-        owner = images.get(name) or images.get(bare) or whole.get(name) or whole.get(bare)
+        owner = owners.get(name) or owners.get(_SUFFIX.sub("", name))
         if owner is None:
             skipped.append(Unreadable(str(mask), "a mask of no image", passed_over=True))
         else:
@@ -388,10 +376,12 @@ def _paired(place: _Place) -> tuple[list[tuple[Path, Path]], list[Unreadable]]:
         expected = place.masks / image.relative_to(place.images).with_suffix(".png")
         if not own and not expected.parent.is_dir():
             skipped.append(Unreadable(str(image), f"there is no folder {expected.parent}", True))
-        elif not own:
-            raise DatasetError(f"there is no mask for {image}; expected {expected}")
-        elif len(own) > 1:
-            raise DatasetError(f"{image} has {len(own)} masks, {own[0]} and {own[1]}; expected one")
+        elif len(own) != 1:
+            raise DatasetError(
+                f"{image} has {len(own)} masks, {own[0]} and {own[1]}; expected one"
+                if own
+                else f"there is no mask for {image}; expected {expected}"
+            )
         else:
             pairs.append((image, own[0]))
     return pairs, skipped
@@ -401,17 +391,8 @@ def _stem(path: Path, folder: Path) -> str:
     return str(path.relative_to(folder).with_suffix(""))
 
 
-def _check_size(image: Path, size: Pair, mask: Path, labels: NDArray[Any]) -> None:
-    if labels.shape != size:
-        turned = " of the upright image" if labels.shape == size[::-1] else ""
-        raise DatasetError(
-            f"the mask {mask} is {labels.shape[0]}x{labels.shape[1]} and its image {image} "
-            f"{size[0]}x{size[1]}; expected one label for each pixel{turned}"
-        )
-
-
-def _wrong_label(part: _Read, wrong: Sequence[int], classes: int) -> str:
-    for mask in part.masks:
+def _wrong_label(masks: Sequence[Path], wrong: Sequence[int], classes: int) -> str:
+    for mask in masks:
         labels = read_mask(mask)
         places = np.argwhere(np.isin(labels, wrong))
         if len(places):

@@ -22,8 +22,7 @@ from fcvgg.segmentation.metrics import (
 )
 from fcvgg.segmentation.network import FCN
 from fcvgg.support.atomic import checked_folder
-from fcvgg.support.module_state import device_of
-from fcvgg.training.normalization import check_normalization, smallest_batch
+from fcvgg.training.normalization import check_batches
 from fcvgg.training.settings import Settings, balanced_weights
 from fcvgg.transfer.image_features import digest_of
 
@@ -201,11 +200,9 @@ def _check_batches(fcn: FCN, samples: MaskedImages, settings: Settings) -> None:
     if not sizes:
         return
     # images of different sizes run apart, so any may be alone
-    alone = len(sizes) > 1
-    count = 1 if alone else smallest_batch(len(samples), settings.batch_size, settings.devices)
-    height, width = min(sizes, key=max)  # whose map is one cell, if any is
-    images = torch.zeros(count, samples.channels, height, width)  # (N, C, H, W)
-    check_normalization(fcn, images.to(device_of(fcn), samples.dtype), settings.batch_size)
+    count = 1 if len(sizes) > 1 else len(samples)
+    size = min(sizes, key=max)  # whose map is one cell, if any is
+    check_batches(fcn, count, samples.channels, size, settings)
 
 
 def _checked_crop(crop: int | Iterable[int] | None) -> Pair | None:

@@ -35,8 +35,9 @@ from fcvgg.errors import (
     TrainingError,
 )
 from fcvgg.finetuning import strategies
-from fcvgg.finetuning.classification import Classification, frozen_features
+from fcvgg.finetuning.classification import Classification
 from fcvgg.finetuning.images import ImageRows
+from fcvgg.finetuning.outputs import frozen_features
 from fcvgg.finetuning.pretrained import Pretrained
 from fcvgg.finetuning.strategies import (
     Choice,
@@ -46,10 +47,11 @@ from fcvgg.finetuning.strategies import (
     prepare_model,
     rates,
 )
-from fcvgg.finetuning.svm import fit_svm, pooled_features
+from fcvgg.finetuning.svm import fit_svm
 from fcvgg.images.datasets import LabelledFiles, split_folders
 from fcvgg.images.pictures import Picture
-from fcvgg.training.normalization import check_normalization, smallest_batch
+from fcvgg.training import Settings
+from fcvgg.training.normalization import check_batches
 from fcvgg.training.sampling import SeededItems
 from fcvgg.training.settings import balanced_weights
 
@@ -482,8 +484,13 @@ def test_svm_is_scikit_learns_machine(files: LabelledFiles, classes: int) -> Non
         tuple(files.paths[i] for i in places), tuple(files.labels[i] for i in places)
     )
     images = ImageRows(part, PREPROCESS, SIZE)
-    model = fit_svm(demo_model(), images, "pool2", seed=3)
-    rows = pooled_features(demo_model(), images, "pool2", 8, False)
+    cpu = torch.device("cpu")
+    model = fit_svm(demo_model(), images, "pool2", seed=3, batch_size=16, device=cpu)
+    assert isinstance(model, nn.Sequential)
+    batch = torch.stack([image for image, _ in images])
+    pooled = fcvgg.features_upto(demo_model(), "pool2")(batch).mean((2, 3))
+    torch.testing.assert_close(model[:-1](batch), pooled)
+    rows = pooled.detach().numpy()
     machine = make_pipeline(StandardScaler(), LinearSVC(max_iter=20_000, random_state=3))
     decided = machine.fit(rows, part.labels).decision_function(rows)
     with torch.no_grad():
@@ -618,17 +625,16 @@ def test_trying_batch_norm_leaves_the_model_as_it_was() -> None:
     model[1].train()
     before = {k: v.clone() for k, v in model.state_dict().items()}
     state = torch.get_rng_state()
-    check_normalization(model, torch.ones(2, 3, 2, 2), 2)
-    with pytest.raises(
-        ArgumentError, match="batch_size=1 cannot train BatchNorm1d in 3, which get"
-    ):
-        check_normalization(model, torch.ones(1, 3, 2, 2), 1)
+    check_batches(model, 9, 3, (2, 2), Settings(batch_size=4))
+    wrong = [(9, Settings(batch_size=1)), (1, Settings()), (4, Settings(devices=4))]
+    for count, settings in wrong:
+        with pytest.raises(ArgumentError, match=r"cannot train BatchNorm1d in 3, which .* 1 image "):
+            check_batches(model, count, 3, (2, 2), settings)
     with pytest.raises(ArgumentError, match="2 images of 1x1 pixels; train at a larger size"):
-        check_normalization(nn.InstanceNorm2d(3), torch.ones(2, 3, 1, 1), 4)
+        check_batches(nn.InstanceNorm2d(3), 9, 3, (1, 1), Settings())
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
     assert [m.training for m in model.modules()] == [False, False, True, False, False]
     assert torch.equal(torch.get_rng_state(), state)
-    assert [smallest_batch(*case) for case in ((9, 1), (9, 4), (1, 4), (4, 4, 4))] == [1, 2, 1, 1]
 
 
 def test_another_size_weights_and_optimiser(textures: Path, tmp_path: Path) -> None:
