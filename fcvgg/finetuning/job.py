@@ -164,14 +164,8 @@ def train(job: Job) -> tuple[nn.Module, Settings, TrainingRun | None]:
     """
     if job.strategy == "svm":
         return _train_svm(job), job.settings, None
-    model = prepare_model(
-        job.source.model,
-        job.choice,
-        job.recipe,
-        len(job.found.classes),
-        job.source.native,
-        job.settings.seed,
-    )
+    classes, seed = len(job.found.classes), job.settings.seed
+    model = prepare_model(job.source, job.strategy, job.recipe, classes, seed)
     _check_scores(job.converted(model, verify=False))  # refused before any time is spent
     if job.strategy != "linear":
         channels = job.source.preprocess.channels

@@ -212,9 +212,9 @@ def _fed_to_new(names: LayerNames, recipe: Recipe) -> str:
 
 
 def prepare_model(
-    model: nn.Module, choice: Choice, recipe: Recipe, classes: int, native: Pair, seed: int
+    source: Pretrained, strategy: str, recipe: Recipe, classes: int, seed: int
 ) -> nn.Module:
-    """A copy of the model with a new head, for the size, frozen as the strategy demands.
+    """A copy of a classifier with a new head, at the recipe's size, frozen as the strategy demands.
 
     For all strategies except ``"svm"``, which has a model of its own. The new weights depend on the
     seed only.
@@ -225,19 +225,19 @@ def prepare_model(
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        new = replace_head(model, classes, recipe.hidden)
-        size = size_of(recipe, native)
-        if size != native and not _takes_any_size(new):
+        new = replace_head(source.model, classes, recipe.hidden)
+        size = size_of(recipe, source.native)
+        if size != source.native and not _takes_any_size(new):
             # kept fully connected layers are resampled; new ones start from random weights
             new = for_input_size(new, size, init="resample" if recipe.hidden is None else "random")
-        if choice.strategy == "scratch":
+        if strategy == "scratch":
             _initialize_(new)
     names = layer_names(new)
     unfreeze_(new)
-    if choice.strategy == "linear":
+    if strategy == "linear":
         last = names.layers.index(fully_connected(names)[-1])
         freeze_(new, names.layers[last - 1].name)
-    if choice.strategy == "partial":
+    if strategy == "partial":
         freeze_(new, recipe.freeze_upto or middle_pool(names))
     if not any(p.requires_grad for p in new.parameters()):
         raise ArgumentError(

@@ -167,8 +167,9 @@ def fit(
             BestAndLast(folder, run, history, lines=progress),
         ]
         if settings.patience is not None:
-            stopping = {"patience": settings.patience, "check_finite": False}
-            callbacks.append(EarlyStopping(monitor, mode=mode, **stopping))
+            callbacks.append(
+                EarlyStopping(monitor, patience=settings.patience, mode=mode, check_finite=False)
+            )
         if progress:
             callbacks.append(Bar())
         _train(module, loaders, callbacks, folder / LAST if begun else None)

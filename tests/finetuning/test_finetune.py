@@ -267,8 +267,11 @@ def test_balanced_weights_count_every_class_the_same() -> None:
 
 
 def choose(files: LabelledFiles, **options: Any) -> Choice:
-    source = Pretrained(demo_model(), "demo", PREPROCESS, SIZE)
-    return choose_strategy(Recipe(**options), source, files)
+    return choose_strategy(Recipe(**options), demo_source(), files)
+
+
+def demo_source() -> Pretrained:
+    return Pretrained(demo_model(), "demo", PREPROCESS, SIZE)
 
 
 def test_auto_measures_likeness_of_few_images(files: LabelledFiles) -> None:
@@ -393,10 +396,7 @@ def test_other_precisions_are_trained_in_single(
 
 
 def test_scratch_starts_at_random(files: LabelledFiles) -> None:
-    models = [
-        prepare_model(demo_model(), Choice("scratch", ""), Recipe(), 3, SIZE, seed)
-        for seed in (0, 0, 1)
-    ]
+    models = [prepare_model(demo_source(), "scratch", Recipe(), 3, seed) for seed in (0, 0, 1)]
     weights = [model.features[0].weight for model in models]
     assert torch.equal(weights[0], weights[1])
     assert not torch.equal(weights[0], weights[2])
@@ -405,12 +405,12 @@ def test_scratch_starts_at_random(files: LabelledFiles) -> None:
 
 
 def test_rates_fall_towards_the_image() -> None:
-    model = prepare_model(demo_model(), Choice("all", ""), Recipe(), 3, SIZE, 0)
+    model = prepare_model(demo_source(), "all", Recipe(), 3, 0)
     found = {group["name"]: group["lr"] for group in rates(model, "all", 1.0, None)}
     assert found == pytest.approx(
         {"block1": 0.025, "block2": 0.05, "block3": 0.1, "fc8": 1.0, "rest": 0.1}
     )
-    new = prepare_model(demo_model(), Choice("all", ""), Recipe(hidden=(8,)), 3, SIZE, 0)
+    new = prepare_model(demo_source(), "all", Recipe(hidden=(8,)), 3, 0)
     found = {group["name"]: group["lr"] for group in rates(new, "all", 1.0, (8,))}
     assert found == pytest.approx(
         {"block1": 0.025, "block2": 0.05, "block3": 0.1, "fc6": 1.0, "fc7": 1.0}
@@ -428,7 +428,7 @@ def test_the_rate_of_a_new_layer_moves_scores_as_far_whatever_the_features_scale
 
 
 def test_cached_features_give_what_the_whole_model_gives(files: LabelledFiles) -> None:
-    model = prepare_model(demo_model(), Choice("linear", ""), Recipe(), 3, SIZE, 0).train()
+    model = prepare_model(demo_source(), "linear", Recipe(), 3, 0).train()
     last = model.classifier[6]
     images = ImageRows(files, PREPROCESS, SIZE)
     cached = frozen_features(model, last, images, "", batch_size=7, device=torch.device("cpu"))
@@ -467,9 +467,9 @@ def test_frozen_batch_norm_keeps_its_statistics(textures: Path, tmp_path: Path) 
 
 
 def test_dropout_before_a_frozen_trunks_last_layer_is_off() -> None:
-    model = prepare_model(demo_model(), Choice("linear", ""), Recipe(), 3, SIZE, 0)
-    task = Classification(model, nn.CrossEntropyLoss(), 3, frozen=True).train()
-    assert task.training
+    model = prepare_model(demo_source(), "linear", Recipe(), 3, 0)
+    module = Classification(model, nn.CrossEntropyLoss(), 3, frozen=True).train()
+    assert module.training
     assert not any(m.training for m in model.modules())
 
 
@@ -628,7 +628,9 @@ def test_trying_batch_norm_leaves_the_model_as_it_was() -> None:
     check_batches(model, 9, 3, (2, 2), Settings(batch_size=4))
     wrong = [(9, Settings(batch_size=1)), (1, Settings()), (4, Settings(devices=4))]
     for count, settings in wrong:
-        with pytest.raises(ArgumentError, match=r"cannot train BatchNorm1d in 3, which .* 1 image "):
+        with pytest.raises(
+            ArgumentError, match=r"cannot train BatchNorm1d in 3, which .* 1 image "
+        ):
             check_batches(model, count, 3, (2, 2), settings)
     with pytest.raises(ArgumentError, match="2 images of 1x1 pixels; train at a larger size"):
         check_batches(nn.InstanceNorm2d(3), 9, 3, (1, 1), Settings())
@@ -720,7 +722,8 @@ def test_a_global_pool_needs_a_size(textures: Path, tmp_path: Path) -> None:
 
 def test_a_global_pool_keeps_its_head_at_another_size() -> None:
     model = seeded(GlobalPooled, dtype=torch.float32)
-    new = prepare_model(model, Choice("linear", ""), Recipe(size=48), 3, (224, 224), 0)
+    source = Pretrained(model, "pooled", PREPROCESS, (224, 224))
+    new = prepare_model(source, "linear", Recipe(size=48), 3, 0)
     assert new.fc.weight.shape == (3, 12)
     assert fcvgg.convert(new, input_size=48).output_size((48, 48)) == (1, 1)
 
