@@ -32,8 +32,8 @@ class ImageRows(Dataset[tuple[Tensor, int]]):
         files: which images.
         preprocess: how ``uint8`` pixels become input; its resize is not used.
         size: ``(h, w)`` of the input.
-        resize: ``"resize"`` to that size whatever the aspect ratio, or ``"center-crop"``: the
-            smallest size that covers it, and the middle of that.
+        resize: ``"resize"`` to that size, whose aspect ratio may differ, or ``"center-crop"``: to
+            the smallest size that covers it, of which the middle is taken.
         augment: a random crop of half the image's area or more, mirrored or not, with random
             brightness, contrast and colour; drawn from torch's generator.
     """

@@ -59,14 +59,14 @@ _UNTRAINABLE = {
 
 @dataclass(frozen=True)
 class Job:
-    """All that a run is made of.
+    """The inputs of a run.
 
     Attributes:
         source: the classifier to start from.
         recipe: what is done with it and the images.
         choice: the strategy.
         settings: how it is trained.
-        measure_rate: let the learning rate follow the features that the new layers get.
+        measure_rate: choose the learning rate by the features that the new layers get.
         found: the images.
         folder: the run's folder.
         resume: go on with the run of the folder.
@@ -149,7 +149,7 @@ class Job:
     def features(
         self, model: nn.Module, layer: nn.Module, images: Dataset[Any], what: str
     ) -> TensorDataset:
-        """What a fully connected layer gets for every image, ``(N, D)``, and the labels."""
+        """The inputs ``(N, D)`` of a fully connected layer for every image, with the labels."""
         return frozen_features(model, layer, images, what, **self.execution)
 
     def _images(self, files: LabelledFiles, augment: bool = False) -> ImageRows:
@@ -217,7 +217,7 @@ def _train_last(model: nn.Module, job: Job) -> TrainingRun:
     last = _new_layers(model, job.recipe)[-1]
     train = job.features(model, last, job.train, "to train on")
     valid = job.features(model, last, job.valid, "held out")
-    # the last layer gives logits, whatever the model makes of them
+    # the last layer gives logits, also where the model ends in a softmax
     return _fit(last, nn.CrossEntropyLoss(), train, valid, job)
 
 

@@ -1,4 +1,4 @@
-"""What a classifier and its layers give images, outside Lightning."""
+"""Outputs and features of a classifier for images, outside Lightning."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def outputs_of(
 def frozen_features(
     model: nn.Module, layer: nn.Module, images: Dataset[Any], what: str, **execution: Any
 ) -> TensorDataset:
-    """What a fully connected layer gets for every image, ``(N, D)``, with its label.
+    """The inputs ``(N, D)`` of a fully connected layer for every image, with the labels.
 
     In evaluation mode, so that dropout has no effect. `execution` is as for `outputs_of`.
     """
@@ -67,7 +67,7 @@ def probabilities_of(
 ) -> Tensor:
     """The class probabilities ``(N, K)`` that a classifier gives images at its native size.
 
-    `activation` is what its scores are, as for `fcvgg.FullyConvolutional`; `execution` is as for
+    `activation` is the kind of its scores, as for `fcvgg.FullyConvolutional`; `execution` is as for
     `outputs_of`.
     """
     outputs = outputs_of(model, images, "held-out images", **execution)

@@ -1,9 +1,9 @@
 """What is trained of a network, and which strategy suits how many images of what kind.
 
-The cases are those that the literature on transfer tells apart by how large a data set is and how
-like the images are to those that the network knows (the CS231n course notes on transfer learning,
-https://cs231n.github.io/transfer-learning; Yosinski et al., "How transferable are features in deep
-neural networks?", 2014, https://arxiv.org/abs/1411.1792).
+The literature on transfer learning distinguishes these cases by the size of the data set and by the
+similarity of its images to those that the network was trained on (the CS231n course notes on
+transfer learning, https://cs231n.github.io/transfer-learning; Yosinski et al., "How transferable
+are features in deep neural networks?", 2014, https://arxiv.org/abs/1411.1792).
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Choice:
-    """A strategy and, in one sentence, why."""
+    """A strategy and, in one sentence, the reason for it."""
 
     strategy: str
     reason: str
@@ -159,10 +159,10 @@ def choose_strategy(recipe: Recipe, source: Pretrained, files: LabelledFiles) ->
 def _measure_similarity(
     recipe: Recipe, source: Pretrained, files: LabelledFiles
 ) -> tuple[bool, str]:
-    """Whether late features tell the classes apart as well as early ones do, and what was found.
+    """Whether late features separate the classes as well as early ones do, and the finding.
 
-    Late features, those that a new last layer would get, are made for the images that the network
-    was trained on. Where early ones are clearly better, the images are of another kind.
+    Late features, those that a new last layer would get, are specific to the images that the
+    network was trained on. Where early ones are clearly better, the images are of another kind.
     """
     from fcvgg.transfer.probing import probe
 

@@ -2,6 +2,6 @@
 
 - `network`: `FCN`, on the maps that `backbone` finds, with `upsampling` whose phase geometry gives,
   and its folder,
-- `fcvgg.results.label_map`: what it predicts, and how that is shown,
+- `fcvgg.results.label_map`: its predictions and their figures,
 - `mask_folders`, `module` and `training`: images with masks, the Lightning module, and `train_fcn`.
 """

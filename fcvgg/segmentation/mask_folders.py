@@ -231,7 +231,7 @@ def _grey_values(image: Image.Image, path: Path) -> NDArray[Any]:
 
 
 class _Place(NamedTuple):
-    """Folders of images and of their masks, and the one that the user knows them by."""
+    """A folder for messages, and its folders of images and of their masks."""
 
     folder: Path
     images: Path
@@ -239,7 +239,7 @@ class _Place(NamedTuple):
 
 
 def _place(folder: Path) -> _Place:
-    """The folders of images and masks in another, whatever the case of their names."""
+    """The place of a folder; the names of its inner folders may be in any case."""
     inner = contents(folder).folders if folder.is_dir() else ()
     by_name = {place.name.lower(): place for place in inner}
     return _Place(folder, *(by_name.get(name, folder / name) for name in (IMAGES, MASKS)))

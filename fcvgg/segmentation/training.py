@@ -159,7 +159,7 @@ def _identity(module: SegmentationModule, samples: MaskedImages) -> dict[str, An
 def _checked_parts(
     fcn: FCN, data: str | Path | tuple[MaskFolder, MaskFolder], valid_share: float, seed: int
 ) -> tuple[MaskFolder, MaskFolder]:
-    """The parts to train and to validate on, refused before time is spent if they cannot do."""
+    """The parts to train and to validate on; unusable ones are refused before time is spent."""
     if fcn.preprocess is None:
         raise PreprocessError(
             "the network's preprocessing is unknown, so image files cannot be fed to it; set "
@@ -213,7 +213,7 @@ def _checked_crop(crop: int | Iterable[int] | None) -> Pair | None:
 
 
 def _checked_weights(weights: str | Sequence[float] | None, counts: Sequence[int]) -> Tensor | None:
-    """The classes' factors, float32 ``(K,)``, of which `counts` tells the pixels of each."""
+    """The classes' factors, float32 ``(K,)``; `counts` are the pixels of each class."""
     if weights is None:
         return None
     if isinstance(weights, str) and weights == "balanced":

@@ -60,7 +60,7 @@ class AxisUpsampling:
     def reach(self, positions: int) -> Pair:
         """The half-open range of cells that `positions` outputs are interpolated from.
 
-        It leaves the map where positions lie outside the outermost centres.
+        It exceeds the map where positions lie outside the outermost centres.
         """
         low = floor(self.shift / self.factor)
         return low, max(ceil((positions - 1 + self.shift) / self.factor), low) + 1

@@ -211,7 +211,7 @@ class BestAndLast(ModelCheckpoint):
     Args:
         folder: where they go.
         run: what run this is, kept in ``last.ckpt``.
-        history: tells the best epoch.
+        history: gives the best epoch.
         lines: print a line on stderr for every epoch once it is kept.
     """
 

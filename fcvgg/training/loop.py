@@ -54,7 +54,7 @@ _LIGHTNING = ("pytorch_lightning", "lightning_fabric", "lightning", "torchmetric
 
 @dataclass(frozen=True)
 class TrainingRun:
-    """What a training run leaves.
+    """The result of a training run.
 
     Attributes:
         folder: the run's folder: ``best.ckpt``, ``last.ckpt``, ``history.csv``.
@@ -200,7 +200,7 @@ def _train(
 
 
 class _Loaders(pl.LightningDataModule):  # type: ignore[misc]
-    """The loaders, made for each epoch, whose order differs."""
+    """The data loaders, created for every epoch with the order of that epoch."""
 
     def __init__(self, train: Any, valid: Any, settings: Settings, collate: Any):
         super().__init__()
