@@ -74,8 +74,8 @@ def finetune(
     # these need Lightning
     from fcvgg.finetuning.job import Job, train
     from fcvgg.finetuning.report import write_report
-    from fcvgg.training.checkpoints import LAST, check_new, made_folder
-    from fcvgg.training.loop import is_main_process
+    from fcvgg.training.checkpoints import LAST, check_new
+    from fcvgg.training.loop import is_main_process, run_folder
 
     began = time.monotonic()
     recipe, given = _options(options)
@@ -89,12 +89,12 @@ def finetune(
     choice = choose_strategy(recipe, source, found.train)
     settings = _settings(given, choice.strategy)
     measure_rate = "lr" not in given and choice.strategy != "scratch"
-    run_folder = made_folder(Path(folder))
-    job = Job(source, recipe, choice, settings, measure_rate, found, run_folder, resume, progress)
-    result = _evaluate(job, *train(job), began)
-    if is_main_process():
-        result.net.save(result.model_path)
-        write_report(result)
+    with run_folder(folder) as place:
+        job = Job(source, recipe, choice, settings, measure_rate, found, place, resume, progress)
+        result = _evaluate(job, *train(job), began)
+        if is_main_process():
+            result.net.save(result.model_path)
+            write_report(result)
     return result
 
 

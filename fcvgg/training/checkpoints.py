@@ -21,21 +21,6 @@ RUN_KEY = "fcvgg_run"
 Kind = TypeVar("Kind", bound=BaseException)
 
 
-def made_folder(folder: Path) -> Path:
-    """The folder of a run, made if it is absent.
-
-    Raises:
-        TrainingError: if it cannot be made.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise TrainingError(
-            f"cannot make the folder {folder} for the run: {error.strerror or error}"
-        ) from error
-    return folder
-
-
 def check_new(folder: Path, names: Iterable[str], resume: bool) -> None:
     """Refuse to write over another run.
 

@@ -13,16 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from torch.utils.data import DataLoader
 
-from fcvgg.errors import ArgumentError, MissingExtraError, one_line
+from fcvgg.errors import ArgumentError, MissingExtraError, TrainingError, one_line
 from fcvgg.training.checkpoints import (
     BEST,
     LAST,
     RUN_KEY,
     begun_run,
     check_fits,
-    made_folder,
     read_checkpoint,
     run_of,
 )
@@ -48,6 +48,8 @@ from fcvgg.training.callbacks import (
     FiniteLoss,
     History,
 )
+
+LOCK = ".lock"
 
 _LIGHTNING = ("pytorch_lightning", "lightning_fabric", "lightning", "torchmetrics")
 
@@ -142,38 +144,36 @@ def fit(
         progress: show a bar, and print a line for every epoch, on stderr.
 
     Raises:
-        TrainingError: if the loss is not finite, a checkpoint cannot be written, or the folder
-            holds a run and `resume` is False.
+        TrainingError: if the loss is not finite, a checkpoint cannot be written, another run is
+            using the folder, or it holds a run and `resume` is False.
         LoadError: if the folder's run is another one, or its checkpoint is broken.
         ArgumentError: if Lightning refuses the settings.
         KeyboardInterrupt: on Ctrl-C; the last finished epoch is kept.
     """
     check_choice("mode", mode, ("min", "max"))
-    folder = made_folder(Path(folder))
     run = run_of(identity or {}, settings)
-    begun = begun_run(folder, run, resume)
-    history = History(folder, monitor, mode)
-    if begun is not None:
-        check_fits(begun, module, folder / LAST)
-        history.load_state_dict(begun["callbacks"][history.state_key])
-    done = len(history.epochs)
-    module.settings = settings
-    if done < settings.epochs and not (begun and begun[RUN_KEY]["stopped"]):
-        loaders = _Loaders(train, valid, settings, collate)
-        callbacks = [
-            Determinism(settings.seed),
-            FiniteLoss(folder),
-            history,
-            BestAndLast(folder, run, history, lines=progress),
-        ]
-        if settings.patience is not None:
-            callbacks.append(
-                EarlyStopping(monitor, patience=settings.patience, mode=mode, check_finite=False)
-            )
-        if progress:
-            callbacks.append(Bar())
-        _train(module, loaders, callbacks, folder / LAST if begun else None)
-    module.load_state_dict(read_checkpoint(folder / BEST)["state_dict"])
+    history = History(Path(folder), monitor, mode)
+    with run_folder(folder) as folder:
+        begun = begun_run(folder, run, resume)
+        if begun is not None:
+            check_fits(begun, module, folder / LAST)
+            history.load_state_dict(begun["callbacks"][history.state_key])
+        done = len(history.epochs)
+        module.settings = settings
+        if done < settings.epochs and not (begun and begun[RUN_KEY]["stopped"]):
+            kept = BestAndLast(folder, run, history, lines=progress)
+            callbacks = [Determinism(settings.seed), FiniteLoss(folder), history, kept]
+            if settings.patience is not None:
+                callbacks.append(
+                    EarlyStopping(
+                        monitor, patience=settings.patience, mode=mode, check_finite=False
+                    )
+                )
+            if progress:
+                callbacks.append(Bar())
+            loaders = _Loaders(train, valid, settings, collate)
+            _train(module, loaders, callbacks, folder / LAST if begun else None)
+        module.load_state_dict(read_checkpoint(folder / BEST)["state_dict"])
     module.trainer = None
     module.eval()
     return TrainingRun(
@@ -260,6 +260,39 @@ def _trainer(settings: Settings, callbacks: list[Any]) -> pl.Trainer:
 def is_main_process() -> bool:
     """Whether this is the process that writes, of several that train together."""
     return not getattr(rank_zero_only, "rank", 0)
+
+
+@contextlib.contextmanager
+def run_folder(folder: str | Path) -> Iterator[Path]:
+    """The folder of a run, made if it is absent and locked against other runs.
+
+    The thread that holds it may enter it again.
+
+    Raises:
+        TrainingError: if it cannot be made or locked, or another run is using it.
+    """
+    folder = Path(folder)
+    if not is_main_process():  # the main process holds it for all
+        yield folder
+        return
+    lock = FileLock(folder / LOCK, blocking=False, is_singleton=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout as error:
+        raise TrainingError(
+            f"{folder} is in use by another run; wait for it, or choose another folder"
+        ) from error
+    except OSError as error:
+        raise TrainingError(
+            f"cannot make the folder {folder} for the run: {error.strerror or error}"
+        ) from error
+    try:
+        yield folder
+    finally:
+        if lock.lock_counter == 1:
+            (folder / LOCK).unlink(missing_ok=True)
+        lock.release()
 
 
 @contextlib.contextmanager

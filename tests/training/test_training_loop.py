@@ -10,11 +10,13 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from threading import Thread
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -276,6 +278,29 @@ def test_a_run_goes_on_where_its_folder_has_moved(tmp_path: Path) -> None:
         (tmp_path / name).rename(tmp_path / "moved")
     assert (run.resumed_after, run.best_epoch, run.best_value) == (2, 2, 3.0)
     assert not (tmp_path / "first").exists()
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:
+    refused: list[str] = []
+
+    def second() -> None:
+        with pytest.raises(TrainingError) as caught:
+            train(tmp_path, resume=True)
+        refused.append(str(caught.value))
+
+    def at(epoch: int, batch_idx: int) -> None:
+        if (epoch, batch_idx) == (0, 0):
+            other = Thread(target=second)
+            other.start()
+            other.join()
+
+    train(tmp_path, Small(at))
+    assert refused == [
+        f"{tmp_path} is in use by another run; wait for it, or choose another folder"
+    ]
+    with FileLock(tmp_path / ".lock"), pytest.raises(TrainingError, match="in use by another run"):
+        train(tmp_path, resume=True)  # as another process
+    assert train(tmp_path, resume=True).resumed_after == 4
 
 
 def test_another_seed_gives_other_weights(whole: Path, tmp_path: Path) -> None:
