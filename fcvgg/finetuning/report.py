@@ -52,20 +52,16 @@ def write_report(result: FineTuned) -> Path:
     folder = result.report_path.parent
     folder.mkdir(exist_ok=True)
     places, wrong = _worst(result)
-    figures = {
-        "Confusion matrix": ("confusion.png", _confusion(result)),
-        ("The worst mistakes" if wrong else "No mistake; the least certain of the right ones"): (
-            "mistakes.png",
-            _mistakes(result, places),
-        ),
-    }
+    title = "The worst mistakes" if wrong else "No mistake; the least certain of the right ones"
+    figures = {"Confusion matrix": _confusion(result), title: _mistakes(result, places)}
+    names = {"Confusion matrix": "confusion.png", title: "mistakes.png"}
     if result.training is not None and result.training.history:
-        figures = {"Learning curves": ("curves.png", _curves(result.training)), **figures}
-    for name, figure in figures.values():
-        save_figure(figure, folder / name)
-    shown = {title: name for title, (name, _) in figures.items()}
+        figures["Learning curves"] = _curves(result.training)
+        names = {"Learning curves": "curves.png", **names}
+    for title, figure in figures.items():
+        save_figure(figure, folder / names[title])
     with written_whole(result.report_path) as temporary:
-        temporary.write_text(_markdown(result, shown, places), encoding="utf-8")
+        temporary.write_text(_markdown(result, names, places), encoding="utf-8")
     return result.report_path
 
 
@@ -156,18 +152,14 @@ def _mistakes(result: FineTuned, places: list[int]) -> Figure:
 
 
 def _dense(result: FineTuned) -> FullyConvolutional:
-    """The network with a finer stride, where it has one."""
+    """The network with a finer stride, if it can have one."""
     stride = max(result.net.geometry.stride[0] // _FINER, 1)
-    options: dict[str, Any] = {
-        "input_size": result.size,
-        "preprocess": result.net.preprocess,
-        "categories": result.classes,
-        "verify": False,
-    }
     try:
-        return convert(result.model, output_stride=stride, **options)
+        net = convert(result.model, input_size=result.size, output_stride=stride, verify=False)
     except ConversionError:
-        return convert(result.model, **options)
+        return result.net
+    net.preprocess, net.categories = result.net.preprocess, result.classes
+    return net
 
 
 def _scaled(picture: Picture, net: FullyConvolutional) -> Picture:
@@ -182,48 +174,47 @@ def _scaled(picture: Picture, net: FullyConvolutional) -> Picture:
 
 
 def _markdown(result: FineTuned, figures: dict[str, str], places: list[int]) -> str:
-    parts = [
+    """The report; `figures` are the names of files by title."""
+    classes = [
+        (name, *result.counts[name], f"{share:.1%}")
+        for name, share in result.class_accuracy.items()
+    ]
+    sections = [
         _escaped(f"# {result.source} for {_listed(result.classes)}"),
-        "",
-        *(f"- {_escaped(line)}" for line in str(result).splitlines()),
-        "",
+        "\n".join(f"- {_escaped(line)}" for line in str(result).splitlines()),
         f"The network is in `{readable(result.model_path)}`; "
         f"`{readable(result.heatmap_command)}` shows where it sees a class.",
-        "",
         "## Images",
-        "",
         _escaped(f"{result.origin[0].upper()}{result.origin[1:]}."),
-        "",
-        _table(
-            ("class", "training images", "held out", "right"),
-            [
-                (name, *result.counts[name], f"{share:.1%}")
-                for name, share in result.class_accuracy.items()
-            ],
-        ),
-        *(
-            line
-            for title, name in figures.items()
-            for line in ("", f"## {title}", "", f"![{title}]({name})")
-        ),
-        "",
+        _table(("class", "training images", "held out", "right"), classes),
+        *(f"## {title}\n\n![{title}]({name})" for title, name in figures.items()),
         f"The classifier saw every image at {result.size[0]}x{result.size[1]} pixels, and the "
         "probabilities above the heatmaps are its own. The heatmaps are those of the converted "
         "network on the image at its own or an enlarged size: they show the classes of parts, and "
         "may differ from the class of the whole image.",
-        "",
         _table(
             ("image", "class", "predicted", "probability of its class"),
             [_mistake(result, place) for place in places],
         ),
-        "",
         "## Settings",
-        "",
         _table(("setting", "value"), list(_settings(result).items())),
-        *_skipped(result),
-        "",
     ]
-    return "\n".join(parts)
+    if result.skipped:
+        used = sum(map(sum, result.counts.values()))
+        lines = [f"- {_escaped(one)}" for one in result.skipped[:_LEFT_OUT]]
+        more = len(result.skipped) - len(lines)
+        lines += [f"- and {more:,} more"] * (more > 0)
+        summary = f"{_escaped(left_out(result.skipped, used))}."
+        sections += ["## Files left out", summary, "\n".join(lines)]
+    return "\n\n".join(sections) + "\n"
+
+
+def _mistake(result: FineTuned, place: int) -> tuple[Any, ...]:
+    probabilities = result.probabilities[place]
+    truth = result.valid.labels[place]
+    predicted = result.classes[int(probabilities.argmax())]
+    path = result.valid.paths[place]
+    return path, result.classes[truth], predicted, f"{probabilities[truth]:.3f}"
 
 
 def _settings(result: FineTuned) -> dict[str, Any]:
@@ -235,25 +226,6 @@ def _settings(result: FineTuned) -> dict[str, Any]:
         "augment": result.recipe.augmented(strategy),
         **(asdict(result.settings) if result.training is not None else {}),
     }
-
-
-def _skipped(result: FineTuned) -> list[str]:
-    if not result.skipped:
-        return []
-    used = sum(map(sum, result.counts.values()))
-    lines = [f"- {_escaped(one)}" for one in result.skipped[:_LEFT_OUT]]
-    more = len(result.skipped) - len(lines)
-    if more:
-        lines.append(f"- and {more:,} more")
-    return ["", "## Files left out", "", f"{_escaped(left_out(result.skipped, used))}.", "", *lines]
-
-
-def _mistake(result: FineTuned, place: int) -> tuple[Any, ...]:
-    probabilities = result.probabilities[place]
-    truth = result.valid.labels[place]
-    predicted = result.classes[int(probabilities.argmax())]
-    path = result.valid.paths[place]
-    return path, result.classes[truth], predicted, f"{probabilities[truth]:.3f}"
 
 
 def _table(heading: tuple[str, ...], rows: list[Any]) -> str:

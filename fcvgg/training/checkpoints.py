@@ -16,7 +16,7 @@ from fcvgg.training.settings import Settings
 
 BEST, LAST, HISTORY = "best.ckpt", "last.ckpt", "history.csv"
 RUN_KEY = "fcvgg_run"
-"""The key in a checkpoint of what run it belongs to."""
+"""The key in a checkpoint under which the run is described that it belongs to."""
 
 Kind = TypeVar("Kind", bound=BaseException)
 
@@ -56,7 +56,7 @@ def begun_run(folder: Path, run: Mapping[str, Any], resume: bool) -> dict[str, A
     content = read_checkpoint(last)
     found = content.get(RUN_KEY)
     if not isinstance(found, dict):
-        raise LoadError(f"{last} was not written by fcvgg's training; choose another folder")
+        raise LoadError(f"{last} does not hold a training run of fcvgg; choose another folder")
     for kind in ("identity", "settings"):
         for name, value in run[kind].items():
             was = found[kind].get(name)
@@ -69,22 +69,24 @@ def begun_run(folder: Path, run: Mapping[str, Any], resume: bool) -> dict[str, A
 
 
 def check_fits(content: Mapping[str, Any], model: nn.Module, path: Path) -> None:
-    """Refuse a checkpoint of a network with other layers.
+    """Refuse a checkpoint of weights alone, or of a network with other layers.
 
     Raises:
-        LoadError: if a parameter is missing or has another shape.
+        LoadError: if no run can go on from it, or a parameter is missing or has another shape.
     """
+    if "callbacks" not in content:
+        raise LoadError(f"{path} holds weights only, from which no run can go on; restore {LAST}")
     saved, own = (
         {name: tuple(tensor.shape) for name, tensor in state.items()}
         for state in (content["state_dict"], model.state_dict())
     )
-    differing = [name for name in {**saved, **own} if saved.get(name) != own.get(name)]
-    if differing:
-        name = differing[0]
-        raise LoadError(
-            f"{path} does not fit the network: {name} is {saved.get(name, 'absent')} there and "
-            f"{own.get(name, 'absent')} here (1 of {len(differing)}); resume with the same network"
-        )
+    for name in {**saved, **own}:
+        was, here = saved.get(name, "absent"), own.get(name, "absent")
+        if was != here:
+            raise LoadError(
+                f"{path} does not fit the network: {name} is {was} there and {here} here; resume "
+                "with the same network"
+            )
 
 
 def write_checkpoint(checkpoint: Any, path: Path) -> None:
@@ -99,7 +101,7 @@ def write_checkpoint(checkpoint: Any, path: Path) -> None:
         with written_whole(path) as temporary, open(temporary, "wb") as file:
             torch.save(checkpoint, file)
     except (OSError, RuntimeError, FcvggError) as error:
-        # torch's writer ends in a RuntimeError of its own, of which what stopped it is the context
+        # torch's writer ends in a RuntimeError, whose context is the cause
         if _first(KeyboardInterrupt, error) is not None:
             raise KeyboardInterrupt from error
         cause = _first(OSError, error)
@@ -130,7 +132,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def _first(kind: type[Kind], error: BaseException | None) -> Kind | None:
-    """The first error of a kind among one and what led to it."""
+    """The first error of a kind among an error and its causes."""
     while error is not None:
         if isinstance(error, kind):
             return error

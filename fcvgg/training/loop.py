@@ -206,8 +206,12 @@ class _Loaders(pl.LightningDataModule):  # type: ignore[misc]
         super().__init__()
         self.train = train
         self.valid = valid
-        self.collate = collate
         self.settings = settings
+        self.options: dict[str, Any] = {
+            "batch_size": settings.batch_size,
+            "num_workers": settings.workers,
+            "collate_fn": collate,
+        }
 
     def train_dataloader(self) -> DataLoader[Any]:
         settings = self.settings
@@ -219,19 +223,11 @@ class _Loaders(pl.LightningDataModule):  # type: ignore[misc]
             SeededItems(self.train, settings.seed),
             sampler=EpochSampler(self.train, settings.seed, self.trainer.current_epoch),
             drop_last=alone and settings.batch_size > 1,
-            **self._shared,
+            **self.options,
         )
 
     def val_dataloader(self) -> DataLoader[Any]:
-        return DataLoader(self.valid, **self._shared)
-
-    @property
-    def _shared(self) -> dict[str, Any]:
-        return {
-            "batch_size": self.settings.batch_size,
-            "num_workers": self.settings.workers,
-            "collate_fn": self.collate,
-        }
+        return DataLoader(self.valid, **self.options)
 
 
 def _trainer(settings: Settings, callbacks: list[Any]) -> pl.Trainer:

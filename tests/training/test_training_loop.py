@@ -488,8 +488,8 @@ def test_a_checkpoint_of_another_network(tmp_path: Path) -> None:
     other = Small()
     other.model[4] = nn.Linear(16, 3)
     message = (
-        r"last.ckpt does not fit the network: model.4.weight is \(2, 16\) there and \(3, 16\) here "
-        r"\(1 of 2\); resume with the same network"
+        r"last.ckpt does not fit the network: model.4.weight is \(2, 16\) there and \(3, 16\) here; "
+        r"resume with the same network"
     )
     with pytest.raises(LoadError, match=message):
         train(tmp_path, other, settings=Settings(epochs=1), resume=True)
@@ -500,8 +500,14 @@ def test_a_checkpoint_that_is_none(tmp_path: Path) -> None:
     with pytest.raises(LoadError, match=r"last\.ckpt is a broken checkpoint: "):
         train(tmp_path, resume=True)
     torch.save({"state_dict": {}}, tmp_path / "last.ckpt")
-    with pytest.raises(LoadError, match=r"was not written by fcvgg"):
+    with pytest.raises(LoadError, match=r"does not hold a training run of fcvgg"):
         train(tmp_path, resume=True)
+    settings = Settings(epochs=1)
+    train(tmp_path / "run", settings=settings)
+    content = torch.load(tmp_path / "run" / "last.ckpt", weights_only=True)
+    torch.save({k: content[k] for k in ("state_dict", "fcvgg_run")}, tmp_path / "last.ckpt")
+    with pytest.raises(LoadError, match=r"last\.ckpt holds weights only, from which no run can go"):
+        train(tmp_path, settings=settings, resume=True)
     torch.save([1], tmp_path / "last.ckpt")
     with pytest.raises(LoadError, match=r"must hold a checkpoint, got list"):
         train(tmp_path, resume=True)
