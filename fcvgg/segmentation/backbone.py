@@ -64,8 +64,8 @@ def without_classifier(net: FullyConvolutional, own: bool, same: bool) -> FullyC
     names = layer_names(net)
     source = _hidden(net, names)
     network = copy.deepcopy(net.network, _memo(net, names, own))
-    kept = _nodes_before(network.graph, source.node)
-    graph = _ending(network.graph, kept, source.node)
+    graph = _ending(network.graph, source.node)
+    kept = {node.name for node in graph.nodes}
     called = {str(n.target) for n in graph.nodes if n.op == "call_module"}
     _drop_uncalled(network, graph)
     geometry = source.geometry
@@ -108,9 +108,7 @@ def map_sources(backbone: FullyConvolutional, count: int) -> list[MapSource]:
 
 def return_maps_(backbone: FullyConvolutional, sources: list[MapSource]) -> FullyConvolutional:
     """Let the backbone return the maps of all sources, as a tuple if there are several."""
-    graph = backbone.network.graph
-    nodes = {n.name: n for n in graph.nodes}
-    backbone.network.graph = _ending(graph, set(nodes), *(s.node for s in sources))
+    backbone.network.graph = _ending(backbone.network.graph, *(s.node for s in sources))
     _check_sizes(backbone, sources)
     return backbone
 
@@ -138,8 +136,8 @@ def _check_sizes(backbone: FullyConvolutional, sources: list[MapSource]) -> None
 def with_first_map(program: Program) -> Program:
     """The program as it was before `return_maps_`: with its first map alone."""
     graph = program.network.graph
-    single = _ending(graph, {n.name for n in graph.nodes}, _results(graph)[0].name)
-    return replace(program, network=graph_module(program.network, single))
+    first = _ending(graph, _results(graph)[0].name)
+    return replace(program, network=graph_module(program.network, first))
 
 
 # -- finding maps -----------------------------------------------------------------------------
@@ -313,13 +311,14 @@ def _nodes_before(graph: fx.Graph, end: str) -> set[str]:
     return needed
 
 
-def _ending(graph: fx.Graph, kept: set[str], *ends: str) -> fx.Graph:
-    """A graph of the kept nodes that returns the value of one node, or a tuple of several."""
-    new, made = fx.Graph(), dict[fx.Node, fx.Node]()
+def _ending(graph: fx.Graph, *ends: str) -> fx.Graph:
+    """The part of a graph that returns the value of one node, or a tuple of several."""
+    needed = set().union(*(_nodes_before(graph, end) for end in ends))
+    new, copies = fx.Graph(), dict[fx.Node, fx.Node]()
     for node in graph.nodes:
-        if node.name in kept and node.op != "output":
-            made[node] = new.node_copy(node, made.__getitem__)
-    by_name = {node.name: copied for node, copied in made.items()}
+        if node.name in needed:
+            copies[node] = new.node_copy(node, copies.__getitem__)
+    by_name = {node.name: copy for node, copy in copies.items()}
     results = tuple(by_name[name] for name in ends)
     new.output(results if len(results) > 1 else results[0])
     new.lint()

@@ -488,8 +488,8 @@ def test_a_checkpoint_of_another_network(tmp_path: Path) -> None:
     other = Small()
     other.model[4] = nn.Linear(16, 3)
     message = (
-        r"last.ckpt does not fit the network: model.4.weight is \(2, 16\) there and \(3, 16\) here; "
-        r"resume with the same network"
+        r"last.ckpt does not fit the network: model.4.weight is \(2, 16\) there and \(3, 16\) here"
+        r"; resume with the same network"
     )
     with pytest.raises(LoadError, match=message):
         train(tmp_path, other, settings=Settings(epochs=1), resume=True)
