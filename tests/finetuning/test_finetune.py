@@ -228,7 +228,7 @@ def test_resize_and_centre_crop(tmp_path: Path) -> None:
     assert label == 1
     assert squeezed.shape == (3, 20, 20)
     assert 0.3 < squeezed.mean() < 0.37
-    cropped, _ = ImageRows(files, plain, (20, 20), "centre-crop")[0]
+    cropped, _ = ImageRows(files, plain, (20, 20), "center-crop")[0]
     assert cropped.min() == 1
     taller, _ = ImageRows(files, plain, (30, 15), "centre-crop")[0]
     assert taller.shape == (3, 30, 15)
