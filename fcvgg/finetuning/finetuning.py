@@ -104,7 +104,7 @@ def _evaluate(
     """Convert and verify a trained classifier, and try it on the held-out images."""
     from fcvgg.finetuning.outputs import probabilities_of
 
-    net = job.converted(model, verify=True)
+    net = job.convert(model, verify=True)
     probabilities = probabilities_of(model, job.valid, net.activation, **job.execution)
     return FineTuned(
         net=net,

@@ -35,7 +35,7 @@ from fcvgg.geometry import Pair
 from fcvgg.images.datasets import LabelledFiles, SplitFolders
 from fcvgg.network import FullyConvolutional
 from fcvgg.probability import UNKNOWN
-from fcvgg.training.checkpoints import LAST, RUN_KEY, begun_run, run_of, write_checkpoint
+from fcvgg.training.checkpoints import LAST, RUN_KEY, describe_run, read_run, write_checkpoint
 from fcvgg.training.loop import TrainingRun, fit, is_main_process
 from fcvgg.training.normalization import check_batches
 from fcvgg.training.settings import Settings, balanced_weights
@@ -136,7 +136,7 @@ class Job:
             "pretrained_weights": digest_of(source.model)[:_DIGITS],
         }
 
-    def converted(self, model: nn.Module, verify: bool) -> FullyConvolutional:
+    def convert(self, model: nn.Module, verify: bool) -> FullyConvolutional:
         """A classifier of the run, fully convolutional; images keep their size."""
         return convert(
             model,
@@ -166,7 +166,7 @@ def train(job: Job) -> tuple[nn.Module, Settings, TrainingRun | None]:
         return _train_svm(job), job.settings, None
     classes, seed = len(job.found.classes), job.settings.seed
     model = prepare_model(job.source, job.strategy, job.recipe, classes, seed)
-    _check_scores(job.converted(model, verify=False))  # refused before any time is spent
+    _check_scores(job.convert(model, verify=False))  # refused before any time is spent
     if job.strategy != "linear":
         channels = job.source.preprocess.channels
         check_batches(model, len(job.found.train), channels, job.size, job.settings)
@@ -195,8 +195,8 @@ def _train_svm(job: Job) -> nn.Module:
             "augment must be False or None for the strategy svm, which computes features once, "
             "got True"
         )
-    run = run_of(job.identity, job.settings)
-    begun_run(job.folder, run, job.resume)
+    run = describe_run(job.identity, job.settings)
+    read_run(job.folder, run, job.resume)
     model = fit_svm(
         job.source.model,
         job.train,

@@ -461,7 +461,7 @@ class MaskedImages(Dataset[tuple[Tensor, Tensor]]):
         return prepared.tensor(self.preprocess)[0].to(self.dtype)
 
 
-def collated(items: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
+def collate_by_size(items: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
     """Batches of equal size: one, or several where the images differ."""
     by_size: dict[tuple[int, ...], list[tuple[Tensor, Tensor]]] = {}
     for image, mask in items:

@@ -150,7 +150,7 @@ class FCN(nn.Module):
         given = given_preprocess(preprocess, net.in_channels)
         self.preprocess = net.preprocess if given is None else given
         if init_from is not None:
-            self._start_from(init_from, shared=not copy)
+            self._load_coarser(init_from, shared=not copy)
 
     @classmethod
     def _of(
@@ -186,7 +186,7 @@ class FCN(nn.Module):
         self.to_pixels = BilinearUpsampling(num_classes, grids[-1], PIXELS, dtype=dtype)
         self.to(device_of(backbone), dtype)
 
-    def _start_from(self, coarser: FCN, shared: bool) -> None:
+    def _load_coarser(self, coarser: FCN, shared: bool) -> None:
         """Take the weights of a variant that scores fewer maps.
 
         Raises:

@@ -13,7 +13,12 @@ from torch import Tensor
 from fcvgg.errors import ArgumentError, DatasetError, GeometryError, PreprocessError
 from fcvgg.geometry import Pair, checked_size
 from fcvgg.images.files import Unreadable
-from fcvgg.segmentation.mask_folders import MaskedImages, MaskFolder, collated, train_and_valid
+from fcvgg.segmentation.mask_folders import (
+    MaskedImages,
+    MaskFolder,
+    collate_by_size,
+    train_and_valid,
+)
 from fcvgg.segmentation.metrics import (
     SegmentationMetrics,
     confusion_metric,
@@ -120,7 +125,7 @@ def train_fcn(
         mode="max",
         identity=_identity(module, samples),
         resume=resume,
-        collate=collated,
+        collate=collate_by_size,
         progress=progress,
     )
     fcn.save(run.folder / "fcn")

@@ -36,13 +36,13 @@ def check_new(folder: Path, names: Iterable[str], resume: bool) -> None:
         )
 
 
-def run_of(identity: Mapping[str, Any], settings: Settings) -> dict[str, Any]:
+def describe_run(identity: Mapping[str, Any], settings: Settings) -> dict[str, Any]:
     """What run this is, as a checkpoint gives it back, where tuples have become lists."""
     plain = {k: list(v) if isinstance(v, (tuple, list)) else v for k, v in identity.items()}
     return {"identity": plain, "settings": settings.fixed}
 
 
-def begun_run(folder: Path, run: Mapping[str, Any], resume: bool) -> dict[str, Any] | None:
+def read_run(folder: Path, run: Mapping[str, Any], resume: bool) -> dict[str, Any] | None:
     """The last checkpoint of a run in its folder, or None if there is none.
 
     Raises:

@@ -21,10 +21,10 @@ from fcvgg.training.checkpoints import (
     BEST,
     LAST,
     RUN_KEY,
-    begun_run,
     check_fits,
+    describe_run,
     read_checkpoint,
-    run_of,
+    read_run,
 )
 from fcvgg.training.sampling import EpochSampler, SeededItems
 from fcvgg.training.settings import Settings, check_choice, optimizer_and_schedule
@@ -151,10 +151,10 @@ def fit(
         KeyboardInterrupt: on Ctrl-C; the last finished epoch is kept.
     """
     check_choice("mode", mode, ("min", "max"))
-    run = run_of(identity or {}, settings)
+    run = describe_run(identity or {}, settings)
     history = History(Path(folder), monitor, mode)
     with run_folder(folder) as folder:
-        begun = begun_run(folder, run, resume)
+        begun = read_run(folder, run, resume)
         if begun is not None:
             check_fits(begun, module, folder / LAST)
             history.load_state_dict(begun["callbacks"][history.state_key])
