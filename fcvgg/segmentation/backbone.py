@@ -133,11 +133,16 @@ def _check_sizes(backbone: FullyConvolutional, sources: list[MapSource]) -> None
                 )
 
 
-def with_first_map(program: Program) -> Program:
-    """The program as it was before `return_maps_`: with its first map alone."""
-    graph = program.network.graph
-    first = _ending(graph, _results(graph)[0].name)
-    return replace(program, network=graph_module(program.network, first))
+def with_first_map(backbone: FullyConvolutional) -> FullyConvolutional:
+    """The backbone as it was before `return_maps_`: with its first map alone."""
+    graph = backbone.network.graph
+    network = graph_module(backbone.network, _ending(graph, _results(graph)[0].name))
+    return FullyConvolutional(
+        replace(backbone.program, network=network),
+        input_size=backbone.input_size,
+        preprocess=backbone.preprocess,
+        source=backbone.source,
+    )
 
 
 # -- finding maps -----------------------------------------------------------------------------

@@ -35,7 +35,6 @@ from fcvgg.segmentation.backbone import (
     without_classifier,
 )
 from fcvgg.segmentation.upsampling import PIXELS, BilinearUpsampling
-from fcvgg.serialization.bundle import write_bundle
 from fcvgg.support import untrusted
 from fcvgg.support.atomic import checked_folder, folder_written_whole
 from fcvgg.support.module_state import device_of, dtype_of, evaluating
@@ -316,26 +315,13 @@ class FCN(nn.Module):
         own = {k: v for k, v in self.state_dict().items() if not k.startswith(_BACKBONE_PREFIX)}
         try:
             with folder_written_whole(path, (CONFIG, SCORES, BACKBONE)) as folder:
-                self._write_backbone(folder / BACKBONE)
+                with_first_map(self.backbone).save(folder / BACKBONE)
                 save_file({k: v.contiguous() for k, v in own.items()}, folder / SCORES)
                 (folder / SCORES).chmod(0o644)
                 (folder / CONFIG).write_text(json.dumps(config, indent=1, allow_nan=False) + "\n")
         except (SafetensorError, ValueError) as error:
             raise FcvggError(f"cannot write {path}: {one_line(error)}") from error
         return path
-
-    def _write_backbone(self, path: Path) -> None:
-        backbone = self.backbone
-        program = with_first_map(backbone.program) if len(self.sources) > 1 else backbone.program
-        settings = {
-            "source": backbone.source,
-            "input_size": list(backbone.input_size),
-            "activation": backbone.activation,
-            "categories": None,
-            "preprocess": encoded_preprocess(backbone.preprocess),
-            "equivalence": None,
-        }
-        write_bundle(path, program, settings)
 
     @classmethod
     def load(cls, path: str | Path) -> FCN:

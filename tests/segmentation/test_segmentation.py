@@ -417,9 +417,7 @@ def test_what_cannot_be_built_is_said_in_one_line() -> None:
         fcvgg.FCN(seeded(SmallVGG), 3)  # type: ignore[arg-type]
     with pytest.raises(fcvgg.ArgumentError, match="num_classes=0 is no number of classes"):
         fcvgg.FCN(net, 0)
-    with pytest.raises(
-        fcvgg.ArgumentError, match="num_classes must be 2 to 255, got 1; add"
-    ):
+    with pytest.raises(fcvgg.ArgumentError, match="num_classes must be 2 to 255, got 1; add"):
         fcvgg.FCN(net, 1)
     with pytest.raises(fcvgg.CategoryError, match="the category 'a' is there twice; expected one"):
         fcvgg.FCN(net, 3, categories=("a", "b", "a"))
@@ -1142,11 +1140,4 @@ def test_a_geometry_that_does_not_fit_the_map_is_refused() -> None:
     with pytest.raises(
         fcvgg.UnsupportedLayerError, match=r"the map of fc7 must be .* by its geometry, got"
     ):
-        return_maps_(first_map_of(fcn), wrong)
-
-
-def first_map_of(fcn: fcvgg.FCN) -> fcvgg.FullyConvolutional:
-    """The backbone of a network as it was before it gave several maps."""
-    backbone = copy.deepcopy(fcn.backbone)
-    backbone.network = with_first_map(backbone.program).network
-    return backbone
+        return_maps_(with_first_map(fcn.backbone), wrong)
