@@ -175,7 +175,7 @@ def _measure_similarity(
     places = [
         int(i)
         for label in classes
-        for i in rng.permutation(np.flatnonzero(labels == label).tolist())[:share]
+        for i in rng.permutation(np.flatnonzero(labels == label))[:share]
     ]
     try:
         names = layer_names(source.model)

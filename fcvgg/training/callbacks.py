@@ -225,7 +225,9 @@ class BestAndLast(ModelCheckpoint):
         self.lines = lines
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        if self.history.best["epoch"] == trainer.current_epoch + 1:
+        improved = self.history.best["epoch"] == trainer.current_epoch + 1
+        # the main process decides, since saving waits for all and their values may differ
+        if trainer.strategy.broadcast(improved):
             trainer.save_checkpoint(self.folder / BEST, weights_only=True)
         super().on_train_epoch_end(trainer, pl_module)
         if self.lines and trainer.is_global_zero:
