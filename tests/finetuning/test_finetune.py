@@ -15,6 +15,7 @@ import matplotlib as mpl
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from hypothesis import given
 from hypothesis import strategies as st
 from nets import GlobalPooled, SmallVGG, seeded
@@ -824,6 +825,13 @@ def test_resuming_another_run(linear: fcvgg.FineTuned, textures: Path) -> None:
         tuned(textures, run, strategy="svm", resume=True)
     again = tuned(textures, run, resume=True, **LINEAR)
     assert torch.equal(again.model.classifier[0].weight, linear.model.classifier[0].weight)
+
+
+def test_a_folder_that_another_run_uses_is_refused(textures: Path, tmp_path: Path) -> None:
+    with FileLock(tmp_path / ".lock"):
+        ran = run(textures, "--arch", "demo", "--strategy", "svm", "-o", tmp_path)
+    said = f"{tmp_path} is in use by another run; wait for it, or choose another folder"
+    assert (ran.exit_code, ran.stderr) == (2, f"fcvgg: error: {said}\n")
 
 
 def test_a_machine_is_a_run_as_others_are(textures: Path, tmp_path: Path) -> None:
