@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 from torch import nn
 
 from fcvgg.errors import ArgumentError
 from fcvgg.geometry import Pair
-from fcvgg.support.module_state import device_of, dtype_of
+from fcvgg.support.module_state import device_of, dtype_of, state_kept
 from fcvgg.training.settings import Settings
 
 _ONE_VALUE = "Expected more than 1"
@@ -42,7 +39,7 @@ def check_batches(
         for name, module in model.named_modules()
     ]
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]), _state_kept(model):
+        with torch.no_grad(), torch.random.fork_rng(devices=[]), state_kept(model):
             model.train()(images)
     except ValueError as error:
         if not str(error).startswith(_ONE_VALUE):
@@ -60,18 +57,3 @@ def check_batches(
     finally:
         for hook in hooks:
             hook.remove()
-
-
-@contextmanager
-def _state_kept(model: nn.Module) -> Iterator[None]:
-    """Modes and batch norm's running statistics are put back."""
-    modes = [(module, module.training) for module in model.modules()]
-    before = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-        with torch.no_grad():
-            for buffer, values in before:
-                buffer.copy_(values)
