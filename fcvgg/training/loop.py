@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
 from torch.utils.data import DataLoader
 
 from fcvgg.errors import ArgumentError, MissingExtraError, TrainingError, one_line
+from fcvgg.support.lock import locked
 from fcvgg.training.checkpoints import (
     BEST,
     LAST,
@@ -48,8 +48,6 @@ from fcvgg.training.callbacks import (
     FiniteLoss,
     History,
 )
-
-LOCK = ".lock"
 
 _LIGHTNING = ("pytorch_lightning", "lightning_fabric", "lightning", "torchmetrics")
 
@@ -262,33 +260,21 @@ def is_main_process() -> bool:
 def run_folder(folder: str | Path) -> Iterator[Path]:
     """The folder of a run, made if it is absent and locked against other runs.
 
-    The thread that holds it may enter it again.
-
     Raises:
-        TrainingError: if it cannot be made or locked, or another run is using it.
+        TrainingError: if it cannot be made, or another run is using it.
     """
     folder = Path(folder)
     if not is_main_process():  # the main process holds it for all
         yield folder
         return
-    lock = FileLock(folder / LOCK, blocking=False, is_singleton=True)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
-    except Timeout as error:
-        raise TrainingError(
-            f"{folder} is in use by another run; wait for it, or choose another folder"
-        ) from error
     except OSError as error:
         raise TrainingError(
             f"cannot make the folder {folder} for the run: {error.strerror or error}"
         ) from error
-    try:
+    with locked(folder, TrainingError):
         yield folder
-    finally:
-        if lock.lock_counter == 1:
-            (folder / LOCK).unlink(missing_ok=True)
-        lock.release()
 
 
 @contextlib.contextmanager
