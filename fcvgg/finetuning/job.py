@@ -61,16 +61,8 @@ _UNTRAINABLE = {
 class Job:
     """The inputs of a run.
 
-    Attributes:
-        source: the classifier to start from.
-        recipe: what is done with it and the images.
-        choice: the strategy.
-        settings: how it is trained.
-        measure_rate: choose the learning rate by the features that the new layers get.
-        found: the images.
-        folder: the run's folder.
-        resume: go on with the run of the folder.
-        progress: show bars and lines on stderr.
+    `measure_rate` lets the learning rate follow the features that the new layers get; `progress`
+    shows bars and lines on stderr.
     """
 
     source: Pretrained

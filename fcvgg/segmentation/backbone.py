@@ -62,8 +62,13 @@ def without_classifier(net: FullyConvolutional, own: bool, same: bool) -> FullyC
             "its further heads"
         )
     names = layer_names(net)
-    source = _hidden(net, names)
-    network = copy.deepcopy(net.network, _memo(net, names, own))
+    last = next((x for x in reversed(names.layers) if x.role == "fc"), None)
+    if last is None:
+        raise UnsupportedLayerError(
+            f"{net.source} has no fully connected layer whose input could be scored"
+        )
+    source = _read_by(last, net, names)
+    network = copy.deepcopy(net.network, _memo(net, last, own))
     graph = _ending(network.graph, source.node)
     kept = {node.name for node in graph.nodes}
     called = {str(n.target) for n in graph.nodes if n.op == "call_module"}
@@ -148,13 +153,8 @@ def with_first_map(backbone: FullyConvolutional) -> FullyConvolutional:
 # -- finding maps -----------------------------------------------------------------------------
 
 
-def _hidden(net: FullyConvolutional, names: LayerNames) -> MapSource:
+def _read_by(last: NamedLayer, net: FullyConvolutional, names: LayerNames) -> MapSource:
     """The map that the last fully connected layer reads."""
-    last = next((x for x in reversed(names.layers) if x.role == "fc"), None)
-    if last is None:
-        raise UnsupportedLayerError(
-            f"{net.source} has no fully connected layer whose input could be scored"
-        )
     node = last.node.all_input_nodes[0]
     if node.target is F.pad:  # put there for padding="same"; the score layer is 1x1 and needs none
         node = node.all_input_nodes[0]
@@ -351,12 +351,11 @@ def _drop_uncalled(tree: nn.Module, graph: fx.Graph) -> None:
     drop(tree, "")
 
 
-def _memo(net: FullyConvolutional, names: LayerNames, own: bool) -> dict[int, Any]:
+def _memo(net: FullyConvolutional, last: NamedLayer, own: bool) -> dict[int, Any]:
     """The tensors of the net that are not copied: all of them, or the dropped classifier's."""
     if own:
-        last = next((x for x in reversed(names.layers) if x.role == "fc"), None)
-        left = net.network.get_submodule(last.path) if last is not None and last.path else None
-        return {id(p): p for p in left.parameters()} if left is not None else {}
+        dropped = net.network.get_submodule(last.path).parameters() if last.path else ()
+        return {id(p): p for p in dropped}
     return {
         **{id(p): nn.Parameter(p.detach(), p.requires_grad) for p in net.parameters()},
         **{id(b): b.detach() for b in net.buffers()},

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,8 +17,6 @@ from fcvgg.training.settings import Settings
 BEST, LAST, HISTORY = "best.ckpt", "last.ckpt", "history.csv"
 RUN_KEY = "fcvgg_run"
 """The key in a checkpoint under which the run is described that it belongs to."""
-
-Kind = TypeVar("Kind", bound=BaseException)
 
 
 def check_new(folder: Path, names: Iterable[str], resume: bool) -> None:
@@ -102,11 +100,12 @@ def write_checkpoint(checkpoint: Any, path: Path) -> None:
             torch.save(checkpoint, file)
     except (OSError, RuntimeError, FcvggError) as error:
         # torch's writer ends in a RuntimeError, whose context is the cause
-        if _first(KeyboardInterrupt, error) is not None:
+        causes = list(_causes(error))
+        if any(isinstance(cause, KeyboardInterrupt) for cause in causes):
             raise KeyboardInterrupt from error
-        cause = _first(OSError, error)
-        reason = cause.strerror if cause is not None else one_line(error)
-        full = cause is not None and cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        failed = next((cause for cause in causes if isinstance(cause, OSError)), None)
+        reason = one_line(error) if failed is None else failed.strerror
+        full = failed is not None and failed.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         what = "the disk is full" if full else "it could not be written"
         raise TrainingError(
             f"cannot save the checkpoint {path}: {what} ({reason}){kept}; "
@@ -131,10 +130,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     return content
 
 
-def _first(kind: type[Kind], error: BaseException | None) -> Kind | None:
-    """The first error of a kind among an error and its causes."""
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and its causes."""
     while error is not None:
-        if isinstance(error, kind):
-            return error
+        yield error
         error = error.__cause__ or error.__context__
-    return None
