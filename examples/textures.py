@@ -37,7 +37,7 @@ from torch.utils.data import TensorDataset
 import fcvgg
 from fcvgg.segmentation.mask_folders import read_mask
 from fcvgg.training import Settings
-from fcvgg.training.loop import Task, fit
+from fcvgg.training.loop import TrainingModule, fit
 
 CLASSES = ("brick", "grass", "gravel", "tissue")
 PHOTOGRAPHS = ("brick", "grass", "gravel", "immunohistochemistry")
@@ -190,7 +190,7 @@ def bent(side: int, rng: np.random.Generator) -> NDArray[np.float64]:
 # -- training ---------------------------------------------------------------------------------
 
 
-class CropTask(Task):
+class CropTask(TrainingModule):
     """Trains a head on features that do not change."""
 
     def __init__(self, head: nn.Module):

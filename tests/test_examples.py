@@ -146,7 +146,7 @@ def test_finetune_trains_converts_and_labels_a_mosaic(
     shares = [float(share) for share in re.findall(r"mosaic: ([\d.]+)% of", printed)]
     assert len(shares) == 2
     assert shares[1] > 70  # four classes; early features need few images
-    assert "strategy svm: as asked for" in printed
+    assert "strategy svm: as requested" in printed
     assert printed.endswith("wrote made/mosaic.png\n")
     for strategy in ("auto", "svm"):
         assert (tmp_path / "made" / strategy / "report" / "report.md").exists()

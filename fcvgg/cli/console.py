@@ -340,7 +340,7 @@ def in_option_words(message: str) -> str:
     message = message.replace("pass size=,", "pass --size,")
     for name in ("freeze_upto", "class_weights", "valid_fraction", "batch_size"):
         option = f"--{name.replace('_', '-')} "
-        message = message.replace(f"{name}=", option).replace(f"{name} goes", f"{option}goes")
+        message = re.sub(rf"\b{name}(=| (?=goes|must))", option, message)
     message = message.replace("activation= to fcvgg.convert", "--activation")
     message = message.replace(" to fcvgg.convert for scores", " for scores")
     message = re.sub(r"\b(arch|weights|activation)=(?=')", r"--\1 ", message)

@@ -1,26 +1,23 @@
-"""Labelled images for training: found, split, resized and augmented."""
+"""Labelled images as a network's input: read, resized and augmented."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
+from torchvision.transforms import InterpolationMode, v2
 
-from fcvgg.errors import ArgumentError
 from fcvgg.geometry import Pair
 from fcvgg.images.datasets import LabelledFiles
 from fcvgg.images.pictures import Picture
 from fcvgg.images.preprocessing import Preprocess
 from fcvgg.images.reading import read_picture
+from fcvgg.training.settings import check_choice
 
-# -- images to train on and to judge by -----------------------------------------------------------
-
-RESIZES = ("resize", "centre-crop")
+RESIZES = ("resize", "center-crop")
 
 _LEAST_AREA = 0.5
 """The least share of an image that a random crop keeps; ImageNet's 0.08 loses small objects."""
@@ -35,8 +32,8 @@ class ImageRows(Dataset[tuple[Tensor, int]]):
         files: which images.
         preprocess: how ``uint8`` pixels become input; its resize is not used.
         size: ``(h, w)`` of the input.
-        resize: ``"resize"`` to that size whatever the aspect ratio, or ``"centre-crop"``: as small
-            as covers that size, and the middle of it.
+        resize: ``"resize"`` to that size, whose aspect ratio may differ, or ``"center-crop"``: to
+            the smallest size that covers it, of which the middle is taken.
         augment: a random crop of half the image's area or more, mirrored or not, with random
             brightness, contrast and colour; drawn from torch's generator.
     """
@@ -49,14 +46,10 @@ class ImageRows(Dataset[tuple[Tensor, int]]):
         resize: str = "resize",
         augment: bool = False,
     ):
-        if resize not in RESIZES:
-            raise ArgumentError(
-                f"resize={resize!r} is unknown; expected {' or '.join(map(repr, RESIZES))}"
-            )
         self.files = files
         self.preprocess = replace(preprocess, resize=None)
         self.size = size
-        self.resize = resize
+        self.resize = checked_resize(resize)
         self.transform = _augmentation(size, preprocess) if augment else None
 
     def __len__(self) -> int:
@@ -76,41 +69,38 @@ class ImageRows(Dataset[tuple[Tensor, int]]):
         if self.resize == "resize":
             return picture.resized(self.size, how)
         scale = max(m / n for m, n in zip(self.size, picture.size))
-        covering = [  # rounded down, either could be a pixel short
+        height, width = (  # rounded down, either could be a pixel short
             max(round(n * scale), m) for m, n in zip(self.size, picture.size)
-        ]
-        picture = picture.resized((covering[0], covering[1]), how)
+        )
+        picture = picture.resized((height, width), how)
         top, left = ((n - m) // 2 for m, n in zip(self.size, picture.size))
         return picture.cropped(top, left, self.size)
 
 
-def balanced_weights(labels: Sequence[int], classes: int) -> Tensor:
-    """For every class its weight in the loss, such that all classes count the same in sum."""
-    counts = torch.bincount(torch.tensor(labels), minlength=classes)
-    return len(labels) / (classes * counts.double()).float()
+def checked_resize(resize: str) -> str:
+    """One of `RESIZES`; ``"centre-crop"`` is taken too.
+
+    Raises:
+        ArgumentError: if it is neither.
+    """
+    resize = "center-crop" if resize == "centre-crop" else resize
+    check_choice("resize", resize, RESIZES)
+    return resize
 
 
-def _augmentation(size: Pair, preprocess: Preprocess) -> Any:
-    from torchvision.transforms import InterpolationMode, v2
-
-    modes = {mode.value: mode for mode in InterpolationMode}
+def _augmentation(size: Pair, preprocess: Preprocess) -> v2.Transform:
     coloured = preprocess.channels in (1, 3) and preprocess.takes_bytes
-    colour = [v2.ColorJitter(**_JITTER)] if coloured else []
-    return v2.Compose(
-        [
-            v2.RandomResizedCrop(
-                size,
-                scale=(_LEAST_AREA, 1.0),
-                interpolation=modes[preprocess.interpolation],
-                antialias=True,
-            ),
-            v2.RandomHorizontalFlip(),
-            *colour,
-        ]
+    crop = v2.RandomResizedCrop(
+        size,
+        scale=(_LEAST_AREA, 1.0),
+        interpolation=InterpolationMode(preprocess.interpolation),
+        antialias=True,
     )
+    colour = [v2.ColorJitter(**_JITTER)] if coloured else []
+    return v2.Compose([crop, v2.RandomHorizontalFlip(), *colour])
 
 
-def _augmented(picture: Picture, transform: Any) -> Picture:
+def _augmented(picture: Picture, transform: v2.Transform) -> Picture:
     values = torch.from_numpy(np.array(picture.pixels)).permute(2, 0, 1)  # (C, H, W)
     if values.dtype == torch.uint8 or not picture.in_bytes:
         changed = transform(values)

@@ -1,4 +1,4 @@
-"""The classifier that fine-tuning starts from, and what is known of it."""
+"""The classifier that fine-tuning starts from, with its preprocessing and native size."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Pretrained:
 
     Attributes:
         model: the classifier; not changed by fine-tuning.
-        name: what it was asked for by, or its class.
+        name: the name or path that it was loaded by, or its class.
         preprocess: how images become its input.
         native: its native size ``(h, w)``.
     """
@@ -40,7 +40,7 @@ class Pretrained:
     native: Pair
 
 
-def pretrained(
+def load_pretrained(
     model: nn.Module | str | Path,
     weights: str | Path | None,
     preprocess: Preprocess | str | Callable[..., Preprocess | None] | None,
@@ -51,22 +51,22 @@ def pretrained(
     Args:
         model: a classifier, or a name or file as for `fcvgg.load`.
         weights: as for `fcvgg.load`.
-        preprocess: how images become input, or a function that tells it for a number of channels,
-            and may take what the source says as a second argument; what the source says when None.
-        size: the native size where the classifier takes images of any size.
+        preprocess: how images become input, or a function that gives it for a number of channels
+            and, if it takes a second argument, the source's preprocessing; the source's when None.
+        size: the native size of a classifier that takes images of any size.
 
     Raises:
-        ArgumentError: if it is a bundle.
-        PreprocessError: if the preprocessing is not known.
-        InputSizeError: if it takes images of any size and `size` is None.
+        ArgumentError: if `model` is a bundle.
+        PreprocessError: if the preprocessing is unknown.
+        InputSizeError: if the classifier takes images of any size and `size` is None.
     """
     known: dict[str, Any] = {}
     if isinstance(model, (str, Path)):
         name = str(model)
         if name not in ("demo", *torchvision_model.names()) and Path(name).is_dir():
             raise ArgumentError(
-                f"{name} is a converted network, whose head cannot be replaced; pass its source "
-                "model, or its name and weights"
+                f"model must be a classifier, got {name}, a converted network; its head cannot be "
+                "replaced, so pass its source model, or its name and weights"
             )
         classifier, known = read_source(name, None, weights)
     else:
@@ -82,7 +82,7 @@ def pretrained(
             f"the preprocessing of {name} is unknown; pass preprocess=fcvgg.Preprocess(mean, std), "
             "the one it was trained with"
         )
-    if dtype_of(classifier) != torch.float32:  # images are, and so are the layers that are new
+    if dtype_of(classifier) != torch.float32:  # as images and new layers are
         classifier = copy.deepcopy(classifier).float()
     return Pretrained(classifier, name, used, _native(classifier, known.get("input_size"), size))
 

@@ -1,4 +1,4 @@
-"""The report of a fine-tuned network: figures, tables, and where it looked when it was wrong."""
+"""The report of a fine-tuned network: figures, tables, and heatmaps of the worst mistakes."""
 
 from __future__ import annotations
 
@@ -25,21 +25,22 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from fcvgg.finetuning.result import FineTuned
+    from fcvgg.training.loop import TrainingRun
 
 SHOWN = 6
-"""Mistakes with heatmaps."""
+"""The number of mistakes with heatmaps."""
 
 _FINER = 4
 """How much finer than the network's own stride the heatmaps are."""
 
 _LEAST, _MOST = 1.5, 3.0
-"""The smaller side at which images are seen for heatmaps, in windows: a window is one cell."""
+"""Limits of an image's smaller side for heatmaps, in windows; one window gives one cell."""
 
 _LEFT_OUT = 1000
-"""Files that are listed by name."""
+"""The most skipped files that are listed by name."""
 
 _LABELLED = 20
-"""Classes up to which a confusion matrix has numbers."""
+"""The most classes for which a confusion matrix has numbers."""
 
 
 def write_report(result: FineTuned) -> Path:
@@ -50,22 +51,17 @@ def write_report(result: FineTuned) -> Path:
     """
     folder = result.report_path.parent
     folder.mkdir(exist_ok=True)
-    figures = []
-    if result.training is not None and result.training.history:
-        save_figure(_curves(result), folder / "curves.png")
-        figures.append(("Learning curves", "curves.png"))
-    save_figure(_confusion(result), folder / "confusion.png")
-    figures.append(("Confusion matrix", "confusion.png"))
     places, wrong = _worst(result)
-    save_figure(_mistakes(result, places), folder / "mistakes.png")
-    figures.append(
-        (
-            "The worst mistakes" if wrong else "No mistake; the least certain of the right ones",
-            "mistakes.png",
-        )
-    )
+    title = "The worst mistakes" if wrong else "No mistake; the least certain of the right ones"
+    figures = {"Confusion matrix": _confusion(result), title: _mistakes(result, places)}
+    names = {"Confusion matrix": "confusion.png", title: "mistakes.png"}
+    if result.training is not None and result.training.history:
+        figures["Learning curves"] = _curves(result.training)
+        names = {"Learning curves": "curves.png", **names}
+    for title, figure in figures.items():
+        save_figure(figure, folder / names[title])
     with written_whole(result.report_path) as temporary:
-        temporary.write_text(_markdown(result, figures, places), encoding="utf-8")
+        temporary.write_text(_markdown(result, names, places), encoding="utf-8")
     return result.report_path
 
 
@@ -82,24 +78,22 @@ def _worst(result: FineTuned) -> tuple[list[int], bool]:
 # -- figures ----------------------------------------------------------------------------------
 
 
-def _curves(result: FineTuned) -> Figure:
+def _curves(run: TrainingRun) -> Figure:
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    assert result.training is not None
-    history = result.training.history
-    epochs = [row["epoch"] for row in history]
+    epochs = [row["epoch"] for row in run.history]
+    most = max(row[f"{part}_loss"] for row in run.history for part in ("train", "valid"))
     figure = Figure(figsize=(10, 3.8), dpi=110, layout="constrained")
     for ax, what in zip(figure.subplots(1, 2), ("loss", "accuracy")):
-        for part, label in (("train", "training, as it went"), ("valid", "held out")):
-            values = [row[f"{part}_{what}"] for row in history]
+        for part, label in (("train", "training"), ("valid", "held out")):
+            values = [row[f"{part}_{what}"] for row in run.history]
             ax.plot(epochs, values, marker="o", markersize=3, label=label)
-        best = result.training.best_epoch
-        ax.axvline(best, color="grey", linestyle="--", label=f"best loss, epoch {best}")
+        label = f"best loss, epoch {run.best_epoch}"
+        ax.axvline(run.best_epoch, color="grey", linestyle="--", label=label)
         ax.set_xlabel("epoch")
         ax.set_ylabel(what)
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-        most = max(row[f"{part}_loss"] for row in history for part in ("train", "valid"))
         ax.set_ylim(0, 1.02 if what == "accuracy" else most * 1.05)
         ax.grid(alpha=0.3)
         ax.legend()
@@ -131,7 +125,7 @@ def _confusion(result: FineTuned) -> Figure:
 
 
 def _mistakes(result: FineTuned, places: list[int]) -> Figure:
-    """Every image, and where the network sees the class that it named and the true one."""
+    """Every image, with heatmaps of the predicted class and of the true one."""
     from matplotlib.figure import Figure
 
     net = _dense(result)
@@ -140,17 +134,17 @@ def _mistakes(result: FineTuned, places: list[int]) -> Figure:
     for axes, place in zip(grid, places):
         assert net.preprocess is not None
         picture = read_picture(result.valid.paths[place], net.preprocess)
-        given = result.probabilities[place]
-        truth, named = result.valid.labels[place], int(given.argmax())
-        other = truth if named != truth else int(given.argsort()[-2])
-        score_map = net.score_map(_seen(picture, net))
+        probabilities = result.probabilities[place]
+        truth, predicted = result.valid.labels[place], int(probabilities.argmax())
+        other = truth if predicted != truth else int(probabilities.argsort()[-2])
+        score_map = net.score_map(_scaled(picture, net))
         axes[0].imshow(picture.image, cmap="gray")
         axes[0].set_title(readable(result.valid.paths[place].name), fontsize=9, parse_math=False)
-        for ax, index in zip(axes[1:], (named, other)):
+        for ax, index in zip(axes[1:], (predicted, other)):
             ax.imshow(score_map.heatmap(index).overlay())
-            verb = "is" if index == truth else "called" if index == named else "next"
-            said = f"{verb} {result.classes[index]}: {given[index]:.2f}"
-            ax.set_title(said, fontsize=9, parse_math=False)
+            role = "true" if index == truth else "predicted" if index == predicted else "second"
+            title = f"{role}: {result.classes[index]}, {probabilities[index]:.2f}"
+            ax.set_title(title, fontsize=9, parse_math=False)
         for ax in axes:
             ax.set_axis_off()
     colour_bar(figure, grid[:, 2].tolist())
@@ -158,107 +152,80 @@ def _mistakes(result: FineTuned, places: list[int]) -> Figure:
 
 
 def _dense(result: FineTuned) -> FullyConvolutional:
-    """The network with a finer stride, where it has one."""
+    """The network with a finer stride, if it can have one."""
     stride = max(result.net.geometry.stride[0] // _FINER, 1)
-    options: dict[str, Any] = {
-        "input_size": result.size,
-        "preprocess": result.net.preprocess,
-        "categories": result.classes,
-        "verify": False,
-    }
     try:
-        return convert(result.model, output_stride=stride, **options)
+        net = convert(result.model, input_size=result.size, output_stride=stride, verify=False)
     except ConversionError:
-        return convert(result.model, **options)
+        return result.net
+    net.preprocess, net.categories = result.net.preprocess, result.classes
+    return net
 
 
-def _seen(picture: Picture, net: FullyConvolutional) -> Picture:
+def _scaled(picture: Picture, net: FullyConvolutional) -> Picture:
     """The picture at a size that gives several cells."""
     window = max(net.geometry.window)
     side = min(picture.size)
-    wanted = min(max(side, round(_LEAST * window)), round(_MOST * window))
-    return picture.resized(size_of_side(picture.size, wanted), "bilinear")
+    side = min(max(side, round(_LEAST * window)), round(_MOST * window))
+    return picture.resized(size_of_side(picture.size, side), "bilinear")
 
 
 # -- text -------------------------------------------------------------------------------------
 
 
-def _markdown(result: FineTuned, figures: list[tuple[str, str]], places: list[int]) -> str:
-    parts = [
+def _markdown(result: FineTuned, figures: dict[str, str], places: list[int]) -> str:
+    """The report; `figures` are the names of files by title."""
+    classes = [
+        (name, *result.counts[name], f"{share:.1%}")
+        for name, share in result.class_accuracy.items()
+    ]
+    sections = [
         _escaped(f"# {result.source} for {_listed(result.classes)}"),
-        "",
-        *(f"- {_escaped(line)}" for line in str(result).splitlines()),
-        "",
-        f"The network lies in `{readable(result.model_path)}`; "
+        "\n".join(f"- {_escaped(line)}" for line in str(result).splitlines()),
+        f"The network is in `{readable(result.model_path)}`; "
         f"`{readable(result.heatmap_command)}` shows where it sees a class.",
-        "",
         "## Images",
-        "",
         _escaped(f"{result.origin[0].upper()}{result.origin[1:]}."),
-        "",
-        _table(
-            ("class", "to train on", "held out", "right"),
-            [
-                (name, *result.counts[name], f"{share:.1%}")
-                for name, share in result.class_accuracy.items()
-            ],
-        ),
-        *(
-            line
-            for title, name in figures
-            for line in ("", f"## {title}", "", f"![{title}]({name})")
-        ),
-        "",
+        _table(("class", "training images", "held out", "right"), classes),
+        *(f"## {title}\n\n![{title}]({name})" for title, name in figures.items()),
         f"The classifier saw every image at {result.size[0]}x{result.size[1]} pixels, and the "
-        "probabilities above the heatmaps are what it gave. The heatmaps are the converted "
-        "network's on the image at its own or an enlarged size: they show the classes of its "
-        "parts, and need not agree with the whole.",
-        "",
+        "probabilities above the heatmaps are its own. The heatmaps are those of the converted "
+        "network on the image at its own or an enlarged size: they show the classes of parts, and "
+        "may differ from the class of the whole image.",
         _table(
             ("image", "class", "predicted", "probability of its class"),
             [_mistake(result, place) for place in places],
         ),
-        "",
         "## Settings",
-        "",
         _table(("setting", "value"), list(_settings(result).items())),
-        *_skipped(result),
-        "",
     ]
-    return "\n".join(parts)
-
-
-def _settings(result: FineTuned) -> dict[str, Any]:
-    recipe = {**asdict(result.recipe), "strategy": result.choice.strategy, "size": result.size}
-    recipe["augment"] = result.recipe.augmented(result.choice.strategy)
-    settings = asdict(result.settings) if result.training is not None else {}
-    return {**recipe, **settings}
-
-
-def _skipped(result: FineTuned) -> list[str]:
-    if not result.skipped:
-        return []
-    used = sum(map(sum, result.counts.values()))
-    lines = [f"- {_escaped(one)}" for one in result.skipped[:_LEFT_OUT]]
-    more = len(result.skipped) - len(lines)
-    return [
-        *("", "## Files left out", ""),
-        f"{_escaped(left_out(result.skipped, used))}.",
-        "",
-        *lines,
-        *[f"- and {more:,} more"] * (more > 0),
-    ]
+    if result.skipped:
+        used = sum(map(sum, result.counts.values()))
+        lines = [f"- {_escaped(one)}" for one in result.skipped[:_LEFT_OUT]]
+        more = len(result.skipped) - len(lines)
+        lines += [f"- and {more:,} more"] * (more > 0)
+        summary = f"{_escaped(left_out(result.skipped, used))}."
+        sections += ["## Files left out", summary, "\n".join(lines)]
+    return "\n\n".join(sections) + "\n"
 
 
 def _mistake(result: FineTuned, place: int) -> tuple[Any, ...]:
-    given = result.probabilities[place]
+    probabilities = result.probabilities[place]
     truth = result.valid.labels[place]
-    return (
-        result.valid.paths[place],
-        result.classes[truth],
-        result.classes[int(given.argmax())],
-        f"{given[truth]:.3f}",
-    )
+    predicted = result.classes[int(probabilities.argmax())]
+    path = result.valid.paths[place]
+    return path, result.classes[truth], predicted, f"{probabilities[truth]:.3f}"
+
+
+def _settings(result: FineTuned) -> dict[str, Any]:
+    strategy = result.choice.strategy
+    return {
+        **asdict(result.recipe),
+        "strategy": strategy,
+        "size": result.size,
+        "augment": result.recipe.augmented(strategy),
+        **(asdict(result.settings) if result.training is not None else {}),
+    }
 
 
 def _table(heading: tuple[str, ...], rows: list[Any]) -> str:

@@ -1,4 +1,4 @@
-"""`FineTuned`: what a run made, and how well it does."""
+"""`FineTuned`: the result of a run, and how good it is."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import nn
 
@@ -23,38 +22,38 @@ if TYPE_CHECKING:
     from fcvgg.training.loop import TrainingRun
 
 MODEL, REPORT = "model", "report"
-"""Folders of a run: the bundle, and what it is judged by."""
+"""Folders of a run: the bundle and the report."""
 
 _HEATMAP_WINDOWS = 1.5
-"""The smaller side of a photograph to look at, in sizes that the network was trained at."""
+"""The smaller side of a photograph for a heatmap, relative to the size of training."""
 
 _NAMED = 8
-"""Classes whose accuracies stand in one line."""
+"""The most classes whose accuracies are all printed."""
 
 
 @dataclass(frozen=True)
 class FineTuned:
-    """What `finetune` made; printing tells it.
+    """The result of `finetune`; its text is a summary.
 
     Attributes:
         net: the converted network, verified against `model`.
         model: the trained classifier, in evaluation mode.
         folder: the run's folder.
-        source: the name of the network that it started from.
+        source: the name of the network that training started from.
         choice: the strategy, and why.
-        recipe: what was done.
+        recipe: what was done with the network and the images.
         settings: how it was trained.
         classes: the class names.
-        counts: images to train on, and held out, of every class.
+        counts: the numbers of training and held-out images of every class.
         skipped: files of the folder that were left out, and why.
-        origin: how the held-out images came about.
+        origin: how the held-out images were chosen.
         size: ``(h, w)`` at which it was trained.
         training: epochs and checkpoints; None for ``"svm"``, which has none.
         valid: the held-out images.
         probabilities: of the classes ``(N, K)`` for every held-out image.
-        trained: how many parameters were trained.
-        parameters: how many there are.
-        seconds: how long this call took.
+        trained: the number of parameters that were trained.
+        parameters: the number of all parameters.
+        seconds: the duration of this call.
     """
 
     net: FullyConvolutional
@@ -90,8 +89,8 @@ class FineTuned:
     def heatmap_command(self) -> str:
         """A command that shows where the network sees a class in a photograph.
 
-        Trained images were seen whole at `size`, so a photograph is brought near that: at its own
-        size the network would see details larger than any that it was trained on.
+        Training images were seen whole at `size`, so a photograph is brought near that: at its own
+        size its details would be larger than any that the network was trained on.
         """
         scale = round(_HEATMAP_WINDOWS * max(self.size))
         model = shlex.quote(str(self.model_path))
@@ -100,12 +99,9 @@ class FineTuned:
     @property
     def confusion(self) -> NDArray[Any]:
         """Counts of held-out images ``(K, K)``, by class in rows and by prediction in columns."""
-        from fcvgg.support.extras import imported
-
-        metrics = imported("torchmetrics.functional.classification", "train")
-        predicted = torch.from_numpy(self.probabilities).argmax(1)
-        truth = torch.tensor(self.valid.labels)
-        return metrics.multiclass_confusion_matrix(predicted, truth, len(self.classes)).numpy()
+        table = np.zeros((len(self.classes),) * 2, np.int64)
+        np.add.at(table, (self.valid.labels, self.probabilities.argmax(1)), 1)
+        return table
 
     @property
     def accuracy(self) -> float:
@@ -133,9 +129,16 @@ class FineTuned:
             f"{self.size[0]}x{self.size[1]} pixels in {self.seconds:.0f} s{self._epochs()}",
             f"held out: {right} of {held_out} images right ({self.accuracy:.1%}), "
             + self._by_class(),
-            *self._one_answer(),
             str(self.net.equivalence),
         ]
+        predicted = set(self.probabilities.argmax(1).tolist())
+        if len(predicted) == 1 < len(set(self.valid.labels)):
+            lines.insert(
+                3,
+                f"every held-out image was classified as {self.classes[predicted.pop()]}: the "
+                "network does not tell the classes apart; train for more epochs, or with another "
+                "lr or strategy",
+            )
         return "\n".join(lines)
 
     def _by_class(self) -> str:
@@ -143,15 +146,6 @@ class FineTuned:
         named = self.class_accuracy.items() if len(shares) <= _NAMED else shares[:3]
         what = "" if len(shares) <= _NAMED else "the least: "
         return what + ", ".join(f"{name} {share:.0%}" for name, share in named)
-
-    def _one_answer(self) -> list[str]:
-        named = set(self.probabilities.argmax(1).tolist())
-        if len(named) > 1 or len(set(self.valid.labels)) == 1:
-            return []
-        return [
-            f"every held-out image was called {self.classes[named.pop()]}: the network does not "
-            "tell the classes apart; train for more epochs, or with another lr or strategy"
-        ]
 
     def _epochs(self) -> str:
         if self.training is None:

@@ -1,9 +1,9 @@
-"""What is trained of a network, and which way suits how many images of what kind.
+"""What is trained of a network, and which strategy suits how many images of what kind.
 
-The cases are those that the literature on transfer tells apart by how large a data set is and how
-like the images are to those that the network knows (the CS231n course notes on transfer learning,
-https://cs231n.github.io/transfer-learning; Yosinski et al., "How transferable are features in deep
-neural networks?", 2014, https://arxiv.org/abs/1411.1792).
+The literature on transfer learning distinguishes these cases by the size of the data set and by the
+similarity of its images to those that the network was trained on (the CS231n course notes on
+transfer learning, https://cs231n.github.io/transfer-learning; Yosinski et al., "How transferable
+are features in deep neural networks?", 2014, https://arxiv.org/abs/1411.1792).
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from fcvgg.errors import ArgumentError, ConversionError, InputSizeError
-from fcvgg.finetuning.images import RESIZES
-from fcvgg.geometry import Pair
+from fcvgg.finetuning.images import checked_resize
+from fcvgg.finetuning.pretrained import Pretrained
+from fcvgg.geometry import Pair, checked_size
 from fcvgg.images.datasets import LabelledFiles
-from fcvgg.images.preprocessing import Preprocess
 from fcvgg.rewriting.native_size import infer_input_size
+from fcvgg.training.settings import check_choice
 from fcvgg.transfer.freezing import freeze_, parameter_groups, unfreeze_
 from fcvgg.transfer.heads import WEIGHT_STD, fully_connected, replace_head
 from fcvgg.transfer.input_sizes import for_input_size
@@ -31,7 +32,7 @@ from fcvgg.transfer.naming import LayerNames, NamedLayer, layer_names
 STRATEGIES = ("auto", "linear", "partial", "all", "svm", "scratch")
 
 FEW, MANY = 100, 500
-"""Training images per class below which a data set is small, and from which on it is large."""
+"""Training images per class: fewer than the first are few, the second or more are many."""
 
 MEANINGS = {
     "linear": "all features are frozen and one linear layer is trained",
@@ -45,18 +46,18 @@ SCRATCH_RATES = {"adamw": 3e-4, "sgd": 1e-2}
 """Learning rates for random weights; VGG's was 0.01."""
 
 EPOCHS = {"linear": 100}
-"""Where they cost little, since features are computed once."""
+"""Default epochs of strategies whose epochs cost little, since features are computed once."""
 
 _STEPS = {"adamw": 0.3, "sgd": 1.0}
 _LARGEST_RATE = 1e-2
-"""How far the first step of a new layer moves what it gives, and a limit; see `new_layer_rate`."""
+"""How far the first step of a new layer moves its output, and a limit; see `new_layer_rate`."""
 
 _FEATURES_RATE, _DECAY = 0.1, 0.5
-"""The rate of the last block relative to the head's, and of every block to the next."""
+"""The rate of the last block relative to the head, and of every block relative to the next."""
 
 _PROBED, _FOLDS, _MARGIN = 120, 3, 0.02
-"""Images that tell the likeness, in how many folds, and by how much early features must be better,
-if the standard error of that is not more."""
+"""Images and folds that measure similarity, and the least margin by which early features must be
+better; the standard error is used where it is larger."""
 
 
 @dataclass(frozen=True)
@@ -65,18 +66,18 @@ class Recipe:
 
     Args:
         strategy: ``"linear"``, ``"partial"``, ``"all"``, ``"svm"``, ``"scratch"``, or ``"auto"`` to
-            choose among them by the number of images and their likeness.
-        similar: whether the images are like those that the network was trained on; None measures
-            it for ``"auto"``.
+            choose among them by the number of images and their similarity.
+        similar: whether the images are similar to those that the network was trained on; None
+            measures it for ``"auto"``.
         freeze_upto: for ``"partial"`` the last frozen layer, for ``"svm"`` the layer whose features
             are used; a name such as ``"pool3"``. The pool at half depth when None.
         hidden: widths of new hidden layers before the last, ``()`` for one linear layer on the
-            features; None keeps the fully connected layers but for the last.
+            features; None keeps the fully connected layers except the last.
         size: another input size, an int or ``(h, w)``; the network's own when None.
-        resize: ``"resize"`` or ``"centre-crop"``.
-        augment: vary the training images; by default where more than the head is trained.
-        class_weights: None, or ``"balanced"`` for classes of very different numbers.
-        valid_fraction: the share that is held out where the folder has no ``valid``.
+        resize: ``"resize"`` or ``"center-crop"``.
+        augment: vary the training images; by default if more than the head is trained.
+        class_weights: None, or ``"balanced"`` for classes of very different sizes.
+        valid_fraction: the share that is held out if the folder has no ``valid``.
 
     Raises:
         ArgumentError: if a value is unknown.
@@ -93,22 +94,21 @@ class Recipe:
     valid_fraction: float = 0.2
 
     def __post_init__(self) -> None:
-        for name, known in (("strategy", STRATEGIES), ("resize", RESIZES)):
-            if getattr(self, name) not in known:
-                raise ArgumentError(
-                    f"{name}={getattr(self, name)!r} is unknown; expected one of {', '.join(known)}"
-                )
+        check_choice("strategy", self.strategy, STRATEGIES)
+        object.__setattr__(self, "resize", checked_resize(self.resize))
         if self.class_weights not in (None, "balanced"):
             raise ArgumentError(
-                f"class_weights={self.class_weights!r} is unknown; expected None or 'balanced'"
+                f"class_weights must be None or 'balanced', got {self.class_weights!r}"
             )
         if self.freeze_upto is not None and self.strategy not in ("auto", "partial", "svm"):
             raise ArgumentError(
-                f"freeze_upto goes with the strategies partial and svm, got {self.strategy}"
+                "freeze_upto must go with the strategy partial or svm, got strategy="
+                f"{self.strategy!r}"
             )
         if self.strategy == "linear" and self.hidden:
             raise ArgumentError(
-                f"hidden={tuple(self.hidden)} are not linear; use strategy='partial', or hidden=()"
+                f"hidden must be () or None for strategy='linear', got {tuple(self.hidden)}; "
+                "use strategy='partial'"
             )
 
     def augmented(self, strategy: str) -> bool:
@@ -118,26 +118,16 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Choice:
-    """A strategy and, in one sentence, why."""
+    """A strategy and, in one sentence, the reason for it."""
 
     strategy: str
     reason: str
 
 
-def chosen(
-    recipe: Recipe, model: nn.Module, files: LabelledFiles, preprocess: Preprocess, native: Pair
-) -> Choice:
-    """The recipe's strategy, or the one that suits the images.
-
-    Args:
-        recipe: with the wish.
-        model: the pretrained classifier.
-        files: the training images.
-        preprocess: how they become input.
-        native: the model's native size.
-    """
+def choose_strategy(recipe: Recipe, source: Pretrained, files: LabelledFiles) -> Choice:
+    """The recipe's strategy, or the one that suits the training images."""
     if recipe.strategy != "auto":
-        return Choice(recipe.strategy, f"as asked for: {MEANINGS[recipe.strategy]}")
+        return Choice(recipe.strategy, f"as requested: {MEANINGS[recipe.strategy]}")
     if recipe.freeze_upto is not None:
         return Choice("partial", f"since freeze_upto is given: {MEANINGS['partial']}")
     per_class = len(files) / len(set(files.labels))
@@ -149,59 +139,59 @@ def chosen(
             "start even for images of another kind",
         )
     if recipe.hidden:
-        return Choice("partial", f"since hidden layers are asked for: {MEANINGS['partial']}")
+        return Choice("partial", f"since hidden layers are requested: {MEANINGS['partial']}")
     similar, why = (
         (recipe.similar, f"the images are called {'similar' if recipe.similar else 'different'}")
         if recipe.similar is not None
-        else _measured(model, recipe, files, preprocess, native)
+        else _measure_similarity(recipe, source, files)
     )
-    if per_class < FEW and not similar and recipe.augment:
-        why = f"{why}, and features that are varied suit no support vector machine"
-        return Choice("partial", f"{amount} few (below {FEW}), {why}, so {MEANINGS['partial']}")
-    if per_class < FEW:
-        strategy = "linear" if similar else "svm"
-        return Choice(strategy, f"{amount} few (below {FEW}) and {why}, so {MEANINGS[strategy]}")
-    return Choice("partial", f"{amount} neither few nor many, and {why}, so {MEANINGS['partial']}")
+    if per_class >= FEW:
+        return Choice(
+            "partial", f"{amount} neither few nor many, and {why}, so {MEANINGS['partial']}"
+        )
+    strategy = "linear" if similar else "svm"
+    if strategy == "svm" and recipe.augment:
+        strategy = "partial"
+        why = f"{why}, and a support vector machine cannot be fitted to features that vary"
+    return Choice(strategy, f"{amount} few (below {FEW}) and {why}, so {MEANINGS[strategy]}")
 
 
-def _measured(
-    model: nn.Module, recipe: Recipe, files: LabelledFiles, preprocess: Preprocess, native: Pair
+def _measure_similarity(
+    recipe: Recipe, source: Pretrained, files: LabelledFiles
 ) -> tuple[bool, str]:
-    """Whether late features tell the classes apart as well as early ones do, and what was found.
+    """Whether late features separate the classes as well as early ones do, and the finding.
 
-    Late features, those that a new last layer would get, are made for the images that the network
-    knows; where early ones are clearly better, the images are of another kind.
+    Late features, those that a new last layer would get, are specific to the images that the
+    network was trained on. Where early ones are clearly better, the images are of another kind.
     """
     from fcvgg.transfer.probing import probe
 
-    classes = sorted(set(files.labels))
-    if min(files.labels.count(label) for label in classes) < _FOLDS:
-        return True, "too few to measure how like they are to the network's own images"
+    labels = np.array(files.labels)
+    classes, counts = np.unique(labels, return_counts=True)
+    if counts.min() < _FOLDS:
+        return True, "too few to measure their similarity to the network's own images"
     rng = np.random.default_rng(0)
     share = max(_PROBED // len(classes), _FOLDS)
     places = [
         int(i)
         for label in classes
-        for i in rng.permutation([k for k, x in enumerate(files.labels) if x == label])[:share]
+        for i in rng.permutation(np.flatnonzero(labels == label))[:share]
     ]
     try:
-        names = layer_names(model)
+        names = layer_names(source.model)
         early, late = middle_pool(names), _fed_to_new(names, recipe)
         probed = probe(
-            model,
+            source.model,
             [files.paths[i] for i in places],
             [files.labels[i] for i in places],
             layers=[early, late],
             folds=_FOLDS,
             # fully connected layers that are kept run at their own size only
-            size=native if recipe.hidden is None else size_of(recipe, native),
-            preprocess=preprocess,
+            size=source.native if recipe.hidden is None else size_of(recipe, source.native),
+            preprocess=source.preprocess,
         )
     except (ArgumentError, ConversionError):
-        return (
-            True,
-            "how like they are to the network's own images cannot be measured on its layers",
-        )
+        return True, "their similarity to the network's own images cannot be measured on its layers"
     found = {row.layer: row.mean for row in probed.rows}
     mean = (found[late] + found[early]) / 2
     error = (mean * (1 - mean) / len(places)) ** 0.5
@@ -214,48 +204,50 @@ def _measured(
 
 
 def _fed_to_new(names: LayerNames, recipe: Recipe) -> str:
-    """The layer whose output the first new layer gets; a dropout counts for what it drops."""
+    """The layer whose output the first new layer gets, dropout and flattening aside."""
     layers = fully_connected(names)
     new = layers[-1] if recipe.hidden is None else layers[0]
     before = names.layers[: names.layers.index(new)]
     return next(x.name for x in reversed(before) if x.role not in ("drop", "flatten", "avgpool"))
 
 
-def prepared(
-    model: nn.Module, choice: Choice, recipe: Recipe, classes: int, native: Pair, seed: int
+def prepare_model(
+    source: Pretrained, strategy: str, recipe: Recipe, classes: int, seed: int
 ) -> nn.Module:
-    """A copy of the model with a new head, for the size, frozen as the strategy asks.
+    """A copy of a classifier with a new head, at the recipe's size, frozen as the strategy demands.
 
-    For all strategies but ``"svm"``, which has a model of its own. The new weights depend on the
+    For all strategies except ``"svm"``, which has a model of its own. The new weights depend on the
     seed only.
 
     Raises:
         ConversionError: if the head cannot be replaced.
-        ArgumentError: if there is no such layer.
+        ArgumentError: if `Recipe.freeze_upto` names no layer, or the last one.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        new = replace_head(model, classes, recipe.hidden)
-        size = size_of(recipe, native)
-        if size != native and not _takes_any_size(new):
-            # kept fully connected layers are carried over; new ones start anew at any size
+        new = replace_head(source.model, classes, recipe.hidden)
+        size = size_of(recipe, source.native)
+        if size != source.native and not _takes_any_size(new):
+            # kept fully connected layers are resampled; new ones start from random weights
             new = for_input_size(new, size, init="resample" if recipe.hidden is None else "random")
-        if choice.strategy == "scratch":
+        if strategy == "scratch":
             _initialize_(new)
     names = layer_names(new)
     unfreeze_(new)
-    if choice.strategy == "linear":
+    if strategy == "linear":
         last = names.layers.index(fully_connected(names)[-1])
         freeze_(new, names.layers[last - 1].name)
-    if choice.strategy == "partial":
+    if strategy == "partial":
         freeze_(new, recipe.freeze_upto or middle_pool(names))
     if not any(p.requires_grad for p in new.parameters()):
-        raise ArgumentError(f"freeze_upto={recipe.freeze_upto!r} freezes all layers")
+        raise ArgumentError(
+            f"freeze_upto must leave a layer to train, got {recipe.freeze_upto!r}, the last one"
+        )
     return new
 
 
 def _takes_any_size(model: nn.Module) -> bool:
-    """Whether a global pool stands before the head, so that another size needs no other head."""
+    """Whether a global pool precedes the head, so that the head fits any size."""
     try:
         infer_input_size(model)
     except InputSizeError:
@@ -265,12 +257,7 @@ def _takes_any_size(model: nn.Module) -> bool:
 
 def size_of(recipe: Recipe, native: Pair) -> Pair:
     """``(h, w)`` at which the network is trained."""
-    from fcvgg.geometry import checked_size
-
-    if recipe.size is None:
-        return native
-    height, width = checked_size(recipe.size)
-    return height, width
+    return native if recipe.size is None else checked_size(recipe.size)
 
 
 def middle_pool(names: LayerNames) -> str:
@@ -290,7 +277,7 @@ def middle_pool(names: LayerNames) -> str:
 def rates(
     model: nn.Module, strategy: str, lr: float, hidden: Sequence[int] | None
 ) -> list[dict[str, Any]]:
-    """Parameter groups: what is new changes fast, early layers slowly, as they are general."""
+    """Parameter groups: new layers learn fast, early layers slowly, since they are general."""
     if strategy in ("linear", "scratch"):
         return parameter_groups(model, {}, lr=lr)
     names = layer_names(model)
@@ -304,17 +291,17 @@ def rates(
 
 
 def new_layers(names: LayerNames, hidden: Sequence[int] | None) -> list[NamedLayer]:
-    """The fully connected layers of a prepared model that start anew."""
+    """The fully connected layers of a prepared model that are new."""
     layers = fully_connected(names)
     return layers[-1:] if hidden is None else layers
 
 
 def new_layer_rate(rows: Tensor, optimizer: str) -> float:
-    """A learning rate for a new linear layer, by how large the features ``(N, D)`` are it gets.
+    """A learning rate for a new linear layer that suits the size of its features ``(N, D)``.
 
     AdamW's first step moves every weight by the rate, and so an output by the rate times the sum of
-    the features' magnitudes; SGD's moves it by up to the rate times the sum of their squares.
-    Rounded to two digits, so that rounding elsewhere does not make a resumed run another.
+    the features' magnitudes; SGD's moves it by up to the rate times the sum of their squares. The
+    rate has two digits, so that a resumed run gets the same one despite rounding of features.
     """
     sizes = rows.abs() if optimizer == "adamw" else rows.square()
     size = float(sizes.sum(1).mean())
@@ -322,14 +309,13 @@ def new_layer_rate(rows: Tensor, optimizer: str) -> float:
 
 
 def _initialize_(model: nn.Module) -> None:
-    """Random weights: convolutions after He et al. 2015, fully connected layers as VGG's."""
+    """Set random weights: convolutions as He et al. 2015, fully connected layers as VGG."""
     for module in model.modules():
-        if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
-        elif isinstance(module, nn.Linear):
-            nn.init.normal_(module.weight, 0, WEIGHT_STD)
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            else:
+                nn.init.normal_(module.weight, 0, WEIGHT_STD)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
         elif isinstance(getattr(module, "reset_parameters", None), MethodType):

@@ -12,48 +12,52 @@ from numpy.typing import NDArray
 from torch import nn
 
 from fcvgg.finetuning.images import ImageRows
-from fcvgg.images.reading import read_picture
+from fcvgg.finetuning.outputs import outputs_of
 from fcvgg.support.extras import imported
-from fcvgg.support.progress import progress_bar
 from fcvgg.transfer.extraction import features_upto
-from fcvgg.transfer.image_features import FeatureExtractor
 
 _ITERATIONS = 20_000
 _FOLDS = 3
-_CHUNK = 64
 _SHARPNESS = np.geomspace(0.05, 20, 200)
 
 
-def fitted_svm(
+def fit_svm(
     model: nn.Module,
     images: ImageRows,
     layer: str,
     *,
     balanced: bool = False,
-    batch_size: int = 16,
     seed: int = 0,
-    progress: bool = False,
+    **execution: Any,
 ) -> nn.Module:
     """A classifier: the layers up to `layer`, their average over positions, and one linear layer.
 
     The linear layer holds what scikit-learn's `LinearSVC` learnt on the standardised features, with
-    the standardisation folded in, so its scores are the machine's decision values but for one
-    factor (for two classes, minus and plus half the one decision value). The factor makes their
-    softmax fit held-out folds; it changes no decision.
+    the standardisation folded in, so its scores are the machine's decision values times one factor
+    (for two classes, minus and plus half the one decision value). The factor makes their softmax
+    fit held-out folds; it changes no decision.
 
     Args:
         model: the pretrained classifier.
-        images: not augmented.
-        layer: whose features are used.
-        balanced: weight classes by their numbers.
-        batch_size: images that run at once.
-        seed: of the machine and the folds.
-        progress: show a bar.
+        images: the training images, not augmented.
+        layer: the name of the layer whose features are used.
+        balanced: weight classes inversely to their sizes.
+        seed: the seed of the machine and the folds.
+        execution: as for `outputs_of`.
     """
-    svm = imported("sklearn.svm", "sklearn")
-    pipeline = imported("sklearn.pipeline", "sklearn")
-    preprocessing = imported("sklearn.preprocessing", "sklearn")
-    rows = pooled_features(model, images, layer, batch_size, progress)
+    svm, pipeline, preprocessing, exceptions = (
+        imported(f"sklearn.{name}", "sklearn")
+        for name in ("svm", "pipeline", "preprocessing", "exceptions")
+    )
+    classifier = nn.Sequential(
+        OrderedDict(
+            features=features_upto(model, layer),
+            pool=nn.AdaptiveAvgPool2d(1),
+            flatten=nn.Flatten(),
+        )
+    ).eval()
+    outputs = outputs_of(classifier, images, f"features of {layer}", **execution)
+    rows = torch.cat([rows.cpu() for rows, _ in outputs]).numpy()  # (N, C)
     labels = np.array(images.files.labels)
     machine = pipeline.make_pipeline(
         preprocessing.StandardScaler(),
@@ -62,43 +66,16 @@ def fitted_svm(
         ),
     )
     with warnings.catch_warnings():
-        # a machine that has not quite converged decides as well
-        warnings.simplefilter(
-            "ignore", imported("sklearn.exceptions", "sklearn").ConvergenceWarning
-        )
+        # a machine that has not fully converged is still useful
+        warnings.simplefilter("ignore", exceptions.ConvergenceWarning)
         machine.fit(rows, labels)
         factor = _sharpness(machine, rows, labels, seed)
-    features = features_upto(model, layer)
-    head = _linear(machine[0], machine[1], factor)
-    return nn.Sequential(
-        OrderedDict(
-            features=features, pool=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten(), classifier=head
-        )
-    ).eval()
-
-
-def pooled_features(
-    model: nn.Module, images: ImageRows, layer: str, batch_size: int, progress: bool
-) -> NDArray[Any]:
-    """A layer's features averaged over positions ``(N, C)`` of images at the native size."""
-    extractor = FeatureExtractor(
-        model, (layer,), pooling="avg", preprocess=images.preprocess, batch_size=batch_size
-    )
-    rows = []
-    paths = images.files.paths
-    with progress_bar(f"features of {layer}", len(paths), progress) as advance:
-        for start in range(0, len(paths), _CHUNK):
-            pictures = [
-                images.fitted(read_picture(path, images.preprocess))
-                for path in paths[start : start + _CHUNK]
-            ]
-            rows.append(extractor.rows(pictures)[layer])
-            advance(len(pictures))
-    return np.concatenate(rows)
+    classifier.add_module("classifier", _linear(machine[0], machine[1], factor))
+    return classifier
 
 
 def _linear(scaler: Any, machine: Any, factor: float) -> nn.Linear:
-    """The machine's decision on features as they are, in double precision until the end."""
+    """The machine's decision on features that are not standardised, computed in float64."""
     weight = machine.coef_ / scaler.scale_  # (K, C), or (1, C) for two classes
     bias = machine.intercept_ - weight @ scaler.mean_
     if len(weight) == 1:
@@ -111,7 +88,7 @@ def _linear(scaler: Any, machine: Any, factor: float) -> nn.Linear:
 
 
 def _sharpness(machine: Any, rows: NDArray[Any], labels: NDArray[Any], seed: int) -> float:
-    """The factor on the decision values whose softmax fits images of folds left out best."""
+    """The factor on the decision values whose softmax best fits held-out folds."""
     selection = imported("sklearn.model_selection", "sklearn")
     if np.bincount(labels).min() < _FOLDS:
         return 1.0

@@ -1,4 +1,4 @@
-"""A converted network without its classifier, giving the maps that a dense network scores."""
+"""A converted network without its classifier, which returns the maps that an FCN scores."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ class MapSource:
     Attributes:
         name: the canonical name of its layer.
         node: the name of its node in the network's graph.
-        geometry: where its cells lie.
-        channels: how many it has.
+        geometry: the positions of its cells.
+        channels: the number of its channels.
     """
 
     name: str
@@ -42,15 +42,15 @@ class MapSource:
 
 
 def without_classifier(net: FullyConvolutional, own: bool, same: bool) -> FullyConvolutional:
-    """A network that gives the map before a converted network's last fully connected layer.
+    """A network that returns the map before a converted network's last fully connected layer.
 
-    For VGG that is fc7. Layers after it are dropped.
+    For VGG that is fc7. Later layers are dropped.
 
     Args:
         net: a converted network of one output.
         own: whether it has parameters of its own, or shares the storage of the net's.
-        same: whether the head's window is padded with zeros, so that its cells lie on those of the
-            features before it; see `fcvgg.convert`.
+        same: whether the head's window is padded with zeros, so that its cells coincide with those
+            of the features before it; see `fcvgg.convert`.
 
     Raises:
         ArgumentError: if the network has several outputs.
@@ -58,14 +58,19 @@ def without_classifier(net: FullyConvolutional, own: bool, same: bool) -> FullyC
     """
     if len(net.program.classes) != 1:
         raise ArgumentError(
-            f"the network has {len(net.program.classes)} outputs; a dense network is built on one "
-            "with one output, so convert the model without its further heads"
+            f"net must have one output, got {len(net.program.classes)}; convert the model without "
+            "its further heads"
         )
     names = layer_names(net)
-    source = _hidden(net, names)
-    network = copy.deepcopy(net.network, _memo(net, names, own))
-    kept = _nodes_before(network.graph, source.node)
-    graph = _ending(network.graph, kept, source.node)
+    last = next((x for x in reversed(names.layers) if x.role == "fc"), None)
+    if last is None:
+        raise UnsupportedLayerError(
+            f"{net.source} has no fully connected layer whose input could be scored"
+        )
+    source = _read_by(last, net, names)
+    network = copy.deepcopy(net.network, _memo(net, last, own))
+    graph = _ending(network.graph, source.node)
+    kept = {node.name for node in graph.nodes}
     called = {str(n.target) for n in graph.nodes if n.op == "call_module"}
     _drop_uncalled(network, graph)
     geometry = source.geometry
@@ -106,17 +111,15 @@ def map_sources(backbone: FullyConvolutional, count: int) -> list[MapSource]:
     return sources
 
 
-def giving(backbone: FullyConvolutional, sources: list[MapSource]) -> FullyConvolutional:
-    """The backbone, which then returns the maps of all sources as a tuple."""
-    graph = backbone.network.graph
-    nodes = {n.name: n for n in graph.nodes}
-    backbone.network.graph = _ending(graph, set(nodes), *(s.node for s in sources))
+def return_maps_(backbone: FullyConvolutional, sources: list[MapSource]) -> FullyConvolutional:
+    """Let the backbone return the maps of all sources, as a tuple if there are several."""
+    backbone.network.graph = _ending(backbone.network.graph, *(s.node for s in sources))
     _check_sizes(backbone, sources)
     return backbone
 
 
 def _check_sizes(backbone: FullyConvolutional, sources: list[MapSource]) -> None:
-    """Compare the maps' sizes, computed without values, with what geometry says.
+    """Compare the maps' sizes, traced without values, with those that geometry gives.
 
     Raises:
         UnsupportedLayerError: if they differ, since scores would lie on the wrong pixels.
@@ -130,28 +133,28 @@ def _check_sizes(backbone: FullyConvolutional, sources: list[MapSource]) -> None
             expected = (source.channels, *source.geometry.output_size(size))
             if found != expected:
                 raise UnsupportedLayerError(
-                    f"the map of {source.name} is {found} for an input of {size} where its "
-                    f"geometry says {expected}; a dense network cannot be built on it"
+                    f"the map of {source.name} must be {expected} for an input of {size} by its "
+                    f"geometry, got {found}; a dense network cannot be built on it"
                 )
 
 
-def giving_first(program: Program) -> Program:
-    """The program as it was before `giving`: with its first map alone."""
-    graph = program.network.graph
-    single = _ending(graph, {n.name for n in graph.nodes}, _results(graph)[0].name)
-    return replace(program, network=graph_module(program.network, single))
+def with_first_map(backbone: FullyConvolutional) -> FullyConvolutional:
+    """The backbone as it was before `return_maps_`: with its first map alone."""
+    graph = backbone.network.graph
+    network = graph_module(backbone.network, _ending(graph, _results(graph)[0].name))
+    return FullyConvolutional(
+        replace(backbone.program, network=network),
+        input_size=backbone.input_size,
+        preprocess=backbone.preprocess,
+        source=backbone.source,
+    )
 
 
 # -- finding maps -----------------------------------------------------------------------------
 
 
-def _hidden(net: FullyConvolutional, names: LayerNames) -> MapSource:
+def _read_by(last: NamedLayer, net: FullyConvolutional, names: LayerNames) -> MapSource:
     """The map that the last fully connected layer reads."""
-    last = next((x for x in reversed(names.layers) if x.role == "fc"), None)
-    if last is None:
-        raise UnsupportedLayerError(
-            f"{net.source} has no fully connected layer whose input could be scored"
-        )
     node = last.node.all_input_nodes[0]
     if node.target is F.pad:  # put there for padding="same"; the score layer is 1x1 and needs none
         node = node.all_input_nodes[0]
@@ -198,7 +201,7 @@ def _activated(layer: NamedLayer, names: LayerNames) -> fx.Node:
 
 
 def _origin(node: fx.Node, names: LayerNames) -> NamedLayer:
-    """The layer with a kernel that a map comes from."""
+    """The layer with a kernel whose output, or an activation of it, a map is."""
     by_node = {x.node: x for x in names}
     while node in by_node and by_node[node].role not in ("fc", "conv", "pool", "avgpool"):
         node = node.all_input_nodes[0]
@@ -225,13 +228,13 @@ def _step_of(net: FullyConvolutional, node: fx.Node) -> int:
 
 
 def _channels(net: FullyConvolutional, node: fx.Node) -> int:
-    """How many channels the map at a node has: those of the layer that it comes from."""
+    """The channels of the map at a node: those of the layer that it comes from."""
     record = _record_of(net, node)
     return record.channels if record is not None else _channels(net, node.all_input_nodes[0])
 
 
 def _record_of(net: FullyConvolutional, node: fx.Node) -> LayerRecord | None:
-    """What is known of a node: by its module's path, or by its name where it was a function."""
+    """The record of a node: by its module's path, or by its name where it was a function."""
     records = {r.name: r for r in net.program.records}
     names = (str(node.target), node.name, node.name.removesuffix(_NEW_POOL))
     return next((records[name] for name in names if name in records), None)
@@ -247,8 +250,8 @@ def _short(stride: Pair) -> str:
 def _head_windows(net: FullyConvolutional, names: LayerNames) -> dict[str, LayerRecord]:
     """The layers of the head that slide a window over the features, by their nodes' names.
 
-    They are fully connected layers, pools of stride 1, and whatever takes the features to one cell
-    at the native size. None is left where `fcvgg.convert` has padded the head already.
+    They are fully connected layers, pools of stride 1, and any layer that reduces the features to
+    one cell at the native size. There is none if `fcvgg.convert` has padded the head already.
     """
     if any(axis.context_start for axis in net.geometry.axes):
         return {}
@@ -268,9 +271,9 @@ def _head_windows(net: FullyConvolutional, names: LayerNames) -> dict[str, Layer
 
 
 def _padded(graph: fx.Graph, geometry: Geometry, windows: dict[str, LayerRecord]) -> Geometry:
-    """Put zeros before the head's first window, and tell the geometry with them.
+    """Pad the input of the head's first window with zeros; the geometry with this padding.
 
-    As in `fcvgg.convert`, they are put there once, for all windows that follow each other.
+    As in `fcvgg.convert`, the padding is inserted once, for all windows that follow each other.
     """
     axes = [list(axis.steps) for axis in geometry.axes]
     heads = [n for n in graph.nodes if n.name in windows]
@@ -302,7 +305,7 @@ def _results(graph: fx.Graph) -> list[fx.Node]:
 
 
 def _nodes_before(graph: fx.Graph, end: str) -> set[str]:
-    """The names of the nodes that one depends on, with its own."""
+    """The names of a node and of the nodes that it depends on."""
     waiting = [n for n in graph.nodes if n.name == end]
     needed: set[str] = set()
     while waiting:
@@ -313,13 +316,14 @@ def _nodes_before(graph: fx.Graph, end: str) -> set[str]:
     return needed
 
 
-def _ending(graph: fx.Graph, kept: set[str], *ends: str) -> fx.Graph:
-    """A graph of the kept nodes that returns the value of one node, or a tuple of several."""
-    new, made = fx.Graph(), dict[fx.Node, fx.Node]()
+def _ending(graph: fx.Graph, *ends: str) -> fx.Graph:
+    """The part of a graph that returns the value of one node, or a tuple of several."""
+    needed = set().union(*(_nodes_before(graph, end) for end in ends))
+    new, copies = fx.Graph(), dict[fx.Node, fx.Node]()
     for node in graph.nodes:
-        if node.name in kept and node.op != "output":
-            made[node] = new.node_copy(node, made.__getitem__)
-    by_name = {node.name: copied for node, copied in made.items()}
+        if node.name in needed:
+            copies[node] = new.node_copy(node, copies.__getitem__)
+    by_name = {node.name: copy for node, copy in copies.items()}
     results = tuple(by_name[name] for name in ends)
     new.output(results if len(results) > 1 else results[0])
     new.lint()
@@ -327,7 +331,7 @@ def _ending(graph: fx.Graph, kept: set[str], *ends: str) -> fx.Graph:
 
 
 def _drop_uncalled(tree: nn.Module, graph: fx.Graph) -> None:
-    """Remove the modules that the graph does not call, and the tensors of theirs not read."""
+    """Remove the modules that the graph does not call, and their tensors that it does not read."""
     called = {str(n.target) for n in graph.nodes if n.op == "call_module"}
     read = {str(n.target) for n in graph.nodes if n.op == "get_attr"}
 
@@ -347,12 +351,11 @@ def _drop_uncalled(tree: nn.Module, graph: fx.Graph) -> None:
     drop(tree, "")
 
 
-def _memo(net: FullyConvolutional, names: LayerNames, own: bool) -> dict[int, Any]:
-    """Which tensors of the net are not copied: all of them, or the dropped classifier's."""
+def _memo(net: FullyConvolutional, last: NamedLayer, own: bool) -> dict[int, Any]:
+    """The tensors of the net that are not copied: all of them, or the dropped classifier's."""
     if own:
-        last = next((x for x in reversed(names.layers) if x.role == "fc"), None)
-        left = net.network.get_submodule(last.path) if last is not None and last.path else None
-        return {id(p): p for p in left.parameters()} if left is not None else {}
+        dropped = net.network.get_submodule(last.path).parameters() if last.path else ()
+        return {id(p): p for p in dropped}
     return {
         **{id(p): nn.Parameter(p.detach(), p.requires_grad) for p in net.parameters()},
         **{id(b): b.detach() for b in net.buffers()},

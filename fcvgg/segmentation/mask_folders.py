@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -33,7 +33,7 @@ from fcvgg.support.module_state import dtype_of
 IMAGES, MASKS = "images", "masks"
 
 _SUFFIX = re.compile("[-_.](mask|labels?|seg|segmentation|gt)$", re.IGNORECASE)
-"""What the name of a mask may have after the image's."""
+"""What may follow the image's name in the name of a mask."""
 
 _BINARY = frozenset({0, 255})
 
@@ -51,9 +51,9 @@ class MaskFolder:
         images: the files that can be read.
         masks: the mask of each.
         categories: the names of the classes.
-        counts: how many pixels each class has in all masks.
+        counts: the number of pixels of each class in all masks.
         skipped: the files that were left out, and why.
-        binary: whether 255 stands in the masks for class 1.
+        binary: whether 255 means class 1 in the masks.
         sizes: ``(H, W)`` of each image.
     """
 
@@ -103,15 +103,15 @@ def mask_folder(
             class 1.
             Images are turned as their EXIF entry says, so masks label the upright image.
         categories: the names of the classes in the order of their indices, or how many there are.
-        preprocess: the network's, by which it is known what images can be used; one for RGB of 8
-            bits if None.
+        preprocess: the network's, which decides what images can be used; one for RGB of 8 bits if
+            None.
 
     Raises:
-        DatasetError: if there are no images, a mask is missing, is of another size or kind, or has
-            a label that is no class; the message names the file.
+        DatasetError: if there are no images, a mask is missing, has another size or kind, or has a
+            label that is not a class; the message names the file.
     """
     names = _checked_categories(categories)
-    (found,) = _checked([_read(_Place.of(Path(folder)), preprocess)], names)
+    (found,) = _read_parts([_place(Path(folder))], names, preprocess)
     return found
 
 
@@ -122,35 +122,35 @@ def train_and_valid(
     seed: int = 0,
     preprocess: Preprocess | None = None,
 ) -> tuple[MaskFolder, MaskFolder]:
-    """Images to train on and to choose the best epoch by.
+    """Images to train on, and images that decide the best epoch.
 
     Args:
         folder: with parts to train on and to validate on, such as ``train/`` and ``val/``, each as
             for `mask_folder`, or ``images/train/`` with ``masks/train/`` and so on; or with a part
-            to train on alone, or as for `mask_folder` itself, which are split by chance. A part to
-            test on is not looked at. See `fcvgg.images.datasets` for the names of parts.
+            to train on alone, or as for `mask_folder` itself, which are split at random. A part to
+            test on is not used. See `fcvgg.images.datasets` for the names of parts.
         categories: as for `mask_folder`.
-        share: of the images that are for validation, where the folder is split.
-        seed: of the split.
+        share: the share of validation images where the folder is split, between 0 and 1.
+        seed: the seed of the split.
         preprocess: as for `mask_folder`.
 
     Raises:
         DatasetError: as `mask_folder`, and if there are too few images to split.
-        ArgumentError: if `share` is none.
+        ArgumentError: if `share` is out of range.
     """
     folder = Path(folder)
     if not 0 < share < 1:
-        raise ArgumentError(f"valid_share={share} is no share; expected 0 < valid_share < 1")
+        raise ArgumentError(f"valid_share must be between 0 and 1, got {share}")
     names = _checked_categories(categories)
-    places, beside = _places(folder)
-    found = _checked([_read(place, preprocess) for place in places], names)
-    found[0] = replace(found[0], skipped=(*beside, *found[0].skipped))
+    places, skipped = _places(folder)
+    found = _read_parts(places, names, preprocess)
+    found[0] = replace(found[0], skipped=(*skipped, *found[0].skipped))
     if len(found) == 2:
         return found[0], found[1]
     (whole,) = found
     if len(whole) < 2:
         raise DatasetError(
-            f"{folder} has {len(whole)} image, too few to train and validate; expected two or more"
+            f"{folder} must have two images or more, to train and to validate on, got {len(whole)}"
         )
     order = torch.randperm(len(whole), generator=torch.Generator().manual_seed(seed)).tolist()
     held_out = min(max(round(share * len(whole)), 1), len(whole) - 1)
@@ -163,8 +163,8 @@ def read_mask(path: Path) -> NDArray[np.int64]:
 
     Raises:
         ImageError: if the file cannot be read.
-        DatasetError: if it holds colours or fractions and not indices, several pictures, or its
-            compression may have changed them.
+        DatasetError: if it holds colours or fractions instead of indices, or several pictures, or
+            its compression may have changed them.
     """
     kind = _checked_kind(path)
     image = read_image(path)
@@ -190,7 +190,7 @@ def read_mask(path: Path) -> NDArray[np.int64]:
 
 
 def _checked_kind(path: Path) -> str:
-    """The format of a mask's file, or an empty string where reading it will say what is wrong.
+    """The format of a mask's file, or an empty string if it cannot be opened.
 
     Raises:
         DatasetError: if its compression may change labels, or it holds several masks.
@@ -205,7 +205,7 @@ def _checked_kind(path: Path) -> str:
                 if several:
                     image.seek(1)
                     several = image.size == size  # smaller ones are overviews
-    except Exception:  # whatever a file that is no image leads to
+    except Exception:  # Pillow raises anything for a broken file, which reading then reports
         return ""
     if kind in _LOSSY or (kind == "TIFF" and any(name in inner for name in _LOSSY)):
         what = kind if kind in _LOSSY else f"TIFF compressed as {inner}"
@@ -216,7 +216,7 @@ def _checked_kind(path: Path) -> str:
 
 
 def _grey_values(image: Image.Image, path: Path) -> NDArray[Any]:
-    """The grey values of a GIF, whose writers renumber the colours of its palette."""
+    """The grey values of a GIF: its indices are of no use, since writers renumber the palette."""
     indices = np.asarray(image)
     palette = np.array(image.getpalette("RGB")).reshape(-1, 3)
     used = palette[np.unique(indices)]
@@ -230,40 +230,24 @@ def _grey_values(image: Image.Image, path: Path) -> NDArray[Any]:
 # -- finding and checking -------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Place:
-    """Where images and their masks lie."""
+class _Place(NamedTuple):
+    """A folder for messages, and its folders of images and of their masks."""
 
     folder: Path
     images: Path
     masks: Path
 
-    @classmethod
-    def of(cls, folder: Path) -> _Place:
-        return cls(folder, _inside(folder, IMAGES), _inside(folder, MASKS))
 
-
-@dataclass(frozen=True)
-class _Read:
-    """What was read: pairs, sizes, and how many pixels have each value in all masks."""
-
-    place: _Place
-    images: tuple[Path, ...]
-    masks: tuple[Path, ...]
-    sizes: tuple[Pair, ...]
-    values: Counter[int]
-    skipped: tuple[Unreadable, ...]
-
-
-def _inside(folder: Path, name: str) -> Path:
-    """The folder of a name in another, in any case of letters."""
+def _place(folder: Path) -> _Place:
+    """The place of a folder; the names of its inner folders may be in any case."""
     inner = contents(folder).folders if folder.is_dir() else ()
-    return next((place for place in inner if place.name.lower() == name), folder / name)
+    by_name = {place.name.lower(): place for place in inner}
+    return _Place(folder, *(by_name.get(name, folder / name) for name in (IMAGES, MASKS)))
 
 
 def _places(folder: Path) -> tuple[list[_Place], tuple[Unreadable, ...]]:
-    """Where the images to train on lie, and those to validate on if they are apart."""
-    whole = _Place.of(folder)
+    """The places of the training images, and of the validation images if they are apart."""
+    whole = _place(folder)
     inner = whole.images.is_dir()
     above = whole.images if inner else folder
     parts = parts_of(above, "images" if inner else "folders") if above.is_dir() else None
@@ -272,14 +256,13 @@ def _places(folder: Path) -> tuple[list[_Place], tuple[Unreadable, ...]]:
     found = [part for part in (parts.to_learn_from(), parts.valid) if part is not None]
     if inner:
         return [_Place(folder, part, whole.masks / part.name) for part in found], parts.skipped
-    return [_Place.of(part) for part in found], parts.skipped
+    return [_place(part) for part in found], parts.skipped
 
 
-def _read(place: _Place, preprocess: Preprocess | None) -> _Read:
+def _read(place: _Place, preprocess: Preprocess | None) -> tuple[MaskFolder, Counter[int]]:
+    """A place's pairs, without classes yet, and the pixels of each value in all masks."""
     pairs, skipped = _paired(place)
-    images: list[Path] = []
-    masks: list[Path] = []
-    sizes: list[Pair] = []
+    read: list[tuple[Path, Path, Pair]] = []
     values: Counter[int] = Counter()
     for image, mask in pairs:
         try:
@@ -289,48 +272,53 @@ def _read(place: _Place, preprocess: Preprocess | None) -> _Read:
         except ImageError as error:
             skipped.append(Unreadable(str(image), one_line(error)))
             continue
-        _check_size(image, size, mask, labels)
-        for value, count in zip(*np.unique(labels, return_counts=True)):
-            values[int(value)] += int(count)
-        images.append(image)
-        masks.append(mask)
-        sizes.append(size)
-    if not images:
+        if labels.shape != size:
+            turned = " of the upright image" if labels.shape == size[::-1] else ""
+            raise DatasetError(
+                f"the mask {mask} is {labels.shape[0]}x{labels.shape[1]} and its image {image} "
+                f"{size[0]}x{size[1]}; expected one label for each pixel{turned}"
+            )
+        values.update(dict(zip(*(x.tolist() for x in np.unique(labels, return_counts=True)))))
+        read.append((image, mask, size))
+    if not read:
         raise DatasetError(
             f"none of the {len(pairs)} images in {place.images} can be read with its mask; the "
             f"first: {next((one for one in skipped if not one.passed_over), skipped[0])}"
         )
-    return _Read(place, tuple(images), tuple(masks), tuple(sizes), values, tuple(skipped))
+    images, masks, sizes = zip(*read)
+    return MaskFolder(images, masks, (), (), tuple(skipped), sizes=sizes), values
 
 
-def _checked(parts: Sequence[_Read], names: tuple[str, ...]) -> list[MaskFolder]:
-    """The parts of a data set, whose labels are classes; what 255 means is the same in all."""
+def _read_parts(
+    places: Sequence[_Place], names: tuple[str, ...], preprocess: Preprocess | None
+) -> list[MaskFolder]:
+    """The parts of a data set with valid labels; 255 has the same meaning in all."""
     classes = len(names)
-    held = set().union(*(part.values for part in parts))
+    parts = [_read(place, preprocess) for place in places]
+    held = set().union(*(values for _, values in parts))
     binary = held == _BINARY and classes == 2
     if held == _BINARY and not binary:
         raise DatasetError(
-            f"the masks of {parts[0].place.folder} hold only 0 and {IGNORE_INDEX}, which is "
+            f"the masks of {places[0].folder} hold only 0 and {IGNORE_INDEX}, which is "
             f"ignored; save the {classes} classes as 0 to {classes - 1}"
         )
     found = []
-    for part in parts:
-        wrong = sorted(v for v in part.values if v != IGNORE_INDEX and not 0 <= v < classes)
+    for place, (part, values) in zip(places, parts):
+        wrong = sorted(v for v in values if v != IGNORE_INDEX and not 0 <= v < classes)
         if wrong:
-            raise DatasetError(_wrong_label(part, wrong, classes))
-        known = {1 if binary and v == IGNORE_INDEX else v: n for v, n in part.values.items()}
-        counts = tuple(known.get(i, 0) for i in range(classes))
+            raise DatasetError(_wrong_label(part.masks, wrong, classes))
+        counts = tuple(values[IGNORE_INDEX if binary and i == 1 else i] for i in range(classes))
         if np.count_nonzero(counts) < 2:
             only = [name for name, n in zip(names, counts) if n]
-            ignored = f"; {IGNORE_INDEX} is ignored" if IGNORE_INDEX in known else ""
+            ignored = (
+                f"; {IGNORE_INDEX} is ignored" if IGNORE_INDEX in values and not binary else ""
+            )
             raise DatasetError(
-                f"all labelled pixels of {part.place.folder} are of one class "
+                f"all labelled pixels of {place.folder} are of one class "
                 f"({only[0] if only else f'{IGNORE_INDEX}, to be ignored'}); expected two or more"
                 f"{ignored}"
             )
-        found.append(
-            MaskFolder(part.images, part.masks, names, counts, part.skipped, binary, part.sizes)
-        )
+        found.append(replace(part, categories=names, counts=counts, binary=binary))
     return found
 
 
@@ -341,17 +329,15 @@ def _checked_categories(categories: int | Sequence[str]) -> tuple[str, ...]:
         names = tuple(map(str, categories))
     else:
         raise ArgumentError(
-            f"categories={categories!r} are none; expected the names of the classes, or a number"
+            f"categories must be the names of the classes or a number, got {categories!r}"
         )
     if not 2 <= len(names) <= IGNORE_INDEX:
-        raise ArgumentError(
-            f"{len(names)} classes cannot be told apart by masks; expected 2 to {IGNORE_INDEX}"
-        )
+        raise ArgumentError(f"categories must be 2 to {IGNORE_INDEX} classes, got {len(names)}")
     return distinct_names(names)
 
 
 def _paired(place: _Place) -> tuple[list[tuple[Path, Path]], list[Unreadable]]:
-    """Every image with its mask, and what else lies there."""
+    """Every image with its mask, and the files that are left out."""
     for folder in (place.images, place.masks):
         if not folder.is_dir():
             what = "is a file" if folder.exists() else "does not exist"
@@ -374,13 +360,13 @@ def _paired(place: _Place) -> tuple[list[tuple[Path, Path]], list[Unreadable]]:
                 f"{images[name]} and {image} would have the same mask, {image.stem}.png; rename one"
             )
         images[name] = image
-    found: dict[Path, list[Path]] = {image: [] for image in images.values()}
-    whole = {str(image.relative_to(place.images)): image for image in images.values()}
+    # a mask is called like its image, with its ending or without, before a suffix or not
+    owners = {**{str(image.relative_to(place.images)): image for image in listed.images}, **images}
+    found: dict[Path, list[Path]] = {image: [] for image in listed.images}
     skipped = [*listed.skipped, *masks.skipped]
     for mask in masks.images:
         name = _stem(mask, place.masks)
-        bare = _SUFFIX.sub("", name)
-        owner = images.get(name) or images.get(bare) or whole.get(name) or whole.get(bare)
+        owner = owners.get(name) or owners.get(_SUFFIX.sub("", name))
         if owner is None:
             skipped.append(Unreadable(str(mask), "a mask of no image", passed_over=True))
         else:
@@ -390,10 +376,12 @@ def _paired(place: _Place) -> tuple[list[tuple[Path, Path]], list[Unreadable]]:
         expected = place.masks / image.relative_to(place.images).with_suffix(".png")
         if not own and not expected.parent.is_dir():
             skipped.append(Unreadable(str(image), f"there is no folder {expected.parent}", True))
-        elif not own:
-            raise DatasetError(f"there is no mask for {image}; expected {expected}")
-        elif len(own) > 1:
-            raise DatasetError(f"{image} has {len(own)} masks, {own[0]} and {own[1]}; expected one")
+        elif len(own) != 1:
+            raise DatasetError(
+                f"{image} has {len(own)} masks, {own[0]} and {own[1]}; expected one"
+                if own
+                else f"there is no mask for {image}; expected {expected}"
+            )
         else:
             pairs.append((image, own[0]))
     return pairs, skipped
@@ -403,17 +391,8 @@ def _stem(path: Path, folder: Path) -> str:
     return str(path.relative_to(folder).with_suffix(""))
 
 
-def _check_size(image: Path, size: Pair, mask: Path, labels: NDArray[Any]) -> None:
-    if labels.shape != size:
-        turned = " of the upright image" if labels.shape == size[::-1] else ""
-        raise DatasetError(
-            f"the mask {mask} is {labels.shape[0]}x{labels.shape[1]} and its image {image} "
-            f"{size[0]}x{size[1]}; expected one label for each pixel{turned}"
-        )
-
-
-def _wrong_label(part: _Read, wrong: Sequence[int], classes: int) -> str:
-    for mask in part.masks:
+def _wrong_label(masks: Sequence[Path], wrong: Sequence[int], classes: int) -> str:
+    for mask in masks:
         labels = read_mask(mask)
         places = np.argwhere(np.isin(labels, wrong))
         if len(places):
@@ -433,9 +412,9 @@ class MaskedImages(Dataset[tuple[Tensor, Tensor]]):
 
     Args:
         data: the files.
-        fcn: for its dtype and its preprocessing, of which the resizing is left out.
+        fcn: for its dtype and its preprocessing, except for resizing.
         crop: the size of a random part; None for whole images.
-        flip: mirror images by chance, one in two.
+        flip: mirror each image with probability 1/2.
     """
 
     def __init__(
@@ -444,6 +423,7 @@ class MaskedImages(Dataset[tuple[Tensor, Tensor]]):
         assert fcn.preprocess is not None
         self.data = data
         self.crop = crop
+        self.flip = flip
         self.channels = fcn.backbone.in_channels
         self.dtype = dtype_of(fcn)
         self.preprocess: Preprocess = replace(fcn.preprocess, resize=None)
@@ -467,7 +447,7 @@ class MaskedImages(Dataset[tuple[Tensor, Tensor]]):
         return image.as_subclass(Tensor), mask.as_subclass(Tensor)
 
     def middles(self, count: int) -> Tensor:
-        """The middles of the first images, without chance, ``(N, C, H, W)``.
+        """The middles of the first images, never random, ``(N, C, H, W)``.
 
         They have the size of the crop, or of the smallest image along each axis.
         """
@@ -481,7 +461,7 @@ class MaskedImages(Dataset[tuple[Tensor, Tensor]]):
         return prepared.tensor(self.preprocess)[0].to(self.dtype)
 
 
-def collated(items: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
+def collate_by_size(items: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
     """Batches of equal size: one, or several where the images differ."""
     by_size: dict[tuple[int, ...], list[tuple[Tensor, Tensor]]] = {}
     for image, mask in items:

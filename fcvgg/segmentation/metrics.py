@@ -1,4 +1,4 @@
-"""How good label maps are: pixel accuracy and intersection over union, by torchmetrics."""
+"""Quality of label maps: pixel accuracy and intersection over union, by torchmetrics."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from fcvgg.support.extras import imported
 
 @dataclass(frozen=True)
 class SegmentationMetrics:
-    """How good label maps are, over all pixels together that are not ignored.
+    """Quality of label maps, over all pixels together that are not ignored.
 
     Attributes:
         pixel_accuracy: the share of pixels with the right label.
         mean_iou: the mean of `iou` over the classes that are in a mask or were predicted.
-        iou: intersection over union of each class, by name; NaN where neither is the case.
+        iou: intersection over union of each class, by name; NaN for a class that is nowhere.
     """
 
     pixel_accuracy: float
@@ -66,7 +66,8 @@ def metrics_of(confusion: Tensor, categories: Iterable[str]) -> SegmentationMetr
     union = counts.sum(0) + counts.sum(1) - hits
     if not union.any():
         raise DatasetError(
-            f"the masks label no pixel (all are {IGNORE_INDEX}), so nothing can be measured"
+            f"the masks must label at least one pixel, got {IGNORE_INDEX} for all; nothing can be "
+            "measured"
         )
     iou = hits / union  # NaN where a class is nowhere
     return SegmentationMetrics(
@@ -79,7 +80,7 @@ def metrics_of(confusion: Tensor, categories: Iterable[str]) -> SegmentationMetr
 def label_metrics(
     pairs: Iterable[tuple[NDArray[Any], NDArray[Any]]], categories: Iterable[str]
 ) -> SegmentationMetrics:
-    """The metrics of label maps, whatever made them.
+    """The metrics of label maps of any origin.
 
     Args:
         pairs: predicted labels and true ones, integers ``(H, W)`` each; `IGNORE_INDEX` among the
@@ -87,7 +88,7 @@ def label_metrics(
         categories: the names of the classes.
 
     Raises:
-        ArgumentError: if two label maps differ in size, or a label is no class.
+        ArgumentError: if two label maps differ in size, or a label is not a class.
         MissingExtraError: if torchmetrics is not installed.
     """
     names = distinct_names(tuple(categories))
@@ -101,14 +102,14 @@ def label_metrics(
 def _check_labels(predicted: NDArray[Any], truth: NDArray[Any], classes: int) -> None:
     if predicted.shape != truth.shape:
         raise ArgumentError(
-            f"the predicted labels are {predicted.shape} and the true ones {truth.shape}; expected "
-            "one for each pixel"
+            f"the predicted labels must have the shape of the true ones, {truth.shape}, got "
+            f"{predicted.shape}"
         )
     counted = truth != IGNORE_INDEX
     for what, labels in (("predicted", predicted[counted]), ("true", truth[counted])):
         wrong = labels[(labels < 0) | (labels >= classes)]
         if wrong.size:
             raise ArgumentError(
-                f"a {what} label is {wrong[0]}; expected 0 to {classes - 1}, or {IGNORE_INDEX} "
-                "among the true ones"
+                f"{what} labels must be 0 to {classes - 1}, or {IGNORE_INDEX} among the true ones, "
+                f"got {wrong[0]}"
             )

@@ -1,4 +1,4 @@
-"""`FCN`: a converted classifier as a network that labels every pixel."""
+"""`FCN`: a converted classifier as a network that labels every pixel, and its folder."""
 
 from __future__ import annotations
 
@@ -29,27 +29,34 @@ from fcvgg.probability import cells_with_data
 from fcvgg.results.label_map import IGNORE_INDEX, LabelMap
 from fcvgg.segmentation.backbone import (
     MapSource,
-    giving,
-    giving_first,
     map_sources,
+    return_maps_,
+    with_first_map,
     without_classifier,
 )
 from fcvgg.segmentation.upsampling import PIXELS, BilinearUpsampling
-from fcvgg.serialization.bundle import write_bundle
 from fcvgg.support import untrusted
 from fcvgg.support.atomic import checked_folder, folder_written_whole
 from fcvgg.support.module_state import device_of, dtype_of, evaluating
+from fcvgg.training.settings import check_choice
 from fcvgg.transfer.heads import check_classes
 
 VARIANTS = {"32s": 0, "16s": 1, "8s": 2}
-"""How many finer maps a variant scores beside the coarsest; named for VGG's strides."""
+"""The number of finer maps that a variant scores as well; named for VGG's strides."""
+
+CONFIG = "fcn.json"
+SCORES = "scores.safetensors"
+BACKBONE = "backbone"
+
+_FORMAT = 1
+_BACKBONE_PREFIX = "backbone."
 
 
 class Score(nn.Module):
     """Scores of every cell of a map: a 1x1 convolution that starts at zero.
 
     The map is divided by `magnitude` first, 1 unless `FCN.calibrate_` measured it: pool3 of a VGG
-    may be a hundred times as large as fc7, and would learn as much faster.
+    may be a hundred times as large as fc7, and would learn that much faster.
     """
 
     magnitude: Tensor
@@ -74,28 +81,28 @@ class FCN(nn.Module):
     convolution that starts as bilinear interpolation and learns; the last one, to the pixels, stays
     bilinear (Long, Shelhamer and Darrell, section 3, https://arxiv.org/abs/1411.4038).
 
-    Nothing is padded by 100 pixels or cropped by numbers found by trial: every map's place comes
-    from the network's geometry, and scores lie on the pixels that they speak about. Outside the
+    Nothing is padded by 100 pixels or cropped by numbers found by trial: the position of every map
+    comes from the network's geometry, so scores lie on the pixels that they describe. Outside the
     outermost cells' centres the nearest cell's score is held.
 
     The head's window is padded with zeros by default, as by ``fcvgg.convert(padding="same")``: the
-    cells of fc7 then lie on those of pool5 and reach the image's border, and one cell of pool5 is
-    enough (32 pixels for VGG). Unpadded, cells begin half a window inside, and a wide margin holds
-    the outermost scores. Images below the least size are padded with zeros, centred, and the
-    result is cut.
+    cells of fc7 then coincide with those of pool5 and reach the image's border, and one cell of
+    pool5 is enough (32 pixels for VGG). Without padding, cells begin half a window inside, and the
+    outermost scores fill a wide margin. Images below the least size are padded with zeros, centred,
+    and the result is cropped.
 
     Args:
         net: a converted network with a fully connected layer at its end and one output.
-        num_classes: how many classes a pixel may have, 2 to 255.
+        num_classes: the number of classes of a pixel, 2 to 255.
         variant: ``"32s"``, ``"16s"`` or ``"8s"``. The names are those of VGG's strides; on a net of
             another stride s they score the maps of stride s, s/2 and s/4.
         padding: ``"same"``, or ``"valid"`` to leave the head's window as it was converted.
-        copy: own the parameters, the default, since dense training changes the features. False
+        copy: copy the parameters, the default, since dense training changes the features. False
             shares the net's storage, as `fcvgg.convert` does: training one then changes both.
-        init_from: a coarser `FCN` of the same classes whose weights are the start, which is how the
-            paper trains: 32s, then 16s, then 8s. With ``copy=False`` its backbone must have the
-            net's weights.
-        learn_upsampling: let the kernels between score layers learn.
+        init_from: a coarser `FCN` of the same classes, whose weights are the initial ones, which is
+            how the paper trains: 32s, then 16s, then 8s. With ``copy=False`` its backbone must have
+            the net's weights.
+        learn_upsampling: train the kernels between score layers.
         categories: the names of the classes, or the path of a file with one name per line.
         preprocess: how images become input; the net's when None.
 
@@ -125,20 +132,16 @@ class FCN(nn.Module):
         super().__init__()
         if not isinstance(net, FullyConvolutional):
             raise ArgumentError(
-                f"FCN takes a converted network, got {type(net).__name__}; pass "
+                f"net must be a converted network, got {type(net).__name__}; pass "
                 "fcvgg.convert(model)"
             )
-        if variant not in VARIANTS:
-            raise ArgumentError(
-                f"variant={variant!r} is unknown; expected one of {', '.join(VARIANTS)}"
-            )
-        if padding not in ("same", "valid"):
-            raise ArgumentError(f"padding={padding!r} is unknown; expected 'same' or 'valid'")
+        check_choice("variant", variant, VARIANTS)
+        check_choice("padding", padding, ("same", "valid"))
         check_classes(num_classes)
         if not 2 <= num_classes <= IGNORE_INDEX:
             raise ArgumentError(
-                f"num_classes={num_classes} cannot label pixels; expected 2 to {IGNORE_INDEX}, "
-                "where one kind of thing and all else are two classes"
+                f"num_classes must be 2 to {IGNORE_INDEX}, got {num_classes}; add a class for "
+                "everything else"
             )
         backbone = without_classifier(net, copy, padding == "same")
         self._build(backbone, num_classes, variant, learn_upsampling)
@@ -146,15 +149,14 @@ class FCN(nn.Module):
         given = given_preprocess(preprocess, net.in_channels)
         self.preprocess = net.preprocess if given is None else given
         if init_from is not None:
-            self._start_from(init_from, shared=not copy)
+            self._load_coarser(init_from, shared=not copy)
 
     @classmethod
     def _of(
         cls, backbone: FullyConvolutional, num_classes: int, variant: str, learned: bool
     ) -> FCN:
-        """A network on a backbone as it is, for reading files."""
-        if variant not in VARIANTS:
-            raise ArgumentError(f"variant={variant!r} is unknown")
+        """A network on a backbone that has no classifier, for reading files."""
+        check_choice("variant", variant, VARIANTS)
         fcn = cls.__new__(cls)
         nn.Module.__init__(fcn)
         fcn._build(backbone, num_classes, variant, learned)
@@ -168,7 +170,7 @@ class FCN(nn.Module):
         self.variant = variant
         self.learn_upsampling = learned
         self.sources = map_sources(backbone, VARIANTS[variant])
-        self.backbone = giving(backbone, self.sources)
+        self.backbone = return_maps_(backbone, self.sources)
         self.training = backbone.training
         self.scores = nn.ModuleDict(
             {_key(source): Score(source.channels, num_classes) for source in self.sources}
@@ -183,7 +185,7 @@ class FCN(nn.Module):
         self.to_pixels = BilinearUpsampling(num_classes, grids[-1], PIXELS, dtype=dtype)
         self.to(device_of(backbone), dtype)
 
-    def _start_from(self, coarser: FCN, shared: bool) -> None:
+    def _load_coarser(self, coarser: FCN, shared: bool) -> None:
         """Take the weights of a variant that scores fewer maps.
 
         Raises:
@@ -191,21 +193,22 @@ class FCN(nn.Module):
         """
         if not isinstance(coarser, FCN):
             raise ArgumentError(
-                f"init_from is a {type(coarser).__name__}; expected a trained fcvgg.FCN"
+                f"init_from must be a trained fcvgg.FCN, got {type(coarser).__name__}"
             )
         state = coarser.state_dict()
         own = self.state_dict()
         wrong = [k for k, v in state.items() if k not in own or own[k].shape != v.shape]
         if wrong:
             raise ArgumentError(
-                f"init_from is FCN-{coarser.variant} of {coarser.num_classes} classes, whose "
-                f"{wrong[0]} does not fit FCN-{self.variant} of {self.num_classes}; expected a "
-                "coarser or equal variant of the same network and classes"
+                "init_from must be a coarser or equal variant of the same network and classes, got "
+                f"FCN-{coarser.variant} of {coarser.num_classes} classes for FCN-{self.variant} of "
+                f"{self.num_classes}, where {wrong[0]} does not fit"
             )
-        if shared and not all(v.equal(own[k]) for k, v in state.items() if _of_backbone(k)):
+        backbone = [key for key in state if key.startswith(_BACKBONE_PREFIX)]
+        if shared and not all(state[key].equal(own[key]) for key in backbone):
             raise ArgumentError(
-                "init_from has other weights than the network, which copy=False would overwrite "
-                "there; pass copy=True"
+                "init_from must have the network's weights where copy=False shares them, got "
+                "others; pass copy=True"
             )
         self.load_state_dict(state, strict=False)
 
@@ -245,7 +248,7 @@ class FCN(nn.Module):
     def predict(self, image: ImageLike) -> LabelMap:
         """The most probable class of every pixel of one image.
 
-        Pixels whose scores depend on pixels that are not finite get `IGNORE_INDEX`.
+        A pixel whose scores depend on values that are not finite gets `IGNORE_INDEX`.
 
         Args:
             image: as for `FullyConvolutional.score_map`.
@@ -271,8 +274,8 @@ class FCN(nn.Module):
     def calibrate_(self, images: Tensor) -> FCN:
         """Set every score layer's `Score.magnitude` to the root mean square of its map.
 
-        Do this before training. Layers that have learned keep theirs, so a variant that started
-        from a coarser one calibrates only what is new.
+        Do this before training. Layers that have been trained keep theirs, so a variant that
+        started from a coarser one calibrates only its new layers.
 
         Args:
             images: preprocessed ``(N, C, H, W)``.
@@ -290,123 +293,86 @@ class FCN(nn.Module):
     # -- files ------------------------------------------------------------------------------------
 
     def save(self, path: str | Path) -> Path:
-        """Write a folder that `FCN.load` reads back bit for bit; it holds data, no code.
+        """Write a folder that `FCN.load` restores bit for bit; it holds data, no code.
+
+        A folder of an FCN already there is replaced once the new one is complete; files that
+        somebody put into it, such as a README, stay.
 
         Raises:
             FcvggError: if `path` is something else than such a folder, or cannot be written.
         """
-        return write_fcn(self, Path(path))
+        path = checked_folder(path, "path")
+        if path.exists() and not (path / CONFIG).is_file():
+            raise FcvggError(f"{path} exists and is not the folder of an FCN; choose another name")
+        config = {
+            "format": _FORMAT,
+            "variant": self.variant,
+            "num_classes": self.num_classes,
+            "learn_upsampling": self.learn_upsampling,
+            "categories": self.categories,
+            "preprocess": encoded_preprocess(self.preprocess),
+        }
+        own = {k: v for k, v in self.state_dict().items() if not k.startswith(_BACKBONE_PREFIX)}
+        try:
+            with folder_written_whole(path, (CONFIG, SCORES, BACKBONE)) as folder:
+                with_first_map(self.backbone).save(folder / BACKBONE)
+                save_file({k: v.contiguous() for k, v in own.items()}, folder / SCORES)
+                (folder / SCORES).chmod(0o644)
+                (folder / CONFIG).write_text(json.dumps(config, indent=1, allow_nan=False) + "\n")
+        except (SafetensorError, ValueError) as error:
+            raise FcvggError(f"cannot write {path}: {one_line(error)}") from error
+        return path
 
     @classmethod
     def load(cls, path: str | Path) -> FCN:
         """The network of a folder that `save` wrote.
 
         Raises:
-            LoadError: if it is none, or is broken.
+            LoadError: if it is not such a folder, or is broken.
         """
-        return read_fcn(cls, Path(path))
+        path = Path(path)
+        config = _read_config(path)
+        if not (path / BACKBONE).is_dir():
+            raise LoadError(f"{path} is broken: it has no folder {BACKBONE}")
+        backbone = load(path / BACKBONE)
+        try:
+            untrusted.check_regular(path / SCORES, within=path)
+            state = load_file(path / SCORES)
+            count, learned = config["num_classes"], config["learn_upsampling"]
+            if type(count) is not int or count < 1 or type(learned) is not bool:
+                raise LoadError(f"{CONFIG} has {count!r} classes and learn_upsampling {learned!r}")
+            if not any(count in tensor.shape for tensor in state.values()):
+                raise LoadError(f"{CONFIG} has {count} classes, which no tensor of {SCORES} has")
+            fcn = cls._of(backbone, count, config["variant"], learned)
+            fcn.categories = config["categories"]
+            fcn.preprocess = decoded_preprocess(config["preprocess"])
+            own = fcn.state_dict()
+            kept = {key: own[key] for key in own if key.startswith(_BACKBONE_PREFIX)}
+            fcn.load_state_dict({**kept, **state})
+        except Exception as error:  # a description can be wrong in any way
+            raise LoadError(f"{path} does not describe an FCN: {one_line(error)}") from error
+        return fcn.eval()
 
     def extra_repr(self) -> str:
         read = ", ".join(f"{s.name} at stride {s.geometry.stride[0]}" for s in self.sources)
         return f"FCN-{self.variant}, {self.num_classes} classes, scoring {read}"
 
 
-def _of_backbone(key: str) -> bool:
-    return key.startswith("backbone.")
-
-
 def _key(source: MapSource) -> str:
     return source.name.replace(".", "_")
 
 
-# -- the network as a folder ----------------------------------------------------------------------
-
-CONFIG = "fcn.json"
-SCORES = "scores.safetensors"
-BACKBONE = "backbone"
-
-_FORMAT = 1
-_BACKBONE_PREFIX = "backbone."
-
-
-def write_fcn(fcn: FCN, path: Path) -> Path:
-    """Write the folder; one already there is replaced when the new one is whole.
-
-    Files that somebody put into it, such as a README, stay.
-    """
-    checked_folder(path, "path")
-    if path.exists() and not (path / CONFIG).is_file():
-        raise FcvggError(f"{path} exists and is no folder of an FCN; choose another name")
-    config = {
-        "format": _FORMAT,
-        "variant": fcn.variant,
-        "num_classes": fcn.num_classes,
-        "learn_upsampling": fcn.learn_upsampling,
-        "categories": fcn.categories,
-        "preprocess": encoded_preprocess(fcn.preprocess),
-    }
-    own = {k: v for k, v in fcn.state_dict().items() if not k.startswith(_BACKBONE_PREFIX)}
-    try:
-        with folder_written_whole(path, (CONFIG, SCORES, BACKBONE)) as folder:
-            _write_backbone(fcn, folder / BACKBONE)
-            save_file({k: v.contiguous() for k, v in own.items()}, folder / SCORES)
-            (folder / SCORES).chmod(0o644)
-            (folder / CONFIG).write_text(json.dumps(config, indent=1, allow_nan=False) + "\n")
-    except (SafetensorError, ValueError) as error:
-        raise FcvggError(f"cannot write {path}: {one_line(error)}") from error
-    return path
-
-
-def _write_backbone(fcn: FCN, path: Path) -> None:
-    backbone = fcn.backbone
-    program = giving_first(backbone.program) if len(fcn.sources) > 1 else backbone.program
-    settings = {
-        "source": backbone.source,
-        "input_size": list(backbone.input_size),
-        "activation": backbone.activation,
-        "categories": None,
-        "preprocess": encoded_preprocess(backbone.preprocess),
-        "equivalence": None,
-    }
-    write_bundle(path, program, settings)
-
-
-def read_fcn(cls: type[FCN], path: Path) -> FCN:
-    """The network of a folder that `write_fcn` wrote.
-
-    Raises:
-        LoadError: if it is none, or is broken.
-    """
+def _read_config(path: Path) -> dict[str, Any]:
+    """The description in a folder of an FCN, which may have been changed by anyone."""
     try:
         data = untrusted.read_bytes(path / CONFIG, untrusted.CONFIG_BYTES, within=path)
         config = untrusted.parsed_json(data)
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise LoadError(f"{path} is no folder of an FCN: it holds no {CONFIG}") from error
+        raise LoadError(f"{path} is not the folder of an FCN: it has no {CONFIG}") from error
     except (OSError, ValueError) as error:
         raise LoadError(f"{path / CONFIG} is broken: {one_line(error)}") from error
     if not isinstance(config, dict) or config.get("format") != _FORMAT:
-        raise LoadError(f"{path / CONFIG} is not of format {_FORMAT}; upgrade fcvgg or save anew")
-    if not (path / BACKBONE).is_dir():
-        raise LoadError(f"{path} is broken: it has no folder {BACKBONE}")
-    backbone = load(path / BACKBONE)
-    try:
-        untrusted.check_regular(path / SCORES, within=path)
-        state = load_file(path / SCORES)
-        count, variant, learned = _settings(config)
-        if not any(count in tensor.shape for tensor in state.values()):
-            raise LoadError(f"{CONFIG} has {count} classes, which no tensor of {SCORES} has")
-        fcn = cls._of(backbone, count, variant, learned)
-        fcn.categories = config["categories"]
-        fcn.preprocess = decoded_preprocess(config["preprocess"])
-        kept = {k: v for k, v in fcn.state_dict().items() if k.startswith(_BACKBONE_PREFIX)}
-        fcn.load_state_dict({**kept, **state})
-    except Exception as error:  # a description can be wrong in any way
-        raise LoadError(f"{path} does not describe an FCN: {one_line(error)}") from error
-    return fcn.eval()
-
-
-def _settings(config: dict[str, Any]) -> tuple[int, str, bool]:
-    count, variant, learned = (config[k] for k in ("num_classes", "variant", "learn_upsampling"))
-    if type(count) is not int or count < 1 or type(learned) is not bool:
-        raise LoadError(f"{CONFIG} has {count!r} classes and learn_upsampling {learned!r}")
-    return count, variant, learned
+        raise LoadError(
+            f"{path / CONFIG} must have format {_FORMAT}; upgrade fcvgg, or save the network again"
+        )
+    return config

@@ -1,8 +1,8 @@
 """Bilinear upsampling by transposed convolution, in the phase that geometry asks for.
 
-A transposed convolution of stride f puts f outputs into every cell. Which image pixel an output
-stands for depends on where the cells' centres lie, so the kernel's phase and the part of the result
-that is kept are computed from both grids, by `AxisUpsampling`, once for an axis.
+A transposed convolution of stride f gives f outputs for every cell. The image pixel of an output
+depends on the cells' centres, so `AxisUpsampling` computes the kernel's phase and the part of the
+result that is kept from both grids, for one axis.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ class AxisUpsampling:
         factor, rest = divmod(cells.stride, grid.stride)
         if rest or factor < 1:
             raise GeometryError(
-                f"cells {cells.stride} pixels apart cannot be brought to a grid of "
-                f"{grid.stride}; expected a stride that divides {cells.stride}"
+                f"the stride of the finer grid must divide that of the cells, {cells.stride}, got "
+                f"{grid.stride}"
             )
         return cls(factor, (grid.centre_of(0) - cells.centre_of(0)) / grid.stride)
 
@@ -60,30 +60,29 @@ class AxisUpsampling:
     def reach(self, positions: int) -> Pair:
         """The half-open range of cells that `positions` outputs are interpolated from.
 
-        It leaves the map where positions lie outside the outermost centres.
+        It exceeds the map where positions lie outside the outermost centres.
         """
         low = floor(self.shift / self.factor)
         return low, max(ceil((positions - 1 + self.shift) / self.factor), low) + 1
 
     def first_kept(self, low: int) -> int:
-        """Where position 0 stands in the transposed convolution of the cells from `low` on."""
+        """The index of position 0 in the transposed convolution of the cells from `low` on."""
         return -self.first_tap - self.factor * low
 
 
 class BilinearUpsampling(nn.Module):
-    """Brings maps from one grid to a finer one by a transposed convolution for each channel.
+    """Resamples maps from one grid to a finer one by a transposed convolution of each channel.
 
-    Its kernels start as (or, where not learned, are) linear interpolation between the cells'
-    centres; outside the outermost centres the nearest cell's value is held, as in
-    `ScoreMap.resample`.
+    The kernels are, or if learned start as, linear interpolation between the cells' centres;
+    outside the outermost centres the nearest cell's value is held, as in `ScoreMap.resample`.
 
     Args:
-        channels: how many maps.
-        cells: where the given cells lie.
-        grid: where the wanted positions lie; `PIXELS` for the image itself.
-        learned: let training change the kernels, as the paper does between the score layers. Fixed
-            kernels are no part of `state_dict`.
-        dtype: of the kernels.
+        channels: the number of maps.
+        cells: the positions of the given cells.
+        grid: the wanted positions; `PIXELS` for the image itself.
+        learned: train the kernels, as the paper does between the score layers. Fixed kernels are
+            not in `state_dict`.
+        dtype: the dtype of the kernels.
     """
 
     weight: Tensor
@@ -122,9 +121,9 @@ class BilinearUpsampling(nn.Module):
             low, high = axis.reach(positions)
             pads = [-low, high - cells, *pads]  # torch begins with the last dimension
             kept.append(axis.first_kept(low))
-        maps = _held(maps, pads)
-        made = F.conv_transpose2d(maps, self.weight, stride=self.factor, groups=maps.shape[1])
-        return made[..., kept[0] : kept[0] + size[0], kept[1] : kept[1] + size[1]]
+        maps = _held(maps, pads)  # (N, K, high - low, ...)
+        finer = F.conv_transpose2d(maps, self.weight, stride=self.factor, groups=maps.shape[1])
+        return finer[..., kept[0] : kept[0] + size[0], kept[1] : kept[1] + size[1]]
 
     def extra_repr(self) -> str:
         learned = "learned" if isinstance(self.weight, nn.Parameter) else "fixed"

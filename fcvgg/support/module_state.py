@@ -35,6 +35,21 @@ def evaluating(module: nn.Module) -> Iterator[None]:
             m.training = mode
 
 
+@contextmanager
+def state_kept(*modules: nn.Module) -> Iterator[None]:
+    """Restores every module's mode and the values of all buffers, such as running statistics."""
+    modes = [(m, m.training) for module in modules for m in module.modules()]
+    buffers = [(b, b.clone()) for module in modules for b in module.buffers()]
+    try:
+        yield
+    finally:
+        for m, mode in modes:
+            m.training = mode
+        with torch.no_grad():
+            for buffer, values in buffers:
+                buffer.copy_(values)
+
+
 def listed(places: Sequence[str], root: str = "", most: int = 3) -> str:
     """Names of modules for a message, the root's in place of an empty one."""
     names = ", ".join(name or root or "the model" for name in places[:most])

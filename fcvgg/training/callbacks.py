@@ -1,38 +1,44 @@
-"""What watches a training run: whole checkpoints, its history, and losses that are not finite."""
+"""Callbacks of a training run, where Lightning's own do not do the job."""
 
 from __future__ import annotations
 
 import csv
 import sys
+import textwrap
 import time
-from collections.abc import Mapping
-from math import inf, isfinite
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import Callback, Checkpoint
+from pytorch_lightning.callbacks import Callback, ModelCheckpoint
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 
 from fcvgg.errors import TrainingError
 from fcvgg.support.atomic import written_whole
-from fcvgg.training.checkpoints import BEST, HISTORY, LAST, RUN_KEY, state_and_run, write_checkpoint
+from fcvgg.support.progress import progress_bar
+from fcvgg.training.checkpoints import BEST, HISTORY, LAST, RUN_KEY, write_checkpoint
 from fcvgg.training.sampling import mixed_seed
 
-_LOOKED_AT_EVERY = 16
-"""Steps between two looks at a loss on a device, each of which waits for it."""
+_LOSS_READ_EVERY = 16
+"""Steps between two reads of a loss on a GPU, each of which waits for the device."""
+
+_COLUMNS = 79
+_SHORT = {"accuracy": "acc", "pixel accuracy": "acc", "mean iou": "mIoU"}
 
 
-class WholeFiles(TorchCheckpointIO):
-    """Checkpoints written under a temporary name, so that a failure keeps the one before."""
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Atomic writes of checkpoints, so that a failure keeps the one before."""
 
     def save_checkpoint(self, checkpoint: Any, path: Any, storage_options: Any = None) -> None:
         write_checkpoint(checkpoint, Path(path))
 
 
 class Determinism(Callback):
-    """Seeds dropout and the like anew at every step, so that a resumed run draws the same."""
+    """Seeds dropout and the like at every step, so that a resumed run draws the same numbers."""
 
     def __init__(self, seed: int):
         self.seed = seed
@@ -46,11 +52,14 @@ class Determinism(Callback):
 
 
 class FiniteLoss(Callback):
-    """Stops a run whose loss is not finite, before anything of it is saved."""
+    """Stops a run whose loss is not finite, before anything of it is saved.
+
+    Lightning's ``EarlyStopping(check_finite=True)`` looks once an epoch and ends without an error.
+    """
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self._finite: torch.Tensor | None = None
+        self._finite = torch.tensor(True)
         self._rates: list[float] = []
 
     def on_train_batch_start(
@@ -65,63 +74,77 @@ class FiniteLoss(Callback):
         loss = outputs["loss"] if isinstance(outputs, Mapping) else outputs
         if loss is None:
             return
-        finite = torch.isfinite(loss.detach()).all()
-        self._finite = finite if self._finite is None else self._finite & finite
-        if loss.device.type == "cpu" or batch_idx % _LOOKED_AT_EVERY == 0:
+        self._finite = self._finite.to(loss.device) & torch.isfinite(loss.detach()).all()
+        if loss.device.type == "cpu" or batch_idx % _LOSS_READ_EVERY == 0:
             self._check(trainer, f"step {batch_idx + 1} of epoch {trainer.current_epoch + 1}")
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         epoch = trainer.current_epoch + 1
         self._check(trainer, f"epoch {epoch}")
         for name, value in trainer.callback_metrics.items():
-            if "loss" in name and not isfinite(float(value)):
-                self._stop(trainer, f"the validation of epoch {epoch}", float(value))
+            if "loss" in name and not isfinite(value):
+                self._stop(trainer, f"{float(value)} at the validation of epoch {epoch}")
 
     def _check(self, trainer: pl.Trainer, where: str) -> None:
-        if self._finite is not None and not bool(self._finite):
-            self._stop(trainer, where, None)
+        if not self._finite:
+            self._stop(trainer, f"not finite at {where}")
 
-    def _stop(self, trainer: pl.Trainer, where: str, value: float | None) -> None:
-        rates = self._rates
+    def _stop(self, trainer: pl.Trainer, found: str) -> None:
         last = self.folder / LAST
         kept = (
             f"the last good checkpoint is kept, {last} (epoch {trainer.current_epoch})"
             if last.exists()
             else "no epoch was finished, so there is no checkpoint"
         )
-        found = "not finite" if value is None else f"{value}"
+        rates = " to ".join(
+            f"{rate:.3g}" for rate in dict.fromkeys((self._rates[0], self._rates[-1]))
+        )
         raise TrainingError(
-            f"the loss is {found} at {where}, with the learning rate "
-            f"{' to '.join(f'{r:.3g}' for r in (rates[:1] + rates[-1:] if rates[1:] else rates))}; "
-            f"{kept}; choose a smaller lr"
+            f"the loss is {found}, with the learning rate {rates}; {kept}; choose a smaller lr"
         )
 
 
 class History(Callback):
-    """The logged values of every epoch, as plain numbers; a resumed run goes on with them.
+    """The logged values of every epoch, as plain numbers, in ``history.csv``.
+
+    Lightning's `CSVLogger` begins an empty file when a run is resumed, and writes the values of
+    training and validation in rows of their own.
 
     Args:
         folder: where ``history.csv`` is written after every epoch.
-        lines: print a line for every epoch on stderr.
+        monitor: the logged value that decides which epoch is the best.
+        mode: ``"min"`` or ``"max"``: what is better.
     """
 
-    def __init__(self, folder: Path, lines: bool):
+    def __init__(self, folder: Path, monitor: str, mode: str):
         self.folder = folder
-        self.lines = lines
+        self.monitor = monitor
+        self.mode = mode
         self.epochs: list[dict[str, float]] = []
         self._began = time.monotonic()
         self._rate = 0.0
+
+    @property
+    def best(self) -> dict[str, float]:
+        """The first of the epochs with the best monitored value."""
+        choose = min if self.mode == "min" else max
+        return choose(self.epochs, key=lambda epoch: epoch[self.monitor])
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         self._began = time.monotonic()
         self._rate = max(group["lr"] for group in trainer.optimizers[0].param_groups)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        values = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        logged = dict(sorted(trainer.callback_metrics.items()))
+        if self.monitor not in logged:
+            raise TrainingError(
+                f"monitor must be a value that the module logs, got {self.monitor!r}; "
+                f"it logs {', '.join(logged)}"
+            )
         self.epochs.append(
             {
                 "epoch": trainer.current_epoch + 1,
-                **dict(sorted(values.items())),
+                **{name: float(value) for name, value in logged.items()},
                 "lr": self._rate,
                 "seconds": time.monotonic() - self._began,
             }
@@ -145,85 +168,71 @@ class History(Callback):
             writer.writeheader()
             writer.writerows(self.epochs)
 
-    def tell(self, epochs: int | None, unprinted: tuple[str, ...] = ()) -> None:
-        """Print the last epoch's line, if lines are wanted, without names that begin so."""
-        if self.lines:
-            print(epoch_line(self.epochs[-1], epochs, unprinted), file=sys.stderr)
-
-
-_COLUMNS = 79
-_SHORT = {"accuracy": "acc", "pixel accuracy": "acc", "mean iou": "mIoU"}
-
 
 def epoch_line(
     values: Mapping[str, float], epochs: int | None, unprinted: tuple[str, ...] = ()
 ) -> str:
-    """An epoch's values as a line that no terminal breaks: beyond 79 columns, as several.
+    """An epoch's values as one line, broken between values where it exceeds 79 columns.
 
     Args:
         values: by name, as in the history: ``epoch``, ``train_loss``, ``valid_loss`` and so on.
-        epochs: how many there are at most.
-        unprinted: beginnings of names that are left to the history, as the learning rate is.
+        epochs: the largest number of epochs.
+        unprinted: prefixes of names that only the history has.
     """
-    lines = [f"epoch {int(values['epoch'])}/{epochs}"]
-    part = ""
+    pieces = [f"epoch {int(values['epoch'])}/{epochs}"]
+    last_part = ""
     for name, value in values.items():
         if name in ("epoch", "seconds", "lr") or name.startswith(unprinted):
             continue
-        before, _, what = name.partition("_")  # train_loss, valid_loss, valid_accuracy
+        part, _, what = name.partition("_")  # train_loss, valid_loss, valid_accuracy
         words = what.replace("_", " ")
         piece = f"{_SHORT.get(words, words)} {value:.3f}".lstrip()
-        _append(lines, f" {piece}" if before == part else f"  {before} {piece}")
-        part = before
-    _append(lines, f"  {values['seconds']:.1f} s")
-    return "\n".join(lines)
+        pieces.append(piece if part == last_part else f" {part} {piece}")
+        last_part = part
+    pieces.append(f" {values['seconds']:.1f} s")
+    held = " ".join(piece.replace(" ", "\xa0") for piece in pieces)  # a name and its value
+    wrapped = textwrap.fill(
+        held,
+        _COLUMNS,
+        subsequent_indent=" " * 2,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+    return wrapped.replace("\xa0", " ")
 
 
-def _append(lines: list[str], piece: str) -> None:
-    """Add a piece to the last line, or to a further one where it does not fit."""
-    if len(lines[-1]) + len(piece) <= _COLUMNS:
-        lines[-1] += piece
-    else:
-        lines.append(f"   {piece}")
+class BestAndLast(ModelCheckpoint):
+    """``last.ckpt`` after every epoch by Lightning, and ``best.ckpt`` with the best weights.
 
-
-class BestAndLast(Checkpoint):
-    """``last.ckpt`` with all it takes to go on, and ``best.ckpt`` with the best weights.
-
-    The best is written first: interrupted between the two, the run goes on from the epoch before
-    and finds the same best again.
+    The best epoch comes from the history: Lightning forgets its best value where the run's folder
+    has moved. The best is written first: interrupted between the two, the run goes on from the
+    epoch before and finds the same best again.
 
     Args:
         folder: where they go.
-        monitor: the logged value that tells the best epoch.
-        mode: ``"min"`` or ``"max"``.
-        run: what run this is, kept in both.
-        history: tells of an epoch once it is kept, so that no epoch told of is lost.
+        run: what run this is, kept in ``last.ckpt``.
+        history: gives the best epoch.
+        lines: print a line on stderr for every epoch once it is kept.
     """
 
-    def __init__(
-        self, folder: Path, monitor: str, mode: str, run: Mapping[str, Any], history: History
-    ):
+    def __init__(self, folder: Path, run: Mapping[str, Any], history: History, lines: bool):
+        super().__init__(
+            folder, Path(LAST).stem, enable_version_counter=False, save_on_train_epoch_end=True
+        )
         self.folder = folder
-        self.monitor = monitor
-        self.mode = mode
-        self.run = dict(run)
+        self.run = run
         self.history = history
-        self.best_value = inf if mode == "min" else -inf
-        self.best_epoch = 0
+        self.lines = lines
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        if self.monitor not in trainer.callback_metrics:
-            logged = ", ".join(sorted(trainer.callback_metrics))
-            raise TrainingError(f"the task logs no {self.monitor!r}; it logs {logged}")
-        value = float(trainer.callback_metrics[self.monitor])
-        if value < self.best_value if self.mode == "min" else value > self.best_value:
-            self.best_value, self.best_epoch = value, trainer.current_epoch + 1
-            if trainer.is_global_zero:
-                write_checkpoint(state_and_run(pl_module, self.run), self.folder / BEST)
-        trainer.save_checkpoint(self.folder / LAST)
-        if trainer.is_global_zero:
-            self.history.tell(trainer.max_epochs, pl_module.unprinted)
+        improved = self.history.best["epoch"] == trainer.current_epoch + 1
+        # the main process decides, since saving waits for all and their values may differ
+        if trainer.strategy.broadcast(improved):
+            trainer.save_checkpoint(self.folder / BEST, weights_only=True)
+        super().on_train_epoch_end(trainer, pl_module)
+        if self.lines and trainer.is_global_zero:
+            line = epoch_line(self.history.epochs[-1], trainer.max_epochs, pl_module.unprinted)
+            print(line, file=sys.stderr)
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]
@@ -231,57 +240,30 @@ class BestAndLast(Checkpoint):
         checkpoint[RUN_KEY] = {**self.run, "stopped": trainer.should_stop}
 
     def state_dict(self) -> dict[str, Any]:
-        return {"best_value": self.best_value, "best_epoch": self.best_epoch}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.best_value = state_dict["best_value"]
-        self.best_epoch = state_dict["best_epoch"]
+        return {}  # Lightning's holds paths, which would be wrong where the folder has moved
 
 
 class Bar(Callback):
-    """A bar on stderr over the steps of an epoch, where that is a terminal."""
+    """The package's own bar on stderr over the steps of an epoch.
+
+    Lightning's `TQDMProgressBar` writes on stdout, and its `RichProgressBar` changes Rich's global
+    console.
+    """
 
     def __init__(self) -> None:
-        self._progress: Any = None
-        self._task: Any = None
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        from rich.console import Console
-        from rich.progress import (
-            BarColumn,
-            MofNCompleteColumn,
-            Progress,
-            TextColumn,
-            TimeRemainingColumn,
-        )
-
-        console = Console(stderr=True)
-        if not console.is_terminal or not trainer.is_global_zero:
-            return
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-        self._progress = Progress(
-            *columns, TimeRemainingColumn(), console=console, transient=True, redirect_stdout=False
-        )
-        self._progress.start()
-        self._task = self._progress.add_task("training")
+        self._shown = ExitStack()
+        self._advance: Callable[[float], None]
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        if self._progress is not None:
-            name = f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}"
-            steps = int(trainer.num_training_batches)
-            self._progress.reset(self._task, description=name, total=steps)
+        name = f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}"
+        bar = progress_bar(name, int(trainer.num_training_batches), trainer.is_global_zero)
+        self._advance = self._shown.enter_context(bar)
 
-    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
-        if self._progress is not None:
-            self._progress.advance(self._task)
+    def on_train_batch_end(self, *args: Any) -> None:
+        self._advance(1)
 
-    def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        self._close()
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        self._shown.close()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: Any, exception: BaseException) -> None:
-        self._close()
-
-    def _close(self) -> None:
-        if self._progress is not None:
-            self._progress.stop()
-            self._progress = None
+        self._shown.close()

@@ -1,11 +1,11 @@
-"""The files of a training run: written whole, and read only by the run that they are of."""
+"""The files of a training run: written atomically, and read only by the run that wrote them."""
 
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,58 +16,36 @@ from fcvgg.training.settings import Settings
 
 BEST, LAST, HISTORY = "best.ckpt", "last.ckpt", "history.csv"
 RUN_KEY = "fcvgg_run"
-"""Where a checkpoint tells of which run it is."""
-
-Kind = TypeVar("Kind", bound=BaseException)
-
-
-def made_folder(folder: Path) -> Path:
-    """The folder of a run, made if it is absent.
-
-    Raises:
-        TrainingError: if it cannot be made.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise TrainingError(
-            f"cannot make the folder {folder} for the run: {error.strerror or error}"
-        ) from error
-    return folder
+"""The key in a checkpoint under which the run is described that it belongs to."""
 
 
 def check_new(folder: Path, names: Iterable[str], resume: bool) -> None:
     """Refuse to write over another run.
 
     Raises:
-        TrainingError: if a folder has one of the names, and no run is to be resumed.
-        ArgumentError: if the folder has the ending of a file.
+        TrainingError: if the folder has one of the names, and the run is not to be resumed.
+        ArgumentError: if the folder is named like a file.
     """
     checked_folder(folder, "folder")
     found = next((name for name in names if (folder / name).exists()), None)
     if found is not None and not resume:
         raise TrainingError(
-            f"{folder} holds a run already ({found}); resume it, or choose another folder"
+            f"{folder} already holds a run ({found}); resume it, or choose another folder"
         )
 
 
-def run_of(identity: Mapping[str, Any], settings: Settings) -> dict[str, Any]:
-    """What run this is, as a checkpoint gives it back: tuples become lists."""
+def describe_run(identity: Mapping[str, Any], settings: Settings) -> dict[str, Any]:
+    """What run this is, as a checkpoint gives it back, where tuples have become lists."""
     plain = {k: list(v) if isinstance(v, (tuple, list)) else v for k, v in identity.items()}
     return {"identity": plain, "settings": settings.fixed}
 
 
-def state_and_run(model: nn.Module, run: Mapping[str, Any]) -> dict[str, Any]:
-    """A checkpoint of weights, and of which run they are."""
-    return {"state_dict": model.state_dict(), RUN_KEY: dict(run)}
-
-
-def begun_run(folder: Path, run: Mapping[str, Any], resume: bool) -> dict[str, Any] | None:
-    """The last checkpoint in a folder, if there is one, and it is of the same run.
+def read_run(folder: Path, run: Mapping[str, Any], resume: bool) -> dict[str, Any] | None:
+    """The last checkpoint of a run in its folder, or None if there is none.
 
     Raises:
-        TrainingError: if there is one, and it is not to be resumed.
-        LoadError: if it is another run's, or broken.
+        TrainingError: if there is one, and the run is not to be resumed.
+        LoadError: if it belongs to another run, or is broken.
     """
     last = folder / LAST
     if not last.exists():
@@ -76,39 +54,41 @@ def begun_run(folder: Path, run: Mapping[str, Any], resume: bool) -> dict[str, A
     content = read_checkpoint(last)
     found = content.get(RUN_KEY)
     if not isinstance(found, dict):
-        raise LoadError(f"{last} is no checkpoint of fcvgg's training; choose another folder")
+        raise LoadError(f"{last} does not hold a training run of fcvgg; choose another folder")
     for kind in ("identity", "settings"):
         for name, value in run[kind].items():
             was = found[kind].get(name)
             if was != value:
                 raise LoadError(
-                    f"{last} is of another run: its {name.replace('_', ' ')} is {was!r}, not "
+                    f"{last} belongs to another run: its {name.replace('_', ' ')} is {was!r}, not "
                     f"{value!r}; resume with the same, or choose another folder"
                 )
     return content
 
 
 def check_fits(content: Mapping[str, Any], model: nn.Module, path: Path) -> None:
-    """Refuse a checkpoint of a network of other layers.
+    """Refuse a checkpoint of weights alone, or of a network with other layers.
 
     Raises:
-        LoadError: if a parameter is missing or has another shape.
+        LoadError: if no run can go on from it, or a parameter is missing or has another shape.
     """
-    was, own = (
-        {k: tuple(v.shape) for k, v in s.items()}
-        for s in (content["state_dict"], model.state_dict())
+    if "callbacks" not in content:
+        raise LoadError(f"{path} holds weights only, from which no run can go on; restore {LAST}")
+    saved, own = (
+        {name: tuple(tensor.shape) for name, tensor in state.items()}
+        for state in (content["state_dict"], model.state_dict())
     )
-    differing = [name for name in {**was, **own} if was.get(name) != own.get(name)]
-    if differing:
-        name = differing[0]
-        raise LoadError(
-            f"{path} does not fit the network: {name} is {was.get(name, 'absent')} there and "
-            f"{own.get(name, 'absent')} here ({len(differing)} such); resume with the same network"
-        )
+    for name in {**saved, **own}:
+        was, here = saved.get(name, "absent"), own.get(name, "absent")
+        if was != here:
+            raise LoadError(
+                f"{path} does not fit the network: {name} is {was} there and {here} here; resume "
+                "with the same network"
+            )
 
 
 def write_checkpoint(checkpoint: Any, path: Path) -> None:
-    """Write what torch.save takes, whole or not at all.
+    """Write what torch.save takes, atomically.
 
     Raises:
         TrainingError: if the disk is full or the folder cannot be written.
@@ -119,12 +99,13 @@ def write_checkpoint(checkpoint: Any, path: Path) -> None:
         with written_whole(path) as temporary, open(temporary, "wb") as file:
             torch.save(checkpoint, file)
     except (OSError, RuntimeError, FcvggError) as error:
-        # torch's writer ends in a RuntimeError of its own, of which what stopped it is the context
-        if _first(KeyboardInterrupt, error) is not None:
+        # torch's writer ends in a RuntimeError, whose context is the cause
+        causes = list(_causes(error))
+        if any(isinstance(cause, KeyboardInterrupt) for cause in causes):
             raise KeyboardInterrupt from error
-        cause = _first(OSError, error)
-        reason = cause.strerror if cause is not None else one_line(error)
-        full = cause is not None and cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        failed = next((cause for cause in causes if isinstance(cause, OSError)), None)
+        reason = one_line(error) if failed is None else failed.strerror
+        full = failed is not None and failed.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         what = "the disk is full" if full else "it could not be written"
         raise TrainingError(
             f"cannot save the checkpoint {path}: {what} ({reason}){kept}; "
@@ -145,14 +126,12 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     except Exception as error:  # a broken file can lead the unpickler anywhere
         raise LoadError(f"{path} is a broken checkpoint: {one_line(error)[:200]}") from error
     if not isinstance(content, dict):
-        raise LoadError(f"{path} is no checkpoint: it holds {type(content).__name__}")
+        raise LoadError(f"{path} must hold a checkpoint, got {type(content).__name__}")
     return content
 
 
-def _first(kind: type[Kind], error: BaseException | None) -> Kind | None:
-    """The first error of a kind among one and what led to it."""
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and its causes."""
     while error is not None:
-        if isinstance(error, kind):
-            return error
+        yield error
         error = error.__cause__ or error.__context__
-    return None

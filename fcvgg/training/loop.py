@@ -15,24 +15,19 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-from fcvgg.errors import (
-    ArgumentError,
-    LoadError,
-    MissingExtraError,
-    one_line,
-)
+from fcvgg.errors import ArgumentError, MissingExtraError, TrainingError, one_line
+from fcvgg.support.lock import locked
 from fcvgg.training.checkpoints import (
     BEST,
     LAST,
     RUN_KEY,
-    begun_run,
     check_fits,
-    made_folder,
+    describe_run,
     read_checkpoint,
-    run_of,
+    read_run,
 )
-from fcvgg.training.sampling import EpochOrder, SeededItems
-from fcvgg.training.settings import Settings, optimizer_and_schedule
+from fcvgg.training.sampling import EpochSampler, SeededItems
+from fcvgg.training.settings import Settings, check_choice, optimizer_and_schedule
 
 try:
     import pytorch_lightning as pl
@@ -45,23 +40,30 @@ except ImportError as _error:
         "pip install 'fcvgg[train]'"
     ) from _error
 
-from fcvgg.training.callbacks import Bar, BestAndLast, Determinism, FiniteLoss, History, WholeFiles
+from fcvgg.training.callbacks import (
+    AtomicCheckpointIO,
+    Bar,
+    BestAndLast,
+    Determinism,
+    FiniteLoss,
+    History,
+)
 
-_CHATTY = ("pytorch_lightning", "lightning_fabric", "lightning", "lightning.pytorch")
+_LIGHTNING = ("pytorch_lightning", "lightning_fabric", "lightning", "torchmetrics")
 
 
 @dataclass(frozen=True)
 class TrainingRun:
-    """What a training run leaves.
+    """The result of a training run.
 
     Attributes:
-        folder: where its files lie: ``best.ckpt``, ``last.ckpt``, ``history.csv``.
-        history: for every epoch the values that the task logged, and ``epoch`` (from 1), ``lr``
+        folder: the run's folder: ``best.ckpt``, ``last.ckpt``, ``history.csv``.
+        history: for every epoch the values that the module logged, and ``epoch`` (from 1), ``lr``
             and ``seconds``.
         best_epoch: the epoch of the best weights, from 1.
-        best_value: the monitored value there.
-        monitor: its name.
-        stopped_early: whether it ended for want of a better value.
+        best_value: the monitored value of that epoch.
+        monitor: the name of the monitored value.
+        stopped_early: whether it stopped because the value no longer improved.
         resumed_after: how many epochs had been done before this call.
     """
 
@@ -84,7 +86,7 @@ class TrainingRun:
         return self.folder / LAST
 
 
-class Task(pl.LightningModule):  # type: ignore[misc]
+class TrainingModule(pl.LightningModule):  # type: ignore[misc]
     """A Lightning module whose optimiser follows the `Settings` that `fit` gives it.
 
     Subclasses write `training_step` and `validation_step`, and log what is monitored.
@@ -93,10 +95,10 @@ class Task(pl.LightningModule):  # type: ignore[misc]
     settings: Settings = Settings()
 
     unprinted: tuple[str, ...] = ()
-    """Beginnings of logged names that ``history.csv`` has and the printed lines leave out."""
+    """Prefixes of logged names that ``history.csv`` has and the printed lines leave out."""
 
     def groups(self) -> list[dict[str, Any]]:
-        """The parameter groups; by default one, of all that trains."""
+        """The parameter groups; by default one, of all trainable parameters."""
         return [{"params": [p for p in self.parameters() if p.requires_grad]}]
 
     def configure_optimizers(self) -> Any:
@@ -105,7 +107,7 @@ class Task(pl.LightningModule):  # type: ignore[misc]
 
 
 def fit(
-    task: Task,
+    module: TrainingModule,
     train: Any,
     valid: Any,
     settings: Settings,
@@ -118,20 +120,20 @@ def fit(
     collate: Callable[[list[Any]], Any] | None = None,
     progress: bool = False,
 ) -> TrainingRun:
-    """Train a task, keeping its best and its last state, and leave it with its best weights.
+    """Train a Lightning module, keep its best and last state, and leave it with the best weights.
 
     Interrupted and resumed, a run ends with the weights of one that was not (bit for bit on the
-    CPU; on a GPU as far as its kernels are deterministic): batch order and augmentation depend on
+    CPU; on a GPU as far as its kernels are deterministic): sampling and augmentation depend on
     seed, epoch and index, dropout on seed, epoch and step, and a resumed run goes on after the last
-    epoch that was finished. The global random state is left as it was.
+    finished epoch. The global random state is restored.
 
     Args:
-        task: a Lightning module that logs `monitor` in validation.
+        module: a Lightning module that logs `monitor` in validation.
         train: a map-style dataset; its items may draw random numbers from torch.
         valid: a map-style dataset, read in order.
         settings: how to train.
         folder: where ``best.ckpt``, ``last.ckpt`` and ``history.csv`` go; made if absent.
-        monitor: the logged value by which the best epoch is chosen, and early stopping decides.
+        monitor: the logged value that decides the best epoch and early stopping.
         mode: ``"min"`` or ``"max"``: what is better.
         identity: what else must be the same to resume, such as architecture and classes; plain
             values.
@@ -140,99 +142,93 @@ def fit(
         progress: show a bar, and print a line for every epoch, on stderr.
 
     Raises:
-        TrainingError: if the loss is not finite, a checkpoint cannot be written, or the folder
-            holds a run and `resume` is False.
-        LoadError: if the run to resume is another's, or its checkpoint is broken.
+        TrainingError: if the loss is not finite, a checkpoint cannot be written, another run is
+            using the folder, or it holds a run and `resume` is False.
+        LoadError: if the folder's run is another one, or its checkpoint is broken.
         ArgumentError: if Lightning refuses the settings.
         KeyboardInterrupt: on Ctrl-C; the last finished epoch is kept.
     """
-    if mode not in ("min", "max"):
-        raise ArgumentError(f"mode={mode!r} is unknown; expected 'min' or 'max'")
-    folder = made_folder(Path(folder))
-    run = run_of(identity or {}, settings)
-    begun = begun_run(folder, run, resume)
-    if begun is not None:
-        if "callbacks" not in begun:
-            raise LoadError(f"{folder / LAST} is of no run that can go on; choose another folder")
-        check_fits(begun, task, folder / LAST)
-    task.settings = settings
-    task.train()  # Lightning takes the modes that it finds
-    history = History(folder, progress)
-    kept = BestAndLast(folder, monitor, mode, run, history)
-    done = 0
-    if begun is not None:
-        done = int(begun["epoch"]) + 1
-        history.load_state_dict(begun["callbacks"][history.state_key])
-        kept.load_state_dict(begun["callbacks"][kept.state_key])
-    stopped = begun is not None and bool(begun[RUN_KEY]["stopped"]) and done < settings.epochs
-    if not stopped and done < settings.epochs:
-        callbacks = [Determinism(settings.seed), FiniteLoss(folder), history, kept]
-        if settings.patience is not None:
-            callbacks.append(
-                EarlyStopping(monitor, 0.0, settings.patience, False, mode, True, False)
-            )
-        if progress:
-            callbacks.append(Bar())
-        loaders = _Loaders(train, valid, settings, collate)
-        with _quiet(), _own_random_state(), _whole_interrupts():
-            trainer = _trainer(settings, folder, callbacks)
-            trainer.fit(
-                task,
-                datamodule=loaders,
-                ckpt_path=str(folder / LAST) if begun is not None else None,
-                weights_only=True if begun is not None else None,
-            )
-            stopped = bool(trainer.should_stop) and len(history.epochs) < settings.epochs
-    task.load_state_dict(read_checkpoint(folder / BEST)["state_dict"])
-    task.trainer = None
-    task.eval()
+    check_choice("mode", mode, ("min", "max"))
+    run = describe_run(identity or {}, settings)
+    history = History(Path(folder), monitor, mode)
+    with run_folder(folder) as folder:
+        begun = read_run(folder, run, resume)
+        if begun is not None:
+            check_fits(begun, module, folder / LAST)
+            history.load_state_dict(begun["callbacks"][history.state_key])
+        done = len(history.epochs)
+        module.settings = settings
+        if done < settings.epochs and not (begun and begun[RUN_KEY]["stopped"]):
+            kept = BestAndLast(folder, run, history, lines=progress)
+            callbacks = [Determinism(settings.seed), FiniteLoss(folder), history, kept]
+            if settings.patience is not None:
+                callbacks.append(
+                    EarlyStopping(
+                        monitor, patience=settings.patience, mode=mode, check_finite=False
+                    )
+                )
+            if progress:
+                callbacks.append(Bar())
+            loaders = _Loaders(train, valid, settings, collate)
+            _train(module, loaders, callbacks, folder / LAST if begun else None)
+        module.load_state_dict(read_checkpoint(folder / BEST)["state_dict"])
+    module.trainer = None
+    module.eval()
     return TrainingRun(
-        folder,
-        tuple(history.epochs),
-        kept.best_epoch,
-        kept.best_value,
-        monitor,
-        stopped,
-        done,
+        folder=folder,
+        history=tuple(history.epochs),
+        best_epoch=int(history.best["epoch"]),
+        best_value=history.best[monitor],
+        monitor=monitor,
+        stopped_early=len(history.epochs) < settings.epochs,
+        resumed_after=done,
     )
 
 
+def _train(
+    module: TrainingModule, loaders: _Loaders, callbacks: list[Any], checkpoint: Path | None
+) -> None:
+    """Run Lightning, from a checkpoint on if there is one, and leave the process as it was."""
+    resumed: dict[str, Any] = {}
+    if checkpoint is not None:
+        resumed = {"ckpt_path": str(checkpoint), "weights_only": True}
+    module.train()  # Lightning takes the modes that it finds
+    with _quiet(), _own_random_state(), _python_interrupts():
+        _trainer(module.settings, callbacks).fit(module, datamodule=loaders, **resumed)
+
+
 class _Loaders(pl.LightningDataModule):  # type: ignore[misc]
-    """The loaders, made anew for every epoch."""
+    """The data loaders, created for every epoch with the order of that epoch."""
 
     def __init__(self, train: Any, valid: Any, settings: Settings, collate: Any):
         super().__init__()
         self.train = train
         self.valid = valid
-        self.collate = collate
         self.settings = settings
+        self.options: dict[str, Any] = {
+            "batch_size": settings.batch_size,
+            "num_workers": settings.workers,
+            "collate_fn": collate,
+        }
 
     def train_dataloader(self) -> DataLoader[Any]:
         settings = self.settings
         assert self.trainer is not None
-        # a last batch of one image is left out: batch norm cannot train on it
+        # a last batch of one image is dropped: batch norm cannot train on it
         share = -(-len(self.train) // self.trainer.world_size)
         alone = share > settings.batch_size and share % settings.batch_size == 1
         return DataLoader(
             SeededItems(self.train, settings.seed),
-            sampler=EpochOrder(self.train, settings.seed, self.trainer.current_epoch),
+            sampler=EpochSampler(self.train, settings.seed, self.trainer.current_epoch),
             drop_last=alone and settings.batch_size > 1,
-            **self._shared,
+            **self.options,
         )
 
     def val_dataloader(self) -> DataLoader[Any]:
-        return DataLoader(self.valid, **self._shared)
-
-    @property
-    def _shared(self) -> dict[str, Any]:
-        return {
-            "batch_size": self.settings.batch_size,
-            "num_workers": self.settings.workers,
-            "collate_fn": self.collate,
-        }
+        return DataLoader(self.valid, **self.options)
 
 
-def _trainer(settings: Settings, folder: Path, callbacks: list[Any]) -> pl.Trainer:
+def _trainer(settings: Settings, callbacks: list[Any]) -> pl.Trainer:
     try:
         return pl.Trainer(
             accelerator=settings.accelerator,
@@ -240,14 +236,13 @@ def _trainer(settings: Settings, folder: Path, callbacks: list[Any]) -> pl.Train
             precision=settings.lightning_precision,  # type: ignore[arg-type]
             max_epochs=settings.epochs,
             callbacks=callbacks,
-            plugins=[WholeFiles()],
-            default_root_dir=folder,
+            plugins=[AtomicCheckpointIO()],
             logger=False,
             benchmark=False,
             num_sanity_val_steps=0,
             enable_progress_bar=False,
             enable_model_summary=False,
-            reload_dataloaders_every_n_epochs=1,  # so that each has its epoch's order
+            reload_dataloaders_every_n_epochs=1,  # each epoch has an order of its own
         )
     except (MisconfigurationException, ValueError, RuntimeError) as error:
         raise ArgumentError(
@@ -258,24 +253,44 @@ def _trainer(settings: Settings, folder: Path, callbacks: list[Any]) -> pl.Train
 
 def is_main_process() -> bool:
     """Whether this is the process that writes, of several that train together."""
-    return int(getattr(rank_zero_only, "rank", None) or 0) == 0
+    return not getattr(rank_zero_only, "rank", 0)
+
+
+@contextlib.contextmanager
+def run_folder(folder: str | Path) -> Iterator[Path]:
+    """The folder of a run, made if it is absent and locked against other runs.
+
+    Raises:
+        TrainingError: if it cannot be made, or another run is using it.
+    """
+    folder = Path(folder)
+    if not is_main_process():  # the main process holds it for all
+        yield folder
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise TrainingError(
+            f"cannot make the folder {folder} for the run: {error.strerror or error}"
+        ) from error
+    with locked(folder, TrainingError):
+        yield folder
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without Lightning's tips and warnings, and with matching levels afterwards."""
-    loggers = [logging.getLogger(name) for name in _CHATTY]
-    loggers += [
+    """Without Lightning's tips and warnings; the levels of its loggers are restored."""
+    loggers = [
         logging.getLogger(name)
         for name in list(logging.root.manager.loggerDict)
-        if name.startswith(tuple(f"{n}." for n in _CHATTY))
+        if name.partition(".")[0] in _LIGHTNING
     ]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
-            for module in ("pytorch_lightning", "lightning_fabric", "torchmetrics"):
+            for module in _LIGHTNING:
                 warnings.filterwarnings("ignore", module=rf"{module}\b")
             yield
     finally:
@@ -294,8 +309,8 @@ def _own_random_state() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _whole_interrupts() -> Iterator[None]:
-    """Ctrl-C as Python has it: Lightning exits the process and ignores further ones."""
+def _python_interrupts() -> Iterator[None]:
+    """Ctrl-C raises `KeyboardInterrupt`; Lightning would exit the process and ignore the next."""
     main = threading.current_thread() is threading.main_thread()
     handler = signal.getsignal(signal.SIGINT) if main else None
     try:

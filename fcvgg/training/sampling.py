@@ -1,6 +1,6 @@
 """Batches and augmentation that depend on seed, epoch and index only.
 
-So neither the number of workers nor an interruption changes what a network is trained on.
+Neither the number of workers nor an interruption changes what a network is trained on.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from torch.utils.data import Dataset, Sampler
 
 
 def mixed_seed(*numbers: int) -> int:
-    """A seed of 63 bits that depends on every number, on their order and on how many there are."""
+    """A seed of 63 bits that depends on all numbers, on their order and on their count."""
     digest = blake2b(repr(numbers).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 
 
-class EpochOrder(Sampler[tuple[int, int]]):
+class EpochSampler(Sampler[tuple[int, int]]):
     """``(epoch, index)`` for every item of a dataset, shuffled by seed and epoch."""
 
     def __init__(self, dataset: Sized, seed: int, epoch: int):
@@ -39,8 +39,8 @@ class EpochOrder(Sampler[tuple[int, int]]):
 class SeededItems(Dataset[Any]):
     """A dataset whose items are drawn with a seed of their own, by ``(epoch, index)``.
 
-    Only torch's CPU generator is seeded, which is what torchvision's transforms draw from; it is
-    left as it was.
+    Only torch's CPU generator is seeded, from which torchvision's transforms draw; its state is
+    restored.
     """
 
     def __init__(self, dataset: Any, seed: int):

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import cos, isfinite, pi
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,18 +24,18 @@ class Settings:
     """How a network is trained.
 
     Args:
-        epochs: at most so many times through the training images.
+        epochs: the largest number of passes over the training images.
         optimizer: ``"sgd"`` (momentum 0.9) or ``"adamw"``.
-        lr: the learning rate, where a parameter group has none of its own.
-        weight_decay: as for torch's optimisers.
+        lr: the learning rate of parameter groups that have none of their own.
+        weight_decay: as for torch's optimizers.
         cosine: let every learning rate fall to 0 along half a cosine, step by step.
-        patience: stop after so many epochs without a better monitored value; None never stops.
+        patience: stop after this many epochs without a better monitored value; None never stops.
         batch_size: images per step, on every device.
         workers: processes that read images; 0 reads in this one. It does not change the result.
-        seed: of batch order, augmentation and dropout.
+        seed: the seed of sampling, augmentation and dropout.
         precision: ``"32"``, ``"bf16-mixed"`` or ``"16-mixed"``; ``"auto"`` is bf16-mixed
             on a GPU that has it, else 32.
-        accelerator: ``"auto"``, ``"cpu"``, ``"gpu"`` and others of Lightning.
+        accelerator: ``"auto"``, ``"cpu"``, ``"gpu"`` or another accelerator of Lightning.
         devices: how many, as for Lightning's `Trainer`; ``"auto"`` takes all.
 
     Raises:
@@ -56,25 +57,33 @@ class Settings:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "precision", str(self.precision))
-        _check_one_of("optimizer", self.optimizer, OPTIMIZERS)
-        _check_one_of("precision", self.precision, PRECISIONS)
+        check_choice("optimizer", self.optimizer, OPTIMIZERS)
+        check_choice("precision", self.precision, PRECISIONS)
         for name, least in (("epochs", 1), ("batch_size", 1), ("workers", 0), ("seed", 0)):
             _check_integer(name, getattr(self, name), least)
         if self.patience is not None:
             _check_integer("patience", self.patience, 1)
-        for name in ("lr", "weight_decay"):
-            _check_rate(name, getattr(self, name))
+        check_rate("lr", self.lr)
+        check_rate("weight_decay", self.weight_decay)
         devices = self.devices
         if not (devices == "auto" or (str(devices).isdecimal() and int(devices) > 0)):
-            raise ArgumentError(f"devices={devices!r} is none; expected 'auto' or an integer >= 1")
+            raise ArgumentError(
+                f"devices must be 'auto' or an integer of at least 1, got {devices!r}"
+            )
 
     @property
     def lightning_precision(self) -> str:
         """`precision` in Lightning's words, ``"auto"`` resolved for this machine."""
         if self.precision == "auto":
-            gpu = self.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
-            return "bf16-mixed" if gpu and torch.cuda.is_bf16_supported(False) else "32-true"
+            return (
+                "bf16-mixed" if self.on_gpu and torch.cuda.is_bf16_supported(False) else "32-true"
+            )
         return "32-true" if self.precision == "32" else str(self.precision)
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether training runs on a CUDA GPU of this machine."""
+        return self.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
 
     @property
     def fixed(self) -> dict[str, Any]:
@@ -90,8 +99,8 @@ def optimizer_and_schedule(
 
     Args:
         parameters: parameters, or groups of them as `fcvgg.parameter_groups` makes.
-        settings: for the optimiser and its rates.
-        steps: how many there will be in all epochs, for the cosine.
+        settings: for the optimizer and its rates.
+        steps: the number of steps in all epochs, for the cosine.
     """
     rates: dict[str, Any] = {"lr": settings.lr, "weight_decay": settings.weight_decay}
     optimizer: torch.optim.Optimizer = (
@@ -110,16 +119,38 @@ def optimizer_and_schedule(
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
-def _check_one_of(name: str, value: Any, known: tuple[str, ...]) -> None:
+def balanced_weights(counts: Sequence[int]) -> Tensor:
+    """The weight of every class in the loss, float32 ``(K,)``, so that all weigh the same in sum.
+
+    Args:
+        counts: how many samples each class has. The mean weight of a sample is 1, and a class
+            without samples has the weight 0.
+    """
+    known = np.array(counts, np.float64)
+    inverse = np.divide(known.sum(), known, out=np.zeros_like(known), where=known > 0)
+    return torch.tensor(inverse / np.count_nonzero(known), dtype=torch.float32)
+
+
+def check_choice(name: str, value: Any, known: Iterable[str]) -> None:
+    """Refuse a value that is not one of those known.
+
+    Raises:
+        ArgumentError: if it is not.
+    """
     if value not in known:
-        raise ArgumentError(f"{name}={value!r} is unknown; expected one of {', '.join(known)}")
+        raise ArgumentError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+
+
+def check_rate(name: str, value: Any) -> None:
+    """Refuse what is not a finite number of at least 0.
+
+    Raises:
+        ArgumentError: if it is not.
+    """
+    if not isinstance(value, (int, float)) or not isfinite(value) or value < 0:
+        raise ArgumentError(f"{name} must be a finite number of at least 0, got {value!r}")
 
 
 def _check_integer(name: str, value: Any, least: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ArgumentError(f"{name}={value!r} is out of range; expected an integer >= {least}")
-
-
-def _check_rate(name: str, value: Any) -> None:
-    if not isinstance(value, (int, float)) or not isfinite(value) or value < 0:
-        raise ArgumentError(f"{name}={value!r} is out of range; expected a number >= 0")
+        raise ArgumentError(f"{name} must be an integer of at least {least}, got {value!r}")

@@ -51,7 +51,7 @@ def test_train_resume_and_label(data: Path) -> None:
     assert "valid_iou_dark" in Path("c/history.csv").read_text()
     again = run("segment-train", data, *options, "-o", "c")
     assert again.stderr == (
-        "fcvgg: error: c holds a run already (last.ckpt); pass --resume, or choose another folder\n"
+        "fcvgg: error: c already holds a run (last.ckpt); pass --resume, or choose another folder\n"
     )
     coarse = fcvgg.FCN.load("c/fcn")
     first = fcvgg.load("demo").state_dict()["features.0.weight"]
@@ -114,13 +114,13 @@ def test_no_label_map_takes_the_place_of_another(data: Path) -> None:
 
 def test_bad_input_is_one_line_and_exit_2(data: Path) -> None:
     for arguments, message in [
-        (("segment-train", data, "--classes", "dark", "-m", "demo"), "cannot label pixels"),
+        (("segment-train", data, "--classes", "dark", "-m", "demo"), "must be 2 to 255, got 1"),
         (("segment-train", "none", "-c", "a,b", "-m", "demo"), "none/images does not exist"),
         (
             ("segment-train", data, "-c", "a,b", "-m", "demo", "--init-from", "none"),
-            "none is no folder of an FCN",
+            "none is not the folder of an FCN",
         ),
-        (("segment", data / "images" / "0.png", "--fcn", "none"), "none is no folder of an FCN"),
+        (("segment", data / "images" / "0.png", "--fcn", "none"), "not the folder of an FCN"),
     ]:
         ran = run(*arguments)
         assert ran.exit_code == 2

@@ -15,6 +15,7 @@ import matplotlib as mpl
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from hypothesis import given
 from hypothesis import strategies as st
 from nets import GlobalPooled, SmallVGG, seeded
@@ -35,14 +36,25 @@ from fcvgg.errors import (
     TrainingError,
 )
 from fcvgg.finetuning import strategies
-from fcvgg.finetuning.images import ImageRows, balanced_weights
-from fcvgg.finetuning.strategies import Choice, Recipe, chosen, new_layer_rate, prepared, rates
-from fcvgg.finetuning.svm import fitted_svm, pooled_features
-from fcvgg.finetuning.tasks import Classification, frozen_features
+from fcvgg.finetuning.classification import Classification
+from fcvgg.finetuning.images import ImageRows
+from fcvgg.finetuning.outputs import frozen_features
+from fcvgg.finetuning.pretrained import Pretrained
+from fcvgg.finetuning.strategies import (
+    Choice,
+    Recipe,
+    choose_strategy,
+    new_layer_rate,
+    prepare_model,
+    rates,
+)
+from fcvgg.finetuning.svm import fit_svm
 from fcvgg.images.datasets import LabelledFiles, split_folders
 from fcvgg.images.pictures import Picture
-from fcvgg.training.normalization import check_normalization, smallest_batch
+from fcvgg.training import Settings
+from fcvgg.training.normalization import check_batches
 from fcvgg.training.sampling import SeededItems
+from fcvgg.training.settings import balanced_weights
 
 mpl.use("Agg")
 skimage_data = pytest.importorskip("skimage.data")
@@ -217,11 +229,13 @@ def test_resize_and_centre_crop(tmp_path: Path) -> None:
     assert label == 1
     assert squeezed.shape == (3, 20, 20)
     assert 0.3 < squeezed.mean() < 0.37
-    cropped, _ = ImageRows(files, plain, (20, 20), "centre-crop")[0]
+    cropped, _ = ImageRows(files, plain, (20, 20), "center-crop")[0]
     assert cropped.min() == 1
     taller, _ = ImageRows(files, plain, (30, 15), "centre-crop")[0]
     assert taller.shape == (3, 30, 15)
-    with pytest.raises(ArgumentError, match="resize='crop' is unknown; expected 'resize' or"):
+    with pytest.raises(
+        ArgumentError, match="resize must be one of resize, center-crop, got 'crop'"
+    ):
         ImageRows(files, plain, (20, 20), "crop")
 
 
@@ -244,7 +258,7 @@ def test_augmentation_depends_on_seed_epoch_and_index(files: LabelledFiles, chan
 
 
 def test_balanced_weights_count_every_class_the_same() -> None:
-    weights = balanced_weights([0, 0, 0, 1], 2)
+    weights = balanced_weights((3, 1))
     torch.testing.assert_close(weights, torch.tensor([4 / 6, 4 / 2]))
     labels = torch.tensor([0, 0, 0, 1])
     assert weights[labels][labels == 0].sum() == weights[labels][labels == 1].sum()
@@ -254,7 +268,11 @@ def test_balanced_weights_count_every_class_the_same() -> None:
 
 
 def choose(files: LabelledFiles, **options: Any) -> Choice:
-    return chosen(Recipe(**options), demo_model(), files, PREPROCESS, SIZE)
+    return choose_strategy(Recipe(**options), demo_source(), files)
+
+
+def demo_source() -> Pretrained:
+    return Pretrained(demo_model(), "demo", PREPROCESS, SIZE)
 
 
 def test_auto_measures_likeness_of_few_images(files: LabelledFiles) -> None:
@@ -302,11 +320,11 @@ def test_auto_by_number_and_by_what_the_user_says(
     assert choose(files, freeze_upto="pool1").strategy == "partial"
     hidden = choose(files, similar=True, hidden=(16,))  # random layers must not be frozen
     assert hidden.strategy == "partial"
-    assert hidden.reason.startswith("since hidden layers are asked for: the early layers")
+    assert hidden.reason.startswith("since hidden layers are requested: the early layers")
     varied = choose(files, similar=False, augment=True)  # nor can a machine be given varied images
     assert varied.strategy == "partial"
-    assert "features that are varied suit no support vector machine" in varied.reason
-    assert choose(files, strategy="scratch").reason.startswith("as asked for: every layer is train")
+    assert "a support vector machine cannot be fitted to features that vary" in varied.reason
+    assert choose(files, strategy="scratch").reason.startswith("as requested: every layer is train")
     monkeypatch.setattr(strategies, "FEW", 10)
     medium = choose(files, similar=False)
     assert medium.strategy == "partial"
@@ -321,7 +339,7 @@ def test_too_few_to_measure(files: LabelledFiles) -> None:
     two = LabelledFiles(files.paths[:2] + files.paths[12:14], (0, 0, 1, 1))
     choice = choose(two)
     assert choice.strategy == "linear"
-    assert "too few to measure how like they are" in choice.reason
+    assert "too few to measure their similarity" in choice.reason
 
 
 CHANGED = {
@@ -379,9 +397,7 @@ def test_other_precisions_are_trained_in_single(
 
 
 def test_scratch_starts_at_random(files: LabelledFiles) -> None:
-    models = [
-        prepared(demo_model(), Choice("scratch", ""), Recipe(), 3, SIZE, seed) for seed in (0, 0, 1)
-    ]
+    models = [prepare_model(demo_source(), "scratch", Recipe(), 3, seed) for seed in (0, 0, 1)]
     weights = [model.features[0].weight for model in models]
     assert torch.equal(weights[0], weights[1])
     assert not torch.equal(weights[0], weights[2])
@@ -390,12 +406,12 @@ def test_scratch_starts_at_random(files: LabelledFiles) -> None:
 
 
 def test_rates_fall_towards_the_image() -> None:
-    model = prepared(demo_model(), Choice("all", ""), Recipe(), 3, SIZE, 0)
+    model = prepare_model(demo_source(), "all", Recipe(), 3, 0)
     found = {group["name"]: group["lr"] for group in rates(model, "all", 1.0, None)}
     assert found == pytest.approx(
         {"block1": 0.025, "block2": 0.05, "block3": 0.1, "fc8": 1.0, "rest": 0.1}
     )
-    new = prepared(demo_model(), Choice("all", ""), Recipe(hidden=(8,)), 3, SIZE, 0)
+    new = prepare_model(demo_source(), "all", Recipe(hidden=(8,)), 3, 0)
     found = {group["name"]: group["lr"] for group in rates(new, "all", 1.0, (8,))}
     assert found == pytest.approx(
         {"block1": 0.025, "block2": 0.05, "block3": 0.1, "fc6": 1.0, "fc7": 1.0}
@@ -413,7 +429,7 @@ def test_the_rate_of_a_new_layer_moves_scores_as_far_whatever_the_features_scale
 
 
 def test_cached_features_give_what_the_whole_model_gives(files: LabelledFiles) -> None:
-    model = prepared(demo_model(), Choice("linear", ""), Recipe(), 3, SIZE, 0).train()
+    model = prepare_model(demo_source(), "linear", Recipe(), 3, 0).train()
     last = model.classifier[6]
     images = ImageRows(files, PREPROCESS, SIZE)
     cached = frozen_features(model, last, images, "", batch_size=7, device=torch.device("cpu"))
@@ -452,9 +468,9 @@ def test_frozen_batch_norm_keeps_its_statistics(textures: Path, tmp_path: Path) 
 
 
 def test_dropout_before_a_frozen_trunks_last_layer_is_off() -> None:
-    model = prepared(demo_model(), Choice("linear", ""), Recipe(), 3, SIZE, 0)
-    task = Classification(model, nn.CrossEntropyLoss(), 3, still=True).train()
-    assert task.training
+    model = prepare_model(demo_source(), "linear", Recipe(), 3, 0)
+    module = Classification(model, nn.CrossEntropyLoss(), 3, frozen=True).train()
+    assert module.training
     assert not any(m.training for m in model.modules())
 
 
@@ -469,8 +485,13 @@ def test_svm_is_scikit_learns_machine(files: LabelledFiles, classes: int) -> Non
         tuple(files.paths[i] for i in places), tuple(files.labels[i] for i in places)
     )
     images = ImageRows(part, PREPROCESS, SIZE)
-    model = fitted_svm(demo_model(), images, "pool2", seed=3)
-    rows = pooled_features(demo_model(), images, "pool2", 8, False)
+    cpu = torch.device("cpu")
+    model = fit_svm(demo_model(), images, "pool2", seed=3, batch_size=16, device=cpu)
+    assert isinstance(model, nn.Sequential)
+    batch = torch.stack([image for image, _ in images])
+    pooled = fcvgg.features_upto(demo_model(), "pool2")(batch).mean((2, 3))
+    torch.testing.assert_close(model[:-1](batch), pooled)
+    rows = pooled.detach().numpy()
     machine = make_pipeline(StandardScaler(), LinearSVC(max_iter=20_000, random_state=3))
     decided = machine.fit(rows, part.labels).decision_function(rows)
     with torch.no_grad():
@@ -495,7 +516,9 @@ def linear(textures: Path, tmp_path_factory: pytest.TempPathFactory) -> fcvgg.Fi
 
 
 def test_a_network_that_names_one_class_only_says_so(linear: fcvgg.FineTuned) -> None:
-    said = "every held-out image was called grass: the network does not tell the classes apart"
+    said = (
+        "every held-out image was classified as grass: the network does not tell the classes apart"
+    )
     assert said not in str(linear)
     same = np.tile([0.3, 0.4, 0.3], (len(linear.valid), 1))
     same[:, linear.classes.index("grass")] = 0.9
@@ -512,7 +535,7 @@ def test_textures_are_learnt(linear: fcvgg.FineTuned) -> None:
     best = linear.training.history[linear.training.best_epoch - 1]
     assert best["valid_accuracy"] == pytest.approx(linear.accuracy)
     first, second, third, fourth = str(linear).splitlines()
-    assert first == "demo, strategy linear: as asked for: " + strategies.MEANINGS["linear"]
+    assert first == "demo, strategy linear: as requested: " + strategies.MEANINGS["linear"]
     assert second.startswith("3,075 of 75,155 parameters trained at 32x32 pixels in ")
     assert third.startswith(f"held out: {round(linear.accuracy * 12)} of 12 images right (")
     assert fourth.startswith("equivalent at 32x32 on 2 images")
@@ -603,17 +626,18 @@ def test_trying_batch_norm_leaves_the_model_as_it_was() -> None:
     model[1].train()
     before = {k: v.clone() for k, v in model.state_dict().items()}
     state = torch.get_rng_state()
-    check_normalization(model, torch.ones(2, 3, 2, 2), 2)
-    with pytest.raises(
-        ArgumentError, match="batch_size=1 cannot train BatchNorm1d in 3, which get"
-    ):
-        check_normalization(model, torch.ones(1, 3, 2, 2), 1)
+    check_batches(model, 9, 3, (2, 2), Settings(batch_size=4))
+    wrong = [(9, Settings(batch_size=1)), (1, Settings()), (4, Settings(devices=4))]
+    for count, settings in wrong:
+        with pytest.raises(
+            ArgumentError, match=r"cannot train BatchNorm1d in 3, which .* 1 image "
+        ):
+            check_batches(model, count, 3, (2, 2), settings)
     with pytest.raises(ArgumentError, match="2 images of 1x1 pixels; train at a larger size"):
-        check_normalization(nn.InstanceNorm2d(3), torch.ones(2, 3, 1, 1), 4)
+        check_batches(nn.InstanceNorm2d(3), 9, 3, (1, 1), Settings())
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
     assert [m.training for m in model.modules()] == [False, False, True, False, False]
     assert torch.equal(torch.get_rng_state(), state)
-    assert [smallest_batch(*case) for case in ((9, 1), (9, 4), (1, 4), (4, 4, 4))] == [1, 2, 1, 1]
 
 
 def test_another_size_weights_and_optimiser(textures: Path, tmp_path: Path) -> None:
@@ -693,13 +717,14 @@ def test_a_global_pool_needs_a_size(textures: Path, tmp_path: Path) -> None:
         tuned(textures, tmp_path, **options)
     result = tuned(textures, tmp_path, size=32, epochs=1, **options)
     assert result.choice.strategy == "linear"
-    assert "how like they are to the network's own images cannot be measured" in str(result)
+    assert "their similarity to the network's own images cannot be measured" in str(result)
     assert result.net.input_size == (32, 32)
 
 
 def test_a_global_pool_keeps_its_head_at_another_size() -> None:
     model = seeded(GlobalPooled, dtype=torch.float32)
-    new = prepared(model, Choice("linear", ""), Recipe(size=48), 3, (224, 224), 0)
+    source = Pretrained(model, "pooled", PREPROCESS, (224, 224))
+    new = prepare_model(source, "linear", Recipe(size=48), 3, 0)
     assert new.fc.weight.shape == (3, 12)
     assert fcvgg.convert(new, input_size=48).output_size((48, 48)) == (1, 1)
 
@@ -707,23 +732,27 @@ def test_a_global_pool_keeps_its_head_at_another_size() -> None:
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"strategy": "best"}, ArgumentError, "strategy='best' is unknown; expected one of auto"),
-        ({"epoch": 3}, ArgumentError, "finetune has no option epoch; expected some of strategy,"),
+        (
+            {"strategy": "best"},
+            ArgumentError,
+            "strategy must be one of auto, linear, .*, got 'best'",
+        ),
+        ({"epoch": 3}, ArgumentError, "options must be some of strategy, .*, got epoch"),
         (
             {"class_weights": "rare"},
             ArgumentError,
-            "class_weights='rare' is unknown; expected None",
+            "class_weights must be None or 'balanced', got 'rare'",
         ),
-        ({"resize": "no"}, ArgumentError, "resize='no' is unknown; expected one of resize, centre"),
+        ({"resize": "no"}, ArgumentError, "resize must be one of resize, center-crop, got 'no'"),
         (
             {"strategy": "all", "freeze_upto": "pool1"},
             ArgumentError,
-            "freeze_upto goes with the strategies partial and svm, got all",
+            "freeze_upto must go with the strategy partial or svm, got strategy='all'",
         ),
         (
             {"strategy": "linear", "hidden": (9,)},
             ArgumentError,
-            r"hidden=\(9,\) are not linear; use strategy='partial', or hidden=\(\)",
+            r"hidden must be \(\) or None for strategy='linear', got \(9,\); use strategy=",
         ),
         (
             {"strategy": "partial", "freeze_upto": "pool9"},
@@ -733,19 +762,19 @@ def test_a_global_pool_keeps_its_head_at_another_size() -> None:
         (
             {"strategy": "partial", "freeze_upto": "fc6"},
             ArgumentError,
-            "freeze_upto='fc6' freezes all layers",
+            "freeze_upto must leave a layer to train, got 'fc6', the last one",
         ),
         (
             {"strategy": "svm", "augment": True},
             ArgumentError,
-            "svm computes features once; it goes",
+            "augment must be False or None for the strategy svm",
         ),
         (
             {"size": 4, "strategy": "all"},
             ConversionError,
             r"the features vanish at input size \(4, 4\): pool3 needs",
         ),
-        ({"epochs": 0}, ArgumentError, "epochs=0 is out of range"),
+        ({"epochs": 0}, ArgumentError, "epochs must be an integer of at least 1, got 0"),
         ({"model": "vgg61"}, LoadError, "there is no model 'vgg61'"),
         ({"model": demo_model()}, PreprocessError, "the preprocessing of DemoNet is unknown; pass"),
         (
@@ -770,13 +799,15 @@ def test_what_cannot_be_done(
 
 
 def test_a_bundle_is_no_source(linear: fcvgg.FineTuned, textures: Path, tmp_path: Path) -> None:
-    with pytest.raises(ArgumentError, match="model is a converted network, whose head cannot be"):
+    with pytest.raises(
+        ArgumentError, match=r"model must be a classifier, got .*model, a converted network; its"
+    ):
         tuned(textures, tmp_path, model=str(linear.model_path))
 
 
 def test_resuming_another_run(linear: fcvgg.FineTuned, textures: Path) -> None:
     run = linear.folder
-    with pytest.raises(TrainingError, match="holds a run already"):
+    with pytest.raises(TrainingError, match="already holds a run"):
         tuned(textures, run, **LINEAR)
     with pytest.raises(LoadError, match="its strategy is 'linear', not 'all'"):
         tuned(textures, run, strategy="all", resume=True)
@@ -796,10 +827,17 @@ def test_resuming_another_run(linear: fcvgg.FineTuned, textures: Path) -> None:
     assert torch.equal(again.model.classifier[0].weight, linear.model.classifier[0].weight)
 
 
+def test_a_folder_that_another_run_uses_is_refused(textures: Path, tmp_path: Path) -> None:
+    with FileLock(tmp_path / ".lock"):
+        ran = run(textures, "--arch", "demo", "--strategy", "svm", "-o", tmp_path)
+    said = f"{tmp_path} is in use by another run; wait for it, or choose another folder"
+    assert (ran.exit_code, ran.stderr) == (2, f"fcvgg: error: {said}\n")
+
+
 def test_a_machine_is_a_run_as_others_are(textures: Path, tmp_path: Path) -> None:
     first = tuned(textures, tmp_path, strategy="svm")
     assert first.training is None
-    with pytest.raises(TrainingError, match=r"holds a run already \(last.ckpt\)"):
+    with pytest.raises(TrainingError, match=r"already holds a run \(last.ckpt\)"):
         tuned(textures, tmp_path, strategy="svm")
     with pytest.raises(LoadError, match="its strategy is 'svm', not 'linear'"):
         tuned(textures, tmp_path, resume=True, **LINEAR)
@@ -877,9 +915,12 @@ def test_an_own_network_of_one_channel(textures: Path, tmp_path: Path) -> None:
     [
         (["--head", "wide"], "'wide' is no head; expected last, linear or widths such as 512,256"),
         (["--strategy", "partial", "--freeze-upto", "pool7"], "the model has no layer 'pool7'"),
-        (["--strategy", "all", "--freeze-upto", "pool1"], "--freeze-upto goes with the strategies"),
+        (
+            ["--strategy", "all", "--freeze-upto", "pool1"],
+            "--freeze-upto must go with the strategy",
+        ),
         (["--valid-fraction", "2"], "--valid-fraction 2.0 is no share; expected 0 < share < 1"),
-        (["--devices", "none"], "devices='none' is none; expected 'auto' or an integer"),
+        (["--devices", "none"], "devices must be 'auto' or an integer of at least 1, got 'none'"),
         (["--lr", "1e12", "--optimizer", "sgd", "--strategy", "all"], "choose a smaller --lr"),
     ],
 )
@@ -912,7 +953,7 @@ def test_without_lightning_the_error_names_the_extra(
     textures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "pytorch_lightning", None)
-    for name in ("training.loop", "training.guards", "finetuning.fitting", "finetuning.tasks"):
+    for name in ("training.loop", "finetuning.job", "finetuning.classification"):
         monkeypatch.delitem(sys.modules, f"fcvgg.{name}", raising=False)
     message = (
         r"^training needs PyTorch Lightning, which cannot be imported \(.*\); install it with: "

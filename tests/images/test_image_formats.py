@@ -28,7 +28,7 @@ from fcvgg.cli.options import OwnPreprocess
 from fcvgg.demo import demo_photograph
 from fcvgg.evaluation.protocols import _Plan, _Run
 from fcvgg.finetuning.images import ImageRows
-from fcvgg.finetuning.pretrained import pretrained
+from fcvgg.finetuning.pretrained import load_pretrained
 from fcvgg.images.datasets import Labelled, LabelledFiles
 from fcvgg.images.lazy.input import strip_reader
 from fcvgg.images.lazy.opening import open_image, strip_source
@@ -941,7 +941,7 @@ def test_a_range_on_the_command_line(
 def test_a_range_beside_what_the_source_says() -> None:
     """As ``fcvgg finetune --range`` hands it on."""
     own = OwnPreprocess(value_range="0,4095")
-    source = pretrained("demo", None, own.preprocess_for, None)
+    source = load_pretrained("demo", None, own.preprocess_for, None)
     assert source.preprocess.value_range == (0, 4095)
     assert replace(source.preprocess, value_range=None) == fcvgg.load("demo").preprocess
     assert own.preprocess_for(3) is None

@@ -30,10 +30,10 @@ from torch import Tensor, nn
 
 import fcvgg
 from fcvgg.geometry import IMAGE, Axis, Geometry, Step, Window
-from fcvgg.segmentation.backbone import giving, giving_first
+from fcvgg.segmentation.backbone import return_maps_, with_first_map
 from fcvgg.segmentation.mask_folders import MaskedImages, read_mask, train_and_valid
+from fcvgg.segmentation.module import SegmentationModule
 from fcvgg.segmentation.network import VARIANTS
-from fcvgg.segmentation.task import DenseTask
 from fcvgg.segmentation.training import _checked_weights
 from fcvgg.segmentation.upsampling import PIXELS, BilinearUpsampling
 from fcvgg.training import Settings
@@ -96,7 +96,7 @@ def test_upsampling_to_a_finer_grid_interpolates_at_its_centres() -> None:
 
 
 def test_a_stride_that_does_not_divide_is_refused() -> None:
-    with pytest.raises(fcvgg.GeometryError, match=r"cells 6 pixels apart .* grid of 4; expected"):
+    with pytest.raises(fcvgg.GeometryError, match=r"must divide that of the cells, 6, got 4"):
         BilinearUpsampling(1, geometry_of(6, 6, 0, 0), geometry_of(4, 4, 0, 0))
 
 
@@ -357,7 +357,9 @@ def test_shared_weights_are_not_overwritten_by_a_starting_point() -> None:
     trained = fcvgg.FCN(net, 2)
     with torch.no_grad():
         next(trained.backbone.parameters()).add_(1)
-    with pytest.raises(fcvgg.ArgumentError, match=r"init_from has other weights .* copy=True"):
+    with pytest.raises(
+        fcvgg.ArgumentError, match=r"init_from must have the network.s weights .* copy=True"
+    ):
         fcvgg.FCN(net, 2, "16s", copy=False, init_from=trained)
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
 
@@ -387,25 +389,35 @@ def test_a_finer_variant_starts_from_a_coarser_ones_weights() -> None:
         # interpolated in three steps in place of one, since the new score layers are zero
         difference = (fine(batch) - coarse(batch)).abs().max()
         assert 0 < difference < 0.2 * coarse(batch).std()
-    with pytest.raises(fcvgg.ArgumentError, match="init_from is FCN-8s of 2 classes, whose scores"):
+    with pytest.raises(
+        fcvgg.ArgumentError, match="got FCN-8s of 2 classes for FCN-32s of 2, where scores"
+    ):
         fcvgg.FCN(net, 2, "32s", init_from=fine)
-    with pytest.raises(fcvgg.ArgumentError, match=r"does not fit FCN-32s of 3; expected a coarser"):
+    with pytest.raises(
+        fcvgg.ArgumentError, match=r"init_from must be a coarser or equal .* for FCN-32s of 3"
+    ):
         fcvgg.FCN(net, 3, "32s", init_from=coarse)
-    with pytest.raises(fcvgg.ArgumentError, match=r"init_from is a Linear; expected a trained"):
+    with pytest.raises(
+        fcvgg.ArgumentError, match=r"init_from must be a trained fcvgg.FCN, got Linear"
+    ):
         fcvgg.FCN(net, 3, "32s", init_from=nn.Linear(1, 1))  # type: ignore[arg-type]
 
 
 def test_what_cannot_be_built_is_said_in_one_line() -> None:
     net = fcvgg.convert(seeded(SmallVGG))
-    with pytest.raises(fcvgg.ArgumentError, match=r"variant='4s' is unknown; expected one of 32s"):
+    with pytest.raises(fcvgg.ArgumentError, match="variant must be one of 32s, 16s, 8s, got '4s'"):
         fcvgg.FCN(net, 3, "4s")
-    with pytest.raises(fcvgg.ArgumentError, match="padding='reflect' is unknown"):
+    with pytest.raises(
+        fcvgg.ArgumentError, match="padding must be one of same, valid, got 'reflect'"
+    ):
         fcvgg.FCN(net, 3, padding="reflect")
-    with pytest.raises(fcvgg.ArgumentError, match="takes a converted network, got SmallVGG; pass"):
+    with pytest.raises(
+        fcvgg.ArgumentError, match="net must be a converted network, got SmallVGG; pass"
+    ):
         fcvgg.FCN(seeded(SmallVGG), 3)  # type: ignore[arg-type]
     with pytest.raises(fcvgg.ArgumentError, match="num_classes=0 is no number of classes"):
         fcvgg.FCN(net, 0)
-    with pytest.raises(fcvgg.ArgumentError, match=r"num_classes=1 cannot label pixels; expected 2"):
+    with pytest.raises(fcvgg.ArgumentError, match="num_classes must be 2 to 255, got 1; add"):
         fcvgg.FCN(net, 1)
     with pytest.raises(fcvgg.CategoryError, match="the category 'a' is there twice; expected one"):
         fcvgg.FCN(net, 3, categories=("a", "b", "a"))
@@ -427,7 +439,7 @@ def test_what_cannot_be_built_is_said_in_one_line() -> None:
             scores = super().forward(x)
             return scores, scores
 
-    with pytest.raises(fcvgg.ArgumentError, match="the network has 2 outputs"):
+    with pytest.raises(fcvgg.ArgumentError, match="net must have one output, got 2"):
         fcvgg.FCN(fcvgg.convert(seeded(Two)), 2)
 
 
@@ -464,24 +476,24 @@ def test_a_saved_network_is_restored_bit_for_bit(variant: str, tmp_path: Path) -
 def test_what_cannot_be_saved_or_loaded_is_said_in_one_line(tmp_path: Path) -> None:
     fcn = small_fcn("16s")
     (tmp_path / "other").mkdir()
-    with pytest.raises(fcvgg.FcvggError, match="other exists and is no folder of an FCN"):
+    with pytest.raises(fcvgg.FcvggError, match="other exists and is not the folder of an FCN"):
         fcn.save(tmp_path / "other")
     with pytest.raises(fcvgg.FcvggError, match="there is no folder"):
         fcn.save(tmp_path / "none" / "fcn")
     with pytest.raises(
-        fcvgg.LoadError, match=r"other is no folder of an FCN: it holds no fcn.json"
+        fcvgg.LoadError, match=r"other is not the folder of an FCN: it has no fcn.json"
     ):
         fcvgg.FCN.load(tmp_path / "other")
     (tmp_path / "plain").write_text("")
-    with pytest.raises(fcvgg.LoadError, match=r"plain is no folder of an FCN"):
+    with pytest.raises(fcvgg.LoadError, match=r"plain is not the folder of an FCN"):
         fcvgg.FCN.load(tmp_path / "plain")
     config = fcn.save(tmp_path / "fcn") / "fcn.json"
     good = json.loads(config.read_text())
     for change, message in [
-        ({"variant": "4s"}, "describe an FCN: variant='4s'"),
+        ({"variant": "4s"}, "describe an FCN: variant must be one of"),
         ({"num_classes": 3}, "describe an FCN: "),
         ({"num_classes": "x"}, "has 'x' classes"),
-        ({"format": 9}, "not of format 1"),
+        ({"format": 9}, "must have format 1"),
         ({"preprocess": [1]}, "describe an FCN: "),
         ({"preprocess": {"mean": "abc", "std": [1, 1, 1]}}, "describe an FCN: mean must hold"),
     ]:
@@ -549,7 +561,9 @@ def test_metrics_are_those_counted_by_hand() -> None:
     assert str(metrics).startswith("mean IoU 0.333, pixel accuracy 0.600 (a 0.500")
     mirrored = [(found[:, ::-1], truth[:, ::-1])]
     assert fcvgg.label_metrics(mirrored, ("a", "b", "c", "d")).mean_iou == metrics.mean_iou
-    with pytest.raises(fcvgg.DatasetError, match="the masks label no pixel"):
+    with pytest.raises(
+        fcvgg.DatasetError, match="the masks must label at least one pixel, got 255"
+    ):
         fcvgg.label_metrics([(found, np.full((2, 3), 255))], ("a", "b", "c"))
 
 
@@ -557,9 +571,13 @@ def test_labels_that_cannot_be_compared_are_refused_in_one_line() -> None:
     truth, found = np.array([[0, 1, 255]]), np.array([[0, 1, 255]])
     assert fcvgg.label_metrics([(found, truth)], "ab").mean_iou == 1  # ignored whatever it is
     for pair, names, message in [
-        ((np.array([[0, 255, 1]]), truth), "ab", "a predicted label is 255; expected 0 to 1, or"),
-        ((found * 0, np.array([[0, 7, 1]])), "ab", "a true label is 7; expected 0 to 1, or 255"),
-        ((found[:, :2], truth), "ab", r"labels are \(1, 2\) and the true ones \(1, 3\); expected"),
+        ((np.array([[0, 255, 1]]), truth), "ab", "predicted labels must be 0 to 1, or .*, got 255"),
+        ((found * 0, np.array([[0, 7, 1]])), "ab", "true labels must be 0 to 1, or 255 .*, got 7"),
+        (
+            (found[:, :2], truth),
+            "ab",
+            r"must have the shape of the true ones, \(1, 3\), got \(1, 2\)",
+        ),
         ((found, truth), ("a", " "), "the category ' ' is empty; expected one name for each"),
     ]:
         with pytest.raises(fcvgg.FcvggError, match=message):
@@ -643,7 +661,7 @@ def test_a_folder_is_split_by_seed_or_as_it_is(tmp_path: Path) -> None:
     write_masked(tmp_path / "split" / "train", 3)
     write_masked(tmp_path / "split" / "valid", 2)
     assert [len(part) for part in train_and_valid(tmp_path / "split", CLASSES)] == [3, 2]
-    with pytest.raises(fcvgg.ArgumentError, match="valid_share=1 is no share"):
+    with pytest.raises(fcvgg.ArgumentError, match="valid_share must be between 0 and 1, got 1"):
         train_and_valid(whole, CLASSES, 1)
 
 
@@ -686,9 +704,9 @@ def test_bad_folders_are_refused_in_one_line(tmp_path: Path) -> None:
     Image.new("RGB", (4, 4)).save(image)
     refused(r"3.bmp and .*3.png would have the same mask, 3.png; rename one")
     image.unlink()
-    refused("categories='ab' are none", "ab")
+    refused("categories must be the names of the classes or a number, got 'ab'", "ab")
     refused("the category 'a' is there twice", ("a", "a"))
-    refused("1 classes cannot be told apart by masks; expected 2 to 255", 1)
+    refused("categories must be 2 to 255 classes, got 1", 1)
     refused("images does not exist; expected none/images/NAME.jpg", where=tmp_path / "none")
     for path in (folder / "masks").iterdir():
         Image.fromarray(np.zeros_like(np.array(Image.open(path)))).save(path)
@@ -984,7 +1002,7 @@ def test_training_finds_the_parts_and_a_resumed_run_ends_the_same(tmp_path: Path
         assert torch.equal(resumed.fcn.state_dict()[name], value), name
     with pytest.raises(fcvgg.LoadError, match="its class weights is"):
         train(folder, tmp_path / "parts", resume=True, backbone_lr=1e-3)
-    with pytest.raises(fcvgg.TrainingError, match="parts holds a run already"):
+    with pytest.raises(fcvgg.TrainingError, match="parts already holds a run"):
         train(folder, tmp_path / "parts", **options)
     with pytest.raises(fcvgg.LoadError, match="its starting weights is"):
         fcvgg.train_fcn(
@@ -1004,8 +1022,11 @@ def test_training_sees_images_of_the_size_that_predictions_do(tmp_path: Path) ->
 def test_the_backbone_learns_at_its_own_rate_and_frozen_layers_not_at_all() -> None:
     net = fcvgg.freeze_(fcvgg.convert(seeded(SmallVGG)), "pool1")
     fcn = fcvgg.FCN(net, 2, "16s")
-    assert [group.get("lr") for group in DenseTask(fcn, None, None).groups()] == [None, None]
-    new, pretrained = DenseTask(fcn, None, 1e-4).groups()
+    assert [group.get("lr") for group in SegmentationModule(fcn, None, None).groups()] == [
+        None,
+        None,
+    ]
+    new, pretrained = SegmentationModule(fcn, None, 1e-4).groups()
     assert "lr" not in new
     assert pretrained["lr"] == 1e-4
     expected = {id(p) for p in fcn.backbone.parameters() if p.requires_grad}
@@ -1015,7 +1036,7 @@ def test_the_backbone_learns_at_its_own_rate_and_frozen_layers_not_at_all() -> N
 
 
 def test_balanced_weights_are_inverse_to_pixels_and_one_in_the_mean() -> None:
-    weights = _checked_weights("balanced", (30, 10, 0), 3)
+    weights = _checked_weights("balanced", (30, 10, 0))
     assert weights is not None
     torch.testing.assert_close(weights, torch.tensor([2 / 3, 2, 0]))
     assert float(weights @ torch.tensor([30.0, 10, 0])) / 40 == pytest.approx(1)
@@ -1028,7 +1049,7 @@ def test_what_is_ignored_neither_trains_nor_counts() -> None:
     masks[0, :, 20:] = 1
     masks[1] = 255
     for weights in (None, torch.tensor([0.25, 2.0])):
-        task = DenseTask(fcn.eval(), weights, None)
+        task = SegmentationModule(fcn.eval(), weights, None)
         alone, _ = task._loss([(batch[:1], masks[:1])])
         both, count = task._loss([(batch, masks)])
         apart, _ = task._loss([(batch[:1], masks[:1]), (batch[1:], masks[1:])])
@@ -1045,26 +1066,36 @@ def test_what_is_ignored_neither_trains_nor_counts() -> None:
 def test_what_cannot_be_trained_is_said_in_one_line(tmp_path: Path) -> None:
     folder = write_masked(tmp_path / "data", 4)
     for options, message in [
-        ({"class_weights": "even"}, "class_weights='even' is unknown; expected 'balanced'"),
-        ({"class_weights": [1.0]}, r"class_weights=\[1.0\] are none; expected 2 numbers"),
-        ({"class_weights": ["a", "b"]}, r"class_weights=\['a', 'b'\] are none; expected 2"),
-        ({"class_weights": [0, 0]}, r"are none; .* and one of them above 0"),
-        ({"backbone_lr": -1.0}, "backbone_lr=-1.0 is no rate"),
-        ({"valid_share": 2.0}, "valid_share=2.0 is no share"),
+        (
+            {"class_weights": "even"},
+            "class_weights must be None, 'balanced' or 2 numbers .*, got 'even'",
+        ),
+        (
+            {"class_weights": [1.0]},
+            r"class_weights must be .* 2 numbers of at least 0, .*, got \[1.0\]",
+        ),
+        ({"class_weights": ["a", "b"]}, r"class_weights must be .*, got \['a', 'b'\]"),
+        ({"class_weights": [0, 0]}, r"one for each class and not all 0, got \[0, 0\]"),
+        ({"backbone_lr": -1.0}, "backbone_lr must be a finite number of at least 0, got -1.0"),
+        ({"valid_share": 2.0}, "valid_share must be between 0 and 1, got 2.0"),
     ]:
         with pytest.raises(fcvgg.ArgumentError, match=message):
             train(folder, tmp_path / "run", **options)
     fcn = small_fcn()
-    with pytest.raises(fcvgg.ArgumentError, match=r"crop='x' is no size; expected None"):
+    with pytest.raises(
+        fcvgg.ArgumentError, match=r"crop must be None, a positive int or \(h, w\), got 'x'"
+    ):
         fcvgg.train_fcn(fcn, folder, tmp_path / "run", crop="x")
     three = fcvgg.mask_folder(folder, 3)
-    with pytest.raises(fcvgg.ArgumentError, match="the masks have 3 classes and the network 2"):
+    with pytest.raises(
+        fcvgg.ArgumentError, match=r"the masks must have the network.s 2 classes, got 3"
+    ):
         fcvgg.train_fcn(fcn, (three, three), tmp_path / "run")
     whole = fcvgg.mask_folder(folder, CLASSES)
     for counts, message in [
-        (((9, 0), (9, 9)), r"masks to train on are of one class \(dark\); expected two"),
-        (((0, 0), (9, 9)), "all pixels of the 4 masks to train on are to be ignored; expected"),
-        (((9, 9), (0, 0)), "all pixels of the 4 masks to validate on are to be ignored; label"),
+        (((9, 0), (9, 9)), r"training masks are of one class \(dark\); expected two"),
+        (((0, 0), (9, 9)), "all pixels of the 4 training masks are to be ignored; expected"),
+        (((9, 9), (0, 0)), "all pixels of the 4 validation masks are to be ignored; label"),
     ]:
         parts = tuple(replace(whole, counts=part) for part in counts)
         with pytest.raises(fcvgg.DatasetError, match=message):
@@ -1106,12 +1137,7 @@ def test_batches_too_small_for_batch_norm_are_refused_before_training(tmp_path: 
 def test_a_geometry_that_does_not_fit_the_map_is_refused() -> None:
     fcn = small_fcn("16s")
     wrong = [replace(s, geometry=s.geometry.upto(0)) for s in fcn.sources]
-    with pytest.raises(fcvgg.UnsupportedLayerError, match=r"the map of fc7 is .* geometry says"):
-        giving(giving_first_of(fcn), wrong)
-
-
-def giving_first_of(fcn: fcvgg.FCN) -> fcvgg.FullyConvolutional:
-    """The backbone of a network as it was before it gave several maps."""
-    backbone = copy.deepcopy(fcn.backbone)
-    backbone.network = giving_first(backbone.program).network
-    return backbone
+    with pytest.raises(
+        fcvgg.UnsupportedLayerError, match=r"the map of fc7 must be .* by its geometry, got"
+    ):
+        return_maps_(with_first_map(fcn.backbone), wrong)

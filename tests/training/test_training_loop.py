@@ -8,12 +8,15 @@ import resource
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from threading import Thread
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -22,8 +25,8 @@ from torch.utils.data import DistributedSampler
 from fcvgg.errors import ArgumentError, LoadError, TrainingError
 from fcvgg.training import Settings
 from fcvgg.training.callbacks import epoch_line
-from fcvgg.training.loop import Task, TrainingRun, _Loaders, fit
-from fcvgg.training.sampling import EpochOrder, SeededItems, mixed_seed
+from fcvgg.training.loop import TrainingModule, TrainingRun, _Loaders, fit
+from fcvgg.training.sampling import EpochSampler, SeededItems, mixed_seed
 
 SETTINGS = Settings(epochs=4, lr=0.1, batch_size=5, seed=3)
 
@@ -42,7 +45,7 @@ class Noisy:
         return fixed + 0.1 * torch.randn(8), int(fixed.sum() > 0)
 
 
-class Small(Task):
+class Small(TrainingModule):
     """A network with batch norm and dropout; `at` is called before every step."""
 
     def __init__(self, at: Any = None, valid: Any = None):
@@ -77,9 +80,9 @@ class Fixed(Noisy):
         return fixed, int(fixed.sum() > 0)
 
 
-def train(folder: Path, task: Task | None = None, **options: Any) -> TrainingRun:
+def train(folder: Path, module: TrainingModule | None = None, **options: Any) -> TrainingRun:
     settings = options.pop("settings", SETTINGS)
-    return fit(task or Small(), Noisy(), Fixed(10), settings, folder, **options)
+    return fit(module or Small(), Noisy(), Fixed(10), settings, folder, **options)
 
 
 def state(folder: Path, name: str = "last.ckpt") -> dict[str, Tensor]:
@@ -266,6 +269,40 @@ def test_a_finished_run_is_left_as_it_is(whole: Path) -> None:
     assert all(torch.equal(best[k], v) for k, v in task.state_dict().items())
 
 
+def test_a_run_goes_on_where_its_folder_has_moved(tmp_path: Path) -> None:
+    values = [1.0, 3.0, 2.0]
+    for epochs, name in ((2, "first"), (3, "moved")):
+        settings = replace(SETTINGS, epochs=epochs, cosine=False)
+        task = Small(valid=values.__getitem__)
+        run = train(tmp_path / name, task, mode="max", resume=True, settings=settings)
+        (tmp_path / name).rename(tmp_path / "moved")
+    assert (run.resumed_after, run.best_epoch, run.best_value) == (2, 2, 3.0)
+    assert not (tmp_path / "first").exists()
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:
+    refused: list[str] = []
+
+    def second() -> None:
+        with pytest.raises(TrainingError) as caught:
+            train(tmp_path, resume=True)
+        refused.append(str(caught.value))
+
+    def at(epoch: int, batch_idx: int) -> None:
+        if (epoch, batch_idx) == (0, 0):
+            other = Thread(target=second)
+            other.start()
+            other.join()
+
+    train(tmp_path, Small(at))
+    assert refused == [
+        f"{tmp_path} is in use by another run; wait for it, or choose another folder"
+    ]
+    with FileLock(tmp_path / ".lock"), pytest.raises(TrainingError, match="in use by another run"):
+        train(tmp_path, resume=True)  # as another process
+    assert train(tmp_path, resume=True).resumed_after == 4
+
+
 def test_another_seed_gives_other_weights(whole: Path, tmp_path: Path) -> None:
     train(tmp_path, settings=Settings(epochs=4, lr=0.1, batch_size=5, seed=4))
     assert not torch.equal(state(whole)["model.0.weight"], state(tmp_path)["model.0.weight"])
@@ -316,7 +353,7 @@ def test_mode_max(tmp_path: Path) -> None:
 
 def test_order_and_items_depend_on_seed_epoch_and_index_only() -> None:
     orders = [
-        [i for _, i in EpochOrder(Noisy(), seed, epoch)] for seed in (0, 1) for epoch in (0, 1)
+        [i for _, i in EpochSampler(Noisy(), seed, epoch)] for seed in (0, 1) for epoch in (0, 1)
     ]
     assert all(sorted(order) == list(range(21)) for order in orders)
     assert len({tuple(order) for order in orders}) == 4
@@ -425,7 +462,7 @@ def test_a_full_disk_keeps_the_checkpoint_before(whole: Path, tmp_path: Path) ->
 
 
 def test_a_run_that_is_there_is_not_overwritten(whole: Path) -> None:
-    with pytest.raises(TrainingError, match=r"holds a run already \(last.ckpt\); resume it, or"):
+    with pytest.raises(TrainingError, match=r"already holds a run \(last.ckpt\); resume it, or"):
         train(whole)
 
 
@@ -442,7 +479,7 @@ def test_a_checkpoint_of_another_run(tmp_path: Path, options: Any, message: str)
     identity = {"architecture": "vgg16", "classes": ("a", "b")}
     options = {"identity": {}, "settings": Settings(epochs=1, lr=0.1), **options}
     train(tmp_path, settings=Settings(epochs=1, lr=0.1), identity=identity)
-    with pytest.raises(LoadError, match=f"last.ckpt is of another run: {message}"):
+    with pytest.raises(LoadError, match=f"last.ckpt belongs to another run: {message}"):
         train(tmp_path, resume=True, **{**options, "identity": {**identity, **options["identity"]}})
 
 
@@ -451,8 +488,8 @@ def test_a_checkpoint_of_another_network(tmp_path: Path) -> None:
     other = Small()
     other.model[4] = nn.Linear(16, 3)
     message = (
-        r"last.ckpt does not fit the network: model.4.weight is \(2, 16\) there and \(3, 16\) here "
-        r"\(2 such\); resume with the same network"
+        r"last.ckpt does not fit the network: model.4.weight is \(2, 16\) there and \(3, 16\) here"
+        r"; resume with the same network"
     )
     with pytest.raises(LoadError, match=message):
         train(tmp_path, other, settings=Settings(epochs=1), resume=True)
@@ -463,17 +500,24 @@ def test_a_checkpoint_that_is_none(tmp_path: Path) -> None:
     with pytest.raises(LoadError, match=r"last\.ckpt is a broken checkpoint: "):
         train(tmp_path, resume=True)
     torch.save({"state_dict": {}}, tmp_path / "last.ckpt")
-    with pytest.raises(LoadError, match=r"is no checkpoint of fcvgg's training"):
+    with pytest.raises(LoadError, match=r"does not hold a training run of fcvgg"):
         train(tmp_path, resume=True)
+    settings = Settings(epochs=1)
+    train(tmp_path / "run", settings=settings)
+    content = torch.load(tmp_path / "run" / "last.ckpt", weights_only=True)
+    torch.save({k: content[k] for k in ("state_dict", "fcvgg_run")}, tmp_path / "last.ckpt")
+    with pytest.raises(LoadError, match=r"last\.ckpt holds weights only, from which no run can go"):
+        train(tmp_path, settings=settings, resume=True)
     torch.save([1], tmp_path / "last.ckpt")
-    with pytest.raises(LoadError, match=r"is no checkpoint: it holds list"):
+    with pytest.raises(LoadError, match=r"must hold a checkpoint, got list"):
         train(tmp_path, resume=True)
 
 
-def test_a_task_that_does_not_log_what_is_monitored(tmp_path: Path) -> None:
-    message = "the task logs no 'accuracy'; it logs train_loss, valid_loss"
-    with pytest.raises(TrainingError, match=message):
-        train(tmp_path, monitor="accuracy")
+def test_a_module_that_does_not_log_what_is_monitored(tmp_path: Path) -> None:
+    message = "^monitor must be a value that the module logs, got 'accuracy'; it logs train_loss, v"
+    for patience in (None, 2):
+        with pytest.raises(TrainingError, match=message):
+            train(tmp_path, monitor="accuracy", settings=replace(SETTINGS, patience=patience))
 
 
 def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
@@ -485,14 +529,14 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"epochs": 0}, "epochs=0 is out of range; expected an integer >= 1"),
-        ({"batch_size": 2.5}, "batch_size=2.5 is out of range"),
-        ({"lr": -1}, "lr=-1 is out of range; expected a number >= 0"),
-        ({"lr": float("nan")}, "lr=nan is out of range"),
-        ({"patience": 0}, "patience=0 is out of range"),
-        ({"optimizer": "adam"}, "optimizer='adam' is unknown; expected one of sgd, adamw"),
-        ({"precision": "8"}, "precision='8' is unknown; expected one of auto, 32, bf16-mixed"),
-        ({"devices": 0}, "devices=0 is none; expected 'auto' or an integer >= 1"),
+        ({"epochs": 0}, "epochs must be an integer of at least 1, got 0"),
+        ({"batch_size": 2.5}, "batch_size must be an integer of at least 1, got 2.5"),
+        ({"lr": -1}, "lr must be a finite number of at least 0, got -1"),
+        ({"lr": float("nan")}, "lr must be a finite number of at least 0, got nan"),
+        ({"patience": 0}, "patience must be an integer of at least 1, got 0"),
+        ({"optimizer": "adam"}, "optimizer must be one of sgd, adamw, got 'adam'"),
+        ({"precision": "8"}, "precision must be one of auto, 32, bf16-mixed, 16-mixed, got '8'"),
+        ({"devices": 0}, "devices must be 'auto' or an integer of at least 1, got 0"),
     ],
 )
 def test_settings_out_of_range(options: Any, message: str) -> None:
@@ -504,5 +548,5 @@ def test_an_accelerator_that_is_not_there(tmp_path: Path) -> None:
     settings = Settings(accelerator="abacus")
     with pytest.raises(ArgumentError, match="cannot train with accelerator='abacus', devices=1"):
         train(tmp_path, settings=settings)
-    with pytest.raises(ArgumentError, match="mode='low' is unknown; expected 'min' or 'max'"):
+    with pytest.raises(ArgumentError, match="mode must be one of min, max, got 'low'"):
         train(tmp_path, mode="low")

@@ -12,10 +12,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.utils.data import Dataset, Subset, TensorDataset
 
 from fcvgg.conversion import convert
 from fcvgg.errors import ArgumentError, ConversionError
-from fcvgg.finetuning.images import ImageRows, balanced_weights
+from fcvgg.finetuning.classification import Classification
+from fcvgg.finetuning.images import ImageRows
+from fcvgg.finetuning.outputs import frozen_features
 from fcvgg.finetuning.pretrained import Pretrained
 from fcvgg.finetuning.strategies import (
     Choice,
@@ -23,50 +26,43 @@ from fcvgg.finetuning.strategies import (
     middle_pool,
     new_layer_rate,
     new_layers,
-    prepared,
+    prepare_model,
     rates,
     size_of,
 )
-from fcvgg.finetuning.svm import fitted_svm
-from fcvgg.finetuning.tasks import Classification, frozen_features
+from fcvgg.finetuning.svm import fit_svm
 from fcvgg.geometry import Pair
 from fcvgg.images.datasets import LabelledFiles, SplitFolders
 from fcvgg.network import FullyConvolutional
 from fcvgg.probability import UNKNOWN
-from fcvgg.training.checkpoints import (
-    LAST,
-    begun_run,
-    run_of,
-    state_and_run,
-    write_checkpoint,
-)
+from fcvgg.training.checkpoints import LAST, RUN_KEY, describe_run, read_run, write_checkpoint
 from fcvgg.training.loop import TrainingRun, fit, is_main_process
-from fcvgg.training.normalization import check_normalization, smallest_batch
-from fcvgg.training.settings import Settings
+from fcvgg.training.normalization import check_batches
+from fcvgg.training.settings import Settings, balanced_weights
 from fcvgg.transfer.heads import loss_for
 from fcvgg.transfer.image_features import digest_of
 from fcvgg.transfer.naming import layer_names
 
 _MEASURED = 32
-"""Images whose features tell the learning rate of a new layer."""
+"""Images whose features decide the learning rate of a new layer."""
 
 _DIGITS = 12
+
+_UNTRAINABLE = {
+    "sigmoid": "in a sigmoid for each class",
+    "independent_logits": "in a sigmoid for each class",
+    "values": "in plain values",
+    UNKNOWN: "past a softmax",
+}
+"""Endings of a model whose classes do not exclude each other, by activation."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """All that a run is made of.
+    """The inputs of a run.
 
-    Attributes:
-        source: the classifier to start from.
-        recipe: what is done with it and the images.
-        choice: the strategy.
-        settings: how it is trained.
-        measure_rate: let the learning rate follow the features that the new layers get.
-        found: the images.
-        folder: where the files of the run go.
-        resume: go on with the run of the folder.
-        progress: show bars and lines on stderr.
+    `measure_rate` lets the learning rate follow the features that the new layers get; `progress`
+    shows bars and lines on stderr.
     """
 
     source: Pretrained
@@ -95,24 +91,21 @@ class Job:
         return size_of(self.recipe, self.source.native)
 
     @property
-    def device(self) -> torch.device:
-        """Where what Lightning does not run is computed."""
-        gpu = self.settings.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
-        return torch.device("cuda" if gpu else "cpu")
+    def execution(self) -> dict[str, Any]:
+        """How the classifier runs outside Lightning."""
+        device = torch.device("cuda" if self.settings.on_gpu else "cpu")
+        batch_size = self.settings.batch_size
+        return {"batch_size": batch_size, "device": device, "progress": self.progress}
 
     @property
     def train(self) -> ImageRows:
         """The images to train on."""
-        return self.images(self.found.train, self.augmented)
+        return self._images(self.found.train, self.augmented)
 
     @property
     def valid(self) -> ImageRows:
         """The images that are held out."""
-        return self.images(self.found.valid)
-
-    def images(self, files: LabelledFiles, augment: bool = False) -> ImageRows:
-        """Images as the network's input."""
-        return ImageRows(files, self.source.preprocess, self.size, self.recipe.resize, augment)
+        return self._images(self.found.valid)
 
     @cached_property
     def identity(self) -> dict[str, Any]:
@@ -126,7 +119,7 @@ class Job:
             "preprocessing": repr(source.preprocess),
             "freeze_upto": recipe.freeze_upto,
             "hidden": recipe.hidden,
-            "resize": recipe.resize,
+            "resize": recipe.resize.replace("center", "centre"),  # as in earlier checkpoints
             "augment": self.augmented,
             "class_weights": recipe.class_weights,
             "training_images": len(self.found.train),
@@ -135,7 +128,7 @@ class Job:
             "pretrained_weights": digest_of(source.model)[:_DIGITS],
         }
 
-    def converted(self, model: nn.Module, verify: bool) -> FullyConvolutional:
+    def convert(self, model: nn.Module, verify: bool) -> FullyConvolutional:
         """A classifier of the run, fully convolutional; images keep their size."""
         return convert(
             model,
@@ -145,22 +138,30 @@ class Job:
             verify=verify,
         )
 
+    def features(
+        self, model: nn.Module, layer: nn.Module, images: Dataset[Any], what: str
+    ) -> TensorDataset:
+        """The inputs ``(N, D)`` of a fully connected layer for every image, with the labels."""
+        return frozen_features(model, layer, images, what, **self.execution)
 
-def trained(job: Job) -> tuple[nn.Module, Settings, TrainingRun | None]:
-    """The classifier of a run, how it was trained, and its epochs; ``"svm"`` has none."""
+    def _images(self, files: LabelledFiles, augment: bool = False) -> ImageRows:
+        return ImageRows(files, self.source.preprocess, self.size, self.recipe.resize, augment)
+
+
+def train(job: Job) -> tuple[nn.Module, Settings, TrainingRun | None]:
+    """Train the classifier of a run.
+
+    Returns:
+        The classifier, how it was trained, and its epochs; ``"svm"`` has none.
+    """
     if job.strategy == "svm":
-        return _fitted_svm(job), job.settings, None
-    model = prepared(
-        job.source.model,
-        job.choice,
-        job.recipe,
-        len(job.found.classes),
-        job.source.native,
-        job.settings.seed,
-    )
-    _check_scores(job.converted(model, verify=False))  # refused before any time is spent
+        return _train_svm(job), job.settings, None
+    classes, seed = len(job.found.classes), job.settings.seed
+    model = prepare_model(job.source, job.strategy, job.recipe, classes, seed)
+    _check_scores(job.convert(model, verify=False))  # refused before any time is spent
     if job.strategy != "linear":
-        _check_batches(model, job)
+        channels = job.source.preprocess.channels
+        check_batches(model, len(job.found.train), channels, job.size, job.settings)
     if job.measure_rate:
         job = replace(job, settings=replace(job.settings, lr=_measured_rate(model, job)))
     last_only = job.strategy == "linear" and not job.augmented
@@ -170,63 +171,46 @@ def trained(job: Job) -> tuple[nn.Module, Settings, TrainingRun | None]:
 
 def _check_scores(net: FullyConvolutional) -> None:
     """Refuse a head whose classes do not exclude each other."""
-    if net.activation in ("sigmoid", "independent_logits", "values", UNKNOWN):
-        found = "past a softmax" if net.activation == UNKNOWN else "in a sigmoid for each class"
-        found = "in plain values" if net.activation == "values" else found
+    found = _UNTRAINABLE.get(net.activation)
+    if found is not None:
         raise ConversionError(
             f"the model ends {found}, so cross entropy does not train it; expected a head that "
             "ends in scores or a softmax"
         )
 
 
-def _check_batches(model: nn.Module, job: Job) -> None:
-    """Refuse batches that are too small for the batch norm that trains."""
-    settings, channels = job.settings, job.source.preprocess.channels
-    count = smallest_batch(len(job.found.train), settings.batch_size, settings.devices)
-    images = torch.zeros(count, channels, *job.size)
-    check_normalization(model, images, settings.batch_size)
-
-
-def _fitted_svm(job: Job) -> nn.Module:
-    """Features and machine; computed anew when resumed, but never over another run."""
+def _train_svm(job: Job) -> nn.Module:
+    """Features and machine, computed again when resumed, but never over another run."""
     recipe = job.recipe
     if recipe.augment:
-        raise ArgumentError("the strategy svm computes features once; it goes without augment")
-    run = run_of(job.identity, job.settings)
-    begun_run(job.folder, run, job.resume)
-    model = fitted_svm(
+        raise ArgumentError(
+            "augment must be False or None for the strategy svm, which computes features once, "
+            "got True"
+        )
+    run = describe_run(job.identity, job.settings)
+    read_run(job.folder, run, job.resume)
+    model = fit_svm(
         job.source.model,
         job.train,
         recipe.freeze_upto or middle_pool(layer_names(job.source.model)),
         balanced=recipe.class_weights == "balanced",
-        batch_size=job.settings.batch_size,
         seed=job.settings.seed,
-        progress=job.progress,
+        **job.execution,
     )
     model.requires_grad_(False)
     model.get_submodule("classifier").requires_grad_(True)
     if is_main_process():
-        write_checkpoint(state_and_run(model, run), job.folder / LAST)
+        write_checkpoint({"state_dict": model.state_dict(), RUN_KEY: run}, job.folder / LAST)
     return model
 
 
 def _train_last(model: nn.Module, job: Job) -> TrainingRun:
     """Train the last layer of a model in place, on features that are computed once."""
     last = _new_layers(model, job.recipe)[-1]
-    train, valid = (
-        frozen_features(
-            model,
-            last,
-            images,
-            what,
-            batch_size=job.settings.batch_size,
-            device=job.device,
-            progress=job.progress,
-        )
-        for images, what in ((job.train, "to train on"), (job.valid, "held out"))
-    )
-    # the last layer gives logits, whatever the model makes of them
-    return _fit(_task(last, nn.CrossEntropyLoss(), job), train, valid, job)
+    train = job.features(model, last, job.train, "to train on")
+    valid = job.features(model, last, job.valid, "held out")
+    # the last layer gives logits, also where the model ends in a softmax
+    return _fit(last, nn.CrossEntropyLoss(), train, valid, job)
 
 
 def _train_all(model: nn.Module, job: Job) -> TrainingRun:
@@ -235,25 +219,28 @@ def _train_all(model: nn.Module, job: Job) -> TrainingRun:
     def groups(lr: float) -> list[dict[str, Any]]:
         return rates(model, job.strategy, lr, job.recipe.hidden)
 
-    return _fit(_task(model, loss_for(model), job, groups), job.train, job.valid, job)
+    return _fit(model, loss_for(model), job.train, job.valid, job, groups)
 
 
-def _task(
+def _fit(
     model: nn.Module,
     loss: nn.Module,
+    train: Any,
+    valid: Any,
     job: Job,
     groups: Callable[[float], list[dict[str, Any]]] | None = None,
-) -> Classification:
-    classes = len(job.found.classes)
-    balanced = job.recipe.class_weights == "balanced"
-    weights = balanced_weights(job.found.train.labels, classes) if balanced else None
-    still = job.strategy == "linear"
-    return Classification(model, loss, classes, weights=weights, groups=groups, still=still)
-
-
-def _fit(task: Classification, train: Any, valid: Any, job: Job) -> TrainingRun:
+) -> TrainingRun:
+    counts = [count for count, _ in job.found.counts.values()]
+    module = Classification(
+        model,
+        loss,
+        len(counts),
+        weights=balanced_weights(counts) if job.recipe.class_weights == "balanced" else None,
+        groups=groups,
+        frozen=job.strategy == "linear",
+    )
     return fit(
-        task,
+        module,
         train,
         valid,
         job.settings,
@@ -265,20 +252,12 @@ def _fit(task: Classification, train: Any, valid: Any, job: Job) -> TrainingRun:
 
 
 def _measured_rate(model: nn.Module, job: Job) -> float:
-    """The learning rate that suits the features of some images."""
-    files = job.found.train
-    places = np.linspace(0, len(files) - 1, min(len(files), _MEASURED)).astype(int)
-    some = LabelledFiles(
-        tuple(files.paths[i] for i in places), tuple(files.labels[i] for i in places)
-    )
-    rows, _ = frozen_features(
-        model,
-        _new_layers(model, job.recipe)[0],
-        job.images(some),
-        "of some",
-        batch_size=job.settings.batch_size,
-        device=job.device,
-    ).tensors
+    """The learning rate that suits the features of some training images."""
+    images = job._images(job.found.train)
+    places = np.linspace(0, len(images) - 1, min(len(images), _MEASURED)).astype(int)
+    first = _new_layers(model, job.recipe)[0]
+    some = Subset(images, places.tolist())
+    rows, _ = job.features(model, first, some, "to measure").tensors  # (N, D)
     return new_layer_rate(rows, job.settings.optimizer)
 
 
@@ -288,7 +267,7 @@ def _new_layers(model: nn.Module, recipe: Recipe) -> list[nn.Module]:
 
 
 def _digest_of_files(found: SplitFolders) -> str:
-    """What tells the images of one run from those of another: their names and sizes."""
+    """A digest that differs for other images: of their names and sizes."""
     seen = [
         f"{path.parent.name}/{path.name} {path.stat().st_size}"
         for path in (*found.train.paths, *found.valid.paths)

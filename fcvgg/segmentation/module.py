@@ -1,4 +1,4 @@
-"""What one step of dense training is, for PyTorch Lightning (extra ``train``)."""
+"""The Lightning module of dense training (extra ``train``)."""
 
 from __future__ import annotations
 
@@ -9,19 +9,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fcvgg.errors import ArgumentError
 from fcvgg.results.label_map import IGNORE_INDEX
 from fcvgg.segmentation.metrics import confusion_metric, metrics_of
 from fcvgg.segmentation.network import FCN
-from fcvgg.training.loop import Task
+from fcvgg.training.loop import TrainingModule
+from fcvgg.training.settings import check_rate
 
 MONITOR = "valid_mean_iou"
 
 IOU_OF = "valid_iou_"
-"""What a class's name follows; of many classes, a line for every epoch would be too long."""
+"""The prefix of a class's name; with many classes, a printed line would be too long."""
+
+Batch = list[tuple[Tensor, Tensor]]
+"""Images ``(N, C, H, W)`` and masks ``(N, H, W)``, one pair for each size."""
 
 
-class DenseTask(Task):
+class SegmentationModule(TrainingModule):
     """Cross entropy over the labelled pixels of a batch; mean IoU over the validation images."""
 
     weights: Tensor | None
@@ -29,8 +32,8 @@ class DenseTask(Task):
 
     def __init__(self, fcn: FCN, weights: Tensor | None, backbone_lr: float | None):
         super().__init__()
-        if backbone_lr is not None and not (isfinite(backbone_lr) and backbone_lr >= 0):
-            raise ArgumentError(f"backbone_lr={backbone_lr!r} is no rate; expected a number >= 0")
+        if backbone_lr is not None:
+            check_rate("backbone_lr", backbone_lr)
         self.fcn = fcn
         self.backbone_lr = backbone_lr
         self.confusion = confusion_metric(fcn.num_classes)
@@ -46,12 +49,12 @@ class DenseTask(Task):
                 groups[id(parameter) in pretrained]["params"].append(parameter)
         return [group for group in groups if group["params"]]
 
-    def training_step(self, batch: list[tuple[Tensor, Tensor]], _: int) -> Tensor:
+    def training_step(self, batch: Batch, _: int) -> Tensor:
         loss, count = self._loss(batch)
         self.log("train_loss", loss, on_step=False, on_epoch=True, batch_size=count)
         return loss
 
-    def validation_step(self, batch: list[tuple[Tensor, Tensor]], _: int) -> None:
+    def validation_step(self, batch: Batch, _: int) -> None:
         loss, count = self._loss(batch, self.confusion)
         self.log("valid_loss", loss, batch_size=count)
 
@@ -60,14 +63,12 @@ class DenseTask(Task):
         self.confusion.reset()
         self.log(MONITOR, metrics.mean_iou)
         self.log("valid_pixel_accuracy", metrics.pixel_accuracy)
-        for name, value in metrics.iou.items():
-            if isfinite(value):
-                self.log(f"{IOU_OF}{name}", value)
+        self.log_dict(
+            {f"{IOU_OF}{name}": iou for name, iou in metrics.iou.items() if isfinite(iou)}
+        )
 
-    def _loss(
-        self, batch: list[tuple[Tensor, Tensor]], confusion: Any = None
-    ) -> tuple[Tensor, int]:
-        """The mean loss over the labelled pixels of all images, and how many images."""
+    def _loss(self, batch: Batch, confusion: Any = None) -> tuple[Tensor, int]:
+        """The mean loss over the labelled pixels of all images, and the number of images."""
         total = torch.zeros((), device=self.device)
         weight = torch.zeros((), device=self.device)
         for images, masks in batch:
@@ -77,6 +78,6 @@ class DenseTask(Task):
             total = total + F.cross_entropy(
                 scores, masks, self.weights, ignore_index=IGNORE_INDEX, reduction="sum"
             )
-            known = masks[masks != IGNORE_INDEX]
+            known = masks[masks != IGNORE_INDEX]  # (pixels,)
             weight = weight + (known.numel() if self.weights is None else self.weights[known].sum())
         return total / weight.clamp(min=1e-12), sum(len(images) for images, _ in batch)
