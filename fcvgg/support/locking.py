@@ -12,25 +12,27 @@ from fcvgg.errors import FcvggError
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Hold the lock of a folder, which need not exist yet.
+def locked(path: Path, error: type[FcvggError] = FcvggError) -> Iterator[None]:
+    """Hold a folder, which need not exist yet, against other processes and threads.
 
     The lock is a file next to the folder. The system releases it when the process ends, whatever
-    ends it.
+    ends it. The thread that holds it may enter again.
+
+    Args:
+        error: the class of the error.
 
     Raises:
-        FcvggError: if another run holds the lock.
+        FcvggError: of the class `error`, if another run holds the folder.
     """
     path = path.resolve()
     file = path.with_name(f".{path.name}.lock")
-    lock = FileLock(file, blocking=False)
+    lock = FileLock(file, blocking=False, is_singleton=True)
     try:
         if path.parent.is_dir():
             lock.acquire()
     except Timeout:
-        raise FcvggError(
-            f"{path} must be written by one run at a time, got another run that is writing it; "
-            "wait for it to end, or choose another name"
+        raise error(
+            f"{path} is in use by another run; wait for it to end, or choose another folder"
         ) from None
     except OSError:  # cannot be written, or a file system without locks: writing itself will tell
         pass
@@ -38,6 +40,7 @@ def locked(path: Path) -> Iterator[None]:
         yield
     finally:
         if lock.is_locked:
-            with suppress(OSError):  # Windows removes no open file
-                file.unlink()
+            if lock.lock_counter == 1:
+                with suppress(OSError):  # Windows removes no open file
+                    file.unlink()
             lock.release()

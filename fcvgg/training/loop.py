@@ -16,7 +16,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from fcvgg.errors import ArgumentError, MissingExtraError, TrainingError, one_line
-from fcvgg.support.lock import locked
+from fcvgg.support.locking import locked
 from fcvgg.training.checkpoints import (
     BEST,
     LAST,

@@ -828,9 +828,9 @@ def test_resuming_another_run(linear: fcvgg.FineTuned, textures: Path) -> None:
 
 
 def test_a_folder_that_another_run_uses_is_refused(textures: Path, tmp_path: Path) -> None:
-    with FileLock(tmp_path / ".lock"):
+    with FileLock(tmp_path.with_name(f".{tmp_path.name}.lock")):
         ran = run(textures, "--arch", "demo", "--strategy", "svm", "-o", tmp_path)
-    said = f"{tmp_path} is in use by another run; wait for it, or choose another folder"
+    said = f"{tmp_path} is in use by another run; wait for it to end, or choose another folder"
     assert (ran.exit_code, ran.stderr) == (2, f"fcvgg: error: {said}\n")
 
 

@@ -296,9 +296,12 @@ def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:
 
     train(tmp_path, Small(at))
     assert refused == [
-        f"{tmp_path} is in use by another run; wait for it, or choose another folder"
+        f"{tmp_path} is in use by another run; wait for it to end, or choose another folder"
     ]
-    with FileLock(tmp_path / ".lock"), pytest.raises(TrainingError, match="in use by another run"):
+    with (
+        FileLock(tmp_path.with_name(f".{tmp_path.name}.lock")),
+        pytest.raises(TrainingError, match="in use by another run"),
+    ):
         train(tmp_path, resume=True)  # as another process
     assert train(tmp_path, resume=True).resumed_after == 4
 
