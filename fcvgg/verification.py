@@ -16,7 +16,7 @@ from fcvgg.geometry import Axis
 from fcvgg.network import FullyConvolutional
 from fcvgg.probability import BOUNDED, to_probabilities
 from fcvgg.results.equivalence import Equivalence
-from fcvgg.rewriting.capture import has_hooks, without_wrappers
+from fcvgg.rewriting.twins import has_hooks, without_wrappers
 from fcvgg.rewriting.modes import mode_differences
 from fcvgg.support.module_state import device_of, dtype_of, evaluating, listed
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from fcvgg.rewriting.capture import bare_twin
+from fcvgg.rewriting.twins import bare_twin
 from fcvgg.rewriting.modules import TrainingFlag
 from fcvgg.rewriting.program import TrainingMode
 

@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from fcvgg.errors import ConversionError, UnsupportedLayerError
 from fcvgg.geometry import Pair
 from fcvgg.rewriting.capture import Captured, capture, describe
-from fcvgg.rewriting.rules import elementwise, is_leaf
+from fcvgg.rewriting.rules import elementwise, is_known
 from fcvgg.rewriting.rules.registry import RULES
 
 
@@ -28,7 +28,7 @@ def check_numbers(captured: Captured, model: nn.Module, crop: Pair) -> None:
         UnsupportedLayerError: if it multiplies, adds or compares by other numbers there.
     """
     try:
-        other = capture(model, crop, is_leaf, captured.channels)
+        other = capture(model, crop, is_known, captured.channels)
     except ConversionError:
         return
     native, small = list(captured.graph.nodes), list(other.graph.nodes)
