@@ -20,13 +20,13 @@ from fcvgg.geometry import Pair, checked_size
 from fcvgg.images.preprocessing import Preprocess
 from fcvgg.network import FullyConvolutional
 from fcvgg.rewriting.capture import capture, unfollowed_branches
-from fcvgg.rewriting.twins import sharing_twin, without_wrappers
 from fcvgg.rewriting.modes import match_modes, training_mode_of
 from fcvgg.rewriting.native_size import infer_input_size
 from fcvgg.rewriting.program import Program, TrainingMode
 from fcvgg.rewriting.rewriter import Rewriter
 from fcvgg.rewriting.rules import is_known, rule_for
 from fcvgg.rewriting.size_numbers import check_numbers
+from fcvgg.rewriting.twins import sharing_twin, without_wrappers
 from fcvgg.support.module_state import listed
 from fcvgg.verification import check, check_activation
 

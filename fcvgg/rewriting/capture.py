@@ -17,13 +17,11 @@ from torch import Tensor, fx, nn
 
 from fcvgg.errors import CaptureError, InputSizeError, one_line
 from fcvgg.rewriting.tracing import (
-    FeatureSize,
     FollowsTraining,
     ModeQuestions,
     Recorder,
     ShapeUnknownError,
     describe,
-    operation_name,
     runs_own_forward,
 )
 from fcvgg.rewriting.twins import bare_twin

@@ -7,9 +7,9 @@ from torch import nn
 from fcvgg.errors import ConversionError, InputSizeError
 from fcvgg.geometry import LARGEST_SIZE, Pair, smallest_size
 from fcvgg.rewriting.capture import capture
-from fcvgg.rewriting.twins import sharing_twin
 from fcvgg.rewriting.rewriter import Boundary, Rewriter
 from fcvgg.rewriting.rules import is_known, rule_for
+from fcvgg.rewriting.twins import sharing_twin
 
 _TRIAL_SIZES = (224, 1024)
 """Sizes at which a model is traced to find its native size: the usual one, and a large one."""

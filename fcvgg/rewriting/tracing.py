@@ -1,8 +1,8 @@
 """Record a model's computation while its Python code runs on tensors without data.
 
-The model is run as it is, on tensors of the meta device: real `torch.Tensor` objects, so that any
-Python code works that computes with shapes, types and devices. A `TorchFunctionMode` sees every call
-of torch's API and writes it into a graph; the modules that have a rule are recorded as one call.
+The model runs as it is, on tensors of the meta device: real `torch.Tensor` objects, so that any
+Python code works that computes with shapes, types and devices. A `TorchFunctionMode` sees every
+call of torch's API and writes it into a graph; a module that has a rule is recorded as one call.
 """
 
 from __future__ import annotations
@@ -137,6 +137,7 @@ class Recorder(TorchFunctionMode):
             id(tensor): name for name, tensor in (*root.named_parameters(), *root.named_buffers())
         }
         self._kept: list[Any] = []
+        self._open: list[FunctionType] = []
 
     def record(self, images: Tensor) -> None:
         """Run the model on `images` ``(N, C, H, W)`` of the meta device."""
@@ -144,10 +145,14 @@ class Recorder(TorchFunctionMode):
         node.meta["value"] = images
         self._nodes[id(images)] = node
         # a graph module's own call prints the code where an error comes from
-        run = nn.Module.__call__ if isinstance(self.root, fx.GraphModule) else type(self.root).__call__
+        run = (
+            nn.Module.__call__
+            if isinstance(self.root, fx.GraphModule)
+            else type(self.root).__call__
+        )
         with self._wrapped_modules(), self:
             result = run(self.root, images)
-            self.graph.output(self._as_nodes(_plain(result)))
+            self.graph.output(self._as_nodes(result))
 
     def place(self) -> str:
         """Where recording stopped, as the beginning of a message."""
@@ -206,7 +211,12 @@ class Recorder(TorchFunctionMode):
         """Whether a module takes a map to one of its shape in training mode, holding no data."""
         if self._questions.places.isdisjoint(_within(path, module)):
             return False
-        if not isinstance(x, Tensor) or isinstance(x, Unknown) or x.ndim != 4 or module.state_dict():
+        if (
+            not isinstance(x, Tensor)
+            or isinstance(x, Unknown)
+            or x.ndim != 4
+            or module.state_dict()
+        ):
             return False
         modes = [(part, part.training) for part in module.modules()]
         try:
@@ -243,7 +253,7 @@ class Recorder(TorchFunctionMode):
         name = getattr(func, "__name__", str(func))
         if name in ("__get__", "__set__"):
             return self._attribute(func, name, args)
-        if is_tensor_method_or_property(func):
+        if is_tensor_method_or_property(func) or getattr(Tensor, name, None) is func:
             return self._method(func, name, args, kwargs)
         if not args and "input" in kwargs:
             # F.relu(input=x): torch's first argument, which rules take in its place
@@ -268,9 +278,9 @@ class Recorder(TorchFunctionMode):
             return iter([x[i] for i in range(len(x))])
         if name in _REFLECTED:
             return self._call("call_function", _REFLECTED[name], func, args[::-1], kwargs, args)
-        if name in _IN_PLACE and not kwargs:
+        if name in _IN_PLACE and not kwargs and len(args) == 2:
             return self._call("call_function", _IN_PLACE[name], func, args, kwargs, anew=True)
-        if name in _OPERATORS and not kwargs:
+        if name in _OPERATORS and not kwargs and len(args) < 3:
             return self._call("call_function", _OPERATORS[name], func, args, kwargs)
         if self._opens(func, name):
             return self._opened(func, args, kwargs)
@@ -282,6 +292,7 @@ class Recorder(TorchFunctionMode):
             isinstance(func, FunctionType)
             and func.__module__.partition(".")[0] == "torch"
             and not self._is_known(target)
+            and func not in self._open
         )
 
     def _opened(self, func: FunctionType, args: Any, kwargs: Any) -> Any:
@@ -294,8 +305,12 @@ class Recorder(TorchFunctionMode):
             func.__closure__,
         )
         body.__kwdefaults__ = func.__kwdefaults__
-        with self:
-            return body(*args, **kwargs)
+        self._open.append(func)
+        try:
+            with self:
+                return body(*args, **kwargs)
+        finally:
+            self._open.pop()
 
     def _attribute(self, func: Any, name: str, args: tuple[Any, ...]) -> Any:
         x = args[0]
@@ -304,8 +319,8 @@ class Recorder(TorchFunctionMode):
             if attribute == "requires_grad":
                 return None
             raise CaptureError(
-                f"the model sets the {attribute} of {self._described(x)}; assign the value to a new "
-                "name"
+                f"the model sets the {attribute} of {self._described(x)}; assign the value to a "
+                "new name"
             )
         if attribute in _OF_DEVICES:
             return _OF_DEVICES[attribute]
@@ -421,9 +436,12 @@ class Recorder(TorchFunctionMode):
         node.meta["changes"] = None if changed is None else nodes[changed]
         if changed is None and isinstance(result, Tensor) and any(result is x for x in given):
             result = result.view_as(result)  # a value of its own, on the same memory
-        if not _tensors(result):
+        if changed is not None:  # what reads the value from here on sees the change
+            self._nodes[id(given[changed])] = node
+        elif not _tensors(result):
+            self.graph.erase_node(node)
             return result
-        node.meta["value"] = result
+        node.meta["value"] = given[changed] if result is None and changed is not None else result
         self._track(node, result)
         return result
 
@@ -543,6 +561,7 @@ _OPERATORS: dict[str, Callable[..., Any]] = {
     **{f"__{name}__": getattr(operator, name) for name in ("gt", "ge", "lt", "le", "eq", "ne")},
     **{f"__{name}__": getattr(operator, name) for name in ("matmul", "floordiv", "mod", "pos")},
     "div": operator.truediv,
+    "positive": operator.pos,
 }
 """Methods that stand for an operator of Python's."""
 
@@ -592,16 +611,9 @@ def operation_name(node: fx.Node) -> str:
     return str(node.target)
 
 
-def _plain(result: Any) -> Any:
-    """A model's output in containers that a graph holds."""
-    return result
-
-
 def _tensors(arguments: Any) -> list[Tensor]:
     found: list[Tensor] = []
-    fx.node.map_aggregate(
-        arguments, lambda a: found.append(a) if isinstance(a, Tensor) else None
-    )
+    fx.node.map_aggregate(arguments, lambda a: found.append(a) if isinstance(a, Tensor) else None)
     return found
 
 
@@ -616,7 +628,19 @@ def _on_meta(arguments: Any, node: fx.Node) -> Any:
             return argument
         return argument if keeps and not argument.is_floating_point() else argument.to("meta")
 
-    return fx.node.map_aggregate(arguments, moved)
+    arguments = fx.node.map_aggregate(arguments, moved)
+    if keeps and isinstance(arguments, tuple):
+        return (arguments[0], _index(arguments[1]))
+    return arguments
+
+
+def _index(index: Any) -> Any:
+    """Lists of numbers as tensors with data, which torch would put on the meta device."""
+    if isinstance(index, tuple):
+        return tuple(map(_index, index))
+    if isinstance(index, list) and all(isinstance(i, int) for i in index):
+        return torch.tensor(list(index))
+    return index
 
 
 def _argument(node: fx.Node, name: str) -> Any:

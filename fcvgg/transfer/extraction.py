@@ -13,8 +13,9 @@ from fcvgg.conversion import convert
 from fcvgg.errors import ConversionError, UnsupportedLayerError
 from fcvgg.geometry import Geometry, Pair
 from fcvgg.network import FullyConvolutional
-from fcvgg.rewriting.capture import BATCH, FollowsTraining, capture, describe, operation_name
+from fcvgg.rewriting.capture import BATCH, capture
 from fcvgg.rewriting.rules import is_known
+from fcvgg.rewriting.tracing import FollowsTraining, describe, operation_name
 from fcvgg.transfer.naming import LayerNames, NamedLayer, layer_names
 
 _TRIAL_SIZES = (32, 64, 128, 224, 512, 1024)

@@ -19,10 +19,11 @@ from fcvgg.conversion import unwrapped
 from fcvgg.errors import ArgumentError, ConversionError
 from fcvgg.geometry import Pair
 from fcvgg.network import FullyConvolutional
-from fcvgg.rewriting.capture import capture, operation_name
+from fcvgg.rewriting.capture import capture
 from fcvgg.rewriting.modules import DilatedAvgPool2d, WindowLinear
 from fcvgg.rewriting.native_size import infer_input_size
 from fcvgg.rewriting.rules import is_known
+from fcvgg.rewriting.tracing import operation_name
 
 FIRST_FC = 6
 """The number of the first fully connected layer; VGG has five blocks before it."""
