@@ -19,13 +19,14 @@ from fcvgg.errors import ArgumentError, ConversionError, GeometryError, InputSiz
 from fcvgg.geometry import Pair, checked_size
 from fcvgg.images.preprocessing import Preprocess
 from fcvgg.network import FullyConvolutional
-from fcvgg.rewriting.capture import capture, sharing_twin, unfollowed_branches, without_wrappers
+from fcvgg.rewriting.capture import capture, unfollowed_branches
 from fcvgg.rewriting.modes import match_modes, training_mode_of
 from fcvgg.rewriting.native_size import infer_input_size
 from fcvgg.rewriting.program import Program, TrainingMode
 from fcvgg.rewriting.rewriter import Rewriter
-from fcvgg.rewriting.rules import is_leaf, rule_for
+from fcvgg.rewriting.rules import is_known, rule_for
 from fcvgg.rewriting.size_numbers import check_numbers
+from fcvgg.rewriting.twins import sharing_twin, without_wrappers
 from fcvgg.support.module_state import listed
 from fcvgg.verification import check, check_activation
 
@@ -132,7 +133,7 @@ def _rewritten(
     same: bool = False,
     in_channels: int | None = None,
 ) -> Program:
-    captured = capture(model, size, is_leaf, in_channels)
+    captured = capture(model, size, is_known, in_channels)
     captured.require_channels()
     program = Rewriter(captured, modules, output_stride, same).run(rule_for)
     crop = program.geometry.crop
@@ -148,7 +149,7 @@ def _rewritten(
             f"got {output_stride}"
         )
     match_modes(program.network, model)
-    unfollowed = unfollowed_branches(model, captured, is_leaf)
+    unfollowed = unfollowed_branches(model, captured, is_known)
     training_mode = training_mode_of(model, program.network, unfollowed)
     _check_followed(model, training_mode)
     return replace(program, training_mode=training_mode)

@@ -16,8 +16,8 @@ from fcvgg.geometry import Axis
 from fcvgg.network import FullyConvolutional
 from fcvgg.probability import BOUNDED, to_probabilities
 from fcvgg.results.equivalence import Equivalence
-from fcvgg.rewriting.capture import has_hooks, without_wrappers
 from fcvgg.rewriting.modes import mode_differences
+from fcvgg.rewriting.twins import has_hooks, without_wrappers
 from fcvgg.support.module_state import device_of, dtype_of, evaluating, listed
 
 _TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}

@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 
 from fcvgg.errors import UnsupportedLayerError
 from fcvgg.inference.sliding import Sliding, is_positional, sliding_of
-from fcvgg.rewriting.capture import operation_name
+from fcvgg.rewriting.tracing import operation_name
 
 _RELUS = {F.relu, torch.relu, "relu"}
 

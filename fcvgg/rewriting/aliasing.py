@@ -13,8 +13,9 @@ from typing import Any
 from torch import fx
 
 from fcvgg.errors import UnsupportedLayerError
-from fcvgg.rewriting.capture import describe, storages_of
+from fcvgg.rewriting.capture import storages_of
 from fcvgg.rewriting.layouts import Cells
+from fcvgg.rewriting.tracing import describe
 
 
 class InPlaceChanges:

@@ -13,9 +13,9 @@ from typing import Any
 
 from torch import nn
 
-from fcvgg.rewriting.capture import bare_twin
 from fcvgg.rewriting.modules import TrainingFlag
 from fcvgg.rewriting.program import TrainingMode
+from fcvgg.rewriting.twins import bare_twin
 
 _FURTHER_CALL = re.compile(r"_call\d+$")
 """How the rewriter names further instances of a layer that is called at several places."""

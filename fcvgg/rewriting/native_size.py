@@ -6,9 +6,10 @@ from torch import nn
 
 from fcvgg.errors import ConversionError, InputSizeError
 from fcvgg.geometry import LARGEST_SIZE, Pair, smallest_size
-from fcvgg.rewriting.capture import capture, sharing_twin
+from fcvgg.rewriting.capture import capture
 from fcvgg.rewriting.rewriter import Boundary, Rewriter
-from fcvgg.rewriting.rules import is_leaf, rule_for
+from fcvgg.rewriting.rules import is_known, rule_for
+from fcvgg.rewriting.twins import sharing_twin
 
 _TRIAL_SIZES = (224, 1024)
 """Sizes at which a model is traced to find its native size: the usual one, and a large one."""
@@ -26,7 +27,7 @@ def infer_input_size(model: nn.Module, in_channels: int | None = None) -> Pair:
     failure: Exception | None = None
     for trial in _TRIAL_SIZES:
         try:
-            captured = capture(model, (trial, trial), is_leaf, in_channels)
+            captured = capture(model, (trial, trial), is_known, in_channels)
             rewriter = Rewriter(captured, sharing_twin(model))
         except InputSizeError as error:
             failure = error

@@ -29,15 +29,7 @@ from fcvgg.errors import (
 )
 from fcvgg.geometry import IMAGE, Pair, Window
 from fcvgg.rewriting.aliasing import InPlaceChanges
-from fcvgg.rewriting.capture import (
-    BATCH,
-    Captured,
-    FeatureSize,
-    FollowsTraining,
-    describe,
-    operation_name,
-    storages_of,
-)
+from fcvgg.rewriting.capture import BATCH, Captured, storages_of
 from fcvgg.rewriting.layouts import (
     Cells,
     Constant,
@@ -48,6 +40,7 @@ from fcvgg.rewriting.layouts import (
 )
 from fcvgg.rewriting.modules import TrainingFlag, TrainingOnly, WindowLinear
 from fcvgg.rewriting.program import LayerRecord, Program, Steps, Windows, graph_module, same_grid
+from fcvgg.rewriting.tracing import FeatureSize, FollowsTraining, describe, operation_name
 from fcvgg.support.module_state import device_of
 
 

@@ -14,9 +14,10 @@ from torch import Tensor, fx, nn
 
 from fcvgg.errors import ConversionError, UnsupportedLayerError
 from fcvgg.geometry import Pair
-from fcvgg.rewriting.capture import Captured, capture, describe
-from fcvgg.rewriting.rules import elementwise, is_leaf
+from fcvgg.rewriting.capture import Captured, capture
+from fcvgg.rewriting.rules import elementwise, is_known
 from fcvgg.rewriting.rules.registry import RULES
+from fcvgg.rewriting.tracing import describe
 
 
 def check_numbers(captured: Captured, model: nn.Module, crop: Pair) -> None:
@@ -28,7 +29,7 @@ def check_numbers(captured: Captured, model: nn.Module, crop: Pair) -> None:
         UnsupportedLayerError: if it multiplies, adds or compares by other numbers there.
     """
     try:
-        other = capture(model, crop, is_leaf, captured.channels)
+        other = capture(model, crop, is_known, captured.channels)
     except ConversionError:
         return
     native, small = list(captured.graph.nodes), list(other.graph.nodes)

@@ -15,7 +15,7 @@ from fcvgg.network import FullyConvolutional
 from fcvgg.probability import UNKNOWN
 from fcvgg.rewriting.capture import capture
 from fcvgg.rewriting.program import LayerRecord, Program, graph_module
-from fcvgg.rewriting.rules import is_leaf
+from fcvgg.rewriting.rules import is_known
 from fcvgg.transfer.naming import LayerNames, NamedLayer, layer_names
 
 _ACTIVATIONS = ("bn", "relu", "activation")
@@ -127,7 +127,7 @@ def _check_sizes(backbone: FullyConvolutional, sources: list[MapSource]) -> None
     window, stride = backbone.geometry.window, backbone.geometry.stride
     for steps in ((0, 0), (1, 2)):
         size = window[0] + steps[0] * stride[0], window[1] + steps[1] * stride[1]
-        results = _results(capture(backbone.network, size, is_leaf).graph)
+        results = _results(capture(backbone.network, size, is_known).graph)
         for source, result in zip(sources, results):
             found = tuple(result.meta["value"].shape[1:])
             expected = (source.channels, *source.geometry.output_size(size))

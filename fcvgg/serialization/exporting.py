@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 
 from fcvgg.errors import EquivalenceError, FcvggError, MissingExtraError, one_line
 from fcvgg.geometry import Pair, Window
-from fcvgg.rewriting.capture import operation_name
+from fcvgg.rewriting.tracing import operation_name
 from fcvgg.support.atomic import EXPORT_ENDINGS, checked_file, written_whole
 from fcvgg.support.module_state import device_of, dtype_of
 

@@ -13,8 +13,9 @@ from fcvgg.conversion import convert
 from fcvgg.errors import ConversionError, UnsupportedLayerError
 from fcvgg.geometry import Geometry, Pair
 from fcvgg.network import FullyConvolutional
-from fcvgg.rewriting.capture import BATCH, FollowsTraining, capture, describe, operation_name
-from fcvgg.rewriting.rules import is_leaf
+from fcvgg.rewriting.capture import BATCH, capture
+from fcvgg.rewriting.rules import is_known
+from fcvgg.rewriting.tracing import FollowsTraining, describe, operation_name
 from fcvgg.transfer.naming import LayerNames, NamedLayer, layer_names
 
 _TRIAL_SIZES = (32, 64, 128, 224, 512, 1024)
@@ -39,7 +40,7 @@ class Features(nn.Sequential):
     @property
     def out_channels(self) -> int:
         """Channels of the last layer's output."""
-        graph = capture(self, _running_size(self), is_leaf).graph
+        graph = capture(self, _running_size(self), is_known).graph
         last = next(node for node in reversed(graph.nodes) if node.op == "output").args[0]
         assert isinstance(last, fx.Node)
         return int(last.meta["value"].shape[1])
@@ -159,7 +160,7 @@ def _flatten(layer: NamedLayer, names: LayerNames) -> nn.Module:
 
 def _running_size(features: nn.Module) -> Pair:
     for size in _TRIAL_SIZES:
-        if capture(features, (size, size), is_leaf).failure() is None:
+        if capture(features, (size, size), is_known).failure() is None:
             return size, size
     raise ConversionError(
         f"the layers run at none of the square sizes {_TRIAL_SIZES}; "
@@ -170,7 +171,7 @@ def _running_size(features: nn.Module) -> Pair:
 def _geometry(features: Features) -> Geometry:
     """By converting the features under a global pool, and taking the geometry before the pool."""
     size = _running_size(features)
-    graph = capture(features, size, is_leaf).graph
+    graph = capture(features, size, is_known).graph
     last = next(node for node in reversed(graph.nodes) if node.op == "output").args[0]
     assert isinstance(last, fx.Node)
     value = last.meta["value"]

@@ -14,7 +14,7 @@ from fcvgg.geometry import Pair, checked_size
 from fcvgg.rewriting.capture import BATCH, capture
 from fcvgg.rewriting.modules import WindowLinear
 from fcvgg.rewriting.native_size import infer_input_size
-from fcvgg.rewriting.rules import is_leaf
+from fcvgg.rewriting.rules import is_known
 from fcvgg.transfer.extraction import map_geometries
 from fcvgg.transfer.heads import check_classes, copied_without, fully_connected, new_linear
 from fcvgg.transfer.naming import LayerNames, NamedLayer, layer_names
@@ -160,7 +160,7 @@ def _features_at(new: nn.Module, layer: NamedLayer, size: Pair) -> int:
 
 
 def _node_of(model: nn.Module, layer: NamedLayer, size: Pair) -> fx.Node:
-    for node in capture(model, size, is_leaf).graph.nodes:
+    for node in capture(model, size, is_known).graph.nodes:
         if node.op == "call_module" and node.target == layer.path:
             return node
     raise ConversionError(f"{layer.name} ({layer.path}) is not reached at input size {size}")

@@ -19,10 +19,11 @@ from fcvgg.conversion import unwrapped
 from fcvgg.errors import ArgumentError, ConversionError
 from fcvgg.geometry import Pair
 from fcvgg.network import FullyConvolutional
-from fcvgg.rewriting.capture import capture, operation_name
+from fcvgg.rewriting.capture import capture
 from fcvgg.rewriting.modules import DilatedAvgPool2d, WindowLinear
 from fcvgg.rewriting.native_size import infer_input_size
-from fcvgg.rewriting.rules import is_leaf
+from fcvgg.rewriting.rules import is_known
+from fcvgg.rewriting.tracing import operation_name
 
 FIRST_FC = 6
 """The number of the first fully connected layer; VGG has five blocks before it."""
@@ -206,7 +207,7 @@ def layer_names(model: nn.Module) -> LayerNames:
         size, native = infer_input_size(model), True
     except ConversionError:
         size, native = (_USUAL_SIZE, _USUAL_SIZE), False
-    graph = capture(model, size, is_leaf).graph
+    graph = capture(model, size, is_known).graph
     return LayerNames(_named(graph, model), model, graph, size, native)
 
 

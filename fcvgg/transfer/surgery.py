@@ -16,7 +16,7 @@ from fcvgg.errors import ArgumentError, ConversionError, FcvggError, one_line
 from fcvgg.evaluation.layer_table import short
 from fcvgg.geometry import Pair
 from fcvgg.rewriting.capture import capture
-from fcvgg.rewriting.rules import is_leaf
+from fcvgg.rewriting.rules import is_known
 from fcvgg.support.module_state import device_of, dtype_of
 from fcvgg.transfer.extraction import map_geometries
 from fcvgg.transfer.naming import LayerNames, NamedLayer, layer_names
@@ -310,9 +310,9 @@ def _next_taker(names: LayerNames, end: NamedLayer) -> str:
 
 def _check_runs(names: LayerNames, model: nn.Module) -> None:
     """Layers after the place still get what they take, at the size the source runs at."""
-    if capture(names.root, names.size, is_leaf).failure() is not None:
+    if capture(names.root, names.size, is_known).failure() is not None:
         return
-    failure = capture(model, names.size, is_leaf).failure()
+    failure = capture(model, names.size, is_known).failure()
     if failure is None:
         return
     after = layer_names(model)

@@ -119,6 +119,8 @@ pointwise(
     *calling("sub", "sub_", "isub", "neg", "pow", "square", "sqrt", "rsqrt"),
     *calling("log1p", "abs", "maximum", "minimum", "erf", "sign"),
     *calling("where", "masked_fill", "gt", "ge", "lt", "le"),
+    *calling("hardshrink", "softshrink", "sin", "cos", "reciprocal", "nan_to_num"),
+    *calling("zeros_like", "ones_like"),
 )
 
 

@@ -67,13 +67,19 @@ def _refusal(call: Call) -> str | None:
     return REFUSED.get(call.node.target, ATTENTION if attends else None)
 
 
-def is_leaf(module: nn.Module) -> bool:
-    """Whether a module is looked up here rather than traced into."""
-    if class_of(module) in RULES or any(_is_a(module, cls) for cls in REFUSED):
+def is_known(target: Any) -> bool:
+    """Whether a module, a function or the name of a method is treated here as a whole.
+
+    Others are looked into: modules always, functions of torch's where they are written in Python.
+    """
+    if not isinstance(target, nn.Module):
+        name = getattr(target, "__name__", str(target))
+        return target in RULES or target in REFUSED or "attention" in name
+    if class_of(target) in RULES or any(_is_a(target, cls) for cls in REFUSED):
         return True
     containers = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
-    return type(module).__module__.startswith("torch.nn.modules") and not isinstance(
-        module, containers
+    return type(target).__module__.startswith("torch.nn.modules") and not isinstance(
+        target, containers
     )
 
 
