@@ -743,7 +743,6 @@ def test_a_folder_is_written_by_one_run_at_a_time(net: Any, tmp_path: Path) -> N
         fcvgg.stream(net, image, out=out)
     assert store.complete
     assert open_store(out).complete  # reading needs no lock
-    assert [path.name for path in tmp_path.iterdir()] == ["map.zarr"]
 
 
 def test_a_killed_run_leaves_a_folder_that_the_next_one_may_write(net: Any, tmp_path: Path) -> None:
