@@ -98,7 +98,7 @@ class ShapeUnknownError(Exception):
 class Unknown(Tensor):
     """A value that does not run at this size, or is computed from one that does not."""
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
 
 class Recorder(TorchFunctionMode):
@@ -435,7 +435,8 @@ class Recorder(TorchFunctionMode):
             changed = 0
         node.meta["changes"] = None if changed is None else nodes[changed]
         if changed is None and isinstance(result, Tensor) and any(result is x for x in given):
-            result = result.view_as(result)  # a value of its own, on the same memory
+            with self._unrecorded():  # a value of its own, on the same memory
+                result = result.view_as(result)
         if changed is not None:  # what reads the value from here on sees the change
             self._nodes[id(given[changed])] = node
         elif not _tensors(result):

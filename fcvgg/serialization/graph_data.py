@@ -47,13 +47,14 @@ _FUNCTIONS = {
         maximum mean minimum moveaxis movedim mul narrow neg permute pow prelu ravel
         relu relu_ reshape rrelu rsqrt select selu sigmoid sigmoid_ sign softmax split
         sqrt square squeeze sub sum swapaxes swapdims tanh tanh_ tensor_split threshold
-        transpose unbind unflatten unsqueeze where""",
+        transpose unbind unflatten unsqueeze where cos sin nan_to_num ones_like reciprocal
+        zeros_like""",
     "F": """
         adaptive_avg_pool2d adaptive_max_pool2d alpha_dropout avg_pool2d batch_norm celu
         channel_shuffle conv2d dropout dropout2d elu elu_ feature_alpha_dropout gelu hardsigmoid
         hardswish hardtanh layer_norm leaky_relu leaky_relu_ linear local_response_norm
         log_softmax logsigmoid max_pool2d mish normalize pad prelu relu relu6 relu_ rrelu selu
-        sigmoid silu softmax softplus softsign tanh threshold""",
+        sigmoid silu softmax softplus softsign tanh threshold hardshrink softshrink""",
     "operator": """
         abs add concat ge getitem gt iadd imul isub itruediv le lt mul neg pos pow sub truediv""",
     "torchvision.ops": "stochastic_depth",
@@ -67,7 +68,8 @@ _METHODS = """
     log1p log_softmax lt masked_fill max maximum mean minimum moveaxis movedim mul mul_
     narrow neg permute pow prelu ravel relu relu_ reshape rsqrt select sigmoid sigmoid_ sign
     softmax split sqrt square squeeze squeeze_ sub sub_ sum swapaxes swapdims tanh tanh_
-    tensor_split to transpose type type_as unbind unflatten unsqueeze unsqueeze_ view where"""
+    tensor_split to transpose type type_as unbind unflatten unsqueeze unsqueeze_ view where
+    cos sin nan_to_num reciprocal hardshrink"""
 """The Tensor methods that a graph may call."""
 
 _TORCH_VALUES = {

@@ -599,8 +599,6 @@ def test_options_that_an_open_dataset_does_not_have(tmp_path: Path) -> None:
 
 def test_a_segmentation_network_is_not_streamed(net: Any) -> None:
     fcn = fcvgg.FCN(net, 2, "32s")
-    message = (
-        r"^net must be a converted network, got FCN; an FCN is not streamed: its predict\(image"
-    )
+    message = r"^net must be a converted network, got FCN; call its predict\(image"
     with pytest.raises(fcvgg.ArgumentError, match=message):
         fcvgg.stream(fcn, photograph(90, 70, 3))
