@@ -18,7 +18,7 @@ from fcvgg.probability import BOUNDED, to_probabilities
 from fcvgg.results.equivalence import Equivalence
 from fcvgg.rewriting.modes import mode_differences
 from fcvgg.rewriting.twins import has_hooks, without_wrappers
-from fcvgg.support.module_state import device_of, dtype_of, evaluating, listed
+from fcvgg.support.module_state import device_of, dtype_of, evaluating, listed, state_kept
 
 _TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
@@ -70,7 +70,7 @@ def verify(
             "expected (N, C, h, w) of that size"
         )
     tolerance = _TOLERANCES.get(dtype_of(net), 1e-5) if tolerance is None else tolerance
-    with evaluating(model), evaluating(net), _state_kept(model, net):
+    with evaluating(model), evaluating(net), _undisturbed(model, net):
         plain, seen = _compared(model, net, images, tolerance, seed, 1.0)
         found = [plain]
         if seen.largest > 1:
@@ -190,7 +190,7 @@ def check_activation(net: FullyConvolutional, seed: int = 0) -> None:
     if net.program.activations[0] != "logits" or net.activation not in BOUNDED:
         return
     noise = _noise((2, net.in_channels, *net.input_size), net, seed)
-    with evaluating(net), _state_kept(net):
+    with evaluating(net), _undisturbed(net):
         for factor in (1, _LARGER, -_LARGER):
             to_probabilities(_outputs(net(noise * factor))[0], net.activation, dim=1)
 
@@ -262,17 +262,11 @@ def _other_modes(model: nn.Module, net: FullyConvolutional) -> tuple[str, ...]:
 
 
 @contextmanager
-def _state_kept(*models: nn.Module) -> Iterator[None]:
+def _undisturbed(*models: nn.Module) -> Iterator[None]:
     """Running the models leaves their buffers and torch's random numbers as they were."""
-    buffers = [(buffer, buffer.clone()) for model in models for buffer in model.buffers()]
     devices = sorted({b.device.index or 0 for m in models for b in m.parameters() if b.is_cuda})
-    with torch.random.fork_rng(devices):
-        try:
-            yield
-        finally:
-            for buffer, value in buffers:
-                if not torch.equal(buffer, value):
-                    buffer.copy_(value)
+    with torch.random.fork_rng(devices), state_kept(*models):
+        yield
 
 
 def _scored(model: nn.Module, images: Tensor) -> Any:

@@ -1,9 +1,9 @@
 """Read a model's computation as a graph whose every value has a known shape.
 
-`capture` traces with `torch.fx` while it computes every value's shape on the meta device at one
-input size, so that Python code which asks for shapes gets numbers, branches on shapes are taken
-as they are at that size, and nothing is computed. The model is not touched: a twin without data
-is traced in its place.
+`capture` runs the model's Python on the meta device at one input size and records its calls
+(`fcvgg.rewriting.tracing`), so that code which asks for shapes gets numbers, branches on shapes are
+taken as they are at that size, and nothing is computed. The model is not touched: a twin without
+data runs in its place.
 """
 
 from __future__ import annotations
@@ -16,14 +16,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from fcvgg.errors import CaptureError, InputSizeError, one_line
-from fcvgg.rewriting.tracing import (
-    FollowsTraining,
-    ModeQuestions,
-    Recorder,
-    ShapeUnknownError,
-    describe,
-    runs_own_forward,
-)
+from fcvgg.rewriting.marks import FollowsTraining, ModeQuestions
+from fcvgg.rewriting.tracing import Recorder, ShapeUnknownError, describe, runs_own_forward
 from fcvgg.rewriting.twins import bare_twin
 from fcvgg.support.module_state import dtype_of
 
@@ -87,7 +81,7 @@ class Captured:
 def capture(
     model: nn.Module,
     size: tuple[int, int],
-    is_known: Callable[[nn.Module], bool],
+    is_known: Callable[[Any], bool],
     channels: int | None = None,
 ) -> Captured:
     """Trace `model` for images of `size` ``(H, W)``.
@@ -96,7 +90,8 @@ def capture(
     goes on while Python needs no shape of what is unknown.
 
     Args:
-        is_known: whether a module has a rule of its own and is not looked into.
+        is_known: whether a module, a function or the name of a method has a rule of its own and is
+            not looked into.
         channels: the image's channels; found by what the graph does with them when None.
 
     Raises:
@@ -194,7 +189,7 @@ def _takes_other_channels(node: fx.Node, root: nn.Module) -> bool:
 
 
 def unfollowed_branches(
-    model: nn.Module, captured: Captured, is_known: Callable[[nn.Module], bool]
+    model: nn.Module, captured: Captured, is_known: Callable[[Any], bool]
 ) -> tuple[str, ...]:
     """The modules whose branches on their mode make another graph in training mode.
 
@@ -264,7 +259,7 @@ def _ancestors(graph: fx.Graph) -> set[fx.Node]:
 def _traced(
     model: nn.Module,
     size: tuple[int, int],
-    is_known: Callable[[nn.Module], bool],
+    is_known: Callable[[Any], bool],
     channels: int,
     training: bool = False,
     training_only: frozenset[str] = frozenset(),
@@ -312,7 +307,7 @@ def input_channels(model: nn.Module) -> int:
 
 def _without_data(
     model: nn.Module,
-    is_known: Callable[[nn.Module], bool],
+    is_known: Callable[[Any], bool],
     training: bool,
     questions: ModeQuestions,
 ) -> nn.Module:

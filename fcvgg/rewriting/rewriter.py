@@ -38,9 +38,10 @@ from fcvgg.rewriting.layouts import (
     chosen_channels,
     with_channels,
 )
+from fcvgg.rewriting.marks import FeatureSize, FollowsTraining
 from fcvgg.rewriting.modules import TrainingFlag, TrainingOnly, WindowLinear
 from fcvgg.rewriting.program import LayerRecord, Program, Steps, Windows, graph_module, same_grid
-from fcvgg.rewriting.tracing import FeatureSize, FollowsTraining, describe, operation_name
+from fcvgg.rewriting.tracing import describe, operation_name
 from fcvgg.support.module_state import device_of
 
 

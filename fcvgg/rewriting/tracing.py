@@ -20,75 +20,8 @@ from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
 
 from fcvgg.errors import CaptureError
-
-
-class ModeQuestions:
-    """The modules whose Python code branched on their mode while it was traced."""
-
-    def __init__(self) -> None:
-        self.places: set[str] = set()
-        self.paused = False
-
-    def note(self, place: str) -> None:
-        if not self.paused:
-            self.places.add(place)
-
-
-class FollowsTraining(int):
-    """Stands for ``self.training`` while a model is traced, recognisable as an argument.
-
-    Functional dropout and batch norm receive the mode as a plain bool; this lets the converted
-    network pass its own mode on instead of the one at the time of conversion. A branch on the mode
-    is noted in `questions`, since the graph holds one of its sides only.
-    """
-
-    questions: ModeQuestions | None = None
-    place: str = ""
-
-    @classmethod
-    def of(cls, mode: bool, questions: ModeQuestions, place: str) -> FollowsTraining:
-        """The mode of the module at `place`."""
-        flag = cls(mode)
-        flag.questions, flag.place = questions, place
-        return flag
-
-    def __bool__(self) -> bool:
-        if self.questions is not None:
-            self.questions.note(self.place)
-        return int(self) != 0
-
-    def __eq__(self, other: object) -> bool:
-        return bool(self) == other
-
-    def __ne__(self, other: object) -> bool:
-        return bool(self) != other
-
-    __hash__ = int.__hash__
-
-
-class FeatureSize(int):
-    """A number that a model computes from the height or width of its features.
-
-    A pool of that size is a global one; the same number written out need not be.
-    """
-
-    def __add__(self, other: int) -> int:
-        return _of_features(int.__add__(self, other))
-
-    def __sub__(self, other: int) -> int:
-        return _of_features(int.__sub__(self, other))
-
-    def __mul__(self, other: int) -> int:
-        return _of_features(int.__mul__(self, other))
-
-    def __floordiv__(self, other: int) -> int:
-        return _of_features(int.__floordiv__(self, other))
-
-    __radd__, __rmul__ = __add__, __mul__
-
-
-def _of_features(number: Any) -> Any:
-    return FeatureSize(number) if isinstance(number, int) else number  # also NotImplemented
+from fcvgg.rewriting.marks import FeatureSize, FollowsTraining, ModeQuestions
+from fcvgg.support.module_state import in_mode
 
 
 class ShapeUnknownError(Exception):
@@ -131,12 +64,12 @@ class Recorder(TorchFunctionMode):
         self._owners: list[str] = [""]
         self._failed = ""
         self._autocast = _autocast_state()
+        # tensors are found by their id, which holds only while they live: all are kept
         self._nodes: dict[int, fx.Node] = {}
         self._parts: dict[int, tuple[fx.Node, int]] = {}
-        self._named = {
-            id(tensor): name for name, tensor in (*root.named_parameters(), *root.named_buffers())
-        }
-        self._kept: list[Any] = []
+        named = [*root.named_parameters(), *root.named_buffers()]
+        self._named = {id(tensor): name for name, tensor in named}
+        self._kept: list[Any] = [tensor for _, tensor in named]
         self._open: list[FunctionType] = []
 
     def record(self, images: Tensor) -> None:
@@ -218,18 +151,12 @@ class Recorder(TorchFunctionMode):
             or module.state_dict()
         ):
             return False
-        modes = [(part, part.training) for part in module.modules()]
         try:
-            for part, _ in modes:
-                part.training = True
-            with self._unrecorded():
+            with in_mode(module, True), self._unrecorded():
                 made = module(x.clone())
                 return isinstance(made, Tensor) and made.shape == x.shape
         except Exception:
             return False
-        finally:
-            for part, mode in modes:
-                part.training = mode
 
     @contextmanager
     def _unrecorded(self) -> Iterator[None]:
@@ -339,8 +266,9 @@ class Recorder(TorchFunctionMode):
         marks = id(x) in self._nodes and x.ndim == 4
         if marks and isinstance(answer, torch.Size):
             return torch.Size([*answer[:2], *map(FeatureSize, answer[2:])])
-        if marks and args[1:] and getattr(func, "__name__", "") == "size" and args[1] % 4 > 1:
-            return FeatureSize(answer)
+        if marks and func is Tensor.size:
+            dim = args[1] if args[1:] else kwargs["dim"]
+            return FeatureSize(answer) if dim % 4 > 1 else answer
         return answer
 
     def _number(self, func: Any, name: str, x: Tensor) -> Any:
@@ -380,16 +308,9 @@ class Recorder(TorchFunctionMode):
     # -- nodes ------------------------------------------------------------------------------------
 
     def _is_traced(self, arguments: Any) -> bool:
-        found: list[bool] = []
-
-        def look(argument: Any) -> Any:
-            if isinstance(argument, Tensor):
-                known = id(argument)
-                found.append(known in self._nodes or known in self._parts or known in self._named)
-            return argument
-
-        fx.node.map_aggregate(arguments, look)
-        return any(found)
+        """Whether a call takes values of the model, and not only tensors that its code made."""
+        known = (self._nodes, self._parts, self._named)
+        return any(id(x) in tensors for x in _tensors(arguments) for tensors in known)
 
     def _call(
         self,
@@ -422,15 +343,17 @@ class Recorder(TorchFunctionMode):
         given = _tensors((args, kwargs))
         if any(isinstance(x, Unknown) for x in given):
             return self._unknown(node)
-        versions = [x._version for x in given]
         nodes = [self._node_of(x) for x in given]
+        args, kwargs = _on_meta(args, node), _on_meta(kwargs, node)
+        moved = _tensors((args, kwargs))
+        versions = [x._version for x in moved]
         try:
             with self._unrecorded():
-                result = run(*_on_meta(args, node), **_on_meta(kwargs, node))
+                result = run(*args, **kwargs)
         except Exception as error:
             node.meta["error"] = error
             return self._unknown(node)
-        changed = next((i for i, x in enumerate(given) if x._version != versions[i]), None)
+        changed = next((i for i, x in enumerate(moved) if x._version != versions[i]), None)
         if changed is None and given and self._works_in_place(node):
             changed = 0
         node.meta["changes"] = None if changed is None else nodes[changed]
@@ -489,7 +412,7 @@ class Recorder(TorchFunctionMode):
             node.meta.update(value=tensor, owner=whole.meta["owner"], changes=None)
         else:
             node = self.graph.get_attr(self._named.get(id(tensor)) or self._literal(tensor))
-            node.meta["value"] = tensor if isinstance(tensor, Unknown) else tensor.to("meta")
+            node.meta["value"] = tensor.to("meta")
             if not tensor.is_floating_point() and not tensor.is_meta:
                 node.meta["index"] = tensor.cpu()
         self._kept.append(tensor)
@@ -537,7 +460,7 @@ _NUMBERS = frozenset(
         *("__array__", "__complex__", "is_nonzero", "__contains__"),
     }
 )
-"""Methods that turn a value into a number, which there is none of."""
+"""Methods that need the data of a value, which it does not have while it is traced."""
 
 _OF_GRADIENTS = frozenset({"requires_grad_", "retain_grad", "register_hook"})
 
@@ -554,17 +477,20 @@ _NEW: dict[str, Callable[..., Tensor]] = {
 _OF_DEVICES = {"device": torch.device("cpu"), "is_cuda": False, "is_cpu": True, "is_meta": False}
 
 _OPERATORS: dict[str, Callable[..., Any]] = {
+    **{
+        spelling: getattr(operator, name)
+        for name in (
+            *("add", "sub", "mul", "pow", "neg", "matmul", "gt", "ge", "lt", "le", "eq", "ne"),
+            *("truediv", "floordiv", "mod", "pos"),
+        )
+        for spelling in (name, f"__{name}__")
+    },
     **{f"__{name}__": getattr(operator, name) for name in ("getitem", "setitem", "invert", "abs")},
     **{f"__{name}__": getattr(operator, f"{name}_") for name in ("and", "or")},
-    **{name: getattr(operator, name) for name in ("add", "sub", "mul", "pow", "neg", "matmul")},
-    **{name: getattr(operator, name) for name in ("gt", "ge", "lt", "le", "eq", "ne")},
-    **{f"__{n}__": getattr(operator, n) for n in ("add", "sub", "mul", "truediv", "pow", "neg")},
-    **{f"__{name}__": getattr(operator, name) for name in ("gt", "ge", "lt", "le", "eq", "ne")},
-    **{f"__{name}__": getattr(operator, name) for name in ("matmul", "floordiv", "mod", "pos")},
     "div": operator.truediv,
     "positive": operator.pos,
 }
-"""Methods that stand for an operator of Python's."""
+"""Methods that stand for an operator of Python: ``x + y`` calls ``Tensor.add``."""
 
 _REFLECTED: dict[str, Callable[..., Any]] = {
     f"__r{name}__": getattr(operator, name)
@@ -584,6 +510,7 @@ _IN_PLACE: dict[str, Callable[..., Any]] = {
 }
 """Methods of ``x += y``, which become ``x + y``: views of x follow by what they share with it."""
 
+# what a function of torch's asks before it runs its own body: whether a mode or subclass acts
 _NOT_OVERRIDDEN = {
     name: lambda *_: False
     for name in ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")

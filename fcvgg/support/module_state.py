@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import nn
@@ -19,35 +19,45 @@ def dtype_of(model: nn.Module) -> torch.dtype:
     return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
 
 
-@contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode for a while; every module then gets its own mode back.
+def evaluating(module: nn.Module) -> AbstractContextManager[None]:
+    """Evaluation mode for a while; every module then gets its own mode back."""
+    return in_mode(module, False)
 
-    The modes are set one by one, since a model's own ``eval()`` may do more, or leave dropout on.
+
+@contextmanager
+def in_mode(module: nn.Module, training: bool) -> Iterator[None]:
+    """One mode for all modules for a while; every module then gets its own mode back.
+
+    The modes are set one by one, since a model's own ``train()`` may do more, or leave dropout on.
     """
-    modes = [(m, m.training) for m in module.modules()]
-    try:
-        for m, _ in modes:
-            m.training = False
+    with _modes_kept(module):
+        for m in module.modules():
+            m.training = training
         yield
-    finally:
-        for m, mode in modes:
-            m.training = mode
 
 
 @contextmanager
 def state_kept(*modules: nn.Module) -> Iterator[None]:
     """Restores every module's mode and the values of all buffers, such as running statistics."""
-    modes = [(m, m.training) for module in modules for m in module.modules()]
     buffers = [(b, b.clone()) for module in modules for b in module.buffers()]
+    with _modes_kept(*modules):
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for buffer, values in buffers:
+                    if not torch.equal(buffer, values):  # an unchanged one may be read-only
+                        buffer.copy_(values)
+
+
+@contextmanager
+def _modes_kept(*modules: nn.Module) -> Iterator[None]:
+    modes = [(m, m.training) for module in modules for m in module.modules()]
     try:
         yield
     finally:
         for m, mode in modes:
             m.training = mode
-        with torch.no_grad():
-            for buffer, values in buffers:
-                buffer.copy_(values)
 
 
 def listed(places: Sequence[str], root: str = "", most: int = 3) -> str:

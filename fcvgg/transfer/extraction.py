@@ -14,8 +14,9 @@ from fcvgg.errors import ConversionError, UnsupportedLayerError
 from fcvgg.geometry import Geometry, Pair
 from fcvgg.network import FullyConvolutional
 from fcvgg.rewriting.capture import BATCH, capture
+from fcvgg.rewriting.marks import FollowsTraining
 from fcvgg.rewriting.rules import is_known
-from fcvgg.rewriting.tracing import FollowsTraining, describe, operation_name
+from fcvgg.rewriting.tracing import describe, operation_name
 from fcvgg.transfer.naming import LayerNames, NamedLayer, layer_names
 
 _TRIAL_SIZES = (32, 64, 128, 224, 512, 1024)

@@ -257,6 +257,29 @@ def test_what_is_computed_counts_and_not_how_it_is_written(
     assert native_error(model, net) <= EXACT[torch.float64]
 
 
+def changed_later(model: nn.Module, x: Tensor) -> Tensor:
+    scale = torch.full((1, 3, 1, 1), 0.5, dtype=x.dtype)
+    x = x * scale
+    scale.mul_(3)
+    scale += 1
+    return x * scale
+
+
+def counting(model: nn.Module, x: Tensor) -> Tensor:
+    model.calls += 1
+    return x * x.size(dim=1)
+
+
+@pytest.mark.parametrize("change", [changed_later, counting])
+def test_tensors_that_are_no_parameters_may_change(
+    change: Callable[[nn.Module, Tensor], Tensor],
+) -> None:
+    model = seeded(after(change))
+    model.register_buffer("calls", torch.tensor(0))
+    net = fcvgg.convert(model)
+    assert native_error(model, net) <= EXACT[torch.float64]
+
+
 def test_two_names_of_one_value_keep_their_values() -> None:
     def forward(m: nn.Module, x: Tensor) -> Tensor:
         other = F.dropout(x, 0.5, m.training)  # x itself, in evaluation mode

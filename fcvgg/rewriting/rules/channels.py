@@ -12,13 +12,13 @@ from torch import nn
 
 from fcvgg.errors import RefusedLayerError, UnsupportedLayerError
 from fcvgg.rewriting.layouts import Cells, Constant, with_channels
+from fcvgg.rewriting.marks import FollowsTraining
 from fcvgg.rewriting.modules import ChannelLayerNorm
 from fcvgg.rewriting.program import Windows
 from fcvgg.rewriting.rewriter import Call, Rewriter
 from fcvgg.rewriting.rules.elementwise import act_elementwise
 from fcvgg.rewriting.rules.pooling import features_of
 from fcvgg.rewriting.rules.registry import calling, rule
-from fcvgg.rewriting.tracing import FollowsTraining
 
 
 def _check_plain(call: Call) -> None:

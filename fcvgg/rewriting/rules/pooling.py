@@ -12,6 +12,7 @@ from torch import fx, nn
 from fcvgg.errors import UnsupportedLayerError
 from fcvgg.geometry import Pair, Window
 from fcvgg.rewriting.layouts import Cells, Constant, Unusable, pooled_layout, with_channels
+from fcvgg.rewriting.marks import FeatureSize
 from fcvgg.rewriting.modules import BinnedPool2d, DilatedAvgPool2d
 from fcvgg.rewriting.program import Windows
 from fcvgg.rewriting.rewriter import Call, Rewriter
@@ -27,7 +28,6 @@ from fcvgg.rewriting.rules.convolution import (
 )
 from fcvgg.rewriting.rules.elementwise import act_elementwise
 from fcvgg.rewriting.rules.registry import RULES, calling, class_of, rule
-from fcvgg.rewriting.tracing import FeatureSize
 
 
 def pool_window(
