@@ -209,12 +209,12 @@ class Rewriter:
         path, _, name = str(node.target).rpartition(".")
         owner = self.modules.get_submodule(path)
         if name not in owner._parameters and name not in owner._buffers:
-            # a literal in forward, which fx put on its root, or a tensor that is no buffer
+            # a literal in forward, which the recorder put on its root, or a plain attribute
             literal = getattr(self.captured.root.get_submodule(path), name)
             if literal.is_meta:
                 raise CaptureError(
-                    "forward makes a tensor on the device of a parameter, and parameters are "
-                    "without data while it is read; make it on the device of the images"
+                    "forward makes a tensor on the meta device, without data; make it on the "
+                    "device of the images"
                 )
             value = vars(owner).pop(name, literal).detach().to(device_of(self.modules))
             owner.register_buffer(name, value, persistent=False)
@@ -409,7 +409,14 @@ class Rewriter:
             place = self._fresh(f"{name.replace('.', '_')}_call{len(versions) + 1}")
             self._aliases.add(place)
         parent, _, child = place.rpartition(".")
-        module.train(self._originals[name].training)
+        original = self._originals[name]
+        module.train(original.training)
+        if place == name:  # forward may read more than the layer's own class has
+            for own, given in (
+                (module._parameters, original._parameters),
+                (module._buffers, original._buffers),
+            ):
+                own.update({key: tensor for key, tensor in given.items() if key not in own})
         self.modules.get_submodule(parent).add_module(child, module)
         versions.append((key, place))
         return place

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable
+from pathlib import Path
 from types import MethodType
 from typing import Any
 
@@ -280,6 +281,20 @@ def test_tensors_that_are_no_parameters_may_change(
     assert native_error(model, net) <= EXACT[torch.float64]
 
 
+def test_a_parameter_kept_on_the_layer_that_becomes_a_window(tmp_path: Path) -> None:
+    def forward(model: nn.Module, x: Tensor) -> Tensor:
+        return Plain.forward(model, x) * 2 + model.fc.prior
+
+    model = seeded(lambda: type("Prior", (Plain,), {"forward": forward})())
+    model.fc.prior = nn.Parameter(torch.linspace(-1, 1, 4, dtype=torch.float64))
+    net = fcvgg.convert(model)
+    assert native_error(model, net) <= EXACT[torch.float64]
+    assert net.state_dict().keys() == model.state_dict().keys()
+    loaded = fcvgg.load(net.save(tmp_path / "bundle"))
+    batch = images(1, 3, 20, 23)
+    torch.testing.assert_close(loaded(batch), net(batch), rtol=1e-12, atol=1e-12)
+
+
 def test_two_names_of_one_value_keep_their_values() -> None:
     def forward(m: nn.Module, x: Tensor) -> Tensor:
         other = F.dropout(x, 0.5, m.training)  # x itself, in evaluation mode
@@ -313,6 +328,11 @@ def without_attribute(model: nn.Module) -> None:
     model.pool.forward = lambda x: model.nothing(x)
 
 
+def without_data(model: nn.Module) -> None:
+    old = model.forward
+    model.forward = lambda x: old(x + torch.zeros(1, device="meta"))
+
+
 def wrong_key(model: nn.Module) -> None:
     model.forward = lambda x: x + {}["missing"]
 
@@ -329,6 +349,10 @@ def wrong_key(model: nn.Module) -> None:
         (
             without_attribute,
             r"in pool, after act \(ReLU\): AttributeError: 'Plain' object has no a",
+        ),
+        (
+            without_data,
+            r"^forward makes a tensor on the meta device, without data; make it on the ",
         ),
         (wrong_key, r"cannot be traced: KeyError: 'missing'; it must be a function"),
     ],
