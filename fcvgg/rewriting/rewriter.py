@@ -412,10 +412,8 @@ class Rewriter:
         original = self._originals[name]
         module.train(original.training)
         if place == name:  # forward may read more than the layer's own class has
-            for own, given in (
-                (module._parameters, original._parameters),
-                (module._buffers, original._buffers),
-            ):
+            for kind in ("_parameters", "_buffers"):
+                own, given = getattr(module, kind), getattr(original, kind)
                 own.update({key: tensor for key, tensor in given.items() if key not in own})
         self.modules.get_submodule(parent).add_module(child, module)
         versions.append((key, place))
