@@ -399,7 +399,7 @@ def test_options_that_are_no_options() -> None:
     model = seeded(SmallVGG)
     refused(
         model,
-        r"padding='full' is unknown; expected 'valid' or 'same'",
+        r"padding must be 'valid' or 'same', got 'full'",
         fcvgg.FcvggError,
         padding="full",
     )
@@ -412,7 +412,7 @@ def test_options_that_are_no_options() -> None:
     for stride in (0, -2, 1.5, "2"):
         refused(
             model,
-            r"output_stride=.* is no positive integer",
+            r"output_stride must be a positive integer, got",
             fcvgg.FcvggError,
             output_stride=stride,
         )
