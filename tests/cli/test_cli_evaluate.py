@@ -121,5 +121,5 @@ def test_folders_that_do_not_fit_the_classes(data: Path) -> None:
     (data / "cats").mkdir()
     ran = run("evaluate", data, "--model", "demo")
     assert ran.exit_code == 2
-    assert "the class 'cats' is no category of the network" in ran.stderr
+    assert "the class 'cats' must match one category of the network" in ran.stderr
     assert not Path("evaluation.json").exists()
