@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import fcvgg
 from fcvgg.rewriting.rules import pointwise, rule
 from fcvgg.rewriting.rules.elementwise import act_elementwise
-from fcvgg.rewriting.rules.registry import REFUSED, RULES
+from fcvgg.rewriting.rules.registry import KINDS, REFUSED
 
 
 def refused(model: Any, match: str, error: type = fcvgg.ConversionError, **options: Any) -> None:
@@ -424,11 +424,11 @@ def test_options_that_are_no_options() -> None:
 @contextmanager
 def rules(*targets: Any) -> Iterator[None]:
     """The registry as it was, after a test that registers wrong rules."""
-    kept, refusals = dict(RULES), dict(REFUSED)
+    kept, refusals = dict(KINDS), dict(REFUSED)
     try:
         yield
     finally:
-        for table, before in ((RULES, kept), (REFUSED, refusals)):
+        for table, before in ((KINDS, kept), (REFUSED, refusals)):
             table.clear()
             table.update(before)
 
