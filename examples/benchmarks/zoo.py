@@ -208,7 +208,9 @@ def with_weights(entry: Entry, size: int) -> nn.Module:
 def examine_apart(entry: Entry) -> Row:
     """Examine a model in a child process, whose time is limited and whose memory is given back."""
     receiver, sender = multiprocessing.Pipe(duplex=False)
-    child = multiprocessing.get_context("fork").Process(target=_examine_and_send, args=(entry, sender))
+    child = multiprocessing.get_context("fork").Process(
+        target=_examine_and_send, args=(entry, sender)
+    )
     began = time.monotonic()
     child.start()
     sender.close()
@@ -268,7 +270,9 @@ def table(rows: Iterable[Row]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--library", choices=LIBRARIES, help="One library instead of all.")
-    parser.add_argument("--only", default="*", metavar="PATTERN", help="Names to run, as 'resnet*'.")
+    parser.add_argument(
+        "--only", default="*", metavar="PATTERN", help="Names to run, as 'resnet*'."
+    )
     parser.add_argument("--again", action="store_true", help="Replace the rows that are there.")
     parser.add_argument(
         "--output", type=Path, default=Path(__file__).with_suffix(".json"), help="File of the rows."
