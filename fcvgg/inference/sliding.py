@@ -22,6 +22,7 @@ from fcvgg.rewriting.modules import (
     ChannelLayerNorm,
     DilatedAvgPool2d,
     WindowLinear,
+    cut_to,
     window_linear,
 )
 from fcvgg.rewriting.rules.convolution import _pair, _windows
@@ -112,7 +113,7 @@ def strip_rule(*targets: Any) -> Callable[[StripRule], StripRule]:
     return decorated
 
 
-register(ChannelLayerNorm, positional=True)
+register(ChannelLayerNorm, cut_to, positional=True)
 
 
 def _convolution(

@@ -152,6 +152,12 @@ def by_windows(
     return result.movedim(-1, 1)
 
 
+def cut_to(x: Tensor, *others: Tensor) -> Tensor:
+    """The first rows and columns of a map ``(N, C, H, W)``, as many as all the others have too."""
+    height, width = (min(m.shape[dim] for m in (x, *others)) for dim in (2, 3))
+    return x[:, :, :height, :width]
+
+
 class BinnedPool2d(nn.Module):
     """Adaptive pooling of every window of a fixed size: the bins become channels.
 

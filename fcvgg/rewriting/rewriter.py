@@ -27,7 +27,7 @@ from fcvgg.errors import (
     UnsupportedLayerError,
     one_line,
 )
-from fcvgg.geometry import IMAGE, Pair, Window
+from fcvgg.geometry import IMAGE, Geometry, Pair, Window
 from fcvgg.rewriting.aliasing import InPlaceChanges
 from fcvgg.rewriting.capture import BATCH, Captured, storages_of
 from fcvgg.rewriting.layouts import (
@@ -39,7 +39,7 @@ from fcvgg.rewriting.layouts import (
     with_channels,
 )
 from fcvgg.rewriting.marks import FeatureSize, FollowsTraining
-from fcvgg.rewriting.modules import TrainingFlag, TrainingOnly, WindowLinear
+from fcvgg.rewriting.modules import TrainingFlag, TrainingOnly, WindowLinear, cut_to
 from fcvgg.rewriting.program import LayerRecord, Program, Steps, Windows, graph_module, same_grid
 from fcvgg.rewriting.tracing import describe, operation_name
 from fcvgg.support.module_state import device_of
@@ -111,6 +111,7 @@ class Rewriter:
         self._originals: dict[str, nn.Module] = {}
         self._flags: dict[str, fx.Node] = {}
         self._dependent: dict[fx.Node, bool] = {}
+        self._joins: dict[int, tuple[fx.Node, tuple[fx.Node, ...]]] = {}
 
     # -- the walk ---------------------------------------------------------------------------------
 
@@ -282,7 +283,7 @@ class Rewriter:
             raise ConversionError(
                 "the model's outputs lie on different grids of cells; convert one head at a time"
             )
-        self.steps.check_branches(first)
+        self._cut_branches(first)
         height, width = (
             # padding that outweighs the image leaves no rows to tell apart
             n - unseen if n - unseen >= window else n
@@ -301,13 +302,34 @@ class Rewriter:
             aliases=frozenset(self._aliases),
         )
 
-    def join(self, cells: Sequence[Cells], call: Call) -> int:
-        """The step of an operation over several maps, whose cells must lie on one grid."""
+    def join(self, cells: Sequence[Cells], call: Call, node: fx.Node) -> int:
+        """The step of an operation over several maps, whose cells must lie on one grid.
+
+        Args:
+            node: the operation in the new graph.
+        """
         if len({c.margin for c in cells}) > 1:
             raise ConversionError(
                 f"{call} joins branches that padding='same' pads differently; use padding='valid'"
             )
-        return self.steps.join((c.step for c in cells), str(call))
+        step = self.steps.join((c.step for c in cells), str(call))
+        if len({c.step for c in cells}) > 1:  # else the step is that of the maps, not of this join
+            self._joins[step] = node, tuple(c.node for c in cells)
+        return step
+
+    def _cut_branches(self, geometry: Geometry) -> None:
+        """Cut branches to one size before they join, where some input gives them different ones.
+
+        A pool that drops the odd row and a convolution that pads it are alike at the native size.
+        Both count from the first row, so what the longer has in addition lies at its end.
+        """
+        for step in sorted(self.steps.differing_joins(geometry)):
+            node, branches = self._joins[step]
+            with self.graph.inserting_before(node):
+                for branch in dict.fromkeys(branches):
+                    others = tuple(other for other in branches if other is not branch)
+                    cut = self.graph.call_function(cut_to, (branch, *others))
+                    node.replace_input_with(branch, cut)
 
     # -- emitting ---------------------------------------------------------------------------------
 

@@ -58,7 +58,7 @@ _FUNCTIONS = {
     "operator": """
         abs add concat ge getitem gt iadd imul isub itruediv le lt mul neg pos pow sub truediv""",
     "torchvision.ops": "stochastic_depth",
-    "fcvgg": "window_linear",
+    "fcvgg": "cut_to window_linear",
 }
 """The functions that a graph may call: they compute tensors from tensors and do nothing else."""
 

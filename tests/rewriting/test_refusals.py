@@ -254,16 +254,6 @@ def test_a_parameter_shaped_by_position() -> None:
     )
 
 
-def test_branches_that_part_at_other_sizes() -> None:
-    model = headed(
-        lambda x, a, b, fc: fc((F.pad(a(x), (0, 1, 0, 1)) + b(x)).flatten(1)),
-        *(nn.Conv2d(8, 2, 3, stride=2), nn.Conv2d(8, 2, 2, stride=2), nn.Linear(18, 4)),
-    )
-    refused(
-        model, r"add .*joins branches whose sizes differ for an input of \d+ pix", input_size=24
-    )
-
-
 def test_branches_of_different_strides() -> None:
     model = headed(
         lambda x, a, b, fc: fc((a(x) + b(x)).flatten(1)),
