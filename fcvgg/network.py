@@ -39,6 +39,7 @@ from fcvgg.probability import (
 from fcvgg.results.heatmap import Heatmap
 from fcvgg.results.score_map import ScoreMap, pyramid_heatmap
 from fcvgg.rewriting.modules import WindowLinear
+from fcvgg.rewriting.outputs import flattened
 from fcvgg.rewriting.program import Program
 from fcvgg.serialization.bundle import write_bundle
 from fcvgg.serialization.exporting import ExportedFile, export_network
@@ -49,8 +50,9 @@ class FullyConvolutional(nn.Module):
     """A classifier as a fully convolutional network: any input size, a map of scores.
 
     Made by `fcvgg.convert`. Calling it takes ``(N, C, H, W)`` images of any size, preprocessed, and
-    returns raw scores ``(N, K, h, w)``, with ``(h, w) == net.output_size((H, W))``; a tuple of them
-    for a model with several outputs. An image below the window is padded with zeros, centred.
+    returns raw scores ``(N, K, h, w)``, with ``(h, w) == net.output_size((H, W))``; of several
+    outputs in the model's own containers, a dict as a dict of maps. An image below the window is
+    padded with zeros, centred.
 
     Attributes:
         network: the rewritten model, an `torch.fx.GraphModule`; `state_dict` has its keys, which
@@ -127,15 +129,35 @@ class FullyConvolutional(nn.Module):
     def forward(self, images: Tensor) -> Any:
         """Score maps ``(N, K, h, w)`` of preprocessed images ``(N, C, H, W)``.
 
+        They come in the containers in which the source returns its scores: dicts, tuples, lists,
+        NamedTuples, dataclasses. While torch traces or exports, a NamedTuple stands for a
+        dataclass; torch.jit.trace, which knows no None, gets a plain tuple. A loaded network gives
+        NamedTuples for classes with fields, since a bundle holds no classes. `torch.export.export`
+        and `torch.jit.trace` take the network for all sizes from the window up; ``net.export``
+        also checks the file and writes what is known of the network into it.
+
         In evaluation mode the cells that see a pixel that is not finite are NaN, and all others are
         as if the pixel were 0.
         """
+        if torch.compiler.is_exporting() or torch._C._get_tracing_state() is not None:
+            # for every size from the window up: what padding takes depends on the size
+            return self._in_form(self.network(images))
         self._check_images(images)
         self._check_dtype(images)
         images = self._padded(images)
         if self.training or is_traced() or not can_be_looked_at(images):
-            return run(self.network, images)
-        return run_with_missing(images, lambda x: run(self.network, x), self.readers)
+            return self._in_form(run(self.network, images))
+        return self._in_form(run_with_missing(images, lambda x: run(self.network, x), self.readers))
+
+    def _in_form(self, maps: Any) -> Any:
+        """The maps that the graph gives in the containers of the source's outputs."""
+        form = self.program.outputs
+        if form.is_tensor:
+            return maps
+        values = maps if isinstance(maps, tuple) else (maps,)
+        if torch._C._get_tracing_state() is not None:
+            return values
+        return form.filled(values, records=not is_traced())
 
     def output_size(self, size: Iterable[int] | int) -> Pair:
         """Cells ``(h, w)`` for images of ``(H, W)`` pixels.
@@ -240,17 +262,32 @@ class FullyConvolutional(nn.Module):
     def activation(self, value: str) -> None:
         self._activations = (checked_activation(value), *self._activations[1:])
 
-    def activation_of(self, output: int = 0) -> str:
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """The names of the outputs, keys joined with dots; ``("",)`` for one tensor."""
+        return tuple(self.program.outputs.names())
+
+    def output_index(self, output: int | str) -> int:
+        """The number of an output that is given by number or name.
+
+        Raises:
+            ArgumentError: if there is no such output.
+        """
+        if isinstance(output, str) and output in self.outputs:
+            return self.outputs.index(output)
+        count = len(self._activations)
+        if type(output) is int and 0 <= output < count:
+            return output
+        names = f" or one of {', '.join(map(repr, self.outputs))}" if any(self.outputs) else ""
+        raise ArgumentError(f"output must be from 0 to {count - 1}{names}, got {output!r}")
+
+    def activation_of(self, output: int | str = 0) -> str:
         """What the scores of one output are.
 
         Raises:
             ArgumentError: if there is no such output.
         """
-        if not isinstance(output, int) or not 0 <= output < len(self._activations):
-            raise ArgumentError(
-                f"output={output!r} does not exist; the network has {len(self._activations)}"
-            )
-        return self._activations[output]
+        return self._activations[self.output_index(output)]
 
     @property
     def num_classes(self) -> int:
@@ -276,7 +313,9 @@ class FullyConvolutional(nn.Module):
 
     # -- images -----------------------------------------------------------------------------------
 
-    def score_map(self, image: ImageLike, *, scale: int | None = None, output: int = 0) -> ScoreMap:
+    def score_map(
+        self, image: ImageLike, *, scale: int | None = None, output: int | str = 0
+    ) -> ScoreMap:
         """The score map of one image.
 
         Args:
@@ -287,16 +326,17 @@ class FullyConvolutional(nn.Module):
             scale: length of the smaller side to which the image is rescaled, in place of the
                 preprocessing's resize; results still refer to the image's own pixels. None keeps
                 its size, or leaves it to preprocessing.
-            output: which output, for a model with several.
+            output: which output, by number or name, for a model with several.
 
         Raises:
             PreprocessError: if the image needs preprocessing and the network has none.
             ImageError: if it cannot be used as an image.
         """
         prepared = self._prepared(image)
+        index = self.output_index(output)
         if scale is None:
-            return self._score_map(prepared, output)
-        return self._score_map_at(prepared, scale, output)
+            return self._score_map(prepared, index)
+        return self._score_map_at(prepared, scale, index)
 
     def heatmap(
         self,
@@ -305,7 +345,7 @@ class FullyConvolutional(nn.Module):
         *,
         scales: Sequence[int] | int | None = None,
         combine: str = "max",
-        output: int = 0,
+        output: int | str = 0,
     ) -> Heatmap:
         """One class's probability over the image; the top class of the average if None.
 
@@ -316,7 +356,7 @@ class FullyConvolutional(nn.Module):
                 find objects larger or smaller than the window; their maps are placed on the
                 image's pixels by geometry. None keeps its size.
             combine: ``"max"`` or ``"mean"`` of the scales at each pixel.
-            output: which output, for a model with several.
+            output: which output, by number or name, for a model with several.
 
         Raises:
             ArgumentError: if the scores have no probabilities, or are not what they are said to be.
@@ -324,8 +364,8 @@ class FullyConvolutional(nn.Module):
         require_probabilities(self.activation_of(output))
         if scales is None:
             return self.score_map(image, output=output).heatmap(target)
-        prepared = self._prepared(image)
-        maps = [self._score_map_at(prepared, scale, output) for scale in smaller_sides(scales)]
+        prepared, index = self._prepared(image), self.output_index(output)
+        maps = [self._score_map_at(prepared, scale, index) for scale in smaller_sides(scales)]
         return pyramid_heatmap(maps, target, combine)
 
     @torch.no_grad()
@@ -336,7 +376,7 @@ class FullyConvolutional(nn.Module):
         scales: Sequence[int] | int | None = None,
         flip: bool = False,
         average: str = "scores",
-        output: int = 0,
+        output: int | str = 0,
     ) -> Tensor:
         """Class probabilities by dense evaluation (VGG paper, section 3.2).
 
@@ -367,14 +407,14 @@ class FullyConvolutional(nn.Module):
             raise ArgumentError(
                 f"average={average!r} is unknown; expected 'scores' or 'probabilities'"
             )
-        flip = checked_flip(flip)
+        flip, index = checked_flip(flip), self.output_index(output)
         lengths = None if scales is None else smaller_sides(scales)
         means: dict[int, MeanOfViews] = {}
-        for index, row in run_in_batches(
+        for number, row in run_in_batches(
             self._views(images, lengths, flip),
-            lambda _, batch: self._predicted(batch, average, output),
+            lambda _, batch: self._predicted(batch, average, index),
         ):
-            means.setdefault(index, MeanOfViews()).add(row)
+            means.setdefault(number, MeanOfViews()).add(row)
         if not means:
             raise ImageError("no images were given; expected at least one")
         return torch.stack([means[i].value() for i in sorted(means)])
@@ -409,7 +449,7 @@ class FullyConvolutional(nn.Module):
                 f"memory whole ({one_line(error)}); choose a smaller scale, or compute it strip by "
                 "strip with fcvgg.stream"
             ) from error
-        return maps[output] if isinstance(maps, tuple) else maps
+        return flattened(maps)[0][output]
 
     def _prepared(self, image: ImageLike) -> PreparedImage:
         return prepare(image, self.preprocess, self.in_channels)
