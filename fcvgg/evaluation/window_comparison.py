@@ -27,6 +27,7 @@ from fcvgg.results.score_map import ScoreMap
 from fcvgg.rewriting.outputs import flattened
 from fcvgg.support.module_state import device_of, dtype_of, evaluating
 from fcvgg.support.progress import progress_bar
+from fcvgg.support.tables import text_table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -37,6 +38,10 @@ _BATCH = 16
 """Crops that the source model is given at once."""
 
 _SIDES = range(5)
+
+_HEADINGS = (
+    *("sides inside", "cells", "max error", "mean error", "rank agreement", "top-1 agreement"),
+)
 
 
 @dataclass(frozen=True)
@@ -109,18 +114,16 @@ class WindowComparison:
         )
 
     def __str__(self) -> str:
-        lines = [
-            "sides inside  cells  max error  mean error  rank agreement  top-1 agreement",
-            *(
-                f"{row.label:<12}  {row.cells:>5}  "
-                f"{row.max_error:>9.1e}  {row.mean_error:>10.1e}  {row.rank_agreement:>14.3f}  "
-                f"{row.top1_agreement:>15.1%}"
-                for row in (*self.by_sides(), self.overall())
-            ),
+        rows = [_HEADINGS]
+        for row in (*self.by_sides(), self.overall()):
+            errors = f"{row.max_error:.1e}", f"{row.mean_error:.1e}"
+            agreement = f"{row.rank_agreement:.3f}", f"{row.top1_agreement:.1%}"
+            rows.append((row.label, f"{row.cells}", *errors, *agreement))
+        note = (
             "errors are relative to the largest score; a side inside the image is one where the "
-            "crop saw zeros",
-        ]
-        return "\n".join(lines)
+            "crop saw zeros"
+        )
+        return f"{text_table(rows)}\n{note}"
 
     def plot(self, target: int | str | None = None) -> Figure:
         """One class's heatmap from the crops and from the dense map, and the error of every cell.

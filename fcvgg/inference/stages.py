@@ -89,7 +89,7 @@ class _StageReader:
         sliding = sliding_of(node, module, self._constants.get)
         if sliding is not None:
             self._places[node] = self._append(node, sliding=sliding)
-        elif is_positional(type(module) if module is not None else node.target):
+        elif is_positional(node, module):
             self._add_positional(node, module)
         else:
             kind = type(module).__name__ if module is not None else operation_name(node)

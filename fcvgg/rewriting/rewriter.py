@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
 from math import gcd
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -43,6 +43,9 @@ from fcvgg.rewriting.modules import TrainingFlag, TrainingOnly, WindowLinear
 from fcvgg.rewriting.program import LayerRecord, Program, Steps, Windows, graph_module, same_grid
 from fcvgg.rewriting.tracing import describe, operation_name
 from fcvgg.support.module_state import device_of
+
+if TYPE_CHECKING:
+    from fcvgg.rewriting.rules.registry import LayerKind
 
 
 @dataclass(frozen=True)
@@ -111,11 +114,11 @@ class Rewriter:
 
     # -- the walk ---------------------------------------------------------------------------------
 
-    def run(self, rule_for: Callable[[fx.Node, nn.Module | None], Any]) -> Program:
+    def run(self, kind_for: Callable[[fx.Node, nn.Module | None], LayerKind]) -> Program:
         """Rewrite every node by its rule and check that the branches' sizes agree."""
         outputs: Sequence[Cells] = ()
         needed = _needed(self.captured.graph)
-        self._refuse_first([n for n in needed if self._sees_images(n)], rule_for)
+        self._refuse_first([n for n in needed if self._sees_images(n)], kind_for)
         for node in needed:
             if node.op == "placeholder":
                 self._values[node] = self._image(node)
@@ -124,27 +127,29 @@ class Rewriter:
             elif node.op == "output":
                 outputs = self._outputs(node)
             else:
-                self._values[node] = self._rewrite(node, rule_for)
+                self._values[node] = self._rewrite(node, kind_for)
         return self._program(outputs)
 
-    def _refuse_first(self, nodes: Iterable[fx.Node], rule_for: Callable[..., Any]) -> None:
+    def _refuse_first(self, nodes: Iterable[fx.Node], kind_for: Callable[..., LayerKind]) -> None:
         """Name what breaks the equivalence before helpers of it that merely have no rule."""
         for node in nodes:
             if node.op.startswith("call"):
                 try:
-                    rule_for(node, self.module_of(node))
+                    kind_for(node, self.module_of(node))
                 except RefusedLayerError:
                     raise
                 except UnsupportedLayerError:
                     continue
 
-    def _rewrite(self, node: fx.Node, rule_for: Callable[..., Any]) -> Any:
+    def _rewrite(self, node: fx.Node, kind_for: Callable[..., LayerKind]) -> Any:
         module = self.module_of(node)
         call = Call(node, module)
         args, kwargs = fx.node.map_aggregate((node.args, node.kwargs), self._operand)  # type: ignore
         if not self._sees_images(node) and "value" in node.meta:
             return Constant(self.emit(call, args, kwargs), node.meta["value"])
-        rule = rule_for(node, module)
+        kind = kind_for(node, module)
+        rule, settings = kind.rewrite, kind.settings_of(module)
+        assert rule is not None
         given: tuple[Any, ...] = (*args, *kwargs.values())
         for unusable in (argument for argument in given if isinstance(argument, Unusable)):
             raise UnsupportedLayerError(f"{call} takes {unusable.why}")
@@ -155,6 +160,7 @@ class Rewriter:
         if changed is not None and isinstance(self._values.get(changed), Cells):
             self._in_place.part_before(node, changed)
             args, kwargs = fx.node.map_aggregate((node.args, node.kwargs), self._operand)  # type: ignore
+        kwargs = {**settings, **kwargs}
         _check_arguments(rule, call, args, kwargs)
         try:
             result = rule(self, call, *args, **kwargs)
@@ -651,7 +657,7 @@ class Call:
         return describe(self.node)
 
 
-def _check_arguments(rule: Callable[..., Any], call: Call, args: Any, kwargs: Any) -> None:
+def _check_arguments(rule: Any, call: Call, args: Any, kwargs: Any) -> None:
     try:
         inspect.signature(rule).bind(None, call, *args, **kwargs)
     except TypeError as error:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import fcvgg
 from fcvgg.rewriting.rules import pointwise, rule
 from fcvgg.rewriting.rules.elementwise import act_elementwise
-from fcvgg.rewriting.rules.registry import REFUSED, RULES
+from fcvgg.rewriting.rules.registry import KINDS, REFUSED
 
 
 def refused(model: Any, match: str, error: type = fcvgg.ConversionError, **options: Any) -> None:
@@ -390,7 +390,7 @@ def test_options_that_are_no_options() -> None:
     model = seeded(SmallVGG)
     refused(
         model,
-        r"padding='full' is unknown; expected 'valid' or 'same'",
+        r"padding must be 'valid' or 'same', got 'full'",
         fcvgg.FcvggError,
         padding="full",
     )
@@ -403,7 +403,7 @@ def test_options_that_are_no_options() -> None:
     for stride in (0, -2, 1.5, "2"):
         refused(
             model,
-            r"output_stride=.* is no positive integer",
+            r"output_stride must be a positive integer, got",
             fcvgg.FcvggError,
             output_stride=stride,
         )
@@ -415,11 +415,11 @@ def test_options_that_are_no_options() -> None:
 @contextmanager
 def rules(*targets: Any) -> Iterator[None]:
     """The registry as it was, after a test that registers wrong rules."""
-    kept, refusals = dict(RULES), dict(REFUSED)
+    kept, refusals = dict(KINDS), dict(REFUSED)
     try:
         yield
     finally:
-        for table, before in ((RULES, kept), (REFUSED, refusals)):
+        for table, before in ((KINDS, kept), (REFUSED, refusals)):
             table.clear()
             table.update(before)
 

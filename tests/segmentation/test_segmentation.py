@@ -542,7 +542,7 @@ def test_a_label_map_is_drawn_and_saved(tmp_path: Path) -> None:
     ax = label_map.plot()
     texts = [t.get_text() for t in ax.figure.legends[0].get_texts()]
     assert texts == ["dark (40%)", "light (60%)"]
-    with pytest.raises(fcvgg.ArgumentError, match="alpha=2 is no opacity"):
+    with pytest.raises(fcvgg.ArgumentError, match=r"^alpha must be in \[0, 1\], got 2$"):
         label_map.overlay(2)
     with pytest.raises(fcvgg.ImageError, match=r"path must be a name in .png, got 'labels.jpg'"):
         label_map.save(tmp_path / "labels.jpg")
