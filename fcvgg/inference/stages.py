@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 
 from fcvgg.errors import UnsupportedLayerError
 from fcvgg.inference.sliding import Sliding, is_positional, sliding_of
+from fcvgg.rewriting.modules import cut_to
 from fcvgg.rewriting.rules.registry import is_relu
 from fcvgg.rewriting.tracing import operation_name
 
@@ -123,6 +124,8 @@ class _StageReader:
             return sliding.channels or fed[0] * sliding.multiplies
         if node.target in (torch.cat, torch.concat, torch.concatenate):
             return sum(fed)
+        if node.target is cut_to:
+            return fed[0]
         if node.target == "narrow":
             return int(node.args[3])  # type: ignore[arg-type]
         if node.target is torch.index_select:

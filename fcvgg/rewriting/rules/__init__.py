@@ -25,7 +25,7 @@ softmax, concatenation), `convolution`, `pooling`, `fully_connected`, `reshaping
 elements), and `refused` (what would not stay exact, and why). What is in none is refused by name.
 """
 
-from fcvgg.rewriting.modules import TrainingFlag
+from fcvgg.rewriting.modules import TrainingFlag, cut_to
 from fcvgg.rewriting.rules import (
     channels,
     convolution,
@@ -55,4 +55,5 @@ __all__ = [
 _RULES_LOADED = (channels, elementwise, fully_connected, pooling, refused, reshaping, convolution)
 
 register(TrainingFlag)
+register(cut_to, positional=True)  # which the rewriter itself emits where branches join
 register(*KINDS, in_bundle=True)  # the package's own kinds, not what users register later

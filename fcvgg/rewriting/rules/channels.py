@@ -224,7 +224,7 @@ def cat(build: Rewriter, call: Call, tensors: Sequence[Any], dim: int = 0, **nam
         )
     channels = sum(p.extent[0] for p in parts)
     node = build.emit_function(call, torch.cat, list(parts), 1)
-    step = build.join(parts, call)
+    step = build.join(parts, call, node)
     result = with_channels(parts[0], axis, channels, node=node, step=step).joined_with(parts)
     same = len({(p.activation, p.share) for p in parts}) == 1
     return result.alike(parts[0]) if same else result.computed_from(parts)

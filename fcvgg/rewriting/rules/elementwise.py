@@ -61,7 +61,7 @@ def act_elementwise(
         node = build.emit(call, args, kwargs)
     else:
         node = build.emit_function(call, as_function, *args, **kwargs)
-    step = build.join(aligned, call) if len(aligned) > 1 else first.step
+    step = build.join(aligned, call, node) if len(aligned) > 1 else first.step
     result = replace(first, node=node, step=step).computed_from(aligned).joined_with(aligned)
     if call.parameters():
         build.record(call, call.kind, (Window(), Window()), result)
