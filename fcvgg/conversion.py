@@ -25,7 +25,7 @@ from fcvgg.rewriting.modes import match_modes, training_mode_of
 from fcvgg.rewriting.native_size import infer_input_size
 from fcvgg.rewriting.program import Program, TrainingMode
 from fcvgg.rewriting.rewriter import Rewriter
-from fcvgg.rewriting.rules import is_known, rule_for
+from fcvgg.rewriting.rules import is_known, kind_for
 from fcvgg.rewriting.size_numbers import check_numbers
 from fcvgg.rewriting.twins import sharing_twin, without_wrappers
 from fcvgg.support.module_state import listed
@@ -132,7 +132,7 @@ def _rewritten(
             `output_stride`, or the model trains in a way that its graph does not show.
     """
     captured.require_channels()
-    program = Rewriter(captured, modules, output_stride, same).run(rule_for)
+    program = Rewriter(captured, modules, output_stride, same).run(kind_for)
     crop = program.geometry.crop
     if crop != captured.size:
         # numbers that the model computed from its features' size hold at the native size only
