@@ -222,9 +222,7 @@ def _check_options(padding: str, output_stride: int | None, in_channels: int | N
     if output_stride is not None and (not isinstance(output_stride, int) or output_stride < 1):
         raise ArgumentError(f"output_stride must be a positive integer, got {output_stride!r}")
     if in_channels is not None and (type(in_channels) is not int or in_channels < 1):
-        raise ArgumentError(
-            f"in_channels must be the number of channels of the images, got {in_channels!r}"
-        )
+        raise ArgumentError(f"in_channels must be a positive integer, got {in_channels!r}")
 
 
 def unwrapped(model: Any) -> nn.Module:
@@ -240,6 +238,6 @@ def unwrapped(model: Any) -> nn.Module:
     if not isinstance(model, nn.Module):
         what = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
         raise ConversionError(
-            f"convert takes a torch.nn.Module, got {what}; load names and files with fcvgg.load"
+            f"model must be a torch.nn.Module, got {what}; load names and files with fcvgg.load"
         )
     return model

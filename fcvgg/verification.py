@@ -56,7 +56,7 @@ def verify(
         the report; it does not raise on a mismatch.
 
     Raises:
-        ArgumentError: if one of the two is no model, or they have other outputs.
+        ArgumentError: if one of the two is not a model, or their outputs differ in shape.
         ImageError: if the images are not of the native size, or the network does not take them.
     """
     _check_models(model, net)
@@ -66,8 +66,8 @@ def verify(
     net._check_dtype(images)
     if tuple(images.shape[2:]) != tuple(net.input_size):
         raise ImageError(
-            f"images {tuple(images.shape)} do not have the native size {net.input_size}; "
-            "expected (N, C, h, w) of that size"
+            f"images must have the native size {net.input_size}, (N, C, h, w), got "
+            f"{tuple(images.shape)}"
         )
     tolerance = _TOLERANCES.get(dtype_of(net), 1e-5) if tolerance is None else tolerance
     with evaluating(model), evaluating(net), _undisturbed(model, net):
@@ -169,7 +169,7 @@ def check(model: nn.Module, net: FullyConvolutional) -> Equivalence:
     if report.top1_agreement < 1:
         raise EquivalenceError(
             f"the converted network names other classes than the model at {report.input_size}, for "
-            f"{1 - report.top1_agreement:.0%} of images whose scores are no tie; "
+            f"{1 - report.top1_agreement:.0%} of images whose scores do not tie; "
             f"{_remedy(model)}, or pass verify=False to look at the network"
         )
     raise EquivalenceError(
@@ -204,7 +204,7 @@ def _translation_error(net: FullyConvolutional, seed: int) -> float:
     errors = []
     for dim, axis in ((2, net.geometry.height), (3, net.geometry.width)):
         size = list(net.input_size)
-        extent, first = _interior(axis, size[dim - 2])
+        extent, first = axis.interior(size[dim - 2])
         size[dim - 2] = extent + axis.stride
         image = _noise((1, net.in_channels, *size), net, seed)
         whole = _outputs(net(image.clone()))
@@ -215,12 +215,6 @@ def _translation_error(net: FullyConvolutional, seed: int) -> float:
             error = _largest(a.narrow(dim, first + 1, cells) - b.narrow(dim, first, cells))
             errors.append(error / _scale(a))
     return _worst(errors)
-
-
-def _interior(axis: Axis, native: int) -> tuple[int, int]:
-    """The least input above the native size with a cell that sees no padding, and that cell."""
-    first = max(-(axis.offset // axis.stride), 0)
-    return max(axis.span_of(first)[1], native), first
 
 
 def _last_interior(axis: Axis, extent: int) -> int:
@@ -241,12 +235,12 @@ def _outputs(value: Any) -> list[Tensor]:
 def _check_models(model: Any, net: Any) -> None:
     if not isinstance(net, FullyConvolutional):
         raise ArgumentError(
-            f"net is a {type(net).__name__}; expected what fcvgg.convert(model) made: "
+            f"net must be a converted network, got {type(net).__name__}; pass the model first: "
             "fcvgg.verify(model, net)"
         )
     if not isinstance(model, nn.Module):
         raise ArgumentError(
-            f"model is a {type(model).__name__}; expected the torch.nn.Module that was converted"
+            f"model must be the torch.nn.Module that was converted, got {type(model).__name__}"
         )
 
 
@@ -274,8 +268,8 @@ def _scored(model: nn.Module, images: Tensor) -> Any:
         return model(images)
     except Exception as error:
         raise ArgumentError(
-            f"model, a {type(model).__name__}, does not run on images {tuple(images.shape)} of "
-            f"{images.dtype}: {one_line(error)}; expected the net's own source"
+            f"model must be the net's own source, got a {type(model).__name__} that does not run "
+            f"on images {tuple(images.shape)} of {images.dtype}: {one_line(error)}"
         ) from error
 
 
@@ -283,8 +277,8 @@ def _check_shapes(expected: list[Tensor], got: list[Tensor]) -> None:
     shapes = [[tuple(scores.shape) for scores in scored] for scored in (expected, got)]
     if shapes[0] != shapes[1]:
         raise ArgumentError(
-            f"model and net give other outputs, {shapes[0]} and {shapes[1]}; "
-            "expected the net's own source"
+            f"model must be the net's own source, got outputs {shapes[0]} where those of the net "
+            f"are {shapes[1]}"
         )
 
 

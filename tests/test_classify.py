@@ -244,7 +244,7 @@ def test_no_images(net: fcvgg.FullyConvolutional, images: Any) -> None:
 def test_an_unknown_average(net: fcvgg.FullyConvolutional) -> None:
     with pytest.raises(
         fcvgg.FcvggError,
-        match=r"^average='mean' is unknown; expected 'scores' or 'probabilities'$",
+        match=r"^average must be 'scores' or 'probabilities', got 'mean'$",
     ):
         net.classify(pixels(), average="mean")
 

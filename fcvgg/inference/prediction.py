@@ -190,9 +190,7 @@ class ImagePrediction(nn.Module):
         """
         require_probabilities(self.activation_of(output))
         if average not in ("scores", "probabilities"):
-            raise ArgumentError(
-                f"average={average!r} is unknown; expected 'scores' or 'probabilities'"
-            )
+            raise ArgumentError(f"average must be 'scores' or 'probabilities', got {average!r}")
         flip = checked_flip(flip)
         lengths = None if scales is None else smaller_sides(scales)
         means: dict[int, MeanOfViews] = {}
@@ -202,7 +200,7 @@ class ImagePrediction(nn.Module):
         ):
             means.setdefault(index, MeanOfViews()).add(row)
         if not means:
-            raise ImageError("no images were given; expected at least one")
+            raise ImageError("images must hold at least one, got none")
         return torch.stack([means[i].value() for i in sorted(means)])
 
     def _views(

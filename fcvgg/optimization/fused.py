@@ -17,9 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fcvgg.geometry import Pair, Window
+from fcvgg.geometry import Pair
 from fcvgg.inference.memory import on_huge_pages
-from fcvgg.inference.sliding import Sliding, Windows, strip_rule
+from fcvgg.inference.sliding import Sliding, strip_rule
 from fcvgg.optimization.onednn import RowConvolution, gains_by_halves, halves, joined_halves
 from fcvgg.optimization.winograd import (
     CONVOLUTION,
@@ -28,6 +28,7 @@ from fcvgg.optimization.winograd import (
     winograd_convolution,
 )
 from fcvgg.rewriting.modules import _GEMM_CELLS, by_windows, window_linear
+from fcvgg.rewriting.rules.convolution import _windows
 
 _USUAL_ROWS = 100
 """Rows of the product for which fully connected weights are packed; any number runs."""
@@ -404,7 +405,7 @@ def _linear_strip(layer: FusedWindowLinear) -> Sliding:
     columns = 0 if layer.kernel == (1, 1) else layer.weight_count // layer.out_channels
     gathered = layer.gathered if isinstance(layer, PackedWindowLinear) else 1
     return Sliding(
-        _windows(layer.kernel, (1, 1), (0, 0), layer.dilation),
+        _windows(layer.kernel, 1, 0, layer.dilation),
         lambda x, part: layer(x),
         channels=layer.out_channels,
         columns=columns * gathered,
@@ -415,7 +416,7 @@ def _linear_strip(layer: FusedWindowLinear) -> Sliding:
 
 @strip_rule(HalvingMaxPool2d)
 def _pool_strip(pool: HalvingMaxPool2d) -> Sliding:
-    windows = _windows((2, 2), (2, 2), (0, 0), (1, 1))
+    windows = _windows(2, 2, 0)
     return Sliding(
         windows,
         lambda x, part: pool(x),
@@ -423,13 +424,6 @@ def _pool_strip(pool: HalvingMaxPool2d) -> Sliding:
         pads_width=True,
         into=pool.halve_into,
     )
-
-
-def _windows(kernel: Pair, stride: Pair, padding: Pair, dilation: Pair) -> Windows:
-    height, width = (
-        Window(kernel[i], stride[i], dilation[i], padding[i], padding[i]) for i in (0, 1)
-    )
-    return height, width
 
 
 def _agree(scores: Tensor, expected: Tensor) -> bool:

@@ -27,6 +27,7 @@ from fcvgg.errors import (
 from fcvgg.geometry import checked_size
 from fcvgg.images.preprocessing import decoded_preprocess
 from fcvgg.names import readable
+from fcvgg.serialization.runtime import onnx_runner
 from fcvgg.serialization.shape_budget import check_affordable
 from fcvgg.sources.onnx_constants import EXTRA
 from fcvgg.sources.onnx_graph import Graph, OnnxModel
@@ -77,7 +78,7 @@ def read(
         raise
     except Exception as error:  # a graph can be wrong in any way
         raise LoadError(
-            f"{path} is no readable ONNX file: {type(error).__name__}: {one_line(error)}"
+            f"{path} cannot be read as an ONNX file: {type(error).__name__}: {one_line(error)}"
         ) from error
     settings = _settings(proto, graph)
     size = settings.get("input_size") if input_size is None else input_size
@@ -99,9 +100,9 @@ def _parsed(path: Path) -> Any:
     except FcvggError:
         raise
     except Exception as error:
-        raise LoadError(f"{path} is no readable ONNX file: {one_line(error)}") from error
+        raise LoadError(f"{path} cannot be read as an ONNX file: {one_line(error)}") from error
     if not proto.graph.node or not proto.graph.output:
-        raise LoadError(f"{path} is no readable ONNX file: it holds no graph")
+        raise LoadError(f"{path} cannot be read as an ONNX file: its graph is empty")
     untrusted.check_count(len(proto.graph.node), f"{path}: the number of nodes")
     return proto
 
@@ -167,7 +168,7 @@ def _check_expansion(proto: Any, path: Path) -> None:
             if not any((n.domain, n.op_type) in waiting for n in function.node)
         ]
         if not ready:
-            raise LoadError(f"{path} has functions that call themselves, without end")
+            raise LoadError(f"{path} has functions that call themselves")
         for key in ready:
             expanded[key] = measured(waiting.pop(key).node)
     count, size = measured(proto.graph.node)
@@ -243,14 +244,9 @@ def _compare_with_runtime(proto: Any, graph: Graph, model: OnnxModel, size: Any)
 
 def _run(proto: Any, graph: Graph, images: Any) -> Sequence[Any]:
     """The scores of onnxruntime, which is given the nodes that they depend on alone."""
-    runtime = imported("onnxruntime", EXTRA)
-    options = runtime.SessionOptions()
-    options.log_severity_level = 4
-    options.intra_op_num_threads = torch.get_num_threads()
     whole = len(graph.nodes) == len(proto.graph.node)
-    model = str(graph.path) if whole else _without_others(proto, graph).SerializeToString()
-    session = runtime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-    return session.run(None, {session.get_inputs()[0].name: np.ascontiguousarray(images)})  # type: ignore[no-any-return]
+    model = graph.path if whole else _without_others(proto, graph).SerializeToString()
+    return onnx_runner(model)(images)
 
 
 def _without_others(proto: Any, graph: Graph) -> Any:

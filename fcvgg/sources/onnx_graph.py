@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from fcvgg.errors import LoadError, one_line
 from fcvgg.sources.assembly import Assembled, scores_of
+from fcvgg.sources.layers import as_tensor
 from fcvgg.sources.onnx_constants import EXTRA, claimed_bytes, computed, evaluated, is_foldable
 from fcvgg.support import untrusted
 from fcvgg.support.extras import imported
@@ -108,8 +109,8 @@ class Graph:
         for output in self.proto.output:
             if output.name not in self._traced:
                 raise LoadError(
-                    f"{self.path}: the output {output.name!r} does not depend on the "
-                    "image; expected class scores"
+                    f"{self.path}: the output {output.name!r} must be class scores, got values "
+                    "that do not depend on the image"
                 )
             name = f"{output.name}/scores"
             self.model.add_step(scores_of, (output.name,), name)
@@ -168,7 +169,7 @@ class Graph:
                 raise LoadError(f"{self.path}: {node} takes {name!r}, which the file does not hold")
 
     def _add_shape_step(self, node: Node) -> None:
-        """Numbers computed from the image's size, anew for every image."""
+        """A step that computes numbers from the size of every image."""
         data = node.proto.SerializeToString()
         present = [name for name in dict.fromkeys(node.inputs) if name]
         for name in present:
@@ -229,7 +230,7 @@ class Graph:
         if len(inputs) != 1:
             names = ", ".join(repr(i.name) for i in inputs) or "none"
             raise LoadError(
-                f"{self.path} has {len(inputs)} inputs ({names}); expected one, an image batch"
+                f"{self.path} must have one input, a batch of images, got {len(inputs)} ({names})"
             )
         return str(inputs[0].name)
 
@@ -242,8 +243,8 @@ class Graph:
         ]
         if len(sizes) not in (0, 4):
             raise LoadError(
-                f"{self.path}: the input {self.image!r} has {len(sizes)} dimensions; expected an "
-                "image batch (N, C, H, W) or (N, H, W, C)"
+                f"{self.path}: the input {self.image!r} must be images (N, C, H, W) or "
+                f"(N, H, W, C), got {len(sizes)} dimensions"
             )
         batch, *rest = sizes or [None] * 4
         to_first = any(
@@ -272,7 +273,7 @@ class Graph:
             return default
         name = node.inputs[index]
         if name not in self.constants:
-            self.refuse(node, f"takes its input {name!r} from the image; expected a constant")
+            self.refuse(node, f"takes its input {name!r} from the image instead of a constant")
         return self.constants[name]
 
     def numbers(self, node: Node, index: int, attribute: str) -> tuple[int, ...] | None:
@@ -372,14 +373,6 @@ def _needed(nodes: Sequence[Node], outputs: Iterable[Any]) -> list[Node]:
             needed.append(node)
             wanted.update(node.inputs)
     return needed[::-1]
-
-
-def as_tensor(array: Any) -> Tensor:
-    """An array as a float32 tensor of its own memory where it cannot be shared."""
-    if np.asarray(array).dtype.kind in "cOSU":
-        raise ValueError(f"weights must be real numbers, got {np.asarray(array).dtype}")
-    array = np.asarray(array, dtype=np.float32)
-    return torch.from_numpy(array if array.flags.writeable else array.copy())
 
 
 def shape_of(x: Tensor, start: int, end: int | None, total: bool) -> Any:

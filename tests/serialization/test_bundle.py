@@ -122,7 +122,7 @@ def test_saving_again_replaces_the_bundle(net, bundle):
 def test_saving_refuses_what_is_no_bundle(net, tmp_path):
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "precious.txt").write_text("keep")
-    with pytest.raises(fcvgg.FcvggError, match="exists and is no bundle of fcvgg"):
+    with pytest.raises(fcvgg.FcvggError, match="exists and is not a bundle of fcvgg"):
         net.save(tmp_path / "notes")
     assert (tmp_path / "notes" / "precious.txt").read_text() == "keep"
     with pytest.raises(fcvgg.FcvggError, match="there is no folder"):
@@ -132,7 +132,7 @@ def test_saving_refuses_what_is_no_bundle(net, tmp_path):
 def test_a_foreign_folder_with_a_config_is_no_bundle(net, tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "other"}')
     (tmp_path / "pytorch_model.bin").write_text("weights")
-    with pytest.raises(fcvgg.FcvggError, match="exists and is no bundle of fcvgg"):
+    with pytest.raises(fcvgg.FcvggError, match="exists and is not a bundle of fcvgg"):
         net.save(tmp_path)
     assert (tmp_path / "pytorch_model.bin").read_text() == "weights"
 
@@ -174,12 +174,15 @@ def call_a_function(config, target):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda b: (b / CONFIG).unlink(), "is no bundle: it holds no config.json"),
+        (lambda b: (b / CONFIG).unlink(), "must be a bundle of fcvgg, got none with config.json"),
         (lambda b: (b / CONFIG).write_text('{"library_name": "fc'), "config.json is broken"),
-        (lambda b: (b / CONFIG).write_text("{}"), "is not fcvgg's: expected library_name 'fcvgg'"),
-        (lambda b: edited(b, lambda c: c.update(format=99)), "format 99, .* upgrade fcvgg"),
+        (lambda b: (b / CONFIG).write_text("{}"), "must have library_name 'fcvgg', got None"),
+        (
+            lambda b: edited(b, lambda c: c.update(format=99)),
+            "must have format 2, got 99; upgrade fcvgg",
+        ),
         (lambda b: edited(b, lambda c: c.pop("graph")), "does not describe a network"),
-        (lambda b: edited(b, lambda c: c["graph"].pop(3)), "holds an unknown value"),
+        (lambda b: edited(b, lambda c: c["graph"].pop(3)), "must be plain data or nodes before"),
         (
             lambda b: edited(b, lambda c: call_a_function(c, "os.system")),
             "calls 'os.system', which no bundle may call",
@@ -188,7 +191,7 @@ def call_a_function(config, target):
             lambda b: edited(b, lambda c: c["layers"]["conv1"].update(type="evil.Layer")),
             "layer conv1 is a evil.Layer, which this fcvgg has no rule for",
         ),
-        (lambda b: (b / TENSORS).unlink(), "holds no model.safetensors"),
+        (lambda b: (b / TENSORS).unlink(), "must hold model.safetensors, got none"),
         (lambda b: (b / TENSORS).write_bytes(b"\x08"), "model.safetensors is broken"),
         (
             lambda b: (b / TENSORS).write_bytes((b / TENSORS).read_bytes()[:-100]),
@@ -210,7 +213,9 @@ def test_missing_and_misshapen_tensors_are_named(bundle):
     with pytest.raises(fcvgg.LoadError, match=r"lacks 1 tensors: conv2\.weight"):
         fcvgg.load(bundle)
     save_file({**tensors, "conv2.weight": torch.zeros(6, 6, 5, 5)}, bundle / TENSORS)
-    with pytest.raises(fcvgg.LoadError, match=r"conv2.weight of shape \(6, 6, 5, 5\)"):
+    with pytest.raises(
+        fcvgg.LoadError, match=r"conv2.weight in .* got float32 of shape \(6, 6, 5, 5\)"
+    ):
         fcvgg.load(bundle)
 
 
@@ -221,9 +226,9 @@ def test_options_of_conversion_are_refused(bundle):
 
 
 def test_weights_and_arch_are_refused(bundle):
-    with pytest.raises(fcvgg.LoadError, match=r"comes with its weights, got weights='other\.pth'"):
+    with pytest.raises(fcvgg.LoadError, match=r"weights must be left out for .*, got 'other\.pth'"):
         fcvgg.load(bundle, weights="other.pth")
-    with pytest.raises(fcvgg.LoadError, match="arch='vgg11' goes with a checkpoint"):
+    with pytest.raises(fcvgg.LoadError, match="arch='vgg11' must come with a checkpoint"):
         fcvgg.load(bundle, arch="vgg11")
 
 
@@ -285,22 +290,28 @@ def read_tensor(config, target):
     [
         (
             lambda c, code: node(c, "placeholder").update(target=f"images=({code})"),
-            "takes .*; expected 'images'",
+            "input of the bundle's graph must be 'images', got",
         ),
         (
             lambda c, code: node(c, "call_function")["kwargs"].update({f"a=({code}), b": 1}),
-            "has an argument named",
+            "must be named by identifiers, got",
         ),
         (
             lambda c, code: rename_layer(c, "pool", f'pool") if {code} else ("'),
             "cannot hold the name",
         ),
-        (lambda c, code: read_tensor(c, f'a") if {code} else ("'), "reads .* no tensor of it"),
+        (
+            lambda c, code: read_tensor(c, f'a") if {code} else ("'),
+            "must read tensors of its own, got",
+        ),
         (
             lambda c, code: c["tensors"].update({f'a"), {code}, ("': c["tensors"]["scale"]}),
             "cannot hold the name",
         ),
-        (lambda c, code: node(c, "call_module").update(name=f"x, y={code}"), "is no new name"),
+        (
+            lambda c, code: node(c, "call_module").update(name=f"x, y={code}"),
+            "must be new identifiers, got",
+        ),
         (lambda c, code: node(c, "call_method").update(target=f"view or {code}"), "may call"),
     ],
     ids=["placeholder", "kwargs", "layer", "get_attr", "tensor", "name", "method"],
@@ -324,17 +335,20 @@ def test_no_name_in_a_file_becomes_code(bundle, inject, message, tmp_path):
         (lambda c: c["graph"].pop(), "1 inputs and 0 outputs"),
         (lambda c: rename_layer(c, "pool", "__class__"), "cannot hold the name '__class__'"),
         (lambda c: rename_layer(c, "pool", "lambda"), "cannot hold the name 'lambda'"),
-        (lambda c: read_tensor(c, "_modules"), "reads '_modules', which is no tensor"),
+        (lambda c: read_tensor(c, "_modules"), "must read tensors of its own, got '_modules'"),
         (lambda c: node(c, "call_module").update(target="pool.forward"), "does not describe"),
         (lambda c: node(c, "call_module")["kwargs"].update(other=1), "does not take: .*'other'"),
-        (lambda c: node(c, "call_module").update(kwargs={"class": 1}), "argument named 'class'"),
+        (
+            lambda c: node(c, "call_module").update(kwargs={"class": 1}),
+            "named by identifiers, got 'class'",
+        ),
         (lambda c: c["layers"]["conv1"]["settings"].update(stride=[0]), "cannot be made|not run"),
         (lambda c: c["layers"]["conv1"]["settings"].update(stride={"tuple": [3, 3]}), "network"),
-        (lambda c: c["classes"].reverse(), "gives maps of .* classes say"),
+        (lambda c: c["classes"].reverse(), "must be .* by its geometry and classes, got"),
         (lambda c: c.update(in_channels=4), "does not run"),
         (lambda c: c["geometry"]["height"].update(steps=[]), "geometry has no steps"),
         (lambda c: c["geometry"]["width"]["steps"][0]["window"].update(stride=1.5), "no window"),
-        (lambda c: c.update(aliases=["nothing"]), "are no layers"),
+        (lambda c: c.update(aliases=["nothing"]), "aliases must be layers of the bundle, got"),
         (lambda c: c.update(graph=json.loads("[" * 200 + "]" * 200)), "not describe a network"),
     ],
     ids=range(17),
@@ -384,7 +398,7 @@ def test_a_setting_that_is_junk_is_named(bundle, name, value):
 
 def test_a_report_that_is_junk_is_named(bundle):
     edited(bundle, lambda c: c["equivalence"].update(tolerance="low"))
-    refused(bundle, "equivalence whose tolerance is 'low'")
+    refused(bundle, "equivalence.tolerance must be .*, got 'low'")
 
 
 # -- tensors --------------------------------------------------------------------------------------
@@ -430,12 +444,18 @@ def test_tensors_of_no_layer_come_back_as_they_were(functional):
     ("change", "message"),
     [
         (lambda t: t.pop("w"), "lacks 1 tensors: w"),
-        (lambda t: t.update(more=torch.ones(2)), "holds, unknown to config.json, 1 tensors: more"),
-        (lambda t: t.update(w=t["w"][:, :, :2].clone()), r"w of shape \(4, 3, 2, 3\)"),
-        (lambda t: t.update(w=t["w"].half()), "w of .* dtype float16, expected .* float32"),
+        (
+            lambda t: t.update(more=torch.ones(2)),
+            "must hold the tensors in config.json alone, got 1 tensors: more",
+        ),
+        (
+            lambda t: t.update(w=t["w"][:, :, :2].clone()),
+            r"w in .*, got float32 of shape \(4, 3, 2, 3\)",
+        ),
+        (lambda t: t.update(w=t["w"].half()), "w in .* must be float32 of .*, got float16"),
         (
             lambda t: t.update({"head.column_order": t["head.column_order"].flip(0)}),
-            "other values of head.column_order than were saved",
+            "head.column_order in .* must hold the values that were saved",
         ),
     ],
     ids=["missing", "unknown", "misshapen", "half", "reversed"],
@@ -466,7 +486,7 @@ def test_a_changed_order_is_refused_whatever_the_table_says(tmp_path, turned):
     edited(bundle, agree)
     order = tensors[orders[0]]
     if order.max() >= len(order):  # else it is another network, which may choose one twice
-        refused(bundle, "is not a choice of 0 to 3")
+        refused(bundle, "must be indices from 0 to 3")
 
 
 # -- what may be called ---------------------------------------------------------------------------
