@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fcvgg.errors import ArgumentError, ConversionError, InputSizeError
+from fcvgg.errors import ArgumentError, ConversionError, InputSizeError, check_choice
 from fcvgg.geometry import Pair, checked_size
 from fcvgg.images.preprocessing import Preprocess
 from fcvgg.network import FullyConvolutional
@@ -25,7 +25,7 @@ from fcvgg.rewriting.modes import match_modes, training_mode_of
 from fcvgg.rewriting.native_size import infer_input_size
 from fcvgg.rewriting.program import Program, TrainingMode
 from fcvgg.rewriting.rewriter import Rewriter
-from fcvgg.rewriting.rules import is_known, rule_for
+from fcvgg.rewriting.rules import is_known, kind_for
 from fcvgg.rewriting.size_numbers import check_numbers
 from fcvgg.rewriting.twins import sharing_twin, without_wrappers
 from fcvgg.support.module_state import listed
@@ -132,7 +132,7 @@ def _rewritten(
             `output_stride`, or the model trains in a way that its graph does not show.
     """
     captured.require_channels()
-    program = Rewriter(captured, modules, output_stride, same).run(rule_for)
+    program = Rewriter(captured, modules, output_stride, same).run(kind_for)
     crop = program.geometry.crop
     if crop != captured.size:
         # numbers that the model computed from its features' size hold at the native size only
@@ -217,8 +217,7 @@ def _fitting_size_named(
 
 
 def _check_options(padding: str, output_stride: int | None, in_channels: int | None) -> None:
-    if padding not in ("valid", "same"):
-        raise ArgumentError(f"padding must be 'valid' or 'same', got {padding!r}")
+    check_choice("padding", padding, ("valid", "same"))
     if output_stride is not None and (not isinstance(output_stride, int) or output_stride < 1):
         raise ArgumentError(f"output_stride must be a positive integer, got {output_stride!r}")
     if in_channels is not None and (type(in_channels) is not int or in_channels < 1):

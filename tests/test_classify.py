@@ -237,7 +237,7 @@ def test_bfloat16(net: fcvgg.FullyConvolutional) -> None:
 
 @pytest.mark.parametrize("images", [[], (), torch.zeros(0, 3, 8, 8)], ids=["[]", "()", "batch"])
 def test_no_images(net: fcvgg.FullyConvolutional, images: Any) -> None:
-    with pytest.raises(fcvgg.ImageError, match="no images were given; expected at least one"):
+    with pytest.raises(fcvgg.ImageError, match="images must hold at least one, got none"):
         net.classify(images)
 
 
