@@ -17,7 +17,7 @@ from typing import Any
 
 import torchvision
 
-from fcvgg.errors import FcvggError, LoadError, one_line
+from fcvgg.errors import LoadError
 from fcvgg.geometry import checked_size
 from fcvgg.images.preprocessing import Preprocess
 from fcvgg.sources import hdf5_file
@@ -53,20 +53,11 @@ def read(path: str | Path, arch: str | None = None) -> tuple[KerasModel, dict[st
         MissingExtraError: if h5py is not installed.
     """
     path = Path(path)
-    with _opened(path) as (config, file):
-        try:
-            weights = Weights(_weights_within(file, path), str(path))
-            if config is None:
-                config = _application(_recognised(weights, arch, path), weights)
-            return _assembled(config, weights, path)
-        except FcvggError as error:
-            if str(error).startswith(str(path)):
-                raise
-            raise LoadError(f"{path}: {error}") from error
-        except Exception as error:  # a description can be wrong in any way
-            raise LoadError(
-                f"{path} cannot be read as a Keras file: {type(error).__name__}: {one_line(error)}"
-            ) from error
+    with untrusted.reading(path, "a Keras file"), _opened(path) as (config, file):
+        weights = Weights(_weights_within(file, path), str(path))
+        if config is None:
+            config = _application(_recognised(weights, arch, path), weights)
+        return _assembled(config, weights, path)
 
 
 @contextmanager
@@ -74,26 +65,22 @@ def _opened(path: Path) -> Iterator[tuple[dict[str, Any] | None, Any]]:
     """The architecture, if the file has one, and the HDF5 file that holds the weights."""
     h5py = imported("h5py", EXTRA)
     if not path.is_file():
-        raise LoadError(f"there is no Keras file {path}")
+        raise LoadError(f"{path} must be a Keras file, got none of that name")
     config = None
+    content: Any = path
     allowed = untrusted.allowed_bytes(path)
-    try:
-        content: Any = path
-        if path.suffix == ".keras":
-            with zipfile.ZipFile(path) as archive:
-                untrusted.check_members(archive, path)
-                described = untrusted.read_member(archive, "config.json", untrusted.CONFIG_BYTES)
-                content = io.BytesIO(untrusted.read_member(archive, "model.weights.h5", allowed))
-            config = untrusted.parsed_json(described)
-        problem = hdf5_file.check(path, allowed)
-        if problem is not None:
-            raise LoadError(problem)
-        file = h5py.File(content, "r")
+    if path.suffix == ".keras":
+        with zipfile.ZipFile(path) as archive:
+            untrusted.check_members(archive, path)
+            described = untrusted.read_member(archive, "config.json", untrusted.CONFIG_BYTES)
+            content = io.BytesIO(untrusted.read_member(archive, "model.weights.h5", allowed))
+        config = untrusted.parsed_json(described)
+    problem = hdf5_file.check(path, allowed)
+    if problem is not None:
+        raise LoadError(problem)
+    with h5py.File(content, "r") as file:
         if "model_config" in file.attrs:
             config = untrusted.parsed_json(text_of(file.attrs["model_config"]))
-    except Exception as error:  # of zipfile, of json and of h5py, which have no class in common
-        raise LoadError(f"{path} cannot be read as a Keras file: {one_line(error)}") from error
-    with file:
         yield config, file
 
 

@@ -17,13 +17,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from fcvgg.errors import (
-    FcvggError,
-    GeometryError,
-    LoadError,
-    MissingExtraError,
-    one_line,
-)
+from fcvgg.errors import GeometryError, LoadError, MissingExtraError, one_line
 from fcvgg.geometry import checked_size
 from fcvgg.images.preprocessing import decoded_preprocess
 from fcvgg.names import readable
@@ -70,16 +64,10 @@ def read(
         MissingExtraError: if the package onnx is not installed.
     """
     path = Path(path)
-    proto = _parsed(path)
-    try:
+    with untrusted.reading(path, "an ONNX file"):
+        proto = _parsed(path)
         graph = Graph(proto, path)
         model = graph.assembled(OPERATORS)
-    except FcvggError:
-        raise
-    except Exception as error:  # a graph can be wrong in any way
-        raise LoadError(
-            f"{path} cannot be read as an ONNX file: {type(error).__name__}: {one_line(error)}"
-        ) from error
     settings = _settings(proto, graph)
     size = settings.get("input_size") if input_size is None else input_size
     if check and size is not None:
@@ -90,19 +78,14 @@ def read(
 def _parsed(path: Path) -> Any:
     onnx = imported("onnx", EXTRA)
     if not path.is_file():
-        raise LoadError(f"there is no ONNX file {path}")
-    try:
-        proto = onnx.load(path, load_external_data=False)
-        _load_external_data(proto, path)
-        if proto.functions:
-            _check_expansion(proto, path)
-            proto = imported("onnx.inliner", EXTRA).inline_local_functions(proto)
-    except FcvggError:
-        raise
-    except Exception as error:
-        raise LoadError(f"{path} cannot be read as an ONNX file: {one_line(error)}") from error
+        raise LoadError(f"{path} must be an ONNX file, got none of that name")
+    proto = onnx.load(path, load_external_data=False)
+    _load_external_data(proto, path)
+    if proto.functions:
+        _check_expansion(proto, path)
+        proto = imported("onnx.inliner", EXTRA).inline_local_functions(proto)
     if not proto.graph.node or not proto.graph.output:
-        raise LoadError(f"{path} cannot be read as an ONNX file: its graph is empty")
+        raise LoadError("its graph is empty")
     untrusted.check_count(len(proto.graph.node), f"{path}: the number of nodes")
     return proto
 

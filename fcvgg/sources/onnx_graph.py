@@ -7,7 +7,8 @@ node becomes a step of an `Assembled` model by the table in `fcvgg.sources.onnx_
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -193,19 +194,16 @@ class Graph:
     def _fold(self, node: Node) -> None:
         present = [name for name in dict.fromkeys(node.inputs) if name]
         known = {name: self.constants[name] for name in present}
-        try:
+        with self._explained(f"{node} cannot be computed"):
             self._folded += claimed_bytes(node.proto, self.opset, known)
-        except Exception as error:
-            raise LoadError(f"{self.path}: {node} cannot be computed: {one_line(error)}") from error
+        # a node of a few bytes may ask for gigabytes, so its claim is added up before it runs
         if self._folded > self._allowed:
             raise LoadError(
                 f"{self.path}: {node} must give values that fit the file, whose constants would "
                 f"take {untrusted.size_text(self._folded)} of {untrusted.size_text(self._allowed)}"
             )
-        try:
+        with self._explained(f"{node} cannot be computed"):
             results = computed(known, node.proto.SerializeToString(), self.opset)
-        except Exception as error:
-            raise LoadError(f"{self.path}: {node} cannot be computed: {one_line(error)}") from error
         results = results if isinstance(results, tuple) else (results,)
         self.constants.update(zip(node.outputs, results))
 
@@ -213,15 +211,19 @@ class Graph:
         onnx = imported("onnx", EXTRA)
         stored = {}
         for tensor in self.proto.initializer:
-            try:
+            with self._explained(f"the tensor {tensor.name!r} is broken"):
                 stored[tensor.name] = onnx.numpy_helper.to_array(tensor)
-            except Exception as error:
-                raise LoadError(
-                    f"{self.path}: the tensor {tensor.name!r} is broken: {one_line(error)}"
-                ) from error
         if self.proto.sparse_initializer:
             raise LoadError(f"{self.path} stores sparse tensors, which are not supported")
         return stored
+
+    @contextmanager
+    def _explained(self, what: str) -> Iterator[None]:
+        """Errors about a part of the graph, which onnx raises of any class, name the part."""
+        try:
+            yield
+        except Exception as error:
+            raise LoadError(f"{self.path}: {what}: {one_line(error)}") from error
 
     # -- the image --------------------------------------------------------------------------------
 

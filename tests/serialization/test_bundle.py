@@ -13,7 +13,7 @@ from torch import nn
 import fcvgg
 from fcvgg.rewriting.rules import pointwise
 from fcvgg.rewriting.rules.registry import KINDS, LayerKind
-from fcvgg.serialization import graph_data
+from fcvgg.serialization import graph_data, saved_files
 from fcvgg.serialization.tensor_table import CONFIG, TENSORS, checksum
 
 
@@ -154,7 +154,7 @@ def test_a_failing_save_leaves_nothing(net, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("fcvgg.serialization.bundle.save_file", full)
+    monkeypatch.setattr("fcvgg.serialization.bundle.write_tensors", full)
     with pytest.raises(fcvgg.FcvggError, match=r"cannot write .*No space left on device"):
         net.save(tmp_path / "bundle")
     assert list(tmp_path.iterdir()) == []
@@ -217,6 +217,46 @@ def test_missing_and_misshapen_tensors_are_named(bundle):
         fcvgg.LoadError, match=r"conv2.weight in .* got float32 of shape \(6, 6, 5, 5\)"
     ):
         fcvgg.load(bundle)
+
+
+def addresses(net):
+    return {tensor.data_ptr() % 64 for tensor in net.network.state_dict().values()}
+
+
+def test_loaded_tensors_are_aligned_like_those_of_torch(bundle):
+    """Or kernels would compute in another order, and scores would differ in their last bits."""
+    assert addresses(fcvgg.load(bundle)) == {0}
+
+
+def test_a_file_that_safetensors_wrote_is_aligned_too(net, bundle):
+    tensors = {name: tensor.clone() for name, tensor in load_file(bundle / TENSORS).items()}
+    save_file(tensors, bundle / TENSORS, {"format": "pt"})
+    image = torch.randn(2, 3, 20, 24)
+    loaded = fcvgg.load(bundle)
+    assert addresses(loaded) == {0}
+    assert_restored(net, loaded, image)
+
+
+@pytest.mark.parametrize("dtype", list(saved_files._DTYPES))
+def test_tensors_of_every_dtype_are_written_for_safetensors_to_read(tmp_path, dtype):
+    tensors = {
+        "odd": torch.arange(5).to(dtype),
+        "large": torch.arange(512).view(2, 256).to(dtype),
+        "number": torch.tensor(1).to(dtype),
+        "empty": torch.ones(0, 3, dtype=dtype),
+    }
+    path = tmp_path / "a.safetensors"
+    saved_files.write_tensors(path, tensors)
+    for found in (load_file(path), saved_files.read_tensors(path)):
+        assert found.keys() == tensors.keys()
+        for name, tensor in tensors.items():
+            torch.testing.assert_close(found[name], tensor, rtol=0, atol=0)
+    assert load_file(path)["large"].data_ptr() % 64 == 0  # whatever lies around it
+
+
+def test_a_dtype_that_the_format_lacks_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="z must be of a dtype .*, got torch.complex64"):
+        saved_files.write_tensors(tmp_path / "a", {"z": torch.ones(1, dtype=torch.complex64)})
 
 
 def test_options_of_conversion_are_refused(bundle):
@@ -477,7 +517,7 @@ def test_a_changed_order_is_refused_whatever_the_table_says(tmp_path, turned):
     assert orders
     tensors.update({name: turned(tensors[name]) for name in orders})
     save_file(tensors, bundle / TENSORS)
-    refused(bundle, "other values of channel_order")
+    refused(bundle, "channel_order.* must hold the values that were saved")
 
     def agree(config):
         for name in orders:

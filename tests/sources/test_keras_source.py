@@ -158,7 +158,7 @@ def test_corrupt_file(tmp_path, suffix):
 
 
 def test_absent_file(tmp_path):
-    assert_one_line(tmp_path / "absent.h5", "there is no Keras file")
+    assert_one_line(tmp_path / "absent.h5", "absent.h5 must be a Keras file, got none")
 
 
 def test_archive_without_weights(folder, tmp_path):

@@ -547,7 +547,7 @@ def test_broken_tensor_is_named(tmp_path):
 
 
 def test_absent_file(tmp_path):
-    assert_one_line(tmp_path / "absent.onnx", "there is no ONNX file")
+    assert_one_line(tmp_path / "absent.onnx", "absent.onnx must be an ONNX file, got none")
 
 
 def test_result_that_differs_from_onnxruntime_is_refused(tmp_path, monkeypatch):
