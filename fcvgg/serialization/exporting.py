@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 from fcvgg.errors import EquivalenceError, FcvggError, MissingExtraError, one_line
 from fcvgg.geometry import Pair
 from fcvgg.rewriting.program import Windows
-from fcvgg.rewriting.rules.convolution import _windows
+from fcvgg.rewriting.sliding import windows_of
 from fcvgg.rewriting.tracing import operation_name
 from fcvgg.serialization.runtime import onnx_runner
 from fcvgg.support.atomic import EXPORT_ENDINGS, checked_file, written_whole
@@ -282,7 +282,7 @@ def _average(
         return F.avg_pool2d(
             input, kernel_size, stride, padding, ceil_mode, count_include_pad=count_include_pad
         )
-    windows = _windows(kernel_size, stride, padding)
+    windows = windows_of(kernel_size, stride, padding)
     height, width = windows
     if ceil_mode:  # windows beyond the end are divided like all others, so the zeros count
         input, padding = _ends_padded(input, windows, 0.0), 0
@@ -300,7 +300,7 @@ def _average_over_padded(
     divisor_override: int | None = None,
 ) -> Tensor:
     """A ceil-mode average without torch's branch on the size, which would fix it in the file."""
-    windows = _windows(kernel_size, stride, padding)
+    windows = windows_of(kernel_size, stride, padding)
     if not ceil_mode or not _branches(windows):
         return F.avg_pool2d(
             input, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override
@@ -330,7 +330,7 @@ def _maximum_over_padded(
     return_indices: bool = False,
 ) -> Tensor:
     """A ceil-mode maximum without torch's branch on the size, which would fix it in the file."""
-    windows = _windows(kernel_size, stride, padding, dilation)
+    windows = windows_of(kernel_size, stride, padding, dilation)
     if not ceil_mode or not _branches(windows):
         return torch.max_pool2d(input, kernel_size, stride or (), padding, dilation, ceil_mode)
     padded = _ends_padded(input, windows, -torch.inf)
