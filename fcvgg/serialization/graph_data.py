@@ -131,7 +131,7 @@ _LARGEST_NUMBER = 1 << 31
 
 
 def _check_pairs(what: str, arguments: Mapping[Any, Any]) -> None:
-    """Refuse kernels and the like that are no pairs, which torch sees only when it has values."""
+    """Refuse kernels and strides of another length, which torch sees only when it has values."""
     for name, value in arguments.items():
         count = 4 if name == "padding" and "Pad2d" in what else 2
         if not isinstance(value, (tuple, list)):
@@ -139,7 +139,7 @@ def _check_pairs(what: str, arguments: Mapping[Any, Any]) -> None:
         numbers = all(v is None or (type(v) is int and abs(v) < _LARGEST_NUMBER) for v in value)
         if len(value) != count or not numbers:
             raise LoadError(
-                f"{what} cannot be made with {name}={value!r}; expected a pair of integers"
+                f"{what} cannot be made: {name} must be {count} integers, got {value!r}"
             )
 
 
@@ -233,17 +233,19 @@ def decoded_graph(
     """The graph of `encoded_graph`, calling these layers and reading these tensors.
 
     Raises:
-        LoadError: if it names anything else, or is no graph with one input and one output.
+        LoadError: if it names anything else, or is not a graph with one input and one output.
     """
     graph, made = fx.Graph(), dict[str, fx.Node]()
     known = functions()
     for data in nodes:
         name, op, kwargs = data["name"], data["op"], data["kwargs"]
         if not _is_plain_name(name) or name in made:
-            raise LoadError(f"the bundle's graph has a node named {name!r}, which is no new name")
+            raise LoadError(f"names in the bundle's graph must be new identifiers, got {name!r}")
         wrong = next((key for key in kwargs if not _is_plain_name(key)), None)
         if wrong is not None:
-            raise LoadError(f"the bundle's node {name} has an argument named {wrong!r}")
+            raise LoadError(
+                f"arguments of the bundle's node {name} must be named by identifiers, got {wrong!r}"
+            )
         target = _decoded_target(data, known, layers, tensors)
         args = tuple(_decoded(a, made) for a in data["args"])
         kwargs = {key: _decoded(value, made) for key, value in kwargs.items()}
@@ -252,8 +254,8 @@ def decoded_graph(
     ops = [node.op for node in graph.nodes]
     if (ops.count("placeholder"), ops.count("output"), ops[-1:]) != (1, 1, ["output"]):
         raise LoadError(
-            f"the bundle's graph has {ops.count('placeholder')} inputs and {ops.count('output')} "
-            "outputs; expected one of each, the output last"
+            "the bundle's graph must have one input and one output, which comes last, got "
+            f"{ops.count('placeholder')} inputs and {ops.count('output')} outputs"
         )
     graph.lint()
     return graph
@@ -268,9 +270,9 @@ def _decoded_target(
     """What a node may call or read; the names that end in generated source are checked here."""
     op, name, target = data["op"], data["name"], data["target"]
     if op not in _OPERATIONS:
-        raise LoadError(f"the bundle's graph has an unknown operation {op!r}")
+        raise LoadError(f"operations must be {', '.join(_OPERATIONS)} in a bundle, got {op!r}")
     if not isinstance(target, str):
-        raise LoadError(f"the bundle's node {name} has the target {target!r}, which is no name")
+        raise LoadError(f"the target of the bundle's node {name} must be a name, got {target!r}")
     if op == "call_function":
         if target not in known:
             raise LoadError(f"the bundle calls {target!r}, which no bundle may call")
@@ -280,23 +282,28 @@ def _decoded_target(
     if op == "call_module" and target not in layers:
         raise LoadError(f"the bundle calls the layer {target!r}, which it does not describe")
     if op == "get_attr" and target not in tensors:
-        raise LoadError(f"the bundle's graph reads {target!r}, which is no tensor of it")
+        raise LoadError(f"the bundle's graph must read tensors of its own, got {target!r}")
     if op == "placeholder" and target != INPUT:
-        raise LoadError(f"the bundle's graph takes {target!r}; expected {INPUT!r}")
+        raise LoadError(f"the input of the bundle's graph must be {INPUT!r}, got {target!r}")
     return "output" if op == "output" else target
 
 
 def _check_arguments(name: str, op: str, target: Any, args: Any, kwargs: Any) -> None:
     """Refuse arguments that the call does not take, as far as its signature tells."""
     if op in ("placeholder", "get_attr") and (args or kwargs):
-        raise LoadError(f"the bundle's node {name} takes no arguments, got {len((*args, *kwargs))}")
+        raise LoadError(
+            f"the bundle's node {name} must have no arguments, got {len((*args, *kwargs))}"
+        )
     if op == "output":
         results = args[0] if len(args) == 1 else None
         results = results if isinstance(results, (tuple, list)) else (results,)
         if kwargs or not results or not all(isinstance(r, fx.Node) for r in results):
-            raise LoadError(f"the bundle's node {name} returns {args!r}; expected its scores")
+            raise LoadError(f"the bundle's node {name} must return the scores, got {args!r}")
     if op == "call_method" and not (args and isinstance(args[0], fx.Node)):
-        raise LoadError(f"the bundle's node {name} calls Tensor.{target} on no value of the graph")
+        raise LoadError(
+            f"the bundle's node {name} must call Tensor.{target} on a value of the graph, got "
+            f"{args[:1]!r}"
+        )
     if op == "call_function" and not _values_in((args, kwargs)):
         raise LoadError(
             f"the bundle's node {name} must compute from values of the graph, got numbers and "
@@ -343,7 +350,10 @@ def _encoded(value: Any, place: str) -> Any:
         return {"slice": [_encoded(v, place) for v in (value.start, value.stop, value.step)]}
     if isinstance(value, (torch.dtype, torch.memory_format)):
         return {"torch": str(value).removeprefix("torch.")}
-    raise FcvggError(f"{place} has an argument {value!r} of {type(value).__name__}, not plain data")
+    raise FcvggError(
+        f"arguments of {place} must be plain data in a bundle, got {value!r} of "
+        f"{type(value).__name__}"
+    )
 
 
 _FLOATS = ("inf", "-inf", "nan")
@@ -366,4 +376,4 @@ def _decoded(value: Any, nodes: Mapping[str, fx.Node]) -> Any:
         return slice(*(_decoded(v, nodes) for v in content))
     if kind == "torch" and content in _TORCH_VALUES:
         return _TORCH_VALUES[content]
-    raise LoadError(f"the bundle holds an unknown value {value!r}")
+    raise LoadError(f"values in a bundle must be plain data or nodes before, got {value!r}")
