@@ -21,6 +21,7 @@ from fcvgg.geometry import Pair, checked_size
 from fcvgg.images.preprocessing import Preprocess
 from fcvgg.network import FullyConvolutional
 from fcvgg.rewriting.capture import Captured, capture, unfollowed_branches
+from fcvgg.rewriting.map_builder import MapBuilder
 from fcvgg.rewriting.modes import match_modes, training_mode_of
 from fcvgg.rewriting.native_size import infer_input_size
 from fcvgg.rewriting.program import Program, TrainingMode
@@ -132,7 +133,7 @@ def _rewritten(
             `output_stride`, or the model trains in a way that its graph does not show.
     """
     captured.require_channels()
-    program = Rewriter(captured, modules, output_stride, same).run(kind_for)
+    program = Rewriter(captured, MapBuilder(captured, modules, output_stride, same)).run(kind_for)
     crop = program.geometry.crop
     if crop != captured.size:
         # numbers that the model computed from its features' size hold at the native size only
