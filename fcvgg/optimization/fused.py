@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from fcvgg.geometry import Pair
 from fcvgg.inference.memory import on_huge_pages
-from fcvgg.inference.sliding import Sliding, strip_rule
+from fcvgg.inference.sliding import Sliding, strip_rule, windows_of
 from fcvgg.optimization.onednn import RowConvolution, gains_by_halves, halves, joined_halves
 from fcvgg.optimization.winograd import (
     CONVOLUTION,
@@ -28,7 +28,6 @@ from fcvgg.optimization.winograd import (
     winograd_convolution,
 )
 from fcvgg.rewriting.modules import _GEMM_CELLS, by_windows, window_linear
-from fcvgg.rewriting.rules.convolution import _windows
 
 _USUAL_ROWS = 100
 """Rows of the product for which fully connected weights are packed; any number runs."""
@@ -388,7 +387,7 @@ def has_packing() -> bool:
 
 @strip_rule(FusedConv2d, PackedConv2d)
 def _conv_strip(conv: FusedConv2d) -> Sliding:
-    windows = _windows(conv.kernel, conv.stride, conv.padding, conv.dilation)
+    windows = windows_of(conv.kernel, conv.stride, conv.padding, conv.dilation)
     return Sliding(
         windows,
         lambda x, part: conv.convolved(x, part.padding(windows)),
@@ -405,7 +404,7 @@ def _linear_strip(layer: FusedWindowLinear) -> Sliding:
     columns = 0 if layer.kernel == (1, 1) else layer.weight_count // layer.out_channels
     gathered = layer.gathered if isinstance(layer, PackedWindowLinear) else 1
     return Sliding(
-        _windows(layer.kernel, 1, 0, layer.dilation),
+        windows_of(layer.kernel, (1, 1), (0, 0), layer.dilation),
         lambda x, part: layer(x),
         channels=layer.out_channels,
         columns=columns * gathered,
@@ -416,7 +415,7 @@ def _linear_strip(layer: FusedWindowLinear) -> Sliding:
 
 @strip_rule(HalvingMaxPool2d)
 def _pool_strip(pool: HalvingMaxPool2d) -> Sliding:
-    windows = _windows(2, 2, 0)
+    windows = windows_of(2)
     return Sliding(
         windows,
         lambda x, part: pool(x),
