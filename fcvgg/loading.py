@@ -88,10 +88,10 @@ def load(
     found.update({key: value for key, value in settings.items() if value is not None})
     if not name.endswith((onnx_file.SUFFIX, *keras_file.SUFFIXES)):
         return convert(model, **{**found, **options})
-    return _converted_within_budget(model, {**found, **options}, name)
+    return _convert_within_budget(model, {**found, **options}, name)
 
 
-def _converted_within_budget(
+def _convert_within_budget(
     model: nn.Module, options: dict[str, Any], origin: str
 ) -> FullyConvolutional:
     """The network of a model that a file describes, which is run only if it is affordable."""

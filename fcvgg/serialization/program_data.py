@@ -81,7 +81,7 @@ def _training_mode(data: Any) -> TrainingMode:
     )
 
 
-def rebuilt_program(
+def rebuild_program(
     description: Mapping[str, Any],
     table: Mapping[str, TensorEntry],
     tensors: Mapping[str, Tensor],

@@ -103,7 +103,7 @@ def _named_tensors(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from network.named_buffers(remove_duplicate=False)
 
 
-def described_tensors(network: nn.Module) -> tuple[dict[str, TensorEntry], dict[str, Tensor]]:
+def describe_tensors(network: nn.Module) -> tuple[dict[str, TensorEntry], dict[str, Tensor]]:
     """Every name with what is said of it, and every tensor once, under its first name."""
     table: dict[str, TensorEntry] = {}
     tensors: dict[str, Tensor] = {}

@@ -57,7 +57,7 @@ def read(path: str | Path, arch: str | None = None) -> tuple[KerasModel, dict[st
         weights = Weights(_weights_within(file, path), str(path))
         if config is None:
             config = _application(_recognised(weights, arch, path), weights)
-        return _assembled(config, weights, path)
+        return _assemble(config, weights, path)
 
 
 @contextmanager
@@ -94,7 +94,7 @@ def _weights_within(file: Any, path: Path) -> Any:
     )
 
 
-def _assembled(
+def _assemble(
     config: Mapping[str, Any], weights: Weights, path: Path
 ) -> tuple[KerasModel, dict[str, Any]]:
     layers = list(islice(_layers_of(config, ()), untrusted.MOST_NODES + 1))

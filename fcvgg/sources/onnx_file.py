@@ -67,7 +67,7 @@ def read(
     with untrusted.reading(path, "an ONNX file"):
         proto = _parsed(path)
         graph = Graph(proto, path)
-        model = graph.assembled(OPERATORS)
+        model = graph.assemble(OPERATORS)
     settings = _settings(proto, graph)
     size = settings.get("input_size") if input_size is None else input_size
     if check and size is not None:

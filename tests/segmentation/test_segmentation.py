@@ -877,9 +877,7 @@ def test_what_255_means_is_one_thing_in_a_data_set(tmp_path: Path) -> None:
     with pytest.raises(fcvgg.DatasetError, match=message):
         train_and_valid(tmp_path, CLASSES)
     parts = tuple(fcvgg.mask_folder(tmp_path / part, CLASSES) for part in ("train", "val"))
-    with pytest.raises(
-        fcvgg.DatasetError, match="255 must mean the same in both parts, got class 1 in"
-    ):
+    with pytest.raises(fcvgg.DatasetError, match="255 must mean the same in both parts, got"):
         fcvgg.train_fcn(small_fcn(), parts, tmp_path / "run")
     remade(tmp_path / "train", lambda labels: labels * 255)
     assert all(part.binary for part in train_and_valid(tmp_path, CLASSES))
