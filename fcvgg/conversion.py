@@ -138,6 +138,7 @@ def _rewrite(
         # numbers that the model computed from its features' size hold at the native size only
         check_numbers(captured, model, crop)
     if output_stride is not None and program.geometry.stride != (output_stride, output_stride):
+        # rewritten at the native stride, the network tells which strides its layers come to
         again = capture(model, captured.size, is_known, captured.channels)
         native = _rewrite(again, model, sharing_twin(model), same=same)
         *others, last = map(str, output_strides(native))

@@ -125,6 +125,7 @@ def stream(
 
 def _run_in_order(ray: Any, bands: Iterator[Running], workers: int, write: Write) -> None:
     """Write the rows of bands in order, while the next bands are computed; `bands` begins them."""
+    # the next band begins when the first one is written: no more than `workers` wait in the store
     running = deque(itertools.islice(bands, workers))
     try:
         while running:
@@ -142,7 +143,7 @@ def _with_room(address: str | None, workers: int | None, threads: int) -> Any:
     """Ray, connected, with room for the workers.
 
     Raises:
-        ArgumentError: if there is none, where Ray would wait for ever.
+        ArgumentError: if the workers do not fit, for whom Ray would wait for ever.
     """
     for name, number in (("workers", workers), ("threads", threads)):
         if number is not None and number < 1:

@@ -358,12 +358,13 @@ def _branches(windows: Windows) -> bool:
 
 
 def _ends_padded(x: Tensor, windows: Windows, value: float, padded: bool = False) -> Tensor:
-    """A map padded so that rounding down gives the windows that rounding up gives of it plain.
+    """A map padded so that its windows, rounded down, are those of the bare map rounded up.
 
     `padded` says that the map has the windows' padding at both ends already.
     """
     pads: list[Any] = []
     for axis in (1, 0):
+        # torch's rule for rounding up, in arithmetic that is traced: a branch would fix the size
         window = windows[axis]
         had = window.before if padded else 0
         size = x.shape[2 + axis] - 2 * had  # without padding
@@ -427,6 +428,7 @@ def _write_onnx(
 
 def _untranslated(error: BaseException, program: ExportedProgram) -> str:
     """The layer at which torch's exporter gave up, from the chain of its errors."""
+    # torch wraps the error of a node several times, and only an outer one names the node
     causes = [error]
     while causes[-1].__cause__ is not None:
         causes.append(causes[-1].__cause__)

@@ -97,6 +97,8 @@ class Graph:
             self._check_inputs(node)
             traced = [name for name in node.inputs if name in self._traced]
             shaped = [name for name in node.inputs if name in self._shapes]
+            # three kinds of nodes: on the image's values, on numbers computed from its size, which
+            # every run computes, and on constants alone, which are computed once, here
             if traced and node.operator not in _SHAPE_OPERATORS:
                 if shaped and node.operator not in ("Reshape", "Expand"):
                     self.refuse(node, "mixes the image with numbers computed from its size")
@@ -249,6 +251,7 @@ class Graph:
                 f"(N, H, W, C), got {len(sizes)} dimensions"
             )
         batch, *rest = sizes or [None] * 4
+        # TensorFlow's exporters transpose an input (N, H, W, C) at once, whose sizes may be open
         to_first = any(
             node.operator == "Transpose"
             and self.image in node.inputs
