@@ -307,7 +307,7 @@ def test_an_image_beyond_pillows_limit_is_its_own_error(
     file = io.BytesIO()
     Image.fromarray(photograph(40, 50)).save(file, "PNG")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)
-    worker = distributed._Classifier(distributed.packed(net), 1, 1, {})
+    worker = distributed._Classifier(distributed.pack(net), 1, 1, {})
     (tmp_path / "bomb.png").write_bytes(file.getvalue())
     place = os.fsencode(tmp_path / "bomb.png")
     rows = worker(pa.table({"path": [place], "error": [""]})).to_pylist()
