@@ -202,8 +202,8 @@ def test_every_file_has_a_row_of_stated_types(net: Any, tmp_path: Path) -> None:
     assert {rows[name]["error"] for name in notes} == {"not a readable image"}
     assert rows["images/loop"]["error"] == "a link to a folder that it lies in"
     assert rows["images/broken.png"]["error"] == (
-        f"{folder}/images/broken.png is no image that Pillow can read; expected PNG, JPEG or the "
-        "like"
+        f"{folder}/images/broken.png is not an image that Pillow can read; convert it to PNG or "
+        "JPEG"
     )
     assert rows["images/broken.png"]["classes"] == rows["images/broken.png"]["probabilities"] == []
     assert out.rows == 27
@@ -232,7 +232,7 @@ def test_files_of_stores_are_listed_and_read_alike(
         (f"{uri}/_sub/1.png", ""),
         (
             f"{uri}/notes.txt",
-            f"{uri}/notes.txt is no image that Pillow can read; expected PNG, JPEG or the like",
+            f"{uri}/notes.txt is not an image that Pillow can read; convert it to PNG or JPEG",
         ),
     ]
     os.mkfifo(tmp_path / "pipe.png")

@@ -613,7 +613,7 @@ def test_a_mask_folder_is_read_with_its_counts(tmp_path: Path) -> None:
     assert [p.name for p in found.images] == [f"{i}.png" for i in (0, 1, 3, 4, 5)]
     assert sum(found.counts) == sum(40 * (40 + i) for i in (0, 1, 3, 4, 5))
     assert len(found.skipped) == 1
-    assert "2.png is no image" in str(found.skipped[0])
+    assert "2.png is not an image" in str(found.skipped[0])
     assert fcvgg.mask_folder(folder, 2).categories == ("0", "1")
 
 
@@ -644,7 +644,7 @@ def test_what_training_cannot_read_is_skipped_beforehand(
     assert "holds float32, which has no known range" in str(found.skipped[0])
     assert len(found) == 3
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    with pytest.raises(fcvgg.ImageError, match=r"masks.1.png is too large to be loaded whole"):
+    with pytest.raises(fcvgg.ImageError, match=r"masks.1.png must be smaller to be loaded whole"):
         read_mask(folder / "masks" / "1.png")
 
 
