@@ -305,7 +305,9 @@ def in_option_words(message: str) -> str:
     message = re.sub(r"\binput_size=\((\d+), (\d+)\)", r"--input-size \1x\2", message)
     message = re.sub(r"\binput_size=(?=\d)", "--input-size ", message)
     message = message.replace("output_stride must", "--output-stride must")
-    message = re.sub(r"^(memory|classes|bands|level|nodata) must", r"--\1 must", message)
+    message = re.sub(
+        r"^(memory|classes|categories|bands|level|nodata|activation) must", r"--\1 must", message
+    )
     message = re.sub(
         r"preprocess=fcvgg\.Preprocess\(mean, std\)( to convert or load)?",
         "--preprocess, or --mean and --std",

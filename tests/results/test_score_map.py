@@ -118,7 +118,9 @@ def test_resample_keeps_the_dtype(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("size", [0, (0, 3), "x"])
 def test_resample_refuses_what_is_no_size(size: object) -> None:
-    with pytest.raises(fcvgg.GeometryError, match="is not an image size; expected a positive int"):
+    with pytest.raises(
+        fcvgg.GeometryError, match=r"^size must be a positive int or \(h, w\), in pixels, got"
+    ):
         score_map((2, 2)).resample(size)  # type: ignore[arg-type]
 
 
@@ -172,7 +174,7 @@ def test_the_activation_can_be_given() -> None:
 
 
 def test_an_unknown_activation_is_refused() -> None:
-    expected = "activation='softplus' is unknown; expected one of 'logits'"
+    expected = "^activation must be 'logits' .*, got 'softplus'"
     with pytest.raises(fcvgg.FcvggError, match=expected):
         fcvgg.convert(classifier(3), activation="softplus")
     net = fcvgg.convert(classifier(3))
