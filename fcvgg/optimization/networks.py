@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fcvgg.errors import ArgumentError, EquivalenceError, FcvggError
+from fcvgg.errors import ArgumentError, EquivalenceError, FcvggError, check_choice
 from fcvgg.geometry import Pair, checked_size
 from fcvgg.inference.blocks import CHANNELS_LAST, BlockwiseGraph, run
 from fcvgg.inference.memory import keep_freed_maps
@@ -28,6 +28,7 @@ from fcvgg.optimization.fused import (
 )
 from fcvgg.optimization.fusion import fused
 from fcvgg.optimization.onednn import has_bfloat16
+from fcvgg.rewriting.outputs import flattened
 from fcvgg.serialization.exporting import ExportedFile
 from fcvgg.support.module_state import device_of, dtype_of
 from fcvgg.verification import verify
@@ -130,8 +131,8 @@ class OptimizedNetwork(FullyConvolutional):
             self._cast(images), lambda x: run(self.network, x, self._blockwise), self.readers
         )
         if isinstance(maps, Tensor):
-            return maps.to(images.dtype)
-        return tuple(scores.to(images.dtype) for scores in maps)
+            return self._in_form(maps.to(images.dtype))
+        return self._in_form(tuple(scores.to(images.dtype) for scores in maps))
 
     def readers(self, output: int = 0) -> list[Reader]:
         """What each operation of the plain network reads, whatever engine runs here."""
@@ -346,9 +347,8 @@ class _CentreScores(nn.Module):
     def forward(self, images: Tensor) -> Any:
         maps = self.net(images.to(dtype_of(self.net)))
         row, col = self.net.native_cell
-        if isinstance(maps, Tensor):
-            return maps[:, :, row, col]
-        return tuple(m[:, :, row, col] for m in maps)
+        tensors, form = flattened(maps)
+        return form.filled([m[:, :, row, col] for m in tensors])
 
 
 def _check_network(net: Any) -> None:
@@ -364,12 +364,8 @@ def _check_network(net: Any) -> None:
 
 
 def _check_options(dtype: Any, device: torch.device, engine: str | None) -> None:
-    if engine not in (None, "torch", *ENGINES):
-        raise ArgumentError(
-            f"engine must be None, {' or '.join(map(repr, ENGINES))}, got {engine!r}"
-        )
-    if dtype not in TOLERANCES:
-        raise ArgumentError(f"dtype must be {' or '.join(map(str, TOLERANCES))}, got {dtype!r}")
+    check_choice("engine", engine, (None, "torch", *ENGINES))
+    check_choice("dtype", dtype, TOLERANCES)
     if engine in ENGINES and (device.type != "cpu" or dtype == torch.float64):
         raise ArgumentError(
             f"engine={engine!r} runs float32 networks on the CPU, got {dtype} on {device}; move "

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fcvgg.errors import ArgumentError, DatasetError, GeometryError, PreprocessError
-from fcvgg.geometry import Pair, checked_size
+from fcvgg.errors import ArgumentError, DatasetError, PreprocessError
+from fcvgg.geometry import checked_size
 from fcvgg.images.files import Unreadable
 from fcvgg.segmentation.mask_folders import (
     MaskedImages,
@@ -110,7 +110,8 @@ def train_fcn(
     settings = settings or Settings(optimizer="adamw", batch_size=4)
     train, valid = _checked_parts(fcn, data, valid_share, settings.seed)
     weights = _checked_weights(class_weights, train.counts)
-    samples = MaskedImages(train, fcn, _checked_crop(crop), flip)
+    size = None if crop is None else checked_size(crop, "crop", ArgumentError)
+    samples = MaskedImages(train, fcn, size, flip)
     _check_batches(fcn, samples, settings)
     module = SegmentationModule(fcn, weights, backbone_lr)
     fcn.preprocess = samples.preprocess
@@ -181,8 +182,8 @@ def _checked_parts(
             )
     if train.binary != valid.binary:
         raise DatasetError(
-            "255 is class 1 in one part and ignored in the other; expected masks of one kind in "
-            "both: read them by fcvgg.train_fcn(fcn, folder)"
+            "255 must mean the same in both parts, got class 1 in one and ignored pixels in the "
+            "other; read both by fcvgg.train_fcn(fcn, folder)"
         )
     known = [name for name, count in zip(train.categories, train.counts) if count]
     if len(known) < 2:
@@ -208,13 +209,6 @@ def _check_batches(fcn: FCN, samples: MaskedImages, settings: Settings) -> None:
     count = 1 if len(sizes) > 1 else len(samples)
     size = min(sizes, key=max)  # whose map is one cell, if any is
     check_batches(fcn, count, samples.channels, size, settings)
-
-
-def _checked_crop(crop: int | Iterable[int] | None) -> Pair | None:
-    try:
-        return None if crop is None else checked_size(crop)
-    except (GeometryError, TypeError) as error:
-        raise ArgumentError(f"crop must be None, a positive int or (h, w), got {crop!r}") from error
 
 
 def _checked_weights(weights: str | Sequence[float] | None, counts: Sequence[int]) -> Tensor | None:

@@ -20,7 +20,7 @@ from fcvgg.inference.memory import trimmer
 from fcvgg.network import FullyConvolutional
 from fcvgg.streaming.job import StreamJob, as_result, plan_in_memory
 from fcvgg.streaming.line_buffers import LineBuffers, MissingCells
-from fcvgg.streaming.resumption import opened_store
+from fcvgg.streaming.resumption import open_or_create_store
 from fcvgg.streaming.score_store import ScoreStore
 from fcvgg.streaming.strip_plan import StripPlan, parsed_memory
 from fcvgg.support.atomic import STORE_ENDINGS, checked_folder
@@ -41,7 +41,7 @@ def stream(
     rows: Pair | None = None,
     memory: int | str = "1GiB",
     progress: bool = False,
-    output: int = 0,
+    output: int | str = 0,
     nodata: float | str | None = None,
 ) -> Any:
     """The score map of an image of any size, equal to the network's on the whole image.
@@ -71,7 +71,7 @@ def stream(
             where it is kept in memory. Images too wide for it are cut into blocks of columns, whose
             borders are computed twice.
         progress: show a bar with the rate and the time left.
-        output: which output, for a network with several.
+        output: which output, by number or name, for a network with several.
         nodata: pixels of this value have no data, as for `fcvgg.open_image`: a number, or
             ``"file"`` for what the file declares. Not for preprocessed floats, which hold NaN
             there, nor for what is open already.
@@ -97,7 +97,7 @@ def stream(
         return _in_memory(job, budget, progress)
     # held to the end: two runs would overwrite each other's record of finished rows
     with locked(folder):
-        store, plan = opened_store(job, folder, budget)
+        store, plan = open_or_create_store(job, folder, budget)
         with evaluating(net), _bar(progress, job, plan) as advance:
             for block in range(len(plan.blocks)):
                 _fill(job, plan, store, block, advance)

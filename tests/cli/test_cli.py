@@ -124,7 +124,7 @@ def test_every_option_and_argument_says_what_it_is():
         for parameter in command.params:
             text = getattr(parameter, "help", None)
             assert text, (name, parameter.name)
-            assert re.match(r"[A-Z'-].*\.$|.*: rare classes count", text), (name, text)
+            assert re.match(r"[A-Z'-].*\.$", text), (name, text)
 
 
 def test_shells_complete_commands_and_options():
@@ -366,9 +366,12 @@ def test_weights_that_cannot_be_downloaded_say_what_to_pass(images, no_network):
         (("-m", "my.pth"), "there is no checkpoint my.pth"),
         (("-m", "my.pth", "--arch", "vgg16"), "there is no checkpoint my.pth"),
         (("-w", "my.pth"), "there is no checkpoint my.pth"),
-        (("-w", "LATEST"), "vgg16 has no weights 'LATEST'; expected IMAGENET1K_V1"),
-        (("--arch", "vgg11"), "--arch 'vgg11' goes with a checkpoint, got 'vgg16'"),
-        (("-m", "demo", "-w", "x.pt"), "'demo' comes with its weights, got --weights 'x.pt'"),
+        (("-w", "LATEST"), "for vgg16, got 'LATEST'"),
+        (("--arch", "vgg11"), "--arch 'vgg11' must come with a checkpoint, got 'vgg16'"),
+        (
+            ("-m", "demo", "-w", "x.pt"),
+            "--weights must be left out for 'demo', which holds its own, got 'x.pt'",
+        ),
         (
             ("-m", "demo", "--output-stride", "3"),
             "--output-stride must be one that the network's",
@@ -494,8 +497,8 @@ def test_downloads_announced_on_stdout_leave_the_json_whole(images, monkeypatch)
 @pytest.mark.parametrize("scales", ["256,x", "0", "-5", "", "3.5"])
 def test_classify_refuses_scales_that_are_no_lengths(images, scales):
     error = usage_error("classify", "one.png", "-m", "demo", f"--scales={scales}")
-    assert "Invalid value for --scales" in error
-    assert "is no positive number of pixels" in error
+    assert "Invalid value for '--scales'" in error
+    assert "is not a positive integer" in error
 
 
 def test_classify_refuses_an_unknown_average(images):
@@ -565,7 +568,7 @@ def test_info_shows_which_layers_are_frozen(monkeypatch):
 
 @pytest.mark.parametrize("size", ["big", "0", "3x4x5"])
 def test_info_refuses_a_size_that_is_none(size):
-    assert "Invalid value for --size" in usage_error("info", "demo", "--size", size)
+    assert "Invalid value for '--size'" in usage_error("info", "demo", "--size", size)
 
 
 def test_info_of_a_bundle_a_checkpoint_and_an_onnx_file(folder):
@@ -667,7 +670,7 @@ def test_convert_never_overwrites_anything_else(images, folder):
     (folder / "work/thesis.txt").write_text("years")
     (folder / "notes").write_text("weeks")
     for name in ("work", "notes"):
-        assert fails("convert", "demo", "-o", name).startswith(f"{name} exists and is no bundle")
+        assert fails("convert", "demo", "-o", name).startswith(f"{name} exists and is not a bundle")
     assert (folder / "notes").read_text() == "weeks"
     assert (folder / "work/thesis.txt").read_text() == "years"
 

@@ -80,10 +80,10 @@ def test_the_table_and_the_figure() -> None:
     probe = fcvgg.Probe(rows, chance=0.5, images=16)
     assert probe.best is rows[1]
     assert str(probe).splitlines() == [
-        "layer     features  accuracy  spread",
-        "pool1            8     0.625   0.125",
-        "pool2           12     0.875   0.125",
-        "(chance)               0.500        ",
+        "layer   features  accuracy  spread",
+        "pool1          8     0.625   0.125",
+        "pool2         12     0.875   0.125",
+        "chance               0.500",
     ]
     ax = probe.plot()
     assert ax.get_title() == "16 images: best at pool2, 87.5%"
