@@ -15,7 +15,7 @@ from fcvgg.images.datasets import LabelledFiles
 from fcvgg.images.pictures import Picture
 from fcvgg.images.preprocessing import Preprocess
 from fcvgg.images.reading import read_picture
-from fcvgg.training.settings import check_choice
+from fcvgg.support.checks import check_choice
 
 RESIZES = ("resize", "center-crop")
 

@@ -12,8 +12,8 @@ from torch import Tensor
 from fcvgg.results.label_map import IGNORE_INDEX
 from fcvgg.segmentation.metrics import confusion_metric, metrics_of
 from fcvgg.segmentation.network import FCN
+from fcvgg.support.checks import check_rate
 from fcvgg.training.loop import TrainingModule
-from fcvgg.training.settings import check_rate
 
 MONITOR = "valid_mean_iou"
 

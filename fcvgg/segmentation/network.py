@@ -37,9 +37,8 @@ from fcvgg.segmentation.backbone import (
 from fcvgg.segmentation.upsampling import PIXELS, BilinearUpsampling
 from fcvgg.support import untrusted
 from fcvgg.support.atomic import checked_folder, folder_written_whole
+from fcvgg.support.checks import check_choice, check_integer
 from fcvgg.support.module_state import device_of, dtype_of, evaluating
-from fcvgg.training.settings import check_choice
-from fcvgg.transfer.heads import check_classes
 
 VARIANTS = {"32s": 0, "16s": 1, "8s": 2}
 """The number of finer maps that a variant scores as well; named for VGG's strides."""
@@ -137,7 +136,7 @@ class FCN(nn.Module):
             )
         check_choice("variant", variant, VARIANTS)
         check_choice("padding", padding, ("same", "valid"))
-        check_classes(num_classes)
+        check_integer("num_classes", num_classes, 1)
         if not 2 <= num_classes <= IGNORE_INDEX:
             raise ArgumentError(
                 f"num_classes must be 2 to {IGNORE_INDEX}, got {num_classes}; add a class for "

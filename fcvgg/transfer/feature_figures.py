@@ -15,6 +15,7 @@ from fcvgg.images.preprocessing import Preprocess, given_preprocess
 from fcvgg.images.reading import ImageLike, prepare
 from fcvgg.network import FullyConvolutional
 from fcvgg.rewriting.capture import input_channels
+from fcvgg.support.checks import check_integer
 from fcvgg.support.module_state import device_of, dtype_of, evaluating
 from fcvgg.transfer.extraction import features_upto
 
@@ -57,9 +58,9 @@ def plot_features(
     """
     values, pixels = _maps(model, image, layer, preprocess)
     channels = _channels(values, maps)
-    columns = columns or ceil(sqrt((len(channels) + 1) * 1.4))
-    if not isinstance(columns, int) or columns < 1:
-        raise ArgumentError(f"columns={columns!r} is none; expected a positive integer")
+    if columns is None:
+        columns = ceil(sqrt((len(channels) + 1) * 1.4))
+    check_integer("columns", columns, 1)
     return _grid(values, channels, columns, pixels, layer)
 
 
@@ -86,8 +87,8 @@ def _maps(
         values = features(pixels.to(device_of(features), dtype_of(features)))
     if values.ndim != 4:
         raise ConversionError(
-            f"{layer} gives {tuple(values.shape[1:])} per image, which is no map; name a layer "
-            "before the flatten, or convert the model first"
+            f"layer must give a map (channels, rows, columns), got {layer} with "
+            f"{tuple(values.shape[1:])}; name one before the flatten, or convert the model first"
         )
     return values[0].float().cpu(), _shown(pixels[0], preprocess)
 
@@ -109,16 +110,14 @@ def _shown(pixels: Tensor, preprocess: Preprocess | None) -> Tensor:
 def _channels(values: Tensor, maps: int | Sequence[int]) -> list[int]:
     count = len(values)
     if isinstance(maps, int):
-        if maps < 1:
-            raise ArgumentError(f"maps={maps} is none; expected a positive number or channels")
+        check_integer("maps", maps, 1)
         spread = values.flatten(1).std(1, correction=0)
         return sorted(spread.topk(min(maps, count)).indices.tolist())
     channels = list(maps)
     wrong = [c for c in channels if not isinstance(c, int) or not 0 <= c < count]
     if wrong or not channels:
         raise ArgumentError(
-            f"maps={channels} names {wrong[0] if wrong else 'no channel'}; expected channels from "
-            f"0 to {count - 1}"
+            f"maps must be a number of maps or channels from 0 to {count - 1}, got {channels}"
         )
     return channels
 

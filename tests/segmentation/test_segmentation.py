@@ -415,7 +415,9 @@ def test_what_cannot_be_built_is_said_in_one_line() -> None:
         fcvgg.ArgumentError, match="net must be a converted network, got SmallVGG; pass"
     ):
         fcvgg.FCN(seeded(SmallVGG), 3)  # type: ignore[arg-type]
-    with pytest.raises(fcvgg.ArgumentError, match="num_classes=0 is no number of classes"):
+    with pytest.raises(
+        fcvgg.ArgumentError, match="num_classes must be an integer of at least 1, got 0"
+    ):
         fcvgg.FCN(net, 0)
     with pytest.raises(fcvgg.ArgumentError, match="num_classes must be 2 to 255, got 1; add"):
         fcvgg.FCN(net, 1)
@@ -661,7 +663,7 @@ def test_a_folder_is_split_by_seed_or_as_it_is(tmp_path: Path) -> None:
     write_masked(tmp_path / "split" / "train", 3)
     write_masked(tmp_path / "split" / "valid", 2)
     assert [len(part) for part in train_and_valid(tmp_path / "split", CLASSES)] == [3, 2]
-    with pytest.raises(fcvgg.ArgumentError, match="valid_share must be between 0 and 1, got 1"):
+    with pytest.raises(fcvgg.ArgumentError, match="valid_fraction must be between 0 and 1, got 1"):
         train_and_valid(whole, CLASSES, 1)
 
 
@@ -1077,7 +1079,8 @@ def test_what_cannot_be_trained_is_said_in_one_line(tmp_path: Path) -> None:
         ({"class_weights": ["a", "b"]}, r"class_weights must be .*, got \['a', 'b'\]"),
         ({"class_weights": [0, 0]}, r"one for each class and not all 0, got \[0, 0\]"),
         ({"backbone_lr": -1.0}, "backbone_lr must be a finite number of at least 0, got -1.0"),
-        ({"valid_share": 2.0}, "valid_share must be between 0 and 1, got 2.0"),
+        ({"valid_fraction": 2.0}, "valid_fraction must be between 0 and 1, got 2.0"),
+        ({"valid_share": 2.0}, "valid_fraction must be between 0 and 1, got 2.0"),
     ]:
         with pytest.raises(fcvgg.ArgumentError, match=message):
             train(folder, tmp_path / "run", **options)
