@@ -1,14 +1,17 @@
 """Every error that fcvgg raises on purpose.
 
-A message is one line that says what was wrong, what was found, what is accepted and, where there is
-one, the remedy. All classes derive from `FcvggError`, so one ``except`` catches them.
+A message is one line: ``<name> must be <what>, got <value>; <remedy>``. All classes derive from
+`FcvggError`, so one ``except`` catches them.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
+from math import isfinite
+from typing import Any
 
-from fcvgg.names import readable
+from fcvgg.names import alternatives, readable
 
 _LONGEST = 2_000
 """Characters of a message; names in files may be of any length."""
@@ -86,9 +89,7 @@ class PreprocessError(FcvggError):
 class CategoryError(FcvggError, LookupError):
     """A class index or name that the network does not have."""
 
-    __str__ = (
-        Exception.__str__
-    )  # LookupError's subclasses may quote the message; keep one plain line
+    __str__ = Exception.__str__  # KeyError, a sibling, quotes its message; this one stays plain
 
 
 class DatasetError(FcvggError):
@@ -111,6 +112,49 @@ class ContenderError(FcvggError):
     """A contender of a benchmark failed in one case, or its process ended."""
 
 
+def check_choice(
+    name: str, value: Any, choices: Iterable[Any], error: type[FcvggError] = ArgumentError
+) -> None:
+    """Refuse a value that is not one of those that an argument takes.
+
+    Raises:
+        FcvggError: of the class `error`.
+    """
+    choices = tuple(choices)
+    if value not in choices:
+        raise error(f"{name} must be {alternatives(map(repr, choices))}, got {value!r}")
+
+
+def check_share(name: str, value: float) -> None:
+    """Refuse a number outside [0, 1].
+
+    Raises:
+        ArgumentError: naming the argument.
+    """
+    if not 0 <= value <= 1:
+        raise ArgumentError(f"{name} must be in [0, 1], got {value}")
+
+
+def check_integer(name: str, value: Any, least: int) -> None:
+    """Refuse what is not an integer of at least `least`.
+
+    Raises:
+        ArgumentError: if it is not.
+    """
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ArgumentError(f"{name} must be an integer of at least {least}, got {value!r}")
+
+
+def check_rate(name: str, value: Any) -> None:
+    """Refuse what is not a finite number of at least 0.
+
+    Raises:
+        ArgumentError: if it is not.
+    """
+    if not isinstance(value, (int, float)) or not isfinite(value) or value < 0:
+        raise ArgumentError(f"{name} must be a finite number of at least 0, got {value!r}")
+
+
 def one_line(error: BaseException) -> str:
-    """The first line of an error's message, as `visible` shows it."""
+    """The first line of an error's message, as `readable` shows it."""
     return readable(_bounded((str(error).strip() or type(error).__name__).splitlines()[0]))

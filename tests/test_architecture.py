@@ -43,7 +43,13 @@ def module_of(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-MODULES = {module_of(path): ast.parse(path.read_text()) for path in PACKAGE.rglob("*.py")}
+def parsed(path: Path) -> ast.AST:
+    """A source file, with the names that it loads lazily, which a stub next to it lists."""
+    stub = path.with_suffix(".pyi")
+    return ast.parse(path.read_text() + (stub.read_text() if stub.is_file() else ""))
+
+
+MODULES = {module_of(path): parsed(path) for path in PACKAGE.rglob("*.py")}
 
 
 def statements(tree: ast.AST) -> Iterator[ast.Import | ast.ImportFrom]:
@@ -64,6 +70,8 @@ def imports(name: str) -> set[str]:
     for node in statements(MODULES[name]):
         if isinstance(node, ast.ImportFrom):
             module = node.module or ""
+            if node.level:  # in a stub, which stands in the package's folder
+                module = ".".join(part for part in ("fcvgg", name, module) if part)
             names = [f"{module}.{alias.name}" for alias in node.names]
             names = [full if full.removeprefix("fcvgg.") in MODULES else module for full in names]
         else:

@@ -199,7 +199,7 @@ def test_every_file_has_a_row_of_stated_types(net: Any, tmp_path: Path) -> None:
     for name in names:
         assert rows[name]["error"] == ""
         assert len(rows[name]["classes"]) == len(rows[name]["probabilities"]) == 1
-    assert {rows[name]["error"] for name in notes} == {"no image that can be read"}
+    assert {rows[name]["error"] for name in notes} == {"not a readable image"}
     assert rows["images/loop"]["error"] == "a link to a folder that it lies in"
     assert rows["images/broken.png"]["error"] == (
         f"{folder}/images/broken.png is no image that Pillow can read; expected PNG, JPEG or the "
@@ -332,7 +332,9 @@ def test_workers_that_cannot_be(net: Any, options: Any, message: str, tmp_path: 
 
 
 def test_bad_input(net: Any, tmp_path: Path) -> None:
-    with pytest.raises(FcvggError, match="average='bogus' is unknown"):
+    with pytest.raises(
+        FcvggError, match="average must be 'scores' or 'probabilities', got 'bogus'"
+    ):
         distributed.classify(net, "x", out=tmp_path / "classes", average="bogus")
     with pytest.raises(FcvggError, match="paths must name at least one file or folder"):
         distributed.classify(net, [], out=tmp_path / "classes")

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fcvgg.categories import class_name
-from fcvgg.errors import ArgumentError, DatasetError, ImageError
+from fcvgg.errors import ArgumentError, DatasetError, ImageError, check_choice
 from fcvgg.evaluation.cropping import centre_crop, grid_crops, ten_crops
 from fcvgg.images.batching import run_in_batches
 from fcvgg.images.datasets import LabelledImages
@@ -33,8 +33,8 @@ from fcvgg.images.reading import (
 from fcvgg.names import counted, readable
 from fcvgg.network import FullyConvolutional
 from fcvgg.probability import MeanOfViews, to_probabilities
+from fcvgg.rewriting.outputs import flattened
 from fcvgg.support.atomic import JSON_ENDINGS, checked_file, written_whole
-from fcvgg.support.checks import check_choice
 from fcvgg.support.extras import imported
 from fcvgg.support.module_state import device_of, dtype_of, evaluating
 from fcvgg.support.progress import progress_bar
@@ -468,7 +468,7 @@ class _Run:
         batch = batch.to(device_of(reference), dtype_of(reference))
         with torch.no_grad(), evaluating(reference):
             scores = reference(batch)
-        scores = scores[0] if isinstance(scores, (tuple, list)) else scores
+        scores = flattened(scores)[0][0]
         if self.model is not None:
             return scores.reshape(len(batch), -1)
         row, col = self.net.native_cell

@@ -17,13 +17,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fcvgg.errors import ArgumentError, ConversionError, InputSizeError
+from fcvgg.errors import ArgumentError, ConversionError, InputSizeError, check_choice
 from fcvgg.finetuning.images import checked_resize
 from fcvgg.finetuning.pretrained import Pretrained
 from fcvgg.geometry import Pair, checked_size
 from fcvgg.images.datasets import LabelledFiles
 from fcvgg.rewriting.native_size import infer_input_size
-from fcvgg.support.checks import check_choice
 from fcvgg.transfer.freezing import freeze_, parameter_groups, unfreeze_
 from fcvgg.transfer.heads import WEIGHT_STD, fully_connected, replace_head
 from fcvgg.transfer.input_sizes import for_input_size

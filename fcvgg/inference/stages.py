@@ -13,14 +13,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from fcvgg.errors import UnsupportedLayerError
 from fcvgg.inference.sliding import Sliding, is_positional, sliding_of
+from fcvgg.rewriting.modules import cut_to
+from fcvgg.rewriting.rules.registry import is_relu
 from fcvgg.rewriting.tracing import operation_name
-
-_RELUS = {F.relu, torch.relu, "relu"}
 
 _IN_PLACE = {operator.iadd, operator.isub, operator.imul, operator.itruediv}
 
@@ -89,7 +88,7 @@ class _StageReader:
         sliding = sliding_of(node, module, self._constants.get)
         if sliding is not None:
             self._places[node] = self._append(node, sliding=sliding)
-        elif is_positional(type(module) if module is not None else node.target):
+        elif is_positional(node, module):
             self._add_positional(node, module)
         else:
             kind = type(module).__name__ if module is not None else operation_name(node)
@@ -106,7 +105,7 @@ class _StageReader:
             node,
             call=call,
             in_place=changed is not None and not shared,
-            is_relu=type(module) is nn.ReLU or node.target in _RELUS,
+            is_relu=is_relu(node, module),
         )
         self._places[node] = place
         if changed is not None and shared:  # readers from here on see the changed value
@@ -125,6 +124,8 @@ class _StageReader:
             return sliding.channels or fed[0] * sliding.multiplies
         if node.target in (torch.cat, torch.concat, torch.concatenate):
             return sum(fed)
+        if node.target is cut_to:
+            return fed[0]
         if node.target == "narrow":
             return int(node.args[3])  # type: ignore[arg-type]
         if node.target is torch.index_select:

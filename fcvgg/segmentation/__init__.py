@@ -5,3 +5,7 @@
 - `fcvgg.results.label_map`: its predictions and their figures,
 - `mask_folders`, `module` and `training`: images with masks, the Lightning module, and `train_fcn`.
 """
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -211,7 +211,7 @@ def _checked_kind(path: Path) -> str:
         what = kind if kind in _LOSSY else f"TIFF compressed as {inner}"
         raise DatasetError(f"the mask {path} is a {what}, which may change labels; {_EXPECTED}")
     if several:
-        raise DatasetError(f"the mask {path} holds several pictures; expected one")
+        raise DatasetError(f"the mask {path} must hold one picture, got several")
     return kind
 
 
@@ -253,7 +253,7 @@ def _places(folder: Path) -> tuple[list[_Place], tuple[Unreadable, ...]]:
     parts = parts_of(above, "images" if inner else "folders") if above.is_dir() else None
     if parts is None:
         return [whole], ()
-    found = [part for part in (parts.to_learn_from(), parts.valid) if part is not None]
+    found = [part for part in (parts.training_part(), parts.valid) if part is not None]
     if inner:
         return [_Place(folder, part, whole.masks / part.name) for part in found], parts.skipped
     return [_place(part) for part in found], parts.skipped
@@ -275,8 +275,8 @@ def _read(place: _Place, preprocess: Preprocess | None) -> tuple[MaskFolder, Cou
         if labels.shape != size:
             turned = " of the upright image" if labels.shape == size[::-1] else ""
             raise DatasetError(
-                f"the mask {mask} is {labels.shape[0]}x{labels.shape[1]} and its image {image} "
-                f"{size[0]}x{size[1]}; expected one label for each pixel{turned}"
+                f"the mask {mask} must have a label for each pixel{turned}, {size[0]}x{size[1]} "
+                f"for {image}, got {labels.shape[0]}x{labels.shape[1]}"
             )
         values.update(dict(zip(*(x.tolist() for x in np.unique(labels, return_counts=True)))))
         read.append((image, mask, size))

@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fcvgg.errors import check_rate
 from fcvgg.results.label_map import IGNORE_INDEX
 from fcvgg.segmentation.metrics import confusion_metric, metrics_of
 from fcvgg.segmentation.network import FCN
-from fcvgg.support.checks import check_rate
 from fcvgg.training.loop import TrainingModule
 
 MONITOR = "valid_mean_iou"

@@ -15,8 +15,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-from fcvgg.errors import ArgumentError, MissingExtraError, TrainingError, one_line
-from fcvgg.support.checks import check_choice
+from fcvgg.errors import ArgumentError, MissingExtraError, TrainingError, check_choice, one_line
 from fcvgg.support.locking import locked
 from fcvgg.training.checkpoints import (
     BEST,

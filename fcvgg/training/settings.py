@@ -11,8 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fcvgg.errors import ArgumentError
-from fcvgg.support.checks import check_choice, check_integer, check_rate
+from fcvgg.errors import ArgumentError, check_choice, check_integer, check_rate
 
 OPTIMIZERS = ("sgd", "adamw")
 PRECISIONS = ("auto", "32", "bf16-mixed", "16-mixed")

@@ -7,6 +7,10 @@
   scikit-learn and for looking at.
 """
 
+from typing import TYPE_CHECKING
+
+import lazy_loader
+
 from fcvgg.images.datasets import ClassFolders, class_folders
 from fcvgg.transfer.extraction import Features, features_upto
 from fcvgg.transfer.feature_figures import plot_features
@@ -21,6 +25,11 @@ from fcvgg.transfer.surgery import (
     insert_after,
     replace_layers,
 )
+
+if TYPE_CHECKING:
+    from fcvgg.transfer.estimators import VGGFeatures as VGGFeatures
+else:  # imports scikit-learn, which is optional: on first use
+    __getattr__ = lazy_loader.attach(__name__, submod_attrs={"estimators": ["VGGFeatures"]})[0]
 
 __all__ = [
     "ClassFolders",

@@ -10,12 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fcvgg.errors import ArgumentError, ConversionError, ImageError
+from fcvgg.errors import ArgumentError, ConversionError, ImageError, check_integer
 from fcvgg.images.preprocessing import Preprocess, given_preprocess
 from fcvgg.images.reading import ImageLike, prepare
 from fcvgg.network import FullyConvolutional
 from fcvgg.rewriting.capture import input_channels
-from fcvgg.support.checks import check_integer
 from fcvgg.support.module_state import device_of, dtype_of, evaluating
 from fcvgg.transfer.extraction import features_upto
 

@@ -8,8 +8,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from fcvgg.errors import ArgumentError
-from fcvgg.support.checks import check_rate
+from fcvgg.errors import ArgumentError, check_rate
 from fcvgg.transfer.naming import LayerNames, NamedLayer, layer_names
 
 Model = TypeVar("Model", bound=nn.Module)

@@ -11,8 +11,7 @@ import torch
 from torch import nn
 
 from fcvgg.conversion import unwrapped
-from fcvgg.errors import ArgumentError, ConversionError
-from fcvgg.support.checks import check_integer
+from fcvgg.errors import ArgumentError, ConversionError, check_integer
 from fcvgg.support.module_state import device_of, dtype_of
 from fcvgg.transfer.naming import LayerNames, NamedLayer, layer_names
 

@@ -16,7 +16,14 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fcvgg.errors import ArgumentError, ConversionError, FcvggError, GeometryError, ImageError
+from fcvgg.errors import (
+    ArgumentError,
+    ConversionError,
+    FcvggError,
+    ImageError,
+    check_choice,
+    check_integer,
+)
 from fcvgg.geometry import Pair, checked_size
 from fcvgg.images.preprocessing import Preprocess, given_preprocess
 from fcvgg.images.reading import prepare
@@ -24,7 +31,6 @@ from fcvgg.loading import load
 from fcvgg.network import FullyConvolutional
 from fcvgg.rewriting.capture import input_channels
 from fcvgg.support.atomic import checked_folder, written_whole
-from fcvgg.support.checks import check_choice, check_integer
 from fcvgg.support.module_state import device_of, dtype_of, evaluating
 from fcvgg.support.progress import progress_bar
 from fcvgg.transfer.extraction import Features, features_upto
@@ -207,12 +213,7 @@ def _least(network: Features) -> Pair | None:
 def _checked_size(size: Any) -> int | Pair | None:
     if size is None:
         return None
-    try:
-        height, width = checked_size(size)
-    except (GeometryError, TypeError) as error:
-        raise ArgumentError(
-            f"size must be None, a positive integer or (h, w), got {size!r}"
-        ) from error
+    height, width = checked_size(size, error=ArgumentError)
     return (height, width) if isinstance(size, Iterable) else height
 
 

@@ -9,13 +9,18 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from fcvgg.conversion import convert, unwrapped
-from fcvgg.errors import ConversionError, GeometryError, InputSizeError, one_line
+from fcvgg.errors import (
+    ConversionError,
+    InputSizeError,
+    check_choice,
+    check_integer,
+    one_line,
+)
 from fcvgg.geometry import Pair, checked_size
 from fcvgg.rewriting.capture import BATCH, capture
 from fcvgg.rewriting.modules import WindowLinear
 from fcvgg.rewriting.native_size import infer_input_size
 from fcvgg.rewriting.rules import is_known
-from fcvgg.support.checks import check_choice, check_integer
 from fcvgg.transfer.extraction import map_geometries
 from fcvgg.transfer.heads import copied_without, fully_connected, new_linear
 from fcvgg.transfer.naming import LayerNames, NamedLayer, layer_names
@@ -50,7 +55,7 @@ def for_input_size(
         ArgumentError: if an argument is out of range.
         ConversionError: if the head cannot be rebuilt; the message names the layer.
     """
-    height, width = _checked(size)
+    height, width = checked_size(size, error=InputSizeError)
     check_choice("init", init, ("random", "resample"))
     if num_classes is not None:
         check_integer("num_classes", num_classes, 1)
@@ -106,13 +111,6 @@ def _resampling(source: int, target: int) -> Tensor:
 
 
 # -- the new head's shape ---------------------------------------------------------------------
-
-
-def _checked(size: int | Iterable[int]) -> Pair:
-    try:
-        return checked_size(size)
-    except (GeometryError, TypeError) as error:
-        raise InputSizeError(f"size must be a positive integer or (h, w), got {size!r}") from error
 
 
 def _check_features(model: nn.Module, size: Pair) -> None:

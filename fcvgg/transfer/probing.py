@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from fcvgg.errors import ArgumentError, ConversionError
-from fcvgg.support.checks import check_choice, check_integer
+from fcvgg.errors import ArgumentError, ConversionError, check_choice, check_integer
 from fcvgg.support.extras import imported
 from fcvgg.support.tables import text_table
 from fcvgg.transfer.image_features import FeatureExtractor

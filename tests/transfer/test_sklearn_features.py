@@ -256,9 +256,9 @@ NOISE = np.zeros((2, 16, 16, 3), np.uint8)
 @pytest.mark.parametrize(
     ("options", "X", "message"),
     [
-        ({"pooling": "sum"}, NOISE, "pooling must be one of avg, max, None, got 'sum'"),
+        ({"pooling": "sum"}, NOISE, "pooling must be 'avg', 'max' or None, got 'sum'"),
         ({"batch_size": 0}, NOISE, "batch_size must be an integer of at least 1, got 0"),
-        ({"size": (0, 3)}, NOISE, "size must be None, a positive integer or (h, w), got (0, 3)"),
+        ({"size": (0, 3)}, NOISE, "size must be a positive int or (h, w), got (0, 3)"),
         (
             {"value_range": (1, 1)},
             NOISE,

@@ -233,13 +233,13 @@ def fixed_view() -> nn.Module:
 @pytest.mark.parametrize(
     ("build", "options", "error", "message"),
     [
-        (SmallVGG, {"size": 0}, fcvgg.InputSizeError, "size must be a positive integer or"),
-        (SmallVGG, {"size": "a"}, fcvgg.InputSizeError, "size must be a positive integer or"),
+        (SmallVGG, {"size": 0}, fcvgg.InputSizeError, "size must be a positive int or"),
+        (SmallVGG, {"size": "a"}, fcvgg.InputSizeError, "size must be a positive int or"),
         (
             SmallVGG,
             {"size": 64, "init": "zeros"},
             fcvgg.ArgumentError,
-            "init must be one of random, resample, got 'zeros'",
+            "init must be 'random' or 'resample', got 'zeros'",
         ),
         (
             SmallVGG,
