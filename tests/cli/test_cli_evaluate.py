@@ -99,7 +99,7 @@ def test_what_was_left_out_is_one_line_on_stderr(data: Path) -> None:
     ran = run("evaluate", "parts", "--model", "demo", "--protocols", "dense")
     assert ran.exit_code == 0
     line = (
-        "17 of 20 files left out: 16 .xyz (not a readable image), 1 .txt (no image that can "
+        "17 of 20 files left out: 16 .xyz (not a readable image), 1 .txt (not a readable "
         "be read)"
     )
     assert ran.stderr == f"fcvgg: {line}\n"
