@@ -310,7 +310,6 @@ _PHRASES = (
         "with fcvgg stream",
     ),
     ("choose a smaller lr", "choose a smaller --lr"),
-    ("another lr or strategy", "another --lr or --strategy"),
     ("resume it, or", "pass --resume, or"),
 )
 """Phrases that only hold in Python, and what stands for them on the command line."""
@@ -340,7 +339,7 @@ def in_option_words(message: str) -> str:
     """
     for phrase, words in _PHRASES:
         message = message.replace(phrase, words)
-    message = re.sub(r"fcvgg\.open_image\(path, (bands=\([^)]*\))\)", r"\1", message)
+    message = re.sub(r"fcvgg\.open_image\(path, (\w+=(?:\([^)]*\)|[^()]*))\)", r"\1", message)
     message = _KEYWORD.sub(_option, message)
     return re.sub(r"(?<![-.])\binput_size\b", "--input-size", message)
 
