@@ -367,7 +367,7 @@ def test_a_folder_says_how_its_images_are_given(slide):
     for command in ("classify", "heatmap"):
         ran = fcvgg_command(command, "photos", "--model", "demo")
         assert ran.exit_code == 2
-        assert "such as one of photos/*" in " ".join(ran.stderr.split())
+        assert "pass one of photos/*" in " ".join(ran.stderr.split())
 
 
 def test_a_broken_nodata_of_a_store_is_refused(slide):

@@ -421,13 +421,17 @@ def test_what_cannot_be_built_is_said_in_one_line() -> None:
         fcvgg.FCN(net, 0)
     with pytest.raises(fcvgg.ArgumentError, match="num_classes must be 2 to 255, got 1; add"):
         fcvgg.FCN(net, 1)
-    with pytest.raises(fcvgg.CategoryError, match="the category 'a' is there twice; expected one"):
+    with pytest.raises(
+        fcvgg.CategoryError, match=r"categories must be one different name per class, got 'a' twice"
+    ):
         fcvgg.FCN(net, 3, categories=("a", "b", "a"))
     with pytest.raises(
         fcvgg.CategoryError, match=r"^categories='abc' is taken for the path of a f"
     ):
         fcvgg.FCN(net, 2, categories="abc")
-    with pytest.raises(fcvgg.CategoryError, match="3 categories were given for 2 classes"):
+    with pytest.raises(
+        fcvgg.CategoryError, match=r"categories must be 2 names, one per class .*, got 3"
+    ):
         fcvgg.FCN(net, 2, categories=("a", "b", "c"))
     one_pool = nn.Sequential(
         nn.Conv2d(3, 4, 3, padding=1), nn.MaxPool2d(3), nn.Flatten(), nn.Linear(16, 2)
@@ -580,7 +584,11 @@ def test_labels_that_cannot_be_compared_are_refused_in_one_line() -> None:
             "ab",
             r"must have the shape of the true ones, \(1, 3\), got \(1, 2\)",
         ),
-        ((found, truth), ("a", " "), "the category ' ' is empty; expected one name for each"),
+        (
+            (found, truth),
+            ("a", " "),
+            "categories must be one different name per class, got the empty",
+        ),
     ]:
         with pytest.raises(fcvgg.FcvggError, match=message):
             fcvgg.label_metrics([pair], names)
@@ -705,7 +713,7 @@ def test_bad_folders_are_refused_in_one_line(tmp_path: Path) -> None:
     refused(r"3.bmp and .*3.png would have the same mask, 3.png; rename one")
     image.unlink()
     refused("categories must be the names of the classes or a number, got 'ab'", "ab")
-    refused("the category 'a' is there twice", ("a", "a"))
+    refused("got 'a' twice", ("a", "a"))
     refused("categories must be 2 to 255 classes, got 1", 1)
     refused("images does not exist; expected none/images/NAME.jpg", where=tmp_path / "none")
     for path in (folder / "masks").iterdir():
