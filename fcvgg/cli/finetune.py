@@ -121,7 +121,7 @@ Similar = Annotated[
     bool | None,
     typer.Option(
         "--similar/--different",
-        help="For auto: whether the images resemble those that the network was trained on.",
+        help="Whether the images resemble those that the network was trained on (for auto).",
         show_default="measured",
     ),
 ]
@@ -153,7 +153,12 @@ TrainingSize = Annotated[
     ),
 ]
 ResizeMode = Annotated[
-    Resize, _image_option("--resize", help="Way to bring an image to the input size.")
+    Resize,
+    _image_option(
+        "--resize",
+        help="Method that brings images to the input size: resize the whole image, or crop its "
+        "center.",
+    ),
 ]
 Augment = Annotated[
     bool | None,

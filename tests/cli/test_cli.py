@@ -312,8 +312,8 @@ def test_heatmap_never_writes_two_images_to_one_name(images, folder):
     ("target", "message"),
     [
         ("dog", "there is no category 'dog'; there are 2: 'background' (0), 'face' (1)"),
-        ("7", "class 7 is out of range; the network has classes 0 to 1"),
-        ("a", "category 'a' is ambiguous: 'background' (0), 'face' (1)"),
+        ("7", "class must be an index from 0 to 1 or a name, got 7"),
+        ("a", "class must match one category, got 'a', which matches 'background' (0), 'face' (1)"),
     ],
 )
 def test_a_wrong_class_is_reported_once(images, target, message):
