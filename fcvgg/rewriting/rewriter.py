@@ -54,6 +54,8 @@ class Rewriter:
         """Rewrite every node by its rule and check that the branches' sizes agree."""
         outputs: Sequence[Cells] = ()
         needed = _needed(self._captured.graph)
+        # A refusal says why the model cannot be converted; a missing rule may be a detail of the
+        # same layer, as the reshapes around an attention are.
         self._refuse_first([n for n in needed if self._sees_images(n)], kind_for)
         for node in needed:
             if node.op == "placeholder":
@@ -81,6 +83,8 @@ class Rewriter:
         module = self.build.module_of(node)
         call = Call(node, module)
         args, kwargs = fx.node.map_aggregate((node.args, node.kwargs), self._operand)  # type: ignore
+        # What is computed from parameters alone is the same for every image: no rule is needed, and
+        # the graph computes it at every pass, so that gradients reach the parameters.
         if not self._sees_images(node) and "value" in node.meta:
             return Constant(self.build.emit(call, args, kwargs), node.meta["value"])
         kind = kind_for(node, module)
@@ -89,13 +93,16 @@ class Rewriter:
         given: tuple[Any, ...] = (*args, *kwargs.values())
         for unusable in (argument for argument in given if isinstance(argument, Unusable)):
             raise UnsupportedLayerError(f"{call} takes {unusable.why}")
+        # The trace went on after a failure only to name the layer that tells the native size.
         if "error" in node.meta:
             self._note_head(node)
             self._captured.require_success()
         changed = node.meta.get("changes")
         if changed is not None and isinstance(self._values.get(changed), Cells):
+            # The copy may have moved the operands to another map, so they are looked up again.
             self._in_place.part_before(node, changed)
             args, kwargs = fx.node.map_aggregate((node.args, node.kwargs), self._operand)  # type: ignore
+        # settings of a module are for its rule; a repeated call must not pass them on
         call = replace(call, args=args, kwargs=kwargs)
         kwargs = {**kind.settings_of(module), **kwargs}
         _check_arguments(rule, call, args, kwargs)
@@ -173,6 +180,7 @@ class Rewriter:
         return vectors
 
     def _program(self, outputs: Sequence[Cells]) -> Program:
+        # One geometry stands for all outputs, so their cells must lie in the same places.
         first, *others = (self.build.steps.geometry_at(cells.step) for cells in outputs)
         if not all(same_grid(first, other) for other in others):
             raise ConversionError(
