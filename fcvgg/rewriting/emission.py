@@ -208,6 +208,15 @@ class Emitter:
             )
         return value.detach().cpu()
 
+    def evaluated(self, constant: Constant) -> Tensor:
+        """The numbers of a constant, on the meta device where the model's parameters are."""
+        return self._evaluated(constant.node)  # type: ignore[no-any-return]
+
+    def literal(self, constant: Constant) -> Tensor | None:
+        """The numbers of a tensor that forward made; None of a parameter or buffer."""
+        name = str(constant.node.target) if constant.node.op == "get_attr" else ""
+        return self._evaluated(constant.node) if "_tensor_constant" in name else None
+
     def _evaluated(self, node: fx.Node) -> Any:
         """What a node of the new graph that is computed from parameters alone gives."""
         if node.op == "get_attr":
@@ -240,6 +249,20 @@ class Emitter:
             shaped = nn.Parameter(columns.view(len(columns), -1, *kernel), weight.requires_grad)
             self._window_weights[weight] = WindowWeight(shaped, order, column_order)
         return self._window_weights[weight]
+
+    def parameter(self, call: Call, name: str) -> Constant | None:
+        """A parameter of the layer that a call calls, under its own name.
+
+        One that torch computes from others (weight norm) is computed at every call.
+        """
+        value = getattr(call.module, name)
+        if value is None:
+            return None
+        if nn.utils.parametrize.is_parametrized(call.module, name):  # type: ignore[arg-type]
+            node = self.graph.call_module(f"{call.name}.parametrizations.{name}")
+        else:
+            node = self.graph.get_attr(f"{call.name}.{name}")
+        return Constant(node, value.detach())
 
     def hold(self, call: Call, module: nn.Module) -> None:
         """Put a layer in the source layer's place without a call of it, for its parameters."""

@@ -38,6 +38,8 @@ class Cells:
         margin: pixels ``(y, x)`` by which padding of the head (``padding="same"``) put the window
             of cell 0 before the image; None where the head has not been padded.
         unseen: pixels ``(y, x)`` at the end of the native image that strides leave out.
+        batch: the axis of the source's value along which its images lie: 1 of stacked heads
+            ``(heads, N, K)``. The layout has no such axis.
     """
 
     node: fx.Node
@@ -49,6 +51,7 @@ class Cells:
     share: float = 1.0
     margin: Pair | None = None
     unseen: Pair = (0, 0)
+    batch: int = 0
 
     @property
     def layout(self) -> Tensor:
@@ -71,7 +74,16 @@ class Cells:
     @property
     def shape(self) -> str:
         """The shape of the source's value, for messages."""
-        return f"({', '.join(map(str, ('N', *self.dims)))})"
+        return f"({', '.join(map(str, self.shape_for('N')))})"
+
+    def shape_for(self, images: Any) -> tuple[Any, ...]:
+        """The shape of the source's value for a number of images."""
+        return (*self.dims[: self.batch], images, *self.dims[self.batch :])
+
+    def axis_of(self, dim: int) -> int | None:
+        """The layout's axis of a dimension of the source's value; None of the images'."""
+        dim %= len(self.dims) + 1
+        return None if dim == self.batch else dim - (dim > self.batch)
 
     @property
     def is_map(self) -> bool:
@@ -131,6 +143,7 @@ class Cells:
     def same_layout(self, other: Cells) -> bool:
         return (
             self.extent == other.extent
+            and self.batch == other.batch
             and self.dilation == other.dilation
             and (self.moved is other.moved or torch.equal(self.layout, other.layout))
         )
@@ -156,27 +169,35 @@ def in_order(extent: tuple[int, ...]) -> Tensor:
     return torch.arange(prod(extent)).reshape(extent)  # (C, H, W)
 
 
-def rearranged(cells: Cells, operation: Callable[[Tensor], Any]) -> list[Tensor] | None:
-    """The layouts after an operation that only moves elements, run on a batch of indices.
+def rearranged(cells: Cells, operation: Callable[[Tensor], Any]) -> list[Cells] | None:
+    """The values after an operation that only moves elements, run on a batch of indices.
 
     None if the operation moves elements between the images of the batch.
     """
     # Every image of the batch gets indices of its own, so that an operation which moves elements
     # from one image to another shows in the numbers that come out.
-    batch = torch.stack([cells.layout + i * cells.elements for i in range(BATCH)])
-    result = operation(batch)
-    layouts = []
+    images = [cells.layout + i * cells.elements for i in range(BATCH)]
+    result = operation(torch.stack(images, cells.batch))
+    values = []
     for moved in result if isinstance(result, (tuple, list)) else [result]:
-        if moved.ndim == 0 or moved.shape[0] != BATCH:
+        # the images may have come to lie along another axis, in which their indices differ
+        axes = sorted(range(moved.ndim), key=lambda axis: axis != cells.batch)
+        batch = next((axis for axis in axes if _images_along(moved, axis, cells.elements)), None)
+        if batch is None:
             return None
-        # The other images must hold the first one's indices, shifted by what was added to theirs.
-        first, *rest = moved
-        if not first.numel() or first.min() < 0 or first.max() >= cells.elements:
-            return None
-        if any(not torch.equal(first + i * cells.elements, x) for i, x in enumerate(rest, 1)):
-            return None
-        layouts.append(first)
-    return layouts
+        values.append(replace(cells, moved=moved.select(batch, 0), batch=batch))
+    return values
+
+
+def _images_along(moved: Tensor, axis: int, elements: int) -> bool:
+    """Whether an axis of indices runs over the images, each with the elements of the first."""
+    if moved.shape[axis] != BATCH or not moved.numel():
+        return False
+    # The other images must hold the first one's indices, shifted by what was added to theirs.
+    first, *rest = moved.unbind(axis)
+    if first.min() < 0 or first.max() >= elements:
+        return False
+    return all(torch.equal(first + i * elements, x) for i, x in enumerate(rest, 1))
 
 
 def channels_along(cells: Cells, axis: int) -> Tensor | None:

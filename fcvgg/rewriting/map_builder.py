@@ -16,7 +16,7 @@ from fcvgg.geometry import Geometry, Pair, Window
 from fcvgg.rewriting.capture import Captured
 from fcvgg.rewriting.emission import Call, Emitter
 from fcvgg.rewriting.layouts import Cells, channels_along, chosen_channels, with_channels
-from fcvgg.rewriting.modules import cut_to
+from fcvgg.rewriting.modules import BinnedPool2d, cut_to
 from fcvgg.rewriting.program import LayerRecord, Steps, Windows
 
 
@@ -57,6 +57,7 @@ class MapBuilder(Emitter):
         self.kernels: set[tuple[str, Pair]] = set()
         self._output_stride = output_stride
         self._same = same
+        self._gathered: Cells | None = None
         self._joins: dict[int, tuple[fx.Node, tuple[fx.Node, ...]]] = {}
 
     # -- layouts ----------------------------------------------------------------------------------
@@ -91,7 +92,7 @@ class MapBuilder(Emitter):
         if torch.equal(channels, torch.arange(cells.extent[0])):
             return cells
         # From here on the map itself has the order that only the layout had.
-        return with_channels(cells, axis, len(channels), node=self._chosen(cells.node, channels))
+        return with_channels(cells, axis, len(channels), node=self.chosen(cells.node, channels))
 
     def whole(self, cells: Cells) -> Cells:
         """The value on a map of the channels that it holds, where it holds them at all positions.
@@ -103,10 +104,10 @@ class MapBuilder(Emitter):
             return cells
         channels, layout = chosen
         extent = (len(channels), *cells.extent[1:])
-        node = self._chosen(cells.node, channels)
+        node = self.chosen(cells.node, channels)
         return replace(cells, node=node, extent=extent, moved=layout)
 
-    def _chosen(self, node: fx.Node, channels: Tensor) -> fx.Node:
+    def chosen(self, node: fx.Node, channels: Tensor) -> fx.Node:
         """Emit the choice of some channels: a slice where it is one."""
         first, count = int(channels[0]), len(channels)
         # A slice is a view, and an exported graph shows it as one; an index would copy the map.
@@ -251,12 +252,34 @@ class MapBuilder(Emitter):
 
     # -- the head ---------------------------------------------------------------------------------
 
-    def begin_head(self, cells: Cells, wants: Pair | int | None, call: Call) -> None:
+    def begin_head(self, cells: Cells, wants: Pair | int | None, call: Any) -> None:
         """Note the first layer that asks for a certain size of the features."""
+        if self._gathered is not None and cells.positions == 1:
+            cells = self._gathered  # whose channels follow from the size
         if self.boundary is None:
             self.boundary = Boundary(cells, wants, str(call))
 
-    def head_window(self, call: Call, x: Cells, extent: Pair) -> tuple[Cells, Windows]:
+    def gathered(self, cells: Cells, place: Any) -> Cells:
+        """The value with every element of the window as a channel of each cell.
+
+        What then treats the window as a whole (a norm, a softmax over its positions) works along
+        the channels of each cell, exactly: ``C*h*w`` numbers for each.
+        """
+        x = self.whole(cells)
+        if x.positions == 1:
+            return x
+        if self._gathered is None:
+            self._gathered = x
+        x, windows = self.head_window(place, x, x.extent[1:])
+        step = self.steps.add(windows, (x.step,), str(place))
+        bins = x.extent[1:]
+        name = f"{place.node.name}_windows" if isinstance(place, Call) else "windows"
+        node = self.emit_new_module(name, BinnedPool2d("max", bins, bins, x.dilation), x)
+        # element k of the window is channel k now, so the layout holds as it is
+        extent = (x.elements, 1, 1)
+        return replace(x, node=node, step=step, extent=extent, moved=x.layout, dilation=(1, 1))
+
+    def head_window(self, call: Any, x: Cells, extent: Pair) -> tuple[Cells, Windows]:
         """The window of the head over a map, padded first if the map is to keep its size.
 
         Padding is done once, for all positions that the head takes, so that a cell at the border is

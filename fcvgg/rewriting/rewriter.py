@@ -8,6 +8,7 @@ emit the operation on maps.
 from __future__ import annotations
 
 import inspect
+import operator
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -27,7 +28,7 @@ from fcvgg.rewriting.aliasing import InPlaceChanges
 from fcvgg.rewriting.capture import BATCH, Captured, storages_of
 from fcvgg.rewriting.emission import Call
 from fcvgg.rewriting.layouts import Cells, Constant, Unusable
-from fcvgg.rewriting.map_builder import Boundary, MapBuilder
+from fcvgg.rewriting.map_builder import MapBuilder
 from fcvgg.rewriting.program import Program, graph_module, same_grid
 from fcvgg.rewriting.tracing import describe
 
@@ -136,8 +137,8 @@ class Rewriter:
             (v for v in map(self._values.get, node.all_input_nodes) if isinstance(v, Cells)), None
         )
         features = _features_wanted(node, self._captured)
-        if self.build.boundary is None and x is not None and features is not None:
-            self.build.boundary = Boundary(x, features, describe(node))
+        if x is not None and features is not None:
+            self.build.begin_head(x, features, describe(node))
 
     def _operand(self, argument: Any) -> Any:
         return self._values[argument] if isinstance(argument, fx.Node) else argument
@@ -145,10 +146,10 @@ class Rewriter:
     def _check_batch(self, call: Call, result: Any) -> None:
         """The batch must stay the batch, and a rule's layout must have the source's shape."""
         value = call.node.meta["value"]
-        if isinstance(result, Cells) and tuple(value.shape) != (BATCH, *result.dims):
+        if isinstance(result, Cells) and tuple(value.shape) != result.shape_for(BATCH):
             raise UnsupportedLayerError(
                 f"{call} gives shape {tuple(value.shape)} for {BATCH} images where "
-                f"{(BATCH, *result.dims)} was expected: it mixes images or positions"
+                f"{result.shape_for(BATCH)} was expected: it mixes images or positions"
             )
 
     def _image(self, node: fx.Node) -> Cells:
@@ -167,6 +168,13 @@ class Rewriter:
                     f"the model's output{place} is {type(cells).__name__.lower()}, not computed "
                     "from the images; wrap the model so that it returns scores (N, K)"
                 )
+            if cells.batch:
+                raise ConversionError(
+                    f"the model's output{place} has the shape {cells.shape}; expected the images "
+                    "first, (N, K)"
+                )
+            if cells.dims == (cells.elements,):  # flattened features: those of every cell
+                cells = self.build.gathered(cells, f"output{place}")
             if cells.positions > 1:
                 raise ConversionError(
                     f"the model has no fully connected or global-pool head: its output{place} is "
@@ -251,6 +259,11 @@ def _features_wanted(node: fx.Node, captured: Captured) -> int | None:
                 return module.in_features
             if hasattr(module, "kernel_size"):  # the trunk goes on: its features are not known
                 return None
+        if later.op == "call_function" and later.target is operator.matmul:
+            weight = later.args[1]
+            if isinstance(weight, fx.Node) and "value" in weight.meta:
+                shape = weight.meta["value"].shape
+                return int(shape[max(len(shape) - 2, 0)])
         if later.op == "call_function" and later.target is nn.functional.linear:
             weight = later.args[1] if len(later.args) > 1 else later.kwargs["weight"]
             if isinstance(weight, fx.Node) and "value" in weight.meta:

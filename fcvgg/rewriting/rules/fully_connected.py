@@ -28,23 +28,11 @@ from fcvgg.rewriting.sliding import Part, Sliding, windows_of
 def linear(build: MapBuilder, call: Call, input: Any, weight: Any, bias: Any = None) -> Cells:
     values_of(call, weight)
     if call.module is not None and nn.utils.parametrize.is_parametrized(call.module):
-        weight = _parametrized(build, call, call.module, "weight", weight)
-        bias = None if bias is None else _parametrized(build, call, call.module, "bias", bias)
-    return _fully_connected(build, call, input, weight, bias)
+        weight, bias = (build.parameter(call, name) for name in ("weight", "bias"))
+    return fully_connected(build, call, input, weight, bias)
 
 
-def _parametrized(
-    build: MapBuilder, call: Call, layer: nn.Module, name: str, value: Tensor
-) -> Constant:
-    """A parameter that torch computes from others (weight norm) at every call."""
-    if nn.utils.parametrize.is_parametrized(layer, name):
-        node = build.graph.call_module(f"{call.name}.parametrizations.{name}")
-    else:
-        node = build.graph.get_attr(f"{call.name}.{name}")
-    return Constant(node, value.detach())
-
-
-def _fully_connected(build: MapBuilder, call: Call, x: Any, weight: Any, bias: Any) -> Cells:
+def fully_connected(build: MapBuilder, call: Call, x: Any, weight: Any, bias: Any) -> Cells:
     """A fully connected layer: over the whole window, or over the channels of each position."""
     if not isinstance(x, Cells) or not x.dims:
         raise UnsupportedLayerError(
