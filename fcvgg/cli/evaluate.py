@@ -9,7 +9,7 @@ import typer
 from rich.text import Text
 
 from fcvgg.cli.classify import Average, AverageOf
-from fcvgg.cli.console import say, say_wrote, tell_skipped
+from fcvgg.cli.console import note_skipped, say, say_wrote
 from fcvgg.cli.options import (
     Flip,
     NetworkOptions,
@@ -93,7 +93,7 @@ def run(
         average=average.value,
         progress=True,
     )
-    tell_skipped(evaluation.skipped, evaluation.images)
+    note_skipped(evaluation.skipped, evaluation.images)
     named = network.model
     if network.weights != "DEFAULT":
         named += f" with {network.weights}"

@@ -11,7 +11,7 @@ import typer
 from rich.console import RenderableType
 from rich.text import Text
 
-from fcvgg.cli.console import resumable, say, say_next, say_wrote, tell_skipped
+from fcvgg.cli.console import note_skipped, resumable, say, say_next, say_wrote
 from fcvgg.cli.options import (
     BatchSize,
     ClassWeights,
@@ -304,7 +304,7 @@ def run(
 
 
 def _report(result: FineTuned) -> None:
-    tell_skipped(result.skipped, sum(map(sum, result.counts.values())))
+    note_skipped(result.skipped, sum(map(sum, result.counts.values())))
     run = result.training
     if run is not None and run.resumed_after:
         say(f"resumed after epoch {run.resumed_after}")

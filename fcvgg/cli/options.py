@@ -513,7 +513,7 @@ class ImageOpener:
         Raises:
             ImageError: if it cannot be opened.
         """
-        from fcvgg.cli.console import tell
+        from fcvgg.cli.console import note
         from fcvgg.images.lazy.opening import open_image
 
         source = open_image(image, level, bands=self._bands, nodata=self._nodata)
@@ -522,7 +522,7 @@ class ImageOpener:
         unused = self._nodata is None and declared is not None and declared == declared
         if unused and not self._noted:
             self._noted = True
-            tell(
+            note(
                 f"{image} declares nodata {declared:g}, which is read as pixel values; "
                 "--nodata file leaves it out"
             )

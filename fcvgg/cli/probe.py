@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import RenderableType
 
-from fcvgg.cli.console import say, say_wrote, tell_skipped
+from fcvgg.cli.console import note_skipped, say, say_wrote
 from fcvgg.cli.options import (
     NetworkOptions,
     names,
@@ -123,7 +123,7 @@ def run(
     from fcvgg.transfer import class_folders, probe
 
     found = class_folders(data)
-    tell_skipped(found.skipped, len(found.paths))
+    note_skipped(found.skipped, len(found.paths))
     net = network.load()
     result = probe(
         net,
