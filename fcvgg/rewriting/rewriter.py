@@ -134,13 +134,30 @@ class Rewriter:
     def _refuse_first(self, nodes: Iterable[fx.Node], kind_for: Callable[..., LayerKind]) -> None:
         """Name what breaks the equivalence before helpers of it that merely have no rule."""
         for node in nodes:
-            if node.op.startswith("call"):
-                try:
-                    kind_for(node, self.module_of(node))
-                except RefusedLayerError:
-                    raise
-                except UnsupportedLayerError:
-                    continue
+            if not node.op.startswith("call"):
+                continue
+            kind: LayerKind | None = None
+            try:
+                kind = kind_for(node, self.module_of(node))
+            except RefusedLayerError:
+                raise
+            except UnsupportedLayerError:
+                pass
+            if (kind is None or kind.elementwise) and self._spreads_pooled(node):
+                refuse_pooled(Call(node, self.module_of(node)))
+
+    def _spreads_pooled(self, node: fx.Node) -> bool:
+        """Whether a value of one position, pooled from a map, is spread over a map's positions."""
+        made = node.meta.get("value")
+        if not isinstance(made, Tensor) or made.ndim != 4:
+            return False
+        fed = [n.meta.get("value") for n in node.all_input_nodes if self._sees_images(n)]
+        shapes = [tuple(x.shape) for x in fed if isinstance(x, Tensor) and x.ndim == 4]
+        return any(
+            shape[first : first + 2] == (1, 1) and made.shape[first : first + 2].numel() > 1
+            for shape in shapes
+            for first in (1, 2)  # (N, H, W, C) and (N, C, H, W)
+        )
 
     def _rewrite(self, node: fx.Node, kind_for: Callable[..., LayerKind]) -> Any:
         module = self.module_of(node)
@@ -679,6 +696,18 @@ class Call:
 
     def __str__(self) -> str:
         return describe(self.node)
+
+
+def refuse_pooled(call: Call) -> None:
+    """Refuse to combine what was pooled over all positions with the positions themselves.
+
+    Raises:
+        RefusedLayerError: always.
+    """
+    raise RefusedLayerError(
+        f"{call} combines a map with a value pooled over all its positions, as "
+        "squeeze-and-excitation does; every cell would depend on the whole image"
+    )
 
 
 def _check_arguments(rule: Any, call: Call, args: Any, kwargs: Any) -> None:

@@ -41,14 +41,14 @@ _SPACES = {
 
 _FUNCTIONS = {
     "torch": """
-        abs add amax cat celu channel_shuffle chunk clamp clamp_ clip clip_ clone concat
-        concatenate conv2d detach div erf exp flatten flip fliplr flipud ge gt
+        abs add addcmul amax amin cat celu channel_shuffle chunk clamp clamp_ clip clip_ clone
+        concat concatenate conv2d detach div erf exp flatten flip fliplr flipud ge gt
         index_select layer_norm le log log1p log_softmax lt masked_fill max max_pool2d
-        maximum mean minimum moveaxis movedim mul narrow neg permute pow prelu ravel
+        maximum mean minimum moveaxis movedim mul narrow neg norm permute pow prelu ravel
         relu relu_ reshape rrelu rsqrt select selu sigmoid sigmoid_ sign softmax split
-        sqrt square squeeze sub sum swapaxes swapdims tanh tanh_ tensor_split threshold
-        transpose unbind unflatten unsqueeze where cos sin nan_to_num ones_like reciprocal
-        zeros_like""",
+        sqrt square squeeze std sub sum swapaxes swapdims tanh tanh_ tensor_split threshold
+        transpose unbind unflatten unsqueeze var where cos sin nan_to_num ones_like
+        reciprocal zeros_like""",
     "F": """
         adaptive_avg_pool2d adaptive_max_pool2d alpha_dropout avg_pool2d batch_norm celu
         channel_shuffle conv2d dropout dropout2d elu elu_ feature_alpha_dropout gelu hardsigmoid
@@ -63,7 +63,7 @@ _FUNCTIONS = {
 """The functions that a graph may call: they compute tensors from tensors and do nothing else."""
 
 _METHODS = """
-    abs add add_ amax bfloat16 chunk clamp clamp_ clip clip_ clone contiguous detach div
+    abs add add_ addcmul amax bfloat16 chunk clamp clamp_ clip clip_ clone contiguous detach div
     div_ double erf exp flatten flip fliplr flipud float ge gt half index_select le log
     log1p log_softmax lt masked_fill max maximum mean minimum moveaxis movedim mul mul_
     narrow neg permute pow prelu ravel relu relu_ reshape rsqrt select sigmoid sigmoid_ sign

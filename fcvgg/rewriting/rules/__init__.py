@@ -8,8 +8,8 @@ new layer is often one line:
 - `elementwise.pointwise` registers what acts on each element by itself,
 - `reshaping.moves` what only moves elements,
 - a `registry.rule` in `convolution` states the windows of what slides a kernel,
-- rules in `pooling`, `channels` and `fully_connected` treat what reduces positions, what works
-  along the channels, and the head,
+- rules in `pooling`, `channels`, `reductions` and `fully_connected` treat what reduces positions,
+  what works along the channels, what reduces them, and the head,
 - `refused` names what would not stay exact, and why.
 
 What is in no table is refused by name too.
@@ -21,6 +21,7 @@ from fcvgg.rewriting.rules import (
     elementwise,
     fully_connected,
     pooling,
+    reductions,
     refused,
     reshaping,
 )
@@ -30,4 +31,7 @@ from fcvgg.rewriting.rules.reshaping import moves
 
 __all__ = ["attributes", "is_known", "kind_for", "moves", "pointwise", "rule"]
 
-_RULES_LOADED = (channels, elementwise, fully_connected, pooling, refused, reshaping, convolution)
+_RULES_LOADED = (
+    *(channels, elementwise, fully_connected, pooling, reductions, refused, reshaping),
+    convolution,
+)

@@ -230,3 +230,25 @@ def cat(build: Rewriter, call: Call, tensors: Sequence[Any], dim: int = 0, **nam
     result = with_channels(parts[0], axis, channels, node=node, step=step).joined_with(parts)
     same = len({(p.activation, p.share) for p in parts}) == 1
     return result.alike(parts[0]) if same else result.computed_from(parts)
+
+
+@rule(*calling("stack"), positional=True)
+def stack(build: Rewriter, call: Call, tensors: Sequence[Any], dim: int = 0) -> Cells:
+    """Values side by side along a new dimension: their maps are concatenated."""
+    parts = [build.features(call, x, 0) if len(x.dims) == 1 else x for x in tensors]
+    axis = dim % (len(parts[0].dims) + 2) - 1
+    if axis < 0 or len({(p.extent[1:], p.dilation) for p in parts}) > 1:
+        raise UnsupportedLayerError(f"{call} mixes images, or maps of different sizes or dilations")
+    node = build.emit_function(call, torch.cat, parts, 1)
+    first, positions, begins, layouts = parts[0], parts[0].positions, 0, []
+    for part in parts:
+        layouts.append(part.layout + begins * positions)
+        begins += part.extent[0]
+    result = replace(
+        first,
+        node=node,
+        step=build.join(parts, call, node),
+        extent=(begins, *first.extent[1:]),
+        moved=torch.stack(layouts, axis),
+    )
+    return result.joined_with(parts).computed_from(parts)

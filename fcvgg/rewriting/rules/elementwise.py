@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from torch import fx, nn
 from torchvision.ops import StochasticDepth, stochastic_depth
 
-from fcvgg.errors import RefusedLayerError, UnsupportedLayerError
+from fcvgg.errors import UnsupportedLayerError
 from fcvgg.geometry import Window
 from fcvgg.rewriting.layouts import Cells, Constant, channels_along
 from fcvgg.rewriting.modules import TrainingOnly
-from fcvgg.rewriting.rewriter import Call, Rewriter
+from fcvgg.rewriting.rewriter import Call, Rewriter, refuse_pooled
 from fcvgg.rewriting.rules.registry import calling, register, rule
 
 _ELEMENTWISE = {"elementwise": True, "positional": True}
@@ -76,11 +76,7 @@ def _on_one_grid(build: Rewriter, call: Call, operands: Sequence[Cells]) -> Sequ
     extents = {cells.extent[1:] for cells in operands}
     if len(extents) > 1:
         if (1, 1) in extents:
-            raise RefusedLayerError(
-                f"{call} combines a map with a value pooled over all its positions "
-                "(squeeze-and-excitation or global attention); every cell would depend on the "
-                "whole image"
-            )
+            refuse_pooled(call)
         raise UnsupportedLayerError(
             f"{call} combines maps of different sizes {sorted(extents)} at the native size"
         )
@@ -88,16 +84,27 @@ def _on_one_grid(build: Rewriter, call: Call, operands: Sequence[Cells]) -> Sequ
         raise UnsupportedLayerError(
             f"{call} joins branches of different dilation; their cells do not lie on one grid"
         )
-    ndim = len(operands[0].dims)
-    if any(len(c.dims) != ndim for c in operands) or ndim not in (1, 3):
+    ndim = len(first.dims)
+    axis = next((i for i in range(ndim) if _has_channels_along(operands, i)), None)
+    if axis is None:
         raise UnsupportedLayerError(
             f"{call} combines values of shapes {', '.join(c.shape for c in operands)} whose "
             "elements were moved differently"
         )
-    settled = [build.as_map(c, call) if ndim == 3 else build.features(call, c, 0) for c in operands]
+    settled = [build.features(call, c, axis) for c in operands]
     if len({c.extent[0] for c in settled} - {1}) > 1:
         raise UnsupportedLayerError(f"{call} combines maps of different numbers of channels")
     return settled
+
+
+def _has_channels_along(operands: Sequence[Cells], axis: int) -> bool:
+    """Whether all have channels along an axis of their layouts, and the same positions."""
+    if any(
+        len(c.dims) != len(operands[0].dims) or channels_along(c, axis) is None for c in operands
+    ):
+        return False
+    places = [c.layout.select(axis, 0) % c.positions for c in operands]
+    return all(torch.equal(places[0], other) for other in places)
 
 
 def _per_channel(build: Rewriter, call: Call, constant: Constant, cells: Cells) -> Constant:
@@ -131,7 +138,7 @@ pointwise(
     *calling("log1p", "abs", "maximum", "minimum", "erf", "sign"),
     *calling("where", "masked_fill", "gt", "ge", "lt", "le"),
     *calling("hardshrink", "softshrink", "sin", "cos", "reciprocal", "nan_to_num"),
-    *calling("zeros_like", "ones_like"),
+    *calling("zeros_like", "ones_like", "addcmul"),
 )
 
 

@@ -23,6 +23,7 @@ from fcvgg.rewriting.rules.convolution import (
     _windows,
 )
 from fcvgg.rewriting.rules.elementwise import act_elementwise
+from fcvgg.rewriting.rules.reductions import reduce_channels, reduced_axes, runs_over_channels
 from fcvgg.rewriting.rules.registry import KINDS, calling, kind_of, rule
 
 
@@ -152,24 +153,22 @@ def maximum(
     return _reduced(build, call, input, dim, keepdim, "max"), indices
 
 
-@rule(*calling("mean", "sum", "amax"), has_extent=True)
+@rule(*calling("mean", "sum", "amax", "amin"), has_extent=True)
 def reduce_positions(
     build: Rewriter, call: Call, input: Any, dim: Any = None, keepdim: bool = False, **names: Any
 ) -> Any:
-    """A mean, sum or maximum over the rows and columns of each channel, whatever their order."""
+    """A mean, sum or extremum over the rows and columns of each channel, whatever their order, or
+    over the channels of each position."""
     dim = names.get("axis", dim)
     return _reduced(build, call, input, dim, keepdim, call.kind.removeprefix("Tensor."))
 
 
 def _reduced(build: Rewriter, call: Call, input: Any, dim: Any, keepdim: bool, name: str) -> Cells:
-    if not isinstance(input, Cells):
-        raise UnsupportedLayerError(f"{call} reduces something that is no value of the image")
-    ndim = len(input.dims) + 1
-    dims = tuple(range(ndim)) if dim is None else (dim,) if isinstance(dim, int) else tuple(dim)
-    axes = tuple(sorted(d % ndim - 1 for d in dims))
-    if -1 in axes:
-        raise UnsupportedLayerError(f"{call} reduces over the images of the batch")
-    left = pooled_layout(input, axes)
+    axes = reduced_axes(call, input, dim)
+    if runs_over_channels(input, axes):
+        function = torch.amax if name == "max" else getattr(torch, name)
+        return reduce_channels(build, call, input, axes[0], keepdim, function)
+    left = None if name == "amin" else pooled_layout(input, axes)
     if left is None:
         raise UnsupportedLayerError(
             f"{call} reduces over {dim}, which is not all rows or columns of each channel; "

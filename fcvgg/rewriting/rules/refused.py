@@ -5,10 +5,11 @@ from __future__ import annotations
 from torch import nn
 from torchvision.ops import SqueezeExcitation
 
+from fcvgg.rewriting.rules.reductions import STATISTICS
 from fcvgg.rewriting.rules.registry import ATTENTION, calling, refuse
 
 refuse(
-    "its statistics mix all positions, so a cell would change with the rest of the image",
+    STATISTICS,
     *(nn.GroupNorm, nn.InstanceNorm1d, nn.InstanceNorm2d),
     *calling("group_norm", "instance_norm"),
 )
