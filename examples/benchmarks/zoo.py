@@ -34,7 +34,7 @@ import torch
 import torchvision
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from zoo_models import TIMM, TRANSFORMERS
+from zoo_models import TIMM, TRANSFORMERS_CHANGES, TRANSFORMERS_LEFT_OUT
 
 import fcvgg
 
@@ -45,6 +45,9 @@ TOLERANCE = 1e-10
 CLASSES = 10
 SMALL_SIZES = (64, 128)
 """Native sizes tried for a model that takes any, which save time."""
+
+LARGE_MODEL = 75_000_000
+"""Parameters from which on half of the smallest of these sizes is tried first."""
 
 RESULTS = ("exact", "refused", "wrong", "crash", "timeout")
 
@@ -109,13 +112,20 @@ def timm_entries() -> Iterator[Entry]:
 
 def transformers_entries() -> Iterator[Entry]:
     """Every image classifier of transformers, from its default configuration."""
-    from transformers import AutoConfig, AutoModelForImageClassification
+    import transformers
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES as CLASS_NAMES,
+    )
 
-    for family, changes in TRANSFORMERS.items():
+    for family, class_names in CLASS_NAMES.items():
+        if family in TRANSFORMERS_LEFT_OUT:
+            continue
+        name = class_names if isinstance(class_names, str) else class_names[0]
 
-        def build(family: str = family, changes: dict[str, object] = changes) -> nn.Module:
-            config = AutoConfig.for_model(family, num_labels=CLASSES, **changes)
-            return AutoModelForImageClassification.from_config(config)
+        def build(family: str = family, name: str = name) -> nn.Module:
+            changes = TRANSFORMERS_CHANGES.get(family, {})
+            config = transformers.AutoConfig.for_model(family, num_labels=CLASSES, **changes)
+            return getattr(transformers, name)(config)
 
         yield Entry("transformers", family, family, build)
 
@@ -166,7 +176,8 @@ def converting_size(entry: Entry) -> int:
     """
     model = built(entry, "meta")
     fcvgg.convert(model, input_size=entry.size, verify=False)
-    for size in (None, *SMALL_SIZES):
+    large = sum(p.numel() for p in model.parameters()) >= LARGE_MODEL
+    for size in (None, *([SMALL_SIZES[0] // 2] if large else []), *SMALL_SIZES):
         with contextlib.suppress(fcvgg.FcvggError):
             return fcvgg.convert(model, input_size=size, verify=False).input_size[0]
     return entry.size
@@ -240,6 +251,7 @@ def _examine_and_send(entry: Entry, sender: Connection) -> None:
 
 
 def read(path: Path) -> list[Row]:
+    """The rows of a file; none if there is no file."""
     return [Row(**row) for row in json.loads(path.read_text())["rows"]] if path.exists() else []
 
 
@@ -268,6 +280,7 @@ def table(rows: Iterable[Row]) -> str:
 
 
 def main() -> None:
+    """Examine what the options ask for, one model after the other."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--library", choices=LIBRARIES, help="One library instead of all.")
     parser.add_argument(

@@ -21,6 +21,7 @@ from fcvgg.rewriting.modules import (
     BinnedPool2d,
     ChannelLayerNorm,
     DilatedAvgPool2d,
+    Patches,
     WindowLinear,
     cut_to,
     window_linear,
@@ -306,6 +307,14 @@ def binned_pool2d(pool: BinnedPool2d) -> Sliding:
     windows = _windows(pool.window, 1, 0, pool.dilation)
     bins = pool.bins[0] * pool.bins[1]
     return Sliding(windows, lambda x, part: pool(x), multiplies=bins)
+
+
+@strip_rule(Patches)
+def patches(layer: Patches) -> Sliding:
+    windows = _windows(layer.kernel_size, layer.stride, layer.padding, layer.dilation)
+    inner = Patches(layer.kernel_size, layer.stride, (0, 0), layer.dilation)
+    elements = layer.kernel_size[0] * layer.kernel_size[1]
+    return Sliding(windows, lambda x, part: inner(x), multiplies=elements)
 
 
 @strip_rule(F.pad)

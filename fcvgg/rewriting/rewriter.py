@@ -586,18 +586,20 @@ class Rewriter:
         multiply_adds: int = 0,
         kind: str | None = None,
         pools: str | None = None,
+        extent: tuple[int, int, int] | None = None,
     ) -> Cells:
         """A layer that slides a kernel: convolution or pool.
 
         `emit` receives the windows as they must be on this map, and whether they differ from the
         source's because strides before it, or its own, became dilation. `pools` is how a pool
         makes one value of many, ``"avg"``, ``"max"`` or ``"other"``; other layers make new scores.
+        `extent` is that of the result where the source's value has another shape.
         """
         dense, dilation = self._densified(call, x, windows)
         self.kernels.add((kind or call.kind, (windows[0].kernel, windows[1].kernel)))
         node = emit(dense, dense != windows)
         step = self.steps.add(dense, (x.step,), str(call))
-        extent = tuple(call.node.meta["value"].shape[1:])
+        extent = extent or tuple(call.node.meta["value"].shape[1:])
         unseen = self._unseen(x, windows, extent[1:])
         result = Cells(node, step, extent, dilation=dilation, margin=x.margin, unseen=unseen)
         if pools is not None:

@@ -101,9 +101,9 @@ REFUSED = {
         r"expand_as .*combines a map with a value pooled over all its positions",
     ),
     "channels last": (
-        lambda x, a, b: (
-            x.movedim(1, -1) * x.movedim(1, -1).mean((1, 2), keepdim=True)
-        ).movedim(-1, 1),
+        lambda x, a, b: (x.movedim(1, -1) * x.movedim(1, -1).mean((1, 2), keepdim=True)).movedim(
+            -1, 1
+        ),
         r"mul .*combines a map with a value pooled over all its positions",
     ),
 }

@@ -20,6 +20,7 @@ from fcvgg.rewriting.rules import (
     convolution,
     elementwise,
     fully_connected,
+    patches,
     pooling,
     reductions,
     refused,
@@ -32,6 +33,6 @@ from fcvgg.rewriting.rules.reshaping import moves
 __all__ = ["attributes", "is_known", "kind_for", "moves", "pointwise", "rule"]
 
 _RULES_LOADED = (
-    *(channels, elementwise, fully_connected, pooling, reductions, refused, reshaping),
-    convolution,
+    *(channels, elementwise, fully_connected, patches, pooling, reductions),
+    *(convolution, refused, reshaping),
 )

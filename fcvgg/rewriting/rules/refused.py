@@ -40,5 +40,9 @@ refuse(
 refuse(
     "shuffling or rolling positions moves a cell away from its place in the image",
     *calling("roll"),
-    *(nn.PixelShuffle, nn.PixelUnshuffle, nn.Fold, nn.Unfold),
+    *(nn.PixelShuffle, nn.Fold),
+)
+refuse(
+    "a recurrent layer runs over the positions, so a cell would change with the rest of the image",
+    *(nn.RNN, nn.LSTM, nn.GRU),
 )

@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 from fcvgg.errors import InputSizeError, UnsupportedLayerError
 from fcvgg.rewriting.layouts import Cells, Constant, rearranged
 from fcvgg.rewriting.rewriter import Call, Rewriter
+from fcvgg.rewriting.rules.patches import as_blocks
 from fcvgg.rewriting.rules.registry import calling, register
 
 _SELECTIONS = {
@@ -57,7 +58,7 @@ def _moves(build: Rewriter, call: Call, x: Any, *args: Any, **kwargs: Any) -> An
             f"({height}, {width}): a reshape with fixed sizes turned positions into batch rows; "
             "pass the native size, or reshape with x.view(x.size(0), -1)"
         )
-    moved = [replace(x, moved=layout) for layout in layouts]
+    moved = [as_blocks(build, call, replace(x, moved=layout)) for layout in layouts]
     single = isinstance(call.node.meta["value"], Tensor)
     return moved[0] if single else tuple(moved)
 
