@@ -34,8 +34,9 @@ class FullyConvolutional(ImagePrediction):
     """A classifier as a fully convolutional network: any input size, a map of scores.
 
     Made by `fcvgg.convert`. Calling it takes ``(N, C, H, W)`` images of any size, preprocessed, and
-    returns raw scores ``(N, K, h, w)``, with ``(h, w) == net.output_size((H, W))``; a tuple of them
-    for a model with several outputs. An image below the window is padded with zeros, centred.
+    returns raw scores ``(N, K, h, w)``, with ``(h, w) == net.output_size((H, W))``; of several
+    outputs in the model's own containers, a dict as a dict of maps. An image below the window is
+    padded with zeros, centred.
 
     Attributes:
         network: the rewritten model, an `torch.fx.GraphModule`; `state_dict` has its keys, which
@@ -112,15 +113,35 @@ class FullyConvolutional(ImagePrediction):
     def forward(self, images: Tensor) -> Any:
         """Score maps ``(N, K, h, w)`` of preprocessed images ``(N, C, H, W)``.
 
+        They come in the containers in which the source returns its scores: dicts, tuples, lists,
+        NamedTuples, dataclasses. While torch traces or exports, a NamedTuple stands for a
+        dataclass; torch.jit.trace, which knows no None, gets a plain tuple. A loaded network gives
+        NamedTuples for classes with fields, since a bundle holds no classes. `torch.export.export`
+        and `torch.jit.trace` take the network for all sizes from the window up; ``net.export``
+        also checks the file and writes what is known of the network into it.
+
         In evaluation mode the cells that see a pixel that is not finite are NaN, and all others are
         as if the pixel were 0.
         """
+        if torch.compiler.is_exporting() or torch._C._get_tracing_state() is not None:
+            # for every size from the window up: what padding takes depends on the size
+            return self._in_form(self.network(images))
         self._check_images(images)
         self._check_dtype(images)
         images = self._padded(images)
         if self.training or is_traced() or not can_be_looked_at(images):
-            return run(self.network, images)
-        return run_with_missing(images, lambda x: run(self.network, x), self.readers)
+            return self._in_form(run(self.network, images))
+        return self._in_form(run_with_missing(images, lambda x: run(self.network, x), self.readers))
+
+    def _in_form(self, maps: Any) -> Any:
+        """The maps that the graph gives in the containers of the source's outputs."""
+        form = self.program.outputs
+        if form.is_tensor:
+            return maps
+        values = maps if isinstance(maps, tuple) else (maps,)
+        if torch._C._get_tracing_state() is not None:
+            return values
+        return form.filled(values, records=not is_traced())
 
     def output_size(self, size: Iterable[int] | int) -> Pair:
         """Cells ``(h, w)`` for images of ``(H, W)`` pixels.

@@ -33,6 +33,7 @@ from fcvgg.images.reading import (
 from fcvgg.names import counted, readable
 from fcvgg.network import FullyConvolutional
 from fcvgg.probability import MeanOfViews, to_probabilities
+from fcvgg.rewriting.outputs import flattened
 from fcvgg.support.atomic import JSON_ENDINGS, checked_file, written_whole
 from fcvgg.support.module_state import device_of, dtype_of, evaluating
 from fcvgg.support.progress import progress_bar
@@ -467,7 +468,7 @@ class _Run:
         batch = batch.to(device_of(reference), dtype_of(reference))
         with torch.no_grad(), evaluating(reference):
             scores = reference(batch)
-        scores = scores[0] if isinstance(scores, (tuple, list)) else scores
+        scores = flattened(scores)[0][0]
         if self.model is not None:
             return scores.reshape(len(batch), -1)
         row, col = self.net.native_cell

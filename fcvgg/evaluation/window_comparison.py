@@ -24,6 +24,7 @@ from fcvgg.images.reading import ImageLike
 from fcvgg.network import FullyConvolutional
 from fcvgg.probability import require_classes, to_probabilities
 from fcvgg.results.score_map import ScoreMap
+from fcvgg.rewriting.outputs import flattened
 from fcvgg.support.module_state import device_of, dtype_of, evaluating
 from fcvgg.support.progress import progress_bar
 from fcvgg.support.tables import text_table
@@ -202,7 +203,7 @@ def compare_windows(
     net: FullyConvolutional,
     image: ImageLike,
     *,
-    output: int = 0,
+    output: int | str = 0,
     progress: bool = False,
 ) -> WindowComparison:
     """Run the source model on every cell's window and compare it with the dense map.
@@ -214,13 +215,13 @@ def compare_windows(
         model: the source model.
         net: what `fcvgg.convert` made of it.
         image: as for ``net.score_map``.
-        output: which output, for a model with several.
+        output: which output, by number or name, for a model with several.
         progress: show a progress bar on stderr.
 
     Raises:
         ImageError: if the image has pixels that are not finite, with which nothing can be compared.
     """
-    dense = net.score_map(image, output=output)
+    dense, index = net.score_map(image, output=output), net.output_index(output)
     unknown = int((~dense.has_data).sum())
     if unknown:
         raise ImageError(
@@ -238,8 +239,7 @@ def compare_windows(
     ):
         for batch in _crops(pixels, starts, net.input_size):
             given = model(batch)
-            given = list(given.values()) if isinstance(given, dict) else given
-            given = given[output] if isinstance(given, (tuple, list)) else given
+            given = flattened(given)[0][index]
             scores.append(given.reshape(len(batch), -1))
             advance(len(batch))
     crops = torch.cat(scores).T.unflatten(1, (rows, cols)).to(dense.scores)  # (K, h, w)

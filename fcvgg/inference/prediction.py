@@ -32,6 +32,7 @@ from fcvgg.probability import (
 )
 from fcvgg.results.heatmap import Heatmap
 from fcvgg.results.score_map import ScoreMap, pyramid_heatmap
+from fcvgg.rewriting.outputs import flattened
 from fcvgg.rewriting.program import Program
 from fcvgg.support.module_state import device_of, dtype_of, evaluating
 
@@ -66,17 +67,32 @@ class ImagePrediction(nn.Module):
     def activation(self, value: str) -> None:
         self._activations = (checked_activation(value), *self._activations[1:])
 
-    def activation_of(self, output: int = 0) -> str:
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """The names of the outputs, keys joined with dots; ``("",)`` for one tensor."""
+        return tuple(self.program.outputs.names())
+
+    def output_index(self, output: int | str) -> int:
+        """The number of an output that is given by number or name.
+
+        Raises:
+            ArgumentError: if there is no such output.
+        """
+        if isinstance(output, str) and output in self.outputs:
+            return self.outputs.index(output)
+        count = len(self._activations)
+        if type(output) is int and 0 <= output < count:
+            return output
+        names = f" or one of {', '.join(map(repr, self.outputs))}" if any(self.outputs) else ""
+        raise ArgumentError(f"output must be from 0 to {count - 1}{names}, got {output!r}")
+
+    def activation_of(self, output: int | str = 0) -> str:
         """What the scores of one output are.
 
         Raises:
             ArgumentError: if there is no such output.
         """
-        if not isinstance(output, int) or not 0 <= output < len(self._activations):
-            raise ArgumentError(
-                f"output={output!r} does not exist; the network has {len(self._activations)}"
-            )
-        return self._activations[output]
+        return self._activations[self.output_index(output)]
 
     @property
     def num_classes(self) -> int:
@@ -102,7 +118,9 @@ class ImagePrediction(nn.Module):
 
     # -- images -----------------------------------------------------------------------------------
 
-    def score_map(self, image: ImageLike, *, scale: int | None = None, output: int = 0) -> ScoreMap:
+    def score_map(
+        self, image: ImageLike, *, scale: int | None = None, output: int | str = 0
+    ) -> ScoreMap:
         """The score map of one image.
 
         Args:
@@ -113,16 +131,16 @@ class ImagePrediction(nn.Module):
             scale: length of the smaller side to which the image is rescaled, in place of the
                 preprocessing's resize; results still refer to the image's own pixels. None keeps
                 its size, or leaves it to preprocessing.
-            output: which output, for a model with several.
+            output: which output, by number or name, for a model with several.
 
         Raises:
             PreprocessError: if the image needs preprocessing and the network has none.
             ImageError: if it cannot be used as an image.
         """
-        prepared = self._prepared(image)
+        prepared, index = self._prepared(image), self.output_index(output)
         if scale is None:
-            return self._score_map(prepared, output)
-        return self._score_map_at(prepared, scale, output)
+            return self._score_map(prepared, index)
+        return self._score_map_at(prepared, scale, index)
 
     def heatmap(
         self,
@@ -131,7 +149,7 @@ class ImagePrediction(nn.Module):
         *,
         scales: Sequence[int] | int | None = None,
         combine: str = "max",
-        output: int = 0,
+        output: int | str = 0,
     ) -> Heatmap:
         """One class's probability over the image; the top class of the average if None.
 
@@ -142,7 +160,7 @@ class ImagePrediction(nn.Module):
                 find objects larger or smaller than the window; their maps are placed on the
                 image's pixels by geometry. None keeps its size.
             combine: ``"max"`` or ``"mean"`` of the scales at each pixel.
-            output: which output, for a model with several.
+            output: which output, by number or name, for a model with several.
 
         Raises:
             ArgumentError: if the scores have no probabilities, or are not what they are said to be.
@@ -150,8 +168,8 @@ class ImagePrediction(nn.Module):
         require_probabilities(self.activation_of(output))
         if scales is None:
             return self.score_map(image, output=output).heatmap(target)
-        prepared = self._prepared(image)
-        maps = [self._score_map_at(prepared, scale, output) for scale in smaller_sides(scales)]
+        prepared, index = self._prepared(image), self.output_index(output)
+        maps = [self._score_map_at(prepared, scale, index) for scale in smaller_sides(scales)]
         return pyramid_heatmap(maps, target, combine)
 
     @torch.no_grad()
@@ -162,7 +180,7 @@ class ImagePrediction(nn.Module):
         scales: Sequence[int] | int | None = None,
         flip: bool = False,
         average: str = "scores",
-        output: int = 0,
+        output: int | str = 0,
     ) -> Tensor:
         """Class probabilities by dense evaluation (VGG paper, section 3.2).
 
@@ -193,14 +211,14 @@ class ImagePrediction(nn.Module):
             raise ArgumentError(
                 f"average={average!r} is unknown; expected 'scores' or 'probabilities'"
             )
-        flip = checked_flip(flip)
+        flip, index = checked_flip(flip), self.output_index(output)
         lengths = None if scales is None else smaller_sides(scales)
         means: dict[int, MeanOfViews] = {}
-        for index, row in run_in_batches(
+        for number, row in run_in_batches(
             self._views(images, lengths, flip),
-            lambda _, batch: self._predicted(batch, average, output),
+            lambda _, batch: self._predicted(batch, average, index),
         ):
-            means.setdefault(index, MeanOfViews()).add(row)
+            means.setdefault(number, MeanOfViews()).add(row)
         if not means:
             raise ImageError("no images were given; expected at least one")
         return torch.stack([means[i].value() for i in sorted(means)])
@@ -235,7 +253,7 @@ class ImagePrediction(nn.Module):
                 f"memory whole ({one_line(error)}); choose a smaller scale, or compute it strip by "
                 "strip with fcvgg.stream"
             ) from error
-        return maps[output] if isinstance(maps, tuple) else maps
+        return flattened(maps)[0][output]
 
     def _prepared(self, image: ImageLike) -> PreparedImage:
         return prepare(image, self.preprocess, self.program.in_channels)

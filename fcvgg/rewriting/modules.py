@@ -89,7 +89,8 @@ def window_linear(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: Pair
     Returns:
         map ``(N, O, H - (kh-1)*dilation, W - (kw-1)*dilation)``.
     """
-    if torch.compiler.is_exporting():  # one operation that every runtime knows, for every size
+    if torch.compiler.is_exporting() or torch._C._get_tracing_state() is not None:
+        # one operation that every runtime knows, for every size
         return F.conv2d(x, weight, bias, dilation=dilation)
     kernel = (weight.shape[2], weight.shape[3])
     if kernel == (1, 1):

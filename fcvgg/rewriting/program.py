@@ -12,6 +12,7 @@ from torch import fx, nn
 
 from fcvgg.errors import ConversionError, UnsupportedLayerError
 from fcvgg.geometry import IMAGE, Axis, Geometry, Pair, Step, Window
+from fcvgg.rewriting.outputs import TENSOR, Form
 
 Windows = tuple[Window, Window]
 """A layer along the height and along the width."""
@@ -50,7 +51,11 @@ class TrainingMode:
 
 @dataclass(frozen=True)
 class Program:
-    """A rewritten model: what `fcvgg.network.FullyConvolutional` runs and knows of itself."""
+    """A rewritten model: what `fcvgg.network.FullyConvolutional` runs and knows of itself.
+
+    `outputs` is the form in which the source returns its outputs; the graph gives them as a tuple,
+    or as one map where the source returns one tensor.
+    """
 
     network: fx.GraphModule
     geometry: Geometry
@@ -59,6 +64,7 @@ class Program:
     in_channels: int
     records: tuple[LayerRecord, ...]
     aliases: frozenset[str]
+    outputs: Form = TENSOR
     training_mode: TrainingMode = field(default=TrainingMode())
 
 

@@ -270,29 +270,26 @@ class Rewriter:
         return node.target(*args, **kwargs)
 
     def _outputs(self, node: fx.Node) -> list[Cells]:
-        value = self._operand_tree(node.args[0])
-        several = isinstance(value, (tuple, list, dict))
-        named = dict(value if isinstance(value, dict) else enumerate(value if several else [value]))
-        maps = list(named.values())
-        for name, cells in named.items():
+        form = self.captured.outputs
+        returned: Any = (node.args[0],) if form.is_tensor else node.args[0]
+        maps = fx.node.map_aggregate(returned, self._operand)
+        vectors = []
+        for name, cells in zip(form.names(), maps):  # type: ignore[arg-type]
+            place = f" {name}" if name else ""
             if not isinstance(cells, Cells):
-                place = f" as output {name!r}" if several else ""
                 raise ConversionError(
-                    f"the model returns {_kind(cells)}{place} where class scores are expected; "
-                    "wrap it so that it returns one tensor (N, K), or a tuple of them"
+                    f"the model's output{place} is {type(cells).__name__.lower()}, not computed "
+                    "from the images; wrap the model so that it returns scores (N, K)"
                 )
             if cells.positions > 1:
                 raise ConversionError(
-                    f"the model has no fully connected or global-pool head: its output is "
+                    f"the model has no fully connected or global-pool head: its output{place} is "
                     f"{cells.shape}, a map; expected scores (N, K)"
                 )
-        vectors = [self.features(c, replace(c, moved=c.layout.flatten()), 0) for c in maps]
+            vectors.append(self.features(cells, replace(cells, moved=cells.layout.flatten()), 0))
         nodes = tuple(v.node for v in vectors)
-        self.graph.output(nodes if several else nodes[0])
+        self.graph.output(nodes[0] if form.is_tensor else nodes)
         return vectors
-
-    def _operand_tree(self, argument: Any) -> Any:
-        return fx.node.map_aggregate(argument, self._operand)
 
     def _program(self, outputs: Sequence[Cells]) -> Program:
         first, *others = (self.steps.geometry_at(cells.step) for cells in outputs)
@@ -317,6 +314,7 @@ class Rewriter:
             in_channels=self.captured.channels,
             records=tuple(self.records),
             aliases=frozenset(self._aliases),
+            outputs=self.captured.outputs,
         )
 
     def join(self, cells: Sequence[Cells], call: Call, node: fx.Node) -> int:
@@ -744,15 +742,6 @@ def _needed(graph: fx.Graph) -> list[fx.Node]:
             memory = storages_of(node.meta.get("value"))
             ends.extend(n for n, changed in changing if not memory.isdisjoint(changed))
     return [node for node in graph.nodes if node in needed]
-
-
-def _kind(value: object) -> str:
-    """What a value is, in plain words: the graph's own containers have other names."""
-    if isinstance(value, dict):
-        return "a dict"
-    if isinstance(value, (tuple, list)):
-        return f"a {'tuple' if isinstance(value, tuple) else 'list'}"
-    return "None" if value is None else type(value).__name__
 
 
 def _features_wanted(node: fx.Node, captured: Captured) -> int | None:
