@@ -149,14 +149,14 @@ class Rewriter:
     def _spreads_pooled(self, node: fx.Node) -> bool:
         """Whether a value of one position, pooled from a map, is spread over a map's positions."""
         made = node.meta.get("value")
-        if not isinstance(made, Tensor) or made.ndim != 4:
+        if not isinstance(made, Tensor) or made.ndim < 4:
             return False
         fed = [n.meta.get("value") for n in node.all_input_nodes if self._sees_images(n)]
-        shapes = [tuple(x.shape) for x in fed if isinstance(x, Tensor) and x.ndim == 4]
+        shapes = [tuple(x.shape) for x in fed if isinstance(x, Tensor) and x.ndim == made.ndim]
         return any(
             shape[first : first + 2] == (1, 1) and made.shape[first : first + 2].numel() > 1
             for shape in shapes
-            for first in (1, 2)  # (N, H, W, C) and (N, C, H, W)
+            for first in range(1, made.ndim - 1)  # (N, C, H, W), (N, H, W, C), (N, G, C, H, W)
         )
 
     def _rewrite(self, node: fx.Node, kind_for: Callable[..., LayerKind]) -> Any:
