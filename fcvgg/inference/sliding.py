@@ -21,6 +21,7 @@ from fcvgg.rewriting.modules import (
     BinnedPool2d,
     ChannelLayerNorm,
     DilatedAvgPool2d,
+    LogSumExpPool2d,
     Patches,
     WindowLinear,
     cut_to,
@@ -307,6 +308,12 @@ def binned_pool2d(pool: BinnedPool2d) -> Sliding:
     windows = _windows(pool.window, 1, 0, pool.dilation)
     bins = pool.bins[0] * pool.bins[1]
     return Sliding(windows, lambda x, part: pool(x), multiplies=bins)
+
+
+@strip_rule(LogSumExpPool2d)
+def log_sum_exp_pool2d(pool: LogSumExpPool2d) -> Sliding:
+    windows = _windows(pool.kernel_size, 1, 0, pool.dilation)
+    return Sliding(windows, lambda x, part: pool(x), columns=max(pool.kernel_size))
 
 
 @strip_rule(Patches)

@@ -286,6 +286,25 @@ class DilatedAvgPool2d(nn.Module):
         )
 
 
+class LogSumExpPool2d(nn.Module):
+    """``torch.logsumexp`` of every window with stride 1: a maximum that is smooth."""
+
+    def __init__(self, kernel_size: Pair, dilation: Pair = (1, 1)):
+        super().__init__()
+        self.kernel_size = kernel_size
+        self.dilation = dilation
+
+    def forward(self, x: Tensor) -> Tensor:
+        for dim, kernel, dilation in zip((2, 3), self.kernel_size, self.dilation):
+            cells = x.shape[dim] - (kernel - 1) * dilation
+            x = torch.stack([x.narrow(dim, i * dilation, cells) for i in range(kernel)])
+            x = x.logsumexp(0)
+        return x
+
+    def extra_repr(self) -> str:
+        return f"{self.kernel_size}, dilation={self.dilation}"
+
+
 class ChannelLayerNorm(nn.LayerNorm):
     """Layer normalisation of each cell's features: ``(N, C, h, w)``, normalised over C."""
 

@@ -156,7 +156,7 @@ class Rewriter:
         return any(
             shape[first : first + 2] == (1, 1) and made.shape[first : first + 2].numel() > 1
             for shape in shapes
-            for first in range(1, made.ndim - 1)  # (N, C, H, W), (N, H, W, C), (N, G, C, H, W)
+            for first in {made.ndim - 2, 1 if made.ndim == 4 else made.ndim - 2}  # or (N, H, W, C)
         )
 
     def _rewrite(self, node: fx.Node, kind_for: Callable[..., LayerKind]) -> Any:

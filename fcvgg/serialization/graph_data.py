@@ -43,8 +43,8 @@ _FUNCTIONS = {
     "torch": """
         abs add addcmul amax amin cat celu channel_shuffle chunk clamp clamp_ clip clip_ clone
         concat concatenate conv2d detach div erf exp flatten flip fliplr flipud ge gt
-        index_select layer_norm le log log1p log_softmax lt masked_fill max max_pool2d
-        maximum mean minimum moveaxis movedim mul narrow neg norm permute pow prelu ravel
+        index_select layer_norm le log log1p log_softmax logsumexp lt masked_fill max
+        max_pool2d maximum mean minimum moveaxis movedim mul narrow neg norm permute pow prelu ravel
         relu relu_ reshape rrelu rsqrt select selu sigmoid sigmoid_ sign softmax split
         sqrt square squeeze std sub sum swapaxes swapdims tanh tanh_ tensor_split threshold
         transpose unbind unflatten unsqueeze var where cos sin nan_to_num ones_like

@@ -54,7 +54,7 @@ def test_torchvision_models_that_mix_positions(name: str, message: str) -> None:
 def test_squeeze_and_excitation_written_by_hand() -> None:
     refused(
         seeded(SqueezeExcited),
-        r"mul \(.*combines a map with a value pooled over all its positions \(squeeze-and-excit",
+        r"mul \(.*combines a map with a value pooled over all its positions, as squeeze-and-excit",
         fcvgg.RefusedLayerError,
         input_size=32,
     )
@@ -138,8 +138,8 @@ def test_functions_and_layers_that_are_known_to_break_it(call, layers, message: 
             r"sum_1 \(Tensor.sum in head\) reduces over 3, which is not all rows or columns",
         ),
         (
-            lambda x, fc: fc(x.mean(1).flatten(1)),
-            [nn.Linear(36, 4)],
+            lambda x, fc: fc(x.unflatten(1, (2, 4)).mean(1).flatten(1)),
+            [nn.Linear(144, 4)],
             r"mean \(Tensor.mean in head\) reduces over 1, which is not all rows or columns",
         ),
         (
@@ -173,9 +173,9 @@ def test_functions_and_layers_that_are_known_to_break_it(call, layers, message: 
             r"to \(Tensor\.to in head\) takes the indices of a maximum, which depend on the map's",
         ),
         (
-            lambda x, fc: fc(x.max(1).values.flatten(1)),
-            [nn.Linear(36, 4)],
-            r"max_1 \(Tensor\.max in head\) reduces over 1, which is not all rows or columns of ea",
+            lambda x, fc: fc(x.unflatten(1, (4, 2)).max(2).values.flatten(1)),
+            [nn.Linear(144, 4)],
+            r"max_1 \(Tensor\.max in head\) reduces over 2, which is not all rows or columns of ea",
         ),
         (
             lambda x, fc: fc((x / x.max()).amax((2, 3))),

@@ -13,7 +13,7 @@ from fcvgg.errors import UnsupportedLayerError
 from fcvgg.geometry import Pair, Window
 from fcvgg.rewriting.layouts import Cells, Constant, Unusable, pooled_layout, with_channels
 from fcvgg.rewriting.marks import FeatureSize
-from fcvgg.rewriting.modules import BinnedPool2d, DilatedAvgPool2d
+from fcvgg.rewriting.modules import BinnedPool2d, DilatedAvgPool2d, LogSumExpPool2d
 from fcvgg.rewriting.program import Windows
 from fcvgg.rewriting.rewriter import Call, Rewriter
 from fcvgg.rewriting.rules.convolution import (
@@ -54,6 +54,8 @@ def pool_window(
         pool = BinnedPool2d(kind, extent, bins, x.dilation)
     elif kind == "max":
         pool = nn.MaxPool2d(covers, dilation=x.dilation, **settings)
+    elif kind == "logsumexp":
+        pool = LogSumExpPool2d(covers, x.dilation)
     elif x.dilation == (1, 1):
         pool = nn.AvgPool2d(covers, divisor_override=divisor, **settings)
     else:
@@ -153,7 +155,7 @@ def maximum(
     return _reduced(build, call, input, dim, keepdim, "max"), indices
 
 
-@rule(*calling("mean", "sum", "amax", "amin"), has_extent=True)
+@rule(*calling("mean", "sum", "amax", "amin", "logsumexp"), has_extent=True)
 def reduce_positions(
     build: Rewriter, call: Call, input: Any, dim: Any = None, keepdim: bool = False, **names: Any
 ) -> Any:
@@ -172,11 +174,11 @@ def _reduced(build: Rewriter, call: Call, input: Any, dim: Any, keepdim: bool, n
     if left is None:
         raise UnsupportedLayerError(
             f"{call} reduces over {dim}, which is not all rows or columns of each channel; "
-            "only global pooling is supported"
+            "only global pooling and reductions of all channels are supported"
         )
     bins, layout = left
     whole = replace(input, moved=None)
-    kind = "max" if name in ("amax", "max") else "avg"
+    kind = {"amax": "max", "max": "max", "logsumexp": name}.get(name, "avg")
     pooled = pool_window(build, call, whole, kind, bins, 1 if name == "sum" else None)
     for axis in axes if keepdim else ():
         layout = layout.unsqueeze(axis)

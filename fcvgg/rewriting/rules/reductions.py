@@ -125,5 +125,6 @@ def vector_norm(
 # what is emitted has the channels as its dimension: the source's calls over positions become pools
 register(
     *(torch.mean, torch.sum, torch.amax, torch.amin, torch.var, torch.std, torch.norm),
+    torch.logsumexp,
     positional=True,
 )
