@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fcvgg.errors import ArgumentError, ConversionError, InputSizeError
+from fcvgg.errors import ArgumentError, ConversionError, InputSizeError, check_choice
 from fcvgg.geometry import Pair, checked_size
 from fcvgg.images.preprocessing import Preprocess
 from fcvgg.network import FullyConvolutional
@@ -220,14 +220,11 @@ def _fitting_size_named(
 
 
 def _check_options(padding: str, output_stride: int | None, in_channels: int | None) -> None:
-    if padding not in ("valid", "same"):
-        raise ArgumentError(f"padding must be 'valid' or 'same', got {padding!r}")
+    check_choice("padding", padding, ("valid", "same"))
     if output_stride is not None and (not isinstance(output_stride, int) or output_stride < 1):
         raise ArgumentError(f"output_stride must be a positive integer, got {output_stride!r}")
     if in_channels is not None and (type(in_channels) is not int or in_channels < 1):
-        raise ArgumentError(
-            f"in_channels must be the number of channels of the images, got {in_channels!r}"
-        )
+        raise ArgumentError(f"in_channels must be a positive integer, got {in_channels!r}")
 
 
 def unwrapped(model: Any) -> nn.Module:
@@ -243,6 +240,6 @@ def unwrapped(model: Any) -> nn.Module:
     if not isinstance(model, nn.Module):
         what = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
         raise ConversionError(
-            f"convert takes a torch.nn.Module, got {what}; load names and files with fcvgg.load"
+            f"model must be a torch.nn.Module, got {what}; load names and files with fcvgg.load"
         )
     return model

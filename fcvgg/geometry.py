@@ -171,6 +171,11 @@ class Axis:
         start = self.offset + cell * self.stride
         return start, start + self.receptive_field
 
+    def interior(self, least: int) -> Pair:
+        """The least input of `least` pixels or more with a cell that sees no padding, and it."""
+        cell = max(-(self.offset // self.stride), 0)
+        return max(self.span_of(cell)[1], least), cell
+
     @property
     def crop(self) -> int:
         """The extent of the crops that cells stand for."""

@@ -237,20 +237,20 @@ def test_bfloat16(net: fcvgg.FullyConvolutional) -> None:
 
 @pytest.mark.parametrize("images", [[], (), torch.zeros(0, 3, 8, 8)], ids=["[]", "()", "batch"])
 def test_no_images(net: fcvgg.FullyConvolutional, images: Any) -> None:
-    with pytest.raises(fcvgg.ImageError, match="no images were given; expected at least one"):
+    with pytest.raises(fcvgg.ImageError, match="images must hold at least one, got none"):
         net.classify(images)
 
 
 def test_an_unknown_average(net: fcvgg.FullyConvolutional) -> None:
     with pytest.raises(
         fcvgg.FcvggError,
-        match=r"^average='mean' is unknown; expected 'scores' or 'probabilities'$",
+        match=r"^average must be 'scores' or 'probabilities', got 'mean'$",
     ):
         net.classify(pixels(), average="mean")
 
 
 def test_an_output_that_does_not_exist(net: fcvgg.FullyConvolutional) -> None:
-    with pytest.raises(fcvgg.FcvggError, match=r"^output=1 does not exist; the network has 1$"):
+    with pytest.raises(fcvgg.FcvggError, match=r"^output must be from 0 to 0, got 1$"):
         net.classify(pixels(), output=1)
 
 
@@ -306,7 +306,5 @@ def test_bytes_are_no_images(net: fcvgg.FullyConvolutional) -> None:
 def test_the_activation_of_an_output_that_does_not_exist(
     net: fcvgg.FullyConvolutional, output: Any
 ) -> None:
-    with pytest.raises(
-        fcvgg.ArgumentError, match=rf"^output={output!r} does not exist; the network has 1$"
-    ):
+    with pytest.raises(fcvgg.ArgumentError, match=rf"^output must be from 0 to 0, got {output!r}$"):
         net.activation_of(output)

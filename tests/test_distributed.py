@@ -332,7 +332,9 @@ def test_workers_that_cannot_be(net: Any, options: Any, message: str, tmp_path: 
 
 
 def test_bad_input(net: Any, tmp_path: Path) -> None:
-    with pytest.raises(FcvggError, match="average='bogus' is unknown"):
+    with pytest.raises(
+        FcvggError, match="average must be 'scores' or 'probabilities', got 'bogus'"
+    ):
         distributed.classify(net, "x", out=tmp_path / "classes", average="bogus")
     with pytest.raises(FcvggError, match="paths must name at least one file or folder"):
         distributed.classify(net, [], out=tmp_path / "classes")

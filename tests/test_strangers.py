@@ -280,7 +280,7 @@ HEAD = "classifier.6.weight"
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (holding_itself, "holds no state of a model"),
+        (holding_itself, "must hold tensors by name"),
         (lambda: {HEAD: torch.zeros(1).expand(10**8, 4096)}, "must hold at most 67.1 MB"),
         (lambda: {HEAD: torch.zeros(10**8, 4096, device="meta")}, "which is without values"),
         (lambda: {HEAD: torch.zeros(2, 4096).to_sparse()}, "which is sparse"),
@@ -477,7 +477,7 @@ def test_a_keras_file_cut_anywhere_is_one_line(tmp_path):
     path = tmp_path / "cut.keras"
     for end in (0, 1, 100, len(data) // 2, len(data) - 30, len(data) - 1):
         path.write_bytes(data[:end])
-        refused(lambda: fcvgg.load(path), "no readable Keras file", fcvgg.LoadError)
+        refused(lambda: fcvgg.load(path), "cannot be read as a Keras file", fcvgg.LoadError)
 
 
 # -- ONNX -----------------------------------------------------------------------------------------
@@ -640,7 +640,7 @@ def test_an_onnx_node_keeps_to_the_budget(tmp_path, node, message):
         ("link.bin", "must be a file in .*, got a link out of it"),
         ("pipe.bin", "must be a regular file"),
         ("absent.bin", "lacks the file of its weights"),
-        ("short.bin", "must take at most|no readable ONNX file|is broken"),
+        ("short.bin", "must take at most|cannot be read as an ONNX file|is broken"),
     ],
 )
 def test_external_weights_lie_in_regular_files_of_the_folder(tmp_path, location, message):

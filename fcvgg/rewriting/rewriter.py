@@ -354,6 +354,11 @@ class Rewriter:
         name = call.node.target if target is None else target
         return self.graph.create_node(call.node.op, name, tuple(args), kwargs, call.node.name)
 
+    def repeat(self, call: Call, x: Cells) -> fx.Node:
+        """The source's own call, with its own arguments, on another map."""
+        args, kwargs = fx.node.map_aggregate((call.node.args[1:], call.node.kwargs), self._operand)  # type: ignore
+        return self.emit(call, (x, *args), kwargs)
+
     def _nodes(self, call: Call, arguments: Any) -> Any:
         def node_of(argument: Any) -> Any:
             if isinstance(argument, (Cells, Constant)):
@@ -580,7 +585,7 @@ class Rewriter:
         call: Call,
         x: Cells,
         windows: Windows,
-        emit: Callable[[Windows, bool], fx.Node],
+        emit: Callable[[Windows, bool], fx.Node] | None = None,
         multiply_adds: int = 0,
         kind: str | None = None,
         pools: str | None = None,
@@ -589,15 +594,21 @@ class Rewriter:
         """A layer that slides a kernel: convolution or pool.
 
         `emit` receives the windows as they must be on this map, and whether they differ from the
-        source's because strides before it, or its own, became dilation. `pools` is how a pool
-        makes one value of many, ``"avg"``, ``"max"`` or ``"other"``; other layers make new scores.
+        source's because strides before it, or its own, became dilation; when None, the source's
+        call is repeated, and a layer that must be dilated is refused. `pools` is how a pool makes
+        one value of many, ``"avg"``, ``"max"`` or ``"other"``; other layers make new scores.
         `extent` is that of the result where the source's value has another shape.
         """
         dense, dilation = self._densified(call, x, windows)
-        self.kernels.add((kind or call.kind, (windows[0].kernel, windows[1].kernel)))
-        node = emit(dense, dense != windows)
-        step = self.steps.add(dense, (x.step,), str(call))
         extent = extent or tuple(call.node.meta["value"].shape[1:])
+        _check_extent(call, windows, x.extent[1:], extent[1:])
+        if emit is None and dense != windows:
+            raise UnsupportedLayerError(
+                f"{call} has no dilated form; convert without output_stride"
+            )
+        self.kernels.add((kind or call.kind, (windows[0].kernel, windows[1].kernel)))
+        node = self.repeat(call, x) if emit is None else emit(dense, dense != windows)
+        step = self.steps.add(dense, (x.step,), str(call))
         unseen = self._unseen(x, windows, extent[1:])
         result = Cells(node, step, extent, dilation=dilation, margin=x.margin, unseen=unseen)
         if pools is not None:
@@ -717,6 +728,16 @@ def _check_arguments(rule: Any, call: Call, args: Any, kwargs: Any) -> None:
         raise UnsupportedLayerError(
             f"{call} is called with arguments that its rule does not know: {error}"
         ) from error
+
+
+def _check_extent(call: Call, windows: Windows, size: Sequence[int], found: Sequence[int]) -> None:
+    """The geometry of a rule must give the size that the source's layer gives."""
+    expected = tuple(window.output_size(n) for window, n in zip(windows, size))
+    if tuple(found) != expected:
+        raise UnsupportedLayerError(
+            f"{call} makes {tuple(found)} positions of {tuple(size)}, where the windows of its "
+            f"rule make {expected}; give its rule all that its size depends on"
+        )
 
 
 def _needed(graph: fx.Graph) -> list[fx.Node]:

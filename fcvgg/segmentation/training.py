@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fcvgg.errors import ArgumentError, DatasetError, GeometryError, PreprocessError
+from fcvgg.errors import ArgumentError, DatasetError, PreprocessError
 from fcvgg.geometry import Pair, checked_size
 from fcvgg.images.files import Unreadable
 from fcvgg.segmentation.mask_folders import (
@@ -181,8 +181,8 @@ def _checked_parts(
             )
     if train.binary != valid.binary:
         raise DatasetError(
-            "255 is class 1 in one part and ignored in the other; expected masks of one kind in "
-            "both: read them by fcvgg.train_fcn(fcn, folder)"
+            "255 must mean the same in both parts, got class 1 in one and ignored pixels in the "
+            "other; read both by fcvgg.train_fcn(fcn, folder)"
         )
     known = [name for name, count in zip(train.categories, train.counts) if count]
     if len(known) < 2:
@@ -211,10 +211,7 @@ def _check_batches(fcn: FCN, samples: MaskedImages, settings: Settings) -> None:
 
 
 def _checked_crop(crop: int | Iterable[int] | None) -> Pair | None:
-    try:
-        return None if crop is None else checked_size(crop)
-    except (GeometryError, TypeError) as error:
-        raise ArgumentError(f"crop must be None, a positive int or (h, w), got {crop!r}") from error
+    return None if crop is None else checked_size(crop, "crop", ArgumentError)
 
 
 def _checked_weights(weights: str | Sequence[float] | None, counts: Sequence[int]) -> Tensor | None:

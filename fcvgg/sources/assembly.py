@@ -73,7 +73,7 @@ class Assembled(nn.Module):
         return name in self._constants or name in self._buffers_of
 
     def is_number(self, name: str) -> bool:
-        """Whether it is a constant that is no tensor."""
+        """Whether it is a constant other than a tensor."""
         return name in self._constants
 
     def add_step(

@@ -65,7 +65,7 @@ def read_array(dataset: Any) -> Any:
     """A dataset as an array.
 
     Raises:
-        ValueError: if it is no array of real numbers.
+        ValueError: if it is not an array of real numbers.
     """
     import h5py
     import numpy as np
@@ -122,7 +122,10 @@ def _claimed_by_attribute(item: Any, name: str) -> int:
     attribute = item.attrs.get_id(name)
     size = math.prod(attribute.shape) * attribute.dtype.itemsize
     if size > _ATTRIBUTE_BYTES:
-        raise ValueError(f"the attribute {name} of {item.name} is of {size:,} bytes")
+        raise ValueError(
+            f"the attribute {name} of {item.name} must take at most {_ATTRIBUTE_BYTES:,} bytes, "
+            f"got {size:,}"
+        )
     with contextlib.suppress(Exception):
         item.attrs[name]
     return size

@@ -157,8 +157,8 @@ class Builder:
         arrays = self._weights.of(layer.path, self.layers)
         if len(arrays) < len(shapes):
             raise LoadError(
-                f"{self.origin} holds {len(arrays)} weights of {layer} instead of {len(shapes)} "
-                f"({', '.join(shapes)})"
+                f"{self.origin} must hold {len(shapes)} weights of {layer} ({', '.join(shapes)}), "
+                f"got {len(arrays)}"
             )
         for (name, shape), array in zip(shapes.items(), arrays):
             if array.ndim != len(shape) or any(
@@ -166,8 +166,8 @@ class Builder:
             ):
                 wanted = tuple("any" if n is None else n for n in shape)
                 raise LoadError(
-                    f"{self.origin}: the {name} of {layer} has shape {array.shape} instead of "
-                    f"{str(wanted).replace(chr(39), '')}"
+                    f"{self.origin}: the {name} of {layer} must have shape "
+                    f"{str(wanted).replace(chr(39), '')}, got {array.shape}"
                 )
         found = [np.asarray(array, dtype=np.float32) for array in arrays[: len(shapes)]]
         self._taken += sum(array.nbytes for array in found)

@@ -20,9 +20,9 @@ from fcvgg.errors import ArgumentError, ConversionError
 from fcvgg.geometry import Pair
 from fcvgg.network import FullyConvolutional
 from fcvgg.rewriting.capture import capture
-from fcvgg.rewriting.modules import DilatedAvgPool2d, WindowLinear
 from fcvgg.rewriting.native_size import infer_input_size
 from fcvgg.rewriting.rules import is_known
+from fcvgg.rewriting.rules.registry import role_of
 from fcvgg.rewriting.tracing import operation_name
 from fcvgg.support.tables import text_table
 
@@ -30,44 +30,6 @@ FIRST_FC = 6
 """The number of the first fully connected layer; VGG has five blocks before it."""
 
 _USUAL_SIZE = 224
-_FUNCTIONS = {
-    "conv2d": "conv",
-    "batch_norm": "bn",
-    "relu": "relu",
-    "relu_": "relu",
-    "max_pool2d": "pool",
-    "avg_pool2d": "pool",
-    "boolean_dispatch": "pool",
-    "linear": "fc",
-    "window_linear": "fc",
-    "dropout": "drop",
-    "flatten": "flatten",
-    "view": "flatten",
-    "reshape": "flatten",
-    "softmax": "prob",
-    "log_softmax": "prob",
-    "adaptive_avg_pool2d": "avgpool",
-    "adaptive_max_pool2d": "maxpool",
-}
-_MODULES: tuple[tuple[tuple[type[nn.Module], ...], str], ...] = (
-    ((nn.Linear, WindowLinear), "fc"),
-    ((nn.Conv2d,), "conv"),
-    ((nn.BatchNorm2d, nn.BatchNorm1d), "bn"),
-    ((nn.ReLU,), "relu"),
-    (
-        (
-            *(nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish),
-            *(nn.PReLU, nn.Tanh, nn.Sigmoid, nn.Hardswish, nn.Softplus),
-        ),
-        "activation",
-    ),
-    ((nn.MaxPool2d, nn.AvgPool2d), "pool"),
-    ((nn.AdaptiveAvgPool2d,), "avgpool"),
-    ((nn.AdaptiveMaxPool2d,), "maxpool"),
-    ((nn.Dropout, nn.Dropout2d, nn.AlphaDropout), "drop"),
-    ((nn.Flatten,), "flatten"),
-    ((nn.Softmax, nn.LogSoftmax, nn.Softmax2d), "prob"),
-)
 
 
 @dataclass(frozen=True)
@@ -250,13 +212,9 @@ def _constants(graph: fx.Graph) -> set[fx.Node]:
 
 
 def _role_of(node: fx.Node, module: nn.Module | None) -> str:
-    if module is None:
-        return _FUNCTIONS.get(operation_name(node).removeprefix("Tensor."), "")
-    if isinstance(module, DilatedAvgPool2d):
-        return "pool"
     if isinstance(module, nn.AvgPool2d) and module.stride in (1, (1, 1)):
         return "avgpool"  # a converted global pool; it ends no block
-    return next((role for classes, role in _MODULES if isinstance(module, classes)), "")
+    return role_of(node.target if module is None else type(module))
 
 
 def _takes_whole_map(node: fx.Node, module: nn.Module | None, in_head: bool) -> bool:
@@ -296,7 +254,8 @@ class _Numbering:
             return self._free(f"fc{self.fc}")
         if role in ("bn", "relu", "drop", "activation"):
             number = str(self.fc) if self.in_head else f"{self.block}_{self.convolution}"
-            return self._free(f"{kind.lower() if role == 'activation' else role}{number}")
+            plain = kind.removeprefix("Tensor.").strip("_").lower()
+            return self._free(f"{plain if role == 'activation' else role}{number}")
         if role in ("avgpool", "maxpool", "flatten", "prob"):
             self.at = 0
         return self._free(role or place)

@@ -366,9 +366,12 @@ def test_weights_that_cannot_be_downloaded_say_what_to_pass(images, no_network):
         (("-m", "my.pth"), "there is no checkpoint my.pth"),
         (("-m", "my.pth", "--arch", "vgg16"), "there is no checkpoint my.pth"),
         (("-w", "my.pth"), "there is no checkpoint my.pth"),
-        (("-w", "LATEST"), "vgg16 has no weights 'LATEST'; expected IMAGENET1K_V1"),
-        (("--arch", "vgg11"), "--arch 'vgg11' goes with a checkpoint, got 'vgg16'"),
-        (("-m", "demo", "-w", "x.pt"), "'demo' comes with its weights, got --weights 'x.pt'"),
+        (("-w", "LATEST"), "for vgg16, got 'LATEST'"),
+        (("--arch", "vgg11"), "--arch 'vgg11' must come with a checkpoint, got 'vgg16'"),
+        (
+            ("-m", "demo", "-w", "x.pt"),
+            "--weights must be left out for 'demo', which holds its own, got 'x.pt'",
+        ),
         (
             ("-m", "demo", "--output-stride", "3"),
             "--output-stride must be one that the network's",
@@ -667,7 +670,7 @@ def test_convert_never_overwrites_anything_else(images, folder):
     (folder / "work/thesis.txt").write_text("years")
     (folder / "notes").write_text("weeks")
     for name in ("work", "notes"):
-        assert fails("convert", "demo", "-o", name).startswith(f"{name} exists and is no bundle")
+        assert fails("convert", "demo", "-o", name).startswith(f"{name} exists and is not a bundle")
     assert (folder / "notes").read_text() == "weeks"
     assert (folder / "work/thesis.txt").read_text() == "years"
 

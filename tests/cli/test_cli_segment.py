@@ -116,9 +116,9 @@ def test_bad_input_is_one_line_and_exit_2(data: Path) -> None:
         (("segment-train", "none", "-c", "a,b", "-m", "demo"), "none/images does not exist"),
         (
             ("segment-train", data, "-c", "a,b", "-m", "demo", "--init-from", "none"),
-            "none is not the folder of an FCN",
+            "none must be the folder of an FCN",
         ),
-        (("segment", data / "images" / "0.png", "--fcn", "none"), "not the folder of an FCN"),
+        (("segment", data / "images" / "0.png", "--fcn", "none"), "must be the folder of an FCN"),
     ]:
         ran = run(*arguments)
         assert ran.exit_code == 2

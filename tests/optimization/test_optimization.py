@@ -703,7 +703,7 @@ def test_a_dtype_wider_than_the_networks(small):
 
 def test_whole_numbers_are_no_images_for_an_optimised_network(small):
     fast = fcvgg.optimize(small)
-    with pytest.raises(ImageError, match=r"takes images of torch.float32, got torch.uint8"):
+    with pytest.raises(ImageError, match=r"images must be of torch.float32, got torch.uint8"):
         fast(torch.zeros(1, 3, 40, 40, dtype=torch.uint8))
 
 

@@ -481,11 +481,11 @@ def test_what_cannot_be_saved_or_loaded_is_said_in_one_line(tmp_path: Path) -> N
     with pytest.raises(fcvgg.FcvggError, match="there is no folder"):
         fcn.save(tmp_path / "none" / "fcn")
     with pytest.raises(
-        fcvgg.LoadError, match=r"other is not the folder of an FCN: it has no fcn.json"
+        fcvgg.LoadError, match=r"other must be the folder of an FCN, got none with fcn.json"
     ):
         fcvgg.FCN.load(tmp_path / "other")
     (tmp_path / "plain").write_text("")
-    with pytest.raises(fcvgg.LoadError, match=r"plain is not the folder of an FCN"):
+    with pytest.raises(fcvgg.LoadError, match=r"plain must be the folder of an FCN"):
         fcvgg.FCN.load(tmp_path / "plain")
     config = fcn.save(tmp_path / "fcn") / "fcn.json"
     good = json.loads(config.read_text())
@@ -1081,7 +1081,7 @@ def test_what_cannot_be_trained_is_said_in_one_line(tmp_path: Path) -> None:
             train(folder, tmp_path / "run", **options)
     fcn = small_fcn()
     with pytest.raises(
-        fcvgg.ArgumentError, match=r"crop must be None, a positive int or \(h, w\), got 'x'"
+        fcvgg.ArgumentError, match=r"crop must be a positive int or \(h, w\), got 'x'"
     ):
         fcvgg.train_fcn(fcn, folder, tmp_path / "run", crop="x")
     three = fcvgg.mask_folder(folder, 3)

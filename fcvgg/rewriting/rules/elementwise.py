@@ -19,7 +19,7 @@ from fcvgg.geometry import Window
 from fcvgg.rewriting.layouts import Cells, Constant, channels_along
 from fcvgg.rewriting.modules import TrainingOnly
 from fcvgg.rewriting.rewriter import Call, Rewriter, refuse_pooled
-from fcvgg.rewriting.rules.registry import calling, register, rule
+from fcvgg.rewriting.rules.registry import attributes, calling, register, rule
 
 _ELEMENTWISE = {"elementwise": True, "positional": True}
 
@@ -127,31 +127,38 @@ def _per_channel(build: Rewriter, call: Call, constant: Constant, cells: Cells) 
     )
 
 
+pointwise(nn.ReLU, *calling("relu", "relu_"), role="relu")
 pointwise(
-    *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish),
-    *(nn.Hardswish, nn.Tanh, nn.Softplus, nn.Softsign),
-    *(nn.RReLU, nn.Softshrink, nn.Hardshrink, nn.Tanhshrink, nn.Threshold),
-    *calling("relu", "relu_", "relu6", "leaky_relu", "leaky_relu_", "elu", "elu_", "selu"),
-    *calling("celu", "gelu", "silu", "mish", "hardswish", "tanh"),
-    *calling("tanh_", "softplus", "softsign", "threshold", "rrelu"),
+    *(nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish, nn.Hardswish),
+    *(nn.Tanh, nn.Softplus, nn.Softsign, nn.RReLU, nn.Softshrink, nn.Hardshrink, nn.Tanhshrink),
+    *(nn.Threshold, *calling("relu6", "leaky_relu", "leaky_relu_", "elu", "elu_", "selu", "celu")),
+    *calling("gelu", "silu", "mish", "hardswish", "tanh", "tanh_", "softplus", "softsign"),
+    *calling("threshold", "rrelu", "hardshrink", "softshrink"),
+    role="activation",
+)
+pointwise(
     *calling("sub", "sub_", "isub", "neg", "pow", "square", "sqrt", "rsqrt"),
     *calling("log1p", "abs", "maximum", "minimum", "erf", "sign"),
     *calling("where", "masked_fill", "gt", "ge", "lt", "le"),
-    *calling("hardshrink", "softshrink", "sin", "cos", "reciprocal", "nan_to_num"),
-    *calling("zeros_like", "ones_like", "addcmul"),
+    *calling("sin", "cos", "reciprocal", "nan_to_num", "zeros_like", "ones_like"),
+    *calling("addcmul"),
 )
 
 
-@elementwise_rule(
-    *(nn.Dropout, nn.AlphaDropout, nn.Dropout2d, nn.FeatureAlphaDropout),
-    *("float", "half", "double", "bfloat16", "to", "type", "type_as"),
-    *calling("clone"),  # emitted, since a layer that works in place may follow
-    *(StochasticDepth, stochastic_depth, TrainingOnly, *calling("pos")),
-)
 def keep(build: Rewriter, call: Call, x: Any, *rest: Any, **names: Any) -> Any:
     """Layers after which the scores are still what they were."""
     result = act_elementwise(build, call, x, *rest, **names)
     return result.alike(x) if isinstance(x, Cells) else result
+
+
+_keeps = partial(register, rewrite=keep, **_ELEMENTWISE)
+_keeps(
+    *("float", "half", "double", "bfloat16", "to", "type", "type_as"),
+    *calling("clone", "pos"),  # emitted, since a layer that works in place may follow
+    *(StochasticDepth, stochastic_depth),
+)
+_keeps(nn.Dropout, nn.AlphaDropout, nn.Dropout2d, nn.FeatureAlphaDropout, role="drop", inert=True)
+_keeps(TrainingOnly, inert=True)
 
 
 @elementwise_rule(*calling("exp"))
@@ -215,13 +222,11 @@ def _scaled(result: Any, x: Any, factor: Any) -> Any:
     return result.meaning_of(x.activation, x.share * factor)
 
 
-@elementwise_rule(nn.Hardtanh)
-def hardtanh_module(build: Rewriter, call: Call, x: Any) -> Any:
-    limits: Any = call.module
-    return _clamped(act_elementwise(build, call, x), x, limits.min_val, limits.max_val)
-
-
-@elementwise_rule(*calling("hardtanh"))
+@elementwise_rule(
+    *(nn.Hardtanh, *calling("hardtanh")),
+    arguments=attributes("min_val", "max_val"),
+    role="activation",
+)
 def hardtanh(
     build: Rewriter,
     call: Call,
@@ -230,8 +235,8 @@ def hardtanh(
     max_val: float = 1.0,
     inplace: bool = False,
 ) -> Any:
-    result = act_elementwise(build, call, input, min_val, max_val, inplace)
-    return _clamped(result, input, min_val, max_val)
+    limits = () if call.module is not None else (min_val, max_val, inplace)
+    return _clamped(act_elementwise(build, call, input, *limits), input, min_val, max_val)
 
 
 @elementwise_rule(*calling("clamp", "clamp_", "clip", "clip_"))
@@ -257,7 +262,7 @@ def _clamped(result: Any, x: Any, lowest: Any, highest: Any) -> Any:
     return result.alike(x) if holds or holds_logs else result
 
 
-@elementwise_rule(F.alpha_dropout, F.feature_alpha_dropout)
+@elementwise_rule(F.alpha_dropout, F.feature_alpha_dropout, role="drop")
 def alpha_dropout(
     build: Rewriter,
     call: Call,
@@ -269,7 +274,7 @@ def alpha_dropout(
     return dropout(build, call, x, p, training, inplace)
 
 
-@elementwise_rule(F.dropout, F.dropout2d)
+@elementwise_rule(F.dropout, F.dropout2d, role="drop")
 def dropout(
     build: Rewriter, call: Call, x: Any, p: float = 0.5, training: Any = True, inplace: bool = False
 ) -> Any:
@@ -281,11 +286,14 @@ def dropout(
     return keep(build, call, x, p, training, inplace)
 
 
-@elementwise_rule(nn.Sigmoid, nn.Hardsigmoid, *calling("sigmoid", "sigmoid_", "hardsigmoid"))
+@elementwise_rule(
+    *(nn.Sigmoid, nn.Hardsigmoid, *calling("sigmoid", "sigmoid_", "hardsigmoid")),
+    role="activation",
+)
 def sigmoid(build: Rewriter, call: Call, x: Any, *rest: Any, **names: Any) -> Any:
     return act_elementwise(build, call, x, *rest, **names).meaning_of("sigmoid")
 
 
-@elementwise_rule(nn.LogSigmoid, *calling("logsigmoid"))
+@elementwise_rule(nn.LogSigmoid, *calling("logsigmoid"), role="activation")
 def log_sigmoid(build: Rewriter, call: Call, x: Any) -> Any:
     return act_elementwise(build, call, x).meaning_of("log_probabilities")

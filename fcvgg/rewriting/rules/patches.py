@@ -17,8 +17,23 @@ from fcvgg.rewriting.layouts import Cells, channels_along, in_order, of_blocks
 from fcvgg.rewriting.modules import Patches
 from fcvgg.rewriting.program import Windows
 from fcvgg.rewriting.rewriter import Call, Rewriter
-from fcvgg.rewriting.rules.convolution import _settings, _windows
-from fcvgg.rewriting.rules.registry import attributes, calling, rule
+from fcvgg.rewriting.rules.convolution import settings_of
+from fcvgg.rewriting.rules.registry import attributes, calling, register, rule
+from fcvgg.rewriting.sliding import Sliding, windows_of
+
+
+def _slide_patches(kernel_size: Pair, stride: Pair, padding: Pair, dilation: Pair) -> Sliding:
+    windows = windows_of(kernel_size, stride, padding, dilation)
+    inner = Patches(kernel_size, stride, (0, 0), dilation)
+    elements = kernel_size[0] * kernel_size[1]
+    return Sliding(windows, lambda x, part: inner(x), multiplies=elements)
+
+
+register(
+    Patches,
+    arguments=attributes("kernel_size", "stride", "padding", "dilation"),
+    slides=_slide_patches,
+)
 
 
 def gather_patches(build: Rewriter, call: Call, x: Cells, windows: Windows, extent: Pair) -> Cells:
@@ -31,7 +46,7 @@ def gather_patches(build: Rewriter, call: Call, x: Cells, windows: Windows, exte
 
     def emit(dense: Windows, changed: bool) -> fx.Node:
         name = f"{call.node.name}_patches"
-        return build.emit_new_module(name, Patches(kernel, **_settings(dense)), x)
+        return build.emit_new_module(name, Patches(kernel, **settings_of(dense)), x)
 
     return build.window(
         call,
@@ -53,7 +68,7 @@ def gather_patches(build: Rewriter, call: Call, x: Cells, windows: Windows, exte
 def pixel_unshuffle(build: Rewriter, call: Call, input: Any, downscale_factor: int) -> Cells:
     x = build.as_map(input, call)
     height, width = (n // downscale_factor for n in x.extent[1:])
-    windows = _windows(downscale_factor, downscale_factor, 0)
+    windows = windows_of(downscale_factor, downscale_factor, 0)
     return gather_patches(build, call, x, windows, (height, width))
 
 
@@ -74,7 +89,7 @@ def unfold(
 ) -> Cells:
     """Windows as columns ``(N, C*kh*kw, h*w)``, which a reshape may make a map again."""
     x = build.as_map(input, call)
-    windows = _windows(kernel_size, stride, padding, dilation)
+    windows = windows_of(kernel_size, stride, padding, dilation)
     height, width = (w.output_size(n) for w, n in zip(windows, x.extent[1:]))
     patches = gather_patches(build, call, x, windows, (height, width))
     return replace(patches, moved=in_order(patches.extent).flatten(1))
@@ -98,5 +113,5 @@ def as_blocks(build: Rewriter, call: Call, x: Cells) -> Cells:
         moved[0] - channels[0] * extent[1] * extent[2], in_order(extent[1:])
     ):
         return x
-    patches = gather_patches(build, call, x, _windows(block, None, 0), extent[1:])
+    patches = gather_patches(build, call, x, windows_of(block, None, 0), extent[1:])
     return build.features(call, replace(patches, moved=moved), 0)

@@ -63,11 +63,13 @@ def _moves(build: Rewriter, call: Call, x: Any, *args: Any, **kwargs: Any) -> An
     return moved[0] if single else tuple(moved)
 
 
+moves(nn.Flatten, *calling("flatten", "view", "reshape"), role="flatten")
 moves(
-    *(nn.Flatten, nn.Unflatten, nn.Identity, nn.ChannelShuffle, operator.getitem),
-    *calling("flatten", "unflatten", "view", "reshape", "permute", "transpose"),
-    *calling("swapaxes", "swapdims", "squeeze", "squeeze_", "unsqueeze", "unsqueeze_", "chunk"),
-    *calling("split", "select", "unbind", "flip", "channel_shuffle", "fliplr", "flipud"),
-    *calling("contiguous", "detach", "channels_last", "ravel", "moveaxis", "tensor_split"),
+    *(nn.Unflatten, nn.ChannelShuffle, operator.getitem),
+    *calling("unflatten", "permute", "transpose", "moveaxis", "swapaxes", "swapdims", "ravel"),
+    *calling("squeeze", "squeeze_", "unsqueeze", "unsqueeze_", "chunk", "split", "tensor_split"),
+    *calling("select", "unbind", "flip", "fliplr", "flipud", "channel_shuffle"),
+    *calling("contiguous", "detach"),
 )
-moves(*calling("narrow", "index_select", "movedim"), positional=True)  # rules emit them
+moves(nn.Identity, inert=True)
+moves(*calling("narrow", "index_select", "movedim"), positional=True)  # rules emit them too
