@@ -29,6 +29,7 @@ from dataclasses import asdict, dataclass
 from fnmatch import fnmatch
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import torch
 import torchvision
@@ -48,6 +49,9 @@ SMALL_SIZES = (64, 128)
 
 LARGE_MODEL = 75_000_000
 """Parameters from which on half of the smallest of these sizes is tried first."""
+
+GUIDE = Path(__file__).parents[1] / "guides" / "architectures.md"
+MARK = "<!-- The rest of this page is written by examples/benchmarks/zoo.py. -->"
 
 RESULTS = ("exact", "refused", "wrong", "crash", "timeout")
 
@@ -122,12 +126,14 @@ def transformers_entries() -> Iterator[Entry]:
             continue
         name = class_names if isinstance(class_names, str) else class_names[0]
 
-        def build(family: str = family, name: str = name) -> nn.Module:
-            changes = TRANSFORMERS_CHANGES.get(family, {})
-            config = transformers.AutoConfig.for_model(family, num_labels=CLASSES, **changes)
+        changes = TRANSFORMERS_CHANGES.get(family, {})
+        config = transformers.AutoConfig.for_model(family, num_labels=CLASSES, **changes)
+
+        def build(name: str = name, config: Any = config) -> nn.Module:
             return getattr(transformers, name)(config)
 
-        yield Entry("transformers", family, family, build)
+        size = getattr(getattr(config, "vision_config", config), "image_size", 224)
+        yield Entry("transformers", family, family, build, size if isinstance(size, int) else 224)
 
 
 LIBRARIES = {
@@ -200,15 +206,14 @@ def with_weights(entry: Entry, size: int) -> nn.Module:
     norms take the statistics of a batch of noise, so that signals neither vanish nor explode.
     """
     torch.manual_seed(0)
-    model = entry.build().double()
+    model = entry.build().double().eval()
     for parameter in model.parameters():
         if parameter.numel() == 1 or parameter.ndim < 2 or parameter.std() == 0:
             parameter += torch.empty_like(parameter).uniform_(-0.3, 0.3)
     norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
     if norms:
-        model.train()
         for norm in norms:
-            norm.momentum = 1.0
+            norm.train().momentum = 1.0
         model(torch.randn(4, 3, size, size, dtype=torch.float64))
     return model.eval()
 
@@ -274,9 +279,48 @@ def counts(rows: Iterable[Row]) -> dict[str, int]:
     return {result: results.count(result) for result in RESULTS if result in results}
 
 
+REASONS = {
+    "recurrent": "recurrent layers",
+    "attention": "attention",
+    "squeeze-and-excitation": "a pool over the whole map (squeeze-and-excitation and the like)",
+    "statistics": "statistics of the whole map",
+    "resizing": "resizing",
+    "mixes positions": "layers that mix positions",
+}
+"""From a word of a refusal to what the table says; the first that is found counts."""
+
+
+def reason(row: Row) -> str:
+    """Why a model is refused, in a few words."""
+    return next((short for word, short in REASONS.items() if word in row.message), row.message)
+
+
 def table(rows: Iterable[Row]) -> str:
-    """One line for each family, as markdown."""
-    return "TODO\n"
+    """One line for each library with its counts, and one for each family, as markdown."""
+    by_library: dict[str, dict[str, list[Row]]] = {}
+    for row in rows:
+        by_library.setdefault(row.library, {}).setdefault(row.family, []).append(row)
+    lines = ["| library | architectures | exact | refused |", "| --- | ---: | ---: | ---: |"]
+    for library, families in by_library.items():
+        found = counts(row for members in families.values() for row in members)
+        numbers = sum(found.values()), found.get("exact", 0), found.get("refused", 0)
+        lines.append(f"| {library} | {' | '.join(map(str, numbers))} |")
+    for library, families in by_library.items():
+        lines += ["", f"**{library}**", "", "| family | exact | refused | because of |"]
+        lines.append("| --- | --- | --- | --- |")
+        for family, members in families.items():
+            exact = ", ".join(row.name for row in members if row.result == "exact")
+            others = [row for row in members if row.result != "exact"]
+            because = "; ".join(dict.fromkeys(reason(row) for row in others))
+            names = ", ".join(row.name for row in others)
+            lines.append(f"| {family} | {exact} | {names} | {because} |")
+    return "\n".join(lines) + "\n"
+
+
+def update_guide(rows: Iterable[Row]) -> None:
+    """Put the table into the guide, after the line that says where it begins."""
+    text, mark, _ = GUIDE.read_text().partition(MARK)
+    GUIDE.write_text(f"{text}{mark}\n\n{table(rows)}")
 
 
 def main() -> None:
@@ -292,6 +336,7 @@ def main() -> None:
     )
     options = parser.parse_args()
     torch.set_num_threads(1)
+    options.output.parent.mkdir(parents=True, exist_ok=True)
     rows = {(row.library, row.name): row for row in read(options.output)}
     for library in [options.library] if options.library else LIBRARIES:
         for entry in LIBRARIES[library]():
@@ -301,6 +346,8 @@ def main() -> None:
             row = rows[library, entry.name] = examine_apart(entry)
             print(f"{row.name:32} {row.result:8} {row.seconds:5.1f} s  {row.message}", flush=True)
             write(rows.values(), options.output)
+    if options.output == Path(__file__).with_suffix(".json"):
+        update_guide(read(options.output))
     print(", ".join(f"{number} {result}" for result, number in counts(rows.values()).items()))
 
 

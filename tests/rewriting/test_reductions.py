@@ -114,3 +114,19 @@ def test_statistics_of_the_whole_map_are_refused(name: str) -> None:
     function, message = REFUSED[name]
     with pytest.raises(fcvgg.UnsupportedLayerError, match=message):
         fcvgg.convert(seeded(Between, function), input_size=15)
+
+
+def test_a_norm_of_the_pooled_features() -> None:
+    class Head(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.fc = nn.Conv2d(3, 6, 3), nn.Linear(6, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.conv(x).mean((2, 3), keepdim=True)  # (N, 6, 1, 1)
+            return self.fc((x * torch.rsqrt(x.pow(2).mean(1, keepdim=True))).flatten(1))
+
+    model = seeded(Head)
+    net = fcvgg.convert(model, input_size=9)
+    batch = images(2, 3, 12, 11)
+    assert relative_error(sliding_window(model, net, batch), net(batch)) <= 1e-12

@@ -21,6 +21,10 @@ _SELECTIONS = {
 """Functions that reach into the batch on purpose, not for want of the right size."""
 
 
+_LARGEST_LAYOUT = 1 << 26
+"""Elements that are moved by index: half a gigabyte, more than any network has at its own size."""
+
+
 def moves(*targets: Any, **known: Any) -> None:
     """Register functions that only rearrange or select elements; they act on the layout alone.
 
@@ -37,6 +41,11 @@ def _moves(build: Rewriter, call: Call, x: Any, *args: Any, **kwargs: Any) -> An
     if not isinstance(x, Cells):
         return call.node.meta["value"]
 
+    if x.elements > _LARGEST_LAYOUT:
+        raise UnsupportedLayerError(
+            f"{call} moves {x.elements:,} elements, more than {_LARGEST_LAYOUT:,}; pass a smaller "
+            "input_size"
+        )
     args, kwargs = fx.node.map_aggregate(
         (args, kwargs), lambda a: build.value_of(a, call) if isinstance(a, Constant) else a
     )  # type: ignore
