@@ -21,6 +21,7 @@ from fcvgg.geometry import Pair, checked_size
 from fcvgg.images.preprocessing import Preprocess
 from fcvgg.network import FullyConvolutional
 from fcvgg.rewriting.capture import Captured, capture, unfollowed_branches
+from fcvgg.rewriting.map_builder import MapBuilder
 from fcvgg.rewriting.modes import match_modes, training_mode_of
 from fcvgg.rewriting.native_size import infer_input_size
 from fcvgg.rewriting.program import Program, TrainingMode
@@ -93,7 +94,7 @@ def convert(
         with _fitting_size_named(model, input_size, in_channels):
             captured = capture(model, size, is_known, in_channels)
             modules = sharing_twin(model, own=copy)
-            program = _rewritten(captured, model, modules, output_stride, padding == "same")
+            program = _rewrite(captured, model, modules, output_stride, padding == "same")
     net = FullyConvolutional(
         program,
         input_size=size,
@@ -118,10 +119,10 @@ def check_convertible(model: nn.Module, input_size: int | Iterable[int]) -> None
     model = unwrapped(model)
     with relative_named(model):
         captured = capture(model, _native_size(model, input_size), is_known)
-        _rewritten(captured, model, sharing_twin(model))
+        _rewrite(captured, model, sharing_twin(model))
 
 
-def _rewritten(
+def _rewrite(
     captured: Captured,
     model: nn.Module,
     modules: nn.Module,
@@ -135,14 +136,15 @@ def _rewritten(
             `output_stride`, or the model trains in a way that its graph does not show.
     """
     captured.require_channels()
-    program = Rewriter(captured, modules, output_stride, same).run(kind_for)
+    program = Rewriter(captured, MapBuilder(captured, modules, output_stride, same)).run(kind_for)
     crop = program.geometry.crop
     if crop != captured.size:
         # numbers that the model computed from its features' size hold at the native size only
         check_numbers(captured, model, crop)
     if output_stride is not None and program.geometry.stride != (output_stride, output_stride):
+        # rewritten at the native stride, the network tells which strides its layers come to
         again = capture(model, captured.size, is_known, captured.channels)
-        native = _rewritten(again, model, sharing_twin(model), same=same)
+        native = _rewrite(again, model, sharing_twin(model), same=same)
         *others, last = map(str, output_strides(native))
         strides = f"{', '.join(others)} or {last}" if others else last
         raise ConversionError(

@@ -88,16 +88,16 @@ def load(
     found.update({key: value for key, value in settings.items() if value is not None})
     if not name.endswith((onnx_file.SUFFIX, *keras_file.SUFFIXES)):
         return convert(model, **{**found, **options})
-    return _converted_within_budget(model, {**found, **options}, name)
+    return _convert_within_budget(model, {**found, **options}, name)
 
 
-def _converted_within_budget(
+def _convert_within_budget(
     model: nn.Module, options: dict[str, Any], origin: str
 ) -> FullyConvolutional:
     """The network of a model that a file describes, which is run only if it is affordable."""
     verify = options.pop("verify", True)
     if options.get("input_size") is not None:
-        with suppress(GeometryError, TypeError):  # convert will say what is wrong with the size
+        with suppress(GeometryError):  # convert will say what is wrong with the size
             size = checked_size(options["input_size"])
             check_affordable(model, (1, input_channels(model), *size), origin)
     with ShapeBudget(origin, sized=False):
@@ -121,7 +121,9 @@ def read_source(
     The arguments are those of `load`; a bundle is not a classifier but a network.
     """
     if name == "demo":
-        return demo.demo_model(), _demo_settings()
+        preprocess = Preprocess(demo.MEAN, demo.STD)
+        known = {"categories": demo.CATEGORIES, "input_size": demo.WINDOW, "preprocess": preprocess}
+        return demo.demo_model(), known
     if name.endswith(checkpoints.SUFFIXES):
         return torchvision_model.read_checkpoint(Path(name), arch)
     if name.startswith(timm_model.PREFIX):
@@ -167,11 +169,3 @@ def _from_bundle(
     )
     net.equivalence = saved.equivalence
     return net
-
-
-def _demo_settings() -> dict[str, Any]:
-    return {
-        "preprocess": Preprocess(demo.MEAN, demo.STD),
-        "categories": demo.CATEGORIES,
-        "input_size": demo.WINDOW,
-    }

@@ -72,12 +72,12 @@ def verify(
         )
     tolerance = _TOLERANCES.get(dtype_of(net), 1e-5) if tolerance is None else tolerance
     with evaluating(model), evaluating(net), _undisturbed(model, net):
-        plain, seen = _compared(model, net, images, tolerance, seed, 1.0)
+        plain, seen = _compare(model, net, images, tolerance, seed, 1.0)
         found = [plain]
         # Scores behind a saturated softmax would agree whatever feeds it, so both are run again at
         # a temperature that brings its logits apart. Below 1 nothing saturates.
         if seen.largest > 1:
-            tempered, seen = _compared(model, net, images, tolerance, seed, seen.largest)
+            tempered, seen = _compare(model, net, images, tolerance, seed, seen.largest)
             found += [tempered] if seen.seen else []
     other_modes = _other_modes(model, net)
     # each figure is the worst of both runs: one of them alone may hide a wrong layer
@@ -112,7 +112,7 @@ class _Differences:
     shifted: float
 
 
-def _compared(
+def _compare(
     model: nn.Module,
     net: FullyConvolutional,
     images: Tensor,

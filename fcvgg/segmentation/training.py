@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fcvgg.errors import ArgumentError, DatasetError, PreprocessError
-from fcvgg.geometry import Pair, checked_size
+from fcvgg.geometry import checked_size
 from fcvgg.images.files import Unreadable
 from fcvgg.segmentation.mask_folders import (
     MaskedImages,
@@ -110,7 +110,8 @@ def train_fcn(
     settings = settings or Settings(optimizer="adamw", batch_size=4)
     train, valid = _checked_parts(fcn, data, valid_share, settings.seed)
     weights = _checked_weights(class_weights, train.counts)
-    samples = MaskedImages(train, fcn, _checked_crop(crop), flip)
+    size = None if crop is None else checked_size(crop, "crop", ArgumentError)
+    samples = MaskedImages(train, fcn, size, flip)
     _check_batches(fcn, samples, settings)
     module = SegmentationModule(fcn, weights, backbone_lr)
     fcn.preprocess = samples.preprocess
@@ -208,10 +209,6 @@ def _check_batches(fcn: FCN, samples: MaskedImages, settings: Settings) -> None:
     count = 1 if len(sizes) > 1 else len(samples)
     size = min(sizes, key=max)  # whose map is one cell, if any is
     check_batches(fcn, count, samples.channels, size, settings)
-
-
-def _checked_crop(crop: int | Iterable[int] | None) -> Pair | None:
-    return None if crop is None else checked_size(crop, "crop", ArgumentError)
 
 
 def _checked_weights(weights: str | Sequence[float] | None, counts: Sequence[int]) -> Tensor | None:

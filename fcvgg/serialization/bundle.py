@@ -23,7 +23,7 @@ from fcvgg.rewriting.program import Program
 from fcvgg.serialization.program_data import (
     checked_activation,
     describe_program,
-    rebuilt_program,
+    rebuild_program,
 )
 from fcvgg.serialization.saved_files import (
     read_description,
@@ -37,7 +37,7 @@ from fcvgg.serialization.tensor_table import (
     TENSORS,
     check_path,
     checked_tensors,
-    described_tensors,
+    describe_tensors,
     entry_of,
 )
 from fcvgg.support import untrusted
@@ -130,7 +130,7 @@ def write_bundle(
     if path.exists() and not (replaceable and is_bundle(path)):
         raise FcvggError(f"{path} exists and is not a bundle of fcvgg; choose another name")
     config = {"library_name": "fcvgg", "format": _FORMAT, **settings, **describe_program(program)}
-    table, tensors = described_tensors(program.network)
+    table, tensors = describe_tensors(program.network)
     for name in (*config["layers"], *table):
         check_path(name, FcvggError)
     config["tensors"] = {name: entry.to_dict() for name, entry in table.items()}
@@ -154,7 +154,7 @@ def read_bundle(path: Path) -> tuple[Program, Settings]:
         what = f"{path / CONFIG}: the number of tensors"
         untrusted.check_count(len(config["tensors"]), what, 4 * untrusted.MOST_NODES)
         table = {name: entry_of(name, data) for name, data in config["tensors"].items()}
-        program = rebuilt_program(config, table, checked_tensors(table, tensors))
+        program = rebuild_program(config, table, checked_tensors(table, tensors))
         return program, _settings(config, program.classes[0])
     except LoadError:
         raise

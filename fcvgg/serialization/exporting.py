@@ -72,7 +72,7 @@ def export_network(
     checked_file(path, "path", EXPORT_ENDINGS)
     as_onnx = path.suffix.lower() == ".onnx"
     with _Replaced(_FOR_ONNX if as_onnx else _FOR_TORCH_EXPORT):
-        program = exported(network, images)
+        program = export_program(network, images)
     entries = {f"fcvgg.{name}": json.dumps(value) for name, value in metadata.items()}
     written = ExportedFile(path)
     with written_whole(path) as temporary:
@@ -85,11 +85,11 @@ def export_network(
             written.check = f"not checked: {opened}"
         else:
             shapes = [images, *((1, images[1], *size) for size in sizes)]
-            written.check = _compared(path.name, opened, network, shapes)
+            written.check = _compare(path.name, opened, network, shapes)
     return written
 
 
-def exported(network: nn.Module, images: tuple[int, int, int, int]) -> ExportedProgram:
+def export_program(network: nn.Module, images: tuple[int, int, int, int]) -> ExportedProgram:
     """The network as an `ExportedProgram` with free batch, height and width.
 
     torch.export takes a traced size for larger than one and guards against the map of one cell,
@@ -149,7 +149,7 @@ def _described(node: fx.Node, network: nn.Module) -> str:
 _Run = Callable[[Tensor], "list[Tensor]"]
 
 
-def _compared(name: str, run: _Run, network: nn.Module, shapes: Sequence[tuple[int, ...]]) -> str:
+def _compare(name: str, run: _Run, network: nn.Module, shapes: Sequence[tuple[int, ...]]) -> str:
     """Run the file and the network on noise of several shapes; say how far apart they are."""
     tolerance = _TOLERANCES.get(dtype_of(network), 1e-4)
     generator = torch.Generator().manual_seed(0)
@@ -358,12 +358,13 @@ def _branches(windows: Windows) -> bool:
 
 
 def _ends_padded(x: Tensor, windows: Windows, value: float, padded: bool = False) -> Tensor:
-    """A map padded so that rounding down gives the windows that rounding up gives of it plain.
+    """A map padded so that its windows, rounded down, are those of the bare map rounded up.
 
     `padded` says that the map has the windows' padding at both ends already.
     """
     pads: list[Any] = []
     for axis in (1, 0):
+        # torch's rule for rounding up, in arithmetic that is traced: a branch would fix the size
         window = windows[axis]
         had = window.before if padded else 0
         size = x.shape[2 + axis] - 2 * had  # without padding
@@ -427,6 +428,7 @@ def _write_onnx(
 
 def _untranslated(error: BaseException, program: ExportedProgram) -> str:
     """The layer at which torch's exporter gave up, from the chain of its errors."""
+    # torch wraps the error of a node several times, and only an outer one names the node
     causes = [error]
     while causes[-1].__cause__ is not None:
         causes.append(causes[-1].__cause__)

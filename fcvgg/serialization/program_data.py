@@ -81,7 +81,7 @@ def _training_mode(data: Any) -> TrainingMode:
     )
 
 
-def rebuilt_program(
+def rebuild_program(
     description: Mapping[str, Any],
     table: Mapping[str, TensorEntry],
     tensors: Mapping[str, Tensor],
@@ -101,6 +101,7 @@ def rebuilt_program(
         owner, _, child = name.rpartition(".")
         owner_of(tree, owner).add_module(child, layers[name])
     check_declared(tree, table)
+    # first on the meta device: a wrong description fails there before it takes memory
     meta = {
         name: torch.empty(entry.shape, dtype=entry.dtype, device="meta")
         for name, entry in table.items()
@@ -198,6 +199,7 @@ class _Trial(fx.Interpreter):
         self.orders: dict[str, int] = {}
 
     def run_node(self, n: fx.Node) -> Any:
+        # an index beyond the last channel is not seen without values, so the bound is kept for it
         if n.target is torch.index_select and len(n.args) == 3:
             source, dim, order = n.args
             if isinstance(order, fx.Node) and order.op == "get_attr":
@@ -210,6 +212,7 @@ class _Trial(fx.Interpreter):
         except LoadError:
             raise
         except NotImplementedError:
+            # a user's own layer may not run without values; those of torch and fcvgg all do
             if n.op == "call_module" and not _is_shipped(self.fetch_attr(str(n.target))):
                 raise _NeedsValuesError from None
             raise

@@ -74,6 +74,7 @@ class ShapeBudget(TorchDispatchMode):
             self._check(int(max(numbers, default=0)), _LARGEST_VALUE, "features", func)
         result = func(*args, **kwargs)
         returned = func._schema.returns
+        # views take no memory of their own
         shared = bool(returned) and returned[0].alias_info is not None  # a view, or in place
         if self._sized and not shared:
             results = result if isinstance(result, (tuple, list)) else (result,)
@@ -126,6 +127,7 @@ def check_affordable(model: nn.Module, shape: tuple[int, ...], origin: object) -
     """
     tensors = (*model.parameters(), *model.buffers())
     memo: dict[int, Any] = {}
+    # the copy gets tensors without values, so that it costs nothing whatever the model holds
     for tensor in tensors:
         bare = tensor.detach().to("meta")
         is_parameter = isinstance(tensor, nn.Parameter)

@@ -103,7 +103,7 @@ def _named_tensors(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from network.named_buffers(remove_duplicate=False)
 
 
-def described_tensors(network: nn.Module) -> tuple[dict[str, TensorEntry], dict[str, Tensor]]:
+def describe_tensors(network: nn.Module) -> tuple[dict[str, TensorEntry], dict[str, Tensor]]:
     """Every name with what is said of it, and every tensor once, under its first name."""
     table: dict[str, TensorEntry] = {}
     tensors: dict[str, Tensor] = {}
@@ -111,6 +111,8 @@ def described_tensors(network: nn.Module) -> tuple[dict[str, TensorEntry], dict[
     memory: dict[tuple[int, ...], str] = {}
     persistent = network.state_dict().keys()
     for name, tensor in _named_tensors(network):
+        # a tensor is stored under its first name: by the object for calls of one layer, and by the
+        # memory for one that another window reshapes
         kind = "buffer" if name in persistent else "constant"
         if isinstance(tensor, nn.Parameter):
             kind = "parameter" if tensor.requires_grad else "frozen"
@@ -173,6 +175,7 @@ def checked_tensors(
                 f"{name} in {TENSORS} must be {_dtype_name(entry.dtype)} of shape {entry.shape}, "
                 f"got {_dtype_name(tensor.dtype)} of shape {tuple(tensor.shape)}"
             )
+        # orders of channels fit each other in shape, so only their values tell them apart
         if entry.kind == "constant" and checksum(tensor) != entry.crc32:
             raise LoadError(f"{name} in {TENSORS} must hold the values that were saved, got others")
         tensors[name] = tensor

@@ -250,6 +250,7 @@ def _state_within(content: Any, path: Path) -> dict[str, Tensor]:
 
 
 def _without_prefixes(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    # twice, since wrappers lie in each other in any order: module._orig_mod.
     for prefix in _PREFIXES * 2:
         if state and all(name.startswith(prefix) for name in state):
             state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}

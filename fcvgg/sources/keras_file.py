@@ -57,7 +57,7 @@ def read(path: str | Path, arch: str | None = None) -> tuple[KerasModel, dict[st
         weights = Weights(_weights_within(file, path), str(path))
         if config is None:
             config = _application(_recognised(weights, arch, path), weights)
-        return _assembled(config, weights, path)
+        return _assemble(config, weights, path)
 
 
 @contextmanager
@@ -94,7 +94,7 @@ def _weights_within(file: Any, path: Path) -> Any:
     )
 
 
-def _assembled(
+def _assemble(
     config: Mapping[str, Any], weights: Weights, path: Path
 ) -> tuple[KerasModel, dict[str, Any]]:
     layers = list(islice(_layers_of(config, ()), untrusted.MOST_NODES + 1))
@@ -176,6 +176,7 @@ def _run(
     values: dict[str, Value] = {}
     entered = 0
     waiting = list(zip(inside, entries))
+    # a file lists the layers of a functional model in any order that Keras made them in
     while waiting:
         ready = next(
             (i for i, (x, _) in enumerate(waiting) if values.keys() >= set(x.inputs)), None
@@ -188,6 +189,7 @@ def _run(
             )
         layer, entry = waiting.pop(ready)
         inputs = [values[name] for name in layer.inputs]
+        # the first layer of a Sequential model takes the images without an InputLayer
         if layer.kind == "InputLayer" or not inputs:
             if entered >= len(images):
                 raise builder.refuse(layer, "is a second input")

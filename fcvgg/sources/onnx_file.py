@@ -67,7 +67,7 @@ def read(
     with untrusted.reading(path, "an ONNX file"):
         proto = _parsed(path)
         graph = Graph(proto, path)
-        model = graph.assembled(OPERATORS)
+        model = graph.assemble(OPERATORS)
     settings = _settings(proto, graph)
     size = settings.get("input_size") if input_size is None else input_size
     if check and size is not None:
@@ -99,6 +99,7 @@ def _load_external_data(proto: Any, path: Path) -> None:
         return
     claimed = 0
     sizes: dict[Path, int] = {}
+    # many tensors may name the same bytes of one file, so what they claim is added up
     for tensor in external:
         info = helper.ExternalDataInfo(tensor)
         file = path.parent / info.location
@@ -143,6 +144,8 @@ def _check_expansion(proto: Any, path: Path) -> None:
         ]
         return sum(n for n, _ in counts), sum(size for _, size in counts)
 
+    # the innermost functions first: ten that call each other ten times expand to 10^10 nodes, which
+    # is known from the counts alone
     waiting = dict(functions)
     while waiting:
         ready = [
@@ -191,11 +194,12 @@ def _settings(proto: Any, graph: Graph) -> dict[str, Any]:
 def _compare_with_runtime(proto: Any, graph: Graph, model: OnnxModel, size: Any) -> None:
     """Raise if onnxruntime, where it is installed and runs the file, gives other scores."""
     path = graph.path
+    # whatever fails before both have given scores is for convert to report, in its own words
     channels = next((m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)), 3)
     numbers = torch.Generator().manual_seed(0)
     try:
         images = (graph.batch or 1, channels, *checked_size(size))
-    except (GeometryError, TypeError):
+    except GeometryError:
         return  # convert will say what is wrong with the size
     check_affordable(model, images, path)
     try:

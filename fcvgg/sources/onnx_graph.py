@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from fcvgg.errors import LoadError, one_line
 from fcvgg.sources.assembly import Assembled, scores_of
 from fcvgg.sources.layers import as_tensor
-from fcvgg.sources.onnx_constants import EXTRA, claimed_bytes, computed, evaluated, is_foldable
+from fcvgg.sources.onnx_constants import EXTRA, claimed_bytes, compute, evaluate, is_foldable
 from fcvgg.support import untrusted
 from fcvgg.support.extras import imported
 
@@ -87,7 +87,7 @@ class Graph:
 
     # -- reading ----------------------------------------------------------------------------------
 
-    def assembled(self, operators: Mapping[str, Any]) -> OnnxModel:
+    def assemble(self, operators: Mapping[str, Any]) -> OnnxModel:
         """The model that runs every node on the image."""
         self._check_operators(operators)
         self._enter()
@@ -97,6 +97,8 @@ class Graph:
             self._check_inputs(node)
             traced = [name for name in node.inputs if name in self._traced]
             shaped = [name for name in node.inputs if name in self._shapes]
+            # three kinds of nodes: on the image's values, on numbers computed from its size, which
+            # every run computes, and on constants alone, which are computed once, here
             if traced and node.operator not in _SHAPE_OPERATORS:
                 if shaped and node.operator not in ("Reshape", "Expand"):
                     self.refuse(node, "mixes the image with numbers computed from its size")
@@ -187,7 +189,7 @@ class Graph:
             )
         else:
             self.model.add_step(
-                evaluated, present, node.outputs, node=data, opset=self.opset, names=tuple(present)
+                evaluate, present, node.outputs, node=data, opset=self.opset, names=tuple(present)
             )
         self._shapes.update(node.outputs)
 
@@ -203,7 +205,7 @@ class Graph:
                 f"take {untrusted.size_text(self._folded)} of {untrusted.size_text(self._allowed)}"
             )
         with self._explained(f"{node} cannot be computed"):
-            results = computed(known, node.proto.SerializeToString(), self.opset)
+            results = compute(known, node.proto.SerializeToString(), self.opset)
         results = results if isinstance(results, tuple) else (results,)
         self.constants.update(zip(node.outputs, results))
 
@@ -249,6 +251,7 @@ class Graph:
                 f"(N, H, W, C), got {len(sizes)} dimensions"
             )
         batch, *rest = sizes or [None] * 4
+        # TensorFlow's exporters transpose an input (N, H, W, C) at once, whose sizes may be open
         to_first = any(
             node.operator == "Transpose"
             and self.image in node.inputs

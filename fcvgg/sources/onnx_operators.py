@@ -66,6 +66,8 @@ def matmul(graph: Graph, node: Node) -> None:
     weight = np.asarray(graph.constant(node, 1), dtype=np.float32)
     if weight.ndim != 2:
         graph.refuse(node, f"multiplies by a value of shape {weight.shape}")
+    # exporters write a fully connected layer as MatMul and Add; as one layer it has a bias, which
+    # checkpoints and a replaced head rely on
     add = graph.following(node, "Add")
     bias = None
     if add is not None:
@@ -205,6 +207,7 @@ def _padded(
         )
         return (0, 0), padded
     before, after = _pads(node)
+    # torch's layers pad both ends alike, and its pools by half a kernel at most
     if before == after and not (pool and any(2 * p > k for p, k in zip(before, kernel))):
         return before, None
     if node.get("ceil_mode", 0):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,7 @@ def _pretrained(name: str, timm: Any) -> nn.Module:
 
 def _check_architecture(name: str, timm: Any) -> None:
     """Refuse what cannot be converted before its weights are downloaded."""
-    model = checkpoints.without_values(timm.create_model, model_name=name)
+    model = checkpoints.without_values(partial(timm.create_model, name))
     if any(not parameter.is_meta for parameter in model.parameters()):
         return  # its builder needs values: convert will tell
     check_convertible(model, _settings(model, timm)["input_size"])
@@ -73,12 +74,12 @@ def _check_architecture(name: str, timm: Any) -> None:
 def _from_checkpoint(name: str, path: Path, timm: Any) -> nn.Module:
     state = checkpoints.read_state(path)
     classifier = timm.get_pretrained_cfg_value(name, "classifier")
-    options: dict[str, Any] = {"model_name": name}
+    build, options = partial(timm.create_model, name), dict[str, Any]()
     if isinstance(classifier, str) and f"{classifier}.weight" in state:
-        bare = checkpoints.without_values(timm.create_model, **options)
+        bare = checkpoints.without_values(build)
         own = bare.get_parameter(f"{classifier}.weight")
         options["num_classes"] = checkpoints.classes_in(state, classifier, own, name)
-    return checkpoints.built_with(state, timm.create_model, str(path), **options)
+    return checkpoints.built_with(state, build, str(path), **options)
 
 
 def _settings(model: nn.Module, timm: Any) -> dict[str, Any]:

@@ -269,7 +269,7 @@ def test_heatmap_reports_bad_images_and_goes_on(images, folder):
     ran = run("heatmap", "text.jpg", "one.png", "absent.png", "two.jpg", "-m", "demo")
     assert ran.status == 2
     assert ran.err.splitlines() == [
-        "fcvgg: error: text.jpg is no image that Pillow can read; expected PNG, JPEG or the like",
+        "fcvgg: error: text.jpg is not an image that Pillow can read; convert it to PNG or JPEG",
         "fcvgg: error: there is no image file absent.png",
         "fcvgg: error: 2 of 4 images could not be used",
     ]

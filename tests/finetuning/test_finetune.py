@@ -183,7 +183,7 @@ def test_unreadable_images_are_skipped_and_listed(tmp_path: Path) -> None:
     found = split_folders(tmp_path)
     assert found.counts["grass"] == (2, 1)
     (skipped,) = found.skipped
-    assert "00.png is no image that Pillow can read" in str(skipped)
+    assert "00.png is not an image that Pillow can read" in str(skipped)
 
 
 def test_folders_that_will_not_do(tmp_path: Path) -> None:
@@ -873,14 +873,14 @@ def test_the_command_from_folder_to_heatmap(tmp_path: Path, monkeypatch: Any) ->
     assert "held out: " in ran.stdout
     assert "wrote made/model\nwrote made/report/report.md\n" in ran.stdout
     assert ran.stdout.endswith("next: fcvgg heatmap photo.jpg --model made/model --scale 48\n")
-    assert "fcvgg: skipped photos/brick/99.jpg is no image" in ran.stderr
+    assert "fcvgg: skipped photos/brick/99.jpg is not an image" in ran.stderr
     counted = "3 of 15 files left out: 2 .xyz (not a readable image), 1 .jpg (could not be"
     assert f"fcvgg: {counted} read)\n" in ran.stderr
     assert "epoch 2/2  train acc " in ran.stderr
     report = (tmp_path / "made/report/report.md").read_text()
     assert f"\n## Files left out\n\n{counted} read).\n" in report
     assert "\n- photos/grass/1.xyz: not a readable image\n" in report
-    assert "\n- photos/brick/99.jpg is no image that Pillow can read" in report
+    assert "\n- photos/brick/99.jpg is not an image that Pillow can read" in report
     skimage = Image.fromarray(skimage_data.brick()[:100, :150])
     skimage.save("photo.jpg")
     shown = CliRunner().invoke(app, ["heatmap", "photo.jpg", "--model", "made/model"])

@@ -887,11 +887,11 @@ def test_a_network_that_differs_is_refused(monkeypatch, small):
     [
         (
             {"engine": "tensorrt"},
-            "engine must be None, 'onnxruntime' or 'openvino', got 'tensorrt'",
+            "engine must be None, 'torch', 'onnxruntime' or 'openvino', got 'tensorrt'",
         ),
         (
             {"dtype": torch.int8},
-            "dtype must be torch.float64 or .* or torch.bfloat16, got torch.int8",
+            "dtype must be torch.float64, .* or torch.bfloat16, got torch.int8",
         ),
         ({"dtype": torch.float16}, "must not be torch.float16 on a CPU, .* use torch.bfloat16, or"),
     ],

@@ -255,7 +255,7 @@ def test_tensors_of_every_dtype_are_written_for_safetensors_to_read(tmp_path, dt
 
 
 def test_a_dtype_that_the_format_lacks_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="z must be of a dtype .*, got torch.complex64"):
+    with pytest.raises(ValueError, match=r"z must be of a dtype .*, got torch\.complex64"):
         saved_files.write_tensors(tmp_path / "a", {"z": torch.ones(1, dtype=torch.complex64)})
 
 

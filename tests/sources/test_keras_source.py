@@ -68,7 +68,7 @@ def test_weights_alone_of_vgg16_are_recognised(folder, file):
 def test_weights_alone_with_other_names_need_arch(folder, file):
     with pytest.raises(fcvgg.LoadError, match="pass arch='vgg16'"):
         fcvgg.load(folder / file)
-    with pytest.raises(fcvgg.LoadError, match="weights of 16 layers, where vgg19 has 19"):
+    with pytest.raises(fcvgg.LoadError, match="weights of the 19 layers of vgg19, got those of 16"):
         fcvgg.load(folder / file, arch="vgg19")
     images, expected = predictions(folder, "renamed")
     net = fcvgg.load(folder / file, arch="vgg16", input_size=32)

@@ -136,7 +136,7 @@ def test_unreadable_images_are_listed_and_skipped(faces: Path, tmp_path: Path) -
     assert found.counts == {"a": 1, "b": 1}
     assert [str(one) for one in found.skipped] == [
         f"{tmp_path}/a/notes.txt: not a readable image",
-        f"{tmp_path}/a/broken.png is no image that Pillow can read; expected PNG, JPEG or the like",
+        f"{tmp_path}/a/broken.png is not an image that Pillow can read; convert it to PNG or JPEG",
     ]
 
 

@@ -1,6 +1,6 @@
 """What is known of every layer kind, first of all its rule: what it becomes on maps.
 
-A rule gets the `fcvgg.rewriting.rewriter.Rewriter`, the `fcvgg.rewriting.rewriter.Call` in the
+A rule gets the `fcvgg.rewriting.map_builder.MapBuilder`, the `fcvgg.rewriting.emission.Call` in the
 source, and the arguments of the call by the names that torch gives them. A module passes its
 attributes as those arguments, so that both forms of a layer share one rule. `registry.LayerKind`
 lists all that one registration may state: how the layer slides over strips of a map, whether it

@@ -11,11 +11,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from fcvgg.errors import RefusedLayerError, UnsupportedLayerError
+from fcvgg.rewriting.emission import Call
 from fcvgg.rewriting.layouts import Cells, Constant, with_channels
+from fcvgg.rewriting.map_builder import MapBuilder
 from fcvgg.rewriting.marks import FollowsTraining
 from fcvgg.rewriting.modules import ChannelLayerNorm
 from fcvgg.rewriting.program import Windows
-from fcvgg.rewriting.rewriter import Call, Rewriter
 from fcvgg.rewriting.rules.convolution import values_of
 from fcvgg.rewriting.rules.elementwise import act_elementwise
 from fcvgg.rewriting.rules.pooling import features_of
@@ -43,7 +44,7 @@ _BATCH_STATISTICS = (
     role="bn",
 )
 def batch_norm(
-    build: Rewriter,
+    build: MapBuilder,
     call: Call,
     input: Any,
     running_mean: Any,
@@ -99,7 +100,7 @@ def _batch_norm2d(norm: nn.BatchNorm1d) -> nn.BatchNorm2d:
     positional=True,
     role="activation",
 )
-def prelu(build: Rewriter, call: Call, input: Any, weight: Any) -> Cells:
+def prelu(build: MapBuilder, call: Call, input: Any, weight: Any) -> Cells:
     x = input if values_of(call, weight).numel() == 1 else build.features(call, input, 0)
     if call.module is not None:
         return act_elementwise(build, call, x)  # type: ignore[no-any-return]
@@ -112,7 +113,7 @@ def prelu(build: Rewriter, call: Call, input: Any, weight: Any) -> Cells:
     positional=True,
 )
 def layer_norm(
-    build: Rewriter,
+    build: MapBuilder,
     call: Call,
     input: Any,
     normalized_shape: Sequence[int],
@@ -139,7 +140,9 @@ def layer_norm(
 register(ChannelLayerNorm, positional=True)
 
 
-def _last_axis(build: Rewriter, call: Call, x: Any, shape: Sequence[int]) -> tuple[Cells, Windows]:
+def _last_axis(
+    build: MapBuilder, call: Call, x: Any, shape: Sequence[int]
+) -> tuple[Cells, Windows]:
     if len(shape) != 1:
         raise UnsupportedLayerError(
             f"{call} normalises over {tuple(shape)}, which mixes positions; expected the channels"
@@ -148,14 +151,14 @@ def _last_axis(build: Rewriter, call: Call, x: Any, shape: Sequence[int]) -> tup
 
 
 @rule(nn.LocalResponseNorm, *calling("local_response_norm"), positional=True)
-def local_response_norm(build: Rewriter, call: Call, x: Any, *args: Any, **kwargs: Any) -> Cells:
+def local_response_norm(build: MapBuilder, call: Call, x: Any, *args: Any, **kwargs: Any) -> Cells:
     x = build.as_map(x, call)
     return replace(x, node=build.emit(call, (x, *args), kwargs)).meaning_of("logits")
 
 
 @rule(*calling("normalize"), positional=True)
 def normalize(
-    build: Rewriter,
+    build: MapBuilder,
     call: Call,
     input: Any,
     p: float = 2.0,
@@ -170,7 +173,7 @@ def normalize(
 
 @rule(nn.Softmax, *calling("softmax"), arguments=attributes("dim"), positional=True, role="prob")
 def softmax(
-    build: Rewriter, call: Call, input: Any, dim: int | None = None, *_: Any, **__: Any
+    build: MapBuilder, call: Call, input: Any, dim: int | None = None, *_: Any, **__: Any
 ) -> Cells:
     return _softmax(build, call, input, dim, torch.softmax, "probabilities")
 
@@ -188,13 +191,13 @@ register(
     role="prob",
 )
 def log_softmax(
-    build: Rewriter, call: Call, input: Any, dim: int | None = None, *_: Any, **__: Any
+    build: MapBuilder, call: Call, input: Any, dim: int | None = None, *_: Any, **__: Any
 ) -> Cells:
     return _softmax(build, call, input, dim, torch.log_softmax, "log_probabilities")
 
 
 def _softmax(
-    build: Rewriter, call: Call, x: Any, dim: int | None, function: Any, activation: str
+    build: MapBuilder, call: Call, x: Any, dim: int | None, function: Any, activation: str
 ) -> Cells:
     if dim is None and isinstance(x, Cells):  # torch's implicit choice
         dim = 0 if len(x.dims) in (0, 2) else 1
@@ -213,7 +216,7 @@ def _axis(call: Call, x: Any, dim: Any) -> int:
 
 
 @rule(*calling("cat", "concat", "concatenate"), positional=True)
-def cat(build: Rewriter, call: Call, tensors: Sequence[Any], dim: int = 0, **names: Any) -> Cells:
+def cat(build: MapBuilder, call: Call, tensors: Sequence[Any], dim: int = 0, **names: Any) -> Cells:
     dim = names.get("axis", dim)
     parts = [build.features(call, x, _axis(call, x, dim)) for x in tensors]
     axis = _axis(call, parts[0], dim)
@@ -231,7 +234,7 @@ def cat(build: Rewriter, call: Call, tensors: Sequence[Any], dim: int = 0, **nam
 
 
 @rule(*calling("stack"), positional=True)
-def stack(build: Rewriter, call: Call, tensors: Sequence[Any], dim: int = 0) -> Cells:
+def stack(build: MapBuilder, call: Call, tensors: Sequence[Any], dim: int = 0) -> Cells:
     """Values side by side along a new dimension: their maps are concatenated."""
     parts = [build.features(call, x, 0) if len(x.dims) == 1 else x for x in tensors]
     axis = dim % (len(parts[0].dims) + 2) - 1

@@ -11,9 +11,10 @@ from torch import Tensor, fx, nn
 
 from fcvgg.errors import UnsupportedLayerError
 from fcvgg.geometry import Window
+from fcvgg.rewriting.emission import Call
 from fcvgg.rewriting.layouts import Cells, Constant
+from fcvgg.rewriting.map_builder import MapBuilder
 from fcvgg.rewriting.program import Windows
-from fcvgg.rewriting.rewriter import Call, Rewriter
 from fcvgg.rewriting.rules.registry import attributes, calling, rule
 from fcvgg.rewriting.sliding import Part, Sliding, windows_of
 
@@ -28,13 +29,13 @@ def settings_of(windows: Windows) -> dict[str, Any]:
     }
 
 
-def padded_apart(build: Rewriter, x: fx.Node, windows: Windows, value: float) -> fx.Node:
+def padded_apart(build: MapBuilder, x: fx.Node, windows: Windows, value: float) -> fx.Node:
     height, width = windows
     pads = (width.before, width.after, height.before, height.after)
     return build.graph.call_function(F.pad, (x, pads, "constant", value)) if any(pads) else x
 
 
-def _padded_alike(build: Rewriter, x: Cells, windows: Windows) -> tuple[Cells, Windows]:
+def _padded_alike(build: MapBuilder, x: Cells, windows: Windows) -> tuple[Cells, Windows]:
     """The map padded with zeros first, where the window pads its two ends differently."""
     if all(w.before == w.after for w in windows):
         return x, windows
@@ -95,7 +96,7 @@ def _slide_conv2d(
     role="conv",
 )
 def conv2d(
-    build: Rewriter,
+    build: MapBuilder,
     call: Call,
     input: Any,
     weight: Any,
@@ -157,7 +158,7 @@ def _slide_pad(pad: Sequence[int], mode: str = "constant", value: float | None =
     slides=_slide_pad,
 )
 def pad(
-    build: Rewriter,
+    build: MapBuilder,
     call: Call,
     input: Any,
     pad: Sequence[int],

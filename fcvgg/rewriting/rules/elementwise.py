@@ -16,9 +16,10 @@ from torchvision.ops import StochasticDepth, stochastic_depth
 
 from fcvgg.errors import UnsupportedLayerError
 from fcvgg.geometry import Window
+from fcvgg.rewriting.emission import Call, refuse_pooled
 from fcvgg.rewriting.layouts import Cells, Constant, channels_along
+from fcvgg.rewriting.map_builder import MapBuilder
 from fcvgg.rewriting.modules import TrainingOnly
-from fcvgg.rewriting.rewriter import Call, Rewriter, refuse_pooled
 from fcvgg.rewriting.rules.registry import attributes, calling, register, rule
 
 _ELEMENTWISE = {"elementwise": True, "positional": True}
@@ -38,7 +39,7 @@ elementwise_rule = partial(rule, **_ELEMENTWISE)
 
 
 def act_elementwise(
-    build: Rewriter, call: Call, *args: Any, as_function: Any = None, **kwargs: Any
+    build: MapBuilder, call: Call, *args: Any, as_function: Any = None, **kwargs: Any
 ) -> Any:
     """The source's own call on maps; `as_function` is what is called in its place."""
     operands: list[Cells] = []
@@ -68,7 +69,7 @@ def act_elementwise(
     return result
 
 
-def _on_one_grid(build: Rewriter, call: Call, operands: Sequence[Cells]) -> Sequence[Cells]:
+def _on_one_grid(build: MapBuilder, call: Call, operands: Sequence[Cells]) -> Sequence[Cells]:
     """Operands of one layout, or maps that broadcast over channels only."""
     first = operands[0]
     if all(first.same_layout(other) for other in operands):
@@ -107,7 +108,7 @@ def _has_channels_along(operands: Sequence[Cells], axis: int) -> bool:
     return all(torch.equal(places[0], other) for other in places)
 
 
-def _per_channel(build: Rewriter, call: Call, constant: Constant, cells: Cells) -> Constant:
+def _per_channel(build: MapBuilder, call: Call, constant: Constant, cells: Cells) -> Constant:
     """A parameter shaped to broadcast over the map, if it depends on nothing but the channel."""
     shape = tuple(constant.value.shape)
     if constant.value.numel() == 1:
@@ -145,7 +146,7 @@ pointwise(
 )
 
 
-def keep(build: Rewriter, call: Call, x: Any, *rest: Any, **names: Any) -> Any:
+def keep(build: MapBuilder, call: Call, x: Any, *rest: Any, **names: Any) -> Any:
     """Layers after which the scores are still what they were."""
     result = act_elementwise(build, call, x, *rest, **names)
     return result.alike(x) if isinstance(x, Cells) else result
@@ -162,13 +163,13 @@ _keeps(TrainingOnly, inert=True)
 
 
 @elementwise_rule(*calling("exp"))
-def exp(build: Rewriter, call: Call, x: Any) -> Any:
+def exp(build: MapBuilder, call: Call, x: Any) -> Any:
     result = act_elementwise(build, call, x)
     return result.meaning_of("probabilities") if _is(x, "log_probabilities") else result
 
 
 @elementwise_rule(*calling("log"))
-def log(build: Rewriter, call: Call, x: Any) -> Any:
+def log(build: MapBuilder, call: Call, x: Any) -> Any:
     result = act_elementwise(build, call, x)
     return result.meaning_of("log_probabilities") if _is(x, *_PROBABILITIES) else result
 
@@ -181,7 +182,7 @@ def _is(x: Any, *meanings: str) -> bool:
 
 
 @elementwise_rule(*calling("add", "add_", "iadd"))
-def add(build: Rewriter, call: Call, *args: Any, **kwargs: Any) -> Any:
+def add(build: MapBuilder, call: Call, *args: Any, **kwargs: Any) -> Any:
     result = act_elementwise(build, call, *args, **kwargs)
     first, *others = (*args, *kwargs.values())
     operands = [x for x in (first, *others) if isinstance(x, Cells)]
@@ -198,7 +199,7 @@ def _is_zero(x: Any) -> bool:
 
 
 @elementwise_rule(*calling("mul", "mul_", "imul"))
-def mul(build: Rewriter, call: Call, *args: Any, **kwargs: Any) -> Any:
+def mul(build: MapBuilder, call: Call, *args: Any, **kwargs: Any) -> Any:
     result = act_elementwise(build, call, *args, **kwargs)
     first, *others = (*args, *kwargs.values())
     if isinstance(first, (int, float)) and len(others) == 1:
@@ -207,7 +208,7 @@ def mul(build: Rewriter, call: Call, *args: Any, **kwargs: Any) -> Any:
 
 
 @elementwise_rule(*calling("div", "div_", "truediv", "itruediv"))
-def div(build: Rewriter, call: Call, *args: Any, **kwargs: Any) -> Any:
+def div(build: MapBuilder, call: Call, *args: Any, **kwargs: Any) -> Any:
     result = act_elementwise(build, call, *args, **kwargs)
     first, *others = (*args, *kwargs.values())
     known = len(others) == 1 and isinstance(others[0], (int, float)) and others[0] > 0
@@ -228,7 +229,7 @@ def _scaled(result: Any, x: Any, factor: Any) -> Any:
     role="activation",
 )
 def hardtanh(
-    build: Rewriter,
+    build: MapBuilder,
     call: Call,
     input: Any,
     min_val: float = -1.0,
@@ -240,7 +241,7 @@ def hardtanh(
 
 
 @elementwise_rule(*calling("clamp", "clamp_", "clip", "clip_"))
-def clamp(build: Rewriter, call: Call, input: Any, min: Any = None, max: Any = None) -> Any:
+def clamp(build: MapBuilder, call: Call, input: Any, min: Any = None, max: Any = None) -> Any:
     return _clamped(act_elementwise(build, call, input, min, max), input, min, max)
 
 
@@ -264,7 +265,7 @@ def _clamped(result: Any, x: Any, lowest: Any, highest: Any) -> Any:
 
 @elementwise_rule(F.alpha_dropout, F.feature_alpha_dropout, role="drop")
 def alpha_dropout(
-    build: Rewriter,
+    build: MapBuilder,
     call: Call,
     x: Any,
     p: float = 0.5,
@@ -276,7 +277,12 @@ def alpha_dropout(
 
 @elementwise_rule(F.dropout, F.dropout2d, role="drop")
 def dropout(
-    build: Rewriter, call: Call, x: Any, p: float = 0.5, training: Any = True, inplace: bool = False
+    build: MapBuilder,
+    call: Call,
+    x: Any,
+    p: float = 0.5,
+    training: Any = True,
+    inplace: bool = False,
 ) -> Any:
     if training is True and p > 0:
         raise UnsupportedLayerError(
@@ -290,10 +296,10 @@ def dropout(
     *(nn.Sigmoid, nn.Hardsigmoid, *calling("sigmoid", "sigmoid_", "hardsigmoid")),
     role="activation",
 )
-def sigmoid(build: Rewriter, call: Call, x: Any, *rest: Any, **names: Any) -> Any:
+def sigmoid(build: MapBuilder, call: Call, x: Any, *rest: Any, **names: Any) -> Any:
     return act_elementwise(build, call, x, *rest, **names).meaning_of("sigmoid")
 
 
 @elementwise_rule(nn.LogSigmoid, *calling("logsigmoid"), role="activation")
-def log_sigmoid(build: Rewriter, call: Call, x: Any) -> Any:
+def log_sigmoid(build: MapBuilder, call: Call, x: Any) -> Any:
     return act_elementwise(build, call, x).meaning_of("log_probabilities")

@@ -15,16 +15,17 @@ from torch import Tensor, fx, nn
 
 from fcvgg.errors import UnsupportedLayerError
 from fcvgg.geometry import Pair, Window
+from fcvgg.rewriting.emission import Call, WindowWeight
 from fcvgg.rewriting.layouts import Cells, Constant, with_channels
+from fcvgg.rewriting.map_builder import MapBuilder
 from fcvgg.rewriting.modules import _GEMM_CELLS, WindowLinear, window_linear
-from fcvgg.rewriting.rewriter import Call, Rewriter, WindowWeight
 from fcvgg.rewriting.rules.convolution import values_of
 from fcvgg.rewriting.rules.registry import attributes, calling, register, rule
 from fcvgg.rewriting.sliding import Part, Sliding, windows_of
 
 
 @rule(nn.Linear, *calling("linear"), arguments=attributes("weight", "bias"), role="fc")
-def linear(build: Rewriter, call: Call, input: Any, weight: Any, bias: Any = None) -> Cells:
+def linear(build: MapBuilder, call: Call, input: Any, weight: Any, bias: Any = None) -> Cells:
     values_of(call, weight)
     if call.module is not None and nn.utils.parametrize.is_parametrized(call.module):
         weight = _parametrized(build, call, call.module, "weight", weight)
@@ -33,7 +34,7 @@ def linear(build: Rewriter, call: Call, input: Any, weight: Any, bias: Any = Non
 
 
 def _parametrized(
-    build: Rewriter, call: Call, layer: nn.Module, name: str, value: Tensor
+    build: MapBuilder, call: Call, layer: nn.Module, name: str, value: Tensor
 ) -> Constant:
     """A parameter that torch computes from others (weight norm) at every call."""
     if nn.utils.parametrize.is_parametrized(layer, name):
@@ -43,7 +44,7 @@ def _parametrized(
     return Constant(node, value.detach())
 
 
-def _fully_connected(build: Rewriter, call: Call, x: Any, weight: Any, bias: Any) -> Cells:
+def _fully_connected(build: MapBuilder, call: Call, x: Any, weight: Any, bias: Any) -> Cells:
     """A fully connected layer: over the whole window, or over the channels of each position."""
     if not isinstance(x, Cells) or not x.dims:
         raise UnsupportedLayerError(
@@ -86,7 +87,7 @@ def _fully_connected(build: Rewriter, call: Call, x: Any, weight: Any, bias: Any
 
 
 def _functional(
-    build: Rewriter,
+    build: MapBuilder,
     call: Call,
     x: Cells,
     weight: Constant,

@@ -13,10 +13,11 @@ import torch
 from torch import fx, nn
 
 from fcvgg.geometry import Pair
+from fcvgg.rewriting.emission import Call
 from fcvgg.rewriting.layouts import Cells, channels_along, in_order, of_blocks
+from fcvgg.rewriting.map_builder import MapBuilder
 from fcvgg.rewriting.modules import Patches
 from fcvgg.rewriting.program import Windows
-from fcvgg.rewriting.rewriter import Call, Rewriter
 from fcvgg.rewriting.rules.convolution import settings_of
 from fcvgg.rewriting.rules.registry import attributes, calling, register, rule
 from fcvgg.rewriting.sliding import Sliding, windows_of
@@ -36,7 +37,9 @@ register(
 )
 
 
-def gather_patches(build: Rewriter, call: Call, x: Cells, windows: Windows, extent: Pair) -> Cells:
+def gather_patches(
+    build: MapBuilder, call: Call, x: Cells, windows: Windows, extent: Pair
+) -> Cells:
     """The elements of each window as channels: ``(N, C, H, W) -> (N, C*kh*kw, h, w)``.
 
     Args:
@@ -65,7 +68,7 @@ def gather_patches(build: Rewriter, call: Call, x: Cells, windows: Windows, exte
     arguments=attributes("downscale_factor"),
     has_extent=True,
 )
-def pixel_unshuffle(build: Rewriter, call: Call, input: Any, downscale_factor: int) -> Cells:
+def pixel_unshuffle(build: MapBuilder, call: Call, input: Any, downscale_factor: int) -> Cells:
     x = build.as_map(input, call)
     height, width = (n // downscale_factor for n in x.extent[1:])
     windows = windows_of(downscale_factor, downscale_factor, 0)
@@ -79,7 +82,7 @@ def pixel_unshuffle(build: Rewriter, call: Call, input: Any, downscale_factor: i
     has_extent=True,
 )
 def unfold(
-    build: Rewriter,
+    build: MapBuilder,
     call: Call,
     input: Any,
     kernel_size: Any,
@@ -95,7 +98,7 @@ def unfold(
     return replace(patches, moved=in_order(patches.extent).flatten(1))
 
 
-def as_blocks(build: Rewriter, call: Call, x: Cells) -> Cells:
+def as_blocks(build: MapBuilder, call: Call, x: Cells) -> Cells:
     """A value whose channels are strided positions of a map, as a map; others as they are.
 
     Reshapes and slices make such values: space to depth, and the focus layer of YOLO.

@@ -11,11 +11,12 @@ from torch import Tensor, fx, nn
 
 from fcvgg.errors import UnsupportedLayerError
 from fcvgg.geometry import Pair, Window
+from fcvgg.rewriting.emission import Call
 from fcvgg.rewriting.layouts import Cells, Constant, Unusable, pooled_layout, with_channels
+from fcvgg.rewriting.map_builder import MapBuilder
 from fcvgg.rewriting.marks import FeatureSize
 from fcvgg.rewriting.modules import BinnedPool2d, DilatedAvgPool2d, LogSumExpPool2d
 from fcvgg.rewriting.program import Windows
-from fcvgg.rewriting.rewriter import Call, Rewriter
 from fcvgg.rewriting.rules.convolution import padded_apart, settings_of
 from fcvgg.rewriting.rules.elementwise import act_elementwise
 from fcvgg.rewriting.rules.reductions import reduce_channels, reduced_axes, runs_over_channels
@@ -31,7 +32,7 @@ from fcvgg.rewriting.sliding import Part, Sliding, pair_of, windows_of
 
 
 def pool_window(
-    build: Rewriter,
+    build: MapBuilder,
     call: Call,
     x: Cells,
     kind: str,
@@ -87,7 +88,7 @@ def _spread_over(x: Cells, bins: Pair) -> Cells:
     return replace(x, extent=extent, moved=None)
 
 
-def features_of(build: Rewriter, call: Call, x: Any, axis: int) -> tuple[Cells, Windows]:
+def features_of(build: MapBuilder, call: Call, x: Any, axis: int) -> tuple[Cells, Windows]:
     """The value with all its channels along one axis, and the window that was gathered for it.
 
     Flattened features of a whole window, which a layer treats each by itself before the first fully
@@ -113,7 +114,7 @@ def features_of(build: Rewriter, call: Call, x: Any, axis: int) -> tuple[Cells, 
     has_extent=True,
     role="avgpool",
 )
-def adaptive_avg_pool2d(build: Rewriter, call: Call, input: Any, output_size: Any) -> Cells:
+def adaptive_avg_pool2d(build: MapBuilder, call: Call, input: Any, output_size: Any) -> Cells:
     return _adaptive(build, call, input, "avg", output_size)
 
 
@@ -124,14 +125,14 @@ def adaptive_avg_pool2d(build: Rewriter, call: Call, input: Any, output_size: An
     role="maxpool",
 )
 def adaptive_max_pool2d(
-    build: Rewriter, call: Call, input: Any, output_size: Any, return_indices: bool = False
+    build: MapBuilder, call: Call, input: Any, output_size: Any, return_indices: bool = False
 ) -> Cells:
     if return_indices:
         raise UnsupportedLayerError(f"{call} returns indices, which depend on the map's size")
     return _adaptive(build, call, input, "max", output_size)
 
 
-def _adaptive(build: Rewriter, call: Call, input: Any, kind: str, output_size: Any) -> Cells:
+def _adaptive(build: MapBuilder, call: Call, input: Any, kind: str, output_size: Any) -> Cells:
     x = build.as_map(input, call)
     single = output_size is None or isinstance(output_size, int)
     wanted = (output_size,) * 2 if single else tuple(output_size)
@@ -143,7 +144,7 @@ def _adaptive(build: Rewriter, call: Call, input: Any, kind: str, output_size: A
 
 @rule(*calling("max"))
 def maximum(
-    build: Rewriter, call: Call, input: Any, dim: Any = None, keepdim: bool = False, **names: Any
+    build: MapBuilder, call: Call, input: Any, dim: Any = None, keepdim: bool = False, **names: Any
 ) -> Any:
     """The larger of two values, or a maximum over the rows or columns of each channel."""
     other = names.get("other", dim)
@@ -158,7 +159,7 @@ def maximum(
 
 @rule(*calling("mean", "sum", "amax", "amin", "logsumexp"), has_extent=True)
 def reduce_positions(
-    build: Rewriter, call: Call, input: Any, dim: Any = None, keepdim: bool = False, **names: Any
+    build: MapBuilder, call: Call, input: Any, dim: Any = None, keepdim: bool = False, **names: Any
 ) -> Any:
     """A mean, sum or extremum over the rows and columns of each channel, whatever their order, or
     over the channels of each position."""
@@ -166,7 +167,9 @@ def reduce_positions(
     return _reduced(build, call, input, dim, keepdim, call.kind.removeprefix("Tensor."))
 
 
-def _reduced(build: Rewriter, call: Call, input: Any, dim: Any, keepdim: bool, name: str) -> Cells:
+def _reduced(
+    build: MapBuilder, call: Call, input: Any, dim: Any, keepdim: bool, name: str
+) -> Cells:
     axes = reduced_axes(call, input, dim)
     if runs_over_channels(input, axes):
         function = torch.amax if name == "max" else getattr(torch, name)
@@ -186,7 +189,9 @@ def _reduced(build: Rewriter, call: Call, input: Any, dim: Any, keepdim: bool, n
     return replace(pooled, moved=layout)
 
 
-def _is_global(build: Rewriter, call: Call, x: Cells, kernel: Any, padding: Any, kind: str) -> bool:
+def _is_global(
+    build: MapBuilder, call: Call, x: Cells, kernel: Any, padding: Any, kind: str
+) -> bool:
     """Whether a pool stands for a global one, which slides by one: it covers all of the features.
 
     That is certain where its kernel is the features' own size, ``F.avg_pool2d(x, x.size()[2:])``.
@@ -206,7 +211,7 @@ def _is_global(build: Rewriter, call: Call, x: Cells, kernel: Any, padding: Any,
     return not stage and not _extent_follows(build, call)
 
 
-def _extent_follows(build: Rewriter, call: Call) -> bool:
+def _extent_follows(build: MapBuilder, call: Call) -> bool:
     """Whether a layer with a spatial extent follows a call in the source."""
     later, seen = list(call.node.users), set()
     while later:
@@ -264,7 +269,7 @@ def _slide_max_pool2d(
     role="pool",
 )
 def max_pool2d(
-    build: Rewriter,
+    build: MapBuilder,
     call: Call,
     input: Any,
     kernel_size: Any,
@@ -361,7 +366,7 @@ _AVG_POOL = ("kernel_size", "stride", "padding", "count_include_pad", "divisor_o
     role="pool",
 )
 def avg_pool2d(
-    build: Rewriter,
+    build: MapBuilder,
     call: Call,
     input: Any,
     kernel_size: Any,

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 
 from fcvgg.errors import RefusedLayerError, UnsupportedLayerError
+from fcvgg.rewriting.emission import Call
 from fcvgg.rewriting.layouts import Cells, channels_along, with_channels
-from fcvgg.rewriting.rewriter import Call, Rewriter
+from fcvgg.rewriting.map_builder import MapBuilder
 from fcvgg.rewriting.rules.registry import calling, register, rule
 
 STATISTICS = "its statistics mix all positions, so a cell would change with the rest of the image"
@@ -39,7 +40,7 @@ def runs_over_channels(x: Cells, axes: tuple[int, ...]) -> bool:
 
 
 def reduce_channels(
-    build: Rewriter,
+    build: MapBuilder,
     call: Call,
     x: Cells,
     axis: int,
@@ -55,7 +56,7 @@ def reduce_channels(
 
 
 def _statistic(
-    build: Rewriter,
+    build: MapBuilder,
     call: Call,
     x: Any,
     dim: Any,
@@ -72,7 +73,7 @@ def _statistic(
 
 @rule(*calling("var", "std", "var_mean", "std_mean"))
 def spread(
-    build: Rewriter,
+    build: MapBuilder,
     call: Call,
     input: Any,
     dim: Any = None,
@@ -97,7 +98,7 @@ def spread(
 
 @rule(*calling("norm"))
 def norm(
-    build: Rewriter,
+    build: MapBuilder,
     call: Call,
     input: Any,
     p: Any = 2,
@@ -111,7 +112,7 @@ def norm(
 
 @rule(torch.linalg.norm, torch.linalg.vector_norm)
 def vector_norm(
-    build: Rewriter,
+    build: MapBuilder,
     call: Call,
     x: Any,
     ord: Any = 2,

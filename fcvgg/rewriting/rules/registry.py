@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from fcvgg.errors import RefusedLayerError, UnsupportedLayerError
-from fcvgg.rewriting.rewriter import Call
+from fcvgg.rewriting.emission import Call
 from fcvgg.rewriting.sliding import Sliding
 
 Rule = Callable[..., Any]

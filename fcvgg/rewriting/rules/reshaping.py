@@ -9,8 +9,9 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from fcvgg.errors import InputSizeError, UnsupportedLayerError
+from fcvgg.rewriting.emission import Call
 from fcvgg.rewriting.layouts import Cells, Constant, rearranged
-from fcvgg.rewriting.rewriter import Call, Rewriter
+from fcvgg.rewriting.map_builder import MapBuilder
 from fcvgg.rewriting.rules.patches import as_blocks
 from fcvgg.rewriting.rules.registry import calling, register
 
@@ -35,7 +36,7 @@ def moves(*targets: Any, **known: Any) -> None:
     register(*targets, rewrite=_moves, **known)
 
 
-def _moves(build: Rewriter, call: Call, x: Any, *args: Any, **kwargs: Any) -> Any:
+def _moves(build: MapBuilder, call: Call, x: Any, *args: Any, **kwargs: Any) -> Any:
     if isinstance(x, (tuple, list)) and call.node.target is operator.getitem:
         return x[args[0]]
     if not isinstance(x, Cells):
