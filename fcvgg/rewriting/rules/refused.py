@@ -29,7 +29,8 @@ refuse(
     SqueezeExcitation,
 )
 refuse(
-    "resizing to or from a fixed size ties a cell to the size of the image",
+    "resizing to or from a fixed size ties a cell to the size of the image, and enlarging by a "
+    "factor puts positions between those that cells lie on",
     *(nn.Upsample, nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d),
     *calling("interpolate", "upsample", "grid_sample"),
 )
