@@ -85,6 +85,21 @@ def test_blocks_at_a_finer_output_stride() -> None:
             assert relative_error(expected, cells) <= 1e-12
 
 
+def test_one_block_of_all_positions_is_no_stride() -> None:
+    """``(N, C*h*w, 1, 1)`` is how a head flattens: its cells lie as close as the features do."""
+
+    class Flat(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.fc = nn.Conv2d(3, 4, 3, stride=2), nn.Linear(64, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(self.conv(x).reshape(len(x), -1, 1, 1).flatten(1))
+
+    net = fcvgg.convert(seeded(Flat))
+    assert net.geometry.stride == (2, 2)
+
+
 def test_blocks_are_exported(tmp_path: Path) -> None:
     runtime = pytest.importorskip("onnxruntime")
     net = fcvgg.convert(seeded(Stem, *WAYS["focus"]).float(), input_size=12)

@@ -103,7 +103,7 @@ def as_blocks(build: MapBuilder, call: Call, x: Cells) -> Cells:
 
     Reshapes and slices make such values: space to depth, and the focus layer of YOLO.
     """
-    if len(x.dims) != 3 or x.dims[1:] == x.extent[1:]:
+    if len(x.dims) != 3 or x.dims[1:] in (x.extent[1:], (1, 1)):  # (1, 1) is a head's flatten
         return x
     blocks = [n // m if n % m == 0 else 0 for n, m in zip(x.extent[1:], x.dims[1:])]
     if 0 in blocks:
