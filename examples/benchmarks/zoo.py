@@ -147,29 +147,31 @@ LIBRARIES = {
 
 
 def examine(entry: Entry) -> Row:
-    """Convert one architecture and compare the two."""
-
-    def row(result: str, message: str, **more: int | float) -> Row:
-        seconds = round(time.process_time() - began, 1)
-        return Row(entry.library, entry.family, entry.name, result, message, seconds, **more)
-
+    """Convert one architecture and compare the two, with the seconds that it takes."""
     began = time.process_time()
+    known: dict[str, Any] = {}
     try:
-        try:
-            size = converting_size(entry)
-        except fcvgg.FcvggError as error:
-            return row("refused", str(error))
-        model = with_weights(entry, size)
-        net = fcvgg.convert(model, input_size=size, verify=False)
-        report = fcvgg.verify(model, net, tolerance=TOLERANCE)
-    except Exception as error:
-        place = traceback.extract_tb(error.__traceback__)[-1]
-        return row("crash", f"{type(error).__name__}: {error} ({place.name})".replace("\n", " "))
+        result, message, known = outcome(entry)
+    except Exception as fault:
+        place = traceback.extract_tb(fault.__traceback__)[-1].name
+        result, message = "crash", f"{type(fault).__name__}: {fault} ({place})".replace("\n", " ")
+    seconds = round(time.process_time() - began, 1)
+    return Row(entry.library, entry.family, entry.name, result, message, seconds, **known)
+
+
+def outcome(entry: Entry) -> tuple[str, str, dict[str, Any]]:
+    """What becomes of an architecture: the result, its message, and the last fields of `Row`."""
+    try:
+        size = converting_size(entry)
+    except fcvgg.FcvggError as refusal:
+        return "refused", str(refusal), {}
+    model = with_weights(entry, size)
+    net = fcvgg.convert(model, input_size=size, verify=False)
+    report = fcvgg.verify(model, net, tolerance=TOLERANCE)
     error = max(report.max_rel_error, report.translation_error)
-    message = "" if error <= TOLERANCE else str(report)
     parameters = sum(p.numel() for p in model.parameters())
     known = {"input_size": size, "parameters": parameters, "error": error}
-    return row("wrong" if message else "exact", message, **known)
+    return ("exact", "", known) if error <= TOLERANCE else ("wrong", str(report), known)
 
 
 def converting_size(entry: Entry) -> int:
@@ -209,7 +211,7 @@ def with_weights(entry: Entry, size: int) -> nn.Module:
     model = entry.build().double().eval()
     for parameter in model.parameters():
         if parameter.numel() == 1 or parameter.ndim < 2 or parameter.std() == 0:
-            parameter += torch.empty_like(parameter).uniform_(-0.3, 0.3)
+            parameter.add_(torch.empty_like(parameter).uniform_(-0.3, 0.3))
     norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
     if norms:
         for norm in norms:
