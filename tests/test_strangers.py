@@ -597,7 +597,10 @@ def test_constants_are_computed_only_if_they_fit_the_file(tmp_path, made):
         ({"metadata": [("categories", "[" * 900 + "]" * 900)]}, "must be a list of names"),
         ({"metadata": [("categories", "[" * 90_000)]}, "metadata is broken"),
         ({"metadata": [("categories", "[1, 2]")]}, "must be a list of names"),
-        ({"metadata": [("categories", '["a"]')]}, "1 categories were given for 2 classes"),
+        (
+            {"metadata": [("categories", '["a"]')]},
+            "categories must be 2 names, one per class .*, got 1",
+        ),
         ({"metadata": [("activation", "[[1]]")]}, "activation must be a name"),
         ({"metadata": [("preprocess", '{"mean": [1], "std": "x"}')]}, "metadata is broken"),
         ({"stored": [array("w", np.ones((10**5, 3, 1, 1)), "f4")]}, "fc|malformed|does not run"),

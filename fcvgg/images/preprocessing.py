@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from fcvgg.errors import GeometryError, ImageError, PreprocessError, check_choice
+from fcvgg.errors import ImageError, PreprocessError, check_choice
 from fcvgg.geometry import Pair, checked_size
 
 INTERPOLATIONS = {
@@ -282,12 +282,7 @@ def _checked_range(value_range: Any) -> tuple[float, float] | None:
 def _checked_resize(resize: Any) -> int | Pair | None:
     if resize is None:
         return None
-    try:
-        height, width = checked_size(resize)
-    except GeometryError as error:
-        raise PreprocessError(
-            f"resize must be None, a positive int or (h, w), got {resize!r}"
-        ) from error
+    height, width = checked_size(resize, "resize", PreprocessError)
     if max(height, width) > _LARGEST_RESIZE:
         raise PreprocessError(
             f"resize must be at most {_LARGEST_RESIZE} pixels, got {resize!r}; pass resize=None to "

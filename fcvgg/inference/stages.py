@@ -126,8 +126,6 @@ class _StageReader:
             return sum(fed)
         if node.target is cut_to:
             return fed[0]
-        if node.kwargs.get("dim") == 1 and node.kwargs.get("keepdim"):  # reduces the channels
-            return 1
         if node.target == "narrow":
             return int(node.args[3])  # type: ignore[arg-type]
         if node.target is torch.index_select:

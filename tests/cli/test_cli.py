@@ -312,8 +312,8 @@ def test_heatmap_never_writes_two_images_to_one_name(images, folder):
     ("target", "message"),
     [
         ("dog", "there is no category 'dog'; there are 2: 'background' (0), 'face' (1)"),
-        ("7", "class 7 is out of range; the network has classes 0 to 1"),
-        ("a", "category 'a' is ambiguous: 'background' (0), 'face' (1)"),
+        ("7", "class must be an index from 0 to 1 or a name, got 7"),
+        ("a", "class must match one category, got 'a', which matches 'background' (0), 'face' (1)"),
     ],
 )
 def test_a_wrong_class_is_reported_once(images, target, message):
@@ -366,7 +366,7 @@ def test_weights_that_cannot_be_downloaded_say_what_to_pass(images, no_network):
         (("-m", "my.pth"), "there is no checkpoint my.pth"),
         (("-m", "my.pth", "--arch", "vgg16"), "there is no checkpoint my.pth"),
         (("-w", "my.pth"), "there is no checkpoint my.pth"),
-        (("-w", "LATEST"), "for vgg16, got 'LATEST'"),
+        (("-w", "LATEST"), "--weights must be IMAGENET1K_V1, IMAGENET1K_FEATURES, DEFAULT or"),
         (("--arch", "vgg11"), "--arch 'vgg11' must come with a checkpoint, got 'vgg16'"),
         (
             ("-m", "demo", "-w", "x.pt"),

@@ -100,7 +100,7 @@ def test_what_the_scores_are(own: list[str]) -> None:
     assert differences == pytest.approx([differences[0]] * 3, abs=1e-3)
     for value, message in (
         ("values", "the network's scores are values"),
-        ("softmax", "--activation 'softmax' is unknown"),
+        ("softmax", "--activation must be 'logits'"),
     ):
         ran = run("classify", "one.png", *options, "--activation", value)
         assert ran.exit_code == 2
@@ -129,10 +129,10 @@ def test_help_has_them_in_a_part_of_their_own(command: str) -> None:
     [
         (
             ["--categories", "absent.txt"],
-            "the categories in absent.txt cannot be read: No such file or directory; expected one",
+            "the categories in absent.txt cannot be read: No such file or directory; write one",
         ),
-        (["--categories", "empty.txt"], "empty.txt holds no categories; expected one name per"),
-        (["--categories", "short.txt"], "1 categories were given for 3 classes; pass one name per"),
+        (["--categories", "empty.txt"], "empty.txt must hold categories, one name per line"),
+        (["--categories", "short.txt"], "--categories must be 3 names, one per class"),
         (["--categories", "bad.json"], "the categories in bad.json cannot be read: it has no inde"),
         (["--categories", "one.png"], "the categories in one.png cannot be read: 'utf-8' codec ca"),
         (["--mean", "0.5"], "--mean and --std go together; give both"),
@@ -204,7 +204,9 @@ def test_categories_in_a_list_of_json_and_behind_a_byte_order_mark(tmp_path: Pat
     marked.write_text("a, b\r\nü\r\n", encoding="utf-8-sig")
     assert read_categories(listed) == read_categories(marked) == ("a, b", "ü")
     listed.write_text('"cat"')
-    with pytest.raises(fcvgg.CategoryError, match=r"cannot be read: it is no list of names; exp"):
+    with pytest.raises(
+        fcvgg.CategoryError, match=r"cannot be read: it is not a list of names; write"
+    ):
         read_categories(listed)
 
 

@@ -109,10 +109,10 @@ def test_the_picture_is_not_changed() -> None:
             {"interpolation": "area"},
             r"interpolation must be 'nearest', .* or 'lanczos', got 'area'",
         ),
-        ({"resize": 0}, r"resize must be None, a positive int or \(h, w\), got 0"),
-        ({"resize": (1, 2, 3)}, r"resize must be None, a positive int or .*, got \(1, 2, 3\)"),
-        ({"resize": "256"}, r"resize must be None, a positive int or .*, got '256'"),
-        ({"resize": 2.5}, r"resize must be None, a positive int or .*, got 2\.5"),
+        ({"resize": 0}, r"resize must be a positive int or \(h, w\), got 0"),
+        ({"resize": (1, 2, 3)}, r"resize must be a positive int or .*, got \(1, 2, 3\)"),
+        ({"resize": "256"}, r"resize must be a positive int or .*, got '256'"),
+        ({"resize": 2.5}, r"resize must be a positive int or .*, got 2\.5"),
     ],
 )
 def test_unusable_values_are_refused(options: dict, message: str) -> None:

@@ -145,7 +145,7 @@ def test_errors(net) -> None:
         pyramid_heatmap([])
     with pytest.raises(fcvgg.ImageError, match=r"scales must be positive .*, got -3"):
         net.heatmap(image, 0, scales=[-3])
-    with pytest.raises(fcvgg.CategoryError, match="class 9 is out of range"):
+    with pytest.raises(fcvgg.CategoryError, match=r"class must be an index .*, got 9"):
         net.heatmap(image, 9, scales=[40])
 
 

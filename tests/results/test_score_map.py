@@ -172,7 +172,7 @@ def test_the_activation_can_be_given() -> None:
 
 
 def test_an_unknown_activation_is_refused() -> None:
-    expected = "activation='softplus' is unknown; expected one of 'logits'"
+    expected = "^activation must be 'logits' .*, got 'softplus'"
     with pytest.raises(fcvgg.FcvggError, match=expected):
         fcvgg.convert(classifier(3), activation="softplus")
     net = fcvgg.convert(classifier(3))

@@ -21,9 +21,10 @@ kernel takes ten, here the two forms of torch's power-average pool::
         return build.window(call, build.as_map(x, call), windows, pools="other")
 
 The package's own kinds stand in one file a family: `elementwise`, `channels` (normalisation,
-softmax, concatenation), `convolution`, `pooling`, `fully_connected`, `reshaping` (what only moves
-elements), `patches` (blocks of positions that become channels), `reductions` (of channels), and
-`refused` (what would not stay exact, and why). What is in none is refused by name.
+softmax, statistics), `joining` (concatenation, stacks), `convolution`, `pooling`, `fully_connected`
+and `products` (with parameters), `reshaping` (what only moves elements), `patches`
+(blocks of positions that become channels), and `refused` (what would
+not stay exact, and why). What is in none is refused by name.
 """
 
 from fcvgg.rewriting.modules import TrainingFlag, cut_to
@@ -32,9 +33,10 @@ from fcvgg.rewriting.rules import (
     convolution,
     elementwise,
     fully_connected,
+    joining,
     patches,
     pooling,
-    reductions,
+    products,
     refused,
     reshaping,
 )
@@ -56,8 +58,8 @@ __all__ = [
 ]
 
 _RULES_LOADED = (
-    *(channels, elementwise, fully_connected, patches, pooling, reductions),
-    *(convolution, refused, reshaping),
+    *(channels, convolution, elementwise, fully_connected, joining, patches, pooling),
+    *(products, refused, reshaping),
 )
 
 register(TrainingFlag)

@@ -5,11 +5,10 @@ from __future__ import annotations
 from torch import nn
 from torchvision.ops import SqueezeExcitation
 
-from fcvgg.rewriting.rules.reductions import STATISTICS
 from fcvgg.rewriting.rules.registry import ATTENTION, calling, refuse
 
 refuse(
-    STATISTICS,
+    "its statistics mix all positions, so a cell would change with the rest of the image",
     *(nn.GroupNorm, nn.InstanceNorm1d, nn.InstanceNorm2d),
     *calling("group_norm", "instance_norm"),
 )
@@ -17,11 +16,6 @@ refuse(
     ATTENTION,
     *(nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerEncoder),
     *calling("scaled_dot_product_attention"),
-)
-refuse(
-    "products of values (attention) mix positions; a fully connected layer must be nn.Linear or "
-    "F.linear",
-    *calling("matmul", "bmm", "baddbmm", "addmm", "mm", "einsum", "tensordot"),
 )
 refuse(
     "squeeze-and-excitation pools over all positions, so a cell would change with the rest of the "
