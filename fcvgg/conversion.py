@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from math import gcd
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -36,7 +36,7 @@ def convert(
     *,
     input_size: int | Iterable[int] | None = None,
     output_stride: int | None = None,
-    padding: str = "valid",
+    padding: Literal["valid", "same"] = "valid",
     copy: bool = False,
     verify: bool = True,
     preprocess: Preprocess | str | None = None,

@@ -107,10 +107,6 @@ class MissingExtraError(FcvggError, ImportError):
     """An optional dependency is not installed."""
 
 
-class ContenderError(FcvggError):
-    """A contender of a benchmark failed in one case, or its process ended."""
-
-
 def one_line(error: BaseException) -> str:
     """The first line of an error's message, as `visible` shows it."""
     return readable(_bounded((str(error).strip() or type(error).__name__).splitlines()[0]))

@@ -7,13 +7,14 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fcvgg.categories import one_per_class
+from fcvgg.choices import Average
 from fcvgg.errors import ArgumentError, ImageError, TrainingError, one_line
 from fcvgg.geometry import Geometry, Pair
 from fcvgg.images.batching import run_in_batches
@@ -304,7 +305,7 @@ class FullyConvolutional(nn.Module):
         target: int | str | None = None,
         *,
         scales: Sequence[int] | int | None = None,
-        combine: str = "max",
+        combine: Literal["max", "mean"] = "max",
         output: int = 0,
     ) -> Heatmap:
         """One class's probability over the image; the top class of the average if None.
@@ -335,7 +336,7 @@ class FullyConvolutional(nn.Module):
         *,
         scales: Sequence[int] | int | None = None,
         flip: bool = False,
-        average: str = "scores",
+        average: Average = "scores",
         output: int = 0,
     ) -> Tensor:
         """Class probabilities by dense evaluation (VGG paper, section 3.2).
@@ -389,7 +390,7 @@ class FullyConvolutional(nn.Module):
                 for pixels in (view, mirrored(view)) if flip else (view,):
                     yield index, None, pixels.tensor(self.preprocess)
 
-    def _predicted(self, batch: Tensor, average: str, output: int) -> Tensor:
+    def _predicted(self, batch: Tensor, average: Average, output: int) -> Tensor:
         """Class probabilities ``(N, K)`` of inputs of one size, each averaged over its map."""
         activation = self.activation_of(output)
         maps = self._scores(batch, output)

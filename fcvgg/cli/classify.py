@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,6 +9,7 @@ import typer
 from rich.console import RenderableType
 from rich.table import Table
 
+from fcvgg.choices import Average
 from fcvgg.cli.console import check_any_exists, exit_if_any_failed, for_each_image, say, say_json
 from fcvgg.cli.options import (
     Arch,
@@ -41,13 +41,6 @@ EXAMPLES = (
 )
 
 
-class Average(str, Enum):
-    """What is averaged over the cells of a score map."""
-
-    scores = "scores"
-    probabilities = "probabilities"
-
-
 def run(
     images: Images,
     model: Model = "vgg16",
@@ -77,7 +70,7 @@ def run(
     flip: Annotated[bool, typer.Option("--flip", help="Average with the mirrored image.")] = False,
     average: Annotated[
         Average, typer.Option("--average", help="What is averaged over the cells.")
-    ] = Average.scores,
+    ] = "scores",
     bands: Bands = None,
     nodata: Nodata = None,
     as_json: Annotated[
@@ -103,7 +96,7 @@ def run(
 
     def classify(image: Path) -> dict[str, Any]:
         source = opener.open(image)
-        probabilities = net.classify(source, scales=sides, flip=flip, average=average.value)[0]
+        probabilities = net.classify(source, scales=sides, flip=flip, average=average)[0]
         if not probabilities.isfinite().all():
             remedy = "" if full_size else "; --full-size averages over the windows that have data"
             raise ImageError(

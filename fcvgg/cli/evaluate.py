@@ -9,7 +9,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from fcvgg.cli.classify import Average
+from fcvgg.choices import Average
 from fcvgg.cli.console import say, say_wrote, tell_skipped
 from fcvgg.cli.options import (
     Arch,
@@ -54,10 +54,10 @@ def run(
             "--protocols",
             "-p",
             metavar="NAME,NAME,...",
-            help="How images are shown to the network: centre-crop, resize, ten-crop, dense, "
+            help="How images are shown to the network: center-crop, resize, ten-crop, dense, "
             "multi-crop, dense+multi-crop, or all.",
         ),
-    ] = "centre-crop,resize,dense",
+    ] = "center-crop,resize,dense",
     scales: Annotated[
         str | None,
         typer.Option(
@@ -71,7 +71,7 @@ def run(
     flip: Annotated[bool, typer.Option("--flip", help="Average with the mirrored image.")] = False,
     average: Annotated[
         Average, typer.Option("--average", help="What is averaged over the cells.")
-    ] = Average.scores,
+    ] = "scores",
     classes: Annotated[
         bool, typer.Option("--classes", help="Print a row per class for every protocol.")
     ] = False,
@@ -106,7 +106,7 @@ def run(
         protocols=[name.strip() for name in protocols.split(",") if name.strip()],
         scales=sides,
         flip=flip,
-        average=average.value,
+        average=average,
         progress=True,
     )
     tell_skipped(evaluation.skipped, evaluation.images)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.table import Table
 from rich.text import Text
 
+from fcvgg.choices import Optimizer, Precision, Strategy
 from fcvgg.cli.console import resumable, say, say_next, say_wrote, tell_skipped
 from fcvgg.cli.options import (
     BALANCED_HELP,
@@ -35,40 +35,6 @@ EXAMPLES = (
 )
 
 _IMAGES = "Images"
-
-
-class Strategy(str, Enum):
-    """What is trained."""
-
-    auto = "auto"
-    linear = "linear"
-    partial = "partial"
-    all = "all"
-    svm = "svm"
-    scratch = "scratch"
-
-
-class Resize(str, Enum):
-    """How an image comes to the input size."""
-
-    resize = "resize"
-    centre_crop = "centre-crop"
-
-
-class Optimizer(str, Enum):
-    """What takes the steps."""
-
-    sgd = "sgd"
-    adamw = "adamw"
-
-
-class Precision(str, Enum):
-    """What is computed in."""
-
-    auto = "auto"
-    single = "32"
-    bf16 = "bf16-mixed"
-    fp16 = "16-mixed"
 
 
 def run(
@@ -101,7 +67,7 @@ def run(
             help="What is trained: one linear layer, the later layers, all, a support vector "
             "machine on early features, or all from scratch; auto chooses and says why.",
         ),
-    ] = Strategy.auto,
+    ] = "auto",
     similar: Annotated[
         bool | None,
         typer.Option(
@@ -140,9 +106,14 @@ def run(
         ),
     ] = None,
     resize: Annotated[
-        Resize,
-        typer.Option("--resize", help="How images come to that size.", rich_help_panel=_IMAGES),
-    ] = Resize.resize,
+        Literal["resize", "center-crop", "centre-crop"],
+        typer.Option(
+            "--resize",
+            metavar="resize|center-crop",  # centre-crop is an older spelling
+            help="How images come to that size.",
+            rich_help_panel=_IMAGES,
+        ),
+    ] = "resize",
     augment: Annotated[
         bool | None,
         typer.Option(
@@ -168,7 +139,7 @@ def run(
             help=BALANCED_HELP,
             rich_help_panel=_IMAGES,
         ),
-    ] = ClassWeights.none,
+    ] = "none",
     epochs: Annotated[
         int | None,
         typer.Option(
@@ -194,7 +165,7 @@ def run(
     optimizer: Annotated[
         Optimizer,
         typer.Option("--optimizer", rich_help_panel=TRAINING, help="The optimizer: AdamW or SGD."),
-    ] = Optimizer.adamw,
+    ] = "adamw",
     cosine: Annotated[
         bool,
         typer.Option(
@@ -230,7 +201,7 @@ def run(
             help="Arithmetic; auto is bf16-mixed on a GPU that has it, else 32.",
             rich_help_panel=TRAINING,
         ),
-    ] = Precision.auto,
+    ] = "auto",
     devices: Annotated[
         str,
         typer.Option(
@@ -261,21 +232,21 @@ def run(
     from fcvgg.finetuning.finetuning import finetune
 
     options: dict[str, Any] = {
-        "strategy": strategy.value,
+        "strategy": strategy,
         "similar": similar,
         "freeze_upto": freeze_upto,
         "hidden": _hidden(head),
         "size": size_of(size, "--size"),
-        "resize": resize.value,
+        "resize": resize,
         "augment": augment,
-        "class_weights": class_weights.argument,
+        "class_weights": None if class_weights == "none" else class_weights,
         "valid_fraction": valid_fraction,
         "batch_size": batch_size,
-        "optimizer": optimizer.value,
+        "optimizer": optimizer,
         "cosine": cosine,
         "patience": patience or None,
         "seed": seed,
-        "precision": precision.value,
+        "precision": precision,
         "devices": int(devices) if devices.isdecimal() else devices,
         "workers": workers,
     }

@@ -8,9 +8,8 @@ import inspect
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
 import typer
 
@@ -514,18 +513,7 @@ BatchSize = Annotated[
         "--batch-size", metavar="N", min=1, help="Images per step.", rich_help_panel=TRAINING
     ),
 ]
-
-
-class ClassWeights(str, Enum):
-    """How classes count in the loss."""
-
-    none = "none"
-    balanced = "balanced"
-
-    @property
-    def argument(self) -> str | None:
-        """What the library calls it."""
-        return None if self is ClassWeights.none else self.value
-
+ClassWeights = Literal["none", "balanced"]
+"""How classes count in the loss; the library has None for none."""
 
 BALANCED_HELP = "balanced: rare classes count as much as frequent ones."

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,6 +9,7 @@ import typer
 from rich.console import RenderableType
 from rich.table import Table
 
+from fcvgg.choices import Classifier, Pooling
 from fcvgg.cli.console import say, say_wrote, tell_skipped
 from fcvgg.cli.options import (
     Arch,
@@ -36,20 +36,6 @@ EXAMPLES = (
     "fcvgg probe photos --size 224 --classifier svm --folds 10",
     "fcvgg probe faces --model demo --size 32x32 --output faces.png",
 )
-
-
-class Pooling(str, Enum):
-    """How a map becomes one number per channel."""
-
-    avg = "avg"
-    max = "max"
-
-
-class Classifier(str, Enum):
-    """The linear classifier that is fitted."""
-
-    logistic = "logistic"
-    svm = "svm"
 
 
 def run(
@@ -85,11 +71,11 @@ def run(
     ] = None,
     pooling: Annotated[
         Pooling, typer.Option("--pooling", help="What a map's positions are reduced to.")
-    ] = Pooling.avg,
+    ] = "avg",
     classifier: Annotated[
         Classifier,
         typer.Option("--classifier", help="The classifier: logistic regression or a linear SVM."),
-    ] = Classifier.logistic,
+    ] = "logistic",
     folds: Annotated[
         int,
         typer.Option(
@@ -136,9 +122,9 @@ def run(
             found.paths,
             [found.classes[label] for label in found.labels],
             layers=layers.split(",") if layers else None,
-            classifier=classifier.value,
+            classifier=classifier,
             folds=folds,
-            pooling=pooling.value,
+            pooling=pooling,
             size=wanted if size and "x" in size.lower() else wanted and wanted[0],
             cache=cache,
             progress=True,

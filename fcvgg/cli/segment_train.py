@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from fcvgg.choices import Variant
 from fcvgg.cli.console import resumable, say, say_next, say_wrote, tell_skipped
 from fcvgg.cli.options import (
     BALANCED_HELP,
@@ -30,14 +30,6 @@ EXAMPLES = (
     "-w vgg16.pth -o 16s",
     "fcvgg segment photo.jpg --fcn 16s/fcn",
 )
-
-
-class Variant(str, Enum):
-    """Down to which stride maps are scored."""
-
-    fcn32s = "32s"
-    fcn16s = "16s"
-    fcn8s = "8s"
 
 
 def run(
@@ -66,7 +58,7 @@ def run(
     variant: Annotated[
         Variant,
         typer.Option("--variant", help="The stride of the finest map that is scored."),
-    ] = Variant.fcn32s,
+    ] = "32s",
     init_from: Annotated[
         Path | None,
         typer.Option(
@@ -104,7 +96,7 @@ def run(
             help=BALANCED_HELP,
             rich_help_panel=TRAINING,
         ),
-    ] = ClassWeights.none,
+    ] = "none",
     epochs: Annotated[
         int,
         typer.Option(
@@ -154,7 +146,7 @@ def run(
     if freeze_upto is not None:
         freeze_(net, freeze_upto)
     coarser = None if init_from is None else FCN.load(init_from)
-    fcn = FCN(net, len(names), variant.value, init_from=coarser, categories=names)
+    fcn = FCN(net, len(names), variant, init_from=coarser, categories=names)
     with resumable(output):
         done = train_fcn(
             fcn,
@@ -162,7 +154,7 @@ def run(
             output,
             settings=settings,
             crop=size_of(crop, "--crop"),
-            class_weights=class_weights.argument,
+            class_weights=None if class_weights == "none" else class_weights,
             backbone_lr=backbone_lr,
             resume=resume,
             progress=True,
@@ -170,6 +162,6 @@ def run(
     tell_skipped(done.skipped, done.images)
     if done.run.resumed_after:
         say(f"resumed after epoch {done.run.resumed_after}")
-    say(f"FCN-{variant.value}, epoch {done.run.best_epoch} of {epochs}: {done.metrics}")
+    say(f"FCN-{variant}, epoch {done.run.best_epoch} of {epochs}: {done.metrics}")
     say_wrote(output / "fcn")
     say_next(f"fcvgg segment photo.jpg --fcn {output / 'fcn'}")

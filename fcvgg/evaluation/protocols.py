@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fcvgg.categories import class_name
+from fcvgg.choices import Average, Protocol, current_spelling
 from fcvgg.errors import ArgumentError, DatasetError, ImageError, MissingExtraError
 from fcvgg.evaluation.cropping import centre_crop, grid_crops, ten_crops
 from fcvgg.images.batching import run_in_batches
@@ -38,7 +39,7 @@ from fcvgg.support.module_state import device_of, dtype_of, evaluating
 from fcvgg.support.progress import progress_bar
 
 PROTOCOLS: dict[str, str] = {
-    "centre-crop": "centre crop",
+    "center-crop": "center crop",
     "resize": "resize",
     "ten-crop": "10 crops",
     "dense": "whole image",
@@ -47,7 +48,7 @@ PROTOCOLS: dict[str, str] = {
 }
 """The protocols and what each feeds to the network from an image at one scale."""
 
-DEFAULT_PROTOCOLS = ("centre-crop", "resize", "dense")
+DEFAULT_PROTOCOLS: tuple[Protocol, ...] = ("center-crop", "resize", "dense")
 
 _COMBINED = {"dense+multi-crop": ("dense", "multi-crop")}
 
@@ -136,7 +137,7 @@ class Evaluation:
 
     def __getitem__(self, protocol: str) -> ProtocolResult:
         for result in self.results:
-            if result.protocol == protocol:
+            if result.protocol == current_spelling(protocol):
                 return result
         raise KeyError(f"{protocol!r} was not run; there are {[r.protocol for r in self.results]}")
 
@@ -269,7 +270,7 @@ def evaluate(
     protocols: Iterable[str] | str = DEFAULT_PROTOCOLS,
     scales: Sequence[int] | int | None = None,
     flip: bool = False,
-    average: str = "scores",
+    average: Average = "scores",
     model: nn.Module | None = None,
     progress: bool = False,
 ) -> Evaluation:
@@ -283,7 +284,7 @@ def evaluate(
             hold class folders, the part to test on is taken, or else the one to validate on; see
             `fcvgg.images.datasets`. Files that are no images or cannot be read are counted and
             listed, and left out.
-        protocols: one or more of ``"centre-crop"``, ``"resize"`` (the whole image, squeezed to the
+        protocols: one or more of ``"center-crop"``, ``"resize"`` (the whole image, squeezed to the
             native size), ``"ten-crop"``, ``"dense"`` (as ``net.classify``), ``"multi-crop"`` (a 5x5
             grid and its mirror images, 50 crops per scale), ``"dense+multi-crop"`` (the average of
             both, as in the paper's table 5); or ``"all"``.
@@ -356,7 +357,7 @@ class _Plan:
         return scales * crops.get(part, 1 + self.flip)
 
     def flips(self, name: str) -> bool:
-        return self.flip or name not in ("centre-crop", "resize", "dense")
+        return self.flip or name not in ("center-crop", "resize", "dense")
 
 
 @dataclass
@@ -377,7 +378,7 @@ class _Run:
     model: nn.Module | None
     data: LabelledImages
     plan: _Plan
-    average: str
+    average: Average
     used: int = 0
     unreadable: list[Unreadable] = field(default_factory=list)
     _pending: dict[int, _Pending] = field(default_factory=dict)
@@ -443,8 +444,8 @@ class _Run:
         size = self.net.input_size
         if "dense" in parts:
             yield from _flipped("dense", pixels, self.plan.flip)
-        if "centre-crop" in parts:
-            yield from _flipped("centre-crop", centre_crop(pixels, size), self.plan.flip)
+        if "center-crop" in parts:
+            yield from _flipped("center-crop", centre_crop(pixels, size), self.plan.flip)
         if "ten-crop" in parts:
             yield from (("ten-crop", crop) for crop in ten_crops(pixels, size))
         if "multi-crop" in parts:
@@ -476,7 +477,8 @@ def _flipped(part: str, pixels: Tensor, flip: bool) -> _Views:
 
 
 def _checked_protocols(protocols: Iterable[str] | str) -> tuple[str, ...]:
-    names = (protocols,) if isinstance(protocols, str) else tuple(protocols)
+    given = (protocols,) if isinstance(protocols, str) else protocols
+    names: Any = tuple(map(current_spelling, given))
     if names == ("all",):
         return tuple(PROTOCOLS)
     for name in names:

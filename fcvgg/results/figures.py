@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from fcvgg.categories import class_name
+from fcvgg.choices import Average
 from fcvgg.errors import ArgumentError, ImageError
 from fcvgg.geometry import Geometry, Pair
 from fcvgg.results.colours import class_colours
@@ -61,7 +62,7 @@ class DrawableMap(Protocol):
 
     def probabilities(self) -> Tensor: ...
 
-    def predict(self, average: str = "scores") -> Tensor: ...
+    def predict(self, average: Average = "scores") -> Tensor: ...
 
     def label_map(self) -> Tensor: ...
 

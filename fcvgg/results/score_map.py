@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fcvgg.categories import class_index, class_name
+from fcvgg.choices import Average
 from fcvgg.errors import ArgumentError, ImageError
 from fcvgg.geometry import Geometry, Pair, checked_size
 from fcvgg.probability import (
@@ -77,7 +78,7 @@ class ScoreMap:
         probabilities = to_probabilities(self.scores, self.activation)
         return probabilities.masked_fill(~self.has_data, torch.nan)
 
-    def predict(self, average: str = "scores") -> Tensor:
+    def predict(self, average: Average = "scores") -> Tensor:
         """The class probabilities of the image, ``(K,)``, averaged as `average` says.
 
         The average is over the cells with data; NaN where there is none.

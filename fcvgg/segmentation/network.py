@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fcvgg.categories import distinct_names, one_per_class
+from fcvgg.choices import Variant
 from fcvgg.errors import ArgumentError, FcvggError, LoadError, one_line
 from fcvgg.images.preprocessing import (
     Preprocess,
@@ -41,7 +42,7 @@ from fcvgg.support.module_state import device_of, dtype_of, evaluating
 from fcvgg.training.settings import check_choice
 from fcvgg.transfer.heads import check_classes
 
-VARIANTS = {"32s": 0, "16s": 1, "8s": 2}
+VARIANTS: dict[str, int] = {"32s": 0, "16s": 1, "8s": 2}
 """The number of finer maps that a variant scores as well; named for VGG's strides."""
 
 CONFIG = "fcn.json"
@@ -120,9 +121,9 @@ class FCN(nn.Module):
         self,
         net: FullyConvolutional,
         num_classes: int,
-        variant: str = "32s",
+        variant: Variant = "32s",
         *,
-        padding: str = "same",
+        padding: Literal["same", "valid"] = "same",
         copy: bool = True,
         init_from: FCN | None = None,
         learn_upsampling: bool = True,

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from math import isfinite
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, get_args
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from fcvgg.choices import Pooling
 from fcvgg.errors import ArgumentError, ConversionError, FcvggError, GeometryError, ImageError
 from fcvgg.geometry import Pair, checked_size
 from fcvgg.images.preprocessing import Preprocess, given_preprocess
@@ -28,7 +29,7 @@ from fcvgg.support.module_state import device_of, dtype_of, evaluating
 from fcvgg.transfer.extraction import Features, features_upto
 from fcvgg.transfer.naming import layer_names
 
-POOLINGS = ("avg", "max", None)
+POOLINGS = (*get_args(Pooling), None)
 
 
 class FeatureExtractor:
@@ -55,7 +56,7 @@ class FeatureExtractor:
         model: nn.Module | str | Path,
         layers: Sequence[str],
         *,
-        pooling: str | None = "avg",
+        pooling: Pooling | None = "avg",
         size: int | Iterable[int] | None = None,
         preprocess: Preprocess | str | None = None,
         value_range: tuple[float, float] | None = None,

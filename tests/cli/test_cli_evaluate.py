@@ -36,7 +36,7 @@ def test_it_prints_the_table_and_writes_json(data: Path) -> None:
     assert ran.stdout.splitlines()[0] == f"demo on {data}"
     assert lines[1] == ["protocol", "input", "scales", "flip", "views", "top-1"]
     assert [line[0] for line in lines[2:8]] == [
-        "centre-crop",
+        "center-crop",
         "resize",
         "ten-crop",
         "dense",
@@ -77,7 +77,7 @@ def test_options_reach_the_evaluation(data: Path, tmp_path: Path) -> None:
     [
         (["absent"], "absent does not exist; expected a folder with one folder per class"),
         (["empty"], "empty has no class folders; expected images in empty/CLASS/"),
-        (["data", "-p", "densest"], "protocol 'densest' is unknown; expected centre-crop"),
+        (["data", "-p", "densest"], "protocol 'densest' is unknown; expected center-crop"),
         (["data", "-p", ","], "no protocol was given"),
         (["data", "-o", "absent/x.json"], "cannot write absent/x.json: there is no folder absent"),
     ],
