@@ -11,6 +11,9 @@ from typing import Literal
 Average = Literal["scores", "probabilities"]
 """What is averaged over the cells of a score map."""
 
+Combine = Literal["max", "mean"]
+"""How the maps of several scales become one."""
+
 Protocol = Literal["center-crop", "resize", "ten-crop", "dense", "multi-crop", "dense+multi-crop"]
 """How an image is shown to a network that is evaluated."""
 

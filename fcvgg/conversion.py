@@ -7,7 +7,8 @@ capture its graph, rewrite the head, and check the result against the source.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from math import gcd
 from typing import Any, Literal
@@ -15,16 +16,16 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from fcvgg.errors import ArgumentError, ConversionError, GeometryError, InputSizeError
+from fcvgg.errors import ArgumentError, ConversionError, InputSizeError
 from fcvgg.geometry import Pair, checked_size
 from fcvgg.images.preprocessing import Preprocess
 from fcvgg.network import FullyConvolutional
-from fcvgg.rewriting.capture import capture, unfollowed_branches
+from fcvgg.rewriting.capture import Captured, capture, unfollowed_branches
 from fcvgg.rewriting.modes import match_modes, training_mode_of
 from fcvgg.rewriting.native_size import infer_input_size
 from fcvgg.rewriting.program import Program, TrainingMode
 from fcvgg.rewriting.rewriter import Rewriter
-from fcvgg.rewriting.rules import is_known, rule_for
+from fcvgg.rewriting.rules import is_known, kind_for
 from fcvgg.rewriting.size_numbers import check_numbers
 from fcvgg.rewriting.twins import sharing_twin, without_wrappers
 from fcvgg.support.module_state import listed
@@ -86,21 +87,11 @@ def convert(
     """
     _check_options(padding, output_stride, in_channels)
     model = unwrapped(model)
-    if input_size is not None:
-        size = _checked_input_size(input_size)
-    else:
-        size = infer_input_size(model, in_channels)
-    try:
-        program = _rewritten(
-            *(model, sharing_twin(model, own=copy), size),
-            *(output_stride, padding == "same", in_channels),
-        )
-    except InputSizeError as error:
-        if input_size is None:
-            raise
-        raise _with_fitting_size(error, model, in_channels) from error
-    if verify:
-        _check_data(model)
+    size = _native_size(model, input_size, in_channels)
+    with _fitting_size_named(model, input_size, in_channels):
+        captured = capture(model, size, is_known, in_channels)
+        modules = sharing_twin(model, own=copy)
+        program = _rewritten(captured, model, modules, output_stride, padding == "same")
     net = FullyConvolutional(
         program,
         input_size=size,
@@ -110,6 +101,7 @@ def convert(
         source=type(model).__name__,
     )
     if verify:
+        _check_data(model)
         net.equivalence = check(model, net)
         check_activation(net)
     return net
@@ -122,26 +114,32 @@ def check_convertible(model: nn.Module, input_size: int | Iterable[int]) -> None
         ConversionError: if the model cannot be converted exactly; the message names the layer.
     """
     model = unwrapped(model)
-    _rewritten(model, sharing_twin(model), _checked_input_size(input_size))
+    captured = capture(model, _native_size(model, input_size), is_known)
+    _rewritten(captured, model, sharing_twin(model))
 
 
 def _rewritten(
+    captured: Captured,
     model: nn.Module,
     modules: nn.Module,
-    size: Pair,
     output_stride: int | None = None,
     same: bool = False,
-    in_channels: int | None = None,
 ) -> Program:
-    captured = capture(model, size, is_known, in_channels)
+    """The program of a captured model, which calls `modules` in place of the model's own.
+
+    Raises:
+        ConversionError: if a layer cannot be rewritten exactly, the layers do not come to
+            `output_stride`, or the model trains in a way that its graph does not show.
+    """
     captured.require_channels()
-    program = Rewriter(captured, modules, output_stride, same).run(rule_for)
+    program = Rewriter(captured, modules, output_stride, same).run(kind_for)
     crop = program.geometry.crop
-    if crop != size:
+    if crop != captured.size:
+        # numbers that the model computed from its features' size hold at the native size only
         check_numbers(captured, model, crop)
-    stride = program.geometry.stride
-    if output_stride is not None and stride != (output_stride, output_stride):
-        native = _rewritten(model, sharing_twin(model), size, None, same)
+    if output_stride is not None and program.geometry.stride != (output_stride, output_stride):
+        again = capture(model, captured.size, is_known, captured.channels)
+        native = _rewritten(again, model, sharing_twin(model), same=same)
         *others, last = map(str, output_strides(native))
         strides = f"{', '.join(others)} or {last}" if others else last
         raise ConversionError(
@@ -189,37 +187,44 @@ def output_strides(program: Program) -> list[int]:
     return [n for n in found if all(reached(axis, n) == n for axis in (0, 1))]
 
 
-def _with_fitting_size(
-    error: InputSizeError, model: nn.Module, in_channels: int | None
-) -> InputSizeError:
-    """The error about the size that a caller gave, with one that fits."""
-    reason = str(error).partition("; pass ")[0]
+def _native_size(
+    model: nn.Module, input_size: int | Iterable[int] | None, in_channels: int | None = None
+) -> Pair:
+    if input_size is None:
+        return infer_input_size(model, in_channels)
+    return checked_size(input_size, "input_size", InputSizeError)
+
+
+@contextmanager
+def _fitting_size_named(
+    model: nn.Module, input_size: Any, in_channels: int | None
+) -> Iterator[None]:
+    """Errors about the size that a caller gave name one that fits."""
     try:
-        height, width = infer_input_size(model, in_channels)
-    except ConversionError:
-        return InputSizeError(f"{reason}; pass another input_size")
-    fitting = height if height == width else (height, width)
-    return InputSizeError(f"{reason}; pass input_size={fitting}, which the head is made for")
+        yield
+    except InputSizeError as error:
+        if input_size is None:
+            raise
+        reason = str(error).partition("; pass ")[0]
+        try:
+            height, width = infer_input_size(model, in_channels)
+        except ConversionError:
+            raise InputSizeError(f"{reason}; pass another input_size") from error
+        fitting = height if height == width else (height, width)
+        raise InputSizeError(
+            f"{reason}; pass input_size={fitting}, which the head is made for"
+        ) from error
 
 
 def _check_options(padding: str, output_stride: int | None, in_channels: int | None) -> None:
     if padding not in ("valid", "same"):
-        raise ArgumentError(f"padding={padding!r} is unknown; expected 'valid' or 'same'")
+        raise ArgumentError(f"padding must be 'valid' or 'same', got {padding!r}")
     if output_stride is not None and (not isinstance(output_stride, int) or output_stride < 1):
-        raise ArgumentError(f"output_stride={output_stride!r} is no positive integer")
+        raise ArgumentError(f"output_stride must be a positive integer, got {output_stride!r}")
     if in_channels is not None and (type(in_channels) is not int or in_channels < 1):
         raise ArgumentError(
             f"in_channels must be the number of channels of the images, got {in_channels!r}"
         )
-
-
-def _checked_input_size(input_size: int | Iterable[int]) -> Pair:
-    try:
-        return checked_size(input_size)
-    except (GeometryError, TypeError) as error:
-        raise InputSizeError(
-            f"input_size={input_size!r} is not a size; expected a positive int or (h, w)"
-        ) from error
 
 
 def unwrapped(model: Any) -> nn.Module:

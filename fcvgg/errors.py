@@ -1,14 +1,16 @@
 """Every error that fcvgg raises on purpose.
 
-A message is one line that says what was wrong, what was found, what is accepted and, where there is
-one, the remedy. All classes derive from `FcvggError`, so one ``except`` catches them.
+A message is one line: ``<name> must be <what>, got <value>; <remedy>``. All classes derive from
+`FcvggError`, so one ``except`` catches them.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
+from typing import Any
 
-from fcvgg.names import readable
+from fcvgg.names import alternatives, readable
 
 _LONGEST = 2_000
 """Characters of a message; names in files may be of any length."""
@@ -86,9 +88,7 @@ class PreprocessError(FcvggError):
 class CategoryError(FcvggError, LookupError):
     """A class index or name that the network does not have."""
 
-    __str__ = (
-        Exception.__str__
-    )  # LookupError's subclasses may quote the message; keep one plain line
+    __str__ = Exception.__str__  # KeyError, a sibling, quotes its message; this one stays plain
 
 
 class DatasetError(FcvggError):
@@ -107,6 +107,29 @@ class MissingExtraError(FcvggError, ImportError):
     """An optional dependency is not installed."""
 
 
+def check_choice(
+    name: str, value: Any, choices: Iterable[Any], error: type[FcvggError] = ArgumentError
+) -> None:
+    """Refuse a value that is not one of those that an argument takes.
+
+    Raises:
+        FcvggError: of the class `error`.
+    """
+    choices = tuple(choices)
+    if value not in choices:
+        raise error(f"{name} must be {alternatives(map(repr, choices))}, got {value!r}")
+
+
+def check_share(name: str, value: float) -> None:
+    """Refuse a number outside [0, 1].
+
+    Raises:
+        ArgumentError: naming the argument.
+    """
+    if not 0 <= value <= 1:
+        raise ArgumentError(f"{name} must be in [0, 1], got {value}")
+
+
 def one_line(error: BaseException) -> str:
-    """The first line of an error's message, as `visible` shows it."""
+    """The first line of an error's message, as `readable` shows it."""
     return readable(_bounded((str(error).strip() or type(error).__name__).splitlines()[0]))

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fcvgg.errors import GeometryError
+from fcvgg.errors import FcvggError, GeometryError
 
 Pair = tuple[int, int]
 Box = tuple[int, int, int, int]
@@ -378,19 +378,27 @@ def smallest_size(enough: Callable[[int], bool]) -> int | None:
     return low
 
 
-def checked_size(size: Iterable[int] | int) -> Pair:
+def checked_size(
+    size: Iterable[int] | int, name: str = "size", error: type[FcvggError] = GeometryError
+) -> Pair:
     """An image size as ``(h, w)``, from one integer or two.
 
+    Args:
+        size: the value of an option.
+        name: the option's name, for the message.
+        error: the class of the error.
+
     Raises:
-        GeometryError: if it is not one or two positive integers.
+        FcvggError: of the class `error`, if it is not one or two positive integers.
     """
-    values = tuple(size) if isinstance(size, Iterable) else (size, size)
+    try:
+        values = tuple(size) if isinstance(size, Iterable) else (size, size)
+    except TypeError:  # a tensor without dimensions says that it is iterable
+        values = ()
     if len(values) != 2 or not all(
         isinstance(v, (int, np.integer)) and not isinstance(v, bool) and v > 0 for v in values
     ):
-        raise GeometryError(
-            f"size {size!r} is not an image size; expected a positive int or (h, w)"
-        )
+        raise error(f"{name} must be a positive int or (h, w), got {size!r}")
     return int(values[0]), int(values[1])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
+from collections.abc import Iterable
 
 _HIDDEN = frozenset(("Cc", "Cf", "Cs", "Zl", "Zp"))
 """Unicode's kinds of characters that steer a terminal or the order of its text, end a line, or are
@@ -32,6 +33,16 @@ def counted(count: int, noun: str) -> str:
     ('1 image', '2 images')
     """
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
+def alternatives(values: Iterable[object]) -> str:
+    """Values that an argument may take, for a message.
+
+    >>> alternatives(["'max'", "'mean'"]), alternatives([".png"])
+    ("'max' or 'mean'", '.png')
+    """
+    *most, last = map(str, values)
+    return f"{', '.join(most)} or {last}" if most else last
 
 
 def _escaped(character: str) -> str:

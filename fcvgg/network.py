@@ -1,57 +1,42 @@
-"""`FullyConvolutional`: the network that `fcvgg.convert` returns."""
+"""`FullyConvolutional`: the network that `fcvgg.convert` returns.
+
+Its ``forward``, geometry, modes, checkpoints and files are here; what it predicts from images is in
+`fcvgg.inference.prediction`.
+"""
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fcvgg.categories import one_per_class
-from fcvgg.choices import Average
-from fcvgg.errors import ArgumentError, ImageError, TrainingError, one_line
+from fcvgg.errors import ImageError, TrainingError
 from fcvgg.geometry import Geometry, Pair
-from fcvgg.images.batching import run_in_batches
-from fcvgg.images.preprocessing import Preprocess, encoded_preprocess, given_preprocess
-from fcvgg.images.reading import (
-    ImageLike,
-    PreparedImage,
-    checked_flip,
-    each_image,
-    mirrored,
-    prepare,
-    smaller_sides,
-    with_smallest_side,
-)
+from fcvgg.images.preprocessing import Preprocess, encoded_preprocess
 from fcvgg.inference.blocks import is_traced, run
 from fcvgg.inference.missing import Reader, can_be_looked_at, readers_of, run_with_missing
-from fcvgg.probability import (
-    MeanOfViews,
-    average_over_space,
-    checked_activation,
-    require_probabilities,
-)
-from fcvgg.results.heatmap import Heatmap
-from fcvgg.results.score_map import ScoreMap, pyramid_heatmap
+from fcvgg.inference.prediction import ImagePrediction
 from fcvgg.rewriting.modules import WindowLinear
 from fcvgg.rewriting.program import Program
 from fcvgg.serialization.bundle import write_bundle
 from fcvgg.serialization.exporting import ExportedFile, export_network
-from fcvgg.support.module_state import device_of, dtype_of, evaluating, listed
+from fcvgg.support.module_state import dtype_of, listed
 
 
-class FullyConvolutional(nn.Module):
+class FullyConvolutional(ImagePrediction):
     """A classifier as a fully convolutional network: any input size, a map of scores.
 
     Made by `fcvgg.convert`. Calling it takes ``(N, C, H, W)`` images of any size, preprocessed, and
-    returns raw scores ``(N, K, h, w)``, with ``(h, w) == net.output_size((H, W))``; a tuple of them
-    for a model with several outputs. An image below the window is padded with zeros, centred.
+    returns raw scores ``(N, K, h, w)``, with ``(h, w) == net.output_size((H, W))``; of several
+    outputs in the model's own containers, a dict as a dict of maps. An image below the window is
+    padded with zeros, centred.
 
     Attributes:
         network: the rewritten model, an `torch.fx.GraphModule`; `state_dict` has its keys, which
@@ -128,15 +113,35 @@ class FullyConvolutional(nn.Module):
     def forward(self, images: Tensor) -> Any:
         """Score maps ``(N, K, h, w)`` of preprocessed images ``(N, C, H, W)``.
 
+        They come in the containers in which the source returns its scores: dicts, tuples, lists,
+        NamedTuples, dataclasses. While torch traces or exports, a NamedTuple stands for a
+        dataclass; torch.jit.trace, which knows no None, gets a plain tuple. A loaded network gives
+        NamedTuples for classes with fields, since a bundle holds no classes. `torch.export.export`
+        and `torch.jit.trace` take the network for all sizes from the window up; ``net.export``
+        also checks the file and writes what is known of the network into it.
+
         In evaluation mode the cells that see a pixel that is not finite are NaN, and all others are
         as if the pixel were 0.
         """
+        if torch.compiler.is_exporting() or torch._C._get_tracing_state() is not None:
+            # for every size from the window up: what padding takes depends on the size
+            return self._in_form(self.network(images))
         self._check_images(images)
         self._check_dtype(images)
         images = self._padded(images)
         if self.training or is_traced() or not can_be_looked_at(images):
-            return run(self.network, images)
-        return run_with_missing(images, lambda x: run(self.network, x), self.readers)
+            return self._in_form(run(self.network, images))
+        return self._in_form(run_with_missing(images, lambda x: run(self.network, x), self.readers))
+
+    def _in_form(self, maps: Any) -> Any:
+        """The maps that the graph gives in the containers of the source's outputs."""
+        form = self.program.outputs
+        if form.is_tensor:
+            return maps
+        values = maps if isinstance(maps, tuple) else (maps,)
+        if torch._C._get_tracing_state() is not None:
+            return values
+        return form.filled(values, records=not is_traced())
 
     def output_size(self, size: Iterable[int] | int) -> Pair:
         """Cells ``(h, w)`` for images of ``(H, W)`` pixels.
@@ -224,216 +229,6 @@ class FullyConvolutional(nn.Module):
     def layers(self) -> Any:
         """The graph whose layers `fcvgg.stream` runs over strips of an image."""
         return self.network
-
-    # -- what the scores are ----------------------------------------------------------------------
-
-    @property
-    def activation(self) -> str:
-        """What the scores of the first output are, read off the source's graph or given.
-
-        One of ``"logits"``, ``"independent_logits"`` (a sigmoid for each class is still to come),
-        ``"probabilities"``, ``"log_probabilities"``, ``"sigmoid"`` (after a sigmoid for each
-        class), ``"values"`` (regression) and ``"unknown"``.
-        """
-        return self._activations[0]
-
-    @activation.setter
-    def activation(self, value: str) -> None:
-        self._activations = (checked_activation(value), *self._activations[1:])
-
-    def activation_of(self, output: int = 0) -> str:
-        """What the scores of one output are.
-
-        Raises:
-            ArgumentError: if there is no such output.
-        """
-        if not isinstance(output, int) or not 0 <= output < len(self._activations):
-            raise ArgumentError(
-                f"output={output!r} does not exist; the network has {len(self._activations)}"
-            )
-        return self._activations[output]
-
-    @property
-    def num_classes(self) -> int:
-        return self.program.classes[0]
-
-    @property
-    def categories(self) -> tuple[str, ...] | None:
-        """The names of the K classes, or None."""
-        return self._categories
-
-    @categories.setter
-    def categories(self, names: Sequence[str] | str | os.PathLike[str] | None) -> None:
-        self._categories = one_per_class(names, self.num_classes, "scores")
-
-    @property
-    def preprocess(self) -> Preprocess | None:
-        """How images become input, or None."""
-        return self._preprocess
-
-    @preprocess.setter
-    def preprocess(self, value: Preprocess | str | None) -> None:
-        self._preprocess = given_preprocess(value, self.in_channels)
-
-    # -- images -----------------------------------------------------------------------------------
-
-    def score_map(self, image: ImageLike, *, scale: int | None = None, output: int = 0) -> ScoreMap:
-        """The score map of one image.
-
-        Args:
-            image: a path, a file in memory, what `fcvgg.open_image` gives, an open rasterio
-                dataset, a PIL image, or an array of pixels ``(H, W, C)`` or ``(H, W)``, which are
-                preprocessed: ``uint8``, or ``uint16`` and other values as `fcvgg.Preprocess` takes
-                them; or a tensor ``(C, H, W)`` or ``(1, C, H, W)``, taken as preprocessed.
-            scale: length of the smaller side to which the image is rescaled, in place of the
-                preprocessing's resize; results still refer to the image's own pixels. None keeps
-                its size, or leaves it to preprocessing.
-            output: which output, for a model with several.
-
-        Raises:
-            PreprocessError: if the image needs preprocessing and the network has none.
-            ImageError: if it cannot be used as an image.
-        """
-        prepared = self._prepared(image)
-        if scale is None:
-            return self._score_map(prepared, output)
-        return self._score_map_at(prepared, scale, output)
-
-    def heatmap(
-        self,
-        image: ImageLike,
-        target: int | str | None = None,
-        *,
-        scales: Sequence[int] | int | None = None,
-        combine: Literal["max", "mean"] = "max",
-        output: int = 0,
-    ) -> Heatmap:
-        """One class's probability over the image; the top class of the average if None.
-
-        Args:
-            image: as for `score_map`.
-            target: a class index or category name.
-            scales: lengths of the smaller side to which the image is rescaled, or one length, to
-                find objects larger or smaller than the window; their maps are placed on the
-                image's pixels by geometry. None keeps its size.
-            combine: ``"max"`` or ``"mean"`` of the scales at each pixel.
-            output: which output, for a model with several.
-
-        Raises:
-            ArgumentError: if the scores have no probabilities, or are not what they are said to be.
-        """
-        require_probabilities(self.activation_of(output))
-        if scales is None:
-            return self.score_map(image, output=output).heatmap(target)
-        prepared = self._prepared(image)
-        maps = [self._score_map_at(prepared, scale, output) for scale in smaller_sides(scales)]
-        return pyramid_heatmap(maps, target, combine)
-
-    @torch.no_grad()
-    def classify(
-        self,
-        images: Any,
-        *,
-        scales: Sequence[int] | int | None = None,
-        flip: bool = False,
-        average: Average = "scores",
-        output: int = 0,
-    ) -> Tensor:
-        """Class probabilities by dense evaluation (VGG paper, section 3.2).
-
-        Inputs of equal size are run together.
-
-        Args:
-            images: one image or any iterable of them, each as for `score_map` and of any size; or
-                a preprocessed batch ``(N, C, H, W)``.
-            scales: lengths of the smaller side to which each image is rescaled, or one length. None
-                keeps it: an image many windows large is then seen in parts, and an object larger
-                than the window is recognised at a smaller scale only, such as ``net.usual_scale``.
-                Below the window the image is padded with zeros up to it.
-            flip: also evaluate the mirrored image.
-            average: what is averaged over the map's cells: ``"scores"`` (logits before the softmax;
-                scores that are probabilities or their logarithms are averaged as probabilities), or
-                ``"probabilities"``. Over scales and flips probabilities are averaged.
-
-        Returns:
-            float32 ``(N, K)`` on the CPU, each row summing to 1 unless the classes are independent.
-            Cells that see pixels that are not finite do not count; the row of an image whose every
-            cell does is NaN.
-
-        Raises:
-            ArgumentError: if the scores have no probabilities, or are not what they are said to be.
-        """
-        require_probabilities(self.activation_of(output))
-        if average not in ("scores", "probabilities"):
-            raise ArgumentError(
-                f"average={average!r} is unknown; expected 'scores' or 'probabilities'"
-            )
-        flip = checked_flip(flip)
-        lengths = None if scales is None else smaller_sides(scales)
-        means: dict[int, MeanOfViews] = {}
-        for index, row in run_in_batches(
-            self._views(images, lengths, flip),
-            lambda _, batch: self._predicted(batch, average, output),
-        ):
-            means.setdefault(index, MeanOfViews()).add(row)
-        if not means:
-            raise ImageError("no images were given; expected at least one")
-        return torch.stack([means[i].value() for i in sorted(means)])
-
-    def _views(
-        self, images: Any, scales: Sequence[int] | None, flip: bool
-    ) -> Iterator[tuple[int, None, Tensor]]:
-        """Every image's input at every scale, and mirrored, with the image's index."""
-        for index, image in enumerate(each_image(images)):
-            prepared = self._prepared(image)
-            for view in (with_smallest_side(prepared, n) for n in scales) if scales else [prepared]:
-                for pixels in (view, mirrored(view)) if flip else (view,):
-                    yield index, None, pixels.tensor(self.preprocess)
-
-    def _predicted(self, batch: Tensor, average: Average, output: int) -> Tensor:
-        """Class probabilities ``(N, K)`` of inputs of one size, each averaged over its map."""
-        activation = self.activation_of(output)
-        maps = self._scores(batch, output)
-        return torch.stack([average_over_space(scores, activation, average) for scores in maps])
-
-    def _scores(self, batch: Tensor, output: int) -> Tensor:
-        """One output's maps ``(N, K, h, w)`` in evaluation mode."""
-        try:
-            with torch.no_grad(), evaluating(self):
-                maps = self(batch.to(device_of(self), dtype_of(self)))
-        except (MemoryError, RuntimeError) as error:
-            # torch raises RuntimeError for the CPU, its subclass OutOfMemoryError for a GPU
-            if isinstance(error, RuntimeError) and "memory" not in str(error):
-                raise
-            raise ImageError(
-                f"an input of {'x'.join(map(str, batch.shape[2:]))} pixels does not fit into "
-                f"memory whole ({one_line(error)}); choose a smaller scale, or compute it strip by "
-                "strip with fcvgg.stream"
-            ) from error
-        return maps[output] if isinstance(maps, tuple) else maps
-
-    def _prepared(self, image: ImageLike) -> PreparedImage:
-        return prepare(image, self.preprocess, self.in_channels)
-
-    def _score_map(self, image: PreparedImage, output: int) -> ScoreMap:
-        activation = self.activation_of(output)
-        pixels = image.tensor(self.preprocess)
-        scores = self._scores(pixels, output)
-        size = (pixels.shape[2], pixels.shape[3])
-        return ScoreMap(
-            scores=scores[0],
-            geometry=self.geometry.placed(size),
-            image_size=image.size,
-            input_size=size,
-            categories=self.categories if output == 0 else None,
-            activation=activation,
-            image=image.picture,
-        )
-
-    def _score_map_at(self, image: PreparedImage, scale: int, output: int) -> ScoreMap:
-        """The score map of the rescaled image, in the pixels of the image as it was."""
-        made = self._score_map(with_smallest_side(image, scale), output)
-        return replace(made, image_size=image.size, image=image.picture)
 
     # -- files ------------------------------------------------------------------------------
 

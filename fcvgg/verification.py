@@ -17,6 +17,7 @@ from fcvgg.network import FullyConvolutional
 from fcvgg.probability import BOUNDED, to_probabilities
 from fcvgg.results.equivalence import Equivalence
 from fcvgg.rewriting.modes import mode_differences
+from fcvgg.rewriting.outputs import flattened
 from fcvgg.rewriting.twins import has_hooks, without_wrappers
 from fcvgg.support.module_state import device_of, dtype_of, evaluating, listed, state_kept
 
@@ -233,9 +234,7 @@ def _noise(shape: tuple[int, ...], net: nn.Module, seed: int) -> Tensor:
 
 
 def _outputs(value: Any) -> list[Tensor]:
-    if isinstance(value, dict):
-        return list(value.values())
-    return list(value) if isinstance(value, (tuple, list)) else [value]
+    return flattened(value)[0]
 
 
 def _check_models(model: Any, net: Any) -> None:

@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.vgg import VGG, cfgs, make_layers
 
+from fcvgg.rewriting.outputs import flattened
+
 EXACT = {torch.float64: 1e-12, torch.float32: 1e-5}
 """The design's tolerances at the native size, relative to the largest score."""
 
@@ -80,9 +82,7 @@ def assert_restored(original: nn.Module, restored: nn.Module, batch: Tensor) -> 
 
 
 def as_tuple(value: Any) -> tuple[Tensor, ...]:
-    if isinstance(value, dict):
-        return tuple(value.values())
-    return tuple(value) if isinstance(value, (tuple, list)) else (value,)
+    return tuple(flattened(value)[0])
 
 
 @torch.no_grad()

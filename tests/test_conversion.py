@@ -254,7 +254,7 @@ def test_several_heads_give_several_maps() -> None:
     assert [net.activation_of(i) for i in (0, 1)] == ["logits", "probabilities"]
 
 
-def test_a_dictionary_of_outputs_gives_a_tuple_of_maps() -> None:
+def test_a_dictionary_of_outputs_gives_a_dictionary_of_maps() -> None:
     model = seeded(
         Headed,
         Lambda(
@@ -262,7 +262,10 @@ def test_a_dictionary_of_outputs_gives_a_tuple_of_maps() -> None:
             *(nn.Linear(288, 5), nn.Linear(288, 3)),
         ),
     )
-    assert native_error(model, fcvgg.convert(model)) <= 1e-12
+    net = fcvgg.convert(model)
+    assert native_error(model, net) <= 1e-12
+    maps = net(images(1, 3, 24, 24))
+    assert {name: m.shape[1] for name, m in maps.items()} == {"kind": 5, "colour": 3}
 
 
 @pytest.mark.parametrize(

@@ -199,7 +199,7 @@ def test_every_file_has_a_row_of_stated_types(net: Any, tmp_path: Path) -> None:
     for name in names:
         assert rows[name]["error"] == ""
         assert len(rows[name]["classes"]) == len(rows[name]["probabilities"]) == 1
-    assert {rows[name]["error"] for name in notes} == {"no image that can be read"}
+    assert {rows[name]["error"] for name in notes} == {"not a readable image"}
     assert rows["images/loop"]["error"] == "a link to a folder that it lies in"
     assert rows["images/broken.png"]["error"] == (
         f"{folder}/images/broken.png is no image that Pillow can read; expected PNG, JPEG or the "

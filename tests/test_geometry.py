@@ -223,7 +223,7 @@ def test_results_are_height_first() -> None:
 
 @pytest.mark.parametrize("size", [0, -1, (0, 5), (1, 2, 3), (5,), 3.0, (2.5, 3), True, "ab", None])
 def test_what_is_no_size_is_refused(size: object) -> None:
-    with pytest.raises(fcvgg.GeometryError, match="is not an image size; expected a positive int"):
+    with pytest.raises(fcvgg.GeometryError, match="size must be a positive int or"):
         checked_size(size)  # type: ignore[arg-type]
 
 

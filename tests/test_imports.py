@@ -110,6 +110,7 @@ def test_geometry_is_below_everything_and_knows_no_torch() -> None:
     assert not any(name.split(".")[0] in ("torch", "torchvision") for name in names)
     assert {name for name in names if name.startswith("fcvgg")} <= {
         "fcvgg.errors",
+        "fcvgg.errors.FcvggError",
         "fcvgg.errors.GeometryError",
     }
 

@@ -458,7 +458,10 @@ def repeated(layers):
             lambda x: x[0]["config"].update(batch_shape=[None, 10**12, 10**12, 3]),
             "must take at most 67,108,864 elements|does not run",
         ),
-        (lambda x: x[0]["config"].update(batch_shape=[None, "a", 8, 3]), "is not an image size"),
+        (
+            lambda x: x[0]["config"].update(batch_shape=[None, "a", 8, 3]),
+            "size must be a positive int or",
+        ),
         (repeated, "number of layers must be at most"),
         (lambda x: x[1].update(class_name=ESCAPES), r"conv \(\\x1b"),
     ],

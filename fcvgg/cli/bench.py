@@ -8,19 +8,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
-from rich.table import Table
 
 from fcvgg.choices import Clock, Timed
 from fcvgg.cli.console import folder, say, say_json, say_wrote, tell
 from fcvgg.cli.options import MODEL_HELP, Arch, InputSize, lengths, output_folder
-from fcvgg.cli.options import size as size_of
-from fcvgg.cli.reports import by, titled
-from fcvgg.errors import ArgumentError, FcvggError
+from fcvgg.cli.reports import by, table, titled
+from fcvgg.errors import ArgumentError, FcvggError, check_choice
 from fcvgg.names import counted
 from fcvgg.support.atomic import written_whole
 from fcvgg.support.progress import progress_bar
 
 if TYPE_CHECKING:
+    from rich.table import Table
     from torch import nn
 
     from fcvgg.network import FullyConvolutional
@@ -49,88 +48,92 @@ _USUAL = 512
 """Side of the images that are timed by default, besides the native size."""
 
 
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help=f"{MODEL_HELP} Names get random weights.")
+]
+Sizes = Annotated[
+    Any,
+    typer.Option(
+        "--size",
+        "--sizes",
+        metavar="N,...",
+        parser=lengths,
+        help="Sides of the square images, in pixels.",
+        show_default="the native size, and 512",
+    ),
+]
+Batches = Annotated[
+    Any,
+    typer.Option("--batch", "--batches", metavar="N,...", parser=lengths, help="Images per call."),
+]
+Repeat = Annotated[
+    int, typer.Option("--repeat", "--repeats", metavar="N", min=1, help="Turns of each network.")
+]
+Only = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME",
+        help=f"Network to time; repeat for several: {', '.join(_NAMES)}.",
+        show_default="all",
+    ),
+]
+Threads = Annotated[
+    int | None,
+    typer.Option(metavar="N", min=1, help="Processor threads.", show_default="torch's"),
+]
+ClockName = Annotated[
+    Clock, typer.Option("--clock", help="Time to count; cpu with --threads 1 on a busy machine.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
+Output = Annotated[
+    Path | None,
+    typer.Option(
+        "--output",
+        "-o",
+        metavar="DIR",
+        file_okay=False,
+        help="Folder for bench.json; created if absent.",
+        callback=output_folder(),
+        show_default=False,
+    ),
+]
+
+
 def run(
-    model: Annotated[
-        str, typer.Argument(metavar="MODEL", help=f"{MODEL_HELP} Names get random weights.")
-    ] = "vgg16",
-    sizes: Annotated[
-        str | None,
-        typer.Option(
-            "--size",
-            "--sizes",
-            metavar="N,...",
-            help="Sides of the square images.",
-            show_default="the native size, and 512",
-        ),
-    ] = None,
-    batches: Annotated[
-        str, typer.Option("--batch", "--batches", metavar="N,...", help="Images per call.")
-    ] = "1",
-    repeat: Annotated[
-        int,
-        typer.Option("--repeat", "--repeats", metavar="N", min=1, help="Turns of each network."),
-    ] = 7,
-    only: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--only",
-            metavar="NAME",
-            help=f"A network to time; repeat for several: {', '.join(_NAMES)}.",
-            show_default="all",
-        ),
-    ] = None,
-    threads: Annotated[
-        int | None,
-        typer.Option(
-            "--threads", metavar="N", min=1, help="Processor threads.", show_default="torch's"
-        ),
-    ] = None,
-    clock: Annotated[
-        Clock,
-        typer.Option(
-            "--clock", help="The time that is counted; cpu with --threads 1 for a busy machine."
-        ),
-    ] = "wall",
+    model: Model = "vgg16",
+    sizes: Sizes = None,
+    batches: Batches = "1",
+    repeat: Repeat = 7,
+    only: Only = None,
+    threads: Threads = None,
+    clock: ClockName = "wall",
     arch: Arch = None,
     input_size: InputSize = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON object in place of tables.")
-    ] = False,
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            "--output",
-            "-o",
-            metavar="DIR",
-            file_okay=False,
-            help="A folder to write bench.json to; made if absent.",
-            callback=output_folder(),
-            show_default=False,
-        ),
-    ] = None,
+    as_json: AsJson = False,
+    out: Output = None,
 ) -> None:
     """Time a classifier, the converted network and its faster forms on this machine.
 
     They take turns. The classifier gets images of its native size, the others whole images, so
-    windows per second are compared: 2.0x is twice as fast.
+    windows per second are compared: 2.00x is twice as fast.
     """
-    names, sides = _checked_names(only), lengths(sizes, "--size")
-    counts, native = lengths(batches, "--batch") or [], size_of(input_size, "--input-size")
+    names = _checked_names(only)
     import torch
 
     from fcvgg.loading import load_with_source
     from fcvgg.optimization.timing import time_in_turns
 
     torch.manual_seed(0)
-    source, net = load_with_source(model, arch=arch, weights=None, input_size=native, verify=False)
+    options: dict[str, Any] = {"arch": arch, "weights": None, "input_size": input_size}
+    source, net = load_with_source(model, **options, verify=False)
     timings: list[Timing] = []
     left_out: dict[str, str] = {}
     if threads is not None:
         torch.set_num_threads(threads)
     machine = f"torch {torch.__version__}, {counted(torch.get_num_threads(), 'thread')}"
-    for side in _checked_sides(sides, net):
+    for side in _checked_sides(sizes, net):
         networks = _networks(names, source, net, side, left_out)
-        for batch in counts:
+        for batch in batches:
             with progress_bar("timing", len(networks) * repeat) as advance:
                 found = time_in_turns(networks, net, side, batch, repeat, clock, advance)
             timings += found
@@ -153,11 +156,7 @@ def run(
 def _checked_names(only: list[str] | None) -> list[Timed]:
     names: list[Any] = [_RENAMED.get(name, name) for name in only or _NAMES]
     for name in names:
-        if name not in _NAMES:
-            raise ArgumentError(
-                f"--only must be one of {', '.join(_NAMES)}, got {name!r}; "
-                "examples/benchmarks/speed.py times other packages"
-            )
+        check_choice("--only", name, _NAMES)
     return list(dict.fromkeys(names))
 
 
@@ -196,11 +195,8 @@ def _networks(
 
 def _table(timings: list[Timing]) -> Table:
     """Medians, and windows per second relative to those of the classifier and plain network."""
-    table = Table(box=None, header_style="cyan")
-    table.add_column("network", no_wrap=True)
-    for heading in ("images", "windows", "median ms", "quartiles", "vs source", "vs plain"):
-        table.add_column(heading, justify="right", no_wrap=True)
     rates = {timing.network: timing.windows_per_second for timing in timings}
+    rows = []
     for timing in timings:
         median, low, high = map(_milliseconds, (timing.seconds, *timing.quartiles))
         ratios = (
@@ -208,8 +204,10 @@ def _table(timings: list[Timing]) -> Table:
             for other in ("source", "plain")
         )
         place = by(timing.size), f"{timing.windows:,}"
-        table.add_row(timing.network, *place, median, f"{low} - {high}", *ratios)
-    return table
+        rows.append((timing.network, *place, median, f"{low} - {high}", *ratios))
+    return table(
+        ("network", "images", "windows", "median ms", "quartiles", "vs source", "vs plain"), rows
+    )
 
 
 def _milliseconds(seconds: float) -> str:

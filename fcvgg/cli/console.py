@@ -293,6 +293,43 @@ class OutputFiles:
         return self.folder / f"{image.stem}{self.ending}"
 
 
+# -- messages of the library ----------------------------------------------------------------------
+
+_PHRASES = (
+    ("preprocess=fcvgg.Preprocess(mean, std)", "--preprocess, or --mean and --std"),
+    (" to convert or load", ""),
+    (" to fcvgg.convert", ""),
+    ("; pass uint8 (H, W, C), or value_range=", "; pass value_range="),
+    ("; pass uint8 (H, W, C)", "; save it as 8 bits"),
+    (" or a scale= of its own to fcvgg.Preprocess", ""),
+    (" to fcvgg.Preprocess", ""),
+    (", or a tensor", ""),
+    ("classes=[name]", "--classes NAME"),
+    (
+        "with fcvgg.stream, or raise PIL.Image.MAX_IMAGE_PIXELS if you trust the file",
+        "with fcvgg stream",
+    ),
+    ("choose a smaller lr", "choose a smaller --lr"),
+    ("another lr or strategy", "another --lr or --strategy"),
+    ("resume it, or", "pass --resume, or"),
+)
+"""Phrases that only hold in Python, and what stands for them on the command line."""
+
+_KEYWORDS = (
+    *("activation", "arch", "average", "bands", "batch_size", "cache", "categories", "classes"),
+    *("class_weights", "classifier", "crop", "devices", "epochs", "folds", "freeze_upto", "hidden"),
+    *("input_size", "layers", "level", "lr", "memory", "nodata", "optimizer", "output_stride"),
+    *("patience", "pooling", "precision", "protocols", "resize", "scales", "seed", "size"),
+    *("strategy", "valid_fraction", "value_range", "weights", "workers"),
+)
+"""Arguments of the library that are options; those with another name are in `_RENAMED`."""
+
+_RENAMED = {"value_range": "range", "hidden": "head"}
+_KEYWORD = re.compile(
+    rf"(?<![\w.-])({'|'.join(_KEYWORDS)})(?:=(?:\(([^()]*)\)|(?=(.?)))|(?= must\b))"
+)
+
+
 def in_option_words(message: str) -> str:
     """A message of the library in the words of the command line: ``--arch 'x'`` for ``arch='x'``.
 
@@ -301,49 +338,24 @@ def in_option_words(message: str) -> str:
     >>> in_option_words("fcvgg.open_image(path, bands=(0, 1, 2)) chooses some")
     '--bands 0,1,2 chooses some'
     """
-    message = message.replace("input_size=(height, width)", "--input-size HxW")
-    message = re.sub(r"\binput_size=\((\d+), (\d+)\)", r"--input-size \1x\2", message)
-    message = re.sub(r"\binput_size=(?=\d)", "--input-size ", message)
-    message = message.replace("output_stride must", "--output-stride must")
-    message = re.sub(r"^(memory|classes) must", r"--\1 must", message)
-    message = re.sub(
-        r"preprocess=fcvgg\.Preprocess\(mean, std\)( to convert or load)?",
-        "--preprocess, or --mean and --std",
-        message,
-    )
-    message = message.replace("; pass uint8 (H, W, C), or value_range=", "; pass value_range=")
-    message = message.replace("; pass uint8 (H, W, C)", "; save it as 8 bits")
-    message = message.replace(
-        "value_range=(low, high) or a scale= of its own to fcvgg.Preprocess", "--range LOW,HIGH"
-    )
-    message = message.replace("value_range=(low, high) to fcvgg.Preprocess", "--range LOW,HIGH")
-    message = message.replace(", or a tensor", "")
-    message = message.replace("classes=[name]", "--classes NAME")
-    message = message.replace(
-        "with fcvgg.stream, or raise PIL.Image.MAX_IMAGE_PIXELS if you trust the file",
-        "with fcvgg stream",
-    )
-    message = re.sub(r"(?<![\w.-])(memory|nodata|level)=(?=[\w.'-])", r"--\1 ", message)
-    message = re.sub(r"value_range=\((\S+), (\S+)\)", r"--range \1,\2", message)
-    message = re.sub(
-        r"fcvgg\.open_image\(path, bands=\(([\d, ]+)\)\)",
-        lambda found: f"--bands {found[1].replace(' ', '').strip(',')}",
-        message,
-    )
-    message = re.sub(
-        r"(?<![\w.-])bands=\(([\d, -]+)\)",
-        lambda found: f"--bands {found[1].replace(' ', '').strip(',')}",
-        message,
-    )
-    message = message.replace("categories= to convert or load", "--categories")
-    message = message.replace("choose a smaller lr", "choose a smaller --lr")
-    message = message.replace("resume it, or", "pass --resume, or")
-    message = message.replace("pass size=,", "pass --size,")
-    for name in ("freeze_upto", "class_weights", "valid_fraction", "batch_size"):
-        option = f"--{name.replace('_', '-')} "
-        message = re.sub(rf"\b{name}(=| (?=goes|must))", option, message)
-    message = message.replace("activation= to fcvgg.convert", "--activation")
-    message = message.replace(" to fcvgg.convert for scores", " for scores")
-    message = re.sub(r"\b(arch|weights|activation)=(?=')", r"--\1 ", message)
-    message = re.sub(r"(?<!-)\barch=", "--arch", message)
-    return re.sub(r"(?<![-.])\binput_size\b=?", "--input-size", message)
+    for phrase, words in _PHRASES:
+        message = message.replace(phrase, words)
+    message = re.sub(r"fcvgg\.open_image\(path, (bands=\([^)]*\))\)", r"\1", message)
+    message = _KEYWORD.sub(_option, message)
+    return re.sub(r"(?<![-.])\binput_size\b", "--input-size", message)
+
+
+def _option(found: re.Match[str]) -> str:
+    """An option for a keyword of the library, with its value as it is typed."""
+    name, values, following = found.groups()
+    option = f"--{_RENAMED.get(name, name).replace('_', '-')}"
+    if values is not None:
+        numbers = [value.strip() for value in values.split(",") if value.strip()]
+        joined = ("x" if name in ("input_size", "size", "crop") else ",").join(numbers)
+        words = {"heightxwidth": "HxW", "hxw": "HxW", "low,high": "LOW,HIGH"}
+        return f"{option} {words.get(joined, joined)}"
+    if following is None:  # "NAME must be": an English word where the sentence goes on before it
+        return option if found.start() == 0 or "_" in name else name
+    if name == "weights" and following != "'":
+        return found[0]  # such as weights=PATH, after which the option is named too
+    return f"{option} " if re.match(r"[\w'.-]", following) else option

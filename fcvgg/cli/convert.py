@@ -14,7 +14,7 @@ from fcvgg.cli.options import (
     OutputStride,
     OwnModel,
     Weights,
-    loaded,
+    load_network,
     output_name,
 )
 from fcvgg.cli.reports import equivalence_report, geometry_report
@@ -35,37 +35,34 @@ def _check_output(out: Path) -> None:
         checked_folder(out, "--output", remedy=", or a name in .onnx or .pt2 to export")
 
 
+Source = Annotated[str, typer.Argument(metavar="SOURCE", help=MODEL_HELP, show_default=False)]
+Output = Annotated[
+    Path,
+    typer.Option(
+        "--output",
+        "-o",
+        metavar="OUT",
+        help="Where to save: a name in .onnx for ONNX or in .pt2 for torch.export, else a bundle, "
+        "the folder that the other commands and fcvgg.load take.",
+        show_default=False,
+        callback=output_name(_check_output),
+    ),
+]
+
+
 def run(
-    source: Annotated[
-        str,
-        typer.Argument(
-            metavar="SOURCE",
-            help=MODEL_HELP,
-            show_default=False,
-        ),
-    ],
-    out: Annotated[
-        Path,
-        typer.Option(
-            "--output",
-            "-o",
-            metavar="OUT",
-            help="What to write: a name in .onnx for ONNX or in .pt2 for torch.export, else a "
-            "bundle, the folder that the other commands and fcvgg.load take.",
-            show_default=False,
-            callback=output_name(_check_output),
-        ),
-    ],
+    source: Source,
+    out: Output,
     weights: Weights = "DEFAULT",
     arch: Arch = None,
     output_stride: OutputStride = None,
     own: OwnModel = OwnModel(),
 ) -> None:
-    """Convert a classifier, check it and write the network."""
+    """Convert a classifier, verify the result and save it."""
     exports = out.suffix.lower() in EXPORT_ENDINGS
     if exports and out.exists() and out.resolve() == Path(source).resolve():
         raise FcvggError(f"{out} is the source, which would be lost; choose another --output")
-    net = loaded(source, own, weights=weights, arch=arch, output_stride=output_stride)
+    net = load_network(source, own, weights=weights, arch=arch, output_stride=output_stride)
     folder(out.parent)
     checked = None
     if exports:

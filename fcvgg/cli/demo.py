@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import RenderableType
-from rich.table import Table
 
 from fcvgg.cli.console import folder, say, say_wrote
 from fcvgg.cli.options import OutputFolder
-from fcvgg.cli.reports import by, equivalence_report, geometry_report, titled
+from fcvgg.cli.reports import by, equivalence_report, geometry_report, table, titled
 
 if TYPE_CHECKING:
     from fcvgg.results.heatmap import Heatmap
@@ -25,7 +24,7 @@ OVERLAY = "fcvgg-demo-overlay.png"
 
 
 def run(output: OutputFolder = Path()) -> None:
-    """Find the face in the packaged photograph; needs no download."""
+    """Find the face in the packaged photograph; no download needed."""
     from fcvgg.demo import SCALES, demo_photograph
     from fcvgg.loading import load
     from fcvgg.results.figures import save_figure, side_by_side
@@ -40,7 +39,7 @@ def run(output: OutputFolder = Path()) -> None:
     maps = {scale: net.score_map(photograph, scale=scale) for scale in SCALES}
     heatmaps = {scale: score_map.heatmap(TARGET) for scale, score_map in maps.items()}
     best = max(heatmaps, key=lambda scale: _peak(heatmaps[scale]))
-    say(_table(maps, heatmaps, best))
+    say(_report(maps, heatmaps, best))
     y, x = heatmaps[best].peak
     say(
         f"most like a {TARGET}: pixel (y, x) = ({y}, {x}), with probability "
@@ -54,18 +53,15 @@ def _peak(heatmap: Heatmap) -> float:
     return float(heatmap.values[heatmap.peak])
 
 
-def _table(maps: dict[int, ScoreMap], heatmaps: dict[int, Heatmap], best: int) -> RenderableType:
+def _report(maps: dict[int, ScoreMap], heatmaps: dict[int, Heatmap], best: int) -> RenderableType:
     height, width = maps[best].image_size
-    table = Table(box=None, header_style="cyan")
-    for heading in ("smaller side", "cells", f"peak of {TARGET!r}", "at (y, x) of the photograph"):
-        table.add_column(heading, justify="right")
+    headings = ("smaller side", "cells", f"peak of {TARGET!r}", "at (y, x) of the photograph")
+    rows = []
     for scale, heatmap in heatmaps.items():
-        rows, cols = maps[scale].scores.shape[1:]
-        table.add_row(
-            f"{scale}",
-            by((rows, cols)),
-            f"{_peak(heatmap):.3f}",
-            f"{heatmap.peak}",
-            style="bold green" if scale == best else None,
-        )
-    return titled(f"The whole photograph of {height}x{width} pixels, one pass per scale", table)
+        cells = by(maps[scale].scores.shape[1:])
+        rows.append((f"{scale}", cells, f"{_peak(heatmap):.3f}", f"{heatmap.peak}"))
+    marked = list(heatmaps).index(best)
+    return titled(
+        f"The whole photograph of {height}x{width} pixels, one pass per scale",
+        table(headings, rows, left=0, marked=marked),
+    )

@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-from rich.table import Table
+from rich.console import RenderableType
 from rich.text import Text
 
 from fcvgg.choices import Optimizer, Precision, Strategy
 from fcvgg.cli.console import resumable, say, say_next, say_wrote, tell_skipped
 from fcvgg.cli.options import (
-    BALANCED_HELP,
-    TRAINING,
     BatchSize,
-    ClassWeights,
     OwnPreprocess,
     Resume,
     RunFolder,
+    Weighting,
     Weights,
+    size,
+    training_option,
 )
-from fcvgg.cli.options import size as size_of
+from fcvgg.cli.reports import table, titled
 
 if TYPE_CHECKING:
     from fcvgg.finetuning.result import FineTuned
@@ -34,223 +35,223 @@ EXAMPLES = (
     "fcvgg heatmap photo.jpg --model birds/model",
 )
 
-_IMAGES = "Images"
+
+# -- options --------------------------------------------------------------------------------------
+
+
+def hidden_widths(head: str) -> tuple[int, ...] | None:
+    """Widths of hidden layers: None for ``last``, ``()`` for ``linear``, from ``512,256``."""
+    if head in ("last", "linear"):
+        return None if head == "last" else ()
+    parts = head.split(",")
+    if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
+        raise typer.BadParameter(
+            f"{head!r} is not a head; expected last, linear or widths such as 512,256"
+        )
+    return tuple(int(part) for part in parts)
+
+
+_image_option = functools.partial(typer.Option, rich_help_panel="Images")
+
+Data = Annotated[
+    Path,
+    typer.Argument(
+        metavar="DATA",
+        help="Folder with one folder of images per class, or with parts such as train and val that "
+        "hold such folders.",
+        show_default=False,
+    ),
+]
+Architecture = Annotated[
+    str,
+    typer.Option(
+        "--arch",
+        "-a",
+        metavar="NAME",
+        help="Network to start from: a torchvision name, timm:NAME, an .onnx or Keras file, or "
+        "'demo'.",
+    ),
+]
+StrategyName = Annotated[
+    Strategy,
+    typer.Option(
+        "--strategy",
+        "-s",
+        help="Layers to train: a new linear layer (linear), the later layers (partial), all of "
+        "them (all, or scratch from random weights), or a support vector machine on early features "
+        "(svm); auto chooses and gives its reason.",
+    ),
+]
+Similar = Annotated[
+    bool | None,
+    typer.Option(
+        "--similar/--different",
+        help="For auto: whether the images resemble those that the network was trained on.",
+        show_default="measured",
+    ),
+]
+FreezeUpto = Annotated[
+    str | None,
+    typer.Option(
+        metavar="LAYER",
+        help="Last frozen layer (partial), or the layer whose features are used (svm).",
+        show_default="the pool at half depth",
+    ),
+]
+Head = Annotated[
+    Any,
+    typer.Option(
+        metavar="last|linear|N,N",
+        parser=hidden_widths,
+        help="New layers: the last one, one linear layer on the features, or hidden layers of "
+        "these widths and a last one.",
+    ),
+]
+TrainingSize = Annotated[
+    Any,
+    _image_option(
+        "--size",
+        metavar="N|HxW",
+        parser=size,
+        help="Input size to train at.",
+        show_default="the network's own",
+    ),
+]
+ResizeMode = Annotated[
+    Literal["resize", "center-crop", "centre-crop"],
+    _image_option(
+        "--resize",
+        metavar="resize|center-crop",  # centre-crop is an older spelling
+        help="Way to bring an image to the input size.",
+    ),
+]
+Augment = Annotated[
+    bool | None,
+    _image_option(
+        "--augment/--no-augment",
+        help="Vary the training images by random crops, mirroring and colours.",
+        show_default="where features are trained",
+    ),
+]
+ValidFraction = Annotated[
+    float,
+    _image_option(
+        metavar="X",
+        help="Fraction of the images to hold out if the data has no validation folder.",
+    ),
+]
+Epochs = Annotated[
+    int | None,
+    training_option(
+        metavar="N", min=1, help="Maximum number of epochs.", show_default="30; 100 for linear"
+    ),
+]
+LearningRate = Annotated[
+    float | None,
+    training_option(
+        "--lr",
+        metavar="X",
+        help="Learning rate of the new layers; pretrained layers get a smaller one.",
+        show_default="from the scale of the features",
+    ),
+]
+OptimizerName = Annotated[Optimizer, training_option("--optimizer", help="Optimizer.")]
+Cosine = Annotated[
+    bool,
+    training_option(
+        "--cosine/--constant", help="Learning rate schedule: a cosine to zero, or constant."
+    ),
+]
+Patience = Annotated[
+    int,
+    training_option(
+        metavar="N",
+        min=0,
+        help="Number of epochs without a lower validation loss after which training stops; 0 never "
+        "stops early.",
+    ),
+]
+Seed = Annotated[
+    int,
+    training_option(
+        metavar="N",
+        min=0,
+        help="Seed of the split, new weights, sampling, augmentation and dropout.",
+    ),
+]
+Arithmetic = Annotated[
+    Precision,
+    training_option(
+        "--precision",
+        help="Floating-point precision; auto is bf16-mixed on a GPU that supports it, else 32.",
+    ),
+]
+Devices = Annotated[
+    str, training_option(metavar="N|auto", help="Number of GPUs; auto uses all of them.")
+]
+Workers = Annotated[
+    int, training_option(metavar="N", min=0, help="Number of processes that read images.")
+]
+
+# -- the command ----------------------------------------------------------------------------------
 
 
 def run(
-    data: Annotated[
-        Path,
-        typer.Argument(
-            metavar="DATA",
-            help="A folder with one folder of images per class, or with parts such as train and "
-            "val that hold such folders.",
-            show_default=False,
-        ),
-    ],
-    arch: Annotated[
-        str,
-        typer.Option(
-            "--arch",
-            "-a",
-            metavar="NAME",
-            help="The network to start from: a torchvision name, timm:NAME, an .onnx or Keras "
-            "file, or 'demo'.",
-        ),
-    ] = "vgg16",
+    data: Data,
+    arch: Architecture = "vgg16",
     weights: Weights = "DEFAULT",
     output: RunFolder = Path("finetuned"),
-    strategy: Annotated[
-        Strategy,
-        typer.Option(
-            "--strategy",
-            "-s",
-            help="What is trained: one linear layer, the later layers, all, a support vector "
-            "machine on early features, or all from scratch; auto chooses and says why.",
-        ),
-    ] = "auto",
-    similar: Annotated[
-        bool | None,
-        typer.Option(
-            "--similar/--different",
-            help="For auto: whether the images resemble those the network was trained on.",
-            show_default="measured",
-        ),
-    ] = None,
-    freeze_upto: Annotated[
-        str | None,
-        typer.Option(
-            "--freeze-upto",
-            metavar="LAYER",
-            help="The last frozen layer (partial), or the layer whose features are used (svm).",
-            show_default="the pool at half depth",
-        ),
-    ] = None,
-    head: Annotated[
-        str,
-        typer.Option(
-            "--head",
-            metavar="last|linear|N,N",
-            help="The layers that are new: the last one, one linear layer on the features, or "
-            "hidden layers of these widths and a last one.",
-        ),
-    ] = "last",
+    strategy: StrategyName = "auto",
+    similar: Similar = None,
+    freeze_upto: FreezeUpto = None,
+    head: Head = "last",
     resume: Resume = False,
-    size: Annotated[
-        str | None,
-        typer.Option(
-            "--size",
-            metavar="N|HxW",
-            help="The input size to train at.",
-            show_default="the network's own",
-            rich_help_panel=_IMAGES,
-        ),
-    ] = None,
-    resize: Annotated[
-        Literal["resize", "center-crop", "centre-crop"],
-        typer.Option(
-            "--resize",
-            metavar="resize|center-crop",  # centre-crop is an older spelling
-            help="How images come to that size.",
-            rich_help_panel=_IMAGES,
-        ),
-    ] = "resize",
-    augment: Annotated[
-        bool | None,
-        typer.Option(
-            "--augment/--no-augment",
-            help="Vary the training images: crops, mirroring, colours.",
-            show_default="where features are trained",
-            rich_help_panel=_IMAGES,
-        ),
-    ] = None,
-    valid_fraction: Annotated[
-        float,
-        typer.Option(
-            "--valid-fraction",
-            metavar="X",
-            help="The share of the images held out where there is no valid folder.",
-            rich_help_panel=_IMAGES,
-        ),
-    ] = 0.2,
-    class_weights: Annotated[
-        ClassWeights,
-        typer.Option(
-            "--class-weights",
-            help=BALANCED_HELP,
-            rich_help_panel=_IMAGES,
-        ),
-    ] = "none",
-    epochs: Annotated[
-        int | None,
-        typer.Option(
-            "--epochs",
-            metavar="N",
-            min=1,
-            help="The largest number of epochs.",
-            show_default="30, for linear 100",
-            rich_help_panel=TRAINING,
-        ),
-    ] = None,
+    size: TrainingSize = None,
+    resize: ResizeMode = "resize",
+    augment: Augment = None,
+    valid_fraction: ValidFraction = 0.2,
+    class_weights: Weighting = "none",
+    epochs: Epochs = None,
     batch_size: BatchSize = 32,
-    lr: Annotated[
-        float | None,
-        typer.Option(
-            "--lr",
-            metavar="X",
-            help="Learning rate of the new layers; the others get less.",
-            show_default="by the features",
-            rich_help_panel=TRAINING,
-        ),
-    ] = None,
-    optimizer: Annotated[
-        Optimizer,
-        typer.Option("--optimizer", rich_help_panel=TRAINING, help="The optimizer: AdamW or SGD."),
-    ] = "adamw",
-    cosine: Annotated[
-        bool,
-        typer.Option(
-            "--cosine/--constant",
-            help="Let the learning rate fall along a cosine.",
-            rich_help_panel=TRAINING,
-        ),
-    ] = True,
-    patience: Annotated[
-        int,
-        typer.Option(
-            "--patience",
-            metavar="N",
-            min=0,
-            help="Stop after N epochs without a better loss; 0 never stops.",
-            rich_help_panel=TRAINING,
-        ),
-    ] = 10,
-    seed: Annotated[
-        int,
-        typer.Option(
-            "--seed",
-            metavar="N",
-            min=0,
-            help="Seed of the split, new weights, order, augmentation and dropout.",
-            rich_help_panel=TRAINING,
-        ),
-    ] = 0,
-    precision: Annotated[
-        Precision,
-        typer.Option(
-            "--precision",
-            help="Arithmetic; auto is bf16-mixed on a GPU that has it, else 32.",
-            rich_help_panel=TRAINING,
-        ),
-    ] = "auto",
-    devices: Annotated[
-        str,
-        typer.Option(
-            "--devices",
-            metavar="N|auto",
-            help="Number of GPUs, or auto for all.",
-            rich_help_panel=TRAINING,
-        ),
-    ] = "1",
-    workers: Annotated[
-        int,
-        typer.Option(
-            "--workers",
-            metavar="N",
-            min=0,
-            help="Number of processes that read images.",
-            rich_help_panel=TRAINING,
-        ),
-    ] = 0,
+    lr: LearningRate = None,
+    optimizer: OptimizerName = "adamw",
+    cosine: Cosine = True,
+    patience: Patience = 10,
+    seed: Seed = 0,
+    precision: Arithmetic = "auto",
+    devices: Devices = "1",
+    workers: Workers = 0,
     own: OwnPreprocess = OwnPreprocess(),
 ) -> None:
-    """Train a network for a folder of images, and convert it.
+    """Fine-tune a classifier on a folder of images.
 
-    The run's folder gets the network ('model', for the other commands), a report with curves,
-    confusion matrix and the worst mistakes, and checkpoints, from which --resume finishes an
-    interrupted run.
+    The run's folder gets the converted network ('model', for the other commands), a report with
+    learning curves, confusion matrix and the worst mistakes, and checkpoints, from which --resume
+    finishes an interrupted run.
     """
     from fcvgg.finetuning.finetuning import finetune
 
-    options: dict[str, Any] = {
+    options = {
         "strategy": strategy,
         "similar": similar,
         "freeze_upto": freeze_upto,
-        "hidden": _hidden(head),
-        "size": size_of(size, "--size"),
+        "hidden": head,
+        "size": size,
         "resize": resize,
         "augment": augment,
         "class_weights": None if class_weights == "none" else class_weights,
         "valid_fraction": valid_fraction,
+        "epochs": epochs,
         "batch_size": batch_size,
+        "lr": lr,
         "optimizer": optimizer,
         "cosine": cosine,
-        "patience": patience or None,
         "seed": seed,
         "precision": precision,
-        "devices": int(devices) if devices.isdecimal() else devices,
+        "devices": devices,
         "workers": workers,
     }
-    options.update({k: v for k, v in (("epochs", epochs), ("lr", lr)) if v is not None})
+    given = {name: value for name, value in options.items() if value is not None}
     own.check()
     with resumable(output):
         result = finetune(
@@ -261,18 +262,19 @@ def run(
             preprocess=own.preprocess_for,
             resume=resume,
             progress=True,
-            **options,
+            patience=patience or None,
+            **given,
         )
-    _tell(result)
+    _report(result)
 
 
-def _tell(result: FineTuned) -> None:
+def _report(result: FineTuned) -> None:
     tell_skipped(result.skipped, sum(map(sum, result.counts.values())))
     run = result.training
     if run is not None and run.resumed_after:
         say(f"resumed after epoch {run.resumed_after}")
     say(Text(f"strategy {result.choice.strategy}: {result.choice.reason}"))
-    say(_table(result))
+    say(_class_table(result))
     for line in str(result).splitlines()[1:]:
         say(line)
     say_wrote(result.model_path)
@@ -280,30 +282,9 @@ def _tell(result: FineTuned) -> None:
     say_next(result.heatmap_command)
 
 
-def _table(result: FineTuned) -> Table:
-    table = Table(
-        title="Held-out images",
-        title_style="bold",
-        title_justify="left",
-        box=None,
-        header_style="cyan",
-    )
-    table.add_column("class")
-    for heading in ("to train on", "held out", "right"):
-        table.add_column(heading, justify="right")
-    for name, share in result.class_accuracy.items():
-        train, valid = result.counts[name]
-        table.add_row(name, f"{train}", f"{valid}", f"{share:.1%}")
-    return table
-
-
-def _hidden(head: str) -> tuple[int, ...] | None:
-    if head in ("last", "linear"):
-        return None if head == "last" else ()
-    parts = head.split(",")
-    if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
-        raise typer.BadParameter(
-            f"{head!r} is no head; expected last, linear or widths such as 512,256",
-            param_hint="--head",
-        )
-    return tuple(int(part) for part in parts)
+def _class_table(result: FineTuned) -> RenderableType:
+    rows = [
+        (name, *map(str, result.counts[name]), f"{share:.1%}")
+        for name, share in result.class_accuracy.items()
+    ]
+    return titled("Held-out images", table(("class", "to train on", "held out", "right"), rows))

@@ -31,14 +31,15 @@ from fcvgg.cli.options import (
     OutputStride,
     OwnModel,
     Weights,
-    loaded,
+    load_network,
 )
 
 if TYPE_CHECKING:
     from fcvgg.network import FullyConvolutional
+    from fcvgg.results.score_map import ScoreMap
 
 MANY_WINDOWS = 2.5
-"""An image whose smaller side has more of them is rather seen in parts than whole."""
+"""Windows along the smaller side above which the network sees an image in parts, not whole."""
 
 NAME = "heatmap"
 EXAMPLES = (
@@ -51,46 +52,49 @@ EXAMPLES = (
 )
 
 
+Target = Annotated[
+    str | None,
+    typer.Option(
+        "--target",
+        "-t",
+        metavar="NAME|INDEX",
+        help="Class to show: its name, a unique part of it, or its index.",
+        show_default="the image's top class",
+    ),
+]
+Scale = Annotated[
+    int | None,
+    typer.Option(
+        "--scale",
+        "-s",
+        metavar="N",
+        min=1,
+        help="Smaller side, in pixels, to rescale every image to.",
+        show_default="the image's size",
+    ),
+]
+
+
 def run(
     context: typer.Context,
     images: Images,
     model: Model = "vgg16",
     weights: Weights = "DEFAULT",
     arch: Arch = None,
-    target: Annotated[
-        str | None,
-        typer.Option(
-            "--target",
-            "-t",
-            metavar="NAME|INDEX",
-            help="The class to show, by its name or a unique part of it, or by index.",
-            show_default="the image's top class",
-        ),
-    ] = None,
+    target: Target = None,
     output: OutputFolder = Path(),
-    scale: Annotated[
-        int | None,
-        typer.Option(
-            "--scale",
-            "-s",
-            metavar="N",
-            min=1,
-            help="Rescale every image so that its smaller side has N pixels.",
-            show_default="the image's size",
-        ),
-    ] = None,
+    scale: Scale = None,
     bands: Bands = None,
     nodata: Nodata = None,
     output_stride: OutputStride = None,
     own: OwnModel = OwnModel(),
     device: Device = "cpu",
 ) -> None:
-    """Lay one class's heatmap on every image.
+    """Overlay one class's heatmap on every image.
 
-    It shows where the network sees the class. Of what 'fcvgg stream' wrote it makes a thumbnail and
-    a pyramidal OME-TIFF of the slide's size.
+    The heatmap shows where the network sees the class. For a score map that 'fcvgg stream' wrote,
+    the result is a thumbnail and a pyramidal OME-TIFF of the slide's size.
     """
-    opener = ImageOpener(bands, nodata)
     overlays = OutputFiles(images, output, "-heatmap.png")
     slides, images = split(images)
     shown = show_slides(slides, target, overlays)
@@ -99,14 +103,16 @@ def run(
         exit_if_any_failed(slides, shown)
         return
     check_any_exists(images)
-    net = loaded(model, own, device, weights=weights, arch=arch, output_stride=output_stride)
+    net = load_network(model, own, device, weights=weights, arch=arch, output_stride=output_stride)
     index = _index(net, target)
     folder(output)
-
-    size_note = SizeNote(net)
+    opener, size_note = ImageOpener(bands, nodata), SizeNote(net)
 
     def show(image: Path) -> Path:
-        return _show(net, image, opener, index, scale, overlays.path_for(image), size_note)
+        score_map = net.score_map(opener.open(image), scale=scale)
+        if scale is None:
+            size_note.tell(image, score_map.input_size)
+        return _show(image, score_map, index, overlays.path_for(image))
 
     written = for_each_image(images, "heatmaps", show)
     exit_if_any_failed([*slides, *images], [*shown, *written])
@@ -121,15 +127,15 @@ class SizeNote:
 
     def __init__(self, net: FullyConvolutional):
         self.net = net
-        self.told = False
+        self.printed = False
 
     def tell(self, image: Path, size: tuple[int, int]) -> None:
-        """Print the line if it is due: for an image that is run at `size` ``(H, W)``."""
+        """Print the line, unless it was printed, for a large image run at `size` ``(H, W)``."""
         windows = [pixels / w for pixels, w in zip(size, self.net.geometry.window)]
         count = min(windows)
-        if count <= MANY_WINDOWS or self.told:
+        if count <= MANY_WINDOWS or self.printed:
             return
-        self.told = True
+        self.printed = True
         extent = "high" if count == windows[0] else "wide"
         tell(
             f"{image} is {count:.0f} windows {extent}, and the network recognises what fits into "
@@ -137,20 +143,10 @@ class SizeNote:
         )
 
 
-def _show(
-    net: FullyConvolutional,
-    image: Path,
-    opener: ImageOpener,
-    index: int | None,
-    scale: int | None,
-    path: Path,
-    size_note: SizeNote,
-) -> Path:
+def _show(image: Path, score_map: ScoreMap, index: int | None, path: Path) -> Path:
+    """Write the heatmap of a class, the top one if None, and say what it shows."""
     from fcvgg.results.interpolation import MOST_PIXELS
 
-    score_map = net.score_map(opener.open(image), scale=scale)
-    if scale is None:
-        size_note.tell(image, score_map.input_size)
     prediction = score_map.predict()
     shown = int(prediction.argmax()) if index is None else index
     height, width = score_map.image_size

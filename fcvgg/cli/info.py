@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import RenderableType
 from rich.table import Table
 
 from fcvgg.cli.console import output, say
-from fcvgg.cli.options import MODEL_HELP, Arch, InputSize, OwnModel, loaded, size
+from fcvgg.cli.options import MODEL_HELP, Arch, InputSize, OwnModel, load_network, size
 from fcvgg.cli.reports import by, count, facts, geometry_report, titled
 
 if TYPE_CHECKING:
@@ -24,40 +24,37 @@ _LEAST_NAME = 12
 _UNLIMITED = 10_000
 
 
+ModelName = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP, show_default=False)]
+ImageSize = Annotated[
+    Any,
+    typer.Option(
+        "--size",
+        metavar="N|HxW",
+        parser=size,
+        help="Image size at which outputs and costs are counted.",
+        show_default="the native size",
+    ),
+]
+
+
 def run(
-    model: Annotated[
-        str,
-        typer.Argument(
-            metavar="MODEL",
-            help=MODEL_HELP,
-            show_default=False,
-        ),
-    ],
-    at: Annotated[
-        str | None,
-        typer.Option(
-            "--size",
-            metavar="N|HxW",
-            help="The image size for which outputs and costs are counted.",
-            show_default="the native size",
-        ),
-    ] = None,
-    arch: Arch = None,
-    input_size: InputSize = None,
+    model: ModelName, at: ImageSize = None, arch: Arch = None, input_size: InputSize = None
 ) -> None:
-    """Show what every layer sees and costs; downloads no weights."""
+    """Show every layer's receptive field and cost; no download.
+
+    For each layer: kernel and stride, receptive field, output size, parameters and multiply-adds.
+    """
     from fcvgg.evaluation.layer_table import receptive_fields
 
-    wanted = size(at, "--size")
     own = OwnModel(input_size=input_size)
-    net = loaded(model, own, arch=arch, weights=None, verify=False)  # only to be described
-    table = receptive_fields(net, input_size=wanted)
-    frozen = _frozen_layers(net, table)
-    say(_layer_table(f"{model} ({net.source})", table, frozen))
+    net = load_network(model, own, arch=arch, weights=None, verify=False)  # only to be described
+    layers = receptive_fields(net, input_size=at)
+    frozen = _frozen_layers(net, layers)
+    say(_layer_table(f"{model} ({net.source})", layers, frozen))
     say()
-    say(_totals(table, frozen))
+    say(_totals(layers, frozen))
     say()
-    say(geometry_report(net, table.input_size))
+    say(geometry_report(net, layers.input_size))
 
 
 def _frozen_layers(net: FullyConvolutional, table: LayerTable) -> set[str]:
@@ -132,8 +129,9 @@ def _excess(table: Table) -> int:
 
 def _totals(table: LayerTable, frozen: set[str]) -> RenderableType:
     trainable = sum(row.parameters for row in table if row.name not in frozen)
-    totals = facts()
-    totals.add_row("layers", f"{len(table)} with a kernel or parameters")
-    totals.add_row("parameters", f"{table.parameters:,}, of which {trainable:,} trainable")
-    totals.add_row("multiply-adds", f"{table.multiply_adds:,}")
-    return titled("Totals", totals)
+    totals = {
+        "layers": f"{len(table)} with a kernel or parameters",
+        "parameters": f"{table.parameters:,}, of which {trainable:,} trainable",
+        "multiply-adds": f"{table.multiply_adds:,}",
+    }
+    return titled("Totals", facts(totals))

@@ -1,4 +1,8 @@
-"""Arguments and options that several commands take, and how their text is read."""
+"""Arguments and options that several commands take, and how their text is read.
+
+An option whose text means something else, such as a size or a list, has a parser, so that a command
+gets what it works with; what a parser refuses is a usage error.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +24,74 @@ if TYPE_CHECKING:
     from fcvgg.images.lazy.source import StripSource
     from fcvgg.images.preprocessing import Preprocess
     from fcvgg.network import FullyConvolutional
+
+# -- the text of options --------------------------------------------------------------------------
+
+
+def names(text: str) -> list[str]:
+    """Names from ``cat, dog``."""
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def lengths(text: str, option: str | None = None) -> list[int]:
+    """Numbers of pixels from ``256,384,512``; `option` is named in errors outside a parser."""
+    return [_positive(part, option) for part in text.split(",")]
+
+
+def size(text: str) -> tuple[int, int]:
+    """``(h, w)`` from ``512`` or ``480x640``."""
+    parts = [_positive(part) for part in text.lower().split("x")]
+    if len(parts) > 2:
+        raise typer.BadParameter(f"{text!r} is not a size; expected N or HxW, such as 480x640")
+    return parts[0], parts[-1]
+
+
+def side_or_size(text: str) -> int | tuple[int, int]:
+    """The smaller side from ``512``, or ``(h, w)`` from ``480x640``."""
+    height, width = size(text)
+    return (height, width) if "x" in text.lower() else height
+
+
+def numbers(text: str) -> tuple[float, ...]:
+    """Numbers from ``0.485,0.456,0.406``."""
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError as error:
+        raise typer.BadParameter(
+            f"{text!r} is not a list of numbers; expected such as 0.485,0.456,0.406"
+        ) from error
+
+
+def limits(text: str) -> tuple[float, float]:
+    """Two different numbers from ``0,4095``."""
+    values = numbers(text)
+    if len(values) != 2 or values[0] == values[1]:
+        raise typer.BadParameter(f"{text!r} is not two different numbers LOW,HIGH")
+    return values[0], values[1]
+
+
+def channels(text: str) -> list[int]:
+    """Channel indices from ``3,2,1``."""
+    try:
+        return [int(number) for number in text.split(",")]
+    except ValueError as error:
+        raise typer.BadParameter(
+            f"{text!r} is not a list of channel indices; expected such as 2,1,0"
+        ) from error
+
+
+def nodata_value(text: str) -> float | str:
+    """A number, or ``"file"``."""
+    try:
+        return text if text == "file" else float(text)
+    except ValueError as error:
+        raise typer.BadParameter(f"{text!r} is neither a number nor 'file'") from error
+
+
+def _positive(text: str, option: str | None = None) -> int:
+    if not (text.strip().isdecimal() and int(text) > 0):
+        raise typer.BadParameter(f"{text!r} is not a positive integer", param_hint=option)
+    return int(text)
 
 
 def output_name(check: Callable[[Path], Any]) -> Callable[[Path | None], Path | None]:
@@ -52,51 +124,41 @@ def output_file(*endings: str) -> Callable[[Path | None], Path | None]:
     return output_name(lambda path: checked_file(path, "--output", endings))
 
 
+# -- options of several commands ------------------------------------------------------------------
+
 MODEL_HELP = (
     "A torchvision name, timm:NAME, a checkpoint (with --arch), an .onnx or Keras file, a folder "
-    "that 'fcvgg convert' wrote, or 'demo'."
+    "written by 'fcvgg convert', or 'demo'."
 )
 
 Images = Annotated[
     list[Path], typer.Argument(metavar="IMAGE", help="Image files.", show_default=False)
 ]
-Model = Annotated[
-    str,
-    typer.Option(
-        "--model",
-        "-m",
-        metavar="MODEL",
-        help=MODEL_HELP,
-    ),
-]
+Model = Annotated[str, typer.Option("--model", "-m", metavar="MODEL", help=MODEL_HELP)]
 Weights = Annotated[
     str,
     typer.Option(
         "--weights",
         "-w",
         metavar="NAME|PATH",
-        help="Weights for a torchvision name: DEFAULT or another of torchvision's, which are "
-        "downloaded, or a checkpoint.",
+        help="Weights for a torchvision name: a name such as DEFAULT (downloaded), or a "
+        "checkpoint.",
     ),
 ]
 Arch = Annotated[
     str | None,
     typer.Option(
-        "--arch",
-        metavar="NAME",
-        help="The torchvision name of a checkpoint's architecture.",
-        show_default=False,
+        metavar="NAME", help="Torchvision name of a checkpoint's architecture.", show_default=False
     ),
 ]
 OutputStride = Annotated[
     int | None,
     typer.Option(
-        "--output-stride",
         metavar="N",
         min=1,
-        help="Pixels between cells, fewer than the network's own: for VGG 16, 8, 4, 2 or 1. Half "
-        "as many take about four times as long.",
-        show_default=False,
+        help="Pixels between neighbouring cells: 16, 8, 4, 2 or 1 for VGG. Halving it takes about "
+        "four times as long.",
+        show_default="the network's own",
     ),
 ]
 OutputFolder = Annotated[
@@ -106,49 +168,86 @@ OutputFolder = Annotated[
         "-o",
         metavar="DIR",
         file_okay=False,
-        help="The folder to write to; made if absent.",
+        help="Folder to write to; created if absent.",
         callback=output_folder(),
         show_default="the current folder",
     ),
 ]
-
-
-_PANEL = "Own models"
-"""The part of a command's help for models that publish nothing about themselves."""
-
-InputSize = Annotated[
-    str | None,
+Scales = Annotated[
+    Any,
     typer.Option(
-        "--input-size",
-        metavar="N|HxW",
-        help="The native size: that of the images the model was trained on.",
-        show_default="the weights' own, or inferred",
-        rich_help_panel=_PANEL,
+        "--scales",
+        "-s",
+        metavar="N,N,...",
+        parser=lengths,
+        help="Smaller sides, in pixels, to rescale every image to; probabilities are averaged over "
+        "them.",
+        show_default="8/7 of the native size: 256 for 224",
     ),
 ]
+Flip = Annotated[bool, typer.Option("--flip", help="Average with the mirrored image.")]
 Bands = Annotated[
-    str | None,
+    Any,
     typer.Option(
-        "--bands",
-        metavar="NUMBERS",
-        help="The channels to take, counted from 0 and in the model's order, such as 3,2,1.",
+        metavar="N,N,...",
+        parser=channels,
+        help="Channels to read, counted from 0, in the order the model takes them, such as 3,2,1.",
         show_default="all",
     ),
 ]
 Nodata = Annotated[
-    str | None,
+    Any,
     typer.Option(
-        "--nodata",
-        metavar="NUMBER|file",
-        help="Pixels of this value are left out of the scores; 'file' takes the value that the "
-        "file declares.",
+        metavar="X|file",
+        parser=nodata_value,
+        help="Pixel value to leave out of the scores; 'file' takes the value that the file "
+        "declares.",
         show_default="none",
     ),
 ]
 Device = Annotated[
-    str,
+    str, typer.Option(metavar="NAME", help="Torch device to compute on: cpu, cuda, cuda:1 or mps.")
+]
+
+# -- options of the commands that train -----------------------------------------------------------
+
+training_option = functools.partial(typer.Option, rich_help_panel="Training")
+"""An option in the part of a command's help that says how the network is trained."""
+
+RunFolder = Annotated[
+    Path,
     typer.Option(
-        "--device", metavar="NAME", help="Where to compute: cpu, cuda, cuda:1, mps, as in torch."
+        "--output",
+        "-o",
+        metavar="DIR",
+        file_okay=False,
+        help="Folder of the run; created if absent.",
+        callback=output_folder(),
+    ),
+]
+Resume = Annotated[bool, typer.Option("--resume", help="Finish the interrupted run in the folder.")]
+BatchSize = Annotated[int, training_option(metavar="N", min=1, help="Images per training step.")]
+Weighting = Annotated[
+    Literal["none", "balanced"],
+    training_option(
+        "--class-weights",
+        help="Weights of the classes in the loss; balanced weighs rare classes as much as frequent "
+        "ones.",
+    ),
+]
+
+# -- models that publish nothing about themselves -------------------------------------------------
+
+_model_option = functools.partial(typer.Option, rich_help_panel="Your own model")
+
+InputSize = Annotated[
+    Any,
+    _model_option(
+        "--input-size",
+        metavar="N|HxW",
+        parser=size,
+        help="Native size: the size of the images that the model was trained on.",
+        show_default="the weights' own, or inferred",
     ),
 ]
 
@@ -162,45 +261,40 @@ class OwnPreprocess:
 
     preprocess: Annotated[
         str | None,
-        typer.Option(
-            "--preprocess",
+        _model_option(
             metavar="NAME",
-            help="How its images were prepared: imagenet, caffe (BGR minus means), tf (-1 to 1), "
-            "unit (0 to 1) or none (as the values are).",
+            help="Preprocessing of the images: imagenet, caffe (BGR minus means), tf (-1 to 1), "
+            "unit (0 to 1) or none (values as they are).",
             show_default="the weights' own",
-            rich_help_panel=_PANEL,
         ),
     ] = None
     mean: Annotated[
-        str | None,
-        typer.Option(
-            "--mean",
+        Any,
+        _model_option(
             metavar="X,X,X",
-            help="Means of the channels, of values from 0 to 1; with --std, for --preprocess.",
+            parser=numbers,
+            help="Means of the channels, for values from 0 to 1; with --std, instead of "
+            "--preprocess.",
             show_default=False,
-            rich_help_panel=_PANEL,
         ),
     ] = None
     std: Annotated[
-        str | None,
-        typer.Option(
-            "--std",
+        Any,
+        _model_option(
             metavar="X,X,X",
-            help="Standard deviations of the channels, one for each or one for all; with --mean.",
+            parser=numbers,
+            help="Standard deviations of the channels: one each, or one for all; with --mean.",
             show_default=False,
-            rich_help_panel=_PANEL,
         ),
     ] = None
-
     value_range: Annotated[
-        str | None,
-        typer.Option(
+        Any,
+        _model_option(
             "--range",
             metavar="LOW,HIGH",
-            help="The values of images of more than 8 bits that count as black and white, such as "
-            "0,4095 for 12 bits.",
+            parser=limits,
+            help="Black and white in images of more than 8 bits, such as 0,4095 for 12 bits.",
             show_default="0 to 65535 for 16 bits",
-            rich_help_panel=_PANEL,
         ),
     ] = None
 
@@ -217,19 +311,7 @@ class OwnPreprocess:
         chosen = self._chosen(channels) or known
         if chosen is None or self.value_range is None:
             return chosen
-        return replace(chosen, value_range=self._range())
-
-    def _range(self) -> tuple[float, float] | None:
-        from fcvgg.errors import ArgumentError
-
-        if self.value_range is None:
-            return None
-        numbers = _numbers(self.value_range, "--range")
-        if len(numbers) != 2 or numbers[0] == numbers[1]:
-            raise ArgumentError(
-                f"--range must be two different numbers LOW,HIGH, got {self.value_range!r}"
-            )
-        return numbers[0], numbers[1]
+        return replace(chosen, value_range=self.value_range)
 
     def _chosen(self, channels: int) -> Preprocess | None:
         from fcvgg.errors import PreprocessError
@@ -239,30 +321,26 @@ class OwnPreprocess:
             return Preprocess.preset(self.preprocess, channels)
         if self.mean is None or self.std is None:
             return None
-        mean, std = _numbers(self.mean, "--mean"), _numbers(self.std, "--std")
-        for option, values in (("--mean", mean), ("--std", std)):
+        for option, values in (("--mean", self.mean), ("--std", self.std)):
             if len(values) not in (1, channels):
                 raise PreprocessError(
-                    f"{option} has {len(values)} numbers and the network takes {channels} "
-                    "channel(s); give one for each, or one for all"
+                    f"{option} must be 1 number or {channels}, one for each channel of the "
+                    f"network, got {len(values)}"
                 )
-        return Preprocess(mean * (channels // len(mean)), std * (channels // len(std)))
+        mean, std = (values * (channels // len(values)) for values in (self.mean, self.std))
+        return Preprocess(mean, std)
 
     def check(self) -> None:
-        """Refuse what cannot be used, before anything is loaded.
+        """Refuse options that contradict each other, before anything is loaded.
 
         Raises:
-            FcvggError: if the options contradict each other, or are none.
+            FcvggError: if they do, or one names nothing.
         """
-        from fcvgg.errors import ArgumentError
-
         if (self.mean is None) != (self.std is None):
             raise ArgumentError("--mean and --std go together; give both")
         if self.mean is not None and self.preprocess is not None:
-            raise ArgumentError("--preprocess and --mean say the same; give one of the two")
-        texts = (("--mean", self.mean), ("--std", self.std))
-        self._range()
-        given = [len(_numbers(text, option)) for option, text in texts if text is not None]
+            raise ArgumentError("--preprocess and --mean exclude each other; give one of the two")
+        given = [len(values) for values in (self.mean, self.std) if values is not None]
         self.preprocess_for(max(given, default=3))
 
 
@@ -273,24 +351,20 @@ class OwnModel(OwnPreprocess):
     input_size: InputSize = None
     categories: Annotated[
         Path | None,
-        typer.Option(
-            "--categories",
+        _model_option(
             metavar="FILE",
-            help="The class names: one per line in the order of the scores, or a list in JSON.",
+            help="Class names, in the order of the scores: one per line, or a list in JSON.",
             show_default="the weights' own",
-            rich_help_panel=_PANEL,
         ),
     ] = None
     activation: Annotated[
         str | None,
-        typer.Option(
-            "--activation",
+        _model_option(
             metavar="KIND",
-            help="What the scores are: logits (softmax), independent_logits (a sigmoid for each "
+            help="Kind of the scores: logits (softmax), independent_logits (a sigmoid for each "
             "class), probabilities, log_probabilities, sigmoid (after one) or values (regression, "
             "for 'fcvgg convert' and 'fcvgg stream' only).",
             show_default="read off the model",
-            rich_help_panel=_PANEL,
         ),
     ] = None
 
@@ -304,27 +378,23 @@ class OwnModel(OwnPreprocess):
 
         self.check()
         return {
-            "input_size": size(self.input_size, "--input-size"),
+            "input_size": self.input_size,
             "categories": None if self.categories is None else read_categories(self.categories),
         }
 
 
 def with_own_model(command: Callable[..., None]) -> Callable[..., None]:
-    """A command whose parameter of type `OwnPreprocess`, if it has one, is given by options."""
+    """A command whose parameter of type `OwnPreprocess`, if it has one, is given by options.
+
+    Typer reads a command's signature, so the dataclass's fields stand there in place of it.
+    """
     signature = inspect.signature(command)
     hints = get_type_hints(command, include_extras=True)
     own = {n: h for n, h in hints.items() if isinstance(h, type) and issubclass(h, OwnPreprocess)}
     if not own:
         return command
-    place, group = next(iter(own.items()))
+    ((place, group),) = own.items()
     kinds = get_type_hints(group, include_extras=True)
-    options = {f.name: f for f in fields(group)}
-
-    @functools.wraps(command)
-    def taking_options(**arguments: Any) -> None:
-        given = {name: arguments.pop(name) for name in options}
-        command(**arguments, **{place: group(**given)})
-
     keyword = inspect.Parameter.KEYWORD_ONLY
     kept = [
         p.replace(annotation=hints[p.name], kind=keyword)
@@ -332,15 +402,24 @@ def with_own_model(command: Callable[..., None]) -> Callable[..., None]:
         if p.name != place
     ]
     added = [
-        inspect.Parameter(name, keyword, default=f.default, annotation=kinds[name])
-        for name, f in options.items()
+        inspect.Parameter(f.name, keyword, default=f.default, annotation=kinds[f.name])
+        for f in fields(group)
     ]
+
+    @functools.wraps(command)
+    def taking_options(**arguments: Any) -> None:
+        given = {option.name: arguments.pop(option.name) for option in added}
+        command(**arguments, **{place: group(**given)})
+
     taking_options.__signature__ = signature.replace(parameters=[*kept, *added])  # type: ignore
     taking_options.__annotations__ = {p.name: p.annotation for p in [*kept, *added]}
     return taking_options
 
 
-def loaded(
+# -- networks and images --------------------------------------------------------------------------
+
+
+def load_network(
     model: str, own: OwnModel | None = None, device: str = "cpu", **options: Any
 ) -> FullyConvolutional:
     """The network that `fcvgg.load` gives, on a device.
@@ -374,87 +453,29 @@ def checked_device(name: str) -> Any:
     """
     import torch
 
-    from fcvgg.errors import ArgumentError, one_line
+    from fcvgg.errors import one_line
 
     try:
         device = torch.device(name)
-        torch.zeros(1, device=device).item()
+        torch.zeros(1, device=device).item()  # a name that torch knows may have no device here
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ArgumentError(
-            f"--device {name!r} cannot be used here ({one_line(error)}); expected cpu, or a device "
-            "of torch's that this machine has, such as cuda or mps"
+            f"--device must be cpu, or a torch device that this machine has, such as cuda or mps, "
+            f"got {name!r} ({one_line(error)})"
         ) from error
     return device
-
-
-def lengths(text: str | None, option: str) -> list[int] | None:
-    """Positive numbers of pixels, from ``256,384,512``."""
-    return None if text is None else [_length(part, option) for part in text.split(",")]
-
-
-def size(text: str | None, option: str) -> tuple[int, int] | None:
-    """``(h, w)`` from ``512`` or ``480x640``."""
-    if text is None:
-        return None
-    parts = [_length(part, option) for part in text.lower().split("x")]
-    if len(parts) > 2:
-        raise typer.BadParameter(
-            f"{text!r} is no size; expected N or HxW such as 480x640", param_hint=option
-        )
-    return parts[0], parts[-1]
-
-
-def _length(text: str, option: str) -> int:
-    if not (text.strip().isdecimal() and int(text) > 0):
-        raise typer.BadParameter(f"{text!r} is no positive number of pixels", param_hint=option)
-    return int(text)
-
-
-def band_numbers(text: str | None) -> list[int] | None:
-    """The channels that ``--bands`` names, from ``3,2,1``.
-
-    Raises:
-        ArgumentError: if they are no numbers.
-    """
-    from fcvgg.errors import ArgumentError
-
-    if text is None:
-        return None
-    try:
-        return [int(number) for number in text.split(",")]
-    except ValueError as error:
-        raise ArgumentError(
-            f"--bands {text!r} is no list; expected numbers with commas between them, such as 2,1,0"
-        ) from error
-
-
-def nodata_value(text: str | None) -> float | str | None:
-    """The value that ``--nodata`` names, or ``"file"``.
-
-    Raises:
-        ArgumentError: if it is neither.
-    """
-    if text in (None, "file"):
-        return text
-    try:
-        return float(text)  # type: ignore[arg-type]
-    except ValueError as error:
-        raise ArgumentError(f"--nodata must be a number or 'file', got {text!r}") from error
 
 
 class ImageOpener:
     """Opens the images of a command, and notes once that a declared nodata value is not used.
 
     Args:
-        bands: as given to ``--bands``.
-        nodata: as given to ``--nodata``.
-
-    Raises:
-        ArgumentError: if one of them cannot be read.
+        bands: as ``--bands`` gives them.
+        nodata: as ``--nodata`` gives it.
     """
 
-    def __init__(self, bands: str | None, nodata: str | None):
-        self._bands, self._nodata = band_numbers(bands), nodata_value(nodata)
+    def __init__(self, bands: list[int] | None, nodata: float | str | None):
+        self._bands, self._nodata = bands, nodata
         self._noted = False
 
     def open(self, image: Path, level: int = 0) -> StripSource:
@@ -477,43 +498,3 @@ class ImageOpener:
                 "--nodata file leaves it out"
             )
         return source
-
-
-def _numbers(text: str, option: str) -> tuple[float, ...]:
-    from fcvgg.errors import ArgumentError
-
-    try:
-        return tuple(float(part) for part in text.split(","))
-    except ValueError as error:
-        raise ArgumentError(
-            f"{option} {text!r} is no list of numbers; expected such as 0.485,0.456,0.406"
-        ) from error
-
-
-# -- options of the commands that train -----------------------------------------------------------
-
-TRAINING = "Training"
-"""The part of a command's help that says how is trained."""
-
-RunFolder = Annotated[
-    Path,
-    typer.Option(
-        "--output",
-        "-o",
-        metavar="DIR",
-        file_okay=False,
-        help="The run's folder; made if absent.",
-        callback=output_folder(),
-    ),
-]
-Resume = Annotated[bool, typer.Option("--resume", help="Finish the interrupted run in the folder.")]
-BatchSize = Annotated[
-    int,
-    typer.Option(
-        "--batch-size", metavar="N", min=1, help="Images per step.", rich_help_panel=TRAINING
-    ),
-]
-ClassWeights = Literal["none", "balanced"]
-"""How classes count in the loss; the library has None for none."""
-
-BALANCED_HELP = "balanced: rare classes count as much as frequent ones."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from rich.console import Group, RenderableType
@@ -18,41 +19,43 @@ def equivalence_report(net: FullyConvolutional) -> RenderableType:
     """The check of a converted network against its source."""
     report = net.equivalence
     title = f"{net.source} as a fully convolutional network, against its source"
-    table = facts()
     if report is None:
-        table.add_row("check", "none was made")
-        return titled(title, table)
-    table.add_row("verdict", "equivalent" if report.passed else "NOT EQUIVALENT")
-    table.add_row("run at", f"{by(report.input_size)} pixels, {report.images} images of noise")
-    table.add_row(
-        "largest error",
-        f"{report.max_rel_error:.1e} of the largest score (tolerance {report.tolerance:.0e})",
+        return titled(title, facts({"check": "not made"}))
+    largest = f"{report.max_rel_error:.1e} of the largest score"
+    return titled(
+        title,
+        facts(
+            {
+                "verdict": "equivalent" if report.passed else "NOT EQUIVALENT",
+                "run at": f"{by(report.input_size)} pixels, {report.images} images of noise",
+                "largest error": f"{largest} (tolerance {report.tolerance:.0e})",
+                "top-1 agreement": f"{report.top1_agreement:.0%}",
+                "translation error": f"{report.translation_error:.1e}, input moved by one stride",
+            }
+        ),
     )
-    table.add_row("top-1 agreement", f"{report.top1_agreement:.0%}")
-    table.add_row("translation error", f"{report.translation_error:.1e}, input moved by one stride")
-    return titled(title, table)
 
 
 def geometry_report(net: FullyConvolutional, size: Pair | None = None) -> RenderableType:
     """Where the cells lie; for an image of `size`, how many there are."""
     geometry = net.geometry
-    table = facts()
-    table.add_row("native size", by(net.input_size))
-    table.add_row("window", by(geometry.window))
-    table.add_row("stride", by(geometry.stride))
-    table.add_row(
-        "receptive field", f"{by(geometry.receptive_field)}, cell 0 from pixel {geometry.offset}"
-    )
     y, x = geometry.centre_of(0, 0)
-    table.add_row("centre of cell 0", f"({y:g}, {x:g})")
+    field = f"{by(geometry.receptive_field)}, cell 0 from pixel {geometry.offset}"
+    found = {
+        "native size": by(net.input_size),
+        "window": by(geometry.window),
+        "stride": by(geometry.stride),
+        "receptive field": field,
+        "centre of cell 0": f"({y:g}, {x:g})",
+    }
     if size is not None:
         small = any(n < w for n, w in zip(size, geometry.window))
         padded = ", padded with zeros up to the window" if small else ""
-        table.add_row(f"cells at {by(size)}", by(geometry.output_size(size)) + padded)
-    return titled("Geometry, in pixels, height first", table)
+        found[f"cells at {by(size)}"] = by(geometry.output_size(size)) + padded
+    return titled("Geometry, in pixels, height first", facts(found))
 
 
-def by(pair: Pair) -> str:
+def by(pair: Sequence[int]) -> str:
     """``(480, 640)`` as ``480x640``."""
     return f"{pair[0]}x{pair[1]}"
 
@@ -76,9 +79,26 @@ def titled(title: str, body: RenderableType, foot: str = "") -> RenderableType:
     return Group(Text(title, style="bold"), body, *lines)
 
 
-def facts() -> Table:
-    """An empty table of names and values."""
-    table = Table(box=None, show_header=False)
-    table.add_column(style="cyan", no_wrap=True)
-    table.add_column()
-    return table
+def facts(found: Mapping[str, str]) -> Table:
+    """A table of names and values."""
+    shown = Table(box=None, show_header=False)
+    shown.add_column(style="cyan", no_wrap=True)
+    shown.add_column()
+    for name, value in found.items():
+        shown.add_row(name, value)
+    return shown
+
+
+def table(
+    headings: Sequence[str],
+    rows: Iterable[Sequence[RenderableType]],
+    left: int = 1,
+    marked: int | None = None,
+) -> Table:
+    """A table whose first `left` columns are flush left, and whose row `marked` stands out."""
+    shown = Table(box=None, header_style="cyan", show_header=bool(headings))
+    for i, heading in enumerate(headings):
+        shown.add_column(heading, justify="left" if i < left else "right", no_wrap=i > 0)
+    for i, row in enumerate(rows):
+        shown.add_row(*row, style="bold green" if i == marked else None)
+    return shown

@@ -15,31 +15,25 @@ from fcvgg.cli.console import (
     say,
     say_wrote,
 )
-from fcvgg.cli.options import Device, Images, OutputFolder
+from fcvgg.cli.options import Device, Images, OutputFolder, checked_device
 
 NAME = "segment"
 EXAMPLES = ("fcvgg segment photo.jpg --fcn segmented/fcn --output labels",)
 
 
-def run(
-    images: Images,
-    fcn: Annotated[
-        Path,
-        typer.Option(
-            "--fcn",
-            metavar="DIR",
-            help="The folder 'fcvgg segment-train' wrote.",
-            show_default=False,
-        ),
-    ],
-    output: OutputFolder = Path(),
-    device: Device = "cpu",
-) -> None:
-    """Label every pixel of images.
+Fcn = Annotated[
+    Path,
+    typer.Option(
+        metavar="DIR", help="Folder 'fcn' that 'fcvgg segment-train' wrote.", show_default=False
+    ),
+]
 
-    Writes NAME-labels.png, the class indices, and NAME-overlay.png, a figure, for every image.
+
+def run(images: Images, fcn: Fcn, output: OutputFolder = Path(), device: Device = "cpu") -> None:
+    """Predict the class of every pixel.
+
+    For every image NAME, NAME-labels.png holds the class indices and NAME-overlay.png shows them.
     """
-    from fcvgg.cli.options import checked_device
     from fcvgg.results.figures import save_figure
     from fcvgg.segmentation.network import FCN
 

@@ -21,7 +21,8 @@ from fcvgg.cli.options import (
     OutputStride,
     OwnModel,
     Weights,
-    loaded,
+    load_network,
+    names,
     output_folder,
 )
 from fcvgg.support.atomic import STORE_ENDINGS
@@ -34,44 +35,51 @@ EXAMPLES = (
 )
 
 
+Slide = Annotated[
+    Path,
+    typer.Argument(
+        metavar="SLIDE", help="TIFF, OME-TIFF, zarr or other image.", show_default=False
+    ),
+]
+Output = Annotated[
+    Path,
+    typer.Option(
+        "--output",
+        "-o",
+        metavar="OUT.zarr",
+        help="Folder for the score map; repeating the command resumes an interrupted run.",
+        callback=output_folder(*STORE_ENDINGS),
+        show_default=False,
+    ),
+]
+Classes = Annotated[
+    str | None,
+    typer.Option(
+        "--classes",
+        "-c",
+        metavar="NAME,NAME,...",
+        help="Classes to keep, by name or index; 'argmax' keeps the best class of every cell, "
+        "'top5' the five best.",
+        show_default="all",
+    ),
+]
+Memory = Annotated[
+    str, typer.Option(metavar="SIZE", help="Upper limit of the memory used, such as 2GiB.")
+]
+Level = Annotated[
+    int, typer.Option(metavar="N", min=0, help="Level of a pyramid; 0 is the full resolution.")
+]
+
+
 def run(
-    slide: Annotated[
-        Path,
-        typer.Argument(
-            metavar="SLIDE", help="A TIFF, OME-TIFF, zarr or other image.", show_default=False
-        ),
-    ],
-    output: Annotated[
-        Path,
-        typer.Option(
-            "--output",
-            "-o",
-            metavar="OUT.zarr",
-            help="The folder for the score map; the same call resumes an interrupted one.",
-            callback=output_folder(*STORE_ENDINGS),
-            show_default=False,
-        ),
-    ],
+    slide: Slide,
+    output: Output,
     model: Model = "vgg16",
     weights: Weights = "DEFAULT",
     arch: Arch = None,
-    classes: Annotated[
-        str | None,
-        typer.Option(
-            "--classes",
-            "-c",
-            metavar="NAMES",
-            help="Classes to keep, by name or index, with commas between them; 'argmax' for every "
-            "cell's best class, or 'top5'.",
-            show_default="all",
-        ),
-    ] = None,
-    memory: Annotated[
-        str, typer.Option("--memory", metavar="SIZE", help="Memory that may be used, such as 2GiB.")
-    ] = "1GiB",
-    level: Annotated[
-        int, typer.Option("--level", min=0, help="The level of a pyramid; 0 is the full size.")
-    ] = 0,
+    classes: Classes = None,
+    memory: Memory = "1GiB",
+    level: Level = 0,
     bands: Bands = None,
     nodata: Nodata = None,
     output_stride: OutputStride = None,
@@ -83,7 +91,7 @@ def run(
     from fcvgg.streaming.score_store import is_store, open_store
 
     source = ImageOpener(bands, nodata).open(slide, level)
-    net = loaded(model, own, device, weights=weights, arch=arch, output_stride=output_stride)
+    net = load_network(model, own, device, weights=weights, arch=arch, output_stride=output_stride)
     kept = _classes(classes, net.categories)
     if kept == "top5":
         tell("--classes top5 keeps no class's map: 'fcvgg heatmap' cannot show it")
@@ -122,7 +130,6 @@ def resumed_by_the_same_call(path: Path) -> Iterator[None]:
 
 def _classes(text: str | None, categories: Sequence[str] | None) -> str | list[int | str] | None:
     """Names and indices, from ``cat,dog,281``."""
-    if text in (None, "argmax", "top5"):
+    if text is None or text in ("argmax", "top5"):
         return text
-    names = [name.strip() for name in text.split(",")]  # type: ignore[union-attr]
-    return [class_given(name, categories) for name in names if name]
+    return [class_given(name, categories) for name in names(text)]

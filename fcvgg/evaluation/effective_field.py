@@ -21,6 +21,7 @@ from fcvgg.geometry import Geometry, Pair
 from fcvgg.images.reading import each_image
 from fcvgg.names import counted
 from fcvgg.network import FullyConvolutional
+from fcvgg.rewriting.outputs import flattened
 from fcvgg.support.module_state import device_of, dtype_of, evaluating
 from fcvgg.support.progress import progress_bar
 
@@ -185,7 +186,7 @@ def effective_receptive_field(
     *,
     cell: Pair | None = None,
     target: int | str | None = None,
-    output: int = 0,
+    output: int | str = 0,
     progress: bool = False,
 ) -> EffectiveReceptiveField:
     """The gradient of a cell's score with respect to the pixels, averaged over images.
@@ -197,14 +198,14 @@ def effective_receptive_field(
         cell: ``(row, col)``; for each image the one nearest to its middle if None.
         target: the class whose score is taken, an index or category name; for each image the
             cell's top class if None.
-        output: which output, for a model with several.
+        output: which output, by number or name, for a model with several.
         progress: show a progress bar on stderr.
 
     Raises:
         ImageError: if there are no images, or the cell is on none of them.
         CategoryError: if there is no such class.
     """
-    index = None
+    output, index = net.output_index(output), None
     if target is not None:
         names = net.categories if output == 0 else None
         index = class_index(target, names, net.program.classes[output])
@@ -263,7 +264,7 @@ def _gradient(
     images = pixels.to(device_of(net), dtype_of(net)).detach().requires_grad_()
     with torch.enable_grad(), evaluating(net):
         maps = net(images.clone())  # the first layer may work in place
-        scores = (maps[output] if isinstance(maps, tuple) else maps)[0, :, cell[0], cell[1]]
+        scores = flattened(maps)[0][output][0, :, cell[0], cell[1]]
         chosen = int(scores.argmax()) if index is None else index
         (gradient,) = torch.autograd.grad(scores[chosen], images)
     return gradient

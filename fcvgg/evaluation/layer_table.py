@@ -15,6 +15,7 @@ from fcvgg.errors import InputSizeError
 from fcvgg.geometry import Pair, checked_size
 from fcvgg.network import FullyConvolutional
 from fcvgg.rewriting.program import LayerRecord
+from fcvgg.support.tables import text_table
 
 _COLUMNS = (
     "layer",
@@ -131,14 +132,7 @@ class LayerTable(Sequence[LayerRow]):
         totals = f"{self.parameters:,}", f"{self.multiply_adds:,}"
         last = ("total", f"at {short(self.input_size)}", *("",) * 6, *totals)
         lines = [self.headings, *self.cells(), last]
-        widths = [max(len(line[i]) for line in lines) for i in range(len(self.headings))]
-        return "\n".join(
-            "  ".join(
-                text.ljust(width) if i < 2 else text.rjust(width)
-                for i, (text, width) in enumerate(zip(line, widths))
-            ).rstrip()
-            for line in lines
-        )
+        return text_table(lines, left=2)
 
 
 def receptive_fields(

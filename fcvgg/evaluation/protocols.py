@@ -34,9 +34,11 @@ from fcvgg.images.reading import (
 from fcvgg.names import counted, readable
 from fcvgg.network import FullyConvolutional
 from fcvgg.probability import MeanOfViews, to_probabilities
+from fcvgg.rewriting.outputs import flattened
 from fcvgg.support.atomic import JSON_ENDINGS, checked_file, written_whole
 from fcvgg.support.module_state import device_of, dtype_of, evaluating
 from fcvgg.support.progress import progress_bar
+from fcvgg.support.tables import text_table
 
 PROTOCOLS: dict[str, str] = {
     "center-crop": "center crop",
@@ -169,8 +171,13 @@ class Evaluation:
             for r in self.results
         ]
 
+    @property
+    def class_headings(self) -> tuple[str, ...]:
+        """Of `class_cells`."""
+        return ("class", "images", "precision", "recall", "F1")
+
     def class_cells(self, protocol: str | None = None) -> list[tuple[str, ...]]:
-        """The classes as text, under class, images, precision, recall and F1."""
+        """The classes as text, a row per class, under `class_headings`."""
         result = self.results[-1] if protocol is None else self[protocol]
         return [
             (c.name, str(c.images), f"{c.precision:.2%}", f"{c.recall:.2%}", f"{c.f1:.2%}")
@@ -179,8 +186,7 @@ class Evaluation:
 
     def class_table(self, protocol: str | None = None) -> str:
         """A row per class that occurs: by one protocol, the last one if None."""
-        headings = ("class", "images", "precision", "recall", "F1")
-        return _aligned([headings, *self.class_cells(protocol)], 1)
+        return text_table([self.class_headings, *self.class_cells(protocol)])
 
     def remarks(self) -> list[str]:
         """Lines that belong under the table: what was evaluated, and what was left out."""
@@ -214,7 +220,7 @@ class Evaluation:
         return lines
 
     def __str__(self) -> str:
-        return "\n".join([_aligned([self.headings, *self.cells()], 4), *self.remarks()])
+        return "\n".join([text_table([self.headings, *self.cells()], left=4), *self.remarks()])
 
     def to_json(self, path: str | Path | None = None) -> str:
         """Everything as JSON, also written to `path` if given.
@@ -463,7 +469,7 @@ class _Run:
         batch = batch.to(device_of(reference), dtype_of(reference))
         with torch.no_grad(), evaluating(reference):
             scores = reference(batch)
-        scores = scores[0] if isinstance(scores, (tuple, list)) else scores
+        scores = flattened(scores)[0][0]
         if self.model is not None:
             return scores.reshape(len(batch), -1)
         row, col = self.net.native_cell
@@ -564,18 +570,3 @@ def _result(name: str, plan: _Plan, tally: _Tally, net: FullyConvolutional) -> P
 
 
 _PER_CLASS = ("precision", "recall", "f1")
-
-
-# -- showing --------------------------------------------------------------------------------------
-
-
-def _aligned(lines: Sequence[Sequence[str]], left: int) -> str:
-    """Lines of text in columns, the first `left` of them flush left."""
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    return "\n".join(
-        "  ".join(
-            text.ljust(width) if i < left else text.rjust(width)
-            for i, (text, width) in enumerate(zip(line, widths))
-        ).rstrip()
-        for line in lines
-    )

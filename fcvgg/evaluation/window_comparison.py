@@ -24,8 +24,10 @@ from fcvgg.images.reading import ImageLike
 from fcvgg.network import FullyConvolutional
 from fcvgg.probability import require_classes, to_probabilities
 from fcvgg.results.score_map import ScoreMap
+from fcvgg.rewriting.outputs import flattened
 from fcvgg.support.module_state import device_of, dtype_of, evaluating
 from fcvgg.support.progress import progress_bar
+from fcvgg.support.tables import text_table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -36,6 +38,10 @@ _BATCH = 16
 """Crops that the source model is given at once."""
 
 _SIDES = range(5)
+
+_HEADINGS = (
+    *("sides inside", "cells", "max error", "mean error", "rank agreement", "top-1 agreement"),
+)
 
 
 @dataclass(frozen=True)
@@ -108,18 +114,16 @@ class WindowComparison:
         )
 
     def __str__(self) -> str:
-        lines = [
-            "sides inside  cells  max error  mean error  rank agreement  top-1 agreement",
-            *(
-                f"{row.label:<12}  {row.cells:>5}  "
-                f"{row.max_error:>9.1e}  {row.mean_error:>10.1e}  {row.rank_agreement:>14.3f}  "
-                f"{row.top1_agreement:>15.1%}"
-                for row in (*self.by_sides(), self.overall())
-            ),
+        rows = [_HEADINGS]
+        for row in (*self.by_sides(), self.overall()):
+            errors = f"{row.max_error:.1e}", f"{row.mean_error:.1e}"
+            agreement = f"{row.rank_agreement:.3f}", f"{row.top1_agreement:.1%}"
+            rows.append((row.label, f"{row.cells}", *errors, *agreement))
+        note = (
             "errors are relative to the largest score; a side inside the image is one where the "
-            "crop saw zeros",
-        ]
-        return "\n".join(lines)
+            "crop saw zeros"
+        )
+        return f"{text_table(rows)}\n{note}"
 
     def plot(self, target: int | str | None = None) -> Figure:
         """One class's heatmap from the crops and from the dense map, and the error of every cell.
@@ -199,7 +203,7 @@ def compare_windows(
     net: FullyConvolutional,
     image: ImageLike,
     *,
-    output: int = 0,
+    output: int | str = 0,
     progress: bool = False,
 ) -> WindowComparison:
     """Run the source model on every cell's window and compare it with the dense map.
@@ -211,13 +215,13 @@ def compare_windows(
         model: the source model.
         net: what `fcvgg.convert` made of it.
         image: as for ``net.score_map``.
-        output: which output, for a model with several.
+        output: which output, by number or name, for a model with several.
         progress: show a progress bar on stderr.
 
     Raises:
         ImageError: if the image has pixels that are not finite, with which nothing can be compared.
     """
-    dense = net.score_map(image, output=output)
+    dense, index = net.score_map(image, output=output), net.output_index(output)
     unknown = int((~dense.has_data).sum())
     if unknown:
         raise ImageError(
@@ -235,8 +239,7 @@ def compare_windows(
     ):
         for batch in _crops(pixels, starts, net.input_size):
             given = model(batch)
-            given = list(given.values()) if isinstance(given, dict) else given
-            given = given[output] if isinstance(given, (tuple, list)) else given
+            given = flattened(given)[0][index]
             scores.append(given.reshape(len(batch), -1))
             advance(len(batch))
     crops = torch.cat(scores).T.unflatten(1, (rows, cols)).to(dense.scores)  # (K, h, w)

@@ -21,7 +21,7 @@ from PIL import Image
 from fcvgg.errors import DatasetError
 from fcvgg.names import readable
 
-NO_IMAGE = "no image that can be read"
+NO_IMAGE = "not a readable image"
 SPECIAL = "a pipe, socket or device"
 
 _UNREAD = "could not be read"
@@ -179,7 +179,7 @@ def left_out(skipped: Sequence[Unreadable], used: int) -> str:
     """One line on the files that were left out, by ending and reason; empty if there are none.
 
     >>> left_out([Unreadable("a/1.xyz", NO_IMAGE, True)], 4)
-    '1 of 5 files left out: 1 .xyz (no image that can be read)'
+    '1 of 5 files left out: 1 .xyz (not a readable image)'
     """
     if not skipped:
         return ""

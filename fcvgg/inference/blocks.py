@@ -20,7 +20,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules import module as hooks
 
 from fcvgg.geometry import Pair, Window
-from fcvgg.inference.sliding import STRIP_RULES, Part, Sliding, is_positional, sliding_of
+from fcvgg.inference.sliding import Part, Sliding, is_positional, sliding_of
 
 CHANNELS_LAST = {torch.float32, torch.bfloat16}
 """The dtypes for which oneDNN's convolutions are faster with the channels last."""
@@ -219,15 +219,14 @@ def _chain_layer(network: fx.GraphModule, node: fx.Node) -> ChainLayer | None:
         module = network.get_submodule(target)
         if module.training or _has_hooks(module):
             return None
-    kind = type(module) if module is not None else target
-    if kind in STRIP_RULES:
-        sliding = sliding_of(node, module, lambda _: None)
-        if sliding is None or not sliding.pads_width or sliding.border != "constant":
+    sliding = sliding_of(node, module, lambda _: None)
+    if sliding is not None:
+        if not sliding.pads_width or sliding.border != "constant":
             return None
         if any(w.before != w.after or w.ceil_mode for w in sliding.windows):
             return None
         return ChainLayer(node, sliding, _call_of(node, module))
-    return ChainLayer(node, None, _call_of(node, module)) if is_positional(kind) else None
+    return ChainLayer(node, None, _call_of(node, module)) if is_positional(node, module) else None
 
 
 def _call_of(node: fx.Node, module: nn.Module | None) -> Callable[[Tensor], Tensor]:

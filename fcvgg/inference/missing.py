@@ -20,6 +20,7 @@ from fcvgg.errors import UnsupportedLayerError
 from fcvgg.geometry import Geometry, Window
 from fcvgg.inference.sliding import Sliding
 from fcvgg.inference.stages import Stage, stages_of
+from fcvgg.rewriting.modules import cut_to
 
 Windows = tuple[Window, Window]
 
@@ -29,7 +30,7 @@ class Reader:
     """What an operation reads: positions of earlier ones, 0 being the image.
 
     Attributes:
-        inputs: the operations that it reads; those of a join have maps of one size.
+        inputs: the operations that it reads; a join takes what all of its maps have.
         windows: along the height and the width.
         border: how positions outside the map are filled, see `Sliding`.
     """
@@ -40,9 +41,9 @@ class Reader:
 
     def seen(self, masks: Sequence[Tensor]) -> Tensor:
         """Which outputs read a marked position of the inputs, bool ``(N, 1, h, w)``."""
-        mask = masks[0]
+        mask = cut_to(masks[0], *masks[1:])
         for other in masks[1:]:
-            mask = mask | other
+            mask = mask | cut_to(other, mask)
         for dim, window in zip((2, 3), self.windows):
             mask = _seen_along(mask, dim, window, self.border)
         return mask

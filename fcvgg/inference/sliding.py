@@ -22,11 +22,11 @@ from fcvgg.rewriting.modules import (
     ChannelLayerNorm,
     DilatedAvgPool2d,
     WindowLinear,
+    cut_to,
     window_linear,
 )
-from fcvgg.rewriting.rules import channels, elementwise
 from fcvgg.rewriting.rules.convolution import _pair, _windows
-from fcvgg.rewriting.rules.registry import RULES, calling
+from fcvgg.rewriting.rules.registry import calling, kind_of, register
 
 Windows = tuple[Window, Window]
 
@@ -99,34 +99,21 @@ class Sliding:
 
 StripRule = Callable[..., Sliding]
 
-STRIP_RULES: dict[Any, StripRule] = {}
-"""From a module class or function of converted graphs to the rule that gives its `Sliding`.
-
-A rule gets the module, or the arguments of the function without the map itself.
-"""
-
-_POSITIONAL_RULES = (elementwise.__name__, channels.__name__)
-"""The modules whose rules emit what works on every position by itself."""
-
-_POSITIONAL = {ChannelLayerNorm, torch.index_select, "narrow", "movedim"}
-"""What rules emit beside the source's own calls."""
-
-
-def is_positional(target: Any) -> bool:
-    """Whether a module class, function or method computes every position of a map by itself."""
-    if target in _POSITIONAL:
-        return True
-    return target in RULES and RULES[target].__module__ in _POSITIONAL_RULES
-
 
 def strip_rule(*targets: Any) -> Callable[[StripRule], StripRule]:
-    """Register how module classes or functions of converted graphs compute a part of a map."""
+    """Register how module classes or functions of converted graphs compute a part of a map.
 
-    def register(function: StripRule) -> StripRule:
-        STRIP_RULES.update(dict.fromkeys(targets, function))
+    The rule gets the module, or the arguments of the function without the map itself.
+    """
+
+    def decorated(function: StripRule) -> StripRule:
+        register(*targets, slides=function)
         return function
 
-    return register
+    return decorated
+
+
+register(ChannelLayerNorm, cut_to, positional=True)
 
 
 def _convolution(
@@ -328,18 +315,25 @@ def pad(pad: Sequence[int], mode: str = "constant", value: float | None = None) 
     return Sliding(windows, lambda x, part: x, border=mode, value=value or 0.0)
 
 
+def is_positional(node: fx.Node, module: nn.Module | None) -> bool:
+    """Whether a node of a converted graph computes every position of a map by itself."""
+    kind = kind_of(node, module)
+    return kind is not None and kind.positional
+
+
 def sliding_of(node: fx.Node, module: nn.Module | None, arguments: Any) -> Sliding | None:
     """The `Sliding` of a node of a converted graph; None if there is no rule for one.
 
     Args:
         arguments: gives an argument of the node as a value; of the map itself it gives None.
     """
-    target = type(module) if module is not None else node.target
-    rule = STRIP_RULES.get(target)
-    if rule is None:
+    kind = kind_of(node, module)
+    if kind is None or kind.slides is None:
         return None
     if module is not None:
-        return rule(module)
+        return (
+            kind.slides(module) if kind.arguments is None else kind.slides(**kind.arguments(module))
+        )
     args = fx.node.map_arg(node.args[1:], arguments)
     kwargs = {k: fx.node.map_arg(v, arguments) for k, v in node.kwargs.items() if k != "input"}
-    return rule(*args, **kwargs)
+    return kind.slides(*args, **kwargs)

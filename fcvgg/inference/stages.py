@@ -18,6 +18,7 @@ from torch import Tensor, fx, nn
 
 from fcvgg.errors import UnsupportedLayerError
 from fcvgg.inference.sliding import Sliding, is_positional, sliding_of
+from fcvgg.rewriting.modules import cut_to
 from fcvgg.rewriting.tracing import operation_name
 
 _RELUS = {F.relu, torch.relu, "relu"}
@@ -89,7 +90,7 @@ class _StageReader:
         sliding = sliding_of(node, module, self._constants.get)
         if sliding is not None:
             self._places[node] = self._append(node, sliding=sliding)
-        elif is_positional(type(module) if module is not None else node.target):
+        elif is_positional(node, module):
             self._add_positional(node, module)
         else:
             kind = type(module).__name__ if module is not None else operation_name(node)
@@ -125,6 +126,8 @@ class _StageReader:
             return sliding.channels or fed[0] * sliding.multiplies
         if node.target in (torch.cat, torch.concat, torch.concatenate):
             return sum(fed)
+        if node.target is cut_to:
+            return fed[0]
         if node.target == "narrow":
             return int(node.args[3])  # type: ignore[arg-type]
         if node.target is torch.index_select:

@@ -28,6 +28,7 @@ from fcvgg.optimization.fused import (
 )
 from fcvgg.optimization.fusion import fused
 from fcvgg.optimization.onednn import has_bfloat16
+from fcvgg.rewriting.outputs import flattened
 from fcvgg.serialization.exporting import ExportedFile
 from fcvgg.support.module_state import device_of, dtype_of
 from fcvgg.verification import verify
@@ -130,8 +131,8 @@ class OptimizedNetwork(FullyConvolutional):
             self._cast(images), lambda x: run(self.network, x, self._blockwise), self.readers
         )
         if isinstance(maps, Tensor):
-            return maps.to(images.dtype)
-        return tuple(scores.to(images.dtype) for scores in maps)
+            return self._in_form(maps.to(images.dtype))
+        return self._in_form(tuple(scores.to(images.dtype) for scores in maps))
 
     def readers(self, output: int = 0) -> list[Reader]:
         """What each operation of the plain network reads, whatever engine runs here."""
@@ -346,9 +347,8 @@ class _CentreScores(nn.Module):
     def forward(self, images: Tensor) -> Any:
         maps = self.net(images.to(dtype_of(self.net)))
         row, col = self.net.native_cell
-        if isinstance(maps, Tensor):
-            return maps[:, :, row, col]
-        return tuple(m[:, :, row, col] for m in maps)
+        tensors, form = flattened(maps)
+        return form.filled([m[:, :, row, col] for m in tensors])
 
 
 def _check_network(net: Any) -> None:

@@ -11,11 +11,12 @@ import torch
 from numpy.typing import NDArray
 from torchvision.ops import nms
 
-from fcvgg.errors import ArgumentError
+from fcvgg.errors import check_share
 from fcvgg.geometry import Geometry, Pair
 
 OVERLAP = 0.3
-"""Neighbouring windows share more than that at common strides, windows one object apart less."""
+"""Intersection over union: neighbouring windows have more at common strides, and windows on two
+objects that stand apart have less."""
 
 
 class ScoredBox(NamedTuple):
@@ -52,9 +53,8 @@ class CellWindows:
 
     def best(self, threshold: float, overlap: float, image_size: Pair) -> list[ScoredBox]:
         """Boxes within the image by non-maximum suppression, the most probable first."""
-        for name, value in (("threshold", threshold), ("overlap", overlap)):
-            if not 0 <= value <= 1:
-                raise ArgumentError(f"{name}={value} is no share; expected a value in [0, 1]")
+        check_share("threshold", threshold)
+        check_share("overlap", overlap)
         chosen = self.scores >= threshold
         limits = np.array(image_size * 2)
         boxes = np.round(self.boxes[chosen]).clip(0, limits)  # (n, 4): top, left, bottom, right

@@ -4,28 +4,28 @@ from __future__ import annotations
 
 from math import ceil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from fcvgg.categories import class_name
-from fcvgg.choices import Average
 from fcvgg.errors import ArgumentError, ImageError
-from fcvgg.geometry import Geometry, Pair
+from fcvgg.geometry import Pair
 from fcvgg.results.colours import class_colours
-from fcvgg.results.heatmap import ALPHA, COLOUR_MAP, CONTOURS, DRAWN, Heatmap, colour_bar, resized
+from fcvgg.results.drawing import DRAWN, draw_legend, extent_of, frame, reduction, resized
+from fcvgg.results.heatmap import ALPHA, COLOUR_MAP, CONTOURS, Heatmap, colour_bar
 from fcvgg.support.atomic import FIGURE_ENDINGS, checked_file, written_whole
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Sequence
 
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-    from PIL import Image
-    from torch import Tensor
+
+    from fcvgg.results.score_map import ScoreMap
 
 CELL_COLOUR_MAP = "viridis"
-"""Another map than the heatmap's, since scores and probabilities are other quantities."""
+"""Not the heatmap's, since scores and probabilities are different quantities."""
 
 _PANEL, _BARS, _TITLE = 4.0, 1.9, 0.35
 """Inches: a panel's width, both colour bars' width with their labels, the titles' height."""
@@ -33,49 +33,7 @@ _PANEL, _BARS, _TITLE = 4.0, 1.9, 0.35
 _FADED = 0.35
 
 
-class DrawableMap(Protocol):
-    """What figures show of a `ScoreMap`, which imports them."""
-
-    @property
-    def scores(self) -> Tensor: ...
-
-    @property
-    def geometry(self) -> Geometry: ...
-
-    @property
-    def image_size(self) -> Pair: ...
-
-    @property
-    def input_size(self) -> Pair: ...
-
-    @property
-    def categories(self) -> tuple[str, ...] | None: ...
-
-    @property
-    def activation(self) -> str: ...
-
-    @property
-    def image(self) -> Image.Image | None: ...
-
-    @property
-    def has_data(self) -> Tensor: ...
-
-    def probabilities(self) -> Tensor: ...
-
-    def predict(self, average: Average = "scores") -> Tensor: ...
-
-    def label_map(self) -> Tensor: ...
-
-    def heatmap(
-        self, target: int | str | None = None, *, size: Iterable[int] | int | None = None
-    ) -> Heatmap: ...
-
-    def index_of(self, target: int | str | None) -> int: ...
-
-    def require_data(self) -> None: ...
-
-
-def side_by_side(score_map: DrawableMap, target: int | str | None = None) -> Figure:
+def side_by_side(score_map: ScoreMap, target: int | str | None = None) -> Figure:
     """The image, one class's scores cell by cell, and its heatmap, in three panels.
 
     Args:
@@ -90,8 +48,8 @@ def side_by_side(score_map: DrawableMap, target: int | str | None = None) -> Fig
     image = score_map.image
     if image is None:
         raise ImageError(
-            "the score map was made from a tensor and has no image to show; "
-            "make it from a path, a PIL image or a uint8 array"
+            "the score map must have an image to show, got one made from a tensor; make it from a "
+            "path, a PIL image or a uint8 array"
         )
     index = score_map.index_of(target)
     height, width = score_map.image_size
@@ -125,7 +83,7 @@ def save_figure(figure: Figure, path: str | Path) -> Path:
 
 
 def draw_heatmap(
-    ax: Axes, score_map: DrawableMap, index: int, side: int = DRAWN, **options: Any
+    ax: Axes, score_map: ScoreMap, index: int, side: int = DRAWN, **options: Any
 ) -> Heatmap:
     """Draw a class's heatmap as `Heatmap.draw` does, computed no larger than it is drawn.
 
@@ -140,19 +98,17 @@ def draw_heatmap(
     heatmap = score_map.heatmap(index, size=_drawn_size(score_map.image_size, side))
     down, across = heatmap.values.shape
     heatmap.draw(ax, (height / down, width / across), **options)
-    ax.set(xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5))
+    frame(ax, score_map.image_size)
     return heatmap
 
 
-def show_image(
-    ax: Axes, score_map: DrawableMap, mode: str, side: int = DRAWN, **options: Any
-) -> None:
+def show_image(ax: Axes, score_map: ScoreMap, mode: str, side: int = DRAWN, **options: Any) -> None:
     """Draw a score map's image, in colours (``"RGB"``) or grey (``"L"``), as `draw_heatmap`."""
     if score_map.image is None:
         return
-    height, width = score_map.image_size
-    picture = resized(score_map.image, _drawn_size(score_map.image_size, side)).convert(mode)
-    ax.imshow(picture, extent=(-0.5, width - 0.5, height - 0.5, -0.5), **options)
+    size = score_map.image_size
+    picture = resized(score_map.image, _drawn_size(size, side)).convert(mode)
+    ax.imshow(picture, extent=extent_of(size), **options)
     ax.set_axis_off()
 
 
@@ -163,8 +119,8 @@ def _drawn_size(size: Pair, side: int) -> Pair:
     return height, width
 
 
-def _plot_cells(ax: Axes, score_map: DrawableMap, index: int) -> None:
-    """Every cell as a square of one stride around its centre; there is no cell in the margin."""
+def _plot_cells(ax: Axes, score_map: ScoreMap, index: int) -> None:
+    """Draw every cell as a square of one stride around its centre; the margin has no cells."""
     show_image(ax, score_map, "L", cmap="gray", alpha=_FADED)
     shown = ax.imshow(
         score_map.scores[index].float().cpu().numpy(),
@@ -172,19 +128,16 @@ def _plot_cells(ax: Axes, score_map: DrawableMap, index: int) -> None:
         interpolation="nearest",
         extent=extent_of_cells(score_map),
     )
-    height, width = score_map.image_size
-    ax.set_xlim(-0.5, width - 0.5)
-    ax.set_ylim(height - 0.5, -0.5)
+    frame(ax, score_map.image_size)
     rows, cols = score_map.scores.shape[1:]
-    resized = score_map.input_size != score_map.image_size
-    seen = f" at {score_map.input_size[0]} x {score_map.input_size[1]} pixels" if resized else ""
+    rescaled = score_map.input_size != score_map.image_size
+    seen = f" at {score_map.input_size[0]} x {score_map.input_size[1]} pixels" if rescaled else ""
     ax.set_title(f"score map: {rows} x {cols} cells{seen}")
-    ax.set_axis_off()
     bar = ax.figure.colorbar(shown, ax=ax, fraction=0.046, pad=0.03)
     bar.set_label(f"score of {class_name(index, score_map.categories)!r}")
 
 
-def extent_of_cells(score_map: DrawableMap) -> tuple[float, float, float, float]:
+def extent_of_cells(score_map: ScoreMap) -> tuple[float, float, float, float]:
     """Left, right, bottom and top edge of all cells, in pixels of the image."""
     edges = []
     for axis, cells, pixels, size in zip(
@@ -217,7 +170,7 @@ _PANEL_PIXELS = 800
 
 
 def class_grid(
-    score_map: DrawableMap,
+    score_map: ScoreMap,
     k: int = TOP,
     *,
     alpha: float = ALPHA,
@@ -245,32 +198,33 @@ def class_grid(
 
     score_map.require_data()
     if k < 1:
-        raise ArgumentError(f"k={k} is no number of classes; expected 1 or more")
+        raise ArgumentError(f"k must be at least 1, got {k}")
     prediction = score_map.predict()
     order = prediction.argsort(descending=True)[:k].tolist()
     photograph = score_map.image is not None
-    columns, rows = _class_grid_shape(len(order) + photograph)
+    panels = len(order) + photograph
+    columns = min(panels, 3 if panels <= 9 else ceil(panels**0.5))
+    rows = ceil(panels / columns)
     width, height = _class_panel(score_map.image_size)
     size = (columns * max(width, _CAPTION) + _CLASS_BAR, rows * (height + _CLASS_TITLE))
     shown = score_map.image_size[1] / max(score_map.image_size) * _CLASS_PANEL
-    # not compressed, panels count as high as their slots, and titles are cut off; titles wider
-    # than their panels never count
+    # uncompressed, the layout takes panels for as high as their slots and cuts titles off; it never
+    # counts titles that are wider than their panels, hence the padding
     layout = ConstrainedLayoutEngine(compress=True, w_pad=max((_CAPTION - shown) / 2, 0.04))
     figure = Figure(figsize=size, dpi=110, layout=layout)
     axes = figure.subplots(rows, columns, squeeze=False)
     for ax in axes.flat:
         ax.set_axis_off()
-    panels = list(axes.flat)
+    unused = list(axes.flat)
     if score_map.image is not None:
-        ax = panels.pop(0)
+        ax = unused.pop(0)
         show_image(ax, score_map, "RGB", _PANEL_PIXELS)
-        ax.set_title(
-            f"{score_map.image.height} x {score_map.image.width} pixels", fontsize="medium"
-        )
+        height, width = score_map.image.height, score_map.image.width
+        ax.set_title(f"{height} x {width} pixels", fontsize="medium")
     compared = score_map.activation not in ("independent_logits", "sigmoid")
     found_at = score_map.label_map() if compared else score_map.probabilities() > 0.5
     known = score_map.has_data.sum()
-    for index, ax in zip(order, panels):
+    for index, ax in zip(order, unused):
         heatmap = draw_heatmap(
             ax, score_map, index, _PANEL_PIXELS, alpha=alpha, cmap=cmap, contours=contours
         )
@@ -287,7 +241,7 @@ def class_grid(
     return figure
 
 
-def label_figure(score_map: DrawableMap, ax: Axes | None = None, most: int = 6) -> Axes:
+def label_figure(score_map: ScoreMap, ax: Axes | None = None, most: int = 6) -> Axes:
     """Every cell in the colour of its most probable class, with a legend.
 
     A cell is a square of one stride around its centre; there is no cell in the margin. The classes
@@ -308,57 +262,38 @@ def label_figure(score_map: DrawableMap, ax: Axes | None = None, most: int = 6) 
     from matplotlib.patches import Patch
 
     if not 1 <= most <= MOST_COLOURED:
-        raise ArgumentError(f"most={most}; expected 1 to {MOST_COLOURED} coloured classes")
-    height, width = score_map.image_size
-    own = ax is None
+        raise ArgumentError(f"most must be from 1 to {MOST_COLOURED} classes, got {most}")
+    own_figure = ax is None
     if ax is None:
         panel = _class_panel(score_map.image_size)
         size = (1.5 * panel[0] + 2.4, 1.5 * panel[1] + _CLASS_TITLE)
         _, ax = plt.subplots(figsize=size, layout="constrained")
     labels = score_map.label_map().cpu().numpy()
-    known = max(int(score_map.has_data.sum()), 1)
     present, counts = np.unique(labels[labels >= 0], return_counts=True)
     order = np.argsort(-counts, kind="stable")
-    step = -(-max(labels.shape) // DRAWN)
+    coloured, others = present[order[:most]], present[order[most:]]
+    palette = class_colours(len(score_map.scores)) / 255
+    groups: list[tuple[str, Any, Any]] = [
+        (class_name(int(index), score_map.categories), palette[index], [index])
+        for index in coloured
+    ]
+    groups += [(f"{len(others)} more classes", _OTHERS, others)] * (len(others) > 0)
+    known = max(int(score_map.has_data.sum()), 1)
+    step = reduction(labels.shape)
     drawn = labels[step // 2 :: step, step // 2 :: step]
     cells = np.zeros((*drawn.shape, 4))
     patches = []
-    colours = class_colours(len(score_map.scores)) / 255
-    for index in present[order[:most]]:
-        colour = colours[index]
-        cells[drawn == index] = to_rgba(colour, _OPACITY)
-        share = (labels == index).sum() / known
-        name = class_name(int(index), score_map.categories)
+    for name, colour, indices in groups:
+        cells[np.isin(drawn, indices)] = to_rgba(colour, _OPACITY)
+        share = np.isin(labels, indices).sum() / known
         patches.append(Patch(color=colour, alpha=_OPACITY, label=f"{name} ({share:.0%})"))
-    others = present[order[most:]]
-    if len(others):
-        cells[np.isin(drawn, others)] = to_rgba(_OTHERS, _OPACITY)
-        share = np.isin(labels, others).sum() / known
-        name = f"{len(others)} more classes ({share:.0%})"
-        patches.append(Patch(color=_OTHERS, alpha=_OPACITY, label=name))
-    if score_map.image is not None:
-        show_image(ax, score_map, "L", cmap="gray", vmin=0, vmax=255)
+    show_image(ax, score_map, "L", cmap="gray", vmin=0, vmax=255)
     ax.imshow(cells, interpolation="nearest", extent=extent_of_cells(score_map))
-    ax.set_xlim(-0.5, width - 0.5)
-    ax.set_ylim(height - 0.5, -0.5)
+    frame(ax, score_map.image_size)
     ax.set_title(f"most probable class of {labels.shape[0]} x {labels.shape[1]} cells")
-    ax.set_axis_off()
-    if not patches:
-        return ax
-    look = {"title": "class (share of cells)", "frameon": False, "alignment": "left"}
-    if own:  # the layout makes room for a figure's legend, not for one beside an image
-        ax.figure.legend(handles=patches, loc="outside right upper", **look)
-    else:
-        ax.legend(
-            handles=patches, loc="upper left", bbox_to_anchor=(1.01, 1), borderaxespad=0, **look
-        )
+    if patches:
+        draw_legend(ax, patches, "class (share of cells)", own_figure)
     return ax
-
-
-def _class_grid_shape(panels: int) -> tuple[int, int]:
-    """Columns and rows for a number of panels: wider than high."""
-    columns = min(panels, 3 if panels <= 9 else ceil(panels**0.5))
-    return columns, ceil(panels / columns)
 
 
 def _class_panel(size: tuple[int, int]) -> tuple[float, float]:

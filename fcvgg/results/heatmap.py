@@ -5,7 +5,6 @@ matplotlib is imported where it is used, so that importing fcvgg stays light.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from fcvgg.errors import ArgumentError, ImageError
-from fcvgg.geometry import Pair
+from fcvgg.errors import ArgumentError, ImageError, check_share
 from fcvgg.results.boxes import OVERLAP, CellWindows, ScoredBox
+from fcvgg.results.drawing import extent_of, frame, in_colours, png_bytes, reduction
 from fcvgg.support.atomic import HEATMAP_ENDINGS, checked_file, written_whole
 
 if TYPE_CHECKING:
@@ -26,9 +25,6 @@ if TYPE_CHECKING:
 ALPHA = 0.75
 COLOUR_MAP = "inferno"
 """Perceptually uniform."""
-
-DRAWN = 1600
-"""Pixels of the longer side of what a figure draws at most, however large the image is."""
 
 _LEVELS = 256
 _OPAQUE_FROM = 0.5
@@ -77,8 +73,8 @@ class Heatmap:
         """
         if not self.coverage.any():
             raise ImageError(
-                "the heatmap has no pixel with data, so it has no peak; look at the cells of the "
-                "score map instead"
+                "the heatmap must have a pixel with data to have a peak, got none; look at the "
+                "cells of the score map instead"
             )
         inside = np.where(self.coverage, self.values, np.float32(-1))
         y, x = np.unravel_index(int(inside.argmax()), inside.shape)
@@ -100,7 +96,8 @@ class Heatmap:
         """
         if self.windows is None:
             raise ArgumentError(
-                "the heatmap holds no cells, so it has no boxes; make it with net.heatmap"
+                "the heatmap must hold windows of cells to have boxes, got none; make it with "
+                "net.heatmap"
             )
         height, width = self.values.shape
         return self.windows.best(threshold, overlap, (height, width))
@@ -121,7 +118,7 @@ class Heatmap:
             boxes: drawn on top with their scores; see `boxes`.
 
         Raises:
-            ArgumentError: if `alpha` or `cmap` is none.
+            ArgumentError: if `alpha` is outside [0, 1], or there is no such colour map.
         """
         height, width = self.values.shape
         grey = None if self.image is None else self.image.convert("RGB").convert("L")
@@ -138,7 +135,7 @@ class Heatmap:
             else:
                 under = grey.crop((0, top, width, top + len(values)))
                 colours = tint(np.asarray(under, np.float32) / np.float32(255), levels)
-            pixels[top : top + step] = _to_bytes(colours)
+            pixels[top : top + step] = np.round(colours * 255).clip(0, 255)
         return _with_boxes(Image.fromarray(pixels), boxes)
 
     def plot(
@@ -168,11 +165,10 @@ class Heatmap:
             from matplotlib import pyplot as plt
 
             _, ax = plt.subplots(layout="constrained")
-        step = -(-max(self.values.shape) // DRAWN)
+        step = reduction(self.values.shape)
         drawn = self._reduced(step)
         drawn.draw(ax, (step, step), alpha=alpha, cmap=cmap, contours=contours, boxes=boxes)
-        height, width = self.values.shape
-        ax.set(xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5))
+        frame(ax, self.values.shape)
         ax.set_title(f"{self.label}: {self._found(2)}".removeprefix(": "))
         if bar:
             blended = self.image is not None
@@ -204,17 +200,12 @@ class Heatmap:
 
         down, across = pixel
         height, width = self.values.shape
-        boxes = [
-            box._replace(
-                top=round(box.top / down),
-                left=round(box.left / across),
-                bottom=round(box.bottom / down),
-                right=round(box.right / across),
-            )
-            for box in map(ScoredBox._make, boxes)
-        ]
-        extent = (-0.5, width * across - 0.5, height * down - 0.5, -0.5)
-        ax.imshow(self.overlay(alpha, cmap, boxes), extent=extent)
+        drawn = []
+        for box in boxes:
+            top, left, bottom, right = (round(n / p) for n, p in zip(box, (down, across) * 2))
+            drawn.append(ScoredBox(top, left, bottom, right, box[4]))
+        extent = extent_of((height * down, width * across))
+        ax.imshow(self.overlay(alpha, cmap, drawn), extent=extent)
         ax.set_axis_off()
         if not self.coverage.any():
             return
@@ -225,9 +216,9 @@ class Heatmap:
         corner = (left * across - 0.5, top * down - 0.5)
         size = ((right + 1 - left) * across, (bottom + 1 - top) * down)
         halo = [withStroke(linewidth=2, foreground="black")]
-        frame = Rectangle(corner, *size, fill=False, color="white")
-        frame.set(linestyle="--", linewidth=1, path_effects=halo)
-        ax.add_patch(frame)
+        hull = Rectangle(corner, *size, fill=False, color="white")
+        hull.set(linestyle="--", linewidth=1, path_effects=halo)
+        ax.add_patch(hull)
         y, x = ((n + 0.5) * p - 0.5 for n, p in zip(self.peak, pixel))
         outlined = [withStroke(linewidth=3, foreground="black")]
         ax.plot(x, y, "+", color="white", ms=11, mew=1.5, path_effects=outlined)
@@ -241,7 +232,7 @@ class Heatmap:
             first = np.arange(0, size, step)
             values = np.fmax.reduceat(values, first, axis)
             coverage = np.logical_or.reduceat(coverage, first, axis)
-        image = self.image and _in_colours(self.image).reduce(step)
+        image = self.image and in_colours(self.image).reduce(step)
         return Heatmap(values, coverage, self.label, image)
 
     def _draw_contours(
@@ -290,18 +281,13 @@ class Heatmap:
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
         """The values, as ``np.asarray(heatmap)`` takes them."""
         if copy is False and dtype is not None and np.dtype(dtype) != self.values.dtype:
-            raise ValueError(f"the values are {self.values.dtype}; as {dtype} they are a copy")
-        return (
-            np.array(self.values, dtype, copy=True)
-            if copy
-            else self.values.astype(self.values.dtype if dtype is None else dtype, copy=False)
-        )
+            raise ValueError(f"dtype must be {self.values.dtype} to share memory, got {dtype}")
+        values = self.values.astype(self.values.dtype if dtype is None else dtype, copy=False)
+        return values.copy() if copy and values is self.values else values
 
     def _repr_png_(self) -> bytes:
         """The overlay, as a notebook shows it: reduced where it is large."""
-        buffer = io.BytesIO()
-        self._reduced(-(-max(self.values.shape) // DRAWN)).overlay().save(buffer, "PNG")
-        return buffer.getvalue()
+        return png_bytes(self._reduced(reduction(self.values.shape)).overlay())
 
     def __repr__(self) -> str:
         height, width = self.values.shape
@@ -324,7 +310,7 @@ def colour_bar(
     blended: bool = True,
     contours: Sequence[float] = (),
 ) -> None:
-    """Draw the probabilities' colours, from 0 to 1, beside axes.
+    """Draw the colours of probabilities from 0 to 1 to the right of axes.
 
     Args:
         figure: what the axes belong to.
@@ -375,7 +361,9 @@ def _colours(cmap: str) -> NDArray[np.float32]:
     from matplotlib import colormaps
 
     if cmap not in colormaps:
-        raise ArgumentError(f"cmap={cmap!r} is unknown; expected a name such as 'viridis'")
+        raise ArgumentError(
+            f"cmap must be the name of a matplotlib colour map, such as 'viridis', got {cmap!r}"
+        )
     return colormaps[cmap](np.linspace(0, 1, _LEVELS))[:, :3].astype(np.float32)
 
 
@@ -383,8 +371,7 @@ class _Tint:
     """The colours of probabilities, laid on grey with an opacity that grows up to `alpha`."""
 
     def __init__(self, alpha: float, cmap: str):
-        if not 0 <= alpha <= 1:
-            raise ArgumentError(f"alpha={alpha} is no opacity; expected a value in [0, 1]")
+        check_share("alpha", alpha)
         self.colours = _colours(cmap)  # (256, 3)
         rising = np.linspace(0, 1 / _OPAQUE_FROM, _LEVELS, dtype=np.float32)
         opacity = np.float32(alpha) * rising.clip(max=1)
@@ -393,20 +380,3 @@ class _Tint:
     def __call__(self, grey: NDArray[np.float32], levels: NDArray[Any]) -> NDArray[np.float32]:
         """Colours ``(..., 3)`` of probability `levels` (0 to 255) on a picture in [0, 1]."""
         return (grey * self._kept[levels])[..., None] + self._added[levels]
-
-
-def resized(image: Image.Image, size: Pair) -> Image.Image:
-    """An image to look at, at another size ``(h, w)``: averaged, so that nothing falls between."""
-    if (image.height, image.width) == size:
-        return image
-    smaller = size[0] <= image.height and size[1] <= image.width
-    kind = Image.Resampling.BOX if smaller else Image.Resampling.BILINEAR
-    return _in_colours(image).resize((size[1], size[0]), kind)
-
-
-def _in_colours(image: Image.Image) -> Image.Image:
-    return image if image.mode in ("L", "RGB") else image.convert("RGB")
-
-
-def _to_bytes(colours: NDArray[np.float32]) -> NDArray[np.uint8]:
-    return np.round(colours * 255).clip(0, 255).astype(np.uint8)

@@ -13,9 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from fcvgg.errors import ArgumentError, ImageError
+from fcvgg.errors import ImageError, check_share
 from fcvgg.results.colours import class_colours
-from fcvgg.results.heatmap import DRAWN, resized
+from fcvgg.results.drawing import DRAWN, draw_legend, extent_of, png_bytes, reduction, resized
 from fcvgg.support.atomic import checked_file, written_whole
 
 if TYPE_CHECKING:
@@ -62,8 +62,7 @@ class LabelMap:
         Raises:
             ArgumentError: if `alpha` is not in [0, 1].
         """
-        if not 0 <= alpha <= 1:
-            raise ArgumentError(f"alpha={alpha} is no opacity; expected 0 <= alpha <= 1")
+        check_share("alpha", alpha)
         colours = self.coloured()
         if self.image is None:
             return colours
@@ -77,18 +76,14 @@ class LabelMap:
         Args:
             ax: where to draw; a new figure when None.
             alpha: as for `overlay`.
-            legend: name the classes and their shares beside the image.
+            legend: name the classes and their shares, to the right of the image.
         """
         if ax is None:
             from matplotlib import pyplot as plt
 
-            return self._drawn(plt.figure(layout="constrained"), alpha, legend)
-        self._draw(ax, alpha)
-        if (
-            legend
-        ):  # beside the image, where the axes' own layout leaves room or the caller makes it
-            ax.legend(loc="upper left", bbox_to_anchor=(1.01, 1), borderaxespad=0, **self._legend())
-        return ax
+            ax = plt.figure(layout="constrained").subplots()
+            return self._drawn(ax, alpha, legend, own_figure=True)
+        return self._drawn(ax, alpha, legend, own_figure=False)
 
     def figure(self, *, alpha: float = ALPHA) -> Figure:
         """The overlay with a legend of the classes that are there, in the image's proportions.
@@ -104,38 +99,25 @@ class LabelMap:
             dpi=max(110, min(width, DRAWN) / _IMAGE_INCHES),  # no pixel is lost up to there
             layout="constrained",
         )
-        self._drawn(figure, alpha, legend=True)
+        self._drawn(figure.subplots(), alpha, legend=True, own_figure=True)
         return figure
 
-    def _drawn(self, figure: Any, alpha: float, legend: bool) -> Axes:
-        """The axes of a figure that is this label map's alone."""
-        ax: Axes = figure.subplots()
-        self._draw(ax, alpha)
-        if legend:  # the layout makes room for a figure's legend, not for one beside an image
-            figure.legend(loc="outside right upper", **self._legend())
+    def _drawn(self, ax: Axes, alpha: float, legend: bool, own_figure: bool) -> Axes:
+        ax.imshow(self._reduced().overlay(alpha), extent=extent_of(self.labels.shape))
+        ax.set_axis_off()
+        if legend:
+            draw_legend(ax, self._patches(), "class (share of pixels)", own_figure)
         return ax
 
-    def _draw(self, ax: Axes, alpha: float) -> None:
-        height, width = self.labels.shape
-        overlay = self._reduced().overlay(alpha)
-        ax.imshow(overlay, extent=(-0.5, width - 0.5, height - 0.5, -0.5))
-        ax.set_axis_off()
-
     def _reduced(self) -> LabelMap:
-        """Every so many labels, no more than a figure draws, on the image averaged."""
-        step = -(-max(self.labels.shape) // DRAWN)
+        """The labels at the size at which a figure draws them, on the averaged image."""
+        step = reduction(self.labels.shape)
         if step == 1:
             return self
         labels = self.labels[step // 2 :: step, step // 2 :: step]
         height, width = labels.shape
         image = self.image and resized(self.image, (height, width))
         return LabelMap(labels, self.categories, image)
-
-    def _legend(self) -> dict[str, Any]:
-        return {
-            **{"handles": self._patches(), "title": "class (share of pixels)"},
-            **{"frameon": False, "alignment": "left"},
-        }
 
     def _palette(self) -> NDArray[np.uint8]:
         """The colour of every label, ``uint8 (256, 3)``; black for what is no class."""
@@ -163,7 +145,7 @@ class LabelMap:
         path = checked_file(path, "path", (".png",), ImageError)  # which keeps labels exact
         if len(self.categories) > IGNORE_INDEX:
             raise ImageError(
-                f"a PNG holds up to {IGNORE_INDEX} classes, got {len(self.categories)}"
+                f"a PNG must have at most {IGNORE_INDEX} classes, got {len(self.categories)}"
             )
         indexed = Image.fromarray(self.labels.astype(np.uint8))
         indexed.putpalette(self._palette().tobytes())
@@ -173,11 +155,7 @@ class LabelMap:
 
     def _repr_png_(self) -> bytes:
         """The overlay, as a notebook shows it: reduced where it is large."""
-        import io
-
-        buffer = io.BytesIO()
-        self._reduced().overlay().save(buffer, "PNG")
-        return buffer.getvalue()
+        return png_bytes(self._reduced().overlay())
 
     def __repr__(self) -> str:
         height, width = self.labels.shape

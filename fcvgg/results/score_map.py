@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from fcvgg.categories import class_index, class_name
-from fcvgg.choices import Average
-from fcvgg.errors import ArgumentError, ImageError
+from fcvgg.choices import Average, Combine
+from fcvgg.errors import ArgumentError, ImageError, check_choice
 from fcvgg.geometry import Geometry, Pair, checked_size
 from fcvgg.probability import (
     average_of_cells,
@@ -23,7 +23,8 @@ from fcvgg.probability import (
     widened,
 )
 from fcvgg.results.boxes import CellWindows, cell_windows
-from fcvgg.results.heatmap import Heatmap, resized
+from fcvgg.results.drawing import resized
+from fcvgg.results.heatmap import Heatmap
 from fcvgg.results.interpolation import check_pixels, interpolated, pixel_points, shown, within
 
 if TYPE_CHECKING:
@@ -189,8 +190,8 @@ class ScoreMap:
         """
         if not self.has_data.any():
             raise ImageError(
-                "no cell of the score map has data: every one sees pixels that are not finite or "
-                "nodata; use a part of the image with more data, or a network with smaller windows"
+                "the score map must have a cell with data, got none: each sees pixels that are not "
+                "finite or nodata; use a part of the image with more data, or smaller windows"
             )
 
     def plot(self, k: int = 5, **options: Any) -> Figure:
@@ -230,7 +231,9 @@ COMBINATIONS = ("max", "mean")
 
 
 def pyramid_heatmap(
-    maps: Sequence[ScoreMap], target: int | str | None = None, combine: str = "max"
+    maps: Sequence[ScoreMap],
+    target: int | str | None = None,
+    combine: Combine = "max",
 ) -> Heatmap:
     """One class's probability at every pixel, from several scales.
 
@@ -247,10 +250,9 @@ def pyramid_heatmap(
         ArgumentError: if `combine` is neither, or there are no maps.
         ImageError: if no cell of any map has data.
     """
-    if combine not in COMBINATIONS:
-        raise ArgumentError(f"combine={combine!r} is unknown; expected 'max' or 'mean'")
+    check_choice("combine", combine, COMBINATIONS)
     if not maps:
-        raise ArgumentError("no scales were given; expected at least one smaller side in pixels")
+        raise ArgumentError("scales must be one or more smaller sides in pixels, got none")
     useful = [one for one in maps if one.has_data.any()]
     if not useful:
         maps[0].require_data()

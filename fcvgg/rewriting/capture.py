@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 
 from fcvgg.errors import CaptureError, InputSizeError, one_line
 from fcvgg.rewriting.marks import FollowsTraining, ModeQuestions
+from fcvgg.rewriting.outputs import Form
 from fcvgg.rewriting.tracing import Recorder, ShapeUnknownError, describe, runs_own_forward
 from fcvgg.rewriting.twins import bare_twin
 from fcvgg.support.module_state import dtype_of
@@ -32,6 +33,7 @@ class Captured:
         asked: the modules whose code branched on their mode.
         training_only: the modules that compute something in training mode only and give back what
             they get in evaluation mode. The graph calls them as they are.
+        outputs: the form in which the model returns what the graph computes as a tuple.
     """
 
     def __init__(
@@ -42,6 +44,7 @@ class Captured:
         channels: int,
         asked: frozenset[str],
         training_only: frozenset[str],
+        outputs: Form,
     ):
         self.graph = graph
         self.root = root
@@ -49,6 +52,7 @@ class Captured:
         self.channels = channels
         self.asked = asked
         self.training_only = training_only
+        self.outputs = outputs
         self.other_channels: tuple[int, ...] = ()
 
     def require_channels(self) -> None:
@@ -217,7 +221,7 @@ def _computation(captured: Captured) -> list[Any]:
     def plain(argument: Any) -> Any:
         return ("result", places[argument]) if isinstance(argument, fx.Node) else argument
 
-    steps: list[Any] = []
+    steps: list[Any] = [captured.outputs]
     for node in captured.graph.nodes:
         if node not in needed:
             continue
@@ -294,6 +298,7 @@ def _traced(
         *(recorder.graph, twin, size, channels),
         frozenset(questions.places),
         frozenset(recorder.training_only),
+        recorder.outputs,
     )
 
 

@@ -89,7 +89,8 @@ def window_linear(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: Pair
     Returns:
         map ``(N, O, H - (kh-1)*dilation, W - (kw-1)*dilation)``.
     """
-    if torch.compiler.is_exporting():  # one operation that every runtime knows, for every size
+    if torch.compiler.is_exporting() or torch._C._get_tracing_state() is not None:
+        # one operation that every runtime knows, for every size
         return F.conv2d(x, weight, bias, dilation=dilation)
     kernel = (weight.shape[2], weight.shape[3])
     if kernel == (1, 1):
@@ -150,6 +151,12 @@ def by_windows(
                 result[place] = scores.unflatten(0, part.shape[:3])
     assert result is not None
     return result.movedim(-1, 1)
+
+
+def cut_to(x: Tensor, *others: Tensor) -> Tensor:
+    """The first rows and columns of a map ``(N, C, H, W)``, as many as all the others have too."""
+    height, width = (min(m.shape[dim] for m in (x, *others)) for dim in (2, 3))
+    return x[:, :, :height, :width]
 
 
 class BinnedPool2d(nn.Module):

@@ -8,7 +8,7 @@ from fcvgg.errors import ConversionError, InputSizeError
 from fcvgg.geometry import LARGEST_SIZE, Pair, smallest_size
 from fcvgg.rewriting.capture import capture
 from fcvgg.rewriting.rewriter import Boundary, Rewriter
-from fcvgg.rewriting.rules import is_known, rule_for
+from fcvgg.rewriting.rules import is_known, kind_for
 from fcvgg.rewriting.twins import sharing_twin
 
 _TRIAL_SIZES = (224, 1024)
@@ -33,7 +33,7 @@ def infer_input_size(model: nn.Module, in_channels: int | None = None) -> Pair:
             failure = error
             continue
         try:
-            rewriter.run(rule_for)
+            rewriter.run(kind_for)
         except InputSizeError as error:
             failure = error
         except ConversionError:

@@ -12,6 +12,7 @@ from torch import fx, nn
 
 from fcvgg.errors import ConversionError, UnsupportedLayerError
 from fcvgg.geometry import IMAGE, Axis, Geometry, Pair, Step, Window
+from fcvgg.rewriting.outputs import TENSOR, Form
 
 Windows = tuple[Window, Window]
 """A layer along the height and along the width."""
@@ -50,7 +51,11 @@ class TrainingMode:
 
 @dataclass(frozen=True)
 class Program:
-    """A rewritten model: what `fcvgg.network.FullyConvolutional` runs and knows of itself."""
+    """A rewritten model: what `fcvgg.network.FullyConvolutional` runs and knows of itself.
+
+    `outputs` is the form in which the source returns its outputs; the graph gives them as a tuple,
+    or as one map where the source returns one tensor.
+    """
 
     network: fx.GraphModule
     geometry: Geometry
@@ -59,6 +64,7 @@ class Program:
     in_channels: int
     records: tuple[LayerRecord, ...]
     aliases: frozenset[str]
+    outputs: Form = TENSOR
     training_mode: TrainingMode = field(default=TrainingMode())
 
 
@@ -104,22 +110,20 @@ class Steps:
         """The geometry of the network up to a step."""
         return Geometry(*(Axis(tuple(steps)).upto(step) for steps in self._axes))
 
-    def check_branches(self, geometry: Geometry) -> None:
-        """Refuse branches whose sizes differ at some input size; one period of the stride decides.
+    def differing_joins(self, geometry: Geometry) -> set[int]:
+        """The steps that join branches whose sizes differ at some input size.
 
-        Raises:
-            UnsupportedLayerError: naming the layer that joins them.
+        The network's own stride is a multiple of every other, so one period of it decides.
         """
-        for axis in geometry.axes:
+        found: set[int] = set()
+        for steps, axis in zip(self._axes, geometry.axes):
+            whole = Axis(tuple(steps))
             for size in range(axis.window, axis.window + axis.stride):
-                sizes = axis.sizes(size)
-                for i, step in enumerate(axis.steps):
-                    fed = {size if k == IMAGE else sizes[k] for k in step.inputs}
-                    if len(fed) > 1:
-                        raise UnsupportedLayerError(
-                            f"{self._places[i]} joins branches whose sizes differ for an input of "
-                            f"{size} pixels ({sorted(fed)}); pad them alike"
-                        )
+                sizes = whole.sizes(size)
+                for i, step in enumerate(steps):
+                    if len({size if k == IMAGE else sizes[k] for k in step.inputs}) > 1:
+                        found.add(i)
+        return found
 
 
 def same_grid(a: Geometry, b: Geometry) -> bool:

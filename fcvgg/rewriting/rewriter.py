@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
 from math import gcd
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -27,7 +27,7 @@ from fcvgg.errors import (
     UnsupportedLayerError,
     one_line,
 )
-from fcvgg.geometry import IMAGE, Pair, Window
+from fcvgg.geometry import IMAGE, Geometry, Pair, Window
 from fcvgg.rewriting.aliasing import InPlaceChanges
 from fcvgg.rewriting.capture import BATCH, Captured, storages_of
 from fcvgg.rewriting.layouts import (
@@ -39,10 +39,13 @@ from fcvgg.rewriting.layouts import (
     with_channels,
 )
 from fcvgg.rewriting.marks import FeatureSize, FollowsTraining
-from fcvgg.rewriting.modules import TrainingFlag, TrainingOnly, WindowLinear
+from fcvgg.rewriting.modules import TrainingFlag, TrainingOnly, WindowLinear, cut_to
 from fcvgg.rewriting.program import LayerRecord, Program, Steps, Windows, graph_module, same_grid
 from fcvgg.rewriting.tracing import describe, operation_name
 from fcvgg.support.module_state import device_of
+
+if TYPE_CHECKING:
+    from fcvgg.rewriting.rules.registry import LayerKind
 
 
 @dataclass(frozen=True)
@@ -108,14 +111,15 @@ class Rewriter:
         self._originals: dict[str, nn.Module] = {}
         self._flags: dict[str, fx.Node] = {}
         self._dependent: dict[fx.Node, bool] = {}
+        self._joins: dict[int, tuple[fx.Node, tuple[fx.Node, ...]]] = {}
 
     # -- the walk ---------------------------------------------------------------------------------
 
-    def run(self, rule_for: Callable[[fx.Node, nn.Module | None], Any]) -> Program:
+    def run(self, kind_for: Callable[[fx.Node, nn.Module | None], LayerKind]) -> Program:
         """Rewrite every node by its rule and check that the branches' sizes agree."""
         outputs: Sequence[Cells] = ()
         needed = _needed(self.captured.graph)
-        self._refuse_first([n for n in needed if self._sees_images(n)], rule_for)
+        self._refuse_first([n for n in needed if self._sees_images(n)], kind_for)
         for node in needed:
             if node.op == "placeholder":
                 self._values[node] = self._image(node)
@@ -124,27 +128,29 @@ class Rewriter:
             elif node.op == "output":
                 outputs = self._outputs(node)
             else:
-                self._values[node] = self._rewrite(node, rule_for)
+                self._values[node] = self._rewrite(node, kind_for)
         return self._program(outputs)
 
-    def _refuse_first(self, nodes: Iterable[fx.Node], rule_for: Callable[..., Any]) -> None:
+    def _refuse_first(self, nodes: Iterable[fx.Node], kind_for: Callable[..., LayerKind]) -> None:
         """Name what breaks the equivalence before helpers of it that merely have no rule."""
         for node in nodes:
             if node.op.startswith("call"):
                 try:
-                    rule_for(node, self.module_of(node))
+                    kind_for(node, self.module_of(node))
                 except RefusedLayerError:
                     raise
                 except UnsupportedLayerError:
                     continue
 
-    def _rewrite(self, node: fx.Node, rule_for: Callable[..., Any]) -> Any:
+    def _rewrite(self, node: fx.Node, kind_for: Callable[..., LayerKind]) -> Any:
         module = self.module_of(node)
         call = Call(node, module)
         args, kwargs = fx.node.map_aggregate((node.args, node.kwargs), self._operand)  # type: ignore
         if not self._sees_images(node) and "value" in node.meta:
             return Constant(self.emit(call, args, kwargs), node.meta["value"])
-        rule = rule_for(node, module)
+        kind = kind_for(node, module)
+        rule, settings = kind.rewrite, kind.settings_of(module)
+        assert rule is not None
         given: tuple[Any, ...] = (*args, *kwargs.values())
         for unusable in (argument for argument in given if isinstance(argument, Unusable)):
             raise UnsupportedLayerError(f"{call} takes {unusable.why}")
@@ -155,6 +161,7 @@ class Rewriter:
         if changed is not None and isinstance(self._values.get(changed), Cells):
             self._in_place.part_before(node, changed)
             args, kwargs = fx.node.map_aggregate((node.args, node.kwargs), self._operand)  # type: ignore
+        kwargs = {**settings, **kwargs}
         _check_arguments(rule, call, args, kwargs)
         try:
             result = rule(self, call, *args, **kwargs)
@@ -246,29 +253,26 @@ class Rewriter:
         return node.target(*args, **kwargs)
 
     def _outputs(self, node: fx.Node) -> list[Cells]:
-        value = self._operand_tree(node.args[0])
-        several = isinstance(value, (tuple, list, dict))
-        named = dict(value if isinstance(value, dict) else enumerate(value if several else [value]))
-        maps = list(named.values())
-        for name, cells in named.items():
+        form = self.captured.outputs
+        returned: Any = (node.args[0],) if form.is_tensor else node.args[0]
+        maps = fx.node.map_aggregate(returned, self._operand)
+        vectors = []
+        for name, cells in zip(form.names(), maps):  # type: ignore[arg-type]
+            place = f" {name}" if name else ""
             if not isinstance(cells, Cells):
-                place = f" as output {name!r}" if several else ""
                 raise ConversionError(
-                    f"the model returns {_kind(cells)}{place} where class scores are expected; "
-                    "wrap it so that it returns one tensor (N, K), or a tuple of them"
+                    f"the model's output{place} is {type(cells).__name__.lower()}, not computed "
+                    "from the images; wrap the model so that it returns scores (N, K)"
                 )
             if cells.positions > 1:
                 raise ConversionError(
-                    f"the model has no fully connected or global-pool head: its output is "
+                    f"the model has no fully connected or global-pool head: its output{place} is "
                     f"{cells.shape}, a map; expected scores (N, K)"
                 )
-        vectors = [self.features(c, replace(c, moved=c.layout.flatten()), 0) for c in maps]
+            vectors.append(self.features(cells, replace(cells, moved=cells.layout.flatten()), 0))
         nodes = tuple(v.node for v in vectors)
-        self.graph.output(nodes if several else nodes[0])
+        self.graph.output(nodes[0] if form.is_tensor else nodes)
         return vectors
-
-    def _operand_tree(self, argument: Any) -> Any:
-        return fx.node.map_aggregate(argument, self._operand)
 
     def _program(self, outputs: Sequence[Cells]) -> Program:
         first, *others = (self.steps.geometry_at(cells.step) for cells in outputs)
@@ -276,7 +280,7 @@ class Rewriter:
             raise ConversionError(
                 "the model's outputs lie on different grids of cells; convert one head at a time"
             )
-        self.steps.check_branches(first)
+        self._cut_branches(first)
         height, width = (
             # padding that outweighs the image leaves no rows to tell apart
             n - unseen if n - unseen >= window else n
@@ -293,15 +297,37 @@ class Rewriter:
             in_channels=self.captured.channels,
             records=tuple(self.records),
             aliases=frozenset(self._aliases),
+            outputs=self.captured.outputs,
         )
 
-    def join(self, cells: Sequence[Cells], call: Call) -> int:
-        """The step of an operation over several maps, whose cells must lie on one grid."""
+    def join(self, cells: Sequence[Cells], call: Call, node: fx.Node) -> int:
+        """The step of an operation over several maps, whose cells must lie on one grid.
+
+        Args:
+            node: the operation in the new graph.
+        """
         if len({c.margin for c in cells}) > 1:
             raise ConversionError(
                 f"{call} joins branches that padding='same' pads differently; use padding='valid'"
             )
-        return self.steps.join((c.step for c in cells), str(call))
+        step = self.steps.join((c.step for c in cells), str(call))
+        if len({c.step for c in cells}) > 1:  # else the step is that of the maps, not of this join
+            self._joins[step] = node, tuple(c.node for c in cells)
+        return step
+
+    def _cut_branches(self, geometry: Geometry) -> None:
+        """Cut branches to one size before they join, where some input gives them different ones.
+
+        A pool that drops the odd row and a convolution that pads it are alike at the native size.
+        Both count from the first row, so what the longer has in addition lies at its end.
+        """
+        for step in sorted(self.steps.differing_joins(geometry)):
+            node, branches = self._joins[step]
+            with self.graph.inserting_before(node):
+                for branch in dict.fromkeys(branches):
+                    others = tuple(other for other in branches if other is not branch)
+                    cut = self.graph.call_function(cut_to, (branch, *others))
+                    node.replace_input_with(branch, cut)
 
     # -- emitting ---------------------------------------------------------------------------------
 
@@ -653,7 +679,7 @@ class Call:
         return describe(self.node)
 
 
-def _check_arguments(rule: Callable[..., Any], call: Call, args: Any, kwargs: Any) -> None:
+def _check_arguments(rule: Any, call: Call, args: Any, kwargs: Any) -> None:
     try:
         inspect.signature(rule).bind(None, call, *args, **kwargs)
     except TypeError as error:
@@ -685,15 +711,6 @@ def _needed(graph: fx.Graph) -> list[fx.Node]:
             memory = storages_of(node.meta.get("value"))
             ends.extend(n for n, changed in changing if not memory.isdisjoint(changed))
     return [node for node in graph.nodes if node in needed]
-
-
-def _kind(value: object) -> str:
-    """What a value is, in plain words: the graph's own containers have other names."""
-    if isinstance(value, dict):
-        return "a dict"
-    if isinstance(value, (tuple, list)):
-        return f"a {'tuple' if isinstance(value, tuple) else 'list'}"
-    return "None" if value is None else type(value).__name__
 
 
 def _features_wanted(node: fx.Node, captured: Captured) -> int | None:

@@ -15,8 +15,8 @@ from torch import Tensor, fx, nn
 from fcvgg.errors import ConversionError, UnsupportedLayerError
 from fcvgg.geometry import Pair
 from fcvgg.rewriting.capture import Captured, capture
-from fcvgg.rewriting.rules import elementwise, is_known
-from fcvgg.rewriting.rules.registry import RULES
+from fcvgg.rewriting.rules import is_known
+from fcvgg.rewriting.rules.registry import kind_of
 from fcvgg.rewriting.tracing import describe
 
 
@@ -49,8 +49,8 @@ def _numbers(node: fx.Node, captured: Captured) -> Any:
     """The numbers that an element-wise function gets, or the literal that a node holds."""
     if node.op == "get_attr" and "_tensor_constant" in str(node.target):
         return getattr(captured.root, str(node.target), None)
-    rule = RULES.get(node.target) if node.op in ("call_function", "call_method") else None
-    if rule is None or rule.__module__ != elementwise.__name__:
+    kind = kind_of(node, None) if node.op in ("call_function", "call_method") else None
+    if kind is None or not kind.elementwise:
         return []
     found: list[float] = []
     fx.node.map_aggregate(

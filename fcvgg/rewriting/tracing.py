@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
 
 from fcvgg.errors import CaptureError
 from fcvgg.rewriting.marks import FeatureSize, FollowsTraining, ModeQuestions
+from fcvgg.rewriting.outputs import Form, OutputFormError, flattened, tuple_of
 from fcvgg.support.module_state import in_mode
 
 
@@ -58,6 +59,7 @@ class Recorder(TorchFunctionMode):
         self.root = root
         self.graph = fx.Graph()
         self.training_only = training_only
+        self.outputs: Form = tuple_of(0)
         self._is_known = is_known
         self._questions = questions
         self._paused = False
@@ -85,7 +87,25 @@ class Recorder(TorchFunctionMode):
         )
         with self._wrapped_modules(), self:
             result = run(self.root, images)
-            self.graph.output(self._as_nodes(result))
+            tensors, self.outputs = self._returned(result)
+            nodes = tuple(map(self._node_of, tensors))
+            self.graph.output(nodes[0] if self.outputs.is_tensor else nodes)
+
+    @staticmethod
+    def _returned(result: Any) -> tuple[list[Tensor], Form]:
+        try:
+            tensors, form = flattened(result)
+            if tensors:
+                return tensors, form
+            wrong, place = result, ""
+        except OutputFormError as error:
+            wrong, place = error.value, error.place
+        what = "None" if wrong is None else type(wrong).__name__
+        raise CaptureError(
+            f"the model returns {what}{f' as output {place}' if place else ''} where class scores "
+            "are expected; wrap it so that it returns tensors (N, K), alone or in tuples, lists, "
+            "dicts, NamedTuples or dataclasses"
+        )
 
     def place(self) -> str:
         """Where recording stopped, as the beginning of a message."""

@@ -253,7 +253,7 @@ def _places(folder: Path) -> tuple[list[_Place], tuple[Unreadable, ...]]:
     parts = parts_of(above, "images" if inner else "folders") if above.is_dir() else None
     if parts is None:
         return [whole], ()
-    found = [part for part in (parts.to_learn_from(), parts.valid) if part is not None]
+    found = [part for part in (parts.training_part(), parts.valid) if part is not None]
     if inner:
         return [_Place(folder, part, whole.masks / part.name) for part in found], parts.skipped
     return [_place(part) for part in found], parts.skipped

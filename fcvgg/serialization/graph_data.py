@@ -26,7 +26,7 @@ from torch import fx, nn
 from fcvgg.errors import FcvggError, LoadError, one_line
 from fcvgg.rewriting import modules as own_modules
 from fcvgg.rewriting.program import Network
-from fcvgg.rewriting.rules.registry import RULES, class_of
+from fcvgg.rewriting.rules.registry import KINDS, class_of
 
 INPUT = "images"
 """The name of the graph's one input."""
@@ -58,7 +58,7 @@ _FUNCTIONS = {
     "operator": """
         abs add concat ge getitem gt iadd imul isub itruediv le lt mul neg pos pow sub truediv""",
     "torchvision.ops": "stochastic_depth",
-    "fcvgg": "window_linear",
+    "fcvgg": "cut_to window_linear",
 }
 """The functions that a graph may call: they compute tensors from tensors and do nothing else."""
 
@@ -176,7 +176,8 @@ def _check_pairs(what: str, arguments: Mapping[Any, Any]) -> None:
 
 def _layer_classes() -> dict[str, type[nn.Module]]:
     """Every layer that a bundle may hold, by its name in the file."""
-    classes = [*RULES, *vars(own_modules).values()]
+    rewritten = [target for target, kind in KINDS.items() if kind.rewrite is not None]
+    classes = [*rewritten, *vars(own_modules).values()]
     return {
         _class_name(cls): cls
         for cls in classes

@@ -14,6 +14,7 @@ from fcvgg import probability
 from fcvgg.errors import ArgumentError, GeometryError, LoadError, one_line
 from fcvgg.geometry import Geometry, Window
 from fcvgg.rewriting.modules import TrainingOnly, WindowLinear
+from fcvgg.rewriting.outputs import TENSOR, Form, form_of_data, tuple_of
 from fcvgg.rewriting.program import LayerRecord, Program, TrainingMode, graph_module
 from fcvgg.serialization.graph_data import (
     called_layers,
@@ -46,6 +47,7 @@ def describe_program(program: Program) -> dict[str, Any]:
         "geometry": program.geometry.to_dict(),
         "activations": list(program.activations),
         "classes": list(program.classes),
+        "outputs": program.outputs.to_data(),
         "in_channels": program.in_channels,
         "records": [asdict(record) for record in program.records],
     }
@@ -113,14 +115,32 @@ def rebuilt_program(
         in_channels=_positive(description["in_channels"], "in_channels"),
         records=tuple(_record(record) for record in description["records"]),
         aliases=aliases,
+        outputs=_outputs(description),
         training_mode=_training_mode(description.get("training_mode", {})),
     )
-    if not program.classes or len(program.classes) != len(program.activations):
+    outputs = len(program.outputs.names())
+    if not len(program.classes) == len(program.activations) == outputs > 0:
         raise LoadError("the bundle has not one activation for each output")
     orders = _check_runs(program)
     fill(program.network, table, tensors)
     _check_orders(program.network, orders)
     return program
+
+
+def _outputs(description: Mapping[str, Any]) -> Form:
+    """The form of the outputs; bundles of before hold one map, or several as a tuple."""
+    if "outputs" in description:
+        try:
+            return form_of_data(description["outputs"])
+        except ValueError as error:
+            raise LoadError(f"the bundle's outputs are broken: {one_line(error)}") from error
+    result = description["graph"][-1]["args"][0]
+    return tuple_of(len(description["classes"])) if _is_several(result) else TENSOR
+
+
+def _is_several(result: Any) -> bool:
+    """Whether the output of an encoded graph is a tuple or list of nodes."""
+    return isinstance(result, list) or (isinstance(result, dict) and "tuple" in result)
 
 
 def _geometry(data: Any) -> Geometry:

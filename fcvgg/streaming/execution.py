@@ -41,7 +41,7 @@ def stream(
     rows: Pair | None = None,
     memory: int | str = "1GiB",
     progress: bool = False,
-    output: int = 0,
+    output: int | str = 0,
     nodata: float | str | None = None,
 ) -> Any:
     """The score map of an image of any size, equal to the network's on the whole image.
@@ -71,7 +71,7 @@ def stream(
             where it is kept in memory. Images too wide for it are cut into blocks of columns, whose
             borders are computed twice.
         progress: show a bar with the rate and the time left.
-        output: which output, for a network with several.
+        output: which output, by number or name, for a network with several.
         nodata: pixels of this value have no data, as for `fcvgg.open_image`: a number, or
             ``"file"`` for what the file declares. Not for preprocessed floats, which hold NaN
             there, nor for what is open already.

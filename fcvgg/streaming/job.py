@@ -40,7 +40,13 @@ class StreamJob:
 
     @classmethod
     def prepared(
-        cls, net: Any, source: Any, classes: Any, rows: Any, output: int = 0, nodata: Any = None
+        cls,
+        net: Any,
+        source: Any,
+        classes: Any,
+        rows: Any,
+        output: int | str = 0,
+        nodata: Any = None,
     ) -> StreamJob:
         """The job that the arguments of `stream` ask for.
 
@@ -53,9 +59,7 @@ class StreamJob:
             raise ArgumentError(
                 f"net must be a converted network, got {type(net).__name__}; {remedy}"
             )
-        outputs = len(net.program.classes)
-        if output not in range(outputs):
-            raise ArgumentError(f"output must be from 0 to {outputs - 1}, got {output!r}")
+        output = net.output_index(output)
         image = strip_source(source, net.in_channels, nodata)
         selection = Selection.of(classes, net, output)
         input_size = tuple(max(n, axis.window) for n, axis in zip(image.size, net.geometry.axes))

@@ -24,6 +24,7 @@ from fcvgg.rewriting.modules import DilatedAvgPool2d, WindowLinear
 from fcvgg.rewriting.native_size import infer_input_size
 from fcvgg.rewriting.rules import is_known
 from fcvgg.rewriting.tracing import operation_name
+from fcvgg.support.tables import text_table
 
 FIRST_FC = 6
 """The number of the first fully connected layer; VGG has five blocks before it."""
@@ -186,8 +187,7 @@ class LayerNames(Sequence[NamedLayer]):
     def __str__(self) -> str:
         rows = [("layer", "Keras", "path", "kind")]
         rows += [(x.name, x.keras, x.path, x.kind) for x in self.layers]
-        widths = [max(map(len, column)) for column in zip(*rows)]
-        return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+        return text_table(rows, left=4)
 
 
 def layer_names(model: nn.Module) -> LayerNames:

@@ -13,6 +13,7 @@ from torch import nn
 
 from fcvgg.choices import Classifier
 from fcvgg.errors import ArgumentError, ConversionError, MissingExtraError
+from fcvgg.support.tables import text_table
 from fcvgg.transfer.image_features import FeatureExtractor
 from fcvgg.transfer.naming import layer_names
 
@@ -66,6 +67,16 @@ class Probe:
         """The layer with the highest mean accuracy, the first of equals."""
         return max(self.rows, key=lambda row: row.mean)
 
+    @property
+    def headings(self) -> tuple[str, ...]:
+        """Of `cells`."""
+        return ("layer", "features", "accuracy", "spread")
+
+    def cells(self) -> list[tuple[str, ...]]:
+        """The table as text, a row per layer and one for chance, under `headings`."""
+        rows = [(r.layer, f"{r.features}", f"{r.mean:.3f}", f"{r.std:.3f}") for r in self.rows]
+        return [*rows, ("chance", "", f"{self.chance:.3f}", "")]
+
     def plot(self, ax: Axes | None = None) -> Axes:
         """Accuracy by depth, with the folds' standard deviation and the line of chance."""
         if ax is None:
@@ -96,14 +107,7 @@ class Probe:
         return ax
 
     def __str__(self) -> str:
-        lines = [("layer", "features", "accuracy", "spread")]
-        lines += [(r.layer, f"{r.features}", f"{r.mean:.3f}", f"{r.std:.3f}") for r in self.rows]
-        lines.append(("(chance)", "", f"{self.chance:.3f}", ""))
-        widths = [max(map(len, column)) for column in zip(*lines)]
-        return "\n".join(
-            "  ".join(t.rjust(w) if i else t.ljust(w) for i, (t, w) in enumerate(zip(line, widths)))
-            for line in lines
-        )
+        return text_table([self.headings, *self.cells()])
 
 
 def probe(

@@ -18,6 +18,7 @@ from fcvgg.geometry import Pair
 from fcvgg.rewriting.capture import capture
 from fcvgg.rewriting.rules import is_known
 from fcvgg.support.module_state import device_of, dtype_of
+from fcvgg.support.tables import text_table
 from fcvgg.transfer.extraction import map_geometries
 from fcvgg.transfer.naming import LayerNames, NamedLayer, layer_names
 
@@ -119,8 +120,7 @@ class GeometryChanges(Sequence[LayerChange]):
         table: list[tuple[str, ...]] = [("layer", "kind", "receptive field", "stride", "offset")]
         for row in self.rows:
             table.append((row.path, row.kind, *(_change(row, i) for i in range(3))))
-        widths = [max(map(len, column)) for column in zip(*table)]
-        return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in table)
+        return text_table(table, left=5)
 
 
 def geometry_changes(before: nn.Module, after: nn.Module) -> GeometryChanges:

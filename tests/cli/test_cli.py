@@ -124,7 +124,7 @@ def test_every_option_and_argument_says_what_it_is():
         for parameter in command.params:
             text = getattr(parameter, "help", None)
             assert text, (name, parameter.name)
-            assert re.match(r"[A-Z'-].*\.$|.*: rare classes count", text), (name, text)
+            assert re.match(r"[A-Z'-].*\.$", text), (name, text)
 
 
 def test_shells_complete_commands_and_options():
@@ -494,8 +494,8 @@ def test_downloads_announced_on_stdout_leave_the_json_whole(images, monkeypatch)
 @pytest.mark.parametrize("scales", ["256,x", "0", "-5", "", "3.5"])
 def test_classify_refuses_scales_that_are_no_lengths(images, scales):
     error = usage_error("classify", "one.png", "-m", "demo", f"--scales={scales}")
-    assert "Invalid value for --scales" in error
-    assert "is no positive number of pixels" in error
+    assert "Invalid value for '--scales'" in error
+    assert "is not a positive integer" in error
 
 
 def test_classify_refuses_an_unknown_average(images):
@@ -565,7 +565,7 @@ def test_info_shows_which_layers_are_frozen(monkeypatch):
 
 @pytest.mark.parametrize("size", ["big", "0", "3x4x5"])
 def test_info_refuses_a_size_that_is_none(size):
-    assert "Invalid value for --size" in usage_error("info", "demo", "--size", size)
+    assert "Invalid value for '--size'" in usage_error("info", "demo", "--size", size)
 
 
 def test_info_of_a_bundle_a_checkpoint_and_an_onnx_file(folder):

@@ -75,8 +75,8 @@ def test_options_reach_the_evaluation(data: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["absent"], "absent does not exist; expected a folder with one folder per class"),
-        (["empty"], "empty has no class folders; expected images in empty/CLASS/"),
+        (["absent"], "absent must be a folder with one folder per class, got nothing of that name"),
+        (["empty"], "empty must hold images in empty/CLASS/, got no folders"),
         (["data", "-p", "densest"], "protocol 'densest' is unknown; expected center-crop"),
         (["data", "-p", ","], "no protocol was given"),
         (["data", "-o", "absent/x.json"], "cannot write absent/x.json: there is no folder absent"),
@@ -99,8 +99,8 @@ def test_what_was_left_out_is_one_line_on_stderr(data: Path) -> None:
     ran = run("evaluate", "parts", "--model", "demo", "--protocols", "dense")
     assert ran.exit_code == 0
     line = (
-        "17 of 20 files left out: 16 .xyz (no image that can be read), 1 .txt (no image that can "
-        "be read)"
+        "17 of 20 files left out: 16 .xyz (not a readable image), 1 .txt (not a readable "
+        "image)"
     )
     assert ran.stderr == f"fcvgg: {line}\n"
     assert "3 images\nthose of the part parts/Val\nwrote" in ran.stdout
@@ -121,5 +121,5 @@ def test_folders_that_do_not_fit_the_classes(data: Path) -> None:
     (data / "cats").mkdir()
     ran = run("evaluate", data, "--model", "demo")
     assert ran.exit_code == 2
-    assert "the class 'cats' is no category of the network" in ran.stderr
+    assert "the class 'cats' must match one category of the network" in ran.stderr
     assert not Path("evaluation.json").exists()

@@ -18,6 +18,7 @@ from fcvgg.cli.console import in_option_words
 from fcvgg.cli.options import OwnModel
 from fcvgg.demo import demo_photograph
 
+DEVICE = "--device must be cpu, or a torch device that this machine has, such as cuda or mps"
 COMMANDS = ("heatmap", "classify", "evaluate", "stream", "probe", "convert")
 
 
@@ -116,7 +117,7 @@ def test_info_takes_the_native_size(own: list[str]) -> None:
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_has_them_in_a_part_of_their_own(command: str) -> None:
     text = run(command, "--help").stdout
-    *_, panel = text.partition("Own models")
+    *_, panel = text.partition("Your own model")
     options = ("--input-size", "--categories", "--preprocess", "--mean", "--std", "--activation")
     for option in options:
         assert option in panel, (command, option)
@@ -135,17 +136,16 @@ def test_help_has_them_in_a_part_of_their_own(command: str) -> None:
         (["--categories", "bad.json"], "the categories in bad.json cannot be read: it has no inde"),
         (["--categories", "one.png"], "the categories in one.png cannot be read: 'utf-8' codec ca"),
         (["--mean", "0.5"], "--mean and --std go together; give both"),
-        (["--mean", "a,b", "--std", "1"], "--mean 'a,b' is no list of numbers; expected such as"),
         (["--mean", "0.5", "--std", "0"], "std is (0.0,); expected positive values"),
-        (["--mean", "1,2", "--std", "1"], "--mean has 2 numbers and the network takes 3 channel"),
+        (["--mean", "1,2", "--std", "1"], "--mean must be 1 number or 3, one for each channel o"),
         (
             ["--preprocess", "unit", "--mean", "0", "--std", "1"],
-            "--preprocess and --mean say the same; give one of the two",
+            "--preprocess and --mean exclude each other; give one of the two",
         ),
         (["--preprocess", "torch"], "preprocess 'torch' is unknown; expected one of imagenet, caf"),
-        (["--device", "gpu"], "--device 'gpu' cannot be used here (Expected one of cpu, cuda, "),
-        (["--device", "cuda:99"], "--device 'cuda:99' cannot be used here ("),
-        (["--device", "meta"], "--device 'meta' cannot be used here ("),
+        (["--device", "gpu"], f"{DEVICE}, got 'gpu' (Expected one of cpu, cuda, "),
+        (["--device", "cuda:99"], f"{DEVICE}, got 'cuda:99' ("),
+        (["--device", "meta"], f"{DEVICE}, got 'meta' ("),
         (["--input-size", "5"], "the model does not run at input size (5, 5): features.5 (MaxPo"),
     ],
 )
@@ -158,6 +158,26 @@ def test_what_cannot_be_used_is_one_line(own: list[str], options: list[str], mes
     assert ran.stdout == ""
     assert len(ran.stderr.splitlines()) == 1, ran.stderr
     assert ran.stderr.startswith(f"fcvgg: error: {message}")
+
+
+@pytest.mark.parametrize(
+    ("option", "text", "message"),
+    [
+        ("--mean", "a,b", "'a,b' is not a list of numbers; expected such as 0.485,0.456,0.406"),
+        ("--range", "5", "'5' is not two different numbers LOW,HIGH"),
+        ("--bands", "red", "'red' is not a list of channel indices; expected such as 2,1,0"),
+        ("--nodata", "none", "'none' is neither a number nor 'file'"),
+        ("--scales", "big", "'big' is not a positive integer"),
+        ("--input-size", "5x5x5", "'5x5x5' is not a size; expected N or HxW, such as 480x640"),
+    ],
+)
+def test_text_that_an_option_cannot_read_is_a_usage_error(
+    option: str, text: str, message: str
+) -> None:
+    ran = run("classify", "one.png", option, text)
+    assert (ran.exit_code, ran.stdout) == (2, "")
+    assert f"Invalid value for '{option}'" in ran.stderr
+    assert message in " ".join(ran.stderr.split())
 
 
 def test_a_bundle_keeps_its_native_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -205,6 +225,11 @@ def test_categories_in_a_list_of_json_and_behind_a_byte_order_mark(tmp_path: Pat
             "own to fcvgg.Preprocess",
             "no known range; pass --range LOW,HIGH",
         ),
+        ("classes must be names", "--classes must be names"),
+        ("all classes must be names", "all classes must be names"),
+        ("x.jpg: output_stride must be 8", "x.jpg: --output-stride must be 8"),
+        ("pass size=(h, w), or pooling='avg'", "pass --size HxW, or --pooling 'avg'"),
+        ("hidden must be () or None", "--head must be () or None"),
         ("pass weights=PATH (--weights PATH)", "pass weights=PATH (--weights PATH)"),
     ],
 )

@@ -38,9 +38,7 @@ def test_train_resume_and_label(data: Path) -> None:
     assert ran.exit_code == 0, ran.output
     assert "skipped" in ran.stderr
     assert "3.png is no image" in ran.stderr
-    counted = (
-        "2 of 5 files left out: 1 .txt (no image that can be read), 1 .png (could not be read)"
-    )
+    counted = "2 of 5 files left out: 1 .txt (not a readable image), 1 .png (could not be read)"
     assert f"fcvgg: {counted}\n" in ran.stderr
     assert "FCN-32s, epoch " in ran.stdout
     assert "wrote c/fcn" in ran.stdout

@@ -142,7 +142,7 @@ def test_bands_are_chosen(slide):
     assert "holds another score map" in ran.stderr
     ran = fcvgg_command(*stream, "none.zarr", "--bands", "red")
     assert ran.exit_code == 2
-    assert "--bands 'red' is no list; expected numbers" in ran.stderr
+    assert "'red' is not a list of channel indices" in ran.stderr
 
 
 def test_no_picture_takes_the_place_of_another_and_the_others_are_made(slide):

@@ -399,7 +399,7 @@ def test_unreadable_images_are_counted_listed_and_not_fatal(net, folder) -> None
         str(folder / "fig" / "broken.png"),
     ]
     assert lines[-4] == (
-        "6 of 18 files left out: 3 .txt (no image that can be read), 1 without an ending (a hidden "
+        "6 of 18 files left out: 3 .txt (not a readable image), 1 without an ending (a hidden "
         "folder), 1 .jpg (could not be read), 1 .png (could not be read)"
     )
     assert len(result.skipped) == len(written["skipped"]) == 6
@@ -430,7 +430,7 @@ def test_every_kind_of_image_of_a_folder_is_evaluated(net, tmp_path) -> None:
         (("training", "dev"), "dev"),
     ],
 )
-def test_of_a_dataset_in_parts_the_one_to_judge_by_is_used(net, folder, parts, used) -> None:
+def test_of_a_dataset_in_parts_the_one_to_test_on_is_used(net, folder, parts, used) -> None:
     data = folder.parent / "parts"
     for part in parts:
         shutil.copytree(folder, data / part)
@@ -439,12 +439,12 @@ def test_of_a_dataset_in_parts_the_one_to_judge_by_is_used(net, folder, parts, u
     expected = fcvgg.evaluate(net, folder, protocols="dense")
     assert torch.equal(result["dense"].confusion, expected["dense"].confusion)
     assert result.part == data / used
-    assert str(result.skipped[0]) == f"{data}/readme.txt: no image that can be read"
+    assert str(result.skipped[0]) == f"{data}/readme.txt: not a readable image"
     assert f"those of the part {data / used}" in str(result).splitlines()
     assert json.loads(result.to_json())["part"] == str(data / used)
     for part in parts[1:]:
         shutil.rmtree(data / part)
-    message = f"has {parts[0]} and neither a test nor a valid with class folders; expected a part"
+    message = f"must have a part test or valid with class folders, got {parts[0]}; pass .* to eval"
     with pytest.raises(fcvgg.DatasetError, match=message):
         fcvgg.evaluate(net, data)
 
@@ -454,7 +454,7 @@ def test_parts_are_not_taken_for_classes_of_a_torchvision_folder(folder) -> None
     for part in ("train", "test"):
         shutil.copytree(folder, data / part)
     two = fcvgg.convert(seeded(SmallVGG, classes=2), preprocess=PREPROCESS)
-    message = "the classes of the dataset, 'test', 'train', are parts of a data set; pass one of"
+    message = "the folders of the dataset must be classes, got the parts 'test', 'train'; pass one"
     with pytest.raises(fcvgg.DatasetError, match=message):
         fcvgg.evaluate(two, ImageFolder(str(data)))
 
@@ -508,23 +508,31 @@ def test_errors_of_folders(net, tmp_path) -> None:
             fcvgg.evaluate(net, path)
         assert "\n" not in str(caught.value)
 
-    refused(fcvgg.DatasetError, "absent does not exist; expected a folder", tmp_path / "absent")
+    refused(
+        fcvgg.DatasetError,
+        "absent must be a folder with one folder per class, got nothing",
+        tmp_path / "absent",
+    )
     (tmp_path / "file").write_text("")
-    refused(fcvgg.DatasetError, "file is a file; expected a folder", tmp_path / "file")
-    refused(fcvgg.DatasetError, "has no class folders; expected images in", tmp_path)
+    refused(
+        fcvgg.DatasetError,
+        "file must be a folder with one folder per class, got a file",
+        tmp_path / "file",
+    )
+    refused(fcvgg.DatasetError, "must hold images in .*/CLASS/, got no folders", tmp_path)
     (tmp_path / "apple").mkdir()
-    refused(fcvgg.DatasetError, "there are no images under .*apple/photo.jpg", tmp_path)
+    refused(fcvgg.DatasetError, "must hold images such as .*apple/photo.jpg, got none", tmp_path)
     (tmp_path / "apple" / "a.png").write_text("nothing")
     refused(fcvgg.DatasetError, "none of the dataset's 1 images can be used: .*a.png", tmp_path)
     (tmp_path / "apple" / "b.xyz").write_text("nothing")
     refused(fcvgg.DatasetError, r"a.png is no .*; 3 of 3 files left out: 1 .*1 \.xyz", tmp_path)
     (tmp_path / "apple" / "b.xyz").unlink()
     (tmp_path / "cherry").mkdir()
-    refused(fcvgg.CategoryError, "the class 'cherry' is no category of the network; exp", tmp_path)
+    refused(fcvgg.CategoryError, "the class 'cherry' must match one category .* got none", tmp_path)
     (tmp_path / "apple").rename(tmp_path / "rowan")
     refused(
         fcvgg.CategoryError,
-        r"has 2 classes \('cherry', 'rowan'\) that do not fit the network's 7, which are 'apple'",
+        r"must have the network's 7 classes, 'apple', .*, got 2 \('cherry', 'rowan'\); name the",
         tmp_path,
     )
 
@@ -532,19 +540,23 @@ def test_errors_of_folders(net, tmp_path) -> None:
 @pytest.mark.parametrize(
     ("dataset", "error", "match"),
     [
-        ([], fcvgg.DatasetError, "the dataset is empty"),
+        ([], fcvgg.DatasetError, r"dataset must hold at least one \(image, label\), got none"),
         (iter([]), fcvgg.DatasetError, "none of the dataset's 0 images can be used"),
-        (7, fcvgg.DatasetError, "int is no dataset; expected a folder"),
-        (images(2, 3, 32, 32), fcvgg.DatasetError, "Tensor is no dataset"),
-        ([picture(0)], fcvgg.DatasetError, r"item 0 of the dataset is Image; expected a pair"),
-        ([(picture(0), 7)], fcvgg.CategoryError, "label of item 0 is 7; the network has classes 0"),
-        ([(picture(0), -1)], fcvgg.CategoryError, "label of item 0 is -1"),
-        ([(picture(0), 1.5)], fcvgg.DatasetError, "label of item 0 is 1.5; expected a class index"),
+        (7, fcvgg.DatasetError, "dataset must be a folder, an ImageFolder or .*, got int"),
+        (images(2, 3, 32, 32), fcvgg.DatasetError, "dataset must be .*, got Tensor"),
+        ([picture(0)], fcvgg.DatasetError, r"item 0 of the dataset must be a pair .*, got Image"),
+        ([(picture(0), 7)], fcvgg.CategoryError, "label of item 0 must be from 0 to 6, got 7"),
+        ([(picture(0), -1)], fcvgg.CategoryError, "label of item 0 must be .*, got -1"),
+        (
+            [(picture(0), 1.5)],
+            fcvgg.DatasetError,
+            "label of item 0 must be a class index .*, got 1.5",
+        ),
         ([(picture(0), "cherry")], fcvgg.CategoryError, "there is no category 'cherry'"),
         (
             [(images(4, 3, 32, 32), torch.arange(4))],
             fcvgg.DatasetError,
-            "item 0 has 4 labels; pass the dataset itself, not a DataLoader",
+            "item 0 must have one label, got 4; pass the dataset itself, not a DataLoader",
         ),
     ],
 )

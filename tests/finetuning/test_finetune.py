@@ -153,8 +153,7 @@ def test_parts_by_any_usual_name(tmp_path: Path) -> None:
     assert found.classes == CLASSES
     assert found.counts == dict.fromkeys(CLASSES, (4, 2))
     assert found.origin == (
-        f"held out are the images of {tmp_path / 'Dev'}; {tmp_path / 'Testing'} is left for the "
-        "last judgement"
+        f"held out are the images of {tmp_path / 'Dev'}; {tmp_path / 'Testing'} is kept for testing"
     )
     assert [Path(one.name).name for one in found.skipped] == ["labels.csv"]
 
@@ -168,7 +167,7 @@ def test_every_kind_of_image_is_used_or_listed(tmp_path: Path) -> None:
     found = split_folders(tmp_path)
     assert sum(found.counts["brick"]) == 6
     assert [str(one) for one in found.skipped] == [
-        f"{tmp_path}/brick/x.{ending}: no image that can be read" for ending in ("xml", "xyz")
+        f"{tmp_path}/brick/x.{ending}: not a readable image" for ending in ("xml", "xyz")
     ]
 
 
@@ -189,30 +188,30 @@ def test_unreadable_images_are_skipped_and_listed(tmp_path: Path) -> None:
 
 def test_folders_that_will_not_do(tmp_path: Path) -> None:
     one = write_patches(tmp_path / "one", 2, left=True, names=("brick",))
-    with pytest.raises(DatasetError, match="has one class folder, brick; expected two or more"):
+    with pytest.raises(DatasetError, match="must have two or more class folders, got one, brick"):
         split_folders(one)
     (one / "grass").mkdir()
-    with pytest.raises(DatasetError, match=r"grass gives no image: it is empty"):
+    with pytest.raises(DatasetError, match=r"grass must hold readable images, got an empty folder"):
         split_folders(one)
     few = write_patches(tmp_path / "few", 1, left=True)
-    with pytest.raises(DatasetError, match="the class 'brick' has one image, which cannot be both"):
+    with pytest.raises(DatasetError, match="the class 'brick' must have two or more images, of "):
         split_folders(few)
     other = tmp_path / "other"
     write_patches(other / "train", 1, left=True, names=("brick", "grass"))
     write_patches(other / "valid", 1, left=True, names=("brick", "gravel"))
     message = (
-        r"the classes to train on and those held out differ: only .*train has grass; only .*valid "
-        r"has gravel; expected the same class folders in both"
+        r"to validate on must have the same class folders, got grass only in .*train and gravel "
+        r"only in .*valid$"
     )
     with pytest.raises(DatasetError, match=message):
         split_folders(other)
     (other / "train").rename(other / "learn")
-    message = "holds valid, which looks like a part of a data set, and 'learn', which do not; exp"
+    message = "got the part valid next to 'learn'; rename it, or move them"
     with pytest.raises(DatasetError, match=message):
         split_folders(other)
-    with pytest.raises(ArgumentError, match="valid_fraction=1 is no share; expected 0 < share < 1"):
+    with pytest.raises(ArgumentError, match=r"^valid_fraction must be between 0 and 1, got 1"):
         split_folders(few, 1)
-    with pytest.raises(DatasetError, match="absent does not exist"):
+    with pytest.raises(DatasetError, match=r"absent must be a folder .*, got nothing"):
         split_folders(tmp_path / "absent")
 
 
@@ -875,12 +874,12 @@ def test_the_command_from_folder_to_heatmap(tmp_path: Path, monkeypatch: Any) ->
     assert "wrote made/model\nwrote made/report/report.md\n" in ran.stdout
     assert ran.stdout.endswith("next: fcvgg heatmap photo.jpg --model made/model --scale 48\n")
     assert "fcvgg: skipped photos/brick/99.jpg is no image" in ran.stderr
-    counted = "3 of 15 files left out: 2 .xyz (no image that can be read), 1 .jpg (could not be"
+    counted = "3 of 15 files left out: 2 .xyz (not a readable image), 1 .jpg (could not be"
     assert f"fcvgg: {counted} read)\n" in ran.stderr
     assert "epoch 2/2  train acc " in ran.stderr
     report = (tmp_path / "made/report/report.md").read_text()
     assert f"\n## Files left out\n\n{counted} read).\n" in report
-    assert "\n- photos/grass/1.xyz: no image that can be read\n" in report
+    assert "\n- photos/grass/1.xyz: not a readable image\n" in report
     assert "\n- photos/brick/99.jpg is no image that Pillow can read" in report
     skimage = Image.fromarray(skimage_data.brick()[:100, :150])
     skimage.save("photo.jpg")
@@ -919,7 +918,7 @@ def test_an_own_network_of_one_channel(textures: Path, tmp_path: Path) -> None:
             ["--strategy", "all", "--freeze-upto", "pool1"],
             "--freeze-upto must go with the strategy",
         ),
-        (["--valid-fraction", "2"], "--valid-fraction 2.0 is no share; expected 0 < share < 1"),
+        (["--valid-fraction", "2"], "--valid-fraction must be between 0 and 1, got 2.0"),
         (["--devices", "none"], "devices must be 'auto' or an integer of at least 1, got 'none'"),
         (["--lr", "1e12", "--optimizer", "sgd", "--strategy", "all"], "choose a smaller --lr"),
     ],

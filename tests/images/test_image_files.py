@@ -98,7 +98,7 @@ def test_other_endings_are_decided_by_content(tmp_path: Path) -> None:
     ]
     assert {one.reason for one in listed.skipped} == {NO_IMAGE}
     assert all(one.passed_over for one in listed.skipped)
-    assert str(listed.skipped[0]) == f"{tmp_path}/README: no image that can be read"
+    assert str(listed.skipped[0]) == f"{tmp_path}/README: not a readable image"
 
 
 def test_hidden_files_are_listed_and_leftovers_are_not(tmp_path: Path) -> None:
@@ -210,10 +210,10 @@ def test_folders_that_cannot_be_listed(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_the_summary_counts_by_ending_and_reason() -> None:
     skipped = [Unreadable(f"d/{i}.xyz", NO_IMAGE, True) for i in range(16)]
-    assert left_out(skipped, 8) == ("16 of 24 files left out: 16 .xyz (no image that can be read)")
+    assert left_out(skipped, 8) == ("16 of 24 files left out: 16 .xyz (not a readable image)")
     skipped += [Unreadable("d/a.JPG", "it is broken"), Unreadable("d/.x", "a hidden file", True)]
     assert left_out(skipped, 8).endswith(
-        "16 .xyz (no image that can be read), 1 .jpg (could not be read), 1 without an ending "
+        "16 .xyz (not a readable image), 1 .jpg (could not be read), 1 without an ending "
         "(a hidden file)"
     )
     many = [Unreadable(f"d/a.e{i}", NO_IMAGE, True) for i in range(9)]
@@ -239,9 +239,9 @@ def test_what_lies_beside_class_folders_is_listed(tmp_path: Path) -> None:
     found = class_files(tmp_path)
     assert found.classes == ("a", "b")
     assert [str(one) for one in found.skipped] == [
-        f"{tmp_path}/loose.png: an image in no class folder",
-        f"{tmp_path}/README.md: no image that can be read",
-        f"{tmp_path}/a/notes.txt: no image that can be read",
+        f"{tmp_path}/loose.png: an image outside the class folders",
+        f"{tmp_path}/README.md: not a readable image",
+        f"{tmp_path}/a/notes.txt: not a readable image",
     ]
 
 
@@ -256,7 +256,7 @@ def test_parts_are_known_by_name(tmp_path: Path, train: str, valid: str) -> None
     assert (parts.train, parts.valid, parts.test) == (
         *(tmp_path / train, tmp_path / valid, tmp_path / "Testing"),
     )
-    assert parts.to_judge_by() == tmp_path / "Testing"
+    assert parts.evaluation_part() == tmp_path / "Testing"
     assert [Path(one.name).name for one in parts.skipped] == ["labels.csv"]
     found = class_folders(tmp_path)
     assert found.folder == tmp_path / train
@@ -271,15 +271,15 @@ def test_a_test_part_without_class_folders_does_not_judge(tmp_path: Path) -> Non
     parts = parts_of(tmp_path)
     assert parts is not None
     message = (
-        "has train and test and neither a test nor a valid with class folders; expected a part to "
-        r"judge by, or pass .*train$"
+        "must have a part test or valid with class folders, got train and test; pass .*train to "
+        "evaluate on it$"
     )
     with pytest.raises(DatasetError, match=message):
-        parts.to_judge_by()
+        parts.evaluation_part()
     classes(tmp_path / "val", "a", "b")
     parts = parts_of(tmp_path)
     assert parts is not None
-    assert parts.to_judge_by() == tmp_path / "val"
+    assert parts.evaluation_part() == tmp_path / "val"
 
 
 def test_of_two_parts_for_one_end_the_usual_name_counts(tmp_path: Path) -> None:
@@ -289,10 +289,10 @@ def test_of_two_parts_for_one_end_the_usual_name_counts(tmp_path: Path) -> None:
     assert parts is not None
     assert parts.valid == tmp_path / "val"
     assert [str(one) for one in parts.skipped] == [
-        f"{tmp_path}/{name}: a folder beside the parts" for name in ("eval", "extra")
+        f"{tmp_path}/{name}: a folder that is not a part" for name in ("eval", "extra")
     ]
     classes(tmp_path / "training", "a", "b")
-    with pytest.raises(DatasetError, match="2 parts to train on, 'train', 'training'; expected on"):
+    with pytest.raises(DatasetError, match=r"one part to train on, got 'train', 'training'$"):
         parts_of(tmp_path)
 
 
@@ -309,47 +309,46 @@ def test_classes_may_be_called_like_parts(tmp_path: Path) -> None:
     [
         (
             ["fold1/a/1.png", "fold1/b/1.png", "fold2/a/1.png", "fold2/b/1.png", "fold2/c/1.png"],
-            "'fold1', 'fold2' in data all hold the folders 'a', 'b' and no images, so they are "
-            "parts of a data set and no classes; expected parts called train, valid and test, or "
-            "pass one of them",
+            "data must hold classes, or parts called train, valid and test, got 'fold1', 'fold2', "
+            "which all hold the folders 'a', 'b'; rename them, or pass one of them",
         ),
         (
             ["a/train/1.png", "a/val/1.png", "b/train/1.png", "b/val/1.png"],
-            "every class folder of data holds the parts 'train', 'val'; expected the parts above "
-            "the classes: data/train/a/photo.jpg",
+            "data must hold its parts above the classes, such as data/train/a/photo.jpg, got "
+            "'train', 'val' in every class folder",
         ),
         (
             ["seg_train/seg_train/a/1.png", "seg_test/seg_test/a/1.png", "seg_pred/seg_pred/1.png"],
-            "'seg_pred', 'seg_test', 'seg_train' in data hold no images but folders, and look like "
-            "parts of a data set; expected parts called train, valid and test, or pass one of",
+            "data must hold classes, or parts called train, valid and test, got 'seg_pred', "
+            "'seg_test', 'seg_train', which hold folders only; rename them, or pass one of",
         ),
         (
             ["train/1.png", "test/1.png"],
-            "data holds the parts 'test', 'train', and these images and no class folders; expected "
-            "test/CLASS/photo.jpg",
+            "data must hold images such as test/CLASS/photo.jpg, got parts without class folders, "
+            "'test', 'train'",
         ),
         (
             ["train/steam/1.png", "train/diesel/1.png", "car/1.png"],
-            "data holds train, which looks like a part of a data set, and 'car', which do not; "
-            "expected parts called train, valid and test, or class folders only",
+            "data must hold classes, or parts called train, valid and test, got the part train "
+            "next to 'car'; rename it, or move them",
         ),
         (
             ["val/a/1.png", "val/b/1.png"],
-            "data has val and no train; expected a part to train on, or pass data/val",
+            "data must have a part to train on, got val; pass data/val to train on it",
         ),
         (
             ["images/1.png", "Masks/1.png"],
-            "data holds 'Masks', 'images', which are no classes",
+            "data must have one folder per class, got 'Masks', 'images'; pass images with masks",
         ),
         (
             ["train/images/1.png", "train/masks/1.png", "val/images/1.png", "val/masks/1.png"],
-            "data/train holds 'images', 'masks', which are no classes; expected one folder per "
-            "class, or pass images with masks to fcvgg.train_fcn",
+            "data/train must have one folder per class, got 'images', 'masks'; pass images with "
+            "masks to fcvgg.train_fcn",
         ),
         (
             ["mri/a/1.png", "mri/b/1.png"],
-            "data has one class folder, mri; expected two or more, one per class; to use the "
-            "folders in it, pass data/mri",
+            "data must have two or more class folders, got one, mri; to use the folders in it, "
+            "pass data/mri",
         ),
     ],
 )
@@ -382,21 +381,23 @@ def test_class_folders_say_why_they_give_no_image(tmp_path: Path) -> None:
         text(tmp_path / "b" / f"{i}.tif")
     text(tmp_path / "b" / "notes.xml")
     message = (
-        r"the class folder .*b gives no image: none of its 3 can be read: 0\.tif .*: "
-        r"1 of 4 files left out: 1 \.xml \(no image that can be read\)$"
+        r"the class folder .*b must hold readable images, got 3 that cannot be read: 0\.tif .*: "
+        r"1 of 4 files left out: 1 \.xml \(not a readable image\)$"
     )
     with pytest.raises(DatasetError, match=message):
         class_folders(tmp_path)
     for path in (tmp_path / "b").glob("*.tif"):
         path.unlink()
-    message = r"b gives no image: its files are not used: 1 of 1 files left out: 1 \.xml \(no im"
+    message = (
+        r"b must hold readable images, got other files: 1 of 1 files left out: 1 \.xml \(not a"
+    )
     with pytest.raises(DatasetError, match=message):
         class_folders(tmp_path)
     (tmp_path / "only").mkdir()
     (tmp_path / "b").rename(tmp_path / "only" / "b")
     message = (
-        r"no images under .*only; expected files such as only/b/photo\.jpg \(1 of 1 files left "
-        r"out: 1 \.xml \(no image"
+        r"only must hold images such as only/b/photo\.jpg, got none \(1 of 1 files left "
+        r"out: 1 \.xml \(not a "
     )
     with pytest.raises(DatasetError, match=message):
         class_files(tmp_path / "only")

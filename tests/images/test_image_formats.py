@@ -903,10 +903,8 @@ def test_the_command_line_names_its_own_remedies(
         (line,) = ran.stderr.splitlines()
         assert line.endswith("choose 3 of them: --bands 0,1,2")
         ran = run(name, "scene.tif", *options, "-m", "net", "--range", "5")
-        assert (ran.exit_code, ran.stderr.strip()) == (
-            2,
-            "fcvgg: error: --range must be two different numbers LOW,HIGH, got '5'",
-        )
+        assert ran.exit_code == 2
+        assert "'5' is not two different numbers LOW,HIGH" in " ".join(ran.stderr.split())
     ran = run("classify", "four.tif", "-m", "net", "--full-size", "--json", "--bands", "2,1,0")
     assert ran.exit_code == 0, ran.output
     expected = net_for(BYTES).classify(ALPHA[..., [2, 1, 0]]).max()
@@ -940,7 +938,7 @@ def test_a_range_on_the_command_line(
 
 def test_a_range_beside_what_the_source_says() -> None:
     """As ``fcvgg finetune --range`` hands it on."""
-    own = OwnPreprocess(value_range="0,4095")
+    own = OwnPreprocess(value_range=(0, 4095))
     source = load_pretrained("demo", None, own.preprocess_for, None)
     assert source.preprocess.value_range == (0, 4095)
     assert replace(source.preprocess, value_range=None) == fcvgg.load("demo").preprocess
@@ -961,7 +959,7 @@ def test_missing_data_on_the_command_line(tmp_path: Path, monkeypatch: pytest.Mo
         assert 0 < np.isnan(scores).mean() < 0.5
     ran = run("stream", "a.tif", "-m", "net", "-o", "c.zarr", "--nodata", "black")
     assert ran.exit_code == 2
-    assert "--nodata must be a number or 'file', got 'black'" in ran.stderr
+    assert "'black' is neither a number nor 'file'" in " ".join(ran.stderr.split())
 
 
 def _scene_with_a_hole(value: float) -> Any:
@@ -1005,7 +1003,7 @@ def test_a_declared_nodata_value_is_noted_once_or_left_out(
     assert ran.exit_code == 2
     assert 'its nodata is none, not "-9999.0"' in ran.stderr
     ran = run("classify", "a.tif", *own, "--nodata", "black")
-    assert "--nodata must be a number or 'file', got 'black'" in ran.stderr
+    assert "'black' is neither a number nor 'file'" in " ".join(ran.stderr.split())
 
 
 def test_an_image_without_a_class_says_what_gives_one(

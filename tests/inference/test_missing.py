@@ -20,8 +20,8 @@ from torch import Tensor, nn
 import fcvgg
 from fcvgg.inference import blocks
 from fcvgg.inference.missing import missing_pixels
-from fcvgg.inference.sliding import STRIP_RULES
 from fcvgg.optimization.onednn import has_bfloat16
+from fcvgg.rewriting.rules.registry import KINDS, LayerKind
 from fcvgg.streaming.execution import bands
 from fcvgg.streaming.job import StreamJob
 from fcvgg.streaming.strip_plan import StripPlan
@@ -293,7 +293,7 @@ def test_a_layer_without_a_rule_for_strips_is_known_by_its_windows(
     net = made("padded")
     batch = holed(net, NAN)
     expected = oracle(net, batch)
-    monkeypatch.delitem(STRIP_RULES, nn.MaxPool2d)
+    monkeypatch.setitem(KINDS, nn.MaxPool2d, LayerKind())
     with torch.no_grad():
         assert_same(net(batch), expected)
 

@@ -125,10 +125,10 @@ def test_boxes_are_drawn_without_an_image_and_at_the_smallest_size() -> None:
 @pytest.mark.parametrize("value", [-0.1, 1.1, float("nan")])
 def test_errors(net, value) -> None:
     heatmap = net.heatmap(images(3, 40, 40), 0)
-    with pytest.raises(fcvgg.ArgumentError, match=r"threshold=.* is no share; expected a value in"):
+    with pytest.raises(fcvgg.ArgumentError, match=r"^threshold must be in \[0, 1\], got"):
         heatmap.boxes(value)
-    with pytest.raises(fcvgg.ArgumentError, match=r"overlap=.* is no share"):
+    with pytest.raises(fcvgg.ArgumentError, match=r"^overlap must be in \[0, 1\], got"):
         heatmap.boxes(0.5, value)
     bare = fcvgg.Heatmap(heatmap.values, heatmap.coverage)
-    with pytest.raises(fcvgg.ArgumentError, match=r"holds no cells.*make it with net\.heatmap"):
+    with pytest.raises(fcvgg.ArgumentError, match=r"must hold windows.*make it with net\.heatmap"):
         bare.boxes()

@@ -68,7 +68,9 @@ def test_the_top_class_is_shown_by_default(net, image):
 
 
 def test_a_score_map_without_an_image_is_refused(net):
-    with pytest.raises(fcvgg.ImageError, match="made from a tensor and has no image to show"):
+    with pytest.raises(
+        fcvgg.ImageError, match="must have an image to show, got one made from a tensor"
+    ):
         side_by_side(net.score_map(torch.zeros(3, 40, 40)))
 
 

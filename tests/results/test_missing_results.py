@@ -97,7 +97,7 @@ def test_a_map_without_data() -> None:
     assert (made.label_map() == -1).all()
     refused = (made.top, made.heatmap, lambda: made.heatmap(1), made.plot)
     for call in (*refused, lambda: pyramid_heatmap([made, made], 0)):
-        with pytest.raises(fcvgg.ImageError, match=r"^no cell of the score map has data: every"):
+        with pytest.raises(fcvgg.ImageError, match=r"^the score map must have a cell with data"):
             call()
     assert made.plot_labels().get_legend() is None
 
@@ -191,7 +191,7 @@ def test_a_heatmap_whose_cells_with_data_reach_no_pixel(whole) -> None:
     assert repr(heatmap) == "Heatmap('b', 70x90, no data)"
     assert heatmap.plot().get_title() == "b: no data"
     assert replace(whole, scores=scores).plot().axes[1].get_title().endswith("no peak")
-    with pytest.raises(fcvgg.ImageError, match="has no pixel with data, so it has no peak"):
+    with pytest.raises(fcvgg.ImageError, match="must have a pixel with data to have a peak"):
         _ = heatmap.peak
 
 

@@ -118,7 +118,7 @@ def test_resample_keeps_the_dtype(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("size", [0, (0, 3), "x"])
 def test_resample_refuses_what_is_no_size(size: object) -> None:
-    with pytest.raises(fcvgg.GeometryError, match="is not an image size; expected a positive int"):
+    with pytest.raises(fcvgg.GeometryError, match="size must be a positive int or"):
         score_map((2, 2)).resample(size)  # type: ignore[arg-type]
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import fcvgg
 from fcvgg.rewriting.rules import elementwise, pooling
-from fcvgg.rewriting.rules.registry import RULES
+from fcvgg.rewriting.rules.registry import KINDS
 
 OPERANDS: dict[str, Callable[[Tensor], tuple[Any, ...]]] = {
     "one map": lambda x: (x,),
@@ -37,9 +37,10 @@ def cases() -> dict[str, list[tuple[Any, Any]]]:
     """By name, every function and method with each kind of operands that torch lets it have."""
     x = torch.rand(2, 4, 6, 6, dtype=torch.float64) + 0.1
     found: dict[str, list[tuple[Any, Any]]] = {}
-    for target, rule in RULES.items():
-        ours = rule.__module__ == elementwise.__name__ or rule is pooling.maximum
-        if not ours or isinstance(target, type) or rule is elementwise.dropout or target == "to":
+    for target, kind in KINDS.items():
+        ours = kind.elementwise or kind.rewrite is pooling.maximum
+        drops = kind.rewrite is elementwise.dropout
+        if not ours or isinstance(target, type) or drops or target == "to":
             continue
         for operands in OPERANDS.values():
             try:

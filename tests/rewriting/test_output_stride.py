@@ -230,7 +230,7 @@ def test_a_stride_that_does_not_divide_is_refused(stride: int) -> None:
 
 @pytest.mark.parametrize("stride", [0, -2, 1.5, "8"])
 def test_a_stride_that_is_no_positive_integer_is_refused(stride: object) -> None:
-    with pytest.raises(fcvgg.ArgumentError, match="is no positive integer"):
+    with pytest.raises(fcvgg.ArgumentError, match="output_stride must be a positive integer"):
         fcvgg.convert(seeded(TinyVGG), output_stride=stride)
 
 

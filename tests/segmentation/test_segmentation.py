@@ -542,7 +542,7 @@ def test_a_label_map_is_drawn_and_saved(tmp_path: Path) -> None:
     ax = label_map.plot()
     texts = [t.get_text() for t in ax.figure.legends[0].get_texts()]
     assert texts == ["dark (40%)", "light (60%)"]
-    with pytest.raises(fcvgg.ArgumentError, match="alpha=2 is no opacity"):
+    with pytest.raises(fcvgg.ArgumentError, match=r"^alpha must be in \[0, 1\], got 2$"):
         label_map.overlay(2)
     with pytest.raises(fcvgg.ImageError, match=r"path must be a name in .png, got 'labels.jpg'"):
         label_map.save(tmp_path / "labels.jpg")
@@ -718,9 +718,7 @@ def test_bad_folders_are_refused_in_one_line(tmp_path: Path) -> None:
         path.unlink()
     refused(r"there are no images in .*images$")
     (folder / "images" / "0.xyz").write_text("no image")
-    refused(
-        r"no images in .*images \(1 of 1 files left out: 1 \.xyz \(no image that can be read\)\)"
-    )
+    refused(r"no images in .*images \(1 of 1 files left out: 1 \.xyz \(not a readable image\)\)")
 
 
 @pytest.mark.parametrize(
@@ -831,7 +829,7 @@ def test_every_file_is_paired_or_listed(tmp_path: Path) -> None:
     assert [p.name for p in found.images] == ["0.jfif", "1.png", "2.png"]
     assert [p.name for p in found.masks] == ["0.png", "1.png", "2.png"]
     assert [str(one) for one in found.skipped] == [
-        f"{folder}/images/notes.txt: no image that can be read",
+        f"{folder}/images/notes.txt: not a readable image",
         f"{folder}/masks/alone.png: a mask of no image",
         f"{folder}/images/thumbs/0.png: there is no folder {folder}/masks/thumbs",
     ]
@@ -917,7 +915,7 @@ def test_parts_of_masked_images(
 
 def test_parts_without_one_to_train_on(tmp_path: Path) -> None:
     write_masked(tmp_path / "data" / "val")
-    message = "data has val and no train; expected a part to train on, or pass .*val"
+    message = "data must have a part to train on, got val; pass .*val to train on it"
     with pytest.raises(fcvgg.DatasetError, match=message):
         train_and_valid(tmp_path / "data", CLASSES)
     message = (

@@ -12,7 +12,7 @@ from torch import nn
 
 import fcvgg
 from fcvgg.rewriting.rules import pointwise
-from fcvgg.rewriting.rules.registry import RULES
+from fcvgg.rewriting.rules.registry import KINDS, LayerKind
 from fcvgg.serialization import graph_data
 from fcvgg.serialization.tensor_table import CONFIG, TENSORS, checksum
 
@@ -476,17 +476,17 @@ def test_every_function_with_a_rule_can_be_saved():
     known = set(graph_data.functions().values())
     shipped = {
         target
-        for target in RULES
+        for target in KINDS
         if callable(target) and not isinstance(target, type) and target.__module__ != __name__
     }
     assert shipped <= known
-    methods = {t for t in RULES if isinstance(t, str) and hasattr(torch.Tensor, t)}
+    methods = {t for t in KINDS if isinstance(t, str) and hasattr(torch.Tensor, t)}
     assert methods <= set(graph_data._METHODS.split())
 
 
 def test_registering_a_rule_does_not_widen_what_files_may_call(bundle, monkeypatch):
-    monkeypatch.setitem(RULES, torch.save, None)
-    monkeypatch.setitem(RULES, "numpy", None)
+    monkeypatch.setitem(KINDS, torch.save, LayerKind())
+    monkeypatch.setitem(KINDS, "numpy", LayerKind())
     edited(bundle, lambda c: call_a_function(c, "torch.save"))
     refused(bundle, "calls 'torch.save', which no bundle may call")
     edited(bundle, lambda c: node(c, "call_function").update(op="call_method", target="numpy"))
@@ -500,7 +500,7 @@ class Cubed(nn.Module):
 
 def test_own_functions_are_refused_and_own_layers_load_where_registered(tmp_path, monkeypatch):
     for target in (torch.sinc, Cubed):
-        monkeypatch.setitem(RULES, target, None)
+        monkeypatch.setitem(KINDS, target, LayerKind())
         pointwise(target)
 
     class Own(nn.Module):
@@ -520,7 +520,7 @@ def test_own_functions_are_refused_and_own_layers_load_where_registered(tmp_path
     bundle = net.save(tmp_path / "layer")
     images = torch.randn(1, 3, 5, 5)
     assert_restored(net, fcvgg.load(bundle), images)
-    monkeypatch.delitem(RULES, Cubed)
+    monkeypatch.delitem(KINDS, Cubed)
     refused(bundle, "Cubed, which this fcvgg has no rule for; register its rule")
 
 

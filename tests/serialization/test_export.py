@@ -337,9 +337,11 @@ def test_what_torch_cannot_export_is_named(suffix, tmp_path, monkeypatch):
 
     for layer in (Odd, Sized):
         monkeypatch.setitem(
-            fcvgg.rewriting.rules.registry.RULES,
+            fcvgg.rewriting.rules.registry.KINDS,
             layer,
-            fcvgg.rewriting.rules.elementwise.act_elementwise,
+            fcvgg.rewriting.rules.registry.LayerKind(
+                rewrite=fcvgg.rewriting.rules.elementwise.act_elementwise
+            ),
         )
     if suffix == ".onnx":
         with pytest.raises(fcvgg.FcvggError, match=r"^torch.onnx cannot write 1 \(Odd\): [^\n]*$"):

@@ -80,10 +80,10 @@ def test_the_table_and_the_figure() -> None:
     probe = fcvgg.Probe(rows, chance=0.5, images=16)
     assert probe.best is rows[1]
     assert str(probe).splitlines() == [
-        "layer     features  accuracy  spread",
-        "pool1            8     0.625   0.125",
-        "pool2           12     0.875   0.125",
-        "(chance)               0.500        ",
+        "layer   features  accuracy  spread",
+        "pool1          8     0.625   0.125",
+        "pool2         12     0.875   0.125",
+        "chance               0.500",
     ]
     ax = probe.plot()
     assert ax.get_title() == "16 images: best at pool2, 87.5%"
@@ -135,7 +135,7 @@ def test_unreadable_images_are_listed_and_skipped(faces: Path, tmp_path: Path) -
     assert found.labels == (0, 1)
     assert found.counts == {"a": 1, "b": 1}
     assert [str(one) for one in found.skipped] == [
-        f"{tmp_path}/a/notes.txt: no image that can be read",
+        f"{tmp_path}/a/notes.txt: not a readable image",
         f"{tmp_path}/a/broken.png is no image that Pillow can read; expected PNG, JPEG or the like",
     ]
 
@@ -143,12 +143,12 @@ def test_unreadable_images_are_listed_and_skipped(faces: Path, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ([], "has no class folders; expected images in"),
-        (["a/1.png"], "has one class folder, a; expected two or more, one per class"),
-        (["a/1.png", "b/"], "/b gives no image: it is empty"),
+        ([], "/CLASS/, got no folders"),
+        (["a/1.png"], "must have two or more class folders, got one, a"),
+        (["a/1.png", "b/"], "/b must hold readable images, got an empty folder"),
         (
             ["a/1.png", "b/broken.png"],
-            "/b gives no image: none of its 1 can be read: broken.png is no image that Pillow can",
+            "/b must hold readable images, got 1 that cannot be read: broken.png ",
         ),
     ],
 )
@@ -190,13 +190,13 @@ def test_the_command_takes_the_part_to_train_on(faces: Path, tmp_path: Path) -> 
     done = CliRunner().invoke(app, [*arguments, "-o", str(tmp_path / "probe.png")])
     assert done.exit_code == 0, done.output
     assert f"{tmp_path}/data/Train: face: 15 images, other: 15 images" in done.stdout
-    assert done.stderr == "fcvgg: 1 of 31 files left out: 1 .xyz (no image that can be read)\n"
+    assert done.stderr == "fcvgg: 1 of 31 files left out: 1 .xyz (not a readable image)\n"
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["absent"], "absent does not exist; expected a folder with one folder per class"),
+        (["absent"], "absent must be a folder with one folder per class, got nothing of that name"),
         (["FACES", "--layers", "conv9_1"], "the model has no layer 'conv9_1' (near: "),
         (["FACES", "--folds", "40"], "class 'face' has 15 images, fewer than the 40 folds"),
         (["FACES", "--size", "4"], "needs at least (8, 8); pass --size"),

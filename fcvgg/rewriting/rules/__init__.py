@@ -25,9 +25,9 @@ from fcvgg.rewriting.rules import (
     reshaping,
 )
 from fcvgg.rewriting.rules.elementwise import pointwise
-from fcvgg.rewriting.rules.registry import is_known, rule, rule_for
+from fcvgg.rewriting.rules.registry import attributes, is_known, kind_for, rule
 from fcvgg.rewriting.rules.reshaping import moves
 
-__all__ = ["is_known", "moves", "pointwise", "rule", "rule_for"]
+__all__ = ["attributes", "is_known", "kind_for", "moves", "pointwise", "rule"]
 
 _RULES_LOADED = (channels, elementwise, fully_connected, pooling, refused, reshaping, convolution)

@@ -35,7 +35,7 @@ _BATCH_STATISTICS = (
 )
 
 
-@rule(nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm)
+@rule(nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm, positional=True)
 def batch_norm_module(build: Rewriter, call: Call, x: Any) -> Cells:
     norm = call.module
     assert isinstance(norm, (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm))
@@ -68,7 +68,7 @@ def _batch_norm2d(norm: nn.BatchNorm1d) -> nn.BatchNorm2d:
     return twin
 
 
-@rule(F.batch_norm)
+@rule(F.batch_norm, positional=True)
 def batch_norm(
     build: Rewriter,
     call: Call,
@@ -95,7 +95,7 @@ def batch_norm(
     return result
 
 
-@rule(nn.PReLU)
+@rule(nn.PReLU, positional=True)
 def prelu_module(build: Rewriter, call: Call, x: Any) -> Cells:
     assert isinstance(call.module, nn.PReLU)
     if call.module.weight.numel() > 1:
@@ -103,14 +103,14 @@ def prelu_module(build: Rewriter, call: Call, x: Any) -> Cells:
     return act_elementwise(build, call, x)
 
 
-@rule(F.prelu, torch.prelu, "prelu")
+@rule(F.prelu, torch.prelu, "prelu", positional=True)
 def prelu(build: Rewriter, call: Call, input: Any, weight: Constant) -> Cells:
     x = input if weight.value.numel() == 1 else build.features(call, input, 0)
     node = build.emit(call, (x, weight), {})
     return replace(x, node=node).computed_from([x])
 
 
-@rule(nn.LayerNorm)
+@rule(nn.LayerNorm, positional=True)
 def layer_norm_module(build: Rewriter, call: Call, x: Any) -> Cells:
     norm = call.module
     assert isinstance(norm, nn.LayerNorm)
@@ -126,7 +126,7 @@ def layer_norm_module(build: Rewriter, call: Call, x: Any) -> Cells:
     return result
 
 
-@rule(*calling("layer_norm"))
+@rule(*calling("layer_norm"), positional=True)
 def layer_norm(
     build: Rewriter,
     call: Call,
@@ -153,7 +153,7 @@ def _last_axis(build: Rewriter, call: Call, x: Any, shape: Sequence[int]) -> tup
     return features_of(build, call, x, -1)
 
 
-@rule(nn.LocalResponseNorm, nn.Softmax2d, *calling("local_response_norm"))
+@rule(nn.LocalResponseNorm, nn.Softmax2d, *calling("local_response_norm"), positional=True)
 def across_channels(build: Rewriter, call: Call, x: Any, *args: Any, **kwargs: Any) -> Cells:
     x = build.as_map(x, call)
     softmax = isinstance(call.module, nn.Softmax2d)
@@ -161,7 +161,7 @@ def across_channels(build: Rewriter, call: Call, x: Any, *args: Any, **kwargs: A
     return replace(x, node=node).meaning_of("probabilities" if softmax else "logits")
 
 
-@rule(*calling("normalize"))
+@rule(*calling("normalize"), positional=True)
 def normalize(
     build: Rewriter,
     call: Call,
@@ -176,19 +176,19 @@ def normalize(
     return replace(x, node=node).meaning_of("logits")
 
 
-@rule(nn.Softmax, nn.LogSoftmax)
+@rule(nn.Softmax, nn.LogSoftmax, positional=True)
 def softmax_module(build: Rewriter, call: Call, x: Any) -> Cells:
     return _softmax(build, call, x, call.module.dim, isinstance(call.module, nn.LogSoftmax))  # type: ignore
 
 
-@rule(*calling("softmax"))
+@rule(*calling("softmax"), positional=True)
 def softmax(
     build: Rewriter, call: Call, input: Any, dim: int | None = None, *_: Any, **__: Any
 ) -> Cells:
     return _softmax(build, call, input, dim, log=False)
 
 
-@rule(*calling("log_softmax"))
+@rule(*calling("log_softmax"), positional=True)
 def log_softmax(
     build: Rewriter, call: Call, input: Any, dim: int | None = None, *_: Any, **__: Any
 ) -> Cells:
@@ -214,7 +214,7 @@ def _axis(call: Call, x: Any, dim: Any) -> int:
     return axis
 
 
-@rule(*calling("cat", "concat", "concatenate"))
+@rule(*calling("cat", "concat", "concatenate"), positional=True)
 def cat(build: Rewriter, call: Call, tensors: Sequence[Any], dim: int = 0, **names: Any) -> Cells:
     dim = names.get("axis", dim)
     parts = [build.features(call, x, _axis(call, x, dim)) for x in tensors]
@@ -226,7 +226,7 @@ def cat(build: Rewriter, call: Call, tensors: Sequence[Any], dim: int = 0, **nam
         )
     channels = sum(p.extent[0] for p in parts)
     node = build.emit_function(call, torch.cat, list(parts), 1)
-    step = build.join(parts, call)
+    step = build.join(parts, call, node)
     result = with_channels(parts[0], axis, channels, node=node, step=step).joined_with(parts)
     same = len({(p.activation, p.share) for p in parts}) == 1
     return result.alike(parts[0]) if same else result.computed_from(parts)

@@ -124,7 +124,7 @@ def conv2d(
     return build.window(call, x, windows, emit, weight.value.numel(), "Conv2d")
 
 
-@rule(nn.ZeroPad2d, nn.ConstantPad2d, nn.ReflectionPad2d, nn.ReplicationPad2d)
+@rule(nn.ZeroPad2d, nn.ConstantPad2d, nn.ReflectionPad2d, nn.ReplicationPad2d, has_extent=True)
 def pad_module(build: Rewriter, call: Call, x: Any) -> Cells:
     module: Any = call.module
     modes = {nn.ReflectionPad2d: "reflect", nn.ReplicationPad2d: "replicate"}
@@ -132,7 +132,7 @@ def pad_module(build: Rewriter, call: Call, x: Any) -> Cells:
     return pad(build, call, x, module.padding, mode, getattr(module, "value", 0.0))
 
 
-@rule(F.pad)
+@rule(F.pad, has_extent=True)
 def pad(
     build: Rewriter,
     call: Call,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from math import inf
 from math import log as log_of
 from typing import Any
@@ -18,12 +19,22 @@ from fcvgg.geometry import Window
 from fcvgg.rewriting.layouts import Cells, Constant, channels_along
 from fcvgg.rewriting.modules import TrainingOnly
 from fcvgg.rewriting.rewriter import Call, Rewriter
-from fcvgg.rewriting.rules.registry import RULES, calling, rule
+from fcvgg.rewriting.rules.registry import calling, register, rule
+
+_ELEMENTWISE = {"elementwise": True, "positional": True}
 
 
-def pointwise(*targets: Any) -> None:
-    """Register layers and functions that act on each element, or combine values elementwise."""
-    RULES.update(dict.fromkeys(targets, act_elementwise))
+def pointwise(*targets: Any, **known: Any) -> None:
+    """Register layers and functions that act on each element, or combine values elementwise.
+
+    Args:
+        targets: module classes, functions and method names.
+        known: further fields of `fcvgg.rewriting.rules.registry.LayerKind`.
+    """
+    register(*targets, rewrite=act_elementwise, **_ELEMENTWISE, **known)
+
+
+elementwise_rule = partial(rule, **_ELEMENTWISE)
 
 
 def act_elementwise(
@@ -50,7 +61,7 @@ def act_elementwise(
         node = build.emit(call, args, kwargs)
     else:
         node = build.emit_function(call, as_function, *args, **kwargs)
-    step = build.join(aligned, call) if len(aligned) > 1 else first.step
+    step = build.join(aligned, call, node) if len(aligned) > 1 else first.step
     result = replace(first, node=node, step=step).computed_from(aligned).joined_with(aligned)
     if call.parameters():
         build.record(call, call.kind, (Window(), Window()), result)
@@ -124,7 +135,7 @@ pointwise(
 )
 
 
-@rule(
+@elementwise_rule(
     *(nn.Dropout, nn.AlphaDropout, nn.Dropout2d, nn.FeatureAlphaDropout),
     *("float", "half", "double", "bfloat16", "to", "type", "type_as"),
     *calling("clone"),  # emitted, since a layer that works in place may follow
@@ -136,13 +147,13 @@ def keep(build: Rewriter, call: Call, x: Any, *rest: Any, **names: Any) -> Any:
     return result.alike(x) if isinstance(x, Cells) else result
 
 
-@rule(*calling("exp"))
+@elementwise_rule(*calling("exp"))
 def exp(build: Rewriter, call: Call, x: Any) -> Any:
     result = act_elementwise(build, call, x)
     return result.meaning_of("probabilities") if _is(x, "log_probabilities") else result
 
 
-@rule(*calling("log"))
+@elementwise_rule(*calling("log"))
 def log(build: Rewriter, call: Call, x: Any) -> Any:
     result = act_elementwise(build, call, x)
     return result.meaning_of("log_probabilities") if _is(x, *_PROBABILITIES) else result
@@ -155,7 +166,7 @@ def _is(x: Any, *meanings: str) -> bool:
     return isinstance(x, Cells) and x.meaning in meanings
 
 
-@rule(*calling("add", "add_", "iadd"))
+@elementwise_rule(*calling("add", "add_", "iadd"))
 def add(build: Rewriter, call: Call, *args: Any, **kwargs: Any) -> Any:
     result = act_elementwise(build, call, *args, **kwargs)
     first, *others = (*args, *kwargs.values())
@@ -172,7 +183,7 @@ def _is_zero(x: Any) -> bool:
     return isinstance(x, (int, float)) and x == 0
 
 
-@rule(*calling("mul", "mul_", "imul"))
+@elementwise_rule(*calling("mul", "mul_", "imul"))
 def mul(build: Rewriter, call: Call, *args: Any, **kwargs: Any) -> Any:
     result = act_elementwise(build, call, *args, **kwargs)
     first, *others = (*args, *kwargs.values())
@@ -181,7 +192,7 @@ def mul(build: Rewriter, call: Call, *args: Any, **kwargs: Any) -> Any:
     return _scaled(result, first, others[0]) if len(others) == 1 else result
 
 
-@rule(*calling("div", "div_", "truediv", "itruediv"))
+@elementwise_rule(*calling("div", "div_", "truediv", "itruediv"))
 def div(build: Rewriter, call: Call, *args: Any, **kwargs: Any) -> Any:
     result = act_elementwise(build, call, *args, **kwargs)
     first, *others = (*args, *kwargs.values())
@@ -197,13 +208,13 @@ def _scaled(result: Any, x: Any, factor: Any) -> Any:
     return result.meaning_of(x.activation, x.share * factor)
 
 
-@rule(nn.Hardtanh)
+@elementwise_rule(nn.Hardtanh)
 def hardtanh_module(build: Rewriter, call: Call, x: Any) -> Any:
     limits: Any = call.module
     return _clamped(act_elementwise(build, call, x), x, limits.min_val, limits.max_val)
 
 
-@rule(*calling("hardtanh"))
+@elementwise_rule(*calling("hardtanh"))
 def hardtanh(
     build: Rewriter,
     call: Call,
@@ -216,7 +227,7 @@ def hardtanh(
     return _clamped(result, input, min_val, max_val)
 
 
-@rule(*calling("clamp", "clamp_", "clip", "clip_"))
+@elementwise_rule(*calling("clamp", "clamp_", "clip", "clip_"))
 def clamp(build: Rewriter, call: Call, input: Any, min: Any = None, max: Any = None) -> Any:
     return _clamped(act_elementwise(build, call, input, min, max), input, min, max)
 
@@ -239,7 +250,7 @@ def _clamped(result: Any, x: Any, lowest: Any, highest: Any) -> Any:
     return result.alike(x) if holds or holds_logs else result
 
 
-@rule(F.alpha_dropout, F.feature_alpha_dropout)
+@elementwise_rule(F.alpha_dropout, F.feature_alpha_dropout)
 def alpha_dropout(
     build: Rewriter,
     call: Call,
@@ -251,7 +262,7 @@ def alpha_dropout(
     return dropout(build, call, x, p, training, inplace)
 
 
-@rule(F.dropout, F.dropout2d)
+@elementwise_rule(F.dropout, F.dropout2d)
 def dropout(
     build: Rewriter, call: Call, x: Any, p: float = 0.5, training: Any = True, inplace: bool = False
 ) -> Any:
@@ -263,11 +274,11 @@ def dropout(
     return keep(build, call, x, p, training, inplace)
 
 
-@rule(nn.Sigmoid, nn.Hardsigmoid, *calling("sigmoid", "sigmoid_", "hardsigmoid"))
+@elementwise_rule(nn.Sigmoid, nn.Hardsigmoid, *calling("sigmoid", "sigmoid_", "hardsigmoid"))
 def sigmoid(build: Rewriter, call: Call, x: Any, *rest: Any, **names: Any) -> Any:
     return act_elementwise(build, call, x, *rest, **names).meaning_of("sigmoid")
 
 
-@rule(nn.LogSigmoid, *calling("logsigmoid"))
+@elementwise_rule(nn.LogSigmoid, *calling("logsigmoid"))
 def log_sigmoid(build: Rewriter, call: Call, x: Any) -> Any:
     return act_elementwise(build, call, x).meaning_of("log_probabilities")

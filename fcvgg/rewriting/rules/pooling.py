@@ -21,13 +21,9 @@ from fcvgg.rewriting.rules.convolution import (
     _pair,
     _settings,
     _windows,
-    conv2d,
-    conv2d_module,
-    pad,
-    pad_module,
 )
 from fcvgg.rewriting.rules.elementwise import act_elementwise
-from fcvgg.rewriting.rules.registry import RULES, calling, class_of, rule
+from fcvgg.rewriting.rules.registry import KINDS, calling, kind_of, rule
 
 
 def pool_window(
@@ -105,24 +101,24 @@ def features_of(build: Rewriter, call: Call, x: Any, axis: int) -> tuple[Cells, 
     return build.features(call, gathered, axis), windows
 
 
-@rule(nn.AdaptiveAvgPool2d)
+@rule(nn.AdaptiveAvgPool2d, has_extent=True)
 def adaptive_avg_pool2d_module(build: Rewriter, call: Call, x: Any) -> Cells:
     return adaptive_avg_pool2d(build, call, x, call.module.output_size)  # type: ignore[union-attr]
 
 
-@rule(nn.AdaptiveMaxPool2d)
+@rule(nn.AdaptiveMaxPool2d, has_extent=True)
 def adaptive_max_pool2d_module(build: Rewriter, call: Call, x: Any) -> Cells:
     pool = call.module
     assert isinstance(pool, nn.AdaptiveMaxPool2d)
     return adaptive_max_pool2d(build, call, x, pool.output_size, pool.return_indices)
 
 
-@rule(*calling("adaptive_avg_pool2d"))
+@rule(*calling("adaptive_avg_pool2d"), has_extent=True)
 def adaptive_avg_pool2d(build: Rewriter, call: Call, input: Any, output_size: Any) -> Cells:
     return _adaptive(build, call, input, "avg", output_size)
 
 
-@rule(*calling("adaptive_max_pool2d"))
+@rule(*calling("adaptive_max_pool2d"), has_extent=True)
 def adaptive_max_pool2d(
     build: Rewriter, call: Call, input: Any, output_size: Any, return_indices: bool = False
 ) -> Cells:
@@ -156,7 +152,7 @@ def maximum(
     return _reduced(build, call, input, dim, keepdim, "max"), indices
 
 
-@rule(*calling("mean", "sum", "amax"))
+@rule(*calling("mean", "sum", "amax"), has_extent=True)
 def reduce_positions(
     build: Rewriter, call: Call, input: Any, dim: Any = None, keepdim: bool = False, **names: Any
 ) -> Any:
@@ -224,20 +220,20 @@ def _extent_follows(build: Rewriter, call: Call) -> bool:
 
 def _has_extent(node: fx.Node, module: nn.Module | None) -> bool:
     """Whether a layer of the source sees more than one position, or makes it so."""
-    found = RULES.get(class_of(module) if module is not None else node.target)
-    if found is conv2d_module:
+    found = kind_of(node, module)
+    if found is KINDS[nn.Conv2d]:
         settings: Any = module
         return _pair(settings.kernel_size) != (1, 1) or settings.padding not in (0, (0, 0), "valid")
-    if found is conv2d:
+    if found is KINDS[torch.conv2d]:
         weight = node.kwargs.get("weight", node.args[1] if len(node.args) > 1 else None)
         padding = node.kwargs.get("padding", node.args[4] if len(node.args) > 4 else 0)
         known = isinstance(weight, fx.Node) and "value" in weight.meta
         point = known and tuple(weight.meta["value"].shape[2:]) == (1, 1)  # type: ignore[union-attr]
         return not point or padding not in (0, (0, 0), "valid")
-    return found in _WITH_EXTENT
+    return found is not None and found.has_extent
 
 
-@rule(nn.MaxPool2d)
+@rule(nn.MaxPool2d, has_extent=True)
 def max_pool2d_module(build: Rewriter, call: Call, x: Any) -> Cells:
     pool = call.module
     assert isinstance(pool, nn.MaxPool2d)
@@ -247,7 +243,7 @@ def max_pool2d_module(build: Rewriter, call: Call, x: Any) -> Cells:
     )
 
 
-@rule(F.max_pool2d, torch.max_pool2d)
+@rule(F.max_pool2d, torch.max_pool2d, has_extent=True)
 def max_pool2d(
     build: Rewriter,
     call: Call,
@@ -284,7 +280,7 @@ def max_pool2d(
     return build.window(call, x, windows, emit, kind="MaxPool2d", pools="max")
 
 
-@rule(nn.AvgPool2d)
+@rule(nn.AvgPool2d, has_extent=True)
 def avg_pool2d_module(build: Rewriter, call: Call, x: Any) -> Cells:
     pool = call.module
     assert isinstance(pool, nn.AvgPool2d)
@@ -294,7 +290,7 @@ def avg_pool2d_module(build: Rewriter, call: Call, x: Any) -> Cells:
     )
 
 
-@rule(*calling("avg_pool2d"))
+@rule(*calling("avg_pool2d"), has_extent=True)
 def avg_pool2d(
     build: Rewriter,
     call: Call,
@@ -326,10 +322,3 @@ def avg_pool2d(
     plain = divisor_override is None and not any(w.before for w in windows)
     pools = "avg" if plain else "other"
     return build.window(call, x, windows, emit, kind="AvgPool2d", pools=pools)
-
-
-_WITH_EXTENT = {
-    *(max_pool2d_module, max_pool2d, avg_pool2d_module, avg_pool2d, pad_module, pad),
-    *(adaptive_avg_pool2d_module, adaptive_avg_pool2d, reduce_positions),
-    *(adaptive_max_pool2d_module, adaptive_max_pool2d),
-}

@@ -1,9 +1,10 @@
-"""The table of rules: what each known layer or function becomes on maps."""
+"""One record per layer kind: all that the package knows of a layer, in every form of it."""
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,8 +16,39 @@ from fcvgg.rewriting.rewriter import Call
 
 Rule = Callable[..., Any]
 
-RULES: dict[Any, Rule] = {}
-"""From a module class, a function or the name of a Tensor method to its rule."""
+
+@dataclass(frozen=True)
+class LayerKind:
+    """What is known of one kind of layer.
+
+    Attributes:
+        rewrite: what a call in the source becomes on maps; None where only converted networks have
+            such layers.
+        arguments: gives a module's settings as the arguments of the function form, for `rewrite`
+            and `slides`; None where there are none.
+        slides: gives the `fcvgg.rewriting.sliding.Sliding` of a call in a converted network, which
+            reads several positions. It gets the arguments of the function without the map, or the
+            module where `arguments` is None.
+        positional: whether it computes every position of a map by itself.
+        elementwise: whether it computes every element of a map by itself.
+        has_extent: whether it reads several positions of the features, where `slides` does not
+            show that.
+    """
+
+    rewrite: Rule | None = None
+    arguments: Callable[[Any], Mapping[str, Any]] | None = None
+    slides: Callable[..., Any] | None = None
+    positional: bool = False
+    elementwise: bool = False
+    has_extent: bool = False
+
+    def settings_of(self, module: nn.Module | None) -> Mapping[str, Any]:
+        """The arguments that a module stands for; none for a function, whose call has them."""
+        return {} if module is None or self.arguments is None else self.arguments(module)
+
+
+KINDS: dict[Any, LayerKind] = {}
+"""From a module class, a function or the name of a Tensor method to the record of its kind."""
 
 REFUSED: dict[Any, str] = {}
 """Layers and functions known to break the equivalence, with the reason."""
@@ -24,14 +56,35 @@ REFUSED: dict[Any, str] = {}
 ATTENTION = "attention mixes all positions, so a cell would change with the rest of the image"
 
 
-def rule(*targets: Any) -> Callable[[Rule], Rule]:
-    """Register a rule for module classes, functions and method names."""
+def register(*targets: Any, **known: Any) -> None:
+    """Record fields of `LayerKind` for module classes, functions and method names.
 
-    def register(function: Rule) -> Rule:
-        RULES.update(dict.fromkeys(targets, function))
+    Fields that are not given stay as they were recorded: a rule that takes the place of another one
+    changes how a layer is rewritten, not how it streams.
+    """
+    before = {target: KINDS.get(target, LayerKind()) for target in targets}
+    after = {kind: replace(kind, **known) for kind in before.values()}  # one for all the targets
+    KINDS.update({target: after[kind] for target, kind in before.items()})
+
+
+def rule(*targets: Any, **known: Any) -> Callable[[Rule], Rule]:
+    """Register a function as the rewriting rule of a layer kind, with further fields of its record.
+
+    Args:
+        targets: module classes, functions and method names.
+        known: fields of `LayerKind`.
+    """
+
+    def decorated(function: Rule) -> Rule:
+        register(*targets, rewrite=function, **known)
         return function
 
-    return register
+    return decorated
+
+
+def attributes(*names: str) -> Callable[[Any], Mapping[str, Any]]:
+    """For `LayerKind.arguments`: the attributes of a module that the function form has by name."""
+    return lambda module: {name: getattr(module, name) for name in names}
 
 
 def refuse(reason: str, *targets: Any) -> None:
@@ -39,16 +92,21 @@ def refuse(reason: str, *targets: Any) -> None:
     REFUSED.update(dict.fromkeys(targets, reason))
 
 
-def rule_for(node: fx.Node, module: nn.Module | None) -> Rule:
-    """The rule of a node in the source's graph.
+def kind_of(node: fx.Node, module: nn.Module | None) -> LayerKind | None:
+    """The record of what a node of the source's graph, or of a converted one, calls."""
+    return KINDS.get(class_of(module) if module is not None else node.target)
+
+
+def kind_for(node: fx.Node, module: nn.Module | None) -> LayerKind:
+    """The record with the rule by which a node of the source's graph is rewritten.
 
     Raises:
         RefusedLayerError: if the layer would not stay exact.
         UnsupportedLayerError: if there is no rule.
     """
-    target = class_of(module) if module is not None else node.target
-    if target in RULES:
-        return RULES[target]
+    kind = kind_of(node, module)
+    if kind is not None and kind.rewrite is not None:
+        return kind
     call = Call(node, module)
     reason = _refusal(call)
     if reason is not None:
@@ -74,13 +132,17 @@ def is_known(target: Any) -> bool:
     """
     if not isinstance(target, nn.Module):
         name = getattr(target, "__name__", str(target))
-        return target in RULES or target in REFUSED or "attention" in name
-    if class_of(target) in RULES or any(_is_a(target, cls) for cls in REFUSED):
+        return _has_rule(target) or target in REFUSED or "attention" in name
+    if _has_rule(class_of(target)) or any(_is_a(target, cls) for cls in REFUSED):
         return True
     containers = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
     return type(target).__module__.startswith("torch.nn.modules") and not isinstance(
         target, containers
     )
+
+
+def _has_rule(target: Any) -> bool:
+    return target in KINDS and KINDS[target].rewrite is not None
 
 
 def class_of(module: nn.Module) -> type:
@@ -92,7 +154,7 @@ def class_of(module: nn.Module) -> type:
     if nn.utils.parametrize.is_parametrized(module):
         cls = cls.__bases__[0]
     for base in cls.__mro__:
-        if base in RULES:
+        if base in KINDS:
             return base
         if set(vars(base)) - _HARMLESS:
             return cls

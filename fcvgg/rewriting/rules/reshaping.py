@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from fcvgg.errors import InputSizeError, UnsupportedLayerError
 from fcvgg.rewriting.layouts import Cells, Constant, rearranged
 from fcvgg.rewriting.rewriter import Call, Rewriter
-from fcvgg.rewriting.rules.registry import RULES, calling
+from fcvgg.rewriting.rules.registry import calling, register
 
 _SELECTIONS = {
     *calling("getitem", "narrow", "select", "unbind", "flip", "chunk", "split"),
@@ -20,9 +20,14 @@ _SELECTIONS = {
 """Functions that reach into the batch on purpose, not for want of the right size."""
 
 
-def moves(*targets: Any) -> None:
-    """Register functions that only rearrange or select elements; they act on the layout alone."""
-    RULES.update(dict.fromkeys(targets, _moves))
+def moves(*targets: Any, **known: Any) -> None:
+    """Register functions that only rearrange or select elements; they act on the layout alone.
+
+    Args:
+        targets: module classes, functions and method names.
+        known: further fields of `fcvgg.rewriting.rules.registry.LayerKind`.
+    """
+    register(*targets, rewrite=_moves, **known)
 
 
 def _moves(build: Rewriter, call: Call, x: Any, *args: Any, **kwargs: Any) -> Any:
@@ -59,9 +64,9 @@ def _moves(build: Rewriter, call: Call, x: Any, *args: Any, **kwargs: Any) -> An
 
 moves(
     *(nn.Flatten, nn.Unflatten, nn.Identity, nn.ChannelShuffle, operator.getitem),
-    *calling("flatten", "unflatten", "view", "reshape", "permute", "transpose", "movedim"),
+    *calling("flatten", "unflatten", "view", "reshape", "permute", "transpose"),
     *calling("swapaxes", "swapdims", "squeeze", "squeeze_", "unsqueeze", "unsqueeze_", "chunk"),
-    *calling("split", "narrow", "select", "unbind", "flip", "channel_shuffle", "index_select"),
-    *calling("fliplr", "flipud"),
+    *calling("split", "select", "unbind", "flip", "channel_shuffle", "fliplr", "flipud"),
     *calling("contiguous", "detach", "channels_last", "ravel", "moveaxis", "tensor_split"),
 )
+moves(*calling("narrow", "index_select", "movedim"), positional=True)  # rules emit them

@@ -1,0 +1,295 @@
+"""Which image classifiers convert: the architectures of torchvision, timm and transformers.
+
+Each architecture gets random weights and is converted. It is *exact* if, in float64, the network
+gives the model's scores at the native size and a shifted crop gives the shifted cell, both to
+1e-10 of the largest score. It is *refused* if `fcvgg.convert` says which layer keeps it from being
+exact. Anything else (*wrong*, *crash*, *timeout*) is a fault of fcvgg.
+
+The rows are kept in zoo.json, next to this script, and a table by family in zoo.md. A row that is
+there is not computed again, unless ``--again`` asks for it.
+
+Usage: python examples/benchmarks/zoo.py [--library timm] [--only 'resnet*'] [--again]
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.metadata
+import json
+import multiprocessing
+import os
+import resource
+import signal
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from fnmatch import fnmatch
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import torch
+import torchvision
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from zoo_models import TIMM, TRANSFORMERS
+
+import fcvgg
+
+LIMIT = 60
+"""Seconds of processor time for one model."""
+
+TOLERANCE = 1e-10
+CLASSES = 10
+SMALL_SIZES = (64, 128)
+"""Native sizes tried for a model that takes any, which save time."""
+
+RESULTS = ("exact", "refused", "wrong", "crash", "timeout")
+
+
+@dataclass(frozen=True)
+class Row:
+    """What became of one architecture; `error` is relative to the largest score."""
+
+    library: str
+    family: str
+    name: str
+    result: str
+    message: str
+    seconds: float
+    input_size: int | None = None
+    parameters: int | None = None
+    error: float | None = None
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One architecture: how it is built, and the size that its authors trained it at."""
+
+    library: str
+    family: str
+    name: str
+    build: Callable[[], nn.Module]
+    size: int = 224
+
+
+# -- the architectures ----------------------------------------------------------------------------
+
+
+def torchvision_entries() -> Iterator[Entry]:
+    """All classifiers of torchvision; its modules are the families."""
+    models = torchvision.models
+    for name in models.list_models(module=models):
+        family = models.get_model_builder(name).__module__.rpartition(".")[2]
+        options = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
+        size = 299 if name == "inception_v3" else 256 if name.startswith("swin_v2") else 224
+
+        def build(name: str = name, options: dict[str, bool] = options) -> nn.Module:
+            return models.get_model(name, weights=None, num_classes=CLASSES, **options)
+
+        yield Entry("torchvision", family, name, build, size)
+
+
+def timm_entries() -> Iterator[Entry]:
+    """Small members of every family of timm's; its modules are the families."""
+    import timm
+
+    for family, names in TIMM.items():
+        for name in names.split():
+
+            def build(name: str = name) -> nn.Module:
+                return timm.create_model(name, num_classes=CLASSES)
+
+            trained = timm.get_pretrained_cfg(name)
+            size = trained.test_input_size or trained.input_size if trained else (3, 224, 224)
+            yield Entry("timm", family, name, build, size[-1])
+
+
+def transformers_entries() -> Iterator[Entry]:
+    """Every image classifier of transformers, from its default configuration."""
+    from transformers import AutoConfig, AutoModelForImageClassification
+
+    for family, changes in TRANSFORMERS.items():
+
+        def build(family: str = family, changes: dict[str, object] = changes) -> nn.Module:
+            config = AutoConfig.for_model(family, num_labels=CLASSES, **changes)
+            return AutoModelForImageClassification.from_config(config)
+
+        yield Entry("transformers", family, family, build)
+
+
+LIBRARIES = {
+    "torchvision": torchvision_entries,
+    "timm": timm_entries,
+    "transformers": transformers_entries,
+}
+
+
+# -- one model ------------------------------------------------------------------------------------
+
+
+def examine(entry: Entry) -> Row:
+    """Convert one architecture and compare the two."""
+
+    def row(result: str, message: str, **more: int | float) -> Row:
+        seconds = round(time.process_time() - began, 1)
+        return Row(entry.library, entry.family, entry.name, result, message, seconds, **more)
+
+    began = time.process_time()
+    try:
+        try:
+            size = converting_size(entry)
+        except fcvgg.FcvggError as error:
+            return row("refused", str(error))
+        model = with_weights(entry, size)
+        net = fcvgg.convert(model, input_size=size, verify=False)
+        report = fcvgg.verify(model, net, tolerance=TOLERANCE)
+    except Exception as error:
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        return row("crash", f"{type(error).__name__}: {error} ({place.name})".replace("\n", " "))
+    error = max(report.max_rel_error, report.translation_error)
+    message = "" if error <= TOLERANCE else str(report)
+    parameters = sum(p.numel() for p in model.parameters())
+    known = {"input_size": size, "parameters": parameters, "error": error}
+    return row("wrong" if message else "exact", message, **known)
+
+
+def converting_size(entry: Entry) -> int:
+    """The size to convert at: what a fixed head asks for, or one as small as the layers allow.
+
+    The model is on the meta device, so that one which is refused needs no memory.
+
+    Raises:
+        FcvggError: if the model does not convert at the size that it was trained at.
+    """
+    model = built(entry, "meta")
+    fcvgg.convert(model, input_size=entry.size, verify=False)
+    for size in (None, *SMALL_SIZES):
+        with contextlib.suppress(fcvgg.FcvggError):
+            return fcvgg.convert(model, input_size=size, verify=False).input_size[0]
+    return entry.size
+
+
+def built(entry: Entry, device: str) -> nn.Module:
+    """The model without data, or with data where its code computes with it."""
+    try:
+        with torch.device(device):
+            return entry.build().eval()
+    except (RuntimeError, NotImplementedError):  # `.item()` of a tensor without data
+        return entry.build().eval()
+
+
+@torch.no_grad()
+def with_weights(entry: Entry, size: int) -> nn.Module:
+    """The model with random weights of which every one matters, in float64.
+
+    Layers that start as the identity, or as zero, would hide what becomes of their input. Batch
+    norms take the statistics of a batch of noise, so that signals neither vanish nor explode.
+    """
+    torch.manual_seed(0)
+    model = entry.build().double()
+    for parameter in model.parameters():
+        if parameter.numel() == 1 or parameter.ndim < 2 or parameter.std() == 0:
+            parameter += torch.empty_like(parameter).uniform_(-0.3, 0.3)
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    if norms:
+        model.train()
+        for norm in norms:
+            norm.momentum = 1.0
+        model(torch.randn(4, 3, size, size, dtype=torch.float64))
+    return model.eval()
+
+
+# -- each in a process of its own -----------------------------------------------------------------
+
+
+def examine_apart(entry: Entry) -> Row:
+    """Examine a model in a child process, whose time is limited and whose memory is given back."""
+    receiver, sender = multiprocessing.Pipe(duplex=False)
+    child = multiprocessing.get_context("fork").Process(
+        target=_examine_and_send, args=(entry, sender)
+    )
+    began = time.monotonic()
+    child.start()
+    sender.close()
+    row = None
+    with contextlib.suppress(EOFError):  # the child ended without a word
+        if receiver.poll(10 * LIMIT):  # processor time is what counts: the machine may be shared
+            row = receiver.recv()
+    child.kill()
+    child.join()
+    if row is not None:
+        return row
+    late = child.exitcode in (-signal.SIGXCPU, -signal.SIGKILL)
+    message = f"more than {LIMIT} s" if late else f"the process ended with {child.exitcode}"
+    result = "timeout" if late else "crash"
+    seconds = round(time.monotonic() - began, 1)
+    return Row(entry.library, entry.family, entry.name, result, message, seconds)
+
+
+def _examine_and_send(entry: Entry, sender: Connection) -> None:
+    used = int(time.process_time())  # a forked process starts at zero, others do not
+    resource.setrlimit(resource.RLIMIT_CPU, (used + LIMIT, used + LIMIT + 5))
+    warnings.simplefilter("ignore")
+    sender.send(examine(entry))
+
+
+# -- what is kept ---------------------------------------------------------------------------------
+
+
+def read(path: Path) -> list[Row]:
+    return [Row(**row) for row in json.loads(path.read_text())["rows"]] if path.exists() else []
+
+
+def write(rows: Iterable[Row], path: Path) -> None:
+    """zoo.json, one line for each row, and zoo.md; a run that is stopped leaves whole files."""
+    rows = sorted(rows, key=lambda r: (list(LIBRARIES).index(r.library), r.family, r.name))
+    libraries = sorted({row.library for row in rows})
+    versions = {name: importlib.metadata.version(name) for name in ("torch", *libraries)}
+    lines = ",\n".join(f"  {json.dumps(asdict(row))}" for row in rows)
+    text = f'{{\n "versions": {json.dumps(versions)},\n "rows": [\n{lines}\n ]\n}}\n'
+    for target, content in ((path, text), (path.with_suffix(".md"), table(rows))):
+        partial = target.with_suffix(".partial")
+        partial.write_text(content)
+        os.replace(partial, target)
+
+
+def counts(rows: Iterable[Row]) -> dict[str, int]:
+    """How many rows have each result."""
+    results = [row.result for row in rows]
+    return {result: results.count(result) for result in RESULTS if result in results}
+
+
+def table(rows: Iterable[Row]) -> str:
+    """One line for each family, as markdown."""
+    return "TODO\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--library", choices=LIBRARIES, help="One library instead of all.")
+    parser.add_argument(
+        "--only", default="*", metavar="PATTERN", help="Names to run, as 'resnet*'."
+    )
+    parser.add_argument("--again", action="store_true", help="Replace the rows that are there.")
+    parser.add_argument(
+        "--output", type=Path, default=Path(__file__).with_suffix(".json"), help="File of the rows."
+    )
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    rows = {(row.library, row.name): row for row in read(options.output)}
+    for library in [options.library] if options.library else LIBRARIES:
+        for entry in LIBRARIES[library]():
+            known = (library, entry.name) in rows and not options.again
+            if known or not fnmatch(entry.name, options.only):
+                continue
+            row = rows[library, entry.name] = examine_apart(entry)
+            print(f"{row.name:32} {row.result:8} {row.seconds:5.1f} s  {row.message}", flush=True)
+            write(rows.values(), options.output)
+    print(", ".join(f"{number} {result}" for result, number in counts(rows.values()).items()))
+
+
+if __name__ == "__main__":
+    main()

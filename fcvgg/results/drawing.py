@@ -1,0 +1,73 @@
+"""What figures share: sizes at which images are drawn, axes that count pixels, legends."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image
+
+from fcvgg.geometry import Pair
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+DRAWN = 1600
+"""Largest side of what a figure draws, in pixels, however large the image is."""
+
+
+def reduction(size: Sequence[int]) -> int:
+    """The step at which rows and columns are taken so that no side is longer than `DRAWN`."""
+    return -(-max(size) // DRAWN)
+
+
+def in_colours(image: Image.Image) -> Image.Image:
+    """The image in a mode that can be averaged: palettes and one-bit images cannot."""
+    return image if image.mode in ("L", "RGB") else image.convert("RGB")
+
+
+def resized(image: Image.Image, size: Pair) -> Image.Image:
+    """The image at another size ``(h, w)``; a smaller one averages, so that no detail is lost."""
+    if (image.height, image.width) == size:
+        return image
+    smaller = size[0] <= image.height and size[1] <= image.width
+    kind = Image.Resampling.BOX if smaller else Image.Resampling.BILINEAR
+    return in_colours(image).resize((size[1], size[0]), kind)
+
+
+def extent_of(size: Sequence[float]) -> tuple[float, float, float, float]:
+    """Left, right, bottom and top edge of an image ``(H, W)``, for ``Axes.imshow``."""
+    return -0.5, size[1] - 0.5, size[0] - 0.5, -0.5
+
+
+def frame(ax: Axes, size: Sequence[float]) -> None:
+    """Limit axes to an image ``(H, W)``, whose pixels they count, and hide ticks and spines."""
+    left, right, bottom, top = extent_of(size)
+    ax.set(xlim=(left, right), ylim=(bottom, top))
+    ax.set_axis_off()
+
+
+def draw_legend(ax: Axes, patches: Sequence[Any], title: str, own_figure: bool) -> None:
+    """Draw a legend to the right of an image.
+
+    Args:
+        ax: the image's axes.
+        patches: of matplotlib, with labels.
+        title: the legend's.
+        own_figure: whether the figure holds nothing else. Its constrained layout makes room for a
+            legend of the figure, but not for one outside an image's axes.
+    """
+    look: dict[str, Any] = {"title": title, "frameon": False, "alignment": "left"}
+    if own_figure:
+        ax.figure.legend(handles=patches, loc="outside right upper", **look)
+    else:
+        look |= {"loc": "upper left", "bbox_to_anchor": (1.01, 1), "borderaxespad": 0}
+        ax.legend(handles=patches, **look)
+
+
+def png_bytes(image: Image.Image) -> bytes:
+    """The image as a PNG, for notebooks."""
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
