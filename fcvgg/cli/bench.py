@@ -138,7 +138,8 @@ def run(
                 found = time_in_turns(networks, net, side, batch, repeat, clock, advance)
             timings += found
             if not as_json:
-                say(titled(f"{model}, {counted(batch, 'image')} per call", _table(found)))
+                images = f"{counted(batch, 'image')} of {side}x{side} per call"
+                say(titled(f"{model}, {images}", _table(found)))
                 say()
     rows = [asdict(t) | {"windows_per_second": t.windows_per_second} for t in timings]
     data: dict[str, Any] = {"model": model, "machine": machine, "clock": clock}
@@ -146,7 +147,8 @@ def run(
     if as_json:
         say_json(data)
     else:
-        say(f"{machine}, {clock} time; vs: by windows per second")
+        say(f"milliseconds per call, {clock} time; {machine}")
+        say("vs source, vs plain: windows per second, relative to theirs")
     if out is not None:
         with written_whole(folder(out) / "bench.json") as temporary:
             temporary.write_text(json.dumps(data, indent=1))
@@ -206,9 +208,9 @@ def _table(timings: list[Timing]) -> Table:
         place = by(timing.size), f"{timing.windows:,}"
         rows.append((timing.network, *place, median, f"{low} - {high}", *ratios))
     return table(
-        ("network", "images", "windows", "median ms", "quartiles", "vs source", "vs plain"), rows
+        ("network", "images", "windows", "median", "quartiles", "vs source", "vs plain"), rows
     )
 
 
 def _milliseconds(seconds: float) -> str:
-    return f"{1000 * seconds:,.{2 if seconds < 0.01 else 1 if seconds < 1 else 0}f}"
+    return f"{1000 * seconds:,.{2 if seconds < 0.01 else 1 if seconds < 0.1 else 0}f}"

@@ -34,9 +34,10 @@ def test_a_table_for_every_size_and_batch() -> None:
     assert ran.exit_code == 0, ran.output
     lines = ran.stdout.splitlines()
     assert [line for line in lines if line.startswith("demo, ")] == [
-        "demo, 1 image per call",
-        "demo, 2 images per call",
-    ] * 2
+        f"demo, {count} of {size}x{size} per call"
+        for size in (32, 64)
+        for count in ("1 image", "2 images")
+    ]
     rows = [line.split() for line in lines if line.strip().startswith(("source", "plain", "optim"))]
     assert [row[:3] for row in rows[:3]] == [
         [name, "32x32", "1"] for name in ("source", "plain", "optimized")
@@ -47,7 +48,7 @@ def test_a_table_for_every_size_and_batch() -> None:
         ["optimized", "64x64", "25"],
     ]
     assert all(row[-2 if row[0] == "source" else -1] == "1.00x" for row in rows[:2])
-    assert lines[-1].startswith(f"torch {torch.__version__}, ")
+    assert lines[-2].startswith(f"milliseconds per call, wall time; torch {torch.__version__}, ")
     assert max(map(len, lines)) <= 80
     assert not list(Path().glob("bench.*"))
 

@@ -98,10 +98,7 @@ def test_what_was_left_out_is_one_line_on_stderr(data: Path) -> None:
     shutil.copytree(data, "parts/Val")
     ran = run("evaluate", "parts", "--model", "demo", "--protocols", "dense")
     assert ran.exit_code == 0
-    line = (
-        "17 of 20 files left out: 16 .xyz (not a readable image), 1 .txt (not a readable "
-        "image)"
-    )
+    line = "17 of 20 files left out: 16 .xyz (not a readable image), 1 .txt (not a readable image)"
     assert ran.stderr == f"fcvgg: {line}\n"
     assert "3 images\nthose of the part parts/Val\nwrote" in ran.stdout
 
