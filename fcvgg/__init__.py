@@ -10,6 +10,7 @@ name, freezing, new heads, features), `fcvgg.segmentation`, `fcvgg.evaluation`, 
 import lazy_loader
 
 __version__ = "0.1.0"
+__docformat__ = "google"  # for pdoc
 
 # The stub next to this file lists every name once. A name is imported where it is first used: torch
 # and torchvision take seconds to import, for which ``fcvgg --help`` should not wait.

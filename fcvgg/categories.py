@@ -33,11 +33,13 @@ def read_categories(path: str | os.PathLike[str]) -> tuple[str, ...]:
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise CategoryError(
-            f"the categories in {path} cannot be read: {reason}; expected one name per line, or "
-            "JSON with a list of names"
+            f"the categories in {path} cannot be read: {reason}; write one name per line, or a "
+            "list of names in JSON"
         ) from error
     if not names:
-        raise CategoryError(f"{path} holds no categories; expected one name per line, or JSON")
+        raise CategoryError(
+            f"{path} must hold categories, one name per line or in JSON, got an empty file"
+        )
     return tuple(names)
 
 
@@ -53,7 +55,7 @@ def _names_in(content: Any) -> list[str]:
         except KeyError as error:
             raise ValueError(f"it has no index {error}") from error
     if not isinstance(content, list) or not all(isinstance(name, str) for name in content):
-        raise ValueError("it is no list of names")
+        raise ValueError("it is not a list of names")
     return content
 
 
@@ -64,11 +66,11 @@ def one_per_class(
 
     Args:
         names: the names, or the path of their file.
-        classes: how many there must be.
-        order: what they stand in the order of, for the message.
+        classes: the number of classes.
+        order: what gives the names their order, for the message.
 
     Raises:
-        CategoryError: if there are more or fewer, or the file cannot be read.
+        CategoryError: if the number is another, or the file cannot be read.
     """
     if isinstance(names, os.PathLike):
         names = read_categories(names)
@@ -88,8 +90,8 @@ def one_per_class(
     names = None if names is None else tuple(names)
     if names is not None and len(names) != classes:
         raise CategoryError(
-            f"{len(names)} categories were given for {classes} classes; "
-            f"pass one name per class, in the order of the {order}"
+            f"categories must be {classes} names, one per class in the order of the {order}, got "
+            f"{len(names)}"
         )
     return names
 
@@ -100,16 +102,16 @@ def _is_path(text: str, classes: int) -> bool:
 
 
 def distinct_names(names: Sequence[str]) -> tuple[str, ...]:
-    """Class names by which results are told apart; ImageNet's, say, are not ("crane" twice).
+    """Class names that identify a class; some of ImageNet's do not, such as "crane".
 
     Raises:
-        CategoryError: if one is empty or stands there twice.
+        CategoryError: if one is empty or is not unique.
     """
     names = tuple(map(str, names))
     wrong = next((n for i, n in enumerate(names) if not n.strip() or n in names[:i]), None)
     if wrong is not None:
-        what = "is there twice" if wrong.strip() else "is empty"
-        raise CategoryError(f"the category {wrong!r} {what}; expected one name for each class")
+        got = f"{wrong!r} twice" if wrong.strip() else f"the empty name {wrong!r}"
+        raise CategoryError(f"categories must be one different name per class, got {got}")
     return names
 
 
@@ -127,15 +129,15 @@ def class_index(target: int | str, categories: Sequence[str] | None, classes: in
     if isinstance(target, Integral) and not isinstance(target, bool):
         if not -classes <= target < classes:
             raise CategoryError(
-                f"class {target} is out of range; the network has classes 0 to {classes - 1}"
+                f"class must be an index from 0 to {classes - 1} or a name, got {target}"
             )
         return int(target) % classes
     if not isinstance(target, str):
-        raise CategoryError(f"target {target!r} is no class; pass an index or a category name")
+        raise CategoryError(f"class must be an index or a category name, got {target!r}")
     if categories is None:
         raise CategoryError(
-            f"the network has no category names, so {target!r} cannot be looked up; "
-            f"pass an index from 0 to {classes - 1}, or categories= to convert or load"
+            f"class must be an index from 0 to {classes - 1} for a network without category names, "
+            f"got {target!r}; pass an index, or categories= to convert or load"
         )
     return _named(target, categories)
 
@@ -158,8 +160,8 @@ def _named(target: str, categories: Sequence[str]) -> int:
             return matches[0]
         if matches:
             raise CategoryError(
-                f"category {target!r} is ambiguous: {_listed(matches, categories)}; "
-                "pass the whole name or the index"
+                f"class must match one category, got {target!r}, which matches "
+                f"{_listed(matches, categories)}; pass the whole name or the index"
             )
     near = difflib.get_close_matches(wanted, dict.fromkeys(folded), _LISTED, 0.5)
     if near:

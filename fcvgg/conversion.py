@@ -16,11 +16,13 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from fcvgg.errors import ArgumentError, ConversionError, InputSizeError
+from fcvgg.errors import ArgumentError, ConversionError, InputSizeError, check_choice
 from fcvgg.geometry import Pair, checked_size
 from fcvgg.images.preprocessing import Preprocess
+from fcvgg.names import alternatives
 from fcvgg.network import FullyConvolutional
 from fcvgg.rewriting.capture import Captured, capture, unfollowed_branches
+from fcvgg.rewriting.map_builder import MapBuilder
 from fcvgg.rewriting.modes import match_modes, training_mode_of
 from fcvgg.rewriting.native_size import infer_input_size
 from fcvgg.rewriting.program import Program, TrainingMode
@@ -91,7 +93,7 @@ def convert(
     with _fitting_size_named(model, input_size, in_channels):
         captured = capture(model, size, is_known, in_channels)
         modules = sharing_twin(model, own=copy)
-        program = _rewritten(captured, model, modules, output_stride, padding == "same")
+        program = _rewrite(captured, model, modules, output_stride, padding == "same")
     net = FullyConvolutional(
         program,
         input_size=size,
@@ -115,10 +117,10 @@ def check_convertible(model: nn.Module, input_size: int | Iterable[int]) -> None
     """
     model = unwrapped(model)
     captured = capture(model, _native_size(model, input_size), is_known)
-    _rewritten(captured, model, sharing_twin(model))
+    _rewrite(captured, model, sharing_twin(model))
 
 
-def _rewritten(
+def _rewrite(
     captured: Captured,
     model: nn.Module,
     modules: nn.Module,
@@ -132,19 +134,18 @@ def _rewritten(
             `output_stride`, or the model trains in a way that its graph does not show.
     """
     captured.require_channels()
-    program = Rewriter(captured, modules, output_stride, same).run(kind_for)
+    program = Rewriter(captured, MapBuilder(captured, modules, output_stride, same)).run(kind_for)
     crop = program.geometry.crop
     if crop != captured.size:
         # numbers that the model computed from its features' size hold at the native size only
         check_numbers(captured, model, crop)
     if output_stride is not None and program.geometry.stride != (output_stride, output_stride):
+        # rewritten at the native stride, the network tells which strides its layers come to
         again = capture(model, captured.size, is_known, captured.channels)
-        native = _rewritten(again, model, sharing_twin(model), same=same)
-        *others, last = map(str, output_strides(native))
-        strides = f"{', '.join(others)} or {last}" if others else last
+        native = _rewrite(again, model, sharing_twin(model), same=same)
         raise ConversionError(
-            f"output_stride must be one that the network's layers come to, {strides}, "
-            f"got {output_stride}"
+            "output_stride must be one that the network's layers come to, "
+            f"{alternatives(output_strides(native))}, got {output_stride}"
         )
     match_modes(program.network, model)
     unfollowed = unfollowed_branches(model, captured, is_known)
@@ -217,14 +218,11 @@ def _fitting_size_named(
 
 
 def _check_options(padding: str, output_stride: int | None, in_channels: int | None) -> None:
-    if padding not in ("valid", "same"):
-        raise ArgumentError(f"padding must be 'valid' or 'same', got {padding!r}")
+    check_choice("padding", padding, ("valid", "same"))
     if output_stride is not None and (not isinstance(output_stride, int) or output_stride < 1):
         raise ArgumentError(f"output_stride must be a positive integer, got {output_stride!r}")
     if in_channels is not None and (type(in_channels) is not int or in_channels < 1):
-        raise ArgumentError(
-            f"in_channels must be the number of channels of the images, got {in_channels!r}"
-        )
+        raise ArgumentError(f"in_channels must be a positive integer, got {in_channels!r}")
 
 
 def unwrapped(model: Any) -> nn.Module:
@@ -240,6 +238,6 @@ def unwrapped(model: Any) -> nn.Module:
     if not isinstance(model, nn.Module):
         what = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
         raise ConversionError(
-            f"convert takes a torch.nn.Module, got {what}; load names and files with fcvgg.load"
+            f"model must be a torch.nn.Module, got {what}; load names and files with fcvgg.load"
         )
     return model

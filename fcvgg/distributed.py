@@ -32,7 +32,7 @@ from fcvgg.names import readable
 from fcvgg.network import FullyConvolutional
 from fcvgg.streaming.execution import as_array, bands, chunked
 from fcvgg.streaming.job import StreamJob, as_result, plan_in_memory
-from fcvgg.streaming.resumption import opened_store
+from fcvgg.streaming.resumption import open_or_create_store
 from fcvgg.streaming.strip_plan import StripPlan, parsed_memory
 from fcvgg.support.atomic import STORE_ENDINGS, TABLE_ENDINGS, checked_folder, folder_written_whole
 from fcvgg.support.extras import imported
@@ -90,7 +90,7 @@ def stream(
     job = StreamJob.prepared(net, source, classes, rows, nodata=nodata)
     budget = parsed_memory(memory)
     workers = workers or max(int(ray.available_resources().get("CPU", 1)) // threads, 1)
-    shared = ray.put(packed(net)), _sent(ray, source), classes, rows, nodata
+    shared = ray.put(pack(net)), _send(ray, source), classes, rows, nodata
     work = ray.remote(_band).options(
         num_cpus=threads, max_retries=_RETRIES, num_returns="streaming"
     )
@@ -109,7 +109,7 @@ def stream(
 
     if folder is not None:
         with locked(folder):
-            store, plan = opened_store(job, folder, budget)
+            store, plan = open_or_create_store(job, folder, budget)
             run(plan, store.finished, store.chunk_rows, store.write)
         return store
     plan = plan_in_memory(job, budget)
@@ -125,11 +125,12 @@ def stream(
 
 def _run_in_order(ray: Any, bands: Iterator[Running], workers: int, write: Write) -> None:
     """Write the rows of bands in order, while the next bands are computed; `bands` begins them."""
+    # the next band begins when the first one is written: no more than `workers` wait in the store
     running = deque(itertools.islice(bands, workers))
     try:
         while running:
             block, band, parts = running[0]
-            for row, cells in _computed(ray, band, parts):
+            for row, cells in _compute_rows(ray, band, parts):
                 write(block, row, cells)
             running.popleft()
             running.extend(itertools.islice(bands, 1))
@@ -142,12 +143,12 @@ def _with_room(address: str | None, workers: int | None, threads: int) -> Any:
     """Ray, connected, with room for the workers.
 
     Raises:
-        ArgumentError: if there is none, where Ray would wait for ever.
+        ArgumentError: if the workers do not fit, for whom Ray would wait for ever.
     """
     for name, number in (("workers", workers), ("threads", threads)):
         if number is not None and number < 1:
             raise ArgumentError(f"{name} must be at least 1, got {number}")
-    ray = started(address)
+    ray = start_ray(address)
     cores = max(int(node["Resources"].get("CPU", 0)) for node in ray.nodes())
     if address is None and threads > cores:
         raise ArgumentError(
@@ -156,7 +157,7 @@ def _with_room(address: str | None, workers: int | None, threads: int) -> Any:
     return ray
 
 
-def _computed(ray: Any, band: Pair, parts: Any) -> Iterator[tuple[int, np.ndarray[Any, Any]]]:
+def _compute_rows(ray: Any, band: Pair, parts: Any) -> Iterator[tuple[int, np.ndarray[Any, Any]]]:
     """The rows that the worker of a band computes, as they come, each part with its first row."""
     row = band[0]
     try:
@@ -173,7 +174,7 @@ def _computed(ray: Any, band: Pair, parts: Any) -> Iterator[tuple[int, np.ndarra
         ) from error
 
 
-def _sent(ray: Any, source: Any) -> Any:
+def _send(ray: Any, source: Any) -> Any:
     """A reference to the source for other processes.
 
     Raises:
@@ -211,7 +212,7 @@ def _band(
 ) -> Iterator[np.ndarray[Any, Any]]:
     """A worker's part: the rows of one band in one block of columns, some at a time."""
     torch.set_num_threads(threads)
-    net = _unpacked(tuple(bundle.items()))
+    net = _unpack(tuple(bundle.items()))
     job = StreamJob.prepared(net, source, classes, rows, nodata=nodata)
     first, end = (job.workload.rows[0] + row for row in band)
     with evaluating(net):
@@ -282,7 +283,7 @@ def classify(
         override_num_blocks=min(len(files), max(_BLOCKS * workers, len(files) // _BLOCK_ROWS)),
     ).map_batches(
         _Classifier,
-        fn_constructor_args=(ray.put(packed(net)), top, threads, options, os.getcwd()),
+        fn_constructor_args=(ray.put(pack(net)), top, threads, options, os.getcwd()),
         batch_size=8,
         batch_format="pyarrow",
         compute=data.ActorPoolStrategy(size=workers),
@@ -416,7 +417,7 @@ class _Classifier:
         torch.set_num_threads(threads)
         ray = imported("ray", "ray")
         held = ray.get(bundle) if isinstance(bundle, ray.ObjectRef) else bundle
-        self.net = _unpacked(tuple(held.items()))
+        self.net = _unpack(tuple(held.items()))
         self.top, self.options = top, options
         self.folder = folder  # where relative paths start
 
@@ -424,7 +425,7 @@ class _Classifier:
         """The rows of a batch as a table, whose types do not depend on the values."""
         arrow = imported("pyarrow", "ray")
         names = [os.fsdecode(name) for name in batch["path"].to_pylist()]
-        rows = [self._classified(*row) for row in zip(names, batch["error"].to_pylist())]
+        rows = [self._classify(*row) for row in zip(names, batch["error"].to_pylist())]
         classes, probabilities, errors = zip(*rows)
         return arrow.table(
             {
@@ -435,7 +436,7 @@ class _Classifier:
             }
         )
 
-    def _classified(self, name: str, error: str) -> tuple[list[str], list[float], str]:
+    def _classify(self, name: str, error: str) -> tuple[list[str], list[float], str]:
         if error:
             return [], [], readable(error)
         try:
@@ -474,7 +475,7 @@ def _local(name: str, folder: str) -> Iterator[Path]:
 # -- the network on other machines ----------------------------------------------------------------
 
 
-def started(address: str | None) -> Any:
+def start_ray(address: str | None) -> Any:
     """Ray, connected to a running cluster, or to one that is started on this machine.
 
     Raises:
@@ -494,7 +495,7 @@ def started(address: str | None) -> Any:
     return ray
 
 
-def packed(net: FullyConvolutional) -> Bundle:
+def pack(net: FullyConvolutional) -> Bundle:
     """A network as the files that `FullyConvolutional.save` writes."""
     with tempfile.TemporaryDirectory() as folder:
         saved = net.save(Path(folder) / "net")
@@ -502,7 +503,7 @@ def packed(net: FullyConvolutional) -> Bundle:
 
 
 @lru_cache(maxsize=1)
-def _unpacked(bundle: tuple[tuple[str, bytes], ...]) -> FullyConvolutional:
+def _unpack(bundle: tuple[tuple[str, bytes], ...]) -> FullyConvolutional:
     """The network of a bundle's files; a worker that gets several bands loads it once."""
     from fcvgg.loading import load
 

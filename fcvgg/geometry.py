@@ -45,18 +45,16 @@ class Window:
         """The window of `dataclasses.asdict`, as a file has it.
 
         Raises:
-            GeometryError: if it is no window, or beyond every known layer's.
+            GeometryError: if its fields or values are not those of a window of a known layer.
         """
-        window = cls(**data) if isinstance(data, dict) and data.keys() <= _WINDOW_KEYS else None
-        if window is None:
-            raise GeometryError(f"the geometry has {data!r}, which is no window")
-        positive = window.kernel, window.stride, window.dilation
-        numbers = (*positive, window.before, window.after)
-        if any(type(n) is not int or abs(n) > LARGEST_SIZE for n in numbers) or min(positive) < 1:
-            raise GeometryError(f"the geometry has {window}, which is no window")
-        if type(window.ceil_mode) is not bool:
-            raise GeometryError(f"the geometry has {window}, whose ceil_mode is no bool")
-        return window
+        if isinstance(data, dict) and data.keys() <= {field.name for field in fields(cls)}:
+            window = cls(**data)
+            positive = window.kernel, window.stride, window.dilation
+            numbers = (*positive, window.before, window.after)
+            known = all(type(n) is int and abs(n) <= LARGEST_SIZE for n in numbers)
+            if known and min(positive) > 0 and type(window.ceil_mode) is bool:
+                return window
+        raise GeometryError(f"each window of the geometry must hold known integers, got {data!r}")
 
     @property
     def span(self) -> int:
@@ -78,13 +76,10 @@ class Window:
         if not self.ceil_mode:
             return max(free // self.stride + 1, 0)
         cells = -(-free // self.stride) + 1
-        # torch drops a last window that would start in the padding after the input
+        # like torch, drop a last window that would start in the padding after the input
         if (cells - 1) * self.stride >= size + self.before:
             cells -= 1
         return max(cells, 0)
-
-
-_WINDOW_KEYS = {field.name for field in fields(Window)}
 
 
 @dataclass(frozen=True)
@@ -112,7 +107,7 @@ class Axis:
     context_start: int = 0
 
     def sizes(self, size: int) -> list[int]:
-        """Positions after each step for an input of `size`; 0 from where the input vanishes."""
+        """Positions after each step for an input of `size`; 0 once the input is too small."""
         sizes: list[int] = []
         for step in self.steps:
             fed = [size if i == IMAGE else sizes[i] for i in step.inputs]
@@ -171,6 +166,11 @@ class Axis:
         start = self.offset + cell * self.stride
         return start, start + self.receptive_field
 
+    def interior(self, least: int) -> Pair:
+        """The least input of `least` pixels or more with a cell that sees no padding, and it."""
+        cell = max(-(self.offset // self.stride), 0)
+        return max(self.span_of(cell)[1], least), cell
+
     @property
     def crop(self) -> int:
         """The extent of the crops that cells stand for."""
@@ -209,15 +209,16 @@ class Axis:
     def agree(self, other: Axis) -> bool:
         """Whether two branches give the same number of cells at every input size.
 
-        Floors of sums repeat with the stride, so one period above the larger window decides.
+        The number of cells is periodic, so one stride of sizes above the larger window decides.
         """
         if self.stride != other.stride:
             return False
         if self.stride > LARGEST_SIZE:
             raise GeometryError(
-                f"two branches with a stride of {self.stride:,} pixels meet; strides must be at "
-                f"most {LARGEST_SIZE:,}"
+                f"the stride of branches that meet must be at most {LARGEST_SIZE:,} pixels, got "
+                f"{self.stride:,}"
             )
+        # above both windows, cells(size + stride) = cells(size) + 1 holds for either branch
         start = max(self.window, other.window)
         sizes = range(start, start + self.stride)
         return all(self.cells(size) == other.cells(size) for size in sizes)
@@ -368,7 +369,7 @@ class Geometry:
 def smallest_size(enough: Callable[[int], bool]) -> int | None:
     """The smallest size from 1 to `LARGEST_SIZE` for which a monotone condition holds, if any."""
     low, high = 1, 1
-    while not enough(high):
+    while not enough(high):  # double until an upper bound is known, then bisect
         low, high = high + 1, high * 2
         if high > LARGEST_SIZE:
             return None
@@ -403,7 +404,10 @@ def checked_size(
 
 
 def _field_of(step: Step, earlier: Sequence[tuple[int, int, int]]) -> tuple[int, int, int]:
-    """``(stride, first, end)`` of a step after the earlier ones."""
+    """``(stride, first, end)`` of a step after the earlier ones.
+
+    Branches that meet have one stride; their fields are united.
+    """
     fed = [(1, 0, 1) if i == IMAGE else earlier[i] for i in step.inputs]
     stride = fed[0][0]
     first = min(f for _, f, _ in fed) - step.window.before * stride
@@ -427,14 +431,20 @@ def _axis_from_dict(data: Any, name: str) -> Axis:
     data = _fields_of(data, ("steps",), f"geometry's {name}")
     described = data["steps"]
     if not isinstance(described, (list, tuple)) or not 0 < len(described) <= _MOST_STEPS:
-        raise GeometryError(f"the geometry has no steps along its {name}; expected a list of them")
+        raise GeometryError(
+            f"the geometry's {name} must have a list of 1 to {_MOST_STEPS:,} steps, got "
+            f"{described!r}"
+        )
     steps: list[Step] = []
     found: list[tuple[int, int, int]] = []
     for i, step in enumerate(described):
         steps.append(_step_from_dict(step, i))
         found.append(_field_of(steps[-1], found))
-        if max(map(abs, found[-1])) > _FARTHEST:
-            raise GeometryError(f"the geometry's step {i} reaches beyond {_FARTHEST:,} pixels")
+        farthest = max(map(abs, found[-1]))
+        if farthest > _FARTHEST:
+            raise GeometryError(
+                f"the geometry's step {i} must reach at most {_FARTHEST:,} pixels, got {farthest:,}"
+            )
     known = {key: data[key] for key in ("origin", "context", "context_start") if key in data}
     for key, value in known.items():
         whole = type(value) is int and abs(value) <= _FARTHEST and (key != "context" or value > 0)
@@ -445,13 +455,12 @@ def _axis_from_dict(data: Any, name: str) -> Axis:
 
 def _step_from_dict(data: Any, place: int) -> Step:
     data = _fields_of(data, ("window", "inputs"), f"geometry's step {place}")
-    inputs = data["inputs"]
-    if (
-        not isinstance(inputs, (list, tuple))
-        or not inputs
-        or any(type(k) is not int or not IMAGE <= k < place for k in inputs)
-    ):
-        raise GeometryError(f"the geometry has a step {place} with inputs {inputs!r}")
+    inputs = data["inputs"] if isinstance(data["inputs"], (list, tuple)) else ()
+    if not inputs or any(type(k) is not int or not IMAGE <= k < place for k in inputs):
+        raise GeometryError(
+            f"the inputs of the geometry's step {place} must be earlier steps, got "
+            f"{data['inputs']!r}"
+        )
     return Step(Window.from_dict(data["window"]), tuple(inputs))
 
 

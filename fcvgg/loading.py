@@ -88,19 +88,23 @@ def load_with_source(
     """
     if not isinstance(source, (str, os.PathLike)):
         raise LoadError(
-            f"{type(source).__name__} is no source; expected a name such as 'vgg16' or 'demo', or "
-            "the path of a file or bundle; convert an nn.Module with fcvgg.convert"
+            "source must be a name such as 'vgg16' or 'demo', or the path of a file or bundle, got "
+            f"{type(source).__name__}; convert an nn.Module with fcvgg.convert"
         )
     _check_options(options)
     name = str(source)
     bundle = name not in ("demo", *torchvision_model.names()) and Path(source).is_dir()
     parameters_only = name.endswith((*checkpoints.SUFFIXES, *keras_file.SUFFIXES)) and not bundle
     if arch is not None and not parameters_only:
-        raise LoadError(f"arch={arch!r} goes with a checkpoint, got {name!r}; pass one of the two")
+        raise LoadError(
+            f"arch={arch!r} must come with a checkpoint, got {name!r}; pass one of the two"
+        )
     own_weights = (*checkpoints.SUFFIXES, onnx_file.SUFFIX, *keras_file.SUFFIXES)
     has_weights = bundle or name == "demo" or name.endswith(own_weights)
     if has_weights and weights not in (None, DEFAULT_WEIGHTS):
-        raise LoadError(f"{name!r} comes with its weights, got weights={str(weights)!r}; pass none")
+        raise LoadError(
+            f"weights must be left out for {name!r}, which holds its own, got {str(weights)!r}"
+        )
     if bundle:
         unused = {"input_size": input_size, **options}
         return None, _from_bundle(Path(source), preprocess, categories, unused)
@@ -109,16 +113,16 @@ def load_with_source(
     found.update({key: value for key, value in settings.items() if value is not None})
     if not name.endswith((onnx_file.SUFFIX, *keras_file.SUFFIXES)):
         return model, convert(model, **{**found, **options})
-    return model, _converted_within_budget(model, {**found, **options}, name)
+    return model, _convert_within_budget(model, {**found, **options}, name)
 
 
-def _converted_within_budget(
+def _convert_within_budget(
     model: nn.Module, options: dict[str, Any], origin: str
 ) -> FullyConvolutional:
     """The network of a model that a file describes, which is run only if it is affordable."""
     verify = options.pop("verify", True)
     if options.get("input_size") is not None:
-        with suppress(GeometryError, TypeError):  # convert will say what is wrong with the size
+        with suppress(GeometryError):  # convert will say what is wrong with the size
             size = checked_size(options["input_size"])
             check_affordable(model, (1, input_channels(model), *size), origin)
     with ShapeBudget(origin, sized=False):
@@ -139,10 +143,12 @@ def read_source(
 ) -> tuple[nn.Module, dict[str, Any]]:
     """The classifier of a name or file, and what is known of it, as options of `fcvgg.convert`.
 
-    The arguments are those of `load`; a bundle is no classifier.
+    The arguments are those of `load`; a bundle is not a classifier but a network.
     """
     if name == "demo":
-        return demo.demo_model(), _demo_settings()
+        preprocess = Preprocess(demo.MEAN, demo.STD)
+        known = {"categories": demo.CATEGORIES, "input_size": demo.WINDOW, "preprocess": preprocess}
+        return demo.demo_model(), known
     if name.endswith(checkpoints.SUFFIXES):
         return torchvision_model.read_checkpoint(Path(name), arch)
     if name.startswith(timm_model.PREFIX):
@@ -160,8 +166,7 @@ def _check_options(options: dict[str, Any]) -> None:
     unknown = [name for name in options if name not in further]
     if unknown:
         raise ArgumentError(
-            f"load has no option {', '.join(unknown)}; expected some of "
-            f"{', '.join((*own, *further))}"
+            f"options of load must be among {', '.join((*own, *further))}, got {', '.join(unknown)}"
         )
 
 
@@ -176,7 +181,7 @@ def _from_bundle(
     if given:
         raise LoadError(
             f"{path} is a converted network, to which {', '.join(given)} cannot be applied; "
-            "convert its source model anew"
+            "convert its source model again"
         )
     program, saved = read_bundle(path)
     net = FullyConvolutional(
@@ -189,11 +194,3 @@ def _from_bundle(
     )
     net.equivalence = saved.equivalence
     return net
-
-
-def _demo_settings() -> dict[str, Any]:
-    return {
-        "preprocess": Preprocess(demo.MEAN, demo.STD),
-        "categories": demo.CATEGORIES,
-        "input_size": demo.WINDOW,
-    }

@@ -158,23 +158,21 @@ class FullyConvolutional(ImagePrediction):
         """Refuse what `forward` does not take.
 
         Raises:
-            ImageError: if it is no batch ``(N, C, H, W)`` of the network's channels.
+            ImageError: if it is not a batch ``(N, C, H, W)`` of the network's channels.
         """
         shape = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
         if not isinstance(images, Tensor) or images.ndim != 4:
             raise ImageError(
-                f"the network takes images (N, {self.in_channels}, H, W), got {shape}; "
+                f"images must be (N, {self.in_channels}, H, W), got {shape}; "
                 "add the batch with images[None], or use net.score_map for one image"
             )
         if images.shape[1] != self.in_channels:
             raise ImageError(
-                f"the network takes {self.in_channels} channels, got {images.shape[1]} in {shape}; "
-                "images are (N, C, H, W)"
+                f"images must have {self.in_channels} channels, got {images.shape[1]} in {shape}; "
+                "pass (N, C, H, W)"
             )
         if 0 in images.shape:
-            raise ImageError(
-                f"the batch {shape} is empty; expected at least one image of one pixel"
-            )
+            raise ImageError(f"images must hold at least one pixel, got a batch of shape {shape}")
 
     def _check_dtype(self, images: Tensor) -> None:
         """Refuse images of another dtype than the parameters', unless autocast sees to it."""
@@ -185,7 +183,7 @@ class FullyConvolutional(ImagePrediction):
                 if images.is_floating_point()
                 else "preprocess them to floats, or use net.score_map or net.classify on pixels"
             )
-            raise ImageError(f"the network takes images of {own}, got {images.dtype}; {remedy}")
+            raise ImageError(f"images must be of {own}, got {images.dtype}; {remedy}")
 
     # -- modes ------------------------------------------------------------------------------------
 

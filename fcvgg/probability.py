@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fcvgg.errors import ArgumentError
+from fcvgg.names import alternatives
 
 ACTIVATIONS = {
     "logits": "before a softmax, or of one class before a sigmoid",
@@ -21,8 +22,8 @@ BOUNDED = ("probabilities", "log_probabilities", "sigmoid")
 """Those whose scores lie in a range."""
 
 UNKNOWN = "unknown"
-"""What the scores are where the model computes on with its probabilities. A network may have it;
-nothing is made of such scores but maps of them."""
+"""What the scores are where the model computes on with its probabilities: they are mapped as they
+are, without probabilities or heatmaps."""
 
 _SPELLINGS = {
     "single_label_classification": "logits",
@@ -46,7 +47,7 @@ def checked_activation(value: object) -> str:
     name = _SPELLINGS.get(value, value) if isinstance(value, str) else value
     if not isinstance(name, str) or name not in (*ACTIVATIONS, UNKNOWN):
         kinds = (f"{kind!r} ({what})" for kind, what in ACTIVATIONS.items())
-        raise ArgumentError(f"activation={value!r} is unknown; expected one of {', '.join(kinds)}")
+        raise ArgumentError(f"activation must be {alternatives(kinds)}, got {value!r}")
     return name
 
 
@@ -72,10 +73,9 @@ def require_probabilities(activation: str) -> None:
     """
     require_classes(activation)
     if activation == UNKNOWN:
-        *names, last = map(repr, ACTIVATIONS)
         raise ArgumentError(
             "what the scores are cannot be read off the model, which computes on after its softmax "
-            f"or sigmoid; pass activation= to fcvgg.convert: {', '.join(names)} or {last}"
+            f"or sigmoid; pass activation= to fcvgg.convert: {alternatives(map(repr, ACTIVATIONS))}"
         )
 
 
@@ -102,7 +102,7 @@ def to_probabilities(scores: Tensor, activation: str, dim: int = 0) -> Tensor:
 
 
 def _within(scores: Tensor, low: float, high: float, rounding: float, activation: str) -> Tensor:
-    """Scores within their range, to which rounding is cut; what is not a number stays."""
+    """Scores clamped to their range, which rounding may exceed; NaN stays."""
     wrong = (scores < low - rounding) | (scores > high + rounding)
     if wrong.any():
         found = scores[wrong]

@@ -57,7 +57,7 @@ def verify(
         the report; it does not raise on a mismatch.
 
     Raises:
-        ArgumentError: if one of the two is no model, or they have other outputs.
+        ArgumentError: if one of the two is not a model, or their outputs differ in shape.
         ImageError: if the images are not of the native size, or the network does not take them.
     """
     _check_models(model, net)
@@ -67,17 +67,20 @@ def verify(
     net._check_dtype(images)
     if tuple(images.shape[2:]) != tuple(net.input_size):
         raise ImageError(
-            f"images {tuple(images.shape)} do not have the native size {net.input_size}; "
-            "expected (N, C, h, w) of that size"
+            f"images must have the native size {net.input_size}, (N, C, h, w), got "
+            f"{tuple(images.shape)}"
         )
     tolerance = _TOLERANCES.get(dtype_of(net), 1e-5) if tolerance is None else tolerance
     with evaluating(model), evaluating(net), _undisturbed(model, net):
-        plain, seen = _compared(model, net, images, tolerance, seed, 1.0)
+        plain, seen = _compare(model, net, images, tolerance, seed, 1.0)
         found = [plain]
+        # Scores behind a saturated softmax would agree whatever feeds it, so both are run again at
+        # a temperature that brings its logits apart. Below 1 nothing saturates.
         if seen.largest > 1:
-            tempered, seen = _compared(model, net, images, tolerance, seed, seen.largest)
+            tempered, seen = _compare(model, net, images, tolerance, seed, seen.largest)
             found += [tempered] if seen.seen else []
     other_modes = _other_modes(model, net)
+    # each figure is the worst of both runs: one of them alone may hide a wrong layer
     relative = _worst([differences.relative for differences in found])
     shifted = _worst([differences.shifted for differences in found])
     agreement = min(differences.agreement for differences in found)
@@ -109,7 +112,7 @@ class _Differences:
     shifted: float
 
 
-def _compared(
+def _compare(
     model: nn.Module,
     net: FullyConvolutional,
     images: Tensor,
@@ -117,20 +120,19 @@ def _compared(
     seed: int,
     temperature: float,
 ) -> tuple[_Differences, Temperature]:
-    """The differences at a temperature, and what the network's saturating functions were given.
-
-    The temperature is that of both, but the model's need not be measured: its functions are the
-    network's, unless another engine runs that. Each gets images of its own, since a first layer
-    may work in place.
-    """
+    """The differences at a temperature, and what the network's saturating functions were given."""
+    # each gets images of its own, since a first layer may work in place
     with Temperature(temperature):
         expected = _outputs(_scored(model, images.clone()))
     row, col = net.native_cell
+    # the network is measured, not the model: in another engine its functions are not seen, and
+    # dividing those of the model alone would compare two different computations
     with Temperature(temperature) as seen:
-        got = [maps[:, :, row, col] for maps in _outputs(net(images.clone()))]
+        got = [maps[:, :, row, col] for maps in _outputs(net(images.clone()))]  # (N, K) each
     with Temperature(temperature):
         shifted = _translation_error(net, seed)
-    expected = [scores.reshape(len(scores), -1) for scores in expected]  # also (N,), (N, K, 1, 1)
+    # (N, K) each: models give (N,) for one class too, or (N, K, 1, 1)
+    expected = [scores.reshape(len(scores), -1) for scores in expected]
     _check_shapes(expected, got)
     errors = [_largest(a - b) for a, b in zip(expected, got)]
     differences = _Differences(
@@ -151,6 +153,7 @@ def check(model: nn.Module, net: FullyConvolutional) -> Equivalence:
     report = verify(model, net)
     if report.passed:
         return report
+    # the likeliest cause first: other modes and broken weights change all that follows
     if report.other_modes:
         raise EquivalenceError(
             f"{listed(report.other_modes)} of the network is in another mode than in the model, so "
@@ -170,7 +173,7 @@ def check(model: nn.Module, net: FullyConvolutional) -> Equivalence:
     if report.top1_agreement < 1:
         raise EquivalenceError(
             f"the converted network names other classes than the model at {report.input_size}, for "
-            f"{1 - report.top1_agreement:.0%} of images whose scores are no tie; "
+            f"{1 - report.top1_agreement:.0%} of images whose scores do not tie; "
             f"{_remedy(model)}, or pass verify=False to look at the network"
         )
     raise EquivalenceError(
@@ -190,8 +193,9 @@ def check_activation(net: FullyConvolutional, seed: int = 0) -> None:
     """
     if net.program.activations[0] != "logits" or net.activation not in BOUNDED:
         return
-    noise = _noise((2, net.in_channels, *net.input_size), net, seed)
+    noise = _noise((2, net.in_channels, *net.input_size), net, seed)  # (N, C, H, W)
     with evaluating(net), _undisturbed(net):
+        # both signs, since a ReLU may hide what the other one does
         for factor in (1, _LARGER, -_LARGER):
             to_probabilities(_outputs(net(noise * factor))[0], net.activation, dim=1)
 
@@ -205,23 +209,19 @@ def _translation_error(net: FullyConvolutional, seed: int) -> float:
     errors = []
     for dim, axis in ((2, net.geometry.height), (3, net.geometry.width)):
         size = list(net.input_size)
-        extent, first = _interior(axis, size[dim - 2])
-        size[dim - 2] = extent + axis.stride
-        image = _noise((1, net.in_channels, *size), net, seed)
+        extent, first = axis.interior(size[dim - 2])
+        size[dim - 2] = extent + axis.stride  # one stride longer: its last `extent` are the shifted
+        image = _noise((1, net.in_channels, *size), net, seed)  # (1, C, H, W)
         whole = _outputs(net(image.clone()))
         moved = _outputs(net(image.narrow(dim, axis.stride, extent).clone()))
-        for a, b in zip(whole, moved):
+        for a, b in zip(whole, moved):  # (1, K, h, w), where b may have a cell less along dim
+            # cells near the border see padding, which does not move with the image
             last = min(_last_interior(axis, extent), b.shape[dim] - 1)
             cells = last - first + 1
+            # cell i of the shifted image stands where cell i + 1 of the whole one does
             error = _largest(a.narrow(dim, first + 1, cells) - b.narrow(dim, first, cells))
             errors.append(error / _scale(a))
     return _worst(errors)
-
-
-def _interior(axis: Axis, native: int) -> tuple[int, int]:
-    """The least input above the native size with a cell that sees no padding, and that cell."""
-    first = max(-(axis.offset // axis.stride), 0)
-    return max(axis.span_of(first)[1], native), first
 
 
 def _last_interior(axis: Axis, extent: int) -> int:
@@ -229,6 +229,7 @@ def _last_interior(axis: Axis, extent: int) -> int:
 
 
 def _noise(shape: tuple[int, ...], net: nn.Module, seed: int) -> Tensor:
+    # on the CPU whatever the device is, so that a seed gives the same images everywhere
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(shape, generator=generator).to(device_of(net), dtype_of(net))
 
@@ -240,18 +241,19 @@ def _outputs(value: Any) -> list[Tensor]:
 def _check_models(model: Any, net: Any) -> None:
     if not isinstance(net, FullyConvolutional):
         raise ArgumentError(
-            f"net is a {type(net).__name__}; expected what fcvgg.convert(model) made: "
+            f"net must be a converted network, got {type(net).__name__}; pass the model first: "
             "fcvgg.verify(model, net)"
         )
     if not isinstance(model, nn.Module):
         raise ArgumentError(
-            f"model is a {type(model).__name__}; expected the torch.nn.Module that was converted"
+            f"model must be the torch.nn.Module that was converted, got {type(model).__name__}"
         )
 
 
 def _other_modes(model: nn.Module, net: FullyConvolutional) -> tuple[str, ...]:
     """The source's modules whose mode makes the network give other scores than the source."""
     source = without_wrappers(model)
+    # an optimised network is compared with the plain one that it was made from
     if isinstance(source, FullyConvolutional):
         source = source.network
     modes = {name: module.training for name, module in source.named_modules()}
@@ -263,6 +265,7 @@ def _other_modes(model: nn.Module, net: FullyConvolutional) -> tuple[str, ...]:
 @contextmanager
 def _undisturbed(*models: nn.Module) -> Iterator[None]:
     """Running the models leaves their buffers and torch's random numbers as they were."""
+    # dropout in training mode draws from the global generators, those of every device in use
     devices = sorted({b.device.index or 0 for m in models for b in m.parameters() if b.is_cuda})
     with torch.random.fork_rng(devices), state_kept(*models):
         yield
@@ -273,8 +276,8 @@ def _scored(model: nn.Module, images: Tensor) -> Any:
         return model(images)
     except Exception as error:
         raise ArgumentError(
-            f"model, a {type(model).__name__}, does not run on images {tuple(images.shape)} of "
-            f"{images.dtype}: {one_line(error)}; expected the net's own source"
+            f"model must be the net's own source, got a {type(model).__name__} that does not run "
+            f"on images {tuple(images.shape)} of {images.dtype}: {one_line(error)}"
         ) from error
 
 
@@ -282,18 +285,18 @@ def _check_shapes(expected: list[Tensor], got: list[Tensor]) -> None:
     shapes = [[tuple(scores.shape) for scores in scored] for scored in (expected, got)]
     if shapes[0] != shapes[1]:
         raise ArgumentError(
-            f"model and net give other outputs, {shapes[0]} and {shapes[1]}; "
-            "expected the net's own source"
+            f"model must be the net's own source, got outputs {shapes[0]} where those of the net "
+            f"are {shapes[1]}"
         )
 
 
 def _agreement(expected: Tensor, got: Tensor, tie: float) -> float:
     """The share of images with the same top class, or with one whose score is `tie` below it."""
-    if expected.shape[1] == 1:  # the class, or not
+    if expected.shape[1] == 1:  # one class: the sign decides, and scores near 0 tie
         same = ((expected > 0) == (got > 0)) | (expected.abs() <= tie)
     else:
-        chosen = expected.gather(1, got.argmax(1, keepdim=True))
-        same = expected.amax(1, keepdim=True) - chosen <= tie
+        chosen = expected.gather(1, got.argmax(1, keepdim=True))  # (N, 1)
+        same = expected.amax(1, keepdim=True) - chosen <= tie  # (N, 1)
     return same.double().mean().item()
 
 
@@ -307,6 +310,7 @@ def _worst(errors: list[float]) -> float:
 
 
 def _scale(scores: Tensor) -> float:
+    # scores of 0 alone would divide 0 by 0 where both agree
     return max(_largest(scores), torch.finfo(torch.float32).tiny)
 
 
@@ -338,7 +342,7 @@ _FLAT = {
     *(_aten.sigmoid, _aten.sigmoid_, _aten.log_sigmoid_forward, _aten.tanh, _aten.tanh_),
     *(_aten.hardsigmoid, _aten.hardsigmoid_),
 }
-"""Functions that are flat, or steeper than what goes in, far from zero."""
+"""Functions that are flat far from zero, or grow so fast that one value decides the result."""
 
 _CUT = {_aten.clamp, _aten.clamp_, _aten.hardtanh, _aten.hardtanh_}
 """Functions that are sigmoids or tanhs of straight lines where they cut off at 1."""
@@ -370,6 +374,7 @@ class Temperature(TorchDispatchMode):
             self.seen += 1
             self.largest = max(self.largest, _largest_value(x))
             if self.value != 1:
+                # in-place functions must change the caller's own tensor
                 in_place = func.overloadpacket.__name__.endswith("_")
                 args = (x.div_(self.value) if in_place else x / self.value, *rest)
         return func(*args, **(kwargs or {}))
@@ -377,6 +382,7 @@ class Temperature(TorchDispatchMode):
 
 def _saturates(operation: Any, args: tuple[Any, ...]) -> bool:
     if operation in _CUT:
+        # other bounds are those of ReLU6 and its like, whose values are not probabilities
         return tuple(map(_number, args[1:])) in ((0, 1), (-1, 1))
     return operation in _FLAT
 
@@ -390,6 +396,7 @@ def _number(bound: Any) -> Any:
 
 
 def _largest_value(x: Tensor) -> float:
+    # a mask of -inf before a softmax does not measure the logits
     finite = x.detach().double().abs().nan_to_num(0, 0, 0)
     return finite.max().item() if finite.numel() else 0.0
 

@@ -42,14 +42,14 @@ def test_the_whole_name_wins_over_a_part() -> None:
 @pytest.mark.parametrize(
     ("target", "message"),
     [
-        (7, r"class 7 is out of range; the network has classes 0 to 6$"),
-        (-8, r"class -8 is out of range; the network has classes 0 to 6$"),
+        (7, r"class must be an index from 0 to 6 or a name, got 7$"),
+        (-8, r"class must be an index from 0 to 6 or a name, got -8$"),
         (
             "cat",
-            r"category 'cat' is ambiguous: 'tiger cat' \(1\), 'Siamese cat' \(2\); "
+            r"class must match one category, got 'cat', .* 'tiger cat' \(1\), 'Siamese cat' \(2\); "
             r"pass the whole name or the index$",
         ),
-        ("crane", r"category 'crane' is ambiguous: 'crane' \(3\), 'crane' \(4\); pass the whole"),
+        ("crane", r"class must match one .* matches 'crane' \(3\), 'crane' \(4\); pass the whole"),
         ("tabbi", r"there is no category 'tabbi'; near: 'tabby' \(0\)$"),
         ("cranee", r"there is no category 'cranee'; near: 'crane' \(3\)$"),
         (
@@ -58,9 +58,9 @@ def test_the_whole_name_wins_over_a_part() -> None:
             r"'Siamese cat' \(2\), 'crane' \(3\), 'crane' \(4\), \.\.\.$",
         ),
         ("", r"there is no category ''; there are 7: 'tabby' \(0\)"),
-        (1.0, r"target 1\.0 is no class; pass an index or a category name$"),
-        (True, r"target True is no class; pass an index or a category name$"),
-        (None, r"target None is no class; pass an index or a category name$"),
+        (1.0, r"class must be an index or a category name, got 1\.0$"),
+        (True, r"class must be an index or a category name, got True$"),
+        (None, r"class must be an index or a category name, got None$"),
     ],
 )
 def test_what_is_not_found_lists_what_is_near(target: object, message: str) -> None:
@@ -77,8 +77,8 @@ def test_a_long_list_of_matches_is_cut() -> None:
 def test_a_name_needs_names() -> None:
     with pytest.raises(
         fcvgg.CategoryError,
-        match=r"the network has no category names, so 'cat' cannot be looked up; pass an index "
-        r"from 0 to 4, or categories= to convert or load$",
+        match=r"class must be an index from 0 to 4 for a network without category names, got 'cat'"
+        r"; pass an index, or categories= to convert or load$",
     ):
         class_index("cat", None, 5)
     assert class_name(3, None) == "class 3"
@@ -101,7 +101,9 @@ def test_categories_are_given_by_the_path_of_their_file(tmp_path, monkeypatch):
     net.categories = "sf"  # a sequence of two names
     assert net.categories == ("s", "f")
     (tmp_path / "names.txt").write_text("sky\nface\nsea\n")
-    with pytest.raises(fcvgg.CategoryError, match="3 categories were given for 2 classes"):
+    with pytest.raises(
+        fcvgg.CategoryError, match=r"categories must be 2 names, one per class .*, got 3"
+    ):
         net.categories = "names.txt"
 
 

@@ -202,8 +202,8 @@ def test_every_file_has_a_row_of_stated_types(net: Any, tmp_path: Path) -> None:
     assert {rows[name]["error"] for name in notes} == {"not a readable image"}
     assert rows["images/loop"]["error"] == "a link to a folder that it lies in"
     assert rows["images/broken.png"]["error"] == (
-        f"{folder}/images/broken.png is no image that Pillow can read; expected PNG, JPEG or the "
-        "like"
+        f"{folder}/images/broken.png is not an image that Pillow can read; convert it to PNG or "
+        "JPEG"
     )
     assert rows["images/broken.png"]["classes"] == rows["images/broken.png"]["probabilities"] == []
     assert out.rows == 27
@@ -232,7 +232,7 @@ def test_files_of_stores_are_listed_and_read_alike(
         (f"{uri}/_sub/1.png", ""),
         (
             f"{uri}/notes.txt",
-            f"{uri}/notes.txt is no image that Pillow can read; expected PNG, JPEG or the like",
+            f"{uri}/notes.txt is not an image that Pillow can read; convert it to PNG or JPEG",
         ),
     ]
     os.mkfifo(tmp_path / "pipe.png")
@@ -307,7 +307,7 @@ def test_an_image_beyond_pillows_limit_is_its_own_error(
     file = io.BytesIO()
     Image.fromarray(photograph(40, 50)).save(file, "PNG")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)
-    worker = distributed._Classifier(distributed.packed(net), 1, 1, {})
+    worker = distributed._Classifier(distributed.pack(net), 1, 1, {})
     (tmp_path / "bomb.png").write_bytes(file.getvalue())
     place = os.fsencode(tmp_path / "bomb.png")
     rows = worker(pa.table({"path": [place], "error": [""]})).to_pylist()
@@ -332,7 +332,9 @@ def test_workers_that_cannot_be(net: Any, options: Any, message: str, tmp_path: 
 
 
 def test_bad_input(net: Any, tmp_path: Path) -> None:
-    with pytest.raises(FcvggError, match="average='bogus' is unknown"):
+    with pytest.raises(
+        FcvggError, match="average must be 'scores' or 'probabilities', got 'bogus'"
+    ):
         distributed.classify(net, "x", out=tmp_path / "classes", average="bogus")
     with pytest.raises(FcvggError, match="paths must name at least one file or folder"):
         distributed.classify(net, [], out=tmp_path / "classes")

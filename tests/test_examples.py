@@ -63,6 +63,17 @@ def test_heatmap_says_in_one_line_what_is_wrong(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_photograph_finds_the_espresso_with_imagenet_weights(tmp_path: Path) -> None:
+    printed = run("photograph.py", cwd=tmp_path)
+    assert "equivalent at 224x224" in printed
+    peak, y, x = re.search(r"'espresso', 400x600, peak (\S+) at \((\d+), (\d+)\)", printed).groups()
+    assert float(peak) == pytest.approx(0.77, abs=0.02)  # as the README says
+    assert 80 < int(y) < 250
+    assert 200 < int(x) < 400
+    with Image.open(tmp_path / "espresso.jpg") as figure:
+        assert figure.width > 1000
+
+
 def test_any_size_makes_a_table_and_a_figure(tmp_path: Path) -> None:
     heading, *rows, last = run("any_size.py", cwd=tmp_path).splitlines()
     assert heading.split()[:2] == ["image", "map"]

@@ -121,7 +121,7 @@ def test_a_weights_enumeration_is_taken() -> None:
         ({"source": "qqqq"}, r"there is no model 'qqqq'; expected 'demo', a torchvision name"),
         (
             {"source": "vgg11", "weights": "NEWEST"},
-            r"vgg11 has no weights 'NEWEST'; expected IMAGENET1K_V1, DEFAULT or the path of a chec",
+            r"weights must be IMAGENET1K_V1, DEFAULT or the path of .* for vgg11, got 'NEWEST'",
         ),
         ({"source": "a.pt"}, r"there is no checkpoint a\.pt; expected a file in \.pt, \.pth, \.ck"),
         ({"source": "a.pt", "arch": "vgg11"}, r"there is no checkpoint a\.pt; expected a file"),
@@ -129,8 +129,14 @@ def test_a_weights_enumeration_is_taken() -> None:
             {"source": "vgg11", "weights": "a.pth"},
             r"there is no checkpoint a\.pth; expected a file",
         ),
-        ({"source": "vgg11", "arch": "vgg11"}, r"arch='vgg11' goes with a checkpoint, got 'vgg11'"),
-        ({"source": "demo", "weights": "a.pt"}, r"'demo' comes with its weights, got weights='a.p"),
+        (
+            {"source": "vgg11", "arch": "vgg11"},
+            r"arch='vgg11' must come with a checkpoint, got 'vgg11'",
+        ),
+        (
+            {"source": "demo", "weights": "a.pt"},
+            r"weights must be left out for 'demo', .* got 'a.p",
+        ),
     ],
 )
 def test_what_does_not_exist(arguments: dict, message: str) -> None:
@@ -188,7 +194,7 @@ def test_the_head_of_a_checkpoint_decides_the_classes(tmp_path: Path, source: nn
     named = fcvgg.load("a.pt", arch="vgg11", categories=list("abcdefg"))
     assert named.categories == tuple("abcdefg")
     with pytest.raises(
-        fcvgg.CategoryError, match=r"^2 categories were given for 7 classes; pass on"
+        fcvgg.CategoryError, match=r"^categories must be 7 names, one per class .*, got 2"
     ):
         fcvgg.load("a.pt", arch="vgg11", categories=["a", "b"])
 
@@ -328,8 +334,8 @@ def test_a_pickle_that_would_run_code_does_not_run(tmp_path: Path, how: str) -> 
         torch.save(content, path, _use_new_zipfile_serialization=how == "zip")
     with pytest.raises(
         fcvgg.LoadError,
-        match=r"a\.pt holds a Python object \(\w+\.mkdir\) beside tensors; opening it could run "
-        r"code, so it is refused; save model\.state_dict\(\) instead$",
+        match=r"a\.pt holds a Python object \(\w+\.mkdir\) as well as tensors; opening it could "
+        r"run code, so it is refused; save model\.state_dict\(\) instead$",
     ):
         fcvgg.load(path, arch="vgg11")
     assert not proof.exists()
@@ -348,14 +354,14 @@ def test_a_pickled_model_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", r"a\.pt is no file of torch\.save: it is empty; was it downloaded whole\?$"),
+        (b"", r"a\.pt must be a file of torch\.save, got an empty one; download it again$"),
         (
             b"<!DOCTYPE html><html>404</html>",
-            r"a\.pt is no file of torch\.save: it begins with b'<!DOCTYPE html><'; was it downl",
+            r"a\.pt must be a file of torch\.save, got one that begins with b'<!DOCTYPE html><'",
         ),
         (
             b"version https://git-lfs.github.com/spec/v1",
-            r"a\.pt is no file of torch\.save: it begins with b'version https://'; was it download",
+            r"a\.pt must be a file of torch\.save, got one that begins with b'version https://'",
         ),
         (
             pickle.dumps({"a": 1}),
@@ -375,7 +381,7 @@ def test_what_holds_no_state(tmp_path: Path, content: Any) -> None:
     torch.save(content, tmp_path / "a.pt")
     with pytest.raises(
         fcvgg.LoadError,
-        match=r"a\.pt holds no state of a model: expected tensors by name, or an entry "
+        match=r"a\.pt must hold tensors by name, or an entry "
         r"'state_dict' or 'model_state_dict' or 'model'; got (list|dict|Tensor)$",
     ):
         fcvgg.load("a.pt", arch="vgg11")
@@ -429,7 +435,7 @@ def test_what_training_scripts_keep_beside_the_state_does_no_harm(tmp_path, suff
 def test_what_is_no_source(source: Any) -> None:
     kind = type(source).__name__
     with pytest.raises(
-        fcvgg.LoadError, match=rf"^{kind} is no source; expected a name such as 'vgg16' or 'demo', "
+        fcvgg.LoadError, match=rf"^source must be a name such as 'vgg16' .*, got {kind}; "
     ):
         fcvgg.load(source)
 
@@ -439,7 +445,7 @@ def test_an_option_that_load_does_not_have(tmp_path: Path) -> None:
     for name in ("demo", tmp_path / "bundle", "absent.onnx"):
         with pytest.raises(
             fcvgg.ArgumentError,
-            match=r"^load has no option foo; expected some of arch, weights, preprocess, categories"
+            match=r"^options of load must be among arch, weights, preprocess, categories"
             r", input_size, output_stride, padding, copy, verify, activation, in_channels$",
         ):
             fcvgg.load(name, foo=1)

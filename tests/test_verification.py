@@ -71,16 +71,19 @@ def pair() -> tuple[nn.Module, fcvgg.FullyConvolutional]:
     [
         (
             images(2, 4, 32, 32),
-            r"the network takes 3 channels, got 4 in \(2, 4, 32, 32\); images a",
+            r"images must have 3 channels, got 4 in \(2, 4, 32, 32\); pass \(",
         ),
-        (images(3, 32, 32), r"the network takes images \(N, 3, H, W\), got \(3, 32, 32\); add the"),
-        ([1, 2], r"the network takes images \(N, 3, H, W\), got list; add the batch"),
-        ("photo.jpg", r"the network takes images \(N, 3, H, W\), got str; add the batch"),
-        (images(0, 3, 32, 32), r"the batch \(0, 3, 32, 32\) is empty; expected at least one"),
-        (images(1, 3, 32, 40), r"images \(1, 3, 32, 40\) do not have the native size \(32, 32\); "),
+        (images(3, 32, 32), r"images must be \(N, 3, H, W\), got \(3, 32, 32\); add the"),
+        ([1, 2], r"images must be \(N, 3, H, W\), got list; add the batch"),
+        ("photo.jpg", r"images must be \(N, 3, H, W\), got str; add the batch"),
+        (images(0, 3, 32, 32), r"images must hold at least one pixel, got .*\(0, 3, 32, 32\)"),
+        (
+            images(1, 3, 32, 40),
+            r"images must have the native size \(32, 32\).* got \(1, 3, 32, 40\)",
+        ),
         (
             images(1, 3, 32, 32, dtype=torch.float32),
-            r"the network takes images of torch\.float64, got torch\.float32; cast them with",
+            r"images must be of torch\.float64, got torch\.float32; cast them with",
         ),
     ],
 )
@@ -92,12 +95,16 @@ def test_images_that_it_does_not_take(pair: Any, batch: Any, message: str) -> No
 def test_what_is_no_model(pair: Any) -> None:
     model, net = pair
     with pytest.raises(
-        fcvgg.ArgumentError, match=r"^model is a str; expected the torch\.nn\.Modul"
+        fcvgg.ArgumentError, match=r"^model must be the torch\.nn\.Module .*, got str"
     ):
         fcvgg.verify("vgg16", net)
-    with pytest.raises(fcvgg.ArgumentError, match=r"^net is a SmallVGG; expected what fcvgg\.conv"):
+    with pytest.raises(
+        fcvgg.ArgumentError, match=r"^net must be a converted network, got SmallVGG"
+    ):
         fcvgg.verify(model, model)
-    with pytest.raises(fcvgg.ArgumentError, match=r"^net is a NoneType; expected what fcvgg\.conv"):
+    with pytest.raises(
+        fcvgg.ArgumentError, match=r"^net must be a converted network, got NoneType"
+    ):
         fcvgg.verify(model, None)
 
 
@@ -105,12 +112,12 @@ def test_another_model_than_the_source(pair: Any) -> None:
     _, net = pair
     with pytest.raises(
         fcvgg.ArgumentError,
-        match=r"^model and net give other outputs, \[\(2, 7\)\] and \[\(2, 5\)\]; expected the",
+        match=r"^model must be the net's own source, got outputs \[\(2, 7\)\] where .*\(2, 5\)",
     ):
         fcvgg.verify(seeded(SmallVGG, 7), net)
     with pytest.raises(
         fcvgg.ArgumentError,
-        match=r"^model, a Unpadded, does not run on images \(2, 3, 32, 32\) of torch\.float64: ",
+        match=r"^model must be the net\'s own source, got a Unpadded that does not run on imag",
     ):
         fcvgg.verify(seeded(Unpadded, extent=(9, 9)), net)
 

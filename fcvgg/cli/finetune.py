@@ -86,7 +86,7 @@ Similar = Annotated[
     bool | None,
     typer.Option(
         "--similar/--different",
-        help="For auto: whether the images resemble those that the network was trained on.",
+        help="Whether the images resemble those that the network was trained on (for auto).",
         show_default="measured",
     ),
 ]
@@ -122,7 +122,8 @@ ResizeMode = Annotated[
     _image_option(
         "--resize",
         metavar="resize|center-crop",  # centre-crop is an older spelling
-        help="Way to bring an image to the input size.",
+        help="Method that brings images to the input size: resize the whole image, or crop its "
+        "center.",
     ),
 ]
 Augment = Annotated[

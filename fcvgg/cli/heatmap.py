@@ -20,18 +20,13 @@ from fcvgg.cli.console import (
     tell,
 )
 from fcvgg.cli.options import (
-    Arch,
     Bands,
-    Device,
     ImageOpener,
     Images,
-    Model,
+    NetworkOptions,
     Nodata,
     OutputFolder,
     OutputStride,
-    OwnModel,
-    Weights,
-    load_network,
 )
 
 if TYPE_CHECKING:
@@ -78,17 +73,13 @@ Scale = Annotated[
 def run(
     context: typer.Context,
     images: Images,
-    model: Model = "vgg16",
-    weights: Weights = "DEFAULT",
-    arch: Arch = None,
+    network: NetworkOptions = NetworkOptions(),
     target: Target = None,
     output: OutputFolder = Path(),
     scale: Scale = None,
     bands: Bands = None,
     nodata: Nodata = None,
     output_stride: OutputStride = None,
-    own: OwnModel = OwnModel(),
-    device: Device = "cpu",
 ) -> None:
     """Overlay one class's heatmap on every image.
 
@@ -103,7 +94,7 @@ def run(
         exit_if_any_failed(slides, shown)
         return
     check_any_exists(images)
-    net = load_network(model, own, device, weights=weights, arch=arch, output_stride=output_stride)
+    net = network.load(output_stride=output_stride)
     index = _index(net, target)
     folder(output)
     opener, size_note = ImageOpener(bands, nodata), SizeNote(net)

@@ -11,12 +11,7 @@ from rich.console import RenderableType
 from fcvgg.choices import Classifier, Pooling
 from fcvgg.cli.console import say, say_wrote, tell_skipped
 from fcvgg.cli.options import (
-    Arch,
-    Device,
-    Model,
-    OwnModel,
-    Weights,
-    load_network,
+    NetworkOptions,
     names,
     output_file,
     output_name,
@@ -97,9 +92,7 @@ Output = Annotated[
 
 def run(
     data: Data,
-    model: Model = "vgg16",
-    weights: Weights = "DEFAULT",
-    arch: Arch = None,
+    network: NetworkOptions = NetworkOptions(),
     layers: Layers = None,
     size: Size = None,
     pooling: PoolingOf = "avg",
@@ -107,8 +100,6 @@ def run(
     folds: Folds = 5,
     cache: Cache = None,
     output: Output = Path("probe.png"),
-    own: OwnModel = OwnModel(),
-    device: Device = "cpu",
 ) -> None:
     """Find the layer whose features suit your images best.
 
@@ -119,7 +110,7 @@ def run(
 
     found = class_folders(data)
     tell_skipped(found.skipped, len(found.paths))
-    net = load_network(model, own, device, weights=weights, arch=arch)
+    net = network.load()
     result = probe(
         net,
         found.paths,

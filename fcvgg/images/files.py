@@ -1,10 +1,9 @@
-"""The one lister of image files: every file of a folder is found, or left out with its reason.
+"""Listing the image files of folders: every file is found, or left out with its reason.
 
-An image is a file whose name ends like one of a format that Pillow decodes, in any case of
-letters, or else whose first bytes are an image's. What operating systems and file managers leave
-in folders (``Thumbs.db``, ``.DS_Store``, ``desktop.ini``, ``__MACOSX``, ``._photo.jpg``) is passed
-over without a word. Other files and folders whose names begin with a dot are hidden: left out, and
-listed.
+An image is a file with an ending of a format that Pillow decodes, in upper or lower case, or else
+with the first bytes of an image. What operating systems and file managers leave in folders
+(``Thumbs.db``, ``.DS_Store``, ``desktop.ini``, ``__MACOSX``, ``._photo.jpg``) is ignored. Other
+files and folders whose names begin with a dot are hidden: left out, and listed.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ _NOT_DECODED = frozenset({"EPS", "WMF", "HDF5", "GRIB", "BUFR", "MPEG", "IPTC"})
 """Formats that Pillow knows by name and leaves to other programs."""
 
 _BY_CONTENT = ("PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "AVIF", "JPEG2000", "PPM", "HEIF")
-"""Formats whose first bytes tell them without doubt."""
+"""Formats that the first bytes identify reliably."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,7 @@ class Unreadable:
     Attributes:
         name: its path.
         reason: why it was left out.
-        passed_over: whether it was never opened as an image: its name or its content is none's.
+        passed_over: whether it was never opened, since neither name nor content is an image's.
     """
 
     name: str
@@ -95,27 +94,28 @@ def image_files(folder: Path) -> Listing:
     Raises:
         DatasetError: if the folder cannot be listed; a folder in it that cannot be is left out.
     """
-    seen = {_identity(folder)}
-    found = [contents(folder)]
-    skipped = list(found[0].skipped)
-    direct, linked = _apart(found[0].folders)
-    while direct or linked:  # a folder is listed under its own name where it has one
-        place = direct.pop(0) if direct else linked.pop(0)
+    seen: set[tuple[int, int]] = set()
+    found: list[Contents] = []
+    skipped: list[Unreadable] = []
+    direct, linked = [folder], list[Path]()
+    while direct or linked:
+        # links come last, so that a folder is listed under its own name where it has one
+        place = (direct or linked).pop(0)
         try:
-            identity = _identity(place)
-            if identity in seen:
+            status = place.stat()
+            if (status.st_dev, status.st_ino) in seen:
                 skipped.append(_passed(place, "a link to a folder that is listed already"))
                 continue
-            inner = contents(place)
+            found.append(contents(place))
         except (OSError, DatasetError) as error:
+            if place == folder:
+                raise
             skipped.append(_passed(place, str(error)))
             continue
-        seen.add(identity)
-        found.append(inner)
-        skipped += inner.skipped
-        folders = _apart(inner.folders)
-        direct += folders[0]
-        linked += folders[1]
+        seen.add((status.st_dev, status.st_ino))
+        skipped += found[-1].skipped
+        for inner in found[-1].folders:
+            (linked if inner.is_symlink() else direct).append(inner)
     found.sort(key=lambda one: str(one.folder))
     return Listing(
         tuple(path for one in found for path in one.images),
@@ -171,7 +171,7 @@ def image_endings() -> frozenset[str]:
 
 
 def is_leftover(name: str) -> bool:
-    """Whether a file or folder of this name was left by the system, and is no data."""
+    """Whether a file or folder of this name was left by the system rather than the user."""
     return name.startswith("._") or name.lower() in _LEFTOVERS
 
 
@@ -207,7 +207,7 @@ def _kind(entry: os.DirEntry[str]) -> tuple[bool, bool]:
 
 
 def _why_neither(path: Path) -> str:
-    """What is neither a folder nor a file."""
+    """Why a path is neither a folder nor a file."""
     try:
         path.stat()
     except OSError as error:
@@ -221,17 +221,6 @@ def _passed(path: Path, reason: str) -> Unreadable:
 
 def _ending(name: str) -> str:
     return PurePath(name).suffix.lower() or "without an ending"
-
-
-def _identity(folder: Path) -> tuple[int, int]:
-    found = folder.stat()
-    return found.st_dev, found.st_ino
-
-
-def _apart(folders: Iterable[Path]) -> tuple[list[Path], list[Path]]:
-    """Folders, and links to folders."""
-    folders = list(folders)
-    return [p for p in folders if not p.is_symlink()], [p for p in folders if p.is_symlink()]
 
 
 def _is_image_by_content(path: Path) -> bool:

@@ -21,7 +21,7 @@ _LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 """The shares of red, green and blue in grey, ITU-R 601-2, as Pillow takes them."""
 
 _SHOWN = 0.01
-"""The share of values that may lie beyond black, and beyond white, where the range is unknown."""
+"""Where the range is unknown, this share of the values is shown as black, and as much as white."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,7 +52,7 @@ class Picture:
         if size == self.size:
             return self
         filtered = INTERPOLATIONS[interpolation]
-        return self._changed(lambda plane: plane.resize((size[1], size[0]), filtered))
+        return self._change(lambda plane: plane.resize((size[1], size[0]), filtered))
 
     def mirrored(self) -> Picture:
         """With left and right exchanged."""
@@ -64,17 +64,17 @@ class Picture:
 
     @property
     def image(self) -> Image.Image:
-        """What people are shown: grey, RGB or RGBA of 8 bits.
+        """The picture to look at: grey, RGB or RGBA of 8 bits.
 
-        Of more channels these are the first three. Values of unknown range are shown from the
+        Of more channels the first three are shown, and of values of unknown range those from the
         1st to the 99th percentile.
         """
         pixels = self.pixels if self.channels in (1, 3, 4) else self.pixels[..., :3]
         pixels = pixels[..., :1] if pixels.shape[2] == 2 else pixels
         return _as_image(shown(pixels, self.in_bytes))
 
-    def _changed(self, change: Callable[[Image.Image], Image.Image]) -> Picture:
-        """Every plane changed alone: Pillow would weight four channels by the last of them."""
+    def _change(self, change: Callable[[Image.Image], Image.Image]) -> Picture:
+        """Change every channel alone: Pillow would weight the others by the last of four."""
         if self.pixels.dtype == np.uint8 and self.channels in (1, 3):
             pixels = np.asarray(change(_as_image(self.pixels)))
             return replace(self, pixels=pixels[..., None] if pixels.ndim == 2 else pixels)
@@ -131,7 +131,7 @@ def in_mode(image: Image.Image, channels: int) -> Image.Image:
     """An image of 8 bits in the mode of 1, 3 or 4 channels; transparent pixels are shown on white.
 
     Raises:
-        ImageError: if the image has no such form.
+        ImageError: if the image cannot be converted.
     """
     mode = MODES[channels]
     if mode != "RGBA" and (image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info):
@@ -142,7 +142,7 @@ def in_mode(image: Image.Image, channels: int) -> Image.Image:
         return image if image.mode == mode else image.convert(mode)
     except ValueError as error:
         raise ImageError(
-            f"an image of mode {image.mode} cannot be shown as {mode}; convert it first"
+            f"the image must be of a mode that converts to {mode}, got {image.mode}"
         ) from error
 
 
@@ -153,7 +153,7 @@ def pixels_of(image: Image.Image) -> NDArray[Any]:
     32 bits (mode ``I``) that fit 8 bits are taken for 8-bit values, else for 16-bit ones.
 
     Raises:
-        ImageError: if it holds values that are no brightness.
+        ValueError: of Pillow, if there is no conversion to RGB.
     """
     if image.mode == "I":
         return _as_unsigned(np.asarray(image))[..., None]

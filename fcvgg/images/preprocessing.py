@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from fcvgg.errors import GeometryError, ImageError, PreprocessError
+from fcvgg.errors import ImageError, PreprocessError, check_choice
 from fcvgg.geometry import Pair, checked_size
 
 INTERPOLATIONS = {
@@ -44,10 +44,6 @@ _BYTE_SCALES = 1 / 256, 1 / 127
 
 _WIDE = 65535 / 255
 """A 16-bit value divided by this is the 8-bit value of the same brightness."""
-
-_LEAST_OF_RANGE = 1 << 14
-"""16-bit values that all lie below a quarter of the range are of a camera or scene that has
-another: 12 and 14 bits, or reflectances times 10,000."""
 
 
 @dataclass(frozen=True)
@@ -90,27 +86,20 @@ class Preprocess:
         _number(self.scale, "scale")
         if len(self.mean) != len(self.std) or not self.mean:
             raise PreprocessError(
-                f"mean has {len(self.mean)} values and std {len(self.std)}; "
-                "expected one of each per channel"
+                "mean and std must have one value per channel each, got "
+                f"{len(self.mean)} and {len(self.std)}"
             )
         if not all(map(isfinite, self.mean)):
-            raise PreprocessError(f"mean is {self.mean}; expected finite values")
+            raise PreprocessError(f"mean must be finite, got {self.mean}")
         if not all(v > 0 and isfinite(v) for v in self.std):
-            raise PreprocessError(f"std is {self.std}; expected positive values")
+            raise PreprocessError(f"std must be positive, got {self.std}")
         if not (isfinite(self.scale) and self.scale > 0):
-            raise PreprocessError(f"scale={self.scale} is no factor; expected a positive value")
-        if self.channel_order not in ("RGB", "BGR"):
-            raise PreprocessError(
-                f"channel_order={self.channel_order!r} is unknown; expected 'RGB' or 'BGR'"
-            )
+            raise PreprocessError(f"scale must be positive, got {self.scale}")
+        check_choice("channel_order", self.channel_order, ("RGB", "BGR"), PreprocessError)
         if self.channel_order == "BGR" and self.channels == 4:
-            raise PreprocessError("channel_order='BGR' needs 3 channels, got mean and std for 4")
+            raise PreprocessError("channel_order must be 'RGB' for 4 channels, got 'BGR'")
         object.__setattr__(self, "resize", _checked_resize(self.resize))
-        if self.interpolation not in tuple(INTERPOLATIONS):
-            raise PreprocessError(
-                f"interpolation={self.interpolation!r} is unknown; "
-                f"expected one of {', '.join(INTERPOLATIONS)}"
-            )
+        check_choice("interpolation", self.interpolation, INTERPOLATIONS, PreprocessError)
         object.__setattr__(self, "value_range", _checked_range(self.value_range))
 
     @classmethod
@@ -124,22 +113,19 @@ class Preprocess:
 
         Args:
             name: ``"imagenet"``; ``"caffe"``, BGR with the means of ImageNet subtracted; ``"tf"``,
-                values from -1 to 1; ``"unit"``, from 0 to 1; ``"none"``, as they are: from 0 to 255
-                of 8 bits.
+                values from -1 to 1; ``"unit"``, from 0 to 1; ``"none"``, values as they are, from
+                0 to 255 for 8 bits.
             channels: of the network.
 
         Raises:
-            PreprocessError: if there is none of that name, or it is for other channels.
+            PreprocessError: if the name is unknown, or the preprocessing is for other channels.
         """
-        if name not in PRESETS:
-            raise PreprocessError(
-                f"preprocess {name!r} is unknown; expected one of {', '.join(PRESETS)}"
-            )
+        check_choice("preprocess", name, PRESETS, PreprocessError)
         mean, std, scale, order = PRESETS[name]
         if len(mean) not in (1, channels):
             raise PreprocessError(
-                f"preprocess {name!r} is for {len(mean)} channels and the network takes {channels};"
-                " give mean and std"
+                f"preprocess must be for the network's {channels} channels, got {name!r} for "
+                f"{len(mean)}; give mean and std"
             )
         several = channels // len(mean)
         return cls(mean * several, std * several, scale=scale, channel_order=order)
@@ -188,7 +174,7 @@ class Preprocess:
             return values.astype(np.float32, copy=False)
 
     def assumes_range(self, dtype: Any) -> bool:
-        """Whether values of a dtype are taken for the whole range of 16 bits without being told."""
+        """Whether values of a dtype are assumed to have the whole range of 16 bits."""
         return dtype == np.uint16 and self.value_range is None and self.takes_bytes
 
     def __call__(self, image: Image.Image) -> Tensor:
@@ -199,8 +185,8 @@ class Preprocess:
         """
         if len(image.getbands()) != self.channels:
             raise PreprocessError(
-                f"the image has mode {image.mode} and the preprocessing {self.channels} channel(s);"
-                " convert the image first"
+                f"the image must have the preprocessing's {self.channels} channels, got mode "
+                f"{image.mode}; convert it first"
             )
         pixels = np.asarray(self.resized(image))
         return self.normalized(pixels if pixels.dtype == np.uint8 else self.units(pixels))
@@ -258,27 +244,12 @@ def resized_to_side(image: Image.Image, side: int, interpolation: str = "bilinea
     return image.resize((width, height), INTERPOLATIONS[interpolation])
 
 
-def check_filled(highest: float, name: str) -> None:
-    """Refuse 16-bit values that are taken for the whole range and use little of it.
-
-    Raises:
-        ImageError: if none reaches a quarter of the range; it names the remedies.
-    """
-    if 0 < highest < _LEAST_OF_RANGE:
-        raise ImageError(
-            f"{name} holds 16-bit values up to {highest:.0f}, which would be nearly black in the "
-            "range 0 to 65535 that the preprocessing takes them for; pass "
-            "value_range=(low, high) or a scale= of its own to fcvgg.Preprocess "
-            "(value_range=(0, 65535) is the whole range)"
-        )
-
-
 def encoded_preprocess(preprocess: Preprocess | None) -> dict[str, Any] | None:
     """A `Preprocess` as plain data; what older versions do not know is there only if it is set."""
     if preprocess is None:
         return None
     data = asdict(preprocess)
-    return data if preprocess.value_range is not None else _without(data, "value_range")
+    return {k: v for k, v in data.items() if k != "value_range" or v is not None}
 
 
 def decoded_preprocess(data: Mapping[str, Any] | None) -> Preprocess | None:
@@ -294,10 +265,6 @@ def decoded_preprocess(data: Mapping[str, Any] | None) -> Preprocess | None:
     known = {field.name for field in fields(Preprocess)}
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items() if k in known}
     return Preprocess(**values)  # type: ignore[arg-type]  # a broken file fails in its checks
-
-
-def _without(data: dict[str, Any], key: str) -> dict[str, Any]:
-    return {k: v for k, v in data.items() if k != key}
 
 
 def _checked_range(value_range: Any) -> tuple[float, float] | None:
@@ -317,12 +284,7 @@ def _checked_range(value_range: Any) -> tuple[float, float] | None:
 def _checked_resize(resize: Any) -> int | Pair | None:
     if resize is None:
         return None
-    try:
-        height, width = checked_size(resize)
-    except GeometryError as error:
-        raise PreprocessError(
-            f"resize={resize!r} is no size; expected None, a positive int or (h, w)"
-        ) from error
+    height, width = checked_size(resize, "resize", PreprocessError)
     if max(height, width) > _LARGEST_RESIZE:
         raise PreprocessError(
             f"resize must be at most {_LARGEST_RESIZE} pixels, got {resize!r}; pass resize=None to "

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import os
-import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,10 +12,10 @@ from typing import Any, Union
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
-from fcvgg.errors import ArgumentError, ImageError, one_line
+from fcvgg.errors import ArgumentError, ImageError
 from fcvgg.geometry import Pair
 from fcvgg.images.lazy.input import (
     check_pixels,
@@ -25,7 +24,7 @@ from fcvgg.images.lazy.input import (
     whole_picture,
 )
 from fcvgg.images.lazy.opening import strip_source
-from fcvgg.images.lazy.source import StripSource, opened
+from fcvgg.images.lazy.source import StripSource, is_folder, opened, upright
 from fcvgg.images.pictures import Picture, in_mode
 from fcvgg.images.preprocessing import Preprocess, size_of_side
 from fcvgg.probability import widened
@@ -92,14 +91,15 @@ def prepare(image: Any, preprocess: Preprocess | None, channels: int) -> Prepare
         PreprocessError: if it is no tensor and the network's preprocessing is unknown.
     """
     how = "bilinear" if preprocess is None else preprocess.interpolation
-    if isinstance(image, Tensor):
-        pixels = _checked_tensor(image, channels)
+    if isinstance(image, Tensor):  # which stays on its device and in its graph
+        check_preprocessed(strip_source(image, channels), channels)
+        pixels = image if image.ndim == 4 else image[None]
         return PreparedImage(_size(pixels), pixels=pixels, interpolation=how)
     if isinstance(image, Picture):
         known = checked_preprocess(preprocess, channels)
         if image.channels != channels:
             raise ImageError(
-                f"the picture has {image.channels} channels and the network takes {channels}; "
+                f"the picture must have the network's {channels} channels, got {image.channels}; "
                 "prepare it for this network"
             )
         return PreparedImage(image.size, image, interpolation=known.interpolation)
@@ -123,8 +123,8 @@ def read_picture(image: Any, preprocess: Preprocess) -> Picture:
     prepared = prepare(image, preprocess, preprocess.channels)
     if prepared.values is None:
         raise ImageError(
-            f"{type(image).__name__} is preprocessed; expected an image file, a PIL image or "
-            "pixels (H, W, C)"
+            "the image must be a file, a PIL image or pixels (H, W, C), got preprocessed floats in "
+            f"a {type(image).__name__}"
         )
     return prepared.values
 
@@ -162,18 +162,12 @@ def read_image(image: Any) -> Image.Image:
         ImageError: if there is no file, or it is no image or a broken one.
     """
     if isinstance(image, Image.Image):
-        return _upright(image, f"the image {getattr(image, 'filename', '')}".rstrip())
+        return upright(image, f"the image {getattr(image, 'filename', '')}".rstrip())
     path = Path(image)
-    try:
-        found, folder = path.exists(), path.is_dir()
-    except (OSError, ValueError) as error:
-        raise ImageError(f"{path} cannot be read: {one_line(error)}") from error
-    if not found:
-        raise ImageError(f"there is no image file {path}")
-    if folder:
-        raise ImageError(f"{path} is a folder; expected an image file")
+    if is_folder(path):
+        raise ImageError(f"{path} must be an image file, got a folder")
     with opened(path, str(path)) as file:
-        return _upright(file, str(path))
+        return upright(file, str(path))
 
 
 def smaller_sides(scales: Iterable[int] | int) -> tuple[int, ...]:
@@ -187,8 +181,8 @@ def smaller_sides(scales: Iterable[int] | int) -> tuple[int, ...]:
     sides = tuple(scales) if several else (scales,)  # type: ignore[arg-type]
     if not sides:
         raise ArgumentError(
-            f"scales={scales!r} names none; expected smaller sides in pixels, or None to keep the "
-            "image's size"
+            "scales must be smaller sides in pixels, or None to keep the image's size, got "
+            f"{scales!r}"
         )
     return tuple(_checked_side(side) for side in sides)
 
@@ -200,7 +194,7 @@ def checked_flip(flip: Any) -> bool:
         ArgumentError: if it is neither true nor false.
     """
     if not isinstance(flip, (bool, np.bool_)):
-        raise ArgumentError(f"flip={flip!r} is unknown; expected True or False")
+        raise ArgumentError(f"flip must be True or False, got {flip!r}")
     return bool(flip)
 
 
@@ -214,7 +208,7 @@ def with_smallest_side(image: PreparedImage, side: int) -> PreparedImage:
 
 def _checked_side(side: Any) -> int:
     if not isinstance(side, (int, np.integer)) or isinstance(side, bool) or side < 1:
-        raise ImageError(f"scale {side!r} is no length; expected a positive number of pixels")
+        raise ImageError(f"scales must be positive integers, in pixels, got {side!r}")
     return int(side)
 
 
@@ -241,42 +235,6 @@ def mirrored(image: PreparedImage) -> PreparedImage:
 
 def _size(pixels: Tensor) -> Pair:
     return pixels.shape[2], pixels.shape[3]
-
-
-def _checked_tensor(image: Tensor, channels: int) -> Tensor:
-    shape = tuple(image.shape)
-    batch = image[None] if image.ndim == 3 else image
-    if batch.ndim != 4 or batch.shape[0] != 1:
-        raise ImageError(
-            f"a tensor of shape {shape} is no image; expected (C, H, W) or (1, C, H, W)"
-        )
-    if batch.shape[1] != channels:
-        raise ImageError(
-            f"the network takes {channels} channels, got a tensor of shape {shape}; "
-            "expected (C, H, W)"
-        )
-    if 0 in shape:
-        raise ImageError(f"the image {shape} has no pixels")
-    if not batch.is_floating_point():
-        raise ImageError(
-            f"a tensor is taken as preprocessed and must hold floats, got {image.dtype}; "
-            "pass uint8 pixels as a NumPy array (H, W, C)"
-        )
-    return batch
-
-
-def _upright(image: Image.Image, origin: str) -> Image.Image:
-    """The image, loaded and turned as its EXIF entry says."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about sizes and metadata
-            image.load()
-            image = ImageOps.exif_transpose(image)
-    except Exception as error:  # Pillow's decoders raise whatever a broken file leads to
-        raise ImageError(f"{origin} is a broken image: {one_line(error)}") from error
-    if 0 in image.size:
-        raise ImageError(f"{origin} has no pixels: its size is {image.size}")
-    return image
 
 
 def each_image(images: Any) -> Iterable[Any]:

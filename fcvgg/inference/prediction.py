@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fcvgg.categories import one_per_class
 from fcvgg.choices import Average, Combine
-from fcvgg.errors import ArgumentError, ImageError, one_line
+from fcvgg.errors import ArgumentError, ImageError, check_choice, one_line
 from fcvgg.images.batching import run_in_batches
 from fcvgg.images.preprocessing import Preprocess, given_preprocess
 from fcvgg.images.reading import (
@@ -208,10 +208,7 @@ class ImagePrediction(nn.Module):
             ArgumentError: if the scores have no probabilities, or are not what they are said to be.
         """
         require_probabilities(self.activation_of(output))
-        if average not in ("scores", "probabilities"):
-            raise ArgumentError(
-                f"average={average!r} is unknown; expected 'scores' or 'probabilities'"
-            )
+        check_choice("average", average, ("scores", "probabilities"))
         flip, index = checked_flip(flip), self.output_index(output)
         lengths = None if scales is None else smaller_sides(scales)
         means: dict[int, MeanOfViews] = {}
@@ -221,7 +218,7 @@ class ImagePrediction(nn.Module):
         ):
             means.setdefault(number, MeanOfViews()).add(row)
         if not means:
-            raise ImageError("no images were given; expected at least one")
+            raise ImageError("images must hold at least one, got none")
         return torch.stack([means[i].value() for i in sorted(means)])
 
     def _views(

@@ -13,15 +13,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from fcvgg.errors import UnsupportedLayerError
 from fcvgg.inference.sliding import Sliding, is_positional, sliding_of
 from fcvgg.rewriting.modules import cut_to
+from fcvgg.rewriting.rules.registry import is_relu
 from fcvgg.rewriting.tracing import operation_name
-
-_RELUS = {F.relu, torch.relu, "relu"}
 
 _IN_PLACE = {operator.iadd, operator.isub, operator.imul, operator.itruediv}
 
@@ -107,7 +105,7 @@ class _StageReader:
             node,
             call=call,
             in_place=changed is not None and not shared,
-            is_relu=type(module) is nn.ReLU or node.target in _RELUS,
+            is_relu=is_relu(node, module),
         )
         self._places[node] = place
         if changed is not None and shared:  # readers from here on see the changed value

@@ -11,12 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fcvgg.serialization.runtime import Run, onnx_runner
 from fcvgg.support.extras import imported
 
 if TYPE_CHECKING:
     from fcvgg.network import FullyConvolutional
-
-Runner = Callable[[Any], list[Any]]
 
 _EXTRAS = {"onnxruntime": "onnx", "openvino": "openvino"}
 
@@ -24,7 +23,7 @@ _EXTRAS = {"onnxruntime": "onnx", "openvino": "openvino"}
 class EngineNetwork(nn.Module):
     """Calls an engine with float32 images on the CPU."""
 
-    def __init__(self, run: Runner, outputs: int):
+    def __init__(self, run: Run, outputs: int):
         super().__init__()
         self._run = run
         self._outputs = outputs
@@ -47,16 +46,7 @@ def engine_network(net: FullyConvolutional, engine: str, dtype: torch.dtype) -> 
         return EngineNetwork(open_engine(path, dtype), len(net.program.classes))
 
 
-def _onnxruntime(path: Path, dtype: torch.dtype) -> Runner:
-    runtime = imported("onnxruntime", _EXTRAS["onnxruntime"])
-    options = runtime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    name = session.get_inputs()[0].name
-    return lambda images: session.run(None, {name: images})
-
-
-def _openvino(path: Path, dtype: torch.dtype) -> Runner:
+def _openvino(path: Path, dtype: torch.dtype) -> Run:
     runtime = imported("openvino", _EXTRAS["openvino"])
     precision = {torch.bfloat16: "bf16"}.get(dtype, "f32")
     compiled = runtime.Core().compile_model(
@@ -77,7 +67,7 @@ def _openvino(path: Path, dtype: torch.dtype) -> Runner:
     return run
 
 
-ENGINES: dict[str, Callable[[Path, torch.dtype], Runner]] = {
-    "onnxruntime": _onnxruntime,
+ENGINES: dict[str, Callable[[Path, torch.dtype], Run]] = {
+    "onnxruntime": lambda path, dtype: onnx_runner(path),
     "openvino": _openvino,
 }

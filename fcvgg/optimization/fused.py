@@ -17,9 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fcvgg.geometry import Pair, Window
+from fcvgg.geometry import Pair
 from fcvgg.inference.memory import on_huge_pages
-from fcvgg.inference.sliding import Sliding, Windows, strip_rule
+from fcvgg.inference.sliding import Sliding, strip_rule, windows_of
 from fcvgg.optimization.onednn import RowConvolution, gains_by_halves, halves, joined_halves
 from fcvgg.optimization.winograd import (
     CONVOLUTION,
@@ -387,7 +387,7 @@ def has_packing() -> bool:
 
 @strip_rule(FusedConv2d, PackedConv2d)
 def _conv_strip(conv: FusedConv2d) -> Sliding:
-    windows = _windows(conv.kernel, conv.stride, conv.padding, conv.dilation)
+    windows = windows_of(conv.kernel, conv.stride, conv.padding, conv.dilation)
     return Sliding(
         windows,
         lambda x, part: conv.convolved(x, part.padding(windows)),
@@ -404,7 +404,7 @@ def _linear_strip(layer: FusedWindowLinear) -> Sliding:
     columns = 0 if layer.kernel == (1, 1) else layer.weight_count // layer.out_channels
     gathered = layer.gathered if isinstance(layer, PackedWindowLinear) else 1
     return Sliding(
-        _windows(layer.kernel, (1, 1), (0, 0), layer.dilation),
+        windows_of(layer.kernel, (1, 1), (0, 0), layer.dilation),
         lambda x, part: layer(x),
         channels=layer.out_channels,
         columns=columns * gathered,
@@ -415,7 +415,7 @@ def _linear_strip(layer: FusedWindowLinear) -> Sliding:
 
 @strip_rule(HalvingMaxPool2d)
 def _pool_strip(pool: HalvingMaxPool2d) -> Sliding:
-    windows = _windows((2, 2), (2, 2), (0, 0), (1, 1))
+    windows = windows_of(2)
     return Sliding(
         windows,
         lambda x, part: pool(x),
@@ -423,13 +423,6 @@ def _pool_strip(pool: HalvingMaxPool2d) -> Sliding:
         pads_width=True,
         into=pool.halve_into,
     )
-
-
-def _windows(kernel: Pair, stride: Pair, padding: Pair, dilation: Pair) -> Windows:
-    height, width = (
-        Window(kernel[i], stride[i], dilation[i], padding[i], padding[i]) for i in (0, 1)
-    )
-    return height, width
 
 
 def _agree(scores: Tensor, expected: Tensor) -> bool:

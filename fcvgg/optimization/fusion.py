@@ -12,24 +12,16 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from fcvgg.optimization.fused import FusedConv2d, FusedWindowLinear, HalvingMaxPool2d
-from fcvgg.rewriting.modules import TrainingFlag, TrainingOnly, WindowLinear
+from fcvgg.rewriting.modules import TrainingFlag, WindowLinear
 from fcvgg.rewriting.program import graph_module
+from fcvgg.rewriting.rules.registry import is_relu, kind_of
 
 MakeConv = Callable[[nn.Conv2d, Tensor, Tensor, bool], FusedConv2d]
 MakeLinear = Callable[[Tensor, Tensor, tuple[int, int], bool], FusedWindowLinear]
-
-_NOTHING = (
-    *(nn.Dropout, nn.Dropout2d, nn.AlphaDropout, nn.FeatureAlphaDropout, nn.Identity),
-    TrainingOnly,
-)
-"""Layers that do nothing in evaluation."""
-
-_RELUS = {F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_"}
 
 
 def fused(
@@ -75,7 +67,8 @@ class _Fusion:
 
     def _add(self, node: fx.Node) -> None:
         module = self._module(node)
-        if isinstance(module, _NOTHING):
+        kind = kind_of(node, module)
+        if module is not None and kind is not None and kind.inert:
             self._made[node] = self._made[node.all_input_nodes[0]]
         elif isinstance(module, TrainingFlag):
             self._made[node] = self._call(node, "off", TrainingFlag)
@@ -99,7 +92,7 @@ class _Fusion:
             norm = self._module(following)
             chain.append(following)
             following = self._only_user(following)
-        if following is not None and self._is_relu(following):
+        if following is not None and is_relu(following, self._module(following)):
             relu = True
             chain.append(following)
         made = self._call(node, (id(layer), id(norm), relu), lambda: self._layer(layer, norm, relu))
@@ -132,9 +125,8 @@ class _Fusion:
     def _copied(self, node: fx.Node, module: nn.Module) -> nn.Module:
         if self._dtype == torch.bfloat16 and _halves(module):
             calls = [n for n in self._network.graph.nodes if n.target == node.target]
-            return HalvingMaxPool2d(
-                positive=all(self._is_relu(n.all_input_nodes[0]) for n in calls)
-            )
+            fed = [n.all_input_nodes[0] for n in calls]
+            return HalvingMaxPool2d(positive=all(is_relu(n, self._module(n)) for n in fed))
         return copy.deepcopy(module).to(self._dtype).requires_grad_(False)
 
     def _keep_tensor(self, path: str) -> None:
@@ -151,10 +143,6 @@ class _Fusion:
 
     def _only_user(self, node: fx.Node) -> fx.Node | None:
         return next(iter(node.users)) if len(node.users) == 1 else None
-
-    def _is_relu(self, node: fx.Node) -> bool:
-        module = self._module(node)
-        return type(module) is nn.ReLU if module is not None else node.target in _RELUS
 
 
 def _halves(module: nn.Module) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fcvgg.errors import ArgumentError, EquivalenceError, FcvggError
+from fcvgg.errors import ArgumentError, EquivalenceError, FcvggError, check_choice
 from fcvgg.geometry import Pair, checked_size
 from fcvgg.inference.blocks import CHANNELS_LAST, BlockwiseGraph, run
 from fcvgg.inference.memory import keep_freed_maps
@@ -364,12 +364,8 @@ def _check_network(net: Any) -> None:
 
 
 def _check_options(dtype: Any, device: torch.device, engine: str | None) -> None:
-    if engine not in (None, "torch", *ENGINES):
-        raise ArgumentError(
-            f"engine must be None, {' or '.join(map(repr, ENGINES))}, got {engine!r}"
-        )
-    if dtype not in TOLERANCES:
-        raise ArgumentError(f"dtype must be {' or '.join(map(str, TOLERANCES))}, got {dtype!r}")
+    check_choice("engine", engine, (None, "torch", *ENGINES))
+    check_choice("dtype", dtype, TOLERANCES)
     if engine in ENGINES and (device.type != "cpu" or dtype == torch.float64):
         raise ArgumentError(
             f"engine={engine!r} runs float32 networks on the CPU, got {dtype} on {device}; move "

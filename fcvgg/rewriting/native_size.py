@@ -7,7 +7,8 @@ from torch import nn
 from fcvgg.errors import ConversionError, InputSizeError
 from fcvgg.geometry import LARGEST_SIZE, Pair, smallest_size
 from fcvgg.rewriting.capture import capture
-from fcvgg.rewriting.rewriter import Boundary, Rewriter
+from fcvgg.rewriting.map_builder import Boundary, MapBuilder
+from fcvgg.rewriting.rewriter import Rewriter
 from fcvgg.rewriting.rules import is_known, kind_for
 from fcvgg.rewriting.twins import sharing_twin
 
@@ -28,19 +29,19 @@ def infer_input_size(model: nn.Module, in_channels: int | None = None) -> Pair:
     for trial in _TRIAL_SIZES:
         try:
             captured = capture(model, (trial, trial), is_known, in_channels)
-            rewriter = Rewriter(captured, sharing_twin(model))
+            build = MapBuilder(captured, sharing_twin(model))
         except InputSizeError as error:
             failure = error
             continue
         try:
-            rewriter.run(kind_for)
+            Rewriter(captured, build).run(kind_for)
         except InputSizeError as error:
             failure = error
         except ConversionError:
             captured.require_channels()  # which may be what the layer suffers from
             raise
-        if rewriter.boundary is not None:
-            return _size_at(rewriter.boundary, rewriter)
+        if build.boundary is not None:
+            return _size_at(build.boundary, build)
     reason = f": {str(failure).partition('; pass ')[0]}" if failure else ""
     raise InputSizeError(
         f"the native size cannot be inferred from {type(model).__name__}{reason}; "
@@ -48,7 +49,7 @@ def infer_input_size(model: nn.Module, in_channels: int | None = None) -> Pair:
     )
 
 
-def _size_at(boundary: Boundary, rewriter: Rewriter) -> Pair:
+def _size_at(boundary: Boundary, build: MapBuilder) -> Pair:
     """The smallest square input whose features are what the head asks for."""
     place, wants = boundary.place, boundary.wants
     if wants is None:
@@ -56,7 +57,7 @@ def _size_at(boundary: Boundary, rewriter: Rewriter) -> Pair:
             f"{place} takes features of any size, so the native size is not determined; "
             "pass input_size=, the size the model was trained at (often 224)"
         )
-    height, width = rewriter.steps.geometry_at(boundary.cells.step).axes
+    height, width = build.steps.geometry_at(boundary.cells.step).axes
     channels = boundary.cells.extent[0]
 
     def enough(size: int) -> bool:

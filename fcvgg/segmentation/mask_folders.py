@@ -140,7 +140,7 @@ def train_and_valid(
     """
     folder = Path(folder)
     if not 0 < share < 1:
-        raise ArgumentError(f"valid_share must be between 0 and 1, got {share}")
+        raise ArgumentError(f"valid_fraction must be between 0 and 1, got {share}")
     names = _checked_categories(categories)
     places, skipped = _places(folder)
     found = _read_parts(places, names, preprocess)
@@ -211,7 +211,7 @@ def _checked_kind(path: Path) -> str:
         what = kind if kind in _LOSSY else f"TIFF compressed as {inner}"
         raise DatasetError(f"the mask {path} is a {what}, which may change labels; {_EXPECTED}")
     if several:
-        raise DatasetError(f"the mask {path} holds several pictures; expected one")
+        raise DatasetError(f"the mask {path} must hold one picture, got several")
     return kind
 
 
@@ -275,8 +275,8 @@ def _read(place: _Place, preprocess: Preprocess | None) -> tuple[MaskFolder, Cou
         if labels.shape != size:
             turned = " of the upright image" if labels.shape == size[::-1] else ""
             raise DatasetError(
-                f"the mask {mask} is {labels.shape[0]}x{labels.shape[1]} and its image {image} "
-                f"{size[0]}x{size[1]}; expected one label for each pixel{turned}"
+                f"the mask {mask} must have a label for each pixel{turned}, {size[0]}x{size[1]} "
+                f"for {image}, got {labels.shape[0]}x{labels.shape[1]}"
             )
         values.update(dict(zip(*(x.tolist() for x in np.unique(labels, return_counts=True)))))
         read.append((image, mask, size))

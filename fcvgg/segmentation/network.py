@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,13 +9,11 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fcvgg.categories import distinct_names, one_per_class
 from fcvgg.choices import Variant
-from fcvgg.errors import ArgumentError, FcvggError, LoadError, one_line
+from fcvgg.errors import ArgumentError, FcvggError, LoadError, check_choice, check_integer, one_line
 from fcvgg.images.preprocessing import (
     Preprocess,
     decoded_preprocess,
@@ -36,11 +33,15 @@ from fcvgg.segmentation.backbone import (
     without_classifier,
 )
 from fcvgg.segmentation.upsampling import PIXELS, BilinearUpsampling
-from fcvgg.support import untrusted
-from fcvgg.support.atomic import checked_folder, folder_written_whole
+from fcvgg.serialization.saved_files import (
+    read_description,
+    read_tensors,
+    saved_folder,
+    write_description,
+    write_tensors,
+)
+from fcvgg.support.atomic import checked_folder
 from fcvgg.support.module_state import device_of, dtype_of, evaluating
-from fcvgg.training.settings import check_choice
-from fcvgg.transfer.heads import check_classes
 
 VARIANTS: dict[str, int] = {"32s": 0, "16s": 1, "8s": 2}
 """The number of finer maps that a variant scores as well; named for VGG's strides."""
@@ -138,7 +139,7 @@ class FCN(nn.Module):
             )
         check_choice("variant", variant, VARIANTS)
         check_choice("padding", padding, ("same", "valid"))
-        check_classes(num_classes)
+        check_integer("num_classes", num_classes, 1)
         if not 2 <= num_classes <= IGNORE_INDEX:
             raise ArgumentError(
                 f"num_classes must be 2 to {IGNORE_INDEX}, got {num_classes}; add a class for "
@@ -314,14 +315,10 @@ class FCN(nn.Module):
             "preprocess": encoded_preprocess(self.preprocess),
         }
         own = {k: v for k, v in self.state_dict().items() if not k.startswith(_BACKBONE_PREFIX)}
-        try:
-            with folder_written_whole(path, (CONFIG, SCORES, BACKBONE)) as folder:
-                with_first_map(self.backbone).save(folder / BACKBONE)
-                save_file({k: v.contiguous() for k, v in own.items()}, folder / SCORES)
-                (folder / SCORES).chmod(0o644)
-                (folder / CONFIG).write_text(json.dumps(config, indent=1, allow_nan=False) + "\n")
-        except (SafetensorError, ValueError) as error:
-            raise FcvggError(f"cannot write {path}: {one_line(error)}") from error
+        with saved_folder(path, (CONFIG, SCORES, BACKBONE)) as folder:
+            with_first_map(self.backbone).save(folder / BACKBONE)
+            write_tensors(folder / SCORES, {k: v.contiguous() for k, v in own.items()})
+            write_description(folder / CONFIG, config)
         return path
 
     @classmethod
@@ -337,13 +334,17 @@ class FCN(nn.Module):
             raise LoadError(f"{path} is broken: it has no folder {BACKBONE}")
         backbone = load(path / BACKBONE)
         try:
-            untrusted.check_regular(path / SCORES, within=path)
-            state = load_file(path / SCORES)
+            state = read_tensors(path / SCORES)
             count, learned = config["num_classes"], config["learn_upsampling"]
             if type(count) is not int or count < 1 or type(learned) is not bool:
-                raise LoadError(f"{CONFIG} has {count!r} classes and learn_upsampling {learned!r}")
+                raise LoadError(
+                    f"{CONFIG} must hold a positive num_classes, and true or false for "
+                    f"learn_upsampling, got {count!r} and {learned!r}"
+                )
             if not any(count in tensor.shape for tensor in state.values()):
-                raise LoadError(f"{CONFIG} has {count} classes, which no tensor of {SCORES} has")
+                raise LoadError(
+                    f"num_classes must be that of the tensors in {SCORES}, got {count} in {CONFIG}"
+                )
             fcn = cls._of(backbone, count, config["variant"], learned)
             fcn.categories = config["categories"]
             fcn.preprocess = decoded_preprocess(config["preprocess"])
@@ -364,16 +365,10 @@ def _key(source: MapSource) -> str:
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    """The description in a folder of an FCN, which may have been changed by anyone."""
-    try:
-        data = untrusted.read_bytes(path / CONFIG, untrusted.CONFIG_BYTES, within=path)
-        config = untrusted.parsed_json(data)
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise LoadError(f"{path} is not the folder of an FCN: it has no {CONFIG}") from error
-    except (OSError, ValueError) as error:
-        raise LoadError(f"{path / CONFIG} is broken: {one_line(error)}") from error
-    if not isinstance(config, dict) or config.get("format") != _FORMAT:
+    config = read_description(path / CONFIG, "the folder of an FCN")
+    if config.get("format") != _FORMAT:
         raise LoadError(
-            f"{path / CONFIG} must have format {_FORMAT}; upgrade fcvgg, or save the network again"
+            f"{path / CONFIG} must have format {_FORMAT}, got {config.get('format')!r}; upgrade "
+            "fcvgg, or save the network again if the format is older"
         )
     return config

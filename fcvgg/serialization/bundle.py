@@ -1,23 +1,19 @@
 """Saving a converted network as data, and reading it back without running code from the file.
 
 A bundle is a folder in the convention of the Hugging Face hub: ``model.safetensors`` holds every
-tensor and ``config.json`` everything else, the rewritten graph included (`fcvgg.graph_data`). The
-graph is a list of calls; what they may call is looked up in a fixed list of functions and among the
-layers of torch and fcvgg, so a file can name operations but bring none. Module classes of the
-user's own are loaded only where the user registered their rule in this process; whoever registers a
-class lets bundles construct it with arguments of theirs.
+tensor and ``config.json`` everything else, the rewritten graph included. The graph is a list of
+calls (`fcvgg.serialization.graph_data`); what they may call is looked up in a fixed list of
+functions and among the layers of torch and fcvgg, so a file can name operations but bring none.
+Module classes of the user's own are loaded only where the user registered their rule in this
+process; whoever registers a class lets bundles construct it with arguments of theirs.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
-
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
 from fcvgg.errors import FcvggError, LoadError, PreprocessError, one_line
 from fcvgg.geometry import Pair, checked_size
@@ -27,18 +23,25 @@ from fcvgg.rewriting.program import Program
 from fcvgg.serialization.program_data import (
     checked_activation,
     describe_program,
-    rebuilt_program,
+    rebuild_program,
+)
+from fcvgg.serialization.saved_files import (
+    read_description,
+    read_tensors,
+    saved_folder,
+    write_description,
+    write_tensors,
 )
 from fcvgg.serialization.tensor_table import (
     CONFIG,
     TENSORS,
     check_path,
     checked_tensors,
-    described_tensors,
+    describe_tensors,
     entry_of,
 )
 from fcvgg.support import untrusted
-from fcvgg.support.atomic import checked_folder, folder_written_whole
+from fcvgg.support.atomic import checked_folder
 
 _FORMAT = 2
 
@@ -48,7 +51,7 @@ _FORMAT = 2
 
 @dataclass(frozen=True)
 class Settings:
-    """What a bundle says beside the program: how images come in and what the scores are."""
+    """What a bundle says besides the program: how images come in and what the scores are."""
 
     source: str
     input_size: Pair
@@ -64,11 +67,11 @@ def _settings(config: Mapping[str, Any], classes: int) -> Settings:
             raise LoadError(f"{CONFIG} lacks {field.name!r}")
     source, names = config["source"], config["categories"]
     if not isinstance(source, str):
-        raise LoadError(f"{CONFIG} has source {source!r}; expected a name")
+        raise LoadError(f"source must be a name in {CONFIG}, got {source!r}")
     if names is not None and not (
         isinstance(names, list) and len(names) == classes and all(isinstance(n, str) for n in names)
     ):
-        raise LoadError(f"{CONFIG} has no categories, one name for each of the {classes} classes")
+        raise LoadError(f"categories must be None or {classes} names in {CONFIG}, got {names!r}")
     return Settings(
         source=source,
         input_size=_input_size(config["input_size"]),
@@ -80,17 +83,16 @@ def _settings(config: Mapping[str, Any], classes: int) -> Settings:
 
 
 def _input_size(value: Any) -> Pair:
-    try:
-        return checked_size(value if isinstance(value, list) else ())
-    except (FcvggError, TypeError) as error:
-        raise LoadError(f"{CONFIG} has input_size {value!r}; expected [height, width]") from error
+    if not isinstance(value, list):
+        raise LoadError(f"input_size must be [h, w] in {CONFIG}, got {value!r}")
+    return checked_size(value, "input_size", LoadError)
 
 
 def _checked_preprocess(data: Any) -> Preprocess | None:
     try:
         return decoded_preprocess(data)
     except PreprocessError as error:
-        raise LoadError(f"{CONFIG} has a preprocess that is none: {one_line(error)}") from error
+        raise LoadError(f"the preprocess in {CONFIG} is broken: {one_line(error)}") from error
 
 
 def _equivalence(data: Any) -> Equivalence | None:
@@ -105,10 +107,10 @@ def _equivalence(data: Any) -> Equivalence | None:
         "input_size": list,
     }
     if not isinstance(data, dict) or data.keys() != kinds.keys():
-        raise LoadError(f"{CONFIG} has no equivalence of {', '.join(kinds)}")
+        raise LoadError(f"equivalence must hold {', '.join(kinds)} in {CONFIG}, got {data!r}")
     for name, kind in kinds.items():
         if not isinstance(data[name], kind) or (isinstance(data[name], bool) and kind is not bool):
-            raise LoadError(f"{CONFIG} has an equivalence whose {name} is {data[name]!r}")
+            raise LoadError(f"equivalence.{name} must be of {kind} in {CONFIG}, got {data[name]!r}")
     return Equivalence(**{**data, "input_size": _input_size(data["input_size"])})
 
 
@@ -126,35 +128,25 @@ def write_bundle(
     """
     checked_folder(path, "path", remedy=", or net.export for .onnx and .pt2")
     if path.exists() and not (replaceable and is_bundle(path)):
-        raise FcvggError(f"{path} exists and is no bundle of fcvgg; choose another name")
+        raise FcvggError(f"{path} exists and is not a bundle of fcvgg; choose another name")
     config = {"library_name": "fcvgg", "format": _FORMAT, **settings, **describe_program(program)}
-    table, tensors = described_tensors(program.network)
+    table, tensors = describe_tensors(program.network)
     for name in (*config["layers"], *table):
         check_path(name, FcvggError)
     config["tensors"] = {name: entry.to_dict() for name, entry in table.items()}
-    try:
-        with folder_written_whole(path, (CONFIG, TENSORS)) as folder:
-            save_file(tensors, folder / TENSORS, {"format": "pt"})
-            (folder / TENSORS).chmod(0o644)
-            (folder / CONFIG).write_text(json.dumps(config, indent=1, allow_nan=False) + "\n")
-    except (SafetensorError, ValueError) as error:
-        raise FcvggError(f"cannot write {path}: {one_line(error)}") from error
+    with saved_folder(path, (CONFIG, TENSORS)) as folder:
+        write_tensors(folder / TENSORS, tensors)
+        write_description(folder / CONFIG, config)
 
 
 def read_bundle(path: Path) -> tuple[Program, Settings]:
     """The program and the settings of a bundle.
 
     Raises:
-        LoadError: if it is no bundle, is broken, or its tensors do not fit.
+        LoadError: if it is not a bundle, is broken, or its tensors do not fit.
     """
     config = _read_config(path / CONFIG)
-    try:
-        untrusted.check_regular(path / TENSORS, within=path)
-        tensors = load_file(path / TENSORS)
-    except FileNotFoundError as error:
-        raise LoadError(f"{path} holds no {TENSORS}; a bundle is {CONFIG} and {TENSORS}") from error
-    except (SafetensorError, OSError, ValueError) as error:
-        raise LoadError(f"{path / TENSORS} is broken: {one_line(error)}") from error
+    tensors = read_tensors(path / TENSORS)
     try:
         for part in ("graph", "layers", "records"):
             what = f"{path / CONFIG}: the number of {part!r} entries"
@@ -162,7 +154,7 @@ def read_bundle(path: Path) -> tuple[Program, Settings]:
         what = f"{path / CONFIG}: the number of tensors"
         untrusted.check_count(len(config["tensors"]), what, 4 * untrusted.MOST_NODES)
         table = {name: entry_of(name, data) for name, data in config["tensors"].items()}
-        program = rebuilt_program(config, table, checked_tensors(table, tensors))
+        program = rebuild_program(config, table, checked_tensors(table, tensors))
         return program, _settings(config, program.classes[0])
     except LoadError:
         raise
@@ -182,22 +174,13 @@ def is_bundle(path: str | Path) -> bool:
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        data = untrusted.read_bytes(path, untrusted.CONFIG_BYTES, within=path.parent)
-        config = untrusted.parsed_json(data, _no_number)
-    except FileNotFoundError as error:
-        raise LoadError(f"{path.parent} is no bundle: it holds no {CONFIG}") from error
-    except (OSError, ValueError) as error:
-        raise LoadError(f"{path} is broken: {one_line(error)}") from error
-    if not isinstance(config, dict) or config.get("library_name") != "fcvgg":
-        raise LoadError(f"{path} is not fcvgg's: expected library_name 'fcvgg'")
+    config = read_description(path, "a bundle of fcvgg")
+    library = config.get("library_name")
+    if library != "fcvgg":
+        raise LoadError(f"{path} must have library_name 'fcvgg', got {library!r}")
     if config.get("format") != _FORMAT:
         raise LoadError(
-            f"{path} has format {config.get('format')!r}, and this version of fcvgg reads "
-            f"{_FORMAT}; upgrade fcvgg, or save the network anew if the format is older"
+            f"{path} must have format {_FORMAT}, got {config.get('format')!r}; upgrade fcvgg, or "
+            "save the network again if the format is older"
         )
     return config
-
-
-def _no_number(name: str) -> Any:
-    raise ValueError(f"{name} is no JSON")

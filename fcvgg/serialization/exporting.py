@@ -10,10 +10,10 @@ import json
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
@@ -22,13 +22,16 @@ from torch.fx.experimental import _config as shape_config
 from torch.overrides import TorchFunctionMode
 
 from fcvgg.errors import EquivalenceError, FcvggError, MissingExtraError, one_line
-from fcvgg.geometry import Pair, Window
+from fcvgg.geometry import Pair
+from fcvgg.rewriting.program import Windows
+from fcvgg.rewriting.sliding import windows_of
 from fcvgg.rewriting.tracing import operation_name
+from fcvgg.serialization.runtime import onnx_runner
 from fcvgg.support.atomic import EXPORT_ENDINGS, checked_file, written_whole
-from fcvgg.support.module_state import device_of, dtype_of
+from fcvgg.support.module_state import device_of, dtype_of, evaluating
 
 _LARGEST_PROTOBUF = 2 * 1024**3
-"""Bytes that one ONNX file can hold; beyond, its weights lie in a file beside it."""
+"""Bytes that one ONNX file can hold; beyond, its weights lie in a second file."""
 
 _TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 0.1}
 """Largest difference between the scores of the file and the network's, relative to the largest."""
@@ -69,7 +72,7 @@ def export_network(
     checked_file(path, "path", EXPORT_ENDINGS)
     as_onnx = path.suffix.lower() == ".onnx"
     with _Replaced(_FOR_ONNX if as_onnx else _FOR_TORCH_EXPORT):
-        program = exported(network, images)
+        program = export_program(network, images)
     entries = {f"fcvgg.{name}": json.dumps(value) for name, value in metadata.items()}
     written = ExportedFile(path)
     with written_whole(path) as temporary:
@@ -82,11 +85,11 @@ def export_network(
             written.check = f"not checked: {opened}"
         else:
             shapes = [images, *((1, images[1], *size) for size in sizes)]
-            written.check = _compared(path.name, opened, network, shapes)
+            written.check = _compare(path.name, opened, network, shapes)
     return written
 
 
-def exported(network: nn.Module, images: tuple[int, int, int, int]) -> ExportedProgram:
+def export_program(network: nn.Module, images: tuple[int, int, int, int]) -> ExportedProgram:
     """The network as an `ExportedProgram` with free batch, height and width.
 
     torch.export takes a traced size for larger than one and guards against the map of one cell,
@@ -100,22 +103,17 @@ def exported(network: nn.Module, images: tuple[int, int, int, int]) -> ExportedP
         with patched, torch.no_grad():
             return torch.export.export(module, (example,), dynamic_shapes=(free,), strict=False)
 
-    modes = [(module, module.training) for module in network.modules()]
-    network.eval()
-    try:
-        return traced(network)
-    except Exception as error:
-        layer = "the network"
-        if isinstance(network, fx.GraphModule):
-            followed = _Followed(network)
-            try:
-                traced(followed)
-            except Exception:
-                layer = followed.place
-        raise FcvggError(f"torch.export cannot take {layer}: {one_line(error)}") from error
-    finally:
-        for module, mode in modes:
-            module.training = mode
+    with evaluating(network):
+        try:
+            return traced(network)
+        except Exception as error:
+            place = "the network"
+            if isinstance(network, fx.GraphModule):
+                followed = _Followed(network)
+                with suppress(Exception):
+                    traced(followed)
+                place = followed.place
+            raise FcvggError(f"torch.export cannot take {place}: {one_line(error)}") from error
 
 
 class _Followed(nn.Module):
@@ -151,42 +149,38 @@ def _described(node: fx.Node, network: nn.Module) -> str:
 _Run = Callable[[Tensor], "list[Tensor]"]
 
 
-def _compared(name: str, run: _Run, network: nn.Module, shapes: Sequence[tuple[int, ...]]) -> str:
+def _compare(name: str, run: _Run, network: nn.Module, shapes: Sequence[tuple[int, ...]]) -> str:
     """Run the file and the network on noise of several shapes; say how far apart they are."""
     tolerance = _TOLERANCES.get(dtype_of(network), 1e-4)
-    modes = [(module, module.training) for module in network.modules()]
     generator = torch.Generator().manual_seed(0)
     worst = 0.0
-    network.eval()
-    try:
-        for shape in shapes:
-            images = torch.randn(shape, generator=generator).to(device_of(network))
-            images = images.to(dtype_of(network))
-            pixels = f"{shape[2]}x{shape[3]}"
-            with torch.no_grad():
-                expected = network(images)
-            maps = expected if isinstance(expected, (tuple, list)) else [expected]
-            try:
-                found = run(images)
-            except Exception as error:
-                raise FcvggError(
-                    f"{name} does not run at {pixels} pixels: {one_line(error)}; nothing was "
-                    "written, choose the other format (.onnx, .pt2)"
-                ) from error
-            for wanted, got in zip(maps, found, strict=True):
-                difference = _relative_error(wanted.double().cpu(), got.double().cpu())
-                if not difference <= tolerance:
-                    raise EquivalenceError(
-                        f"{name} gives other scores than the network at {pixels} pixels, by "
-                        f"{difference:.1e} of the largest, more than {tolerance:.0e}; nothing was "
-                        "written, please report the model"
-                    )
-                worst = max(worst, difference)
-    finally:
-        for module, mode in modes:
-            module.training = mode
+    for shape in shapes:
+        images = torch.randn(shape, generator=generator).to(device_of(network), dtype_of(network))
+        pixels = f"{shape[2]}x{shape[3]}"
+        with torch.no_grad(), evaluating(network):
+            expected = network(images)
+        try:
+            found = run(images)
+        except Exception as error:
+            raise FcvggError(
+                f"{name} does not run at {pixels} pixels: {one_line(error)}; nothing was "
+                "written, choose the other format (.onnx, .pt2)"
+            ) from error
+        for wanted, got in zip(_maps(expected), found, strict=True):
+            difference = _relative_error(wanted.double().cpu(), got.double().cpu())
+            if not difference <= tolerance:
+                raise EquivalenceError(
+                    f"{name} gives other scores than the network at {pixels} pixels, by "
+                    f"{difference:.1e} of the largest, more than {tolerance:.0e}; nothing was "
+                    "written, please report the model"
+                )
+            worst = max(worst, difference)
     sizes = ", ".join(f"{shape[2]}x{shape[3]}" for shape in shapes)
     return f"checked at {sizes}: max error {worst:.1e} of the largest score"
+
+
+def _maps(outputs: Any) -> list[Tensor]:
+    return list(outputs) if isinstance(outputs, (tuple, list)) else [outputs]
 
 
 def _relative_error(wanted: Tensor, got: Tensor) -> float:
@@ -205,13 +199,9 @@ def _relative_error(wanted: Tensor, got: Tensor) -> float:
 def _in_onnxruntime(path: Path) -> _Run | str:
     """What runs an ONNX file, or why nothing does."""
     try:
-        import onnxruntime
-    except ImportError:
+        run = onnx_runner(path)
+    except MissingExtraError:
         return "onnxruntime is not installed; pip install 'fcvgg[onnx]'"
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
-    try:
-        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     except Exception as error:
         if type(error).__name__ != "NotImplemented":
             reason = one_line(error).replace(str(path), "it")
@@ -220,21 +210,15 @@ def _in_onnxruntime(path: Path) -> _Run | str:
                 "or cast the network with net.float()"
             ) from error
         return f"onnxruntime cannot run it ({one_line(error)})"
-
-    def run(images: Tensor) -> list[Tensor]:
-        outputs = session.run(None, {"images": images.cpu().numpy()})
-        return [torch.from_numpy(np.asarray(scores)) for scores in outputs]
-
-    return run
+    return lambda images: list(map(torch.from_numpy, run(images.cpu().numpy())))
 
 
 def _in_torch(path: Path) -> _Run:
     module = torch.export.load(path).module()
 
+    @torch.no_grad()
     def run(images: Tensor) -> list[Tensor]:
-        with torch.no_grad():
-            scores = module(images)
-        return list(scores) if isinstance(scores, (tuple, list)) else [scores]
+        return _maps(module(images))
 
     return run
 
@@ -298,11 +282,12 @@ def _average(
         return F.avg_pool2d(
             input, kernel_size, stride, padding, ceil_mode, count_include_pad=count_include_pad
         )
-    kernel, stride, padding, _ = _four(kernel_size, stride, padding, 1)
+    windows = windows_of(kernel_size, stride, padding)
+    height, width = windows
     if ceil_mode:  # windows beyond the end are divided like all others, so the zeros count
-        input, padding = _ends_padded(input, kernel, stride, padding, (1, 1), 0.0), (0, 0)
-    average = F.avg_pool2d(input, kernel, stride, padding, count_include_pad=True)
-    return average * (kernel[0] * kernel[1] / divisor_override)
+        input, padding = _ends_padded(input, windows, 0.0), 0
+    average = F.avg_pool2d(input, kernel_size, stride, padding, count_include_pad=True)
+    return average * (height.kernel * width.kernel / divisor_override)
 
 
 def _average_over_padded(
@@ -315,25 +300,24 @@ def _average_over_padded(
     divisor_override: int | None = None,
 ) -> Tensor:
     """A ceil-mode average without torch's branch on the size, which would fix it in the file."""
-    kernel, steps, pads, _ = _four(kernel_size, stride, padding, 1)
-    if not ceil_mode or not _branches(kernel, steps, pads, (1, 1)):
+    windows = windows_of(kernel_size, stride, padding)
+    if not ceil_mode or not _branches(windows):
         return F.avg_pool2d(
-            input, kernel, steps, pads, ceil_mode, count_include_pad, divisor_override
+            input, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override
         )
 
-    def total(x: Tensor) -> Tensor:
-        x = _ends_padded(x, kernel, steps, pads, (1, 1), 0.0)
-        return F.avg_pool2d(x, kernel, steps, divisor_override=1)
+    def total(x: Tensor, padded: bool = False) -> Tensor:
+        x = _ends_padded(x, windows, 0.0, padded)
+        return F.avg_pool2d(x, kernel_size, stride, divisor_override=1)
 
     if divisor_override is not None:
         return total(input) / divisor_override
     ones = torch.ones_like(input[:1, :1])
-    if count_include_pad:
-        edges = (pads[1], pads[1], pads[0], pads[0])
-        padded = F.pad(ones, edges, value=1.0)
-        inner = _ends_padded(padded, kernel, steps, (0, 0), (1, 1), 0.0, pads)
-        return total(input) / F.avg_pool2d(inner, kernel, steps, divisor_override=1)
-    return total(input) / total(ones)
+    if not count_include_pad:
+        return total(input) / total(ones)
+    height, width = windows
+    edges = (width.before, width.after, height.before, height.after)
+    return total(input) / total(F.pad(ones, edges, value=1.0), padded=True)
 
 
 def _maximum_over_padded(
@@ -346,11 +330,11 @@ def _maximum_over_padded(
     return_indices: bool = False,
 ) -> Tensor:
     """A ceil-mode maximum without torch's branch on the size, which would fix it in the file."""
-    kernel, steps, pads, spread = _four(kernel_size, stride, padding, dilation)
-    if not ceil_mode or not _branches(kernel, steps, pads, spread):
-        return torch.max_pool2d(input, kernel, steps, pads, spread, ceil_mode)
-    padded = _ends_padded(input, kernel, steps, pads, spread, -torch.inf)
-    return torch.max_pool2d(padded, kernel, steps, 0, spread)
+    windows = windows_of(kernel_size, stride, padding, dilation)
+    if not ceil_mode or not _branches(windows):
+        return torch.max_pool2d(input, kernel_size, stride or (), padding, dilation, ceil_mode)
+    padded = _ends_padded(input, windows, -torch.inf)
+    return torch.max_pool2d(padded, kernel_size, stride or (), 0, dilation)
 
 
 def _layer_norm(
@@ -368,44 +352,28 @@ def _layer_norm(
     return scaled if bias is None else scaled + bias
 
 
-def _four(kernel: Any, stride: Any, padding: Any, dilation: Any) -> tuple[Pair, Pair, Pair, Pair]:
-    """Torch's arguments of a pool, where one number stands for both axes."""
-
-    def pair(value: Any) -> Pair:
-        values = (value, value) if isinstance(value, int) else tuple(value)
-        return values[0], values[-1]
-
-    steps = kernel if stride in (None, (), []) else stride
-    return pair(kernel), pair(steps), pair(padding), pair(dilation)
-
-
-def _branches(kernel: Pair, stride: Pair, padding: Pair, dilation: Pair) -> bool:
+def _branches(windows: Windows) -> bool:
     """Whether torch may drop a last window that would start beyond the input."""
-    return any(p or s > (k - 1) * d + 1 for k, s, p, d in zip(kernel, stride, padding, dilation))
+    return any(window.before or window.stride > window.span for window in windows)
 
 
-def _ends_padded(
-    x: Tensor,
-    kernel: Pair,
-    stride: Pair,
-    padding: Pair,
-    dilation: Pair,
-    value: float,
-    padded: Pair = (0, 0),
-) -> Tensor:
-    """A map padded so that rounding down gives the windows that rounding up gives of it plain.
+def _ends_padded(x: Tensor, windows: Windows, value: float, padded: bool = False) -> Tensor:
+    """A map padded so that its windows, rounded down, are those of the bare map rounded up.
 
-    `padded` says what of `padding` the map has at both ends already.
+    `padded` says that the map has the windows' padding at both ends already.
     """
     pads: list[Any] = []
     for axis in (1, 0):
-        window = Window(kernel[axis], stride[axis], dilation[axis])
-        before, had = padding[axis] + padded[axis], padded[axis]
-        size = x.shape[2 + axis] - 2 * had
-        cells = (size + 2 * before - window.span + window.stride - 1) // window.stride + 1
-        starts = (size + before - 1) // window.stride + 1  # windows that start in the input
-        end = (torch.sym_min(cells, starts) - 1) * window.stride + window.span - size - before
-        pads += [before - had, torch.sym_max(end - had, 0)]
+        # torch's rule for rounding up, in arithmetic that is traced: a branch would fix the size
+        window = windows[axis]
+        had = window.before if padded else 0
+        size = x.shape[2 + axis] - 2 * had  # without padding
+        free = size + 2 * window.before - window.span
+        cells = (free + window.stride - 1) // window.stride + 1
+        starts = (size + window.before - 1) // window.stride + 1  # windows that start in the input
+        last = (torch.sym_min(cells, starts) - 1) * window.stride
+        end = last + window.span - size - window.before
+        pads += [window.before - had, torch.sym_max(end - had, 0)]
     return F.pad(x, pads, value=value)
 
 
@@ -460,6 +428,7 @@ def _write_onnx(
 
 def _untranslated(error: BaseException, program: ExportedProgram) -> str:
     """The layer at which torch's exporter gave up, from the chain of its errors."""
+    # torch wraps the error of a node several times, and only an outer one names the node
     causes = [error]
     while causes[-1].__cause__ is not None:
         causes.append(causes[-1].__cause__)

@@ -2,9 +2,11 @@
 
 A file can name what is to be called but bring nothing of its own:
 
-- functions and Tensor methods come from the fixed lists below, whatever rules are registered;
+- functions and Tensor methods are those of the layer kinds that this package registers; one that
+  a user registers is not among them but with ``in_bundle=True``;
 - layers are those of torch and fcvgg that have rules, and module classes for which this process
-  has registered a rule: who registers a class lets files construct it with settings of theirs;
+  has registered a rule, but with ``in_bundle=False``: who registers a class lets files construct
+  it with settings of theirs;
 - what fx writes into the source of ``forward`` is checked: the names of values and of keyword
   arguments are identifiers, and the graph reads no attributes but the layers and tensors listed.
 """
@@ -15,18 +17,18 @@ import inspect
 import keyword
 import operator
 import re
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 import torchvision
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from fcvgg.errors import FcvggError, LoadError, one_line
 from fcvgg.rewriting import modules as own_modules
 from fcvgg.rewriting.program import Network
-from fcvgg.rewriting.rules.registry import KINDS, class_of
+from fcvgg.rewriting.rules.registry import KINDS, class_of, may_be_in_bundle
 
 INPUT = "images"
 """The name of the graph's one input."""
@@ -38,39 +40,6 @@ _SPACES = {
     "torchvision.ops": torchvision.ops,
     "fcvgg": own_modules,
 }
-
-_FUNCTIONS = {
-    "torch": """
-        abs add amax cat celu channel_shuffle chunk clamp clamp_ clip clip_ clone concat
-        concatenate conv2d detach div erf exp flatten flip fliplr flipud ge gt
-        index_select layer_norm le log log1p log_softmax lt masked_fill max max_pool2d
-        maximum mean minimum moveaxis movedim mul narrow neg permute pow prelu ravel
-        relu relu_ reshape rrelu rsqrt select selu sigmoid sigmoid_ sign softmax split
-        sqrt square squeeze sub sum swapaxes swapdims tanh tanh_ tensor_split threshold
-        transpose unbind unflatten unsqueeze where cos sin nan_to_num ones_like reciprocal
-        zeros_like""",
-    "F": """
-        adaptive_avg_pool2d adaptive_max_pool2d alpha_dropout avg_pool2d batch_norm celu
-        channel_shuffle conv2d dropout dropout2d elu elu_ feature_alpha_dropout gelu hardsigmoid
-        hardswish hardtanh layer_norm leaky_relu leaky_relu_ linear local_response_norm
-        log_softmax logsigmoid max_pool2d mish normalize pad prelu relu relu6 relu_ rrelu selu
-        sigmoid silu softmax softplus softsign tanh threshold hardshrink softshrink""",
-    "operator": """
-        abs add concat ge getitem gt iadd imul isub itruediv le lt mul neg pos pow sub truediv""",
-    "torchvision.ops": "stochastic_depth",
-    "fcvgg": "cut_to window_linear",
-}
-"""The functions that a graph may call: they compute tensors from tensors and do nothing else."""
-
-_METHODS = """
-    abs add add_ amax bfloat16 chunk clamp clamp_ clip clip_ clone contiguous detach div
-    div_ double erf exp flatten flip fliplr flipud float ge gt half index_select le log
-    log1p log_softmax lt masked_fill max maximum mean minimum moveaxis movedim mul mul_
-    narrow neg permute pow prelu ravel relu relu_ reshape rsqrt select sigmoid sigmoid_ sign
-    softmax split sqrt square squeeze squeeze_ sub sub_ sum swapaxes swapdims tanh tanh_
-    tensor_split to transpose type type_as unbind unflatten unsqueeze unsqueeze_ view where
-    cos sin nan_to_num reciprocal hardshrink"""
-"""The Tensor methods that a graph may call."""
 
 _TORCH_VALUES = {
     str(value).removeprefix("torch."): value
@@ -162,7 +131,7 @@ _LARGEST_NUMBER = 1 << 31
 
 
 def _check_pairs(what: str, arguments: Mapping[Any, Any]) -> None:
-    """Refuse kernels and the like that are no pairs, which torch sees only when it has values."""
+    """Refuse kernels and strides of another length, which torch sees only when it has values."""
     for name, value in arguments.items():
         count = 4 if name == "padding" and "Pad2d" in what else 2
         if not isinstance(value, (tuple, list)):
@@ -170,18 +139,16 @@ def _check_pairs(what: str, arguments: Mapping[Any, Any]) -> None:
         numbers = all(v is None or (type(v) is int and abs(v) < _LARGEST_NUMBER) for v in value)
         if len(value) != count or not numbers:
             raise LoadError(
-                f"{what} cannot be made with {name}={value!r}; expected a pair of integers"
+                f"{what} cannot be made: {name} must be {count} integers, got {value!r}"
             )
 
 
 def _layer_classes() -> dict[str, type[nn.Module]]:
     """Every layer that a bundle may hold, by its name in the file."""
-    rewritten = [target for target, kind in KINDS.items() if kind.rewrite is not None]
-    classes = [*rewritten, *vars(own_modules).values()]
     return {
         _class_name(cls): cls
-        for cls in classes
-        if isinstance(cls, type) and issubclass(cls, nn.Module)
+        for cls in KINDS
+        if isinstance(cls, type) and issubclass(cls, nn.Module) and may_be_in_bundle(cls)
     }
 
 
@@ -204,13 +171,30 @@ def _settings_of(cls: type) -> list[str]:
 
 
 def functions() -> dict[str, Callable[..., Any]]:
-    """Every function that a bundle's graph may call, by its name in the file."""
-    return {
-        f"{space}.{name}": getattr(_SPACES[space], name)
-        for space, names in _FUNCTIONS.items()
-        for name in names.split()
-        if hasattr(_SPACES[space], name)  # not every version of torch has all
+    """Every function that a bundle's graph may call, by its name in the file.
+
+    They compute tensors from tensors and do nothing else. Torch's have a name in each module that
+    they can be called from; a user's have that of the module that they are defined in.
+    """
+    named = {
+        f"{space}.{name}": value
+        for space, module in _SPACES.items()
+        for name, value in vars(module).items()
+        if not name.startswith("_") and _is_function(value) and may_be_in_bundle(value)
     }
+    known = set(named.values())
+    own = [t for t in KINDS if _is_function(t) and t not in known and may_be_in_bundle(t)]
+    return named | {f"{function.__module__}.{function.__qualname__}": function for function in own}
+
+
+def _is_function(value: Any) -> bool:
+    return callable(value) and isinstance(value, Hashable) and not isinstance(value, type)
+
+
+def methods() -> set[str]:
+    """The Tensor methods that a graph may call."""
+    names = (t for t in KINDS if isinstance(t, str) and may_be_in_bundle(t))
+    return {name for name in names if hasattr(Tensor, name)}
 
 
 def encoded_graph(graph: fx.Graph) -> list[dict[str, Any]]:
@@ -219,19 +203,21 @@ def encoded_graph(graph: fx.Graph) -> list[dict[str, Any]]:
     Raises:
         FcvggError: if it calls what a bundle cannot hold.
     """
-    names = {function: name for name, function in reversed(functions().items())}
+    names: dict[Any, str] = {f: name for name, f in reversed(functions().items())}
+    names.update({name: name for name in methods()})
     return [_encoded_node(node, names) for node in graph.nodes]
 
 
-def _encoded_node(node: fx.Node, names: Mapping[Callable[..., Any], str]) -> dict[str, Any]:
+def _encoded_node(node: fx.Node, names: Mapping[Any, str]) -> dict[str, Any]:
     target = node.target
-    if callable(target) and target in names:
+    if node.op in ("call_function", "call_method"):
+        if target not in names:
+            raise FcvggError(
+                f"{node.name} calls {getattr(target, '__name__', target)}, which a bundle cannot "
+                "hold; do it in a module of a class that has a rule, or register its rule with "
+                "in_bundle=True (see fcvgg.rewriting.rules)"
+            )
         target = names[target]
-    elif callable(target) or (node.op == "call_method" and target not in _METHODS.split()):
-        raise FcvggError(
-            f"{node.name} calls {getattr(target, '__name__', target)}, which a bundle cannot hold; "
-            "do it in a module of a class that has a rule of its own (see fcvgg.rewriting.rules)"
-        )
     return {
         "op": node.op,
         "name": node.name,
@@ -247,17 +233,19 @@ def decoded_graph(
     """The graph of `encoded_graph`, calling these layers and reading these tensors.
 
     Raises:
-        LoadError: if it names anything else, or is no graph with one input and one output.
+        LoadError: if it names anything else, or is not a graph with one input and one output.
     """
     graph, made = fx.Graph(), dict[str, fx.Node]()
     known = functions()
     for data in nodes:
         name, op, kwargs = data["name"], data["op"], data["kwargs"]
         if not _is_plain_name(name) or name in made:
-            raise LoadError(f"the bundle's graph has a node named {name!r}, which is no new name")
+            raise LoadError(f"names in the bundle's graph must be new identifiers, got {name!r}")
         wrong = next((key for key in kwargs if not _is_plain_name(key)), None)
         if wrong is not None:
-            raise LoadError(f"the bundle's node {name} has an argument named {wrong!r}")
+            raise LoadError(
+                f"arguments of the bundle's node {name} must be named by identifiers, got {wrong!r}"
+            )
         target = _decoded_target(data, known, layers, tensors)
         args = tuple(_decoded(a, made) for a in data["args"])
         kwargs = {key: _decoded(value, made) for key, value in kwargs.items()}
@@ -266,8 +254,8 @@ def decoded_graph(
     ops = [node.op for node in graph.nodes]
     if (ops.count("placeholder"), ops.count("output"), ops[-1:]) != (1, 1, ["output"]):
         raise LoadError(
-            f"the bundle's graph has {ops.count('placeholder')} inputs and {ops.count('output')} "
-            "outputs; expected one of each, the output last"
+            "the bundle's graph must have one input and one output, which comes last, got "
+            f"{ops.count('placeholder')} inputs and {ops.count('output')} outputs"
         )
     graph.lint()
     return graph
@@ -282,35 +270,40 @@ def _decoded_target(
     """What a node may call or read; the names that end in generated source are checked here."""
     op, name, target = data["op"], data["name"], data["target"]
     if op not in _OPERATIONS:
-        raise LoadError(f"the bundle's graph has an unknown operation {op!r}")
+        raise LoadError(f"operations must be {', '.join(_OPERATIONS)} in a bundle, got {op!r}")
     if not isinstance(target, str):
-        raise LoadError(f"the bundle's node {name} has the target {target!r}, which is no name")
+        raise LoadError(f"the target of the bundle's node {name} must be a name, got {target!r}")
     if op == "call_function":
         if target not in known:
             raise LoadError(f"the bundle calls {target!r}, which no bundle may call")
         return known[target]
-    if op == "call_method" and target not in _METHODS.split():
+    if op == "call_method" and target not in methods():
         raise LoadError(f"the bundle calls {'Tensor.' + target!r}, which no bundle may call")
     if op == "call_module" and target not in layers:
         raise LoadError(f"the bundle calls the layer {target!r}, which it does not describe")
     if op == "get_attr" and target not in tensors:
-        raise LoadError(f"the bundle's graph reads {target!r}, which is no tensor of it")
+        raise LoadError(f"the bundle's graph must read tensors of its own, got {target!r}")
     if op == "placeholder" and target != INPUT:
-        raise LoadError(f"the bundle's graph takes {target!r}; expected {INPUT!r}")
+        raise LoadError(f"the input of the bundle's graph must be {INPUT!r}, got {target!r}")
     return "output" if op == "output" else target
 
 
 def _check_arguments(name: str, op: str, target: Any, args: Any, kwargs: Any) -> None:
     """Refuse arguments that the call does not take, as far as its signature tells."""
     if op in ("placeholder", "get_attr") and (args or kwargs):
-        raise LoadError(f"the bundle's node {name} takes no arguments, got {len((*args, *kwargs))}")
+        raise LoadError(
+            f"the bundle's node {name} must have no arguments, got {len((*args, *kwargs))}"
+        )
     if op == "output":
         results = args[0] if len(args) == 1 else None
         results = results if isinstance(results, (tuple, list)) else (results,)
         if kwargs or not results or not all(isinstance(r, fx.Node) for r in results):
-            raise LoadError(f"the bundle's node {name} returns {args!r}; expected its scores")
+            raise LoadError(f"the bundle's node {name} must return the scores, got {args!r}")
     if op == "call_method" and not (args and isinstance(args[0], fx.Node)):
-        raise LoadError(f"the bundle's node {name} calls Tensor.{target} on no value of the graph")
+        raise LoadError(
+            f"the bundle's node {name} must call Tensor.{target} on a value of the graph, got "
+            f"{args[:1]!r}"
+        )
     if op == "call_function" and not _values_in((args, kwargs)):
         raise LoadError(
             f"the bundle's node {name} must compute from values of the graph, got numbers and "
@@ -357,7 +350,10 @@ def _encoded(value: Any, place: str) -> Any:
         return {"slice": [_encoded(v, place) for v in (value.start, value.stop, value.step)]}
     if isinstance(value, (torch.dtype, torch.memory_format)):
         return {"torch": str(value).removeprefix("torch.")}
-    raise FcvggError(f"{place} has an argument {value!r} of {type(value).__name__}, not plain data")
+    raise FcvggError(
+        f"arguments of {place} must be plain data in a bundle, got {value!r} of "
+        f"{type(value).__name__}"
+    )
 
 
 _FLOATS = ("inf", "-inf", "nan")
@@ -380,4 +376,4 @@ def _decoded(value: Any, nodes: Mapping[str, fx.Node]) -> Any:
         return slice(*(_decoded(v, nodes) for v in content))
     if kind == "torch" and content in _TORCH_VALUES:
         return _TORCH_VALUES[content]
-    raise LoadError(f"the bundle holds an unknown value {value!r}")
+    raise LoadError(f"values in a bundle must be plain data or nodes before, got {value!r}")

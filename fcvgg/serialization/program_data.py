@@ -70,7 +70,9 @@ def _training_mode(data: Any) -> TrainingMode:
     parts = {"still": [], "lively": [], "frozen": [], "unfollowed": [], **data}
     for name, places in parts.items():
         if not isinstance(places, list) or not all(type(place) is str for place in places):
-            raise LoadError(f"the bundle's training_mode.{name} is no list of names")
+            raise LoadError(
+                f"training_mode.{name} must be a list of names in a bundle, got {places!r}"
+            )
     return TrainingMode(
         still=frozenset(parts["still"]),
         lively=frozenset(parts["lively"]),
@@ -79,7 +81,7 @@ def _training_mode(data: Any) -> TrainingMode:
     )
 
 
-def rebuilt_program(
+def rebuild_program(
     description: Mapping[str, Any],
     table: Mapping[str, TensorEntry],
     tensors: Mapping[str, Tensor],
@@ -99,6 +101,7 @@ def rebuilt_program(
         owner, _, child = name.rpartition(".")
         owner_of(tree, owner).add_module(child, layers[name])
     check_declared(tree, table)
+    # first on the meta device: a wrong description fails there before it takes memory
     meta = {
         name: torch.empty(entry.shape, dtype=entry.dtype, device="meta")
         for name, entry in table.items()
@@ -106,7 +109,9 @@ def rebuilt_program(
     fill(tree, table, meta)
     aliases = frozenset(description["aliases"])
     if not aliases <= layers.keys():
-        raise LoadError(f"the bundle's aliases {sorted(aliases - layers.keys())} are no layers")
+        raise LoadError(
+            f"aliases must be layers of the bundle, got {sorted(aliases - layers.keys())}"
+        )
     program = Program(
         network=graph_module(tree.eval(), decoded_graph(description["graph"], layers, table)),
         geometry=_geometry(description["geometry"]),
@@ -120,7 +125,10 @@ def rebuilt_program(
     )
     outputs = len(program.outputs.names())
     if not len(program.classes) == len(program.activations) == outputs > 0:
-        raise LoadError("the bundle has not one activation for each output")
+        raise LoadError(
+            f"a bundle must have one activation and number of classes for each of its {outputs} "
+            f"outputs, got {len(program.activations)} and {len(program.classes)}"
+        )
     orders = _check_runs(program)
     fill(program.network, table, tensors)
     _check_orders(program.network, orders)
@@ -158,13 +166,13 @@ def _record(data: Mapping[str, Any]) -> LayerRecord:
         record.multiply_adds_per_position,
     )
     if any(type(n) is not int for n in numbers) or type(record.name) is not str:
-        raise LoadError(f"the bundle's record of layer {record.name!r} holds no integers")
+        raise LoadError(f"the bundle's record of layer {record.name!r} must hold integers")
     return record
 
 
 def _positive(value: Any, name: str) -> int:
     if type(value) is not int or value < 1:
-        raise LoadError(f"the bundle's {name} holds {value!r}; expected a positive integer")
+        raise LoadError(f"the bundle's {name} must be positive integers, got {value!r}")
     return value
 
 
@@ -191,6 +199,7 @@ class _Trial(fx.Interpreter):
         self.orders: dict[str, int] = {}
 
     def run_node(self, n: fx.Node) -> Any:
+        # an index beyond the last channel is not seen without values, so the bound is kept for it
         if n.target is torch.index_select and len(n.args) == 3:
             source, dim, order = n.args
             if isinstance(order, fx.Node) and order.op == "get_attr":
@@ -203,6 +212,7 @@ class _Trial(fx.Interpreter):
         except LoadError:
             raise
         except NotImplementedError:
+            # a user's own layer may not run without values; those of torch and fcvgg all do
             if n.op == "call_module" and not _is_shipped(self.fetch_attr(str(n.target))):
                 raise _NeedsValuesError from None
             raise
@@ -276,14 +286,14 @@ def _check_runs(program: Program) -> dict[str, int]:
     expected = [(1, classes, *cells) for classes in program.classes]
     if shapes != expected:
         raise LoadError(
-            f"the bundle's network gives maps of {shapes} where its geometry and classes say "
-            f"{expected}"
+            f"the maps of the bundle's network must be {expected} by its geometry and classes, got "
+            f"{shapes}"
         )
     return trial.orders
 
 
 def _check_orders(network: nn.Module, orders: Mapping[str, int]) -> None:
-    """Refuse orders that are no permutation, or that choose a channel beyond the last."""
+    """Refuse orders that are not a permutation, or that choose a channel beyond the last."""
     for name, size in orders.items():
         _check_order(name, network.get_buffer(name), size, whole=False)
     for name, module in network.named_modules():
@@ -299,5 +309,5 @@ def _check_order(name: str, order: Tensor, size: int, whole: bool) -> None:
         or not all(0 <= v < size for v in values)
         or (whole and sorted(values) != list(range(size)))
     ):
-        what = "a permutation" if whole else "a choice"
-        raise LoadError(f"{TENSORS} holds {name}, which is not {what} of 0 to {size - 1}")
+        what = "a permutation of" if whole else "indices from"
+        raise LoadError(f"{name} in {TENSORS} must be {what} 0 to {size - 1}")

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from fcvgg.errors import LoadError
-from fcvgg.geometry import Axis, Geometry, Pair
+from fcvgg.geometry import Geometry, Pair
 from fcvgg.support.module_state import dtype_of
 
 _LARGEST_VALUE = 1 << 26
@@ -74,6 +74,7 @@ class ShapeBudget(TorchDispatchMode):
             self._check(int(max(numbers, default=0)), _LARGEST_VALUE, "features", func)
         result = func(*args, **kwargs)
         returned = func._schema.returns
+        # views take no memory of their own
         shared = bool(returned) and returned[0].alias_info is not None  # a view, or in place
         if self._sized and not shared:
             results = result if isinstance(result, (tuple, list)) else (result,)
@@ -126,6 +127,7 @@ def check_affordable(model: nn.Module, shape: tuple[int, ...], origin: object) -
     """
     tensors = (*model.parameters(), *model.buffers())
     memo: dict[int, Any] = {}
+    # the copy gets tensors without values, so that it costs nothing whatever the model holds
     for tensor in tensors:
         bare = tensor.detach().to("meta")
         is_parameter = isinstance(tensor, nn.Parameter)
@@ -146,12 +148,5 @@ def check_affordable(model: nn.Module, shape: tuple[int, ...], origin: object) -
 
 def largest_verified(geometry: Geometry, native: Pair) -> Pair:
     """The largest of the images that verification runs: native, and shifted along each axis."""
-    height, width = geometry.axes
-    tall = _shifted_extent(height, native[0]), native[1]
-    wide = native[0], _shifted_extent(width, native[1])
-    return max(native, tall, wide, key=prod)
-
-
-def _shifted_extent(axis: Axis, native: int) -> int:
-    first = max(-(axis.offset // axis.stride), 0)
-    return max(axis.span_of(first)[1], native) + axis.stride
+    tall, wide = (axis.interior(size)[0] + axis.stride for axis, size in zip(geometry.axes, native))
+    return max(native, (tall, native[1]), (native[0], wide), key=prod)

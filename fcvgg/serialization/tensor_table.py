@@ -66,15 +66,18 @@ def entry_of(name: str, data: Mapping[str, Any]) -> TensorEntry:
     values = {**data, "shape": tuple(data["shape"]), "dtype": _DTYPES.get(data["dtype"])}
     entry = TensorEntry(**values)
     if entry.dtype is None or entry.kind not in _KINDS:
-        raise LoadError(f"{CONFIG} has a tensor {name} of {data['dtype']!r}, a {entry.kind!r}")
+        raise LoadError(
+            f"the tensor {name} in {CONFIG} must be one of {', '.join(_KINDS)} of a known dtype, "
+            f"got {entry.kind!r} of {data['dtype']!r}"
+        )
     kinds = _OF_PARAMETERS if entry.kind in ("parameter", "frozen") else _OF_BUFFERS
     if entry.dtype not in kinds:
         raise LoadError(
-            f"{CONFIG} has a {entry.kind} {name} of dtype {data['dtype']}; expected "
-            f"{', '.join(map(_dtype_name, kinds))}"
+            f"the {entry.kind} {name} in {CONFIG} must be of {', '.join(map(_dtype_name, kinds))}, "
+            f"got {data['dtype']}"
         )
     if any(type(n) is not int or n < 0 for n in entry.shape):
-        raise LoadError(f"{CONFIG} has a tensor {name} of shape {entry.shape}")
+        raise LoadError(f"the shape of {name} in {CONFIG} must be sizes, got {entry.shape}")
     return entry
 
 
@@ -89,9 +92,9 @@ def check_path(name: Any, error: type[FcvggError]) -> None:
     """Raise `error` if no layer or tensor of a bundle may have that name."""
     if not is_plain_path(name):
         raise error(
-            f"a bundle cannot hold the name {name!r}: names are made of letters, digits and _, "
-            "joined by dots, do not begin with __ and are no keywords; rename the layer in the "
-            "source model"
+            f"a bundle cannot hold the name {name!r}: names must be letters, digits and _, joined "
+            "by dots, without a leading __ and other than keywords; rename the layer in the source "
+            "model"
         )
 
 
@@ -100,7 +103,7 @@ def _named_tensors(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from network.named_buffers(remove_duplicate=False)
 
 
-def described_tensors(network: nn.Module) -> tuple[dict[str, TensorEntry], dict[str, Tensor]]:
+def describe_tensors(network: nn.Module) -> tuple[dict[str, TensorEntry], dict[str, Tensor]]:
     """Every name with what is said of it, and every tensor once, under its first name."""
     table: dict[str, TensorEntry] = {}
     tensors: dict[str, Tensor] = {}
@@ -108,6 +111,8 @@ def described_tensors(network: nn.Module) -> tuple[dict[str, TensorEntry], dict[
     memory: dict[tuple[int, ...], str] = {}
     persistent = network.state_dict().keys()
     for name, tensor in _named_tensors(network):
+        # a tensor is stored under its first name: by the object for calls of one layer, and by the
+        # memory for one that another window reshapes
         kind = "buffer" if name in persistent else "constant"
         if isinstance(tensor, nn.Parameter):
             kind = "parameter" if tensor.requires_grad else "frozen"
@@ -153,7 +158,7 @@ def checked_tensors(
     """
     kept = {name for name, entry in table.items() if entry.twin is None}
     _refuse("lacks", sorted(kept - found.keys()))
-    _refuse(f"holds, unknown to {CONFIG},", sorted(found.keys() - kept))
+    _refuse(f"must hold the tensors in {CONFIG} alone, got", sorted(found.keys() - kept))
     tensors: dict[str, Tensor] = {}
     for name, entry in table.items():
         if entry.twin is None:
@@ -162,15 +167,17 @@ def checked_tensors(
             tensor = found[entry.twin]
             tensor = tensor if entry.same_as else tensor.view(entry.shape)
         else:
-            raise LoadError(f"{CONFIG} has a tensor {name} that is {entry.twin!r}, which is none")
+            raise LoadError(
+                f"{name} in {CONFIG} must share a tensor that the file holds, got {entry.twin!r}"
+            )
         if (tuple(tensor.shape), tensor.dtype) != (entry.shape, entry.dtype):
             raise LoadError(
-                f"{TENSORS} holds {name} of shape {tuple(tensor.shape)} and dtype "
-                f"{_dtype_name(tensor.dtype)}, expected {entry.shape} and "
-                f"{_dtype_name(entry.dtype)}"
+                f"{name} in {TENSORS} must be {_dtype_name(entry.dtype)} of shape {entry.shape}, "
+                f"got {_dtype_name(tensor.dtype)} of shape {tuple(tensor.shape)}"
             )
+        # orders of channels fit each other in shape, so only their values tell them apart
         if entry.kind == "constant" and checksum(tensor) != entry.crc32:
-            raise LoadError(f"{TENSORS} holds other values of {name} than were saved")
+            raise LoadError(f"{name} in {TENSORS} must hold the values that were saved, got others")
         tensors[name] = tensor
     return tensors
 
@@ -190,11 +197,12 @@ def check_declared(tree: nn.Module, table: Mapping[str, TensorEntry]) -> None:
             raise LoadError(f"{CONFIG} lacks the tensor {name} of its layer")
         if entry.shape != tensor.shape:
             raise LoadError(
-                f"{CONFIG} has a tensor {name} of shape {entry.shape}, expected "
-                f"{tuple(tensor.shape)} by its layer"
+                f"the tensor {name} in {CONFIG} must have shape {tuple(tensor.shape)} by its "
+                f"layer, got {entry.shape}"
             )
         if isinstance(tensor, nn.Parameter) != (entry.kind in ("parameter", "frozen")):
-            raise LoadError(f"{CONFIG} has a tensor {name} as a {entry.kind}, which it is not")
+            what = "parameter" if isinstance(tensor, nn.Parameter) else "buffer"
+            raise LoadError(f"the tensor {name} in {CONFIG} must be a {what}, got a {entry.kind}")
 
 
 def fill(tree: nn.Module, table: Mapping[str, TensorEntry], tensors: Mapping[str, Tensor]) -> None:

@@ -46,6 +46,7 @@ class Assembled(nn.Module):
     def add_layer(self, name: str, layer: nn.Module) -> str:
         """Hold a layer under the name nearest to the wanted one that is free; gives that name."""
         parts = name.split(".")
+        # the file's own dotted name where it can be that of a module, so that checkpoints fit
         proper = not any(map(keyword.iskeyword, parts))  # a graph's code has names, not keywords
         proper = proper and all(re.fullmatch(r"\w+", part) for part in parts)
         proper = proper and self._has_room(name)
@@ -73,7 +74,7 @@ class Assembled(nn.Module):
         return name in self._constants or name in self._buffers_of
 
     def is_number(self, name: str) -> bool:
-        """Whether it is a constant that is no tensor."""
+        """Whether it is a constant other than a tensor."""
         return name in self._constants
 
     def add_step(
@@ -92,6 +93,8 @@ class Assembled(nn.Module):
         self._outputs = tuple(outputs)
         later = set(self._outputs)
         self._done_with = []
+        # from the end, where it is known what is read later: forward drops the rest, as a list of
+        # all values would hold every map of the network at once
         for step in reversed(self.steps):
             self._done_with.append(tuple({*step.inputs, *step.outputs} - later))
             later.update(step.inputs)

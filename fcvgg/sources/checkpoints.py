@@ -7,7 +7,7 @@ import pickle
 import re
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +30,13 @@ _LISTED = 4
 _REASON = 200
 
 _FORBIDDEN = re.compile(r"GLOBAL ([\w.]+)")
-"""How torch's safe unpickler names an object that is no tensor."""
+"""How torch's safe unpickler names an object other than a tensor."""
 
 
 def read_state(path: str | Path) -> dict[str, Tensor]:
     """The tensors of a file of torch.save or safetensors, by name.
 
-    Entries that hold the state beside other things (``state_dict``, ``model``) are opened, prefixes
+    Entries that hold the state among other things (``state_dict``, ``model``) are opened, prefixes
     of wrappers (``module.``) removed. Pickled code is never run.
 
     Raises:
@@ -66,8 +66,8 @@ def classes_in(state: Mapping[str, Tensor], layer: str, own: Tensor, arch: str) 
     weight = state.get(f"{layer}.weight")
     if weight is None:
         raise LoadError(
-            f"the checkpoint does not fit {arch}: it has no {layer}.weight, the last layer; it has "
-            f"{_listed(list(state))}"
+            f"the checkpoint does not fit {arch}: it must hold {layer}.weight, of the last layer, "
+            f"got {_listed(list(state))}"
         )
     if weight.ndim < 2 or not len(weight) or _as_linear(weight, own).shape[1:] != own.shape[1:]:
         wanted = ("classes", *own.shape[1:])
@@ -88,6 +88,29 @@ def load_into(model: nn.Module, state: Mapping[str, Tensor], origin: str) -> Non
     """
     state = fitting(model, state, origin)
     model.load_state_dict(state, strict=False)
+
+
+def built_with(
+    state: Mapping[str, Tensor], build: Callable[..., nn.Module], origin: str, **options: Any
+) -> nn.Module:
+    """A model that `build` makes with a state; one that does not fit takes no memory.
+
+    Raises:
+        LoadError: as `load_into`.
+    """
+    fitting(without_values(build, **options), state, origin)
+    model = build(**options).eval()
+    load_into(model, state, origin)
+    return model
+
+
+def without_values(build: Callable[..., nn.Module], **options: Any) -> nn.Module:
+    """A model to look at: on the meta device, if its builder can do without values."""
+    try:
+        with torch.device("meta"):
+            return build(**options).eval()
+    except (NotImplementedError, RuntimeError):  # a RegNet computes its widths in tensors
+        return build(**options).eval()
 
 
 def fitting(model: nn.Module, state: Mapping[str, Tensor], origin: str) -> dict[str, Tensor]:
@@ -164,15 +187,15 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except Exception as error:  # of safetensors, or of torch, for a dtype that it does not know
-        raise LoadError(f"{path} is no readable safetensors file: {one_line(error)}") from error
+        raise LoadError(f"{path} cannot be read as safetensors: {one_line(error)}") from error
 
 
 def _read_pickle(path: Path) -> Any:
     with open(path, "rb") as file:
         start = file.read(16)
     if not start.startswith((b"PK", b"\x80")):  # a zip archive, or a pickle of old
-        what = f"it begins with {start!r}" if start else "it is empty"
-        raise LoadError(f"{path} is no file of torch.save: {what}; was it downloaded whole?")
+        what = f"one that begins with {start!r}" if start else "an empty one"
+        raise LoadError(f"{path} must be a file of torch.save, got {what}; download it again")
     try:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
@@ -188,7 +211,7 @@ def _read_pickle(path: Path) -> Any:
 
 
 def _inert() -> list[Any]:
-    """What training scripts keep beside the state and what is plain data: numbers, options."""
+    """What training scripts keep besides the state and is plain data: numbers, options."""
     scalar = np.float64(0).__reduce__()[0]  # type: ignore[index]  # what unpickles a number
     kinds = [type(np.dtype(name)) for name in ("float64", "float32", "int64", "int32", "bool")]
     return [scalar, np.dtype, *kinds, argparse.Namespace]
@@ -198,13 +221,13 @@ def _complaint(error: Exception) -> str:
     found = _FORBIDDEN.search(str(error))
     if found is not None:
         return (
-            f"holds a Python object ({found[1]}) beside tensors; opening it could run code, so it "
-            "is refused; save model.state_dict() instead"
+            f"holds a Python object ({found[1]}) as well as tensors; opening it could run code, so "
+            "it is refused; save model.state_dict() instead"
         )
     if "TorchScript" in str(error):
         return "holds a scripted model; save model.state_dict() instead"
     if isinstance(error, pickle.UnpicklingError):
-        return "is broken, or a pickle that torch.save did not write; save model.state_dict() anew"
+        return "is broken, or a pickle that torch.save did not write; save model.state_dict() again"
     reason = one_line(error).split(". ")[0].strip(" .")[:_REASON]
     return f"is a broken checkpoint: {type(error).__name__} ({reason})"
 
@@ -221,12 +244,13 @@ def _state_within(content: Any, path: Path) -> dict[str, Tensor]:
             break
         content = inner
     raise LoadError(
-        f"{path} holds no state of a model: expected tensors by name, or an entry "
-        f"{' or '.join(repr(name) for name in _NESTED[:3])}; got {type(content).__name__}"
+        f"{path} must hold tensors by name, or an entry "
+        f"{' or '.join(repr(name) for name in _NESTED[:3])} of them, got {type(content).__name__}"
     )
 
 
 def _without_prefixes(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    # twice, since wrappers lie in each other in any order: module._orig_mod.
     for prefix in _PREFIXES * 2:
         if state and all(name.startswith(prefix) for name in state):
             state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}

@@ -65,7 +65,7 @@ def read_array(dataset: Any) -> Any:
     """A dataset as an array.
 
     Raises:
-        ValueError: if it is no array of real numbers.
+        ValueError: if it is not an array of real numbers.
     """
     import h5py
     import numpy as np
@@ -97,6 +97,7 @@ def _check_objects(file: Any, allowed: int) -> Iterator[Any]:
                 kind = type(link).__name__.removesuffix("Link").lower()
                 raise ValueError(f"{group.name}/{name} must be held in the file, got a {kind} link")
             child = group[name]
+            # groups may be linked in circles: each object is looked at once, by its address
             place = h5py.h5o.get_info(child.id).addr if hasattr(child, "id") else name
             if place in seen:
                 continue
@@ -122,7 +123,10 @@ def _claimed_by_attribute(item: Any, name: str) -> int:
     attribute = item.attrs.get_id(name)
     size = math.prod(attribute.shape) * attribute.dtype.itemsize
     if size > _ATTRIBUTE_BYTES:
-        raise ValueError(f"the attribute {name} of {item.name} is of {size:,} bytes")
+        raise ValueError(
+            f"the attribute {name} of {item.name} must take at most {_ATTRIBUTE_BYTES:,} bytes, "
+            f"got {size:,}"
+        )
     with contextlib.suppress(Exception):
         item.attrs[name]
     return size
@@ -137,6 +141,7 @@ def _claimed_by(dataset: Any) -> int:
     size = int(dataset.nbytes or 0)
     if size and not dataset.id.get_storage_size():
         raise ValueError(f"{dataset.name} must hold data, got none stored for {size:,} bytes")
+    # a chunk is decompressed whole, and may be declared larger than the array
     chunk = dataset.chunks or ()
     for extent in chunk:
         size = max(size, int(extent) * dataset.dtype.itemsize)

@@ -17,7 +17,7 @@ from typing import Any
 
 import torchvision
 
-from fcvgg.errors import FcvggError, LoadError, one_line
+from fcvgg.errors import LoadError
 from fcvgg.geometry import checked_size
 from fcvgg.images.preprocessing import Preprocess
 from fcvgg.sources import hdf5_file
@@ -53,20 +53,11 @@ def read(path: str | Path, arch: str | None = None) -> tuple[KerasModel, dict[st
         MissingExtraError: if h5py is not installed.
     """
     path = Path(path)
-    with _opened(path) as (config, file):
-        try:
-            weights = Weights(_weights_within(file, path), str(path))
-            if config is None:
-                config = _application(_recognised(weights, arch, path), weights)
-            return _assembled(config, weights, path)
-        except FcvggError as error:
-            if str(error).startswith(str(path)):
-                raise
-            raise LoadError(f"{path}: {error}") from error
-        except Exception as error:  # a description can be wrong in any way
-            raise LoadError(
-                f"{path} is no readable Keras file: {type(error).__name__}: {one_line(error)}"
-            ) from error
+    with untrusted.reading(path, "a Keras file"), _opened(path) as (config, file):
+        weights = Weights(_weights_within(file, path), str(path))
+        if config is None:
+            config = _application(_recognised(weights, arch, path), weights)
+        return _assemble(config, weights, path)
 
 
 @contextmanager
@@ -74,26 +65,22 @@ def _opened(path: Path) -> Iterator[tuple[dict[str, Any] | None, Any]]:
     """The architecture, if the file has one, and the HDF5 file that holds the weights."""
     h5py = imported("h5py", EXTRA)
     if not path.is_file():
-        raise LoadError(f"there is no Keras file {path}")
+        raise LoadError(f"{path} must be a Keras file, got none of that name")
     config = None
+    content: Any = path
     allowed = untrusted.allowed_bytes(path)
-    try:
-        content: Any = path
-        if path.suffix == ".keras":
-            with zipfile.ZipFile(path) as archive:
-                untrusted.check_members(archive, path)
-                described = untrusted.read_member(archive, "config.json", untrusted.CONFIG_BYTES)
-                content = io.BytesIO(untrusted.read_member(archive, "model.weights.h5", allowed))
-            config = untrusted.parsed_json(described)
-        problem = hdf5_file.check(path, allowed)
-        if problem is not None:
-            raise LoadError(problem)
-        file = h5py.File(content, "r")
+    if path.suffix == ".keras":
+        with zipfile.ZipFile(path) as archive:
+            untrusted.check_members(archive, path)
+            described = untrusted.read_member(archive, "config.json", untrusted.CONFIG_BYTES)
+            content = io.BytesIO(untrusted.read_member(archive, "model.weights.h5", allowed))
+        config = untrusted.parsed_json(described)
+    problem = hdf5_file.check(path, allowed)
+    if problem is not None:
+        raise LoadError(problem)
+    with h5py.File(content, "r") as file:
         if "model_config" in file.attrs:
             config = untrusted.parsed_json(text_of(file.attrs["model_config"]))
-    except Exception as error:  # of zipfile, of json and of h5py, which have no class in common
-        raise LoadError(f"{path} is no readable Keras file: {one_line(error)}") from error
-    with file:
         yield config, file
 
 
@@ -102,12 +89,12 @@ def _weights_within(file: Any, path: Path) -> Any:
     if "layer_names" in group.attrs or "layers" in group:
         return group
     raise LoadError(
-        f"{path} holds no weights of a Keras model: expected 'model_weights', the attribute "
-        f"'layer_names' or 'layers'; it has {', '.join(file) or 'nothing'}"
+        f"{path} must hold the weights of a Keras model ('model_weights', the attribute "
+        f"'layer_names' or 'layers'), got {', '.join(file) or 'an empty file'}"
     )
 
 
-def _assembled(
+def _assemble(
     config: Mapping[str, Any], weights: Weights, path: Path
 ) -> tuple[KerasModel, dict[str, Any]]:
     layers = list(islice(_layers_of(config, ()), untrusted.MOST_NODES + 1))
@@ -135,8 +122,8 @@ def _layers_of(config: Mapping[str, Any], path: tuple[str, ...]) -> Iterator[Lay
     kind = config.get("class_name")
     if kind not in _MODELS:
         raise LoadError(
-            f"the architecture is a {kind!r}; expected one of {', '.join(_MODELS)}, since others "
-            "are code"
+            f"the architecture must be one of {', '.join(_MODELS)}, since others are code, got "
+            f"{kind!r}"
         )
     inner = config["config"]
     described = inner if isinstance(inner, list) else inner["layers"]  # a list before Keras 2.2.3
@@ -189,14 +176,20 @@ def _run(
     values: dict[str, Value] = {}
     entered = 0
     waiting = list(zip(inside, entries))
+    # a file lists the layers of a functional model in any order that Keras made them in
     while waiting:
         ready = next(
             (i for i, (x, _) in enumerate(waiting) if values.keys() >= set(x.inputs)), None
         )
         if ready is None:
-            raise LoadError(f"{builder.origin}: {waiting[0][0]} takes what no layer gives")
+            layer, missing = waiting[0][0], set(waiting[0][0].inputs) - values.keys()
+            raise LoadError(
+                f"{builder.origin}: the inputs of {layer} must be layers before it, got "
+                f"{', '.join(sorted(missing))}"
+            )
         layer, entry = waiting.pop(ready)
         inputs = [values[name] for name in layer.inputs]
+        # the first layer of a Sequential model takes the images without an InputLayer
         if layer.kind == "InputLayer" or not inputs:
             if entered >= len(images):
                 raise builder.refuse(layer, "is a second input")
@@ -223,7 +216,7 @@ def _settings(
     if shape is not None:
         if len(shape) != 4:
             raise LoadError(
-                f"{builder.origin} takes input of shape {tuple(shape)}; expected (N, H, W, C)"
+                f"{builder.origin}: the input must have shape (N, H, W, C), got {tuple(shape)}"
             )
         if shape[1] and shape[2]:
             settings["input_size"] = checked_size(shape[1:3])
@@ -265,27 +258,28 @@ def _recognised(weights: Weights, arch: str | None, path: Path) -> str:
     """The architecture of a file of weights alone."""
     found = set(weights.layer_names())
     if not found:
-        raise LoadError(f"{path} holds no weights: all of its layers are empty")
+        raise LoadError(f"{path} must hold weights, got empty layers only")
     for name, blocks in _APPLICATIONS.items():
         if found == set(_names(blocks)):
             return name
         if found == set(_names(blocks)) - set(_HEAD):
             raise LoadError(
-                f"{path} holds {name} without its fully connected layers (include_top=False); "
-                "expected the weights of the whole classifier"
+                f"{path} must hold the weights of the whole classifier, got {name} without its "
+                "fully connected layers (include_top=False)"
             )
     if arch in _APPLICATIONS:
         names, expected = weights.layer_names(), _names(_APPLICATIONS[arch])
         if len(names) != len(expected):
             raise LoadError(
-                f"{path} holds weights of {len(names)} layers, where {arch} has {len(expected)}"
+                f"{path} must hold the weights of the {len(expected)} layers of {arch}, got those "
+                f"of {len(names)}"
             )
         weights.aliases = dict(zip(expected, names))
         return arch
     raise LoadError(
-        f"{path} holds weights alone (layers {', '.join(sorted(found)[:4])}, ...); expected a file "
-        "with its architecture (model.save), or the weights of keras.applications' VGG16 or VGG19 "
-        "(pass arch='vgg16' or 'vgg19' where the layers have other names)"
+        f"{path} must hold its architecture (model.save), or the weights of keras.applications' "
+        f"VGG16 or VGG19, got weights alone (layers {', '.join(sorted(found)[:4])}, ...); pass "
+        "arch='vgg16' or 'vgg19' where the layers have other names"
     )
 
 
@@ -309,6 +303,3 @@ def _application(arch: str, weights: Weights) -> dict[str, Any]:
     if arrays:
         entries[-1]["config"]["units"] = int(arrays[0].shape[-1])
     return model
-
-
-# -- small helpers --------------------------------------------------------------------------------

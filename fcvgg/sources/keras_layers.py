@@ -18,8 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fcvgg.geometry import Pair
-from fcvgg.sources import padding
+from fcvgg.sources import layers, padding
 from fcvgg.sources.keras_model import Builder, Layer, Value
+from fcvgg.sources.layers import as_tensor, folded, joined
 from fcvgg.support import untrusted
 
 Reader = Callable[..., Value]
@@ -29,86 +30,44 @@ LAYERS: dict[str, Reader] = {}
 
 _NORMALIZATION_FLOOR = 1e-7  # keras.config.epsilon()
 
-
-def reads(*names: str) -> Callable[[Reader], Reader]:
-    """Register a function for layers."""
-
-    def register(function: Reader) -> Reader:
-        LAYERS.update(dict.fromkeys(names, function))
-        return function
-
-    return register
+reads = layers.registering(LAYERS)
+"""Registers a function for layers of these classes."""
 
 
 @reads("InputLayer", "Identity", "ActivityRegularization", "GaussianNoise", "GaussianDropout")
-def nothing(build: Builder, layer: Layer, x: Value) -> Value:
-    """What does nothing when predicting."""
-    return x
-
-
 @reads("RandomFlip", "RandomRotation", "RandomZoom", "RandomTranslation", "RandomContrast")
-def augmentation(build: Builder, layer: Layer, x: Value) -> Value:
-    """Random changes of training images: nothing when predicting."""
+def identity(build: Builder, layer: Layer, x: Value) -> Value:
+    """Layers that give back their input in prediction, such as random changes of images."""
     return x
 
 
 # -- convolutions and fully connected layers ------------------------------------------------------
 
 
-@reads("Conv2D", "Convolution2D")
+@reads("Conv2D", "Convolution2D", "DepthwiseConv2D")
 def conv2d(build: Builder, layer: Layer, x: Value) -> Value:
     _expect_map(build, layer, x)
     kernel, stride, dilation = _pair(layer, "kernel_size"), _stride(layer), _dilation(layer)
-    filters = layer.get("filters")
-    shapes: dict[str, Any] = {"kernel": (*kernel, None, filters)}
-    if layer.get("use_bias", True):
-        shapes["bias"] = (filters,)
-    weight, *bias = build.weights(layer, shapes)
-    groups = layer.get("groups", 1)
+    depthwise = layer.kind == "DepthwiseConv2D"
+    filters = layer.get("depth_multiplier", 1) if depthwise else layer.get("filters")
+    outputs = None if depthwise else filters
+    weight, bias = _weight_and_bias(build, layer, (*kernel, None, filters), outputs)
+    if depthwise:  # (kh, kw, C, filters of each channel) -> (C * filters, 1, kh, kw)
+        groups = weight.shape[2]
+        weight = weight.transpose(2, 3, 0, 1).reshape(-1, 1, *kernel)
+    else:  # (kh, kw, C, O) -> (O, C, kh, kw)
+        groups = layer.get("groups", 1)
+        weight = weight.transpose(3, 2, 0, 1)
     fixed, x = _padded(build, layer, x, (kernel, stride, dilation), 0.0)
-    module = nn.Conv2d(
-        *(weight.shape[2] * groups, weight.shape[3], kernel, stride, fixed, dilation, groups),
-        bias=bool(bias),
-        device="meta",
-    )
-    module.weight = _parameter(weight.transpose(3, 2, 0, 1))
-    if bias:
-        module.bias = _parameter(bias[0])
-    return _activated(build, layer, build.layer(layer, module, x))
-
-
-@reads("DepthwiseConv2D")
-def depthwise_conv2d(build: Builder, layer: Layer, x: Value) -> Value:
-    _expect_map(build, layer, x)
-    kernel, stride, dilation = _pair(layer, "kernel_size"), _stride(layer), _dilation(layer)
-    shapes: dict[str, Any] = {"kernel": (*kernel, None, layer.get("depth_multiplier", 1))}
-    if layer.get("use_bias", True):
-        shapes["bias"] = (None,)
-    weight, *bias = build.weights(layer, shapes)
-    channels, multiplier = weight.shape[2:]
-    fixed, x = _padded(build, layer, x, (kernel, stride, dilation), 0.0)
-    module = nn.Conv2d(
-        *(channels, channels * multiplier, kernel, stride, fixed, dilation, channels),
-        bias=bool(bias),
-        device="meta",
-    )
-    module.weight = _parameter(weight.transpose(2, 3, 0, 1).reshape(-1, 1, *kernel))
-    if bias:
-        module.bias = _parameter(bias[0])
+    module = layers.convolution(as_tensor(weight), bias, stride, fixed, dilation, groups)
     return _activated(build, layer, build.layer(layer, module, x))
 
 
 @reads("Dense")
 def dense(build: Builder, layer: Layer, x: Value) -> Value:
     units = layer.get("units")
-    shapes: dict[str, Any] = {"kernel": (None, units)}
-    if layer.get("use_bias", True):
-        shapes["bias"] = (units,)
-    weight, *bias = build.weights(layer, shapes)
-    module = nn.Linear(weight.shape[0], weight.shape[1], bias=bool(bias), device="meta")
-    module.weight = _parameter(weight.T)
-    if bias:
-        module.bias = _parameter(bias[0])
+    weight, bias = _weight_and_bias(build, layer, (None, units), units)
+    module = layers.linear(as_tensor(weight.T), bias)
     if x.rank == 4:  # Keras works on the last dimension, the channels
         last = build.step(layer, torch.permute, x, dims=(0, 2, 3, 1))
         x = build.step(layer, torch.permute, build.layer(layer, module, last), dims=(0, 3, 1, 2))
@@ -117,46 +76,47 @@ def dense(build: Builder, layer: Layer, x: Value) -> Value:
     return _activated(build, layer, x)
 
 
+def _weight_and_bias(
+    build: Builder, layer: Layer, kernel: tuple[int | None, ...], outputs: int | None
+) -> tuple[Any, Tensor | None]:
+    """The layer's kernel as Keras keeps it, and its bias, if it has one."""
+    shapes = {"kernel": kernel}
+    if layer.get("use_bias", True):
+        shapes["bias"] = (outputs,)
+    weight, *bias = build.weights(layer, shapes)
+    return weight, as_tensor(bias[0]) if bias else None
+
+
 @reads("BatchNormalization", "BatchNormalizationV1", "SyncBatchNormalization")
 def batch_normalization(build: Builder, layer: Layer, x: Value) -> Value:
-    axis = layer.get("axis", -1)
-    axis = axis[0] if isinstance(axis, (list, tuple)) else axis
-    if axis % x.rank != x.rank - 1:
-        raise build.refuse(layer, f"normalises along dimension {axis} instead of the channels")
+    _expect_along_channels(build, layer, x, "normalises")
     names = {"gamma": layer.get("scale", True), "beta": layer.get("center", True)}
     shapes = {name: (None,) for name, used in names.items() if used}
     arrays = build.weights(layer, {**shapes, "moving_mean": (None,), "moving_variance": (None,)})
-    held = dict(zip([*shapes, "mean", "variance"], arrays))
-    features = len(held["mean"])
-    kind = nn.BatchNorm2d if x.rank == 4 else nn.BatchNorm1d
-    module = kind(
-        features, layer.get("epsilon", 1e-3), 1 - layer.get("momentum", 0.99), device="meta"
+    held = dict(zip([*shapes, "mean", "variance"], map(as_tensor, arrays)))
+    module = layers.batch_norm(
+        x.rank,
+        held.get("gamma", torch.ones_like(held["mean"])),
+        held.get("beta", torch.zeros_like(held["mean"])),
+        held["mean"],
+        held["variance"],
+        layer.get("epsilon", 1e-3),
+        layer.get("momentum", 0.99),
     )
-    module.weight = _parameter(held.get("gamma", np.ones(features, np.float32)))
-    module.bias = _parameter(held.get("beta", np.zeros(features, np.float32)))
-    module.running_mean = torch.tensor(held["mean"])
-    module.running_var = torch.tensor(held["variance"])
-    module.num_batches_tracked = torch.tensor(0)
     return build.layer(layer, module, x)
 
 
 # -- pools and paddings ---------------------------------------------------------------------------
 
 
-@reads("MaxPooling2D", "MaxPool2D")
-def max_pooling2d(build: Builder, layer: Layer, x: Value) -> Value:
+@reads("MaxPooling2D", "MaxPool2D", "AveragePooling2D", "AvgPool2D")
+def pooling2d(build: Builder, layer: Layer, x: Value) -> Value:
     _expect_map(build, layer, x)
     kernel = _pair(layer, "pool_size", 2)
     stride = _pair(layer, "strides", kernel)
-    fixed, x = _padded(build, layer, x, (kernel, stride, (1, 1)), -torch.inf)
-    return build.layer(layer, nn.MaxPool2d(kernel, stride, fixed), x)
-
-
-@reads("AveragePooling2D", "AvgPool2D")
-def average_pooling2d(build: Builder, layer: Layer, x: Value) -> Value:
-    _expect_map(build, layer, x)
-    kernel = _pair(layer, "pool_size", 2)
-    stride = _pair(layer, "strides", kernel)
+    if "Max" in layer.kind:
+        fixed, x = _padded(build, layer, x, (kernel, stride, (1, 1)), -torch.inf)
+        return build.layer(layer, nn.MaxPool2d(kernel, stride, fixed), x)
     if layer.get("padding", "valid") == "same":
         return build.step(layer, padding.average_same, x, kernel=kernel, stride=stride)
     return build.layer(layer, nn.AvgPool2d(kernel, stride), x)
@@ -194,26 +154,15 @@ def reshape(build: Builder, layer: Layer, x: Value) -> Value:
     shape = tuple(layer.get("target_shape", ()))
     if len(shape) not in (1, 3):
         raise build.refuse(layer, f"gives a value of shape {shape}")
-    if x.rank == 4:
-        x = build.step(layer, torch.permute, x, dims=(0, 2, 3, 1))
-    x = build.step(layer, torch.unflatten, _flat(build, layer, x), dim=1, sizes=shape)
-    if len(shape) == 1:
-        return Value(x.name, 2)
-    return build.step(layer, torch.permute, x, rank=4, dims=(0, 3, 1, 2))
+    x = flatten(build, layer, x)  # in Keras's order
+    x = build.step(layer, torch.unflatten, x, rank=len(shape) + 1, dim=1, sizes=shape)
+    return x if x.rank == 2 else build.step(layer, torch.permute, x, dims=(0, 3, 1, 2))
 
 
-def _flat(build: Builder, layer: Layer, x: Value) -> Value:
-    return build.step(layer, torch.flatten, x, start_dim=1)
-
-
-@reads("Dropout", "AlphaDropout")
+@reads("Dropout", "AlphaDropout", "SpatialDropout2D")
 def dropout(build: Builder, layer: Layer, x: Value) -> Value:
-    return build.layer(layer, nn.Dropout(float(layer.get("rate", 0.5))), x)
-
-
-@reads("SpatialDropout2D")
-def spatial_dropout2d(build: Builder, layer: Layer, x: Value) -> Value:
-    return build.layer(layer, nn.Dropout2d(float(layer.get("rate", 0.5))), x)
+    kind = nn.Dropout2d if layer.kind == "SpatialDropout2D" else nn.Dropout
+    return build.layer(layer, kind(float(layer.get("rate", 0.5))), x)
 
 
 # -- preprocessing within the model ---------------------------------------------------------------
@@ -228,10 +177,9 @@ def rescaling(build: Builder, layer: Layer, x: Value) -> Value:
 
 @reads("Normalization")
 def normalization(build: Builder, layer: Layer, x: Value) -> Value:
-    axis = layer.get("axis", -1)
-    axis = axis[0] if isinstance(axis, (list, tuple)) and axis else axis
-    if layer.get("invert", False) or (isinstance(axis, int) and axis % x.rank != x.rank - 1):
-        raise build.refuse(layer, "normalises in another way than by the channels")
+    if layer.get("invert", False):
+        raise build.refuse(layer, "inverts the normalisation")
+    _expect_along_channels(build, layer, x, "normalises")
     mean, variance = layer.config.get("mean"), layer.config.get("variance")
     if mean is None or variance is None:
         mean, variance = build.weights(layer, {"mean": (None,), "variance": (None,)})
@@ -317,9 +265,7 @@ def elu(build: Builder, layer: Layer, x: Value) -> Value:
 
 @reads("Softmax")
 def softmax(build: Builder, layer: Layer, x: Value) -> Value:
-    axis = layer.get("axis", -1)
-    if not isinstance(axis, int) or axis % x.rank != x.rank - 1:
-        raise build.refuse(layer, f"works along dimension {axis} instead of the classes")
+    _expect_along_channels(build, layer, x, "works")
     return build.step(layer, torch.softmax, x, dim=1)
 
 
@@ -335,30 +281,16 @@ def combine(build: Builder, layer: Layer, *values: Value) -> Value:
         "Maximum": torch.maximum,
         "Minimum": torch.minimum,
     }
-    result, *rest = values
-    for value in rest:
-        result = build.step(layer, functions[layer.kind], result, value)
-    return result
+    return build.step(layer, folded, *values, function=functions[layer.kind])
 
 
 @reads("Concatenate")
 def concatenate(build: Builder, layer: Layer, *values: Value) -> Value:
-    axis, rank = layer.get("axis", -1), values[0].rank
-    if axis % rank != rank - 1:
-        raise build.refuse(layer, f"joins along dimension {axis} instead of the channels")
-    return build.step(layer, concatenated, *values)
-
-
-def concatenated(*values: Tensor) -> Tensor:
-    """Values joined along the channels."""
-    return torch.cat(values, 1)
+    _expect_along_channels(build, layer, values[0], "joins")
+    return build.step(layer, joined, *values)
 
 
 # -- small helpers --------------------------------------------------------------------------------
-
-
-def _parameter(array: Any) -> nn.Parameter:
-    return nn.Parameter(torch.from_numpy(np.array(array, dtype=np.float32, order="C")))
 
 
 def _both(value: Any) -> Any:
@@ -382,12 +314,20 @@ def _dilation(layer: Layer) -> Pair:
 def _expect_map(build: Builder, layer: Layer, x: Value) -> None:
     _expect_channels_last(build, layer)
     if x.rank != 4:
-        raise build.refuse(layer, "is called on what is no map")
+        raise build.refuse(layer, f"is called on values of {x.rank} dimensions instead of maps")
 
 
 def _expect_channels_last(build: Builder, layer: Layer) -> None:
     if layer.get("data_format", "channels_last") != "channels_last":
         raise build.refuse(layer, f"has its data {layer.get('data_format')}")
+
+
+def _expect_along_channels(build: Builder, layer: Layer, x: Value, does: str) -> None:
+    """Refuse a layer that works along another dimension than the last one, the channels."""
+    axis = layer.get("axis", -1)
+    axis = axis[0] if isinstance(axis, (list, tuple)) and len(axis) == 1 else axis
+    if not isinstance(axis, int) or axis % x.rank != x.rank - 1:
+        raise build.refuse(layer, f"{does} along dimension {axis} instead of the channels")
 
 
 def _padded(

@@ -102,6 +102,8 @@ class Weights:
             return []
         names = self._weight_names(group)
         if len(path) > 1:
+            # an inner model lists the weights of all its layers, trainable ones first; a layer's
+            # own are picked by its name and put in the order of a layer that stands alone
             order = ("kernel", "gamma", "bias", "beta", "moving_mean", "moving_variance")
             names = [n for n in names if n.split("/")[-2:-1] == [path[-1]]]
             kinds = [n.split("/")[-1].partition(":")[0] for n in names]
@@ -112,6 +114,7 @@ class Weights:
     def _counted(self, path: Sequence[str], layers: Sequence[Layer]) -> list[Any]:
         """By the class and its count, as Keras 3 does, or by the name where the file has it."""
         group: Any = self._group
+        # every model on the way numbers its layers on its own: conv2d, conv2d_1, dense, ...
         for depth in range(len(path)):
             inside = [layer for layer in layers if layer.path[:depth] == tuple(path[:depth])]
             siblings = _unique_at(inside, depth)
@@ -130,6 +133,7 @@ class Weights:
                 if "vars" in child and "name" in child["vars"].attrs
             }
         named = self._names[place]
+        # newer files hold the layers' names; in older ones only their order tells them apart
         if named:
             return group[named[name]] if name in named else None
         counted: Counter[str] = Counter()
@@ -157,8 +161,8 @@ class Builder:
         arrays = self._weights.of(layer.path, self.layers)
         if len(arrays) < len(shapes):
             raise LoadError(
-                f"{self.origin} holds {len(arrays)} weights of {layer} instead of {len(shapes)} "
-                f"({', '.join(shapes)})"
+                f"{self.origin} must hold {len(shapes)} weights of {layer} ({', '.join(shapes)}), "
+                f"got {len(arrays)}"
             )
         for (name, shape), array in zip(shapes.items(), arrays):
             if array.ndim != len(shape) or any(
@@ -166,8 +170,8 @@ class Builder:
             ):
                 wanted = tuple("any" if n is None else n for n in shape)
                 raise LoadError(
-                    f"{self.origin}: the {name} of {layer} has shape {array.shape} instead of "
-                    f"{str(wanted).replace(chr(39), '')}"
+                    f"{self.origin}: the {name} of {layer} must have shape "
+                    f"{str(wanted).replace(chr(39), '')}, got {array.shape}"
                 )
         found = [np.asarray(array, dtype=np.float32) for array in arrays[: len(shapes)]]
         self._taken += sum(array.nbytes for array in found)

@@ -86,7 +86,7 @@ def claimed_bytes(node: Any, opset: int, known: Mapping[str, Any]) -> int:
     return sum(sizes)
 
 
-def evaluated(*values: Any, node: bytes, opset: int, names: Iterable[str]) -> Any:
+def evaluate(*values: Any, node: bytes, opset: int, names: Iterable[str]) -> Any:
     """A node's result for numbers computed from an image's size.
 
     Raises:
@@ -96,10 +96,10 @@ def evaluated(*values: Any, node: bytes, opset: int, names: Iterable[str]) -> An
     claimed = claimed_bytes(imported("onnx", EXTRA).NodeProto.FromString(node), opset, known)
     if claimed > _LARGEST_RESULT:
         raise LoadError(f"numbers computed from an image's size must be few, got {claimed:,} bytes")
-    return computed(known, node, opset)
+    return compute(known, node, opset)
 
 
-def computed(known: Mapping[str, Any], node: bytes, opset: int) -> Any:
+def compute(known: Mapping[str, Any], node: bytes, opset: int) -> Any:
     """A node's result for known inputs, by onnx's reference implementation."""
     results = _evaluator(node, opset).run(None, dict(known))
     return results[0] if len(results) == 1 else tuple(results)

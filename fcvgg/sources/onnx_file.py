@@ -17,16 +17,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from fcvgg.errors import (
-    FcvggError,
-    GeometryError,
-    LoadError,
-    MissingExtraError,
-    one_line,
-)
+from fcvgg.errors import GeometryError, LoadError, MissingExtraError, one_line
 from fcvgg.geometry import checked_size
 from fcvgg.images.preprocessing import decoded_preprocess
 from fcvgg.names import readable
+from fcvgg.serialization.runtime import onnx_runner
 from fcvgg.serialization.shape_budget import check_affordable
 from fcvgg.sources.onnx_constants import EXTRA
 from fcvgg.sources.onnx_graph import Graph, OnnxModel
@@ -69,16 +64,10 @@ def read(
         MissingExtraError: if the package onnx is not installed.
     """
     path = Path(path)
-    proto = _parsed(path)
-    try:
+    with untrusted.reading(path, "an ONNX file"):
+        proto = _parsed(path)
         graph = Graph(proto, path)
-        model = graph.assembled(OPERATORS)
-    except FcvggError:
-        raise
-    except Exception as error:  # a graph can be wrong in any way
-        raise LoadError(
-            f"{path} is no readable ONNX file: {type(error).__name__}: {one_line(error)}"
-        ) from error
+        model = graph.assemble(OPERATORS)
     settings = _settings(proto, graph)
     size = settings.get("input_size") if input_size is None else input_size
     if check and size is not None:
@@ -89,19 +78,14 @@ def read(
 def _parsed(path: Path) -> Any:
     onnx = imported("onnx", EXTRA)
     if not path.is_file():
-        raise LoadError(f"there is no ONNX file {path}")
-    try:
-        proto = onnx.load(path, load_external_data=False)
-        _load_external_data(proto, path)
-        if proto.functions:
-            _check_expansion(proto, path)
-            proto = imported("onnx.inliner", EXTRA).inline_local_functions(proto)
-    except FcvggError:
-        raise
-    except Exception as error:
-        raise LoadError(f"{path} is no readable ONNX file: {one_line(error)}") from error
+        raise LoadError(f"{path} must be an ONNX file, got none of that name")
+    proto = onnx.load(path, load_external_data=False)
+    _load_external_data(proto, path)
+    if proto.functions:
+        _check_expansion(proto, path)
+        proto = imported("onnx.inliner", EXTRA).inline_local_functions(proto)
     if not proto.graph.node or not proto.graph.output:
-        raise LoadError(f"{path} is no readable ONNX file: it holds no graph")
+        raise LoadError("its graph is empty")
     untrusted.check_count(len(proto.graph.node), f"{path}: the number of nodes")
     return proto
 
@@ -115,6 +99,7 @@ def _load_external_data(proto: Any, path: Path) -> None:
         return
     claimed = 0
     sizes: dict[Path, int] = {}
+    # many tensors may name the same bytes of one file, so what they claim is added up
     for tensor in external:
         info = helper.ExternalDataInfo(tensor)
         file = path.parent / info.location
@@ -159,6 +144,8 @@ def _check_expansion(proto: Any, path: Path) -> None:
         ]
         return sum(n for n, _ in counts), sum(size for _, size in counts)
 
+    # the innermost functions first: ten that call each other ten times expand to 10^10 nodes, which
+    # is known from the counts alone
     waiting = dict(functions)
     while waiting:
         ready = [
@@ -167,7 +154,7 @@ def _check_expansion(proto: Any, path: Path) -> None:
             if not any((n.domain, n.op_type) in waiting for n in function.node)
         ]
         if not ready:
-            raise LoadError(f"{path} has functions that call themselves, without end")
+            raise LoadError(f"{path} has functions that call themselves")
         for key in ready:
             expanded[key] = measured(waiting.pop(key).node)
     count, size = measured(proto.graph.node)
@@ -207,11 +194,12 @@ def _settings(proto: Any, graph: Graph) -> dict[str, Any]:
 def _compare_with_runtime(proto: Any, graph: Graph, model: OnnxModel, size: Any) -> None:
     """Raise if onnxruntime, where it is installed and runs the file, gives other scores."""
     path = graph.path
+    # whatever fails before both have given scores is for convert to report, in its own words
     channels = next((m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)), 3)
     numbers = torch.Generator().manual_seed(0)
     try:
         images = (graph.batch or 1, channels, *checked_size(size))
-    except (GeometryError, TypeError):
+    except GeometryError:
         return  # convert will say what is wrong with the size
     check_affordable(model, images, path)
     try:
@@ -243,14 +231,9 @@ def _compare_with_runtime(proto: Any, graph: Graph, model: OnnxModel, size: Any)
 
 def _run(proto: Any, graph: Graph, images: Any) -> Sequence[Any]:
     """The scores of onnxruntime, which is given the nodes that they depend on alone."""
-    runtime = imported("onnxruntime", EXTRA)
-    options = runtime.SessionOptions()
-    options.log_severity_level = 4
-    options.intra_op_num_threads = torch.get_num_threads()
     whole = len(graph.nodes) == len(proto.graph.node)
-    model = str(graph.path) if whole else _without_others(proto, graph).SerializeToString()
-    session = runtime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-    return session.run(None, {session.get_inputs()[0].name: np.ascontiguousarray(images)})  # type: ignore[no-any-return]
+    model = graph.path if whole else _without_others(proto, graph).SerializeToString()
+    return onnx_runner(model)(images)
 
 
 def _without_others(proto: Any, graph: Graph) -> Any:

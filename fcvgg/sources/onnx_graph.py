@@ -7,7 +7,8 @@ node becomes a step of an `Assembled` model by the table in `fcvgg.sources.onnx_
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ from torch import Tensor, nn
 
 from fcvgg.errors import LoadError, one_line
 from fcvgg.sources.assembly import Assembled, scores_of
-from fcvgg.sources.onnx_constants import EXTRA, claimed_bytes, computed, evaluated, is_foldable
+from fcvgg.sources.layers import as_tensor
+from fcvgg.sources.onnx_constants import EXTRA, claimed_bytes, compute, evaluate, is_foldable
 from fcvgg.support import untrusted
 from fcvgg.support.extras import imported
 
@@ -85,7 +87,7 @@ class Graph:
 
     # -- reading ----------------------------------------------------------------------------------
 
-    def assembled(self, operators: Mapping[str, Any]) -> OnnxModel:
+    def assemble(self, operators: Mapping[str, Any]) -> OnnxModel:
         """The model that runs every node on the image."""
         self._check_operators(operators)
         self._enter()
@@ -95,6 +97,8 @@ class Graph:
             self._check_inputs(node)
             traced = [name for name in node.inputs if name in self._traced]
             shaped = [name for name in node.inputs if name in self._shapes]
+            # three kinds of nodes: on the image's values, on numbers computed from its size, which
+            # every run computes, and on constants alone, which are computed once, here
             if traced and node.operator not in _SHAPE_OPERATORS:
                 if shaped and node.operator not in ("Reshape", "Expand"):
                     self.refuse(node, "mixes the image with numbers computed from its size")
@@ -108,8 +112,8 @@ class Graph:
         for output in self.proto.output:
             if output.name not in self._traced:
                 raise LoadError(
-                    f"{self.path}: the output {output.name!r} does not depend on the "
-                    "image; expected class scores"
+                    f"{self.path}: the output {output.name!r} must be class scores, got values "
+                    "that do not depend on the image"
                 )
             name = f"{output.name}/scores"
             self.model.add_step(scores_of, (output.name,), name)
@@ -168,7 +172,7 @@ class Graph:
                 raise LoadError(f"{self.path}: {node} takes {name!r}, which the file does not hold")
 
     def _add_shape_step(self, node: Node) -> None:
-        """Numbers computed from the image's size, anew for every image."""
+        """A step that computes numbers from the size of every image."""
         data = node.proto.SerializeToString()
         present = [name for name in dict.fromkeys(node.inputs) if name]
         for name in present:
@@ -185,26 +189,23 @@ class Graph:
             )
         else:
             self.model.add_step(
-                evaluated, present, node.outputs, node=data, opset=self.opset, names=tuple(present)
+                evaluate, present, node.outputs, node=data, opset=self.opset, names=tuple(present)
             )
         self._shapes.update(node.outputs)
 
     def _fold(self, node: Node) -> None:
         present = [name for name in dict.fromkeys(node.inputs) if name]
         known = {name: self.constants[name] for name in present}
-        try:
+        with self._explained(f"{node} cannot be computed"):
             self._folded += claimed_bytes(node.proto, self.opset, known)
-        except Exception as error:
-            raise LoadError(f"{self.path}: {node} cannot be computed: {one_line(error)}") from error
+        # a node of a few bytes may ask for gigabytes, so its claim is added up before it runs
         if self._folded > self._allowed:
             raise LoadError(
                 f"{self.path}: {node} must give values that fit the file, whose constants would "
                 f"take {untrusted.size_text(self._folded)} of {untrusted.size_text(self._allowed)}"
             )
-        try:
-            results = computed(known, node.proto.SerializeToString(), self.opset)
-        except Exception as error:
-            raise LoadError(f"{self.path}: {node} cannot be computed: {one_line(error)}") from error
+        with self._explained(f"{node} cannot be computed"):
+            results = compute(known, node.proto.SerializeToString(), self.opset)
         results = results if isinstance(results, tuple) else (results,)
         self.constants.update(zip(node.outputs, results))
 
@@ -212,15 +213,19 @@ class Graph:
         onnx = imported("onnx", EXTRA)
         stored = {}
         for tensor in self.proto.initializer:
-            try:
+            with self._explained(f"the tensor {tensor.name!r} is broken"):
                 stored[tensor.name] = onnx.numpy_helper.to_array(tensor)
-            except Exception as error:
-                raise LoadError(
-                    f"{self.path}: the tensor {tensor.name!r} is broken: {one_line(error)}"
-                ) from error
         if self.proto.sparse_initializer:
             raise LoadError(f"{self.path} stores sparse tensors, which are not supported")
         return stored
+
+    @contextmanager
+    def _explained(self, what: str) -> Iterator[None]:
+        """Errors about a part of the graph, which onnx raises of any class, name the part."""
+        try:
+            yield
+        except Exception as error:
+            raise LoadError(f"{self.path}: {what}: {one_line(error)}") from error
 
     # -- the image --------------------------------------------------------------------------------
 
@@ -229,7 +234,7 @@ class Graph:
         if len(inputs) != 1:
             names = ", ".join(repr(i.name) for i in inputs) or "none"
             raise LoadError(
-                f"{self.path} has {len(inputs)} inputs ({names}); expected one, an image batch"
+                f"{self.path} must have one input, a batch of images, got {len(inputs)} ({names})"
             )
         return str(inputs[0].name)
 
@@ -242,10 +247,11 @@ class Graph:
         ]
         if len(sizes) not in (0, 4):
             raise LoadError(
-                f"{self.path}: the input {self.image!r} has {len(sizes)} dimensions; expected an "
-                "image batch (N, C, H, W) or (N, H, W, C)"
+                f"{self.path}: the input {self.image!r} must be images (N, C, H, W) or "
+                f"(N, H, W, C), got {len(sizes)} dimensions"
             )
         batch, *rest = sizes or [None] * 4
+        # TensorFlow's exporters transpose an input (N, H, W, C) at once, whose sizes may be open
         to_first = any(
             node.operator == "Transpose"
             and self.image in node.inputs
@@ -272,7 +278,7 @@ class Graph:
             return default
         name = node.inputs[index]
         if name not in self.constants:
-            self.refuse(node, f"takes its input {name!r} from the image; expected a constant")
+            self.refuse(node, f"takes its input {name!r} from the image instead of a constant")
         return self.constants[name]
 
     def numbers(self, node: Node, index: int, attribute: str) -> tuple[int, ...] | None:
@@ -372,14 +378,6 @@ def _needed(nodes: Sequence[Node], outputs: Iterable[Any]) -> list[Node]:
             needed.append(node)
             wanted.update(node.inputs)
     return needed[::-1]
-
-
-def as_tensor(array: Any) -> Tensor:
-    """An array as a float32 tensor of its own memory where it cannot be shared."""
-    if np.asarray(array).dtype.kind in "cOSU":
-        raise ValueError(f"weights must be real numbers, got {np.asarray(array).dtype}")
-    array = np.asarray(array, dtype=np.float32)
-    return torch.from_numpy(array if array.flags.writeable else array.copy())
 
 
 def shape_of(x: Tensor, start: int, end: int | None, total: bool) -> Any:

@@ -18,8 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fcvgg.geometry import Pair
-from fcvgg.sources import padding
-from fcvgg.sources.onnx_graph import Graph, Node, as_tensor
+from fcvgg.sources import layers, padding
+from fcvgg.sources.layers import as_tensor, folded, joined
+from fcvgg.sources.onnx_graph import Graph, Node
 from fcvgg.support import untrusted
 
 Operator = Callable[[Graph, Node], None]
@@ -28,14 +29,8 @@ OPERATORS: dict[str, Operator] = {}
 """From an operator's name to the function that adds it to a model."""
 
 
-def reads(*names: str) -> Callable[[Operator], Operator]:
-    """Register a function for operators."""
-
-    def register(function: Operator) -> Operator:
-        OPERATORS.update(dict.fromkeys(names, function))
-        return function
-
-    return register
+reads = layers.registering(OPERATORS)
+"""Registers a function for operators of these names."""
 
 
 # -- layers -------------------------------------------------------------------------------------
@@ -48,15 +43,9 @@ def conv(graph: Graph, node: Node) -> None:
         graph.refuse(node, f"has a weight of {weight.ndim} dimensions instead of 4")
     kernel, stride, dilation = _windows(graph, node, tuple(weight.shape[2:]))
     fixed, source = _padded(graph, node, kernel, stride, dilation, 0.0)
+    bias = graph.tensor(node, 2) if node.has_input(2) else None
     groups = node.get("group", 1)
-    layer = nn.Conv2d(
-        *(weight.shape[1] * groups, weight.shape[0], kernel, stride, fixed, dilation, groups),
-        bias=node.has_input(2),
-        device="meta",
-    )
-    layer.weight = nn.Parameter(weight)
-    if node.has_input(2):
-        layer.bias = nn.Parameter(graph.tensor(node, 2))
+    layer = layers.convolution(weight, bias, stride, fixed, dilation, groups)
     graph.layer(node, layer, source)
 
 
@@ -77,6 +66,8 @@ def matmul(graph: Graph, node: Node) -> None:
     weight = np.asarray(graph.constant(node, 1), dtype=np.float32)
     if weight.ndim != 2:
         graph.refuse(node, f"multiplies by a value of shape {weight.shape}")
+    # exporters write a fully connected layer as MatMul and Add; as one layer it has a bias, which
+    # checkpoints and a replaced head rely on
     add = graph.following(node, "Add")
     bias = None
     if add is not None:
@@ -91,16 +82,14 @@ def matmul(graph: Graph, node: Node) -> None:
 def _add_linear(
     graph: Graph, node: Node, weight: Any, bias: Any, alpha: float = 1.0, beta: float = 1.0
 ) -> None:
-    outputs, features = weight.shape
-    layer = nn.Linear(features, outputs, bias=bias is not None, device="meta")
-    scaled = weight if alpha == 1 else weight * np.float32(alpha)
-    layer.weight = nn.Parameter(as_tensor(np.ascontiguousarray(scaled)))
+    scaled = as_tensor(weight if alpha == 1 else weight * np.float32(alpha))  # (O, C)
+    row = None
     if bias is not None:
-        row = np.asarray(bias, dtype=np.float32) * np.float32(beta)
-        if row.size not in (1, outputs):
-            graph.refuse(node, f"adds a value of shape {row.shape}, one per image,")
-        layer.bias = nn.Parameter(as_tensor(np.broadcast_to(row.reshape(-1), outputs).copy()))
-    graph.layer(node, layer)
+        row = as_tensor(np.asarray(bias, dtype=np.float32) * np.float32(beta))
+        if row.numel() not in (1, len(scaled)):
+            graph.refuse(node, f"adds a value of shape {tuple(row.shape)}, one per image,")
+        row = row.reshape(-1).expand(len(scaled)).clone()  # (O,)
+    graph.layer(node, layers.linear(scaled, row))
 
 
 @reads("BatchNormalization")
@@ -108,13 +97,9 @@ def batch_normalization(graph: Graph, node: Node) -> None:
     if node.get("training_mode", 0) or node.get("spatial", 1) == 0:
         graph.refuse(node, "normalises by the batch or by position")
     scale, shift, mean, variance = (graph.tensor(node, i) for i in range(1, 5))
-    kind = nn.BatchNorm1d if graph.rank(node.inputs[0]) == 2 else nn.BatchNorm2d
-    layer = kind(
-        len(scale), node.get("epsilon", 1e-5), 1 - node.get("momentum", 0.9), device="meta"
-    )
-    layer.weight, layer.bias = nn.Parameter(scale), nn.Parameter(shift)
-    layer.running_mean, layer.running_var = mean, variance
-    layer.num_batches_tracked = torch.tensor(0)
+    rank = 2 if graph.rank(node.inputs[0]) == 2 else 4
+    epsilon, momentum = node.get("epsilon", 1e-5), node.get("momentum", 0.9)
+    layer = layers.batch_norm(rank, scale, shift, mean, variance, epsilon, momentum)
     graph.layer(node, layer)
 
 
@@ -145,14 +130,10 @@ def average_pool(graph: Graph, node: Node) -> None:
     graph.layer(node, nn.AvgPool2d(kernel, stride, fixed, ceil, counted), source)
 
 
-@reads("GlobalAveragePool")
-def global_average_pool(graph: Graph, node: Node) -> None:
-    graph.layer(node, nn.AdaptiveAvgPool2d(1))
-
-
-@reads("GlobalMaxPool")
-def global_max_pool(graph: Graph, node: Node) -> None:
-    graph.layer(node, nn.AdaptiveMaxPool2d(1))
+@reads("GlobalAveragePool", "GlobalMaxPool")
+def global_pool(graph: Graph, node: Node) -> None:
+    kind = nn.AdaptiveMaxPool2d if "Max" in node.operator else nn.AdaptiveAvgPool2d
+    graph.layer(node, kind(1))
 
 
 @reads("LRN")
@@ -226,6 +207,7 @@ def _padded(
         )
         return (0, 0), padded
     before, after = _pads(node)
+    # torch's layers pad both ends alike, and its pools by half a kernel at most
     if before == after and not (pool and any(2 * p > k for p, k in zip(before, kernel))):
         return before, None
     if node.get("ceil_mode", 0):
@@ -239,7 +221,7 @@ def _padded(
 def pad(graph: Graph, node: Node) -> None:
     pads = graph.numbers(node, 1, "pads")
     if node.get("mode", "constant") != "constant" or pads is None or len(pads) != 8:
-        graph.refuse(node, f"pads by {node.get('mode')!r} or a value that is no map")
+        graph.refuse(node, f"pads by {node.get('mode')!r} or a value other than a map")
         return
     if node.has_input(3):
         graph.refuse(node, "pads chosen axes")
@@ -349,26 +331,20 @@ def sliced(x: Tensor, parts: tuple[tuple[int, int, int, int], ...]) -> Tensor:
 @reads("Split")
 def split(graph: Graph, node: Node) -> None:
     sizes = graph.numbers(node, 1, "split")
-    axis = node.get("axis", 0)
+    settings: dict[str, Any] = {"dim": node.get("axis", 0)}
+    function: Callable[..., Any] = torch.chunk if sizes is None else torch.split
     if sizes is None:
-        settings = {"chunks": len(node.outputs), "dim": axis}
-        graph.model.add_step(torch.chunk, node.inputs[:1], node.outputs, **settings)
-        return
-    graph.model.add_step(
-        torch.split, node.inputs[:1], node.outputs, split_size_or_sections=list(sizes), dim=axis
-    )
+        settings["chunks"] = len(node.outputs)
+    else:
+        settings["split_size_or_sections"] = list(sizes)
+    graph.model.add_step(function, node.inputs[:1], node.outputs, **settings)
 
 
 @reads("Concat")
 def concat(graph: Graph, node: Node) -> None:
     if not all(graph.is_traced(node, i) for i in range(len(node.inputs))):
         graph.refuse(node, "joins the image's values with constants")
-    graph.step(node, concatenated, *node.inputs, dim=node.get("axis", 1))
-
-
-def concatenated(*tensors: Tensor, dim: int) -> Tensor:
-    """The operator Concat."""
-    return torch.cat(tensors, dim)
+    graph.step(node, joined, *node.inputs, dim=node.get("axis", 1))
 
 
 # -- arithmetic ---------------------------------------------------------------------------------
@@ -408,23 +384,15 @@ def combine(graph: Graph, node: Node) -> None:
     functions = {"Sum": torch.add, "Max": torch.maximum, "Min": torch.minimum}
     names = [graph.operand(node, i) for i in range(len(node.inputs))]
     if any(map(graph.model.is_number, names)) and node.operator != "Sum":
-        graph.refuse(node, "compares with a number; expected Clip")
-    graph.step(node, combined, *names, function=functions[node.operator])
-
-
-def combined(*values: Any, function: Callable[..., Any]) -> Any:
-    """A function of two values applied to all of them in turn."""
-    result, *rest = values
-    for value in rest:
-        result = function(result, value)
-    return result
+        graph.refuse(node, "compares with a number, as Clip does")
+    graph.step(node, folded, *names, function=functions[node.operator])
 
 
 @reads("Pow")
 def power(graph: Graph, node: Node) -> None:
     exponent = graph.constant(node, 1)
     if not graph.is_traced(node, 0) or exponent.size != 1:
-        graph.refuse(node, "has an exponent that is no number")
+        graph.refuse(node, "has an exponent other than a number")
     graph.step(node, torch.pow, exponent=float(exponent))
 
 
@@ -453,11 +421,6 @@ def cast(graph: Graph, node: Node) -> None:
     """Between kinds of floats nothing is done: the model runs in one precision, float32."""
     if node.get("to") not in (1, 10, 11, 16):  # FLOAT, FLOAT16, DOUBLE, BFLOAT16
         graph.refuse(node, "makes integers of the image's values")
-    graph.step(node, same)
-
-
-@reads("Identity")
-def identity(graph: Graph, node: Node) -> None:
     graph.step(node, same)
 
 
@@ -496,6 +459,7 @@ OPERATORS.update(
     Mish=_activation(F.mish),
     Softplus=_activation(F.softplus),
     Softsign=_activation(F.softsign),
+    Identity=_activation(same),
     Abs=_activation(torch.abs),
     Erf=_activation(torch.erf),
     Exp=_activation(torch.exp),

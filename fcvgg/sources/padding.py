@@ -52,6 +52,6 @@ def average_same(x: Tensor, kernel: Pair, stride: Pair, lower: bool = False) -> 
     if all(before == 0 and (after == 0 or s > 1) for (before, after), s in zip(pads, stride)):
         return F.avg_pool2d(x, kernel, stride, ceil_mode=True, count_include_pad=False)
     raise CaptureError(
-        f"an average pool {kernel} with stride {stride} and padding 'same' pads {pads} without "
-        "counting the padding, which torch cannot express; expected equal padding"
+        f"an average pool {kernel} with stride {stride} and padding 'same' must pad both ends "
+        f"alike where the padding does not count, which torch cannot express otherwise, got {pads}"
     )

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import difflib
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from fcvgg.conversion import check_convertible
@@ -45,9 +45,9 @@ def read(name: str, weights: str | Path | None) -> tuple[nn.Module, dict[str, An
         model = _pretrained(name, timm)
     else:
         raise LoadError(
-            f"timm's {name} has no weights {str(weights)!r}; expected {DEFAULT_WEIGHTS}, None or "
-            f"the path of a checkpoint ({', '.join(checkpoints.SUFFIXES)}); timm's own are chosen "
-            "by a tag in the name, such as timm:vgg16.tv_in1k"
+            f"weights must be {DEFAULT_WEIGHTS}, None or the path of a checkpoint "
+            f"({', '.join(checkpoints.SUFFIXES)}) for timm's {name}, got {str(weights)!r}; choose "
+            "among timm's own by a tag in the name, such as timm:vgg16.tv_in1k"
         )
     return model.eval(), _settings(model, timm)
 
@@ -65,32 +65,21 @@ def _pretrained(name: str, timm: Any) -> nn.Module:
 
 def _check_architecture(name: str, timm: Any) -> None:
     """Refuse what cannot be converted before its weights are downloaded."""
-    model = _bare(name, timm).eval()
+    model = checkpoints.without_values(partial(timm.create_model, name))
     if any(not parameter.is_meta for parameter in model.parameters()):
-        return  # its builder needs numbers: convert will tell
+        return  # its builder needs values: convert will tell
     check_convertible(model, _settings(model, timm)["input_size"])
-
-
-def _bare(name: str, timm: Any, **options: Any) -> Any:
-    """A model to look at: on the meta device, where its builder can do without numbers."""
-    try:
-        with torch.device("meta"):
-            return timm.create_model(name, pretrained=False, **options)
-    except (NotImplementedError, RuntimeError):
-        return timm.create_model(name, pretrained=False, **options)
 
 
 def _from_checkpoint(name: str, path: Path, timm: Any) -> nn.Module:
     state = checkpoints.read_state(path)
     classifier = timm.get_pretrained_cfg_value(name, "classifier")
-    options = {}
+    build, options = partial(timm.create_model, name), dict[str, Any]()
     if isinstance(classifier, str) and f"{classifier}.weight" in state:
-        own = _bare(name, timm).get_submodule(classifier).weight
-        options = {"num_classes": checkpoints.classes_in(state, classifier, own, name)}
-    checkpoints.fitting(_bare(name, timm, **options), state, str(path))
-    model: nn.Module = timm.create_model(name, pretrained=False, **options)
-    checkpoints.load_into(model, state, str(path))
-    return model
+        bare = checkpoints.without_values(build)
+        own = bare.get_parameter(f"{classifier}.weight")
+        options["num_classes"] = checkpoints.classes_in(state, classifier, own, name)
+    return checkpoints.built_with(state, build, str(path), **options)
 
 
 def _settings(model: nn.Module, timm: Any) -> dict[str, Any]:

@@ -33,11 +33,13 @@ def read(name: str, weights: Any) -> tuple[nn.Module, dict[str, Any]]:
     except KeyError as error:
         names = [w.name for w in torchvision.models.get_model_weights(name)]
         raise LoadError(
-            f"{name} has no weights {str(weights)!r}; expected {', '.join(names)}, DEFAULT or the "
-            f"path of a checkpoint ({', '.join(checkpoints.SUFFIXES)})"
+            f"weights must be {', '.join(names)}, DEFAULT or the path of a checkpoint "
+            f"({', '.join(checkpoints.SUFFIXES)}) for {name}, got {str(weights)!r}"
         ) from error
     if not _is_downloaded(entry.url):
-        check_convertible(_without_weights(name), _settings_of(entry)["input_size"])
+        check_convertible(
+            checkpoints.without_values(_built, name=name), _settings_of(entry)["input_size"]
+        )
     try:
         model = torchvision.models.get_model(name, weights=entry, progress=True)
     except (OSError, RuntimeError) as error:
@@ -61,28 +63,17 @@ def read_checkpoint(path: Path, arch: str | None) -> tuple[nn.Module, dict[str, 
         )
     check_name(arch)
     classes = _classes_in(state, arch)
-    checkpoints.fitting(_without_weights(arch, num_classes=classes), state, str(path))
-    model = _built(arch, num_classes=classes)
-    checkpoints.load_into(model, state, str(path))
+    model = checkpoints.built_with(state, _built, str(path), name=arch, num_classes=classes)
     settings = _settings_of(_published_weights(arch))
     if settings.get("categories") and len(settings["categories"]) != classes:
         del settings["categories"]
-    return model.eval(), settings
+    return model, settings
 
 
 def _built(name: str, **options: Any) -> nn.Module:
     if name in ("googlenet", "inception_v3"):
         options.setdefault("init_weights", True)
     return torchvision.models.get_model(name, weights=None, **options).eval()  # type: ignore[no-any-return]
-
-
-def _without_weights(name: str, **options: Any) -> nn.Module:
-    """A model to look at: on the meta device, where its builder can do without numbers."""
-    try:
-        with torch.device("meta"):
-            return _built(name, **options)
-    except NotImplementedError:  # RegNet computes its widths in tensors
-        return _built(name, **options)
 
 
 def _is_downloaded(url: str) -> bool:
@@ -94,7 +85,7 @@ def _classes_in(state: dict[str, Tensor], arch: str) -> int:
     """The number of classes: the outputs of the architecture's last layer, in this checkpoint."""
     name, layer = [
         (name, module)
-        for name, module in _without_weights(arch).named_modules()
+        for name, module in checkpoints.without_values(_built, name=arch).named_modules()
         if isinstance(module, (nn.Linear, nn.Conv2d))
     ][-1]
     return checkpoints.classes_in(state, name, layer.weight, arch)

@@ -20,7 +20,7 @@ from fcvgg.inference.memory import trimmer
 from fcvgg.network import FullyConvolutional
 from fcvgg.streaming.job import StreamJob, as_result, plan_in_memory
 from fcvgg.streaming.line_buffers import LineBuffers, MissingCells
-from fcvgg.streaming.resumption import opened_store
+from fcvgg.streaming.resumption import open_or_create_store
 from fcvgg.streaming.score_store import ScoreStore
 from fcvgg.streaming.strip_plan import StripPlan, parsed_memory
 from fcvgg.support.atomic import STORE_ENDINGS, checked_folder
@@ -97,7 +97,7 @@ def stream(
         return _in_memory(job, budget, progress)
     # held to the end: two runs would overwrite each other's record of finished rows
     with locked(folder):
-        store, plan = opened_store(job, folder, budget)
+        store, plan = open_or_create_store(job, folder, budget)
         with evaluating(net), _bar(progress, job, plan) as advance:
             for block in range(len(plan.blocks)):
                 _fill(job, plan, store, block, advance)

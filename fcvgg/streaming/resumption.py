@@ -27,7 +27,7 @@ _CHECKED_COLS = 2048
 """Columns of the image that are read at a time for its checksum."""
 
 
-def opened_store(job: StreamJob, path: Path, memory: int) -> tuple[ScoreStore, StripPlan]:
+def open_or_create_store(job: StreamJob, path: Path, memory: int) -> tuple[ScoreStore, StripPlan]:
     """The store of a job on disk, new or to be resumed, and the plan it is computed by."""
     # few rows: an interrupted run loses those that do not make a whole chunk
     chunk_rows = max(min(_CHUNK_BYTES // job.row_bytes, _CHUNK_ROWS, job.shape[-2]), 1)

@@ -11,11 +11,12 @@ import json
 import os
 import stat
 import zipfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from fcvgg.errors import LoadError, one_line
+from fcvgg.errors import FcvggError, LoadError, MissingExtraError, one_line
 
 CONFIG_BYTES = 8 << 20
 """Bytes of a description in JSON; that of a ResNet-152 takes 0.3 MB."""
@@ -74,6 +75,28 @@ def check_count(count: int, what: str, most: int = MOST_NODES) -> None:
 
 
 # -- files ----------------------------------------------------------------------------------------
+
+
+@contextmanager
+def reading(path: Path, kind: str) -> Iterator[None]:
+    """Errors while a file is read name it in one line: its contents can be wrong in any way.
+
+    Args:
+        kind: what the file is read as, with its article.
+
+    Raises:
+        LoadError: in place of all errors but those about optional packages.
+    """
+    try:
+        yield
+    except MissingExtraError:
+        raise
+    except Exception as error:  # readers raise errors without a common class
+        is_own = isinstance(error, FcvggError)
+        if is_own and str(error).startswith(str(path)):
+            raise
+        name = "" if is_own else f"{type(error).__name__}: "
+        raise LoadError(f"{path} cannot be read as {kind}: {name}{one_line(error)}") from error
 
 
 def check_regular(path: Path, within: Path | None = None) -> None:

@@ -20,9 +20,9 @@ from fcvgg.errors import ArgumentError, ConversionError
 from fcvgg.geometry import Pair
 from fcvgg.network import FullyConvolutional
 from fcvgg.rewriting.capture import capture
-from fcvgg.rewriting.modules import DilatedAvgPool2d, WindowLinear
 from fcvgg.rewriting.native_size import infer_input_size
 from fcvgg.rewriting.rules import is_known
+from fcvgg.rewriting.rules.registry import role_of
 from fcvgg.rewriting.tracing import operation_name
 from fcvgg.support.tables import text_table
 
@@ -30,44 +30,6 @@ FIRST_FC = 6
 """The number of the first fully connected layer; VGG has five blocks before it."""
 
 _USUAL_SIZE = 224
-_FUNCTIONS = {
-    "conv2d": "conv",
-    "batch_norm": "bn",
-    "relu": "relu",
-    "relu_": "relu",
-    "max_pool2d": "pool",
-    "avg_pool2d": "pool",
-    "boolean_dispatch": "pool",
-    "linear": "fc",
-    "window_linear": "fc",
-    "dropout": "drop",
-    "flatten": "flatten",
-    "view": "flatten",
-    "reshape": "flatten",
-    "softmax": "prob",
-    "log_softmax": "prob",
-    "adaptive_avg_pool2d": "avgpool",
-    "adaptive_max_pool2d": "maxpool",
-}
-_MODULES: tuple[tuple[tuple[type[nn.Module], ...], str], ...] = (
-    ((nn.Linear, WindowLinear), "fc"),
-    ((nn.Conv2d,), "conv"),
-    ((nn.BatchNorm2d, nn.BatchNorm1d), "bn"),
-    ((nn.ReLU,), "relu"),
-    (
-        (
-            *(nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish),
-            *(nn.PReLU, nn.Tanh, nn.Sigmoid, nn.Hardswish, nn.Softplus),
-        ),
-        "activation",
-    ),
-    ((nn.MaxPool2d, nn.AvgPool2d), "pool"),
-    ((nn.AdaptiveAvgPool2d,), "avgpool"),
-    ((nn.AdaptiveMaxPool2d,), "maxpool"),
-    ((nn.Dropout, nn.Dropout2d, nn.AlphaDropout), "drop"),
-    ((nn.Flatten,), "flatten"),
-    ((nn.Softmax, nn.LogSoftmax, nn.Softmax2d), "prob"),
-)
 
 
 @dataclass(frozen=True)
@@ -163,7 +125,7 @@ class LayerNames(Sequence[NamedLayer]):
         """What a layer learns: its module's parameters, or those that its function is given."""
         if layer.path:
             return tuple(self.root.get_submodule(layer.path).parameters())
-        constants = _constants(self.graph) if layer.role else set()  # arithmetic is no layer
+        constants = _constants(self.graph) if layer.role else set()  # arithmetic is not a layer
         waiting = [n for n in layer.node.all_input_nodes if n in constants]
         found: list[nn.Parameter] = []
         for node in waiting:  # which grows
@@ -211,12 +173,6 @@ def layer_names(model: nn.Module) -> LayerNames:
     return LayerNames(_named(graph, model), model, graph, size, native)
 
 
-def children_of(layers: Iterable[NamedLayer], root: nn.Module) -> list[nn.Module]:
-    """The modules of layers, each once; functions have none."""
-    found = {id(m): m for m in (root.get_submodule(x.path) for x in layers if x.path)}
-    return list(found.values())
-
-
 def _named(graph: fx.Graph, root: nn.Module) -> list[NamedLayer]:
     numbering = _Numbering()
     layers = []
@@ -240,7 +196,7 @@ def _named(graph: fx.Graph, root: nn.Module) -> list[NamedLayer]:
 
 
 def _constants(graph: fx.Graph) -> set[fx.Node]:
-    """What is computed from parameters alone, such as a weight's reshape; it is no layer."""
+    """What is computed from parameters alone, such as a weight's reshape, which is not a layer."""
     found: set[fx.Node] = set()
     for node in graph.nodes:
         fed = node.all_input_nodes
@@ -250,13 +206,9 @@ def _constants(graph: fx.Graph) -> set[fx.Node]:
 
 
 def _role_of(node: fx.Node, module: nn.Module | None) -> str:
-    if module is None:
-        return _FUNCTIONS.get(operation_name(node).removeprefix("Tensor."), "")
-    if isinstance(module, DilatedAvgPool2d):
-        return "pool"
     if isinstance(module, nn.AvgPool2d) and module.stride in (1, (1, 1)):
         return "avgpool"  # a converted global pool; it ends no block
-    return next((role for classes, role in _MODULES if isinstance(module, classes)), "")
+    return role_of(node.target if module is None else type(module))
 
 
 def _takes_whole_map(node: fx.Node, module: nn.Module | None, in_head: bool) -> bool:
@@ -283,6 +235,8 @@ class _Numbering:
         return self.fc >= FIRST_FC
 
     def name_for(self, role: str, place: str, kind: str) -> str:
+        # A pool ends its block, and the first fully connected layer ends the features: what
+        # follows each is numbered after it.
         self.at = 0 if self.in_head else self.block
         if role == "conv" and not self.in_head:
             self.convolution += 1
@@ -296,7 +250,8 @@ class _Numbering:
             return self._free(f"fc{self.fc}")
         if role in ("bn", "relu", "drop", "activation"):
             number = str(self.fc) if self.in_head else f"{self.block}_{self.convolution}"
-            return self._free(f"{kind.lower() if role == 'activation' else role}{number}")
+            plain = kind.removeprefix("Tensor.").strip("_").lower()
+            return self._free(f"{plain if role == 'activation' else role}{number}")
         if role in ("avgpool", "maxpool", "flatten", "prob"):
             self.at = 0
         return self._free(role or place)

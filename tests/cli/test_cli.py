@@ -269,7 +269,7 @@ def test_heatmap_reports_bad_images_and_goes_on(images, folder):
     ran = run("heatmap", "text.jpg", "one.png", "absent.png", "two.jpg", "-m", "demo")
     assert ran.status == 2
     assert ran.err.splitlines() == [
-        "fcvgg: error: text.jpg is no image that Pillow can read; expected PNG, JPEG or the like",
+        "fcvgg: error: text.jpg is not an image that Pillow can read; convert it to PNG or JPEG",
         "fcvgg: error: there is no image file absent.png",
         "fcvgg: error: 2 of 4 images could not be used",
     ]
@@ -312,8 +312,8 @@ def test_heatmap_never_writes_two_images_to_one_name(images, folder):
     ("target", "message"),
     [
         ("dog", "there is no category 'dog'; there are 2: 'background' (0), 'face' (1)"),
-        ("7", "class 7 is out of range; the network has classes 0 to 1"),
-        ("a", "category 'a' is ambiguous: 'background' (0), 'face' (1)"),
+        ("7", "class must be an index from 0 to 1 or a name, got 7"),
+        ("a", "class must match one category, got 'a', which matches 'background' (0), 'face' (1)"),
     ],
 )
 def test_a_wrong_class_is_reported_once(images, target, message):
@@ -366,9 +366,12 @@ def test_weights_that_cannot_be_downloaded_say_what_to_pass(images, no_network):
         (("-m", "my.pth"), "there is no checkpoint my.pth"),
         (("-m", "my.pth", "--arch", "vgg16"), "there is no checkpoint my.pth"),
         (("-w", "my.pth"), "there is no checkpoint my.pth"),
-        (("-w", "LATEST"), "vgg16 has no weights 'LATEST'; expected IMAGENET1K_V1"),
-        (("--arch", "vgg11"), "--arch 'vgg11' goes with a checkpoint, got 'vgg16'"),
-        (("-m", "demo", "-w", "x.pt"), "'demo' comes with its weights, got --weights 'x.pt'"),
+        (("-w", "LATEST"), "for vgg16, got 'LATEST'"),
+        (("--arch", "vgg11"), "--arch 'vgg11' must come with a checkpoint, got 'vgg16'"),
+        (
+            ("-m", "demo", "-w", "x.pt"),
+            "--weights must be left out for 'demo', which holds its own, got 'x.pt'",
+        ),
         (
             ("-m", "demo", "--output-stride", "3"),
             "--output-stride must be one that the network's",
@@ -667,7 +670,7 @@ def test_convert_never_overwrites_anything_else(images, folder):
     (folder / "work/thesis.txt").write_text("years")
     (folder / "notes").write_text("weeks")
     for name in ("work", "notes"):
-        assert fails("convert", "demo", "-o", name).startswith(f"{name} exists and is no bundle")
+        assert fails("convert", "demo", "-o", name).startswith(f"{name} exists and is not a bundle")
     assert (folder / "notes").read_text() == "weeks"
     assert (folder / "work/thesis.txt").read_text() == "years"
 

@@ -46,8 +46,8 @@ def test_it_prints_the_table_and_writes_json(data: Path) -> None:
     assert "3 images" in ran.stdout
     assert "broken.jpg" not in ran.stdout
     assert ran.stderr.splitlines() == [
-        f"fcvgg: skipped {data}/face/broken.jpg is no image that Pillow can read; expected PNG, "
-        "JPEG or the like",
+        f"fcvgg: skipped {data}/face/broken.jpg is not an image that Pillow can read; convert it "
+        "to PNG or JPEG",
         "fcvgg: 1 of 4 files left out: 1 .jpg (could not be read)",
     ]
     assert "wrote evaluation.json" in ran.stdout
@@ -77,8 +77,8 @@ def test_options_reach_the_evaluation(data: Path, tmp_path: Path) -> None:
     [
         (["absent"], "absent must be a folder with one folder per class, got nothing of that name"),
         (["empty"], "empty must hold images in empty/CLASS/, got no folders"),
-        (["data", "-p", "densest"], "protocol 'densest' is unknown; expected center-crop"),
-        (["data", "-p", ","], "no protocol was given"),
+        (["data", "-p", "densest"], "--protocols must be all, or some of center-crop"),
+        (["data", "-p", ","], "dense+multi-crop, got none"),
         (["data", "-o", "absent/x.json"], "cannot write absent/x.json: there is no folder absent"),
     ],
 )

@@ -37,7 +37,7 @@ def test_train_resume_and_label(data: Path) -> None:
     ran = run("segment-train", data, *options, "--epochs", 2, "--freeze-upto", "pool2", "-o", "c")
     assert ran.exit_code == 0, ran.output
     assert "skipped" in ran.stderr
-    assert "3.png is no image" in ran.stderr
+    assert "3.png is not an image" in ran.stderr
     counted = "2 of 5 files left out: 1 .txt (not a readable image), 1 .png (could not be read)"
     assert f"fcvgg: {counted}\n" in ran.stderr
     assert "FCN-32s, epoch " in ran.stdout
@@ -88,7 +88,7 @@ def test_an_interrupted_run_says_how_it_goes_on(data: Path, monkeypatch: Any) ->
     ran = run("segment-train", data, *options)
     assert ran.exit_code == 130
     assert ran.stderr == (
-        "fcvgg: error: interrupted; the epochs done are kept in run, --resume goes on\n"
+        "fcvgg: error: interrupted; finished epochs are kept in run, and --resume continues\n"
     )
 
 
@@ -116,9 +116,9 @@ def test_bad_input_is_one_line_and_exit_2(data: Path) -> None:
         (("segment-train", "none", "-c", "a,b", "-m", "demo"), "none/images does not exist"),
         (
             ("segment-train", data, "-c", "a,b", "-m", "demo", "--init-from", "none"),
-            "none is not the folder of an FCN",
+            "none must be the folder of an FCN",
         ),
-        (("segment", data / "images" / "0.png", "--fcn", "none"), "not the folder of an FCN"),
+        (("segment", data / "images" / "0.png", "--fcn", "none"), "must be the folder of an FCN"),
     ]:
         ran = run(*arguments)
         assert ran.exit_code == 2

@@ -171,7 +171,7 @@ def test_the_figure_shows_both_maps_the_errors_and_the_sides() -> None:
         figure.draw_without_rendering()
         titles = [ax.get_title() for ax in figure.axes[:4]]
         assert titles[:2] == ["model on every window: class 1", "dense map: class 1"]
-    with pytest.raises(fcvgg.CategoryError, match="class 7 is out of range"):
+    with pytest.raises(fcvgg.CategoryError, match=r"class must be an index .*, got 7"):
         fcvgg.compare_windows(model, net, images(3, 32, 32)).plot(7)
 
 

@@ -183,7 +183,7 @@ def test_unreadable_images_are_skipped_and_listed(tmp_path: Path) -> None:
     found = split_folders(tmp_path)
     assert found.counts["grass"] == (2, 1)
     (skipped,) = found.skipped
-    assert "00.png is no image that Pillow can read" in str(skipped)
+    assert "00.png is not an image that Pillow can read" in str(skipped)
 
 
 def test_folders_that_will_not_do(tmp_path: Path) -> None:
@@ -232,9 +232,7 @@ def test_resize_and_centre_crop(tmp_path: Path) -> None:
     assert cropped.min() == 1
     taller, _ = ImageRows(files, plain, (30, 15), "centre-crop")[0]
     assert taller.shape == (3, 30, 15)
-    with pytest.raises(
-        ArgumentError, match="resize must be one of resize, center-crop, got 'crop'"
-    ):
+    with pytest.raises(ArgumentError, match="resize must be 'resize' or 'center-crop', got 'crop'"):
         ImageRows(files, plain, (20, 20), "crop")
 
 
@@ -734,7 +732,7 @@ def test_a_global_pool_keeps_its_head_at_another_size() -> None:
         (
             {"strategy": "best"},
             ArgumentError,
-            "strategy must be one of auto, linear, .*, got 'best'",
+            "strategy must be 'auto', 'linear', .*, got 'best'",
         ),
         ({"epoch": 3}, ArgumentError, "options must be some of strategy, .*, got epoch"),
         (
@@ -742,11 +740,11 @@ def test_a_global_pool_keeps_its_head_at_another_size() -> None:
             ArgumentError,
             "class_weights must be None or 'balanced', got 'rare'",
         ),
-        ({"resize": "no"}, ArgumentError, "resize must be one of resize, center-crop, got 'no'"),
+        ({"resize": "no"}, ArgumentError, "resize must be 'resize' or 'center-crop', got 'no'"),
         (
             {"strategy": "all", "freeze_upto": "pool1"},
             ArgumentError,
-            "freeze_upto must go with the strategy partial or svm, got strategy='all'",
+            "freeze_upto must go with strategy='partial' or 'svm', got strategy='all'",
         ),
         (
             {"strategy": "linear", "hidden": (9,)},
@@ -873,14 +871,14 @@ def test_the_command_from_folder_to_heatmap(tmp_path: Path, monkeypatch: Any) ->
     assert "held out: " in ran.stdout
     assert "wrote made/model\nwrote made/report/report.md\n" in ran.stdout
     assert ran.stdout.endswith("next: fcvgg heatmap photo.jpg --model made/model --scale 48\n")
-    assert "fcvgg: skipped photos/brick/99.jpg is no image" in ran.stderr
+    assert "fcvgg: skipped photos/brick/99.jpg is not an image" in ran.stderr
     counted = "3 of 15 files left out: 2 .xyz (not a readable image), 1 .jpg (could not be"
     assert f"fcvgg: {counted} read)\n" in ran.stderr
     assert "epoch 2/2  train acc " in ran.stderr
     report = (tmp_path / "made/report/report.md").read_text()
     assert f"\n## Files left out\n\n{counted} read).\n" in report
     assert "\n- photos/grass/1.xyz: not a readable image\n" in report
-    assert "\n- photos/brick/99.jpg is no image that Pillow can read" in report
+    assert "\n- photos/brick/99.jpg is not an image that Pillow can read" in report
     skimage = Image.fromarray(skimage_data.brick()[:100, :150])
     skimage.save("photo.jpg")
     shown = CliRunner().invoke(app, ["heatmap", "photo.jpg", "--model", "made/model"])
@@ -912,11 +910,14 @@ def test_an_own_network_of_one_channel(textures: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--head", "wide"], "'wide' is no head; expected last, linear or widths such as 512,256"),
+        (
+            ["--head", "wide"],
+            "'wide' is not a head; expected last, linear or widths such as 512,256",
+        ),
         (["--strategy", "partial", "--freeze-upto", "pool7"], "the model has no layer 'pool7'"),
         (
             ["--strategy", "all", "--freeze-upto", "pool1"],
-            "--freeze-upto must go with the strategy",
+            "--freeze-upto must go with --strategy 'partial' or 'svm'",
         ),
         (["--valid-fraction", "2"], "--valid-fraction must be between 0 and 1, got 2.0"),
         (["--devices", "none"], "devices must be 'auto' or an integer of at least 1, got 'none'"),
@@ -945,7 +946,7 @@ def test_interrupted_the_command_says_how_to_go_on(
     (tmp_path / "last.ckpt").touch()
     ran = run(tmp_path, "-o", tmp_path)
     assert ran.exit_code == 130
-    assert ran.stderr.endswith(f"the epochs done are kept in {tmp_path}, --resume goes on\n")
+    assert ran.stderr.endswith(f"finished epochs are kept in {tmp_path}, and --resume continues\n")
 
 
 def test_without_lightning_the_error_names_the_extra(

@@ -703,7 +703,7 @@ def test_a_dtype_wider_than_the_networks(small):
 
 def test_whole_numbers_are_no_images_for_an_optimised_network(small):
     fast = fcvgg.optimize(small)
-    with pytest.raises(ImageError, match=r"takes images of torch.float32, got torch.uint8"):
+    with pytest.raises(ImageError, match=r"images must be of torch.float32, got torch.uint8"):
         fast(torch.zeros(1, 3, 40, 40, dtype=torch.uint8))
 
 
@@ -887,11 +887,11 @@ def test_a_network_that_differs_is_refused(monkeypatch, small):
     [
         (
             {"engine": "tensorrt"},
-            "engine must be None, 'onnxruntime' or 'openvino', got 'tensorrt'",
+            "engine must be None, 'torch', 'onnxruntime' or 'openvino', got 'tensorrt'",
         ),
         (
             {"dtype": torch.int8},
-            "dtype must be torch.float64 or .* or torch.bfloat16, got torch.int8",
+            "dtype must be torch.float64, .* or torch.bfloat16, got torch.int8",
         ),
         ({"dtype": torch.float16}, "must not be torch.float16 on a CPU, .* use torch.bfloat16, or"),
     ],

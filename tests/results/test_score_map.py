@@ -172,7 +172,7 @@ def test_the_activation_can_be_given() -> None:
 
 
 def test_an_unknown_activation_is_refused() -> None:
-    expected = "activation='softplus' is unknown; expected one of 'logits'"
+    expected = "^activation must be 'logits' .*, got 'softplus'"
     with pytest.raises(fcvgg.FcvggError, match=expected):
         fcvgg.convert(classifier(3), activation="softplus")
     net = fcvgg.convert(classifier(3))
@@ -207,7 +207,7 @@ def test_each_output_has_its_own_map_and_activation() -> None:
     assert (len(first.scores), len(second.scores)) == (2, 3)
     assert net.classify(image(), output=1).shape == (1, 3)
     assert net.heatmap(image(), 2, output=1).label == "class 2"
-    with pytest.raises(fcvgg.FcvggError, match="output=2 does not exist; the network has 2"):
+    with pytest.raises(fcvgg.FcvggError, match="output must be from 0 to 1, got 2"):
         net.score_map(image(), output=2)
 
 

@@ -82,7 +82,7 @@ def test_spellings_of_other_libraries(spelling: str, name: str) -> None:
 
 @pytest.mark.parametrize("value", ["softmax", "", 3, ("logits",), ["logits"]])
 def test_an_unknown_activation_explains_the_known_ones(value: Any) -> None:
-    with pytest.raises(fcvgg.ArgumentError, match="is unknown; expected one of 'logits'") as caught:
+    with pytest.raises(fcvgg.ArgumentError, match=r"^activation must be 'logits'") as caught:
         fcvgg.convert(classifier(), activation=value)
     assert all(f"{kind!r} ({what})" in str(caught.value) for kind, what in ACTIVATIONS.items())
     assert "\n" not in str(caught.value)

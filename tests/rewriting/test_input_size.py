@@ -224,11 +224,14 @@ def test_rows_past_the_last_full_cell_are_not_seen() -> None:
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
-        (images(3, 32, 32), r"takes images \(N, 3, H, W\), got \(3, 32, 32\); add the batch with"),
-        (images(1, 4, 32, 32), r"takes 3 channels, got 4 in \(1, 4, 32, 32\); images are"),
-        (images(0, 3, 32, 32), r"the batch \(0, 3, 32, 32\) is empty; expected at least one"),
-        (images(1, 3, 0, 32), r"the batch \(1, 3, 0, 32\) is empty"),
-        ([[1]], r"takes images \(N, 3, H, W\), got list"),
+        (
+            images(3, 32, 32),
+            r"images must be \(N, 3, H, W\), got \(3, 32, 32\); add the batch with",
+        ),
+        (images(1, 4, 32, 32), r"images must have 3 channels, got 4 in \(1, 4, 32, 32\); pass"),
+        (images(0, 3, 32, 32), r"images must hold at least one pixel, got .*\(0, 3, 32, 32\)"),
+        (images(1, 3, 0, 32), r"images must hold at least one pixel, got .*\(1, 3, 0, 32\)"),
+        ([[1]], r"images must be \(N, 3, H, W\), got list"),
     ],
 )
 def test_what_is_no_batch_of_images(bad: Any, message: str) -> None:

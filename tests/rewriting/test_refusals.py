@@ -521,7 +521,8 @@ def test_verify_takes_images_of_the_native_size() -> None:
     report = fcvgg.verify(model, net, images(4, 3, 32, 32), tolerance=1e-9)
     assert (report.images, report.tolerance, report.passed) == (4, 1e-9, True)
     with pytest.raises(
-        fcvgg.FcvggError, match=r"images \(1, 3, 40, 32\) do not have the native size \(32, 32\)"
+        fcvgg.FcvggError,
+        match=r"images must have the native size \(32, 32\).* got \(1, 3, 40, 32\)",
     ):
         fcvgg.verify(model, net, images(1, 3, 40, 32))
 

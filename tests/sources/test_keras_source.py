@@ -68,7 +68,7 @@ def test_weights_alone_of_vgg16_are_recognised(folder, file):
 def test_weights_alone_with_other_names_need_arch(folder, file):
     with pytest.raises(fcvgg.LoadError, match="pass arch='vgg16'"):
         fcvgg.load(folder / file)
-    with pytest.raises(fcvgg.LoadError, match="weights of 16 layers, where vgg19 has 19"):
+    with pytest.raises(fcvgg.LoadError, match="weights of the 19 layers of vgg19, got those of 16"):
         fcvgg.load(folder / file, arch="vgg19")
     images, expected = predictions(folder, "renamed")
     net = fcvgg.load(folder / file, arch="vgg16", input_size=32)
@@ -147,18 +147,18 @@ def test_truncated_file(folder, tmp_path, suffix, kept):
     data = (folder / f"sequential{suffix}").read_bytes()
     broken = tmp_path / f"broken{suffix}"
     broken.write_bytes(data[: int(len(data) * kept)])
-    assert_one_line(broken, "no readable Keras file")
+    assert_one_line(broken, "cannot be read as a Keras file")
 
 
 @pytest.mark.parametrize("suffix", [".keras", ".h5"])
 def test_corrupt_file(tmp_path, suffix):
     broken = tmp_path / f"broken{suffix}"
     broken.write_bytes(np.random.default_rng(0).bytes(5000))
-    assert_one_line(broken, "no readable Keras file")
+    assert_one_line(broken, "cannot be read as a Keras file")
 
 
 def test_absent_file(tmp_path):
-    assert_one_line(tmp_path / "absent.h5", "there is no Keras file")
+    assert_one_line(tmp_path / "absent.h5", "absent.h5 must be a Keras file, got none")
 
 
 def test_archive_without_weights(folder, tmp_path):
@@ -168,15 +168,15 @@ def test_archive_without_weights(folder, tmp_path):
         zipfile.ZipFile(broken, "w") as part,
     ):
         part.writestr("config.json", whole.read("config.json"))
-    assert_one_line(broken, "no readable Keras file")
+    assert_one_line(broken, "cannot be read as a Keras file")
 
 
 def test_h5_that_holds_no_weights(folder, tmp_path):
     other = tmp_path / "other.h5"
     with h5py.File(other, "w") as file:
         file["measurements"] = np.arange(3)
-    assert_one_line(other, "holds no weights of a Keras model.*it has measurements")
-    assert_one_line(folder / "empty.weights.h5", "holds no weights: all of its layers are empty")
+    assert_one_line(other, "must hold the weights of a Keras model.*got measurements")
+    assert_one_line(folder / "empty.weights.h5", "must hold weights, got empty layers only")
 
 
 def test_missing_and_misshapen_weights_are_named(folder, tmp_path):
@@ -192,7 +192,7 @@ def test_missing_and_misshapen_weights_are_named(folder, tmp_path):
         fcvgg.load(copy)
     with h5py.File(copy, "a") as file:
         del file["model_weights/conv_a"]
-    assert_one_line(copy, r"holds 0 weights of conv_a \(Conv2D\) instead of 2 \(kernel, bias\)")
+    assert_one_line(copy, r"must hold 2 weights of conv_a \(Conv2D\) \(kernel, bias\), got 0")
 
 
 def test_trunk_without_a_head(folder, tmp_path):

@@ -513,7 +513,7 @@ def test_two_inputs(tmp_path):
     model = onnx.load(path)
     model.graph.input.append(helper.make_tensor_value_info("more", TensorProto.FLOAT, [1]))
     onnx.save(model, path)
-    assert_one_line(path, r"has 2 inputs \('images', 'more'\); expected one")
+    assert_one_line(path, r"must have one input, a batch of images, got 2 \('images', 'more'\)")
 
 
 def test_missing_weight_is_named(tmp_path):
@@ -529,13 +529,13 @@ def test_truncated_file(tmp_path, kept):
     path = channels_first_file().write(tmp_path)
     data = path.read_bytes()
     path.write_bytes(data[: int(len(data) * kept)])
-    assert_one_line(path, "no readable ONNX file")
+    assert_one_line(path, "cannot be read as an ONNX file")
 
 
 def test_corrupt_file(tmp_path):
     path = tmp_path / "net.onnx"
     path.write_bytes(np.random.default_rng(0).bytes(5000))
-    assert_one_line(path, "no readable ONNX file")
+    assert_one_line(path, "cannot be read as an ONNX file")
 
 
 def test_broken_tensor_is_named(tmp_path):
@@ -547,7 +547,7 @@ def test_broken_tensor_is_named(tmp_path):
 
 
 def test_absent_file(tmp_path):
-    assert_one_line(tmp_path / "absent.onnx", "there is no ONNX file")
+    assert_one_line(tmp_path / "absent.onnx", "absent.onnx must be an ONNX file, got none")
 
 
 def test_result_that_differs_from_onnxruntime_is_refused(tmp_path, monkeypatch):
@@ -569,7 +569,7 @@ def test_what_onnxruntime_cannot_run_is_read_with_a_warning(tmp_path, monkeypatc
 
 
 def test_weights_beside_a_file_are_refused(tmp_path):
-    with pytest.raises(fcvgg.LoadError, match="comes with its weights"):
+    with pytest.raises(fcvgg.LoadError, match="weights must be left out for"):
         fcvgg.load(channels_first_file().write(tmp_path), weights="other.pth")
 
 

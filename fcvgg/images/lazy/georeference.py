@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -19,14 +19,8 @@ Transform = tuple[float, float, float, float, float, float]
 Columns and rows are counted from the outer corner of the first pixel, whose middle is (0.5, 0.5).
 """
 
-PIXEL_SCALE, TIE_POINTS, MATRIX, KEYS, KEY_DOUBLES, KEY_TEXT = (
-    33550,
-    33922,
-    34264,
-    34735,
-    34736,
-    34737,
-)
+PIXEL_SCALE, TIE_POINTS, MATRIX = 33550, 33922, 34264
+KEYS, KEY_DOUBLES, KEY_TEXT = 34735, 34736, 34737
 """GeoTIFF's tags."""
 
 _MODEL, _RASTER, _GEOGRAPHIC, _PROJECTED, _VERTICAL = 1024, 1025, 2048, 3072, 4096
@@ -50,7 +44,7 @@ _ANY: Transform = (2.0, 0.0, 0.0, 0.0, -2.0, 0.0)
 _IDENTITY: Transform = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)
 
 FIELDS = ("crs", "transform", "cell_transform", "geo_keys")
-"""What a store's description says of the place, as `described` gives it."""
+"""The fields of a store's description that state the place, as `described` gives them."""
 
 
 @dataclass(frozen=True)
@@ -103,9 +97,9 @@ class Georeference:
 
     @classmethod
     def of_tags(cls, tags: Mapping[int, Any]) -> Georeference | None:
-        """What a GeoTIFF's tags say; tags that are broken say nothing.
+        """The place that a GeoTIFF's tags state; broken tags are ignored.
 
-        Nor do ground control points: their system is that of the points, not of the pixels.
+        So are ground control points: their system is that of the points, not of the pixels.
         """
         keys = _keys_of(tags)
         transform = _transform_of(tags)
@@ -119,7 +113,7 @@ class Georeference:
 
     @classmethod
     def of_dataset(cls, dataset: Any) -> Georeference | None:
-        """What an open rasterio dataset says; the identity is its word for no transform."""
+        """The place that an open rasterio dataset states; the identity stands for no transform."""
         crs = getattr(dataset, "crs", None)
         transform = checked_transform(list(getattr(dataset, "transform", ()))[:6])
         transform = None if transform == _IDENTITY else transform
@@ -127,15 +121,12 @@ class Georeference:
 
     @classmethod
     def of_description(cls, description: Mapping[str, Any]) -> Georeference | None:
-        """What a score map on disk says; older ones say nothing."""
+        """The place that a score map on disk states; older ones state none."""
         transform, keys = description.get("transform"), description.get("geo_keys")
-        return _stated(
-            None if transform is None else checked_transform(transform),
-            description.get("crs"),
-            None
-            if keys is None
-            else GeoKeys(tuple(keys["directory"]), tuple(keys["doubles"]), keys["text"]),
-        )
+        if keys is not None:
+            keys = GeoKeys(tuple(keys["directory"]), tuple(keys["doubles"]), keys["text"])
+        transform = None if transform is None else checked_transform(transform)
+        return _stated(transform, description.get("crs"), keys)
 
     def through(self, inner: Transform) -> Georeference:
         """The same place for other pixels, which `inner` takes to these."""
@@ -154,21 +145,17 @@ class Georeference:
         found: list[tuple[int, int, Any]] = []
         if self.transform is not None:
             a, b, c, d, e, f = self.transform
-            if b == d == 0 and a > 0 > e:  # which more readers know than the matrix
-                found += [
-                    (PIXEL_SCALE, _DOUBLE, (a, -e, 0.0)),
-                    (TIE_POINTS, _DOUBLE, (0.0, 0.0, 0.0, c, f, 0.0)),
-                ]
+            if b == d == 0 and a > 0 > e:  # north up: more readers know these than the matrix
+                found.append((PIXEL_SCALE, _DOUBLE, (a, -e, 0.0)))
+                found.append((TIE_POINTS, _DOUBLE, (0.0, 0.0, 0.0, c, f, 0.0)))
             else:
                 matrix = (a, b, 0.0, c, d, e, 0.0, f, *(0.0,) * 7, 1.0)
                 found.append((MATRIX, _DOUBLE, matrix))
         if self.keys is not None:
             found.append((KEYS, _SHORT, self.keys.directory))
-            if self.keys.doubles:
-                found.append((KEY_DOUBLES, _DOUBLE, self.keys.doubles))
-            if self.keys.text:
-                found.append((KEY_TEXT, _ASCII, self.keys.text))
-        return [(code, kind, len(value), value, True) for code, kind, value in found]
+            found.append((KEY_DOUBLES, _DOUBLE, self.keys.doubles))
+            found.append((KEY_TEXT, _ASCII, self.keys.text))
+        return [(code, kind, len(value), value, True) for code, kind, value in found if value]
 
 
 def described(place: Georeference | None, geometry: Geometry) -> dict[str, Any]:
@@ -177,20 +164,16 @@ def described(place: Georeference | None, geometry: Geometry) -> dict[str, Any]:
     ``transform`` and ``cell_transform`` are as `Transform` for the image's pixels and the map's
     cells: applied to ``(column + 0.5, row + 0.5)`` either gives the middle of a pixel or cell.
     """
-    transform, keys = (None, None) if place is None else (place.transform, place.keys)
+    place = place or Georeference(None, None, None)
+    transform, keys = place.transform, place.keys
     (y, x), (down, across) = geometry.centre_of(0, 0), geometry.stride
     cells: Transform = (across, 0, x + 0.5 - across / 2, 0, down, y + 0.5 - down / 2)
+    listed = keys and {**asdict(keys), "directory": [*keys.directory], "doubles": [*keys.doubles]}
     return {
-        "crs": None if place is None else place.crs,
-        "transform": None if transform is None else list(transform),
-        "cell_transform": None if transform is None else list(composed(transform, cells)),
-        "geo_keys": None
-        if keys is None
-        else {
-            "directory": list(keys.directory),
-            "doubles": list(keys.doubles),
-            "text": keys.text,
-        },
+        "crs": place.crs,
+        "transform": transform and list(transform),
+        "cell_transform": transform and list(composed(transform, cells)),
+        "geo_keys": listed,
     }
 
 
@@ -218,7 +201,7 @@ def composed(outer: Transform, inner: Transform) -> Transform:
 
 
 def checked_transform(numbers: Any) -> Transform | None:
-    """Six numbers; None if they are not, are not finite, or put all pixels on one line."""
+    """A transform of six finite numbers; None if it is not one, or puts all pixels on one line."""
     if len(numbers) != 6 or not _are_numbers(numbers):
         return None
     a, b, c, d, e, f = map(float, numbers)
@@ -244,7 +227,7 @@ def _are_numbers(values: Any) -> bool:
 
 
 def _numbers(tags: Mapping[int, Any], code: int) -> list[Any]:
-    """A tag's numbers; none if it is missing or holds anything else."""
+    """A tag's numbers; empty if it is missing or holds anything else."""
     value = tags.get(code, ())
     value = list(value) if isinstance(value, (tuple, list, np.ndarray)) else [value]
     value = [n.item() if isinstance(n, np.generic) else n for n in value]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -14,16 +15,21 @@ from fcvgg.errors import ImageError, PreprocessError
 from fcvgg.geometry import Pair
 from fcvgg.images.lazy.source import ArraySource, StripSource
 from fcvgg.images.pictures import Picture, in_channels
-from fcvgg.images.preprocessing import Preprocess, check_filled
+from fcvgg.images.preprocessing import Preprocess
 
 _CONVERTIBLE = (1, 3, 4)
 """Channels of networks that grey, RGB and RGBA can be brought to."""
 
-_LOOKED_AT = 9
-"""Parts of an image, evenly spread, that are looked at first for its brightest value."""
+_LEAST_OF_RANGE = 1 << 14
+"""16-bit values that all lie below a quarter of the range are usually of a camera or scene that has
+another: 12 and 14 bits, or reflectances times 10,000."""
 
-_VALUES = 1 << 22
-"""Values that are read at once to find the brightest."""
+_DARK = (
+    f"an image has only 16-bit values below {_LEAST_OF_RANGE}, which are nearly black in the range "
+    "0 to 65535 that the preprocessing takes them for; pass value_range=(low, high) or a scale= of "
+    "its own to fcvgg.Preprocess (--range LOW,HIGH) if they have another range, or "
+    "value_range=(0, 65535) if they are meant so"
+)
 
 
 def strip_reader(
@@ -41,8 +47,8 @@ def strip_reader(
     known = checked_preprocess(preprocess, channels)
     if known.resize is not None:
         raise PreprocessError(
-            f"the preprocessing resizes images to {known.resize}, and a streamed image keeps "
-            "its size; use a preprocessing with resize=None"
+            "the preprocessing must have resize=None to stream an image, which keeps its size, got "
+            f"resize={known.resize}"
         )
     convert = check_pixels(source, known)
     normalized = normalizer(known)
@@ -58,8 +64,7 @@ def check_pixels(
         ImageError: if they have none: other channels than the network, or an unknown range.
     """
     convert = _converter(source, preprocess)
-    if preprocess.assumes_range(source.dtype):
-        check_filled(_highest(source), source.name)
+    _check_brightness(source.sample(), source, preprocess)
     return convert
 
 
@@ -71,8 +76,7 @@ def whole_picture(source: StripSource, preprocess: Preprocess) -> Picture:
     """
     convert = _converter(source, preprocess)
     values = source.whole()
-    if preprocess.assumes_range(source.dtype):
-        check_filled(_brightest(values, source), source.name)
+    _check_brightness([values], source, preprocess)
     in_bytes = (
         source.dtype == np.uint8 or preprocess.takes_bytes or preprocess.value_range is not None
     )
@@ -87,8 +91,8 @@ def _converter(
     preprocess.units(np.zeros(1, dtype), name=name)  # a range that is unknown is refused here
     if source.reduced and not (preprocess.takes_bytes and preprocess.value_range is None):
         raise ImageError(
-            f"{name} holds more than 8 bits, of which Pillow gives 8, and the preprocessing takes "
-            "the values as they are; save it as PNG or TIFF"
+            f"{name} must hold 8 bits for a preprocessing that takes values as they are, got more, "
+            "of which Pillow gives 8; save it as PNG or TIFF"
         )
     if source.channels == channels:
         return lambda pixels: preprocess.units(pixels, dtype, name)
@@ -130,46 +134,27 @@ def normalizer(preprocess: Preprocess) -> Callable[[NDArray[Any]], Tensor]:
     return normalized
 
 
-def _highest(source: StripSource) -> float:
-    """The brightest value of an image, or the first one that fills its range.
+def _check_brightness(
+    parts: Iterable[NDArray[Any]], source: StripSource, preprocess: Preprocess
+) -> None:
+    """Warn of 16-bit values that are assumed to have the whole range, and use little of it.
 
-    A full image shows that in its first rows; only a dark one is read to the end.
+    Transparency and the value of missing data do not count.
     """
-    highest = 0.0
-    for rows, cols in _parts(source):
-        highest = max(highest, _brightest(source.read(rows, cols), source))
-        try:
-            check_filled(highest, source.name)
-        except ImageError:
-            continue
-        if highest:
-            break
-    return highest
-
-
-def _parts(source: StripSource) -> Iterator[tuple[Pair, Pair]]:
-    """Rows and columns that cover an image: the first block, some that are spread, and the rest."""
-    height, width = source.size
-    rows = source.block_rows
-    if rows <= 1:
-        rows = min(max(_VALUES // (width * source.channels), 1), height)
-    cols = min(max(_VALUES // (rows * source.channels), 1), width)
-    blocks = -(-height // rows)
-    spread = np.linspace(0, blocks - 1, min(_LOOKED_AT, blocks)).round().astype(int).tolist()
-    for block in dict.fromkeys([*spread, *range(blocks)]):
-        for left in range(0, width, cols):
-            below = min((block + 1) * rows, height)
-            yield (block * rows, below), (left, min(left + cols, width))
-
-
-def _brightest(values: NDArray[Any], source: StripSource) -> float:
-    """The highest value; transparency and what stands for missing data do not count."""
-    if source.alpha:
-        values = values[..., :-1]
-    counted = values == values
-    if source.nodata is not None:
-        counted &= values != source.nodata
-    return float(np.max(values, where=counted, initial=0))
+    if not preprocess.assumes_range(source.dtype):
+        return
+    highest = 0
+    for part in parts:
+        values = part[..., :-1] if source.alpha else part
+        counted = values == values
+        if source.nodata is not None:
+            counted &= values != source.nodata
+        highest = max(highest, np.max(values, where=counted, initial=0))
+        if highest >= _LEAST_OF_RANGE:  # as a rule in the first part, which is read anyway
+            return
+    if highest:
+        # the same text for all images, so that Python shows it once
+        warnings.warn(_DARK, stacklevel=2)
 
 
 def _check_convertible(source: StripSource, channels: int) -> None:
@@ -179,7 +164,7 @@ def _check_convertible(source: StripSource, channels: int) -> None:
         _check_order(source, channels)
         remedy = f"pass a preprocessed tensor ({channels}, H, W)" if found < channels else None
         raise ImageError(
-            f"the network takes {channels} channels, and {name} has {found}; "
+            f"{name} must have the network's {channels} channels, got {found}; "
             f"{remedy or f'choose some: {_choice(source, channels)}'}"
         )
     if found in (1, 3) or (found in (2, 4) and source.transparent()):
@@ -187,8 +172,7 @@ def _check_convertible(source: StripSource, channels: int) -> None:
     _check_order(source, channels)
     if source.bands is not None:
         raise ImageError(
-            f"the network takes {channels} channels, and bands={source.bands} of {name} were "
-            f"chosen; choose {channels}"
+            f"bands must be the network's {channels} channels of {name}, got {source.bands}"
         )
     kept = channels if found >= channels else 1
     if found == 4:
@@ -197,13 +181,13 @@ def _check_convertible(source: StripSource, channels: int) -> None:
             f"are not RGBA; choose {kept} of them: {_choice(source, kept)}"
         )
     raise ImageError(
-        f"{name} has {found} channels; expected 1, 3 or 4, or the network's {channels}, in the "
-        f"order (H, W, C); {_choice(source, kept)} chooses some"
+        f"{name} must have 1, 3 or 4 channels, or the network's {channels}, in the order "
+        f"(H, W, C), got {found}; {_choice(source, kept)} chooses some"
     )
 
 
 def _check_order(source: StripSource, channels: int) -> None:
-    """Refuse an array whose channels come first, which look like its rows."""
+    """Refuse an array (C, H, W), whose channels are taken for rows and its columns for channels."""
     if _in_memory(source) and source.size[0] in (1, 3, 4, channels) and source.channels > 4:
         raise ImageError(
             f"{source.name} must be (H, W, C) with {channels} channels, got {source.channels} in "
@@ -231,7 +215,7 @@ def check_preprocessed(source: StripSource, channels: int) -> None:
     """
     if source.channels != channels:
         raise ImageError(
-            f"the network takes {channels} channels, and {source.name} has {source.channels}; "
+            f"{source.name} must have the network's {channels} channels, got {source.channels}; "
             "floats are taken as preprocessed (C, H, W), or as values (H, W, C)"
         )
 
@@ -255,7 +239,7 @@ def checked_preprocess(preprocess: Preprocess | None, channels: int) -> Preproce
         )
     if preprocess.channels != channels:
         raise PreprocessError(
-            f"the preprocessing has {preprocess.channels} channels and the network {channels}; "
-            "give mean and std one value per channel"
+            f"the preprocessing must have the network's {channels} channels, got "
+            f"{preprocess.channels}; give mean and std one value per channel"
         )
     return preprocess

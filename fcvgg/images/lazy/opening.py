@@ -6,7 +6,6 @@ tifffile and zarr are imported where they are used; the extra ``fcvgg[stream]`` 
 from __future__ import annotations
 
 import os
-import stat
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -17,7 +16,14 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from fcvgg.errors import ArgumentError, FcvggError, ImageError, MissingExtraError, one_line
+from fcvgg.errors import (
+    ArgumentError,
+    FcvggError,
+    ImageError,
+    MissingExtraError,
+    check_choice,
+    one_line,
+)
 from fcvgg.geometry import Pair
 from fcvgg.images.lazy.georeference import Georeference
 from fcvgg.images.lazy.source import (
@@ -27,12 +33,13 @@ from fcvgg.images.lazy.source import (
     File,
     PillowSource,
     StripSource,
+    is_folder,
     level_of,
     numpy_dtype,
     opened,
     usable_pixel_size,
 )
-from fcvgg.images.lazy.tiff import TiffSource, looks_like_alpha
+from fcvgg.images.lazy.tiff import TiffSource
 from fcvgg.support.extras import imported
 
 _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
@@ -41,13 +48,11 @@ _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _ZARR = ("zarr.json", ".zarray", ".zgroup", ".zmetadata")
 """Files of which a folder of zarr has one, by version 3 or 2."""
 
-_PLAIN_TIFF = {
-    258: ((8,), (8, 8, 8)),  # bits per sample
-    262: ((1,), (2,)),  # BlackIsZero or RGB
-    277: ((1,), (3,)),  # samples per pixel
-    284: ((1,), (1,)),  # samples of a pixel together
-}
-"""Tags of the TIFFs, grey or RGB, that Pillow reads as every other reader does."""
+_PLAIN_TAGS = (258, 262, 277, 284)
+"""Bits per sample, photometric interpretation, samples per pixel, planar configuration."""
+
+_PLAIN_TIFF = ([[8], [1], [1], [1]], [[8, 8, 8], [2], [3], [1]])
+"""Their values in the TIFFs, grey or RGB, that Pillow reads as every other reader does."""
 
 
 class RasterSource(StripSource):
@@ -65,16 +70,15 @@ class RasterSource(StripSource):
         self.size = (dataset.height, dataset.width)
         self.channels = dataset.count
         meanings = [meaning.name for meaning in getattr(dataset, "colorinterp", ())]
-        placed = getattr(dataset, "crs", None) or not getattr(
-            getattr(dataset, "transform", None), "is_identity", True
-        )
-        self._georeferenced = bool(placed)
         self.georeference = Georeference.of_dataset(dataset)
+        transform = getattr(dataset, "transform", None)
+        identity = getattr(transform, "is_identity", True)  # GDAL's word for no transform
+        self._georeferenced = bool(getattr(dataset, "crs", None)) or not identity
         self.alpha = self.channels in (2, 4) and meanings[-1:] in ([], ["alpha"])
         self.nodata = getattr(dataset, "nodata", None)
-        told: Callable[..., Any] = getattr(dataset, "tags", lambda *_, **__: {})
-        self._white_is_zero = told(ns="IMAGE_STRUCTURE").get("MINISWHITE") == "YES"
-        bits = told(1, ns="IMAGE_STRUCTURE").get("NBITS")
+        tags: Callable[..., Any] = getattr(dataset, "tags", lambda *_, **__: {})
+        self._white_is_zero = tags(ns="IMAGE_STRUCTURE").get("MINISWHITE") == "YES"
+        bits = tags(1, ns="IMAGE_STRUCTURE").get("NBITS")
         self._step = {"1": 255, "2": 85, "4": 17}.get(str(bits), 1)  # from a grey to the next
         self.dtype = np.dtype(np.result_type(*dataset.dtypes))
         self._colours: NDArray[np.uint8] | None = None
@@ -87,7 +91,7 @@ class RasterSource(StripSource):
 
     def transparent(self) -> bool:
         """Whether the last of two or four channels is taken for transparency."""
-        return self.alpha and not self._georeferenced and looks_like_alpha(self)
+        return self.alpha and not self._georeferenced and self._looks_like_alpha()
 
     def _read(self, rows: Pair, cols: Pair) -> NDArray[Any]:
         return np.moveaxis(np.asarray(self._dataset.read(window=(rows, cols))), 0, -1)
@@ -117,8 +121,8 @@ def _overview(dataset: Any, level: int, name: str) -> Any:
         return rasterio.open(name, overview_level=level - 1)
     except Exception as error:
         raise ImageError(
-            f"level {level} of {name} cannot be opened: {one_line(error)}; pass a dataset of "
-            f"rasterio.open(path, overview_level={level - 1})"
+            f"level {level} of {name} cannot be opened: {one_line(error)}; pass the dataset that "
+            f"rasterio.open(path, overview_level={level - 1}) gives"
         ) from error
 
 
@@ -138,25 +142,23 @@ def open_image(
             animation the first frame is taken, and a TIFF of several equal pages is refused unless
             they are channels. Also a file in memory (`io.BytesIO`), and an open rasterio dataset,
             which brings the formats of GDAL.
-        level: of a pyramid; 0 is the full resolution. Overviews beside a TIFF (``.ovr``) count
-            after its own.
+        level: of a pyramid; 0 is the full resolution. Overviews in a file next to a TIFF (``.ovr``)
+            count after its own.
         bands: the channels to take, counted from 0 and in the network's order, such as ``(3, 2,
             1)`` of a satellite scene; None takes all.
-        missing: what tiles or chunks are that the file does not store. Both TIFF and zarr mean the
-            fill value (of a TIFF its nodata value, else zero), and writers leave out background
-            so: ``"fill"``. An incomplete copy looks the same; ``"error"`` refuses both.
+        missing: how to read tiles or chunks that the file does not store. ``"fill"`` gives them the
+            fill value (of a TIFF its nodata value, else zero), as both formats mean it: writers
+            leave out background. An incomplete copy looks the same; ``"error"`` refuses both.
         nodata: pixels of this value enter the network as NaN: a number, or ``"file"`` for the
             value that the file declares (`StripSource.nodata`), or else where its alpha band is 0,
             and of an open dataset its mask. Of unsigned integers all bands must hold the value, of
-            others one. None takes every value as it is, also one that the
-            file declares.
+            others one. None takes every value as it is, also one that the file declares.
 
     Raises:
-        ImageError: if it is no image, is broken, or has no such level, band or nodata value.
+        ImageError: if it is not an image, is broken, or has no such level, band or nodata value.
         MissingExtraError: if reading it needs the packages of ``fcvgg[stream]``.
     """
-    if missing not in ("fill", "error"):
-        raise ArgumentError(f"missing={missing!r} is unknown; expected 'fill' or 'error'")
+    check_choice("missing", missing, ("fill", "error"))
     try:
         source = _opened_source(path, level, bands, missing)
         source.treat_as_missing(nodata)
@@ -196,22 +198,15 @@ def _opened_source(path: Any, level: int, bands: Bands, missing: str) -> StripSo
     if not isinstance(path, (str, os.PathLike)):
         if not _is_dataset(path):
             raise ImageError(
-                f"{type(path).__name__} is no image; expected a path or an open rasterio dataset"
+                f"the image must be a path or an open rasterio dataset, got {type(path).__name__}"
             )
         if missing == "error":
             raise ArgumentError(
-                "missing='error' cannot be known of an open dataset; pass its path instead"
+                "missing must be 'fill' for an open dataset, got 'error'; pass its path instead"
             )
         return RasterSource(path, level, bands)
     path = Path(path)
-    try:
-        folder = stat.S_ISDIR(os.stat(path).st_mode)
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise ImageError(f"there is no image file {path}") from error
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or one_line(error)
-        raise ImageError(f"{path} cannot be read: {reason}") from error
-    if folder:
+    if is_folder(path):
         source = _zarr_source(path, level, bands, missing)
         source.path = path
         return source
@@ -238,18 +233,18 @@ def _file_source(
     if magic in _TIFF:
         return _tiff_source(file, name, level, bands, missing)
     if level:
-        raise ImageError(f"{name} has no level {level}: only TIFF and zarr hold pyramids")
+        raise ImageError(
+            f"level must be 0 for {name}, got {level}; only TIFF and zarr hold pyramids"
+        )
     return PillowSource(file, bands)
 
 
 def _tiff_source(file: File, name: str, level: int, bands: Bands, missing: str) -> StripSource:
     try:
-        if isinstance(file, Path) and level and (beside := Path(f"{file}.ovr")).is_file():
+        if isinstance(file, Path) and level and Path(f"{file}.ovr").is_file():
             own = _levels(file)
-            if level >= own and isinstance(file, Path):
-                source = _beside(TiffSource(beside, level - own, bands, missing), file)
-                source.path = file  # of which it is a level
-                return source
+            if level >= own:
+                return _overview_file(file, level - own, bands, missing)
         return TiffSource(file, level, bands, missing)
     except MissingExtraError as error:
         if level == 0 and missing == "fill" and _is_plain_tiff(file, name):
@@ -268,20 +263,19 @@ def _levels(file: Path) -> int:
         with tifffile.TiffFile(file) as tiff:
             return len(tiff.series[0].levels)
     except Exception as error:
-        raise ImageError(f"{file} is no readable TIFF: {one_line(error)}") from error
+        raise ImageError(f"{file} cannot be read as a TIFF: {one_line(error)}") from error
 
 
-def _beside(source: TiffSource, file: Path) -> StripSource:
-    """A level that lies in a file of its own, as a level of the image that it belongs to."""
-    whole = TiffSource(file)
+def _overview_file(file: Path, level: int, bands: Bands, missing: str) -> StripSource:
+    """A level in the ``.ovr`` next to a TIFF, which alone says where it lies and what is nodata."""
+    source, whole = TiffSource(Path(f"{file}.ovr"), level, bands, missing), TiffSource(file)
+    source.path = file
     source.nodata, source.georeferenced = whole.nodata, whole.georeferenced
     if whole.georeference is not None:
         source.georeference = whole.georeference.scaled(whole.size, source.size)
     if whole.pixel_size is not None:
-        down, across = (
-            pixel * n / m for pixel, n, m in zip(whole.pixel_size, whole.size, source.size)
-        )
-        source.pixel_size = usable_pixel_size((down, across))
+        sizes = zip(whole.pixel_size, whole.size, source.size)
+        source.pixel_size = usable_pixel_size([pixel * n / m for pixel, n, m in sizes])
     return source
 
 
@@ -289,17 +283,10 @@ def _is_plain_tiff(file: File, name: str) -> bool:
     """Whether Pillow reads the same pixels of a TIFF as every other reader."""
     with opened(file, name) as image:
         tags = getattr(image, "tag_v2", {})
-        values = {code: tags.get(code, 1) for code in _PLAIN_TIFF}
-        plain = any(
-            all(
-                (values[code] if isinstance(values[code], tuple) else (values[code],)) == kinds[i]
-                for code, kinds in _PLAIN_TIFF.items()
-            )
-            for i in range(2)
-        )
-        counts = tags.get(325, tags.get(279, (1,)))  # bytes of tiles or strips; none is sparse
-        counts = counts if isinstance(counts, tuple) else (counts,)
-        return plain and getattr(image, "n_frames", 1) == 1 and all(counts)
+        values = [np.ravel(tags.get(code, 1)).tolist() for code in _PLAIN_TAGS]
+        counts = tags.get(325, tags.get(279, 1))  # bytes of tiles or strips; 0 is not stored
+        one_page = getattr(image, "n_frames", 1) == 1
+        return values in _PLAIN_TIFF and one_page and bool(np.all(counts))
 
 
 def strip_source(
@@ -332,8 +319,8 @@ def strip_source(
         image = _array_source(source, channels)
     else:
         raise ImageError(
-            f"{type(source).__name__} is no image; expected a path, a PIL image, a uint8 array "
-            "(H, W, C) or a preprocessed tensor (C, H, W)"
+            "the image must be a path, a PIL image, a uint8 array (H, W, C) or a preprocessed "
+            f"tensor (C, H, W), got {type(source).__name__}"
         )
     if image.preprocessed and nodata is not None:
         raise ArgumentError(
@@ -359,29 +346,24 @@ def _array_source(array: Any, channels: int | None) -> StripSource:
     if floating and (isinstance(array, Tensor) or not values):
         axes = {3: "SYX", 4: "NSYX"}.get(len(shape))
         if axes is None or (axes == "NSYX" and shape[0] != 1):
-            raise ImageError(
-                f"{name} of floats is no preprocessed image; expected (C, H, W) or (1, C, H, W)"
-            )
+            raise ImageError(f"preprocessed floats must be (C, H, W) or (1, C, H, W), got {name}")
         return ArraySource(array, axes, name, preprocessed=True)
     axes = {2: "YX", 3: "YXS"}.get(len(shape))
     if axes is None:
-        raise ImageError(f"{name} is no image; expected (H, W), (H, W, 3) or (H, W, 4)")
+        raise ImageError(f"pixels must be (H, W), (H, W, 3) or (H, W, 4), got {name}")
     return ArraySource(array, axes, name)
 
 
 def _zarr_source(path: Path, level: int, bands: Bands, missing: str) -> StripSource:
     if not any((path / name).exists() for name in _ZARR):
         raise ImageError(
-            f"{path} is a folder and no zarr image; expected an image file, such as one of {path}/*"
+            f"{path} must be an image file or a zarr image, got a folder; pass one of {path}/*"
         )
     zarr = imported("zarr", "stream")
     try:
         node = zarr.open(str(path), mode="r")
     except Exception as error:
-        raise ImageError(
-            f"{path} is a folder and no readable zarr image: {one_line(error)}; expected an image "
-            "file"
-        ) from error
+        raise ImageError(f"{path} cannot be read as a zarr image: {one_line(error)}") from error
     axes: Sequence[str] | None = None
     pixel_size = None
     if isinstance(node, zarr.Group):
@@ -395,22 +377,22 @@ def _zarr_source(path: Path, level: int, bands: Bands, missing: str) -> StripSou
             letters = _axes_of(node.shape, axes, path)
         except (LookupError, TypeError, ValueError, AttributeError) as error:
             raise ImageError(
-                f"{path} is no whole OME-Zarr image: its description does not fit what it holds "
+                f"{path} must hold the OME-Zarr image that it describes, got another content "
                 f"({one_line(error)})"
             ) from error
     elif level:
-        raise ImageError(f"{path} has no level {level}: it is one zarr array")
+        raise ImageError(f"level must be 0 for {path}, which is one zarr array, got {level}")
     else:
         letters = _axes_of(node.shape, None, path)
     if "fcvgg" in node.attrs:
-        raise ImageError(f"{path} is a score map that fcvgg.stream wrote, and no image")
+        raise ImageError(f"{path} must be an image, got a score map that fcvgg.stream wrote")
     if missing == "error" and node.nchunks_initialized < node.nchunks:
         raise ImageError(
-            f"{path} lacks {node.nchunks - node.nchunks_initialized} of its {node.nchunks} chunks; "
-            "missing='fill' takes them for the fill value"
+            f"{path} must store all of its {node.nchunks} chunks, got {node.nchunks_initialized}; "
+            "missing='fill' gives the others the fill value"
         )
     source = ArraySource(node, letters, str(path), bands=bands)
-    source.alpha = source.alpha and axes is None  # OME's channels are no colours
+    source.alpha = source.alpha and axes is None  # OME's channels are not colours
     source.pixel_size = pixel_size
     return source
 
@@ -439,14 +421,17 @@ def _ome_image(node: Any, path: Path) -> Any:
         return groups[images[0]]
     if images:
         raise ImageError(
-            f"{path} holds the images {', '.join(images)}; pass one of them, such as "
-            f"{path / images[0]}"
+            f"{path} must be one image, got the images {', '.join(images)}; pass one of them, such "
+            f"as {path / images[0]}"
         )
     if attributes.get("plate"):
-        raise ImageError(f"{path} is a plate; pass one field of a well, such as {path / 'A/1/0'}")
-    arrays = sorted(node.array_keys())
-    held = f"one of its arrays: {', '.join(arrays)}" if arrays else "an image; it has no arrays"
-    raise ImageError(f"{path} is a zarr group and no OME-Zarr image; pass {held}")
+        raise ImageError(
+            f"{path} must be one image, got a plate; pass one field of a well, such as "
+            f"{path / 'A/1/0'}"
+        )
+    arrays = ", ".join(sorted(node.array_keys()))
+    held = f"; pass one of its arrays: {arrays}" if arrays else " without arrays"
+    raise ImageError(f"{path} must be an OME-Zarr image, got another zarr group{held}")
 
 
 def _pixel_size(dataset: Any, axes: Sequence[Any]) -> tuple[float, float] | None:
@@ -479,6 +464,6 @@ def _axes_of(shape: Sequence[int], names: Sequence[str] | None, path: Path) -> s
     plane = counts[:2] == [1, 1] and counts[2] <= 1
     if len(letters) != len(shape) or any(n > 1 for n in others) or not plane:
         raise ImageError(
-            f"{path} has shape {tuple(shape)}; expected (H, W, C) or (C, H, W): pass one plane"
+            f"{path} must be (H, W, C) or (C, H, W), got the shape {tuple(shape)}; pass one plane"
         )
     return letters

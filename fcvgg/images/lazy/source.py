@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import os
+import stat
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -32,13 +33,19 @@ _JPEG_2000_HEADER = 4096
 
 SAMPLES = (1, 3, 4)
 
+_SAMPLED_ROWS = 16
+"""Rows by which an image is judged without reading it whole."""
+
+_OPAQUE = 0.5
+"""Least share of a picture's alpha that is wholly opaque or wholly transparent."""
+
 _MASK = "mask"
 
 FROM_FILE = "file"
 """The name of the nodata value that the file itself declares."""
 
 _LARGEST_PIXEL = 1e9
-"""Micrometres of a pixel at most, a kilometre: what says more says nothing."""
+"""Micrometres of a pixel at most, a kilometre: a file that says more is not believed."""
 
 Bands = Sequence[int] | None
 """Which channels of an image are taken, counted from 0 and in this order; None takes all."""
@@ -90,8 +97,7 @@ class StripSource:
     def __init__(self, bands: Bands = None) -> None:
         if bands is not None and not isinstance(bands, Iterable):
             raise ImageError(
-                f"bands must be numbers of channels, counted from 0, got {bands!r}; expected such "
-                "as (0, 1, 2)"
+                f"bands must be channels counted from 0, such as (0, 1, 2), got {bands!r}"
             )
         self.bands = None if bands is None else tuple(bands)
         self._held: tuple[int, Pair, Any] | None = None
@@ -109,7 +115,7 @@ class StripSource:
 
     @property
     def column_bytes(self) -> int:
-        """Bytes that are held per column of the image, beside the strip itself."""
+        """Bytes that are held per column of the image in addition to the strip itself."""
         channels = max(self._stored, self.channels)
         return 3 * self.block_rows * channels * self.itemsize if self.block_rows > 1 else 0
 
@@ -149,17 +155,34 @@ class StripSource:
         limit = Image.MAX_IMAGE_PIXELS
         if self._is_stored and limit is not None and height * width > 2 * limit:
             raise ImageError(
-                f"{self.name} is too large to be loaded whole: {height}x{width} pixels are more "
-                f"than {2 * limit}; read it strip by strip with fcvgg.stream, or raise "
+                f"{self.name} must have at most {2 * limit} pixels to be loaded whole, got "
+                f"{height}x{width}; read it strip by strip with fcvgg.stream, or raise "
                 "PIL.Image.MAX_IMAGE_PIXELS if you trust the file"
             )
         pixels = self.read((0, height), (0, width))
         self._held = None
         return pixels
 
+    def sample(self) -> Iterator[NDArray[Any]]:
+        """Some rows, evenly spread from the first to the last, as `read` gives them."""
+        height, width = self.size
+        for y in np.unique(np.linspace(0, height - 1, _SAMPLED_ROWS).round().astype(int)).tolist():
+            yield self.read((y, y + 1), (0, width))
+
     def transparent(self) -> bool:
         """Whether the last of two or four channels is taken for transparency."""
         return self.alpha
+
+    def _looks_like_alpha(self) -> bool:
+        """Whether the last channel is that of a picture's transparency rather than another band.
+
+        Most of its pixels are wholly opaque or wholly transparent, or all are alike.
+        """
+        values = np.concatenate([part[..., -1] for part in self.sample()])
+        values = values[values == values]  # without what has no data
+        full = np.iinfo(self.dtype).max if self.dtype.kind in "iu" else 1
+        extreme = (values == 0) | (values == full)
+        return not values.size or bool(extreme.mean() >= _OPAQUE or (values == values[0]).all())
 
     def treat_as_missing(self, nodata: float | str | None) -> None:
         """Read pixels of a value as NaN.
@@ -175,7 +198,8 @@ class StripSource:
             self._by_mask = self.nodata is None and self._has_mask()
             if self.nodata is None and not self._by_mask:
                 raise ImageError(
-                    f"{self.name} declares no nodata value; pass the value, such as nodata=0"
+                    f"{self.name} must declare a nodata value for nodata='file', got none; pass "
+                    "the value, such as nodata=0"
                 )
             nodata = self.nodata
         if nodata is not None and (isinstance(nodata, bool) or not isinstance(nodata, Real)):
@@ -206,7 +230,7 @@ class StripSource:
         return stored
 
     def _pixels(self, rows: Pair, cols: Pair) -> NDArray[Any]:
-        """The bands that were chosen, NaN where there is no data."""
+        """The chosen bands of pixels, NaN where there is no data."""
         stored = self._read(rows, cols)
         if self.preprocessed:
             return stored
@@ -215,8 +239,9 @@ class StripSource:
         if self._by_mask:
             absent = self._masked(stored, rows, cols)
         elif self.missing_value is not None:
-            coloured = stored.shape[2] != pixels.shape[2]  # bands of colours, stored as an index
-            absent = self._equal(stored if coloured else stored[..., chosen], self.missing_value)
+            # the channels of a palette's colours are stored as one index
+            indexed = stored.shape[2] != pixels.shape[2]
+            absent = self._equal(stored if indexed else stored[..., chosen], self.missing_value)
         else:
             return pixels[..., chosen]
         pixels = pixels[..., chosen]
@@ -258,7 +283,7 @@ class StripSource:
     def _check(self) -> None:
         """Refuse what is no image; `size`, `channels` and `dtype` are known by now."""
         if 0 in self.size or self.channels == 0:
-            raise ImageError(f"{self.name} has no pixels: its size is {self.size}")
+            raise ImageError(f"{self.name} must have pixels, got the size {self.size}")
         if self.preprocessed:
             return
         if self.dtype.kind not in "iuf":
@@ -269,8 +294,7 @@ class StripSource:
         if self.bands is not None:
             if not self.bands or not all(band in range(self.channels) for band in self.bands):
                 raise ImageError(
-                    f"bands={self.bands} are not among those of {self.name}, which has "
-                    f"{self.channels}, counted from 0"
+                    f"bands must be from 0 to {self.channels - 1} for {self.name}, got {self.bands}"
                 )
             self.channels = len(self.bands)
             self.alpha = False
@@ -312,11 +336,9 @@ class ArraySource(StripSource):
         pixels = np.asarray(part)
         pixels = pixels.astype(pixels.dtype.newbyteorder("="), copy=False)
         kept = [axis for axis in self._axes if axis in ranges]
-        if self.preprocessed:
-            return pixels.transpose([kept.index(axis) for axis in "SYX"])
-        if "S" not in kept:
-            return pixels.transpose([kept.index(axis) for axis in "YX"])[..., None]
-        return pixels.transpose([kept.index(axis) for axis in "YXS"])
+        order = [axis for axis in ("SYX" if self.preprocessed else "YXS") if axis in kept]
+        pixels = pixels.transpose([kept.index(axis) for axis in order])
+        return pixels if "S" in kept else pixels[..., None]
 
     def _check_file(self) -> None:
         """A memory map of a file that has shrunk would end the process."""
@@ -377,18 +399,11 @@ class PillowSource(StripSource):
         return self._array[slice(*rows), slice(*cols)]
 
     def _decoded(self, image: Image.Image) -> NDArray[Any]:
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # about sizes and metadata
-                pixels = _wide_png(image)
-                if pixels is not None:
-                    return pixels
-                image.load()
-                image = ImageOps.exif_transpose(image)
-        except Exception as error:  # Pillow's decoders raise whatever a broken file leads to
-            raise ImageError(f"{self.name} is a broken image: {one_line(error)}") from error
-        if 0 in image.size:
-            raise ImageError(f"{self.name} has no pixels: its size is {image.size}")
+        with _decoding(self.name):
+            pixels = _wide_png(image)
+        if pixels is not None:
+            return pixels
+        image = upright(image, self.name)
         try:
             return pixels_of(image)
         except ValueError as error:
@@ -397,19 +412,45 @@ class PillowSource(StripSource):
             ) from error
 
 
+@contextmanager
+def _decoding(name: str) -> Iterator[None]:
+    """Let Pillow decode: its warnings are ignored, and errors become those of a broken image."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about sizes and metadata
+            yield
+    except Exception as error:  # Pillow's decoders raise whatever a broken file leads to
+        raise ImageError(f"{name} is a broken image: {one_line(error)}") from error
+
+
+def upright(image: Image.Image, name: str) -> Image.Image:
+    """A PIL image, loaded and turned as its EXIF entry says.
+
+    Raises:
+        ImageError: if it is broken or has no pixels.
+    """
+    with _decoding(name):
+        image.load()
+        image = ImageOps.exif_transpose(image)
+    if 0 in image.size:
+        raise ImageError(f"{name} must have pixels, got the size {image.size}")
+    return image
+
+
 def _described(image: Image.Image) -> tuple[int, np.dtype[Any]] | None:
     """Channels and dtype of what Pillow decodes; None where only the pixels tell."""
-    transparency = image.mode in ("PA", "RGBa") or "transparency" in image.info
     depth = _wide_rawmode(image)
     if depth is not None:
-        channels = 4 if transparency else {"RGB": 3, "RGBA": 4, "LA": 2}[depth]
-        return channels, np.dtype(np.uint16)
+        return 4 if "transparency" in image.info else len(depth), np.dtype(np.uint16)
     if image.mode == "I":
         return None
-    if image.mode.startswith("I;") or image.mode == "F":
-        return 1 + transparency, np.dtype(np.float32 if image.mode == "F" else np.uint16)
-    channels = {"1": 1, "L": 1, "LA": 2, "La": 2, "RGBA": 4}.get(image.mode, 3)
-    return 4 if transparency else channels, np.dtype(np.uint8)
+    probe = Image.new(image.mode, (1, 1))  # converted as the image will be
+    probe.info = image.info
+    try:
+        pixels = pixels_of(probe)
+    except ValueError:  # the image itself then raises the error that is shown
+        return None
+    return pixels.shape[2], pixels.dtype
 
 
 def _is_reduced(image: Image.Image) -> bool:
@@ -477,7 +518,7 @@ def level_of(levels: Sequence[Any], level: int, name: str) -> Any:
         ImageError: if there is none of that number.
     """
     if not isinstance(level, int) or not 0 <= level < len(levels):
-        raise ImageError(f"{name} has no level {level}; it has {len(levels)}, counted from 0")
+        raise ImageError(f"level must be from 0 to {len(levels) - 1} for {name}, got {level!r}")
     return levels[level]
 
 
@@ -491,7 +532,7 @@ def nodata_of(left_out: str | None) -> float | str | None:
 
 
 def usable_pixel_size(size: Sequence[float]) -> tuple[float, float] | None:
-    """Height and width of a pixel in micrometres as a file states them; None if they are none."""
+    """Height and width of a pixel in micrometres as a file states them; None if not plausible."""
     height, width = size
     return (height, width) if all(0 < n < _LARGEST_PIXEL for n in size) else None
 
@@ -514,6 +555,21 @@ def _chunk(array: Any, axis: int) -> int:
     return int(rows if isinstance(rows, (int, np.integer)) else max(rows))
 
 
+def is_folder(path: Path) -> bool:
+    """Whether a path is a folder rather than a file.
+
+    Raises:
+        ImageError: if it is neither.
+    """
+    try:
+        return stat.S_ISDIR(os.stat(path).st_mode)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise ImageError(f"there is no image file {path}") from error
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or one_line(error)
+        raise ImageError(f"{path} cannot be read: {reason}") from error
+
+
 @contextmanager
 def opened(file: File, name: str) -> Iterator[Image.Image]:
     """A file's header, read by Pillow and with its limits on the size.
@@ -533,11 +589,11 @@ def opened(file: File, name: str) -> Iterator[Image.Image]:
         raise
     except UnidentifiedImageError as error:
         raise ImageError(
-            f"{name} is no image that Pillow can read; expected PNG, JPEG or the like"
+            f"{name} is not an image that Pillow can read; convert it to PNG or JPEG"
         ) from error
     except Image.DecompressionBombError as error:
         raise ImageError(
-            f"{name} is too large to be loaded whole: {one_line(error)}; make it smaller, save it "
+            f"{name} must be smaller to be loaded whole, got {one_line(error)}; reduce it, save it "
             "as a tiled TIFF, which fcvgg.stream reads without a limit, or raise "
             "PIL.Image.MAX_IMAGE_PIXELS if you trust the file"
         ) from error
@@ -547,7 +603,7 @@ def opened(file: File, name: str) -> Iterator[Image.Image]:
 
 @contextmanager
 def quiet(*loggers: str) -> Iterator[None]:
-    """Nothing that readers log reaches stderr; what is wrong with a file is raised."""
+    """Keep what readers log from stderr; what is wrong with a file is raised."""
 
     def nothing(_: logging.LogRecord) -> bool:
         return False

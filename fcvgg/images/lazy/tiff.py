@@ -32,7 +32,8 @@ _WHITE_IS_ZERO, _BLACK_IS_ZERO, _RGB, _PALETTE, _SEPARATED, _YCBCR = 0, 1, 2, 3,
 """TIFF's photometric interpretations that can be read."""
 
 _MASK = 4
-"""TIFF's photometric interpretation, and kind of page, of a mask: 1 where there is an image."""
+"""TIFF's photometric interpretation, and bit of the kind of page, of a mask: 1 where there is an
+image."""
 
 _GREYS = (_WHITE_IS_ZERO, _BLACK_IS_ZERO)
 
@@ -68,12 +69,6 @@ _ROWS_FLIPPED, _COLS_FLIPPED = (3, 4, 6, 7), (2, 3, 7, 8)
 """Orientations of which the rows, and columns, that are stored run from the far end."""
 
 _MICROMETRES = {"µm": 1.0, "um": 1.0, "nm": 1e-3, "mm": 1e3, "cm": 1e4}
-
-_LOOKED_AT = 16
-"""Rows of an image, evenly spread, by which alpha is told from another band."""
-
-_OPAQUE = 0.5
-"""The share of pixels of a picture's alpha that are wholly opaque or wholly transparent."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +117,7 @@ class TiffSource(StripSource):
         except FcvggError:
             raise
         except Exception as error:
-            raise ImageError(f"{self.name} is no readable TIFF: {one_line(error)}") from error
+            raise ImageError(f"{self.name} cannot be read as a TIFF: {one_line(error)}") from error
         if self._turned and self.pixel_size is not None:
             self.pixel_size = self.pixel_size[::-1]
         self._check()
@@ -143,78 +138,19 @@ class TiffSource(StripSource):
         """Read everything but the pixels."""
         series = level_of(file.series[self._series].levels, level, self.name)
         self._page = page = series.keyframe
-        if any(p is None or p.parent is not file for p in series.pages):
-            raise ImageError(
-                f"{self.name} has its pixels in several files; expected one: save it as one"
-            )
-        squeezed = [axis for axis, n in zip(series.axes, series.shape) if n > 1 or axis in "YX"]
-        planes = len(series.pages)
-        if set(squeezed) - set("YXSC"):
-            raise ImageError(
-                f"{self.name} has axes {series.axes} of lengths {tuple(series.shape)}; expected "
-                "one plane of rows, columns and channels: pass it as an array"
-            )
         full = file.series[self._series].levels[0].keyframe
         first = full.tags  # which say what holds for all levels
-        orientation = page.tags.valueof(_ORIENTATION, first.valueof(_ORIENTATION, 1))
-        self._orientation = int(orientation) if orientation in range(1, 9) else 1
-        colours = (_WHITE_IS_ZERO, _BLACK_IS_ZERO, _RGB, _PALETTE, *(_MASK,) * (self._series > 0))
-        decoded = page.photometric == _YCBCR and page.compression in _JPEG
-        self._cmyk = (
-            page.photometric == _SEPARATED
-            and page.samplesperpixel * planes == 4
-            and page.tags.valueof(_INK_SET, _CMYK) == _CMYK
-            and page.dtype == np.uint8
-        )
-        if page.photometric not in colours and not decoded and not self._cmyk:
-            raise ImageError(
-                f"{self.name} stores its colours as {getattr(page.photometric, 'name', '?')}; "
-                "expected RGB, grey, a palette, or CMYK of 8 bits: save it so"
-            )
+        self._check_planes(file, series)
         self._planes = [_Plane(p.dataoffsets, p.databytecounts, p.jpegtables) for p in series.pages]
         self._decode = page.decode
         self._byteorder = file.byteorder
         self._samples = page.samplesperpixel
-        stored = self._samples * planes * page.imagelength * page.imagewidth
-        if stored != np.prod(series.shape, dtype=object):
-            raise ImageError(
-                f"{self.name} says that it holds {'x'.join(map(str, series.shape))} numbers and "
-                f"describes {stored} of them, as large ImageJ files do; save it as an OME-TIFF"
-            )
-        bits = page.bitspersample
-        few = page.photometric in (*_GREYS, _MASK) and bits in (1, 2, 4)
-        known = few or bits in (8, 16, 32, 64) or page.photometric == _PALETTE
-        if page.dtype is None or not known:
-            raise ImageError(
-                f"{self.name} has {bits} bits per sample; expected 8, 16, 32 or 64: save it so"
-            )
-        self._step = 255 // ((1 << bits) - 1) if few else 1  # between two neighbouring greys
-        self.dtype = np.dtype(np.uint8 if page.dtype.kind == "b" else page.dtype)
-        if page.photometric == _WHITE_IS_ZERO and self.dtype.kind != "u":
-            raise ImageError(
-                f"{self.name} says that 0 is white and holds {self.dtype}, of which no value is "
-                "black; save it with 0 as black"
-            )
-        self._colours = None
-        if page.photometric == _PALETTE:
-            self._colours = (np.asarray(page.colormap) >> 8).astype(np.uint8).T  # (colours, 3)
-            self.dtype = np.dtype(np.uint8)
+        orientation = page.tags.valueof(_ORIENTATION, first.valueof(_ORIENTATION, 1))
+        self._orientation = int(orientation) if orientation in range(1, 9) else 1
         self.stored_size = (page.imagelength, page.imagewidth)
         self.size = self.stored_size[::-1] if self._turned else self.stored_size
-        samples = self._samples * planes
-        self.channels = 3 if self._colours is not None or self._cmyk else samples
-        self._describe_extra_samples(page, samples)
-        self._mask_series = next(
-            (
-                i
-                for i, other in enumerate(file.series)
-                if i != self._series
-                and other.keyframe.subfiletype & _MASK
-                and level == 0
-                and (other.keyframe.imagelength, other.keyframe.imagewidth) == self.stored_size
-            ),
-            None,
-        )
+        self._describe_colours(page, self._samples * len(series.pages))
+        self._mask_series = self._find_mask(file) if level == 0 else None
         self.georeferenced = any(code in first for code in _GEOREFERENCE)
         codes = (*_GEOREFERENCE, KEY_DOUBLES, KEY_TEXT)
         place = Georeference.of_tags({code: first.valueof(code) for code in codes if code in first})
@@ -222,26 +158,87 @@ class TiffSource(StripSource):
             place = place.scaled((full.imagelength, full.imagewidth), self.stored_size)
             self.georeference = place.through(self._upright)
         self.nodata = _number(page.tags.valueof(_NODATA, first.valueof(_NODATA)))
-        self._direct = page.is_contiguous and page.compression == 1 and page.predictor == 1
-        self._direct = self._direct and page.planarconfig == 1 and page.fillorder == 1
-        self._direct = self._direct and self._step == 1
+        # rows that follow each other in the file, unchanged, are read without tifffile
+        layout = (page.compression, page.predictor, page.planarconfig, page.fillorder)
+        self._direct = page.is_contiguous and layout == (1, 1, 1, 1) and self._step == 1
         if self._turned:
             rows = page.tilewidth if page.is_tiled else self.size[0]
         else:
             rows = 1 if self._direct else self._tile[0]
         self.block_rows = min(int(rows), self.size[0])
 
-    def _describe_extra_samples(self, page: Any, samples: int) -> None:
-        """Read what the file says of transparency."""
+    def _check_planes(self, file: Any, series: Any) -> None:
+        """Refuse several planes, and pages that are not all in the file."""
+        if any(p is None or p.parent is not file for p in series.pages):
+            raise ImageError(
+                f"{self.name} must have its pixels in one file, got several; save it as one"
+            )
+        lengths = tuple(series.shape)
+        planar = {axis for axis, n in zip(series.axes, lengths) if n > 1} <= set("YXSC")
+        if not planar:
+            raise ImageError(
+                f"{self.name} must be one plane of rows, columns and channels, got axes "
+                f"{series.axes} of lengths {lengths}; pass one plane as an array"
+            )
+        page = series.keyframe
+        stored = page.samplesperpixel * len(series.pages) * page.imagelength * page.imagewidth
+        if stored != np.prod(lengths, dtype=object):
+            raise ImageError(
+                f"{self.name} must describe the {'x'.join(map(str, lengths))} numbers that it "
+                f"declares, got {stored}, as in large ImageJ files; save it as an OME-TIFF"
+            )
+
+    def _describe_colours(self, page: Any, samples: int) -> None:
+        """Read channels, dtype and transparency, and how they follow from what is stored."""
+        kind = page.photometric
+        self._cmyk = (
+            kind == _SEPARATED
+            and samples == 4
+            and page.tags.valueof(_INK_SET, _CMYK) == _CMYK
+            and page.dtype == np.uint8
+        )
+        readable = {*_GREYS, _RGB, _PALETTE, *((_MASK,) if self._series else ())}
+        decoded = kind == _YCBCR and page.compression in _JPEG  # to RGB
+        if kind not in readable and not decoded and not self._cmyk:
+            raise ImageError(
+                f"{self.name} must store RGB, grey, a palette or CMYK of 8 bits, got "
+                f"{getattr(kind, 'name', '?')}; save it as one of them"
+            )
+        bits = page.bitspersample
+        few = kind in (*_GREYS, _MASK) and bits in (1, 2, 4)
+        if page.dtype is None or not (few or bits in (8, 16, 32, 64) or kind == _PALETTE):
+            raise ImageError(
+                f"{self.name} must have 8, 16, 32 or 64 bits per sample, got {bits}; save it so"
+            )
+        self._step = 255 // ((1 << bits) - 1) if few else 1  # between two neighbouring greys
+        self.dtype = np.dtype(np.uint8 if page.dtype.kind == "b" else page.dtype)
+        if kind == _WHITE_IS_ZERO and self.dtype.kind != "u":
+            raise ImageError(
+                f"{self.name} must hold unsigned integers where 0 is white, got {self.dtype}; save "
+                "it with 0 as black"
+            )
+        self._colours = None
+        if kind == _PALETTE:
+            self._colours = (np.asarray(page.colormap) >> 8).astype(np.uint8).T  # (colours, 3)
+            self.dtype = np.dtype(np.uint8)
+        self.channels = 3 if self._colours is not None or self._cmyk else samples
         extra = page.extrasamples
-        coloured = page.photometric == _RGB and samples == 4
-        grey = page.photometric in _GREYS and samples == 2
-        self.alpha = (coloured or grey) and bool(extra) and extra[-1] in _ALPHA
+        with_alpha = (kind == _RGB and samples == 4) or (kind in _GREYS and samples == 2)
+        self.alpha = with_alpha and bool(extra) and extra[-1] in _ALPHA
         self._associated = self.alpha and extra[-1] == _ASSOCIATED
         self._masks = self.alpha
-        # GDAL calls the fourth band of bytes alpha where it is told nothing else. Other than
-        # programs for pictures it states a sample format and no resolution.
+        # by default GDAL tags the fourth band of bytes as alpha, whatever it is; unlike programs
+        # for pictures it states a sample format and no resolution
         self._by_gdal = _SAMPLE_FORMAT in page.tags and _X_RESOLUTION not in page.tags
+
+    def _find_mask(self, file: Any) -> int | None:
+        """The series that is a mask of this one."""
+        for i, other in enumerate(file.series):
+            page = other.keyframe
+            size = (page.imagelength, page.imagewidth)
+            if i != self._series and page.subfiletype & _MASK and size == self.stored_size:
+                return i
+        return None
 
     @property
     def _turned(self) -> bool:
@@ -264,7 +261,7 @@ class TiffSource(StripSource):
         """
         if not self.alpha or self.georeferenced:
             return False
-        return not self._by_gdal or looks_like_alpha(self)
+        return not self._by_gdal or self._looks_like_alpha()
 
     @property
     def _tile(self) -> Pair:
@@ -277,7 +274,7 @@ class TiffSource(StripSource):
         tall, wide = self._tile
         if min(tall, wide) < 1:
             raise ImageError(
-                f"{self.name} has tiles or strips of {tall}x{wide} pixels; expected some"
+                f"{self.name} must have tiles or strips of one pixel or more, got {tall}x{wide}"
             )
         tiles = -(-self.stored_size[0] // tall) * -(-self.stored_size[1] // wide)
         tiles *= self._samples if self._page.planarconfig == _SEPARATE else 1
@@ -291,8 +288,9 @@ class TiffSource(StripSource):
         counts = [count for plane in self._planes for count in plane.counts]
         if not all(counts):
             raise ImageError(
-                f"{self.name} lacks {counts.count(0)} of its {len(counts)} tiles; "
-                "missing='fill' takes them for the nodata value, or zeros"
+                f"{self.name} must store all of its {len(counts)} tiles, got "
+                f"{len(counts) - counts.count(0)}; missing='fill' gives the others the nodata "
+                "value, or zeros"
             )
 
     def _has_mask(self) -> bool:
@@ -403,26 +401,11 @@ class TiffSource(StripSource):
 
 
 def _number(text: Any) -> float | None:
-    """What GDAL's tag says; None where it says nothing, or no number."""
+    """The number in GDAL's tag; None where there is none."""
     try:
         return float(str(text).strip(" \0"))
     except ValueError:
         return None
-
-
-def looks_like_alpha(source: StripSource) -> bool:
-    """Whether the last channel's values are those of a picture's transparency.
-
-    Most of its pixels are wholly opaque or wholly transparent, or all are alike.
-    """
-    height, width = source.size
-    rows = np.linspace(0, height - 1, _LOOKED_AT).round().astype(int)
-    lines = [source.read((int(y), int(y) + 1), (0, width))[0, :, -1] for y in np.unique(rows)]
-    values = np.concatenate(lines)
-    values = values[values == values]  # without what has no data
-    full = np.iinfo(source.dtype).max if source.dtype.kind in "iu" else 1
-    extreme = (values == 0) | (values == full)
-    return not values.size or bool(extreme.mean() >= _OPAQUE or (values == values[0]).all())
 
 
 def _pixel_size(file: Any, size: Pair) -> tuple[float, float] | None:

@@ -11,14 +11,16 @@ import torch.nn.functional as F
 from torch import nn
 
 from fcvgg.errors import RefusedLayerError, UnsupportedLayerError
+from fcvgg.rewriting.emission import Call
 from fcvgg.rewriting.layouts import Cells, Constant, with_channels
+from fcvgg.rewriting.map_builder import MapBuilder
 from fcvgg.rewriting.marks import FollowsTraining
 from fcvgg.rewriting.modules import ChannelLayerNorm
 from fcvgg.rewriting.program import Windows
-from fcvgg.rewriting.rewriter import Call, Rewriter
+from fcvgg.rewriting.rules.convolution import values_of
 from fcvgg.rewriting.rules.elementwise import act_elementwise
 from fcvgg.rewriting.rules.pooling import features_of
-from fcvgg.rewriting.rules.registry import calling, rule
+from fcvgg.rewriting.rules.registry import attributes, calling, register, rule
 
 
 def _check_plain(call: Call) -> None:
@@ -35,20 +37,44 @@ _BATCH_STATISTICS = (
 )
 
 
-@rule(nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm, positional=True)
-def batch_norm_module(build: Rewriter, call: Call, x: Any) -> Cells:
+@rule(
+    *(nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm, F.batch_norm),
+    arguments=attributes("running_mean", "running_var"),
+    positional=True,
+    role="bn",
+)
+def batch_norm(
+    build: MapBuilder,
+    call: Call,
+    input: Any,
+    running_mean: Any,
+    running_var: Any,
+    weight: Constant | None = None,
+    bias: Constant | None = None,
+    training: Any = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Cells:
     norm = call.module
-    assert isinstance(norm, (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm))
-    if norm.running_mean is None:
-        raise RefusedLayerError(f"{call} is refused: {_BATCH_STATISTICS}")
-    x, windows = features_of(build, call, x, 0)
-    if not isinstance(norm, nn.BatchNorm1d):
-        node = build.emit(call, (x,), {})
-    else:
+    if training or running_mean is None:
+        raise RefusedLayerError(
+            f"{call} is refused: it normalises by the statistics of the batch in evaluation mode "
+            "too, which mix all positions and images; expected running statistics"
+        )
+    x, windows = features_of(build, call, input, 0)
+    if norm is None:
+        if isinstance(build.owner_of(call), nn.modules.batchnorm._BatchNorm):
+            # torch's own forward, in a subclass, computes the mode from self.training
+            training = FollowsTraining(False)
+        args = (x, running_mean, running_var, weight, bias, training, momentum, eps)
+        node = build.emit(call, args, {})
+    elif isinstance(norm, nn.BatchNorm1d):
         _check_plain(call)
         node = build.emit_module(call, _batch_norm2d(norm), x, "2d")
+    else:
+        node = build.repeat(call, x)
     result = replace(x, node=node).meaning_of("logits")
-    build.record(call, call.kind, windows, result)
+    build.record(call, "BatchNorm2d" if norm is None else call.kind, windows, result)
     return result
 
 
@@ -68,67 +94,26 @@ def _batch_norm2d(norm: nn.BatchNorm1d) -> nn.BatchNorm2d:
     return twin
 
 
-@rule(F.batch_norm, positional=True)
-def batch_norm(
-    build: Rewriter,
-    call: Call,
-    input: Any,
-    running_mean: Constant | None,
-    running_var: Constant | None,
-    weight: Constant | None = None,
-    bias: Constant | None = None,
-    training: Any = False,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-) -> Cells:
-    if training or running_mean is None:
-        raise RefusedLayerError(f"{call} is refused: {_BATCH_STATISTICS}")
-    if isinstance(build.owner_of(call), nn.modules.batchnorm._BatchNorm):
-        # torch's own forward, in a subclass, computes the mode that it passes from self.training
-        training = FollowsTraining(False)
-    x, windows = features_of(build, call, input, 0)
-    node = build.emit(
-        call, (x, running_mean, running_var, weight, bias, training, momentum, eps), {}
-    )
-    result = replace(x, node=node).meaning_of("logits")
-    build.record(call, "BatchNorm2d", windows, result)
-    return result
+@rule(
+    *(nn.PReLU, F.prelu, torch.prelu, "prelu"),
+    arguments=attributes("weight"),
+    positional=True,
+    role="activation",
+)
+def prelu(build: MapBuilder, call: Call, input: Any, weight: Any) -> Cells:
+    x = input if values_of(call, weight).numel() == 1 else build.features(call, input, 0)
+    if call.module is not None:
+        return act_elementwise(build, call, x)  # type: ignore[no-any-return]
+    return replace(x, node=build.repeat(call, x)).computed_from([x])
 
 
-@rule(nn.PReLU, positional=True)
-def prelu_module(build: Rewriter, call: Call, x: Any) -> Cells:
-    assert isinstance(call.module, nn.PReLU)
-    if call.module.weight.numel() > 1:
-        x = build.features(call, x, 0)
-    return act_elementwise(build, call, x)
-
-
-@rule(F.prelu, torch.prelu, "prelu", positional=True)
-def prelu(build: Rewriter, call: Call, input: Any, weight: Constant) -> Cells:
-    x = input if weight.value.numel() == 1 else build.features(call, input, 0)
-    node = build.emit(call, (x, weight), {})
-    return replace(x, node=node).computed_from([x])
-
-
-@rule(nn.LayerNorm, positional=True)
-def layer_norm_module(build: Rewriter, call: Call, x: Any) -> Cells:
-    norm = call.module
-    assert isinstance(norm, nn.LayerNorm)
-    _check_plain(call)
-    x, windows = _last_axis(build, call, x, norm.normalized_shape)
-    twin = ChannelLayerNorm(
-        list(norm.normalized_shape), norm.eps, norm.elementwise_affine, device="meta"
-    )
-    twin.weight, twin.bias = norm.weight, norm.bias
-    node = build.emit_module(call, twin, x, "channels")
-    result = replace(x, node=node).meaning_of("logits")
-    build.record(call, "LayerNorm", windows, result)
-    return result
-
-
-@rule(*calling("layer_norm"), positional=True)
+@rule(
+    *(nn.LayerNorm, *calling("layer_norm")),
+    arguments=attributes("normalized_shape", "weight", "bias", "eps"),
+    positional=True,
+)
 def layer_norm(
-    build: Rewriter,
+    build: MapBuilder,
     call: Call,
     input: Any,
     normalized_shape: Sequence[int],
@@ -136,16 +121,28 @@ def layer_norm(
     bias: Any = None,
     eps: float = 1e-5,
 ) -> Cells:
-    x, _ = _last_axis(build, call, input, normalized_shape)
-    last = build.graph.call_method("movedim", (x.node, 1, -1))
-    normed = build.emit_function(
-        call, F.layer_norm, replace(x, node=last), tuple(normalized_shape), weight, bias, eps
-    )
-    node = build.graph.call_method("movedim", (normed, -1, 1))
-    return replace(x, node=node).meaning_of("logits")
+    x, windows = _last_axis(build, call, input, normalized_shape)
+    shape = tuple(normalized_shape)
+    if call.module is not None:
+        _check_plain(call)
+        twin = ChannelLayerNorm(list(shape), eps, weight is not None, device="meta")
+        twin.weight, twin.bias = weight, bias
+        node = build.emit_module(call, twin, x, "channels")
+    else:
+        last = replace(x, node=build.graph.call_method("movedim", (x.node, 1, -1)))  # (N, h, w, C)
+        normed = build.emit_function(call, F.layer_norm, last, shape, weight, bias, eps)
+        node = build.graph.call_method("movedim", (normed, -1, 1))  # (N, C, h, w)
+    result = replace(x, node=node).meaning_of("logits")
+    build.record(call, "LayerNorm", windows, result)
+    return result
 
 
-def _last_axis(build: Rewriter, call: Call, x: Any, shape: Sequence[int]) -> tuple[Cells, Windows]:
+register(ChannelLayerNorm, positional=True)
+
+
+def _last_axis(
+    build: MapBuilder, call: Call, x: Any, shape: Sequence[int]
+) -> tuple[Cells, Windows]:
     if len(shape) != 1:
         raise UnsupportedLayerError(
             f"{call} normalises over {tuple(shape)}, which mixes positions; expected the channels"
@@ -153,17 +150,15 @@ def _last_axis(build: Rewriter, call: Call, x: Any, shape: Sequence[int]) -> tup
     return features_of(build, call, x, -1)
 
 
-@rule(nn.LocalResponseNorm, nn.Softmax2d, *calling("local_response_norm"), positional=True)
-def across_channels(build: Rewriter, call: Call, x: Any, *args: Any, **kwargs: Any) -> Cells:
+@rule(nn.LocalResponseNorm, *calling("local_response_norm"), positional=True)
+def local_response_norm(build: MapBuilder, call: Call, x: Any, *args: Any, **kwargs: Any) -> Cells:
     x = build.as_map(x, call)
-    softmax = isinstance(call.module, nn.Softmax2d)
-    node = build.emit(call, (x, *args), kwargs)
-    return replace(x, node=node).meaning_of("probabilities" if softmax else "logits")
+    return replace(x, node=build.emit(call, (x, *args), kwargs)).meaning_of("logits")
 
 
 @rule(*calling("normalize"), positional=True)
 def normalize(
-    build: Rewriter,
+    build: MapBuilder,
     call: Call,
     input: Any,
     p: float = 2.0,
@@ -176,31 +171,37 @@ def normalize(
     return replace(x, node=node).meaning_of("logits")
 
 
-@rule(nn.Softmax, nn.LogSoftmax, positional=True)
-def softmax_module(build: Rewriter, call: Call, x: Any) -> Cells:
-    return _softmax(build, call, x, call.module.dim, isinstance(call.module, nn.LogSoftmax))  # type: ignore
-
-
-@rule(*calling("softmax"), positional=True)
+@rule(nn.Softmax, *calling("softmax"), arguments=attributes("dim"), positional=True, role="prob")
 def softmax(
-    build: Rewriter, call: Call, input: Any, dim: int | None = None, *_: Any, **__: Any
+    build: MapBuilder, call: Call, input: Any, dim: int | None = None, *_: Any, **__: Any
 ) -> Cells:
-    return _softmax(build, call, input, dim, log=False)
+    return _softmax(build, call, input, dim, torch.softmax, "probabilities")
 
 
-@rule(*calling("log_softmax"), positional=True)
+register(
+    nn.Softmax2d, rewrite=softmax, arguments=lambda _: {"dim": -3}, positional=True, role="prob"
+)
+
+
+@rule(
+    nn.LogSoftmax,
+    *calling("log_softmax"),
+    arguments=attributes("dim"),
+    positional=True,
+    role="prob",
+)
 def log_softmax(
-    build: Rewriter, call: Call, input: Any, dim: int | None = None, *_: Any, **__: Any
+    build: MapBuilder, call: Call, input: Any, dim: int | None = None, *_: Any, **__: Any
 ) -> Cells:
-    return _softmax(build, call, input, dim, log=True)
+    return _softmax(build, call, input, dim, torch.log_softmax, "log_probabilities")
 
 
-def _softmax(build: Rewriter, call: Call, x: Any, dim: int | None, log: bool) -> Cells:
+def _softmax(
+    build: MapBuilder, call: Call, x: Any, dim: int | None, function: Any, activation: str
+) -> Cells:
     if dim is None and isinstance(x, Cells):  # torch's implicit choice
         dim = 0 if len(x.dims) in (0, 2) else 1
     x = build.features(call, x, _axis(call, x, dim))
-    function = torch.log_softmax if log else torch.softmax
-    activation = "log_probabilities" if log else "probabilities"
     return replace(x, node=build.emit_function(call, function, x, 1)).meaning_of(activation)
 
 
@@ -215,7 +216,7 @@ def _axis(call: Call, x: Any, dim: Any) -> int:
 
 
 @rule(*calling("cat", "concat", "concatenate"), positional=True)
-def cat(build: Rewriter, call: Call, tensors: Sequence[Any], dim: int = 0, **names: Any) -> Cells:
+def cat(build: MapBuilder, call: Call, tensors: Sequence[Any], dim: int = 0, **names: Any) -> Cells:
     dim = names.get("axis", dim)
     parts = [build.features(call, x, _axis(call, x, dim)) for x in tensors]
     axis = _axis(call, parts[0], dim)

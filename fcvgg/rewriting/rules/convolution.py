@@ -6,41 +6,20 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
 import torch.nn.functional as F
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from fcvgg.errors import UnsupportedLayerError
-from fcvgg.geometry import Pair, Window
+from fcvgg.geometry import Window
+from fcvgg.rewriting.emission import Call
 from fcvgg.rewriting.layouts import Cells, Constant
+from fcvgg.rewriting.map_builder import MapBuilder
 from fcvgg.rewriting.program import Windows
-from fcvgg.rewriting.rewriter import Call, Rewriter
-from fcvgg.rewriting.rules.registry import rule
+from fcvgg.rewriting.rules.registry import attributes, calling, rule
+from fcvgg.rewriting.sliding import Part, Sliding, windows_of
 
 
-def _pair(value: Any) -> Pair:
-    values = (value, value) if isinstance(value, int) else tuple(value)
-    return (int(values[0]), int(values[-1]))
-
-
-def _windows(
-    kernel: Any, stride: Any, padding: Any, dilation: Any = 1, ceil_mode: bool = False
-) -> Windows:
-    """Windows of both axes from torch's arguments, where one number stands for both."""
-    kernel, dilation = _pair(kernel), _pair(dilation)
-    stride = _pair(stride) if stride not in (None, (), []) else kernel
-    if isinstance(padding, str):
-        total = [d * (k - 1) if padding == "same" else 0 for k, d in zip(kernel, dilation)]
-        pads = [(n // 2, n - n // 2) for n in total]
-    else:
-        pads = [(p, p) for p in _pair(padding)]
-    height, width = (
-        Window(kernel[i], stride[i], dilation[i], *pads[i], ceil_mode=ceil_mode) for i in (0, 1)
-    )
-    return height, width
-
-
-def _settings(windows: Windows) -> dict[str, Any]:
+def settings_of(windows: Windows) -> dict[str, Any]:
     """Torch's arguments of windows with equal padding on both sides."""
     height, width = windows
     return {
@@ -50,91 +29,136 @@ def _settings(windows: Windows) -> dict[str, Any]:
     }
 
 
-def _padded_apart(build: Rewriter, x: fx.Node, windows: Windows, value: float) -> fx.Node:
+def padded_apart(build: MapBuilder, x: fx.Node, windows: Windows, value: float) -> fx.Node:
     height, width = windows
     pads = (width.before, width.after, height.before, height.after)
     return build.graph.call_function(F.pad, (x, pads, "constant", value)) if any(pads) else x
 
 
-def _padded_alike(build: Rewriter, x: Cells, windows: Windows) -> tuple[Cells, Windows]:
+def _padded_alike(build: MapBuilder, x: Cells, windows: Windows) -> tuple[Cells, Windows]:
     """The map padded with zeros first, where the window pads its two ends differently."""
     if all(w.before == w.after for w in windows):
         return x, windows
     height, width = (replace(w, before=0, after=0) for w in windows)
-    return replace(x, node=_padded_apart(build, x.node, windows, 0.0)), (height, width)
+    return replace(x, node=padded_apart(build, x.node, windows, 0.0)), (height, width)
 
 
-@rule(nn.Conv2d)
-def conv2d_module(build: Rewriter, call: Call, x: Any) -> Cells:
-    conv = call.module
-    assert isinstance(conv, nn.Conv2d)
-    x = build.as_map(x, call)
-    if conv.padding_mode == "circular":
-        raise UnsupportedLayerError(
-            f"{call} pads circularly: cells at one border would see the opposite one"
-        )
-    windows = _windows(conv.kernel_size, conv.stride, conv.padding, conv.dilation)
+def values_of(call: Call, weight: Any) -> Tensor:
+    """The values of a layer's parameter.
 
-    def emit(dense: Windows, changed: bool) -> fx.Node:
-        if not changed:
-            return build.emit(call, (x,), {})
-        if conv.padding_mode != "zeros" and any(w.before or w.after for w in dense):
-            raise UnsupportedLayerError(
-                f"{call} pads by {conv.padding_mode!r}, which has no dilated form; "
-                "convert without output_stride"
-            )
-        padded, dense = _padded_alike(build, x, dense)
-        return build.emit_module(call, _dilated_conv(conv, dense), padded, dense)
-
-    products = conv.weight.numel()
-    return build.window(call, x, windows, emit, products)
+    Raises:
+        UnsupportedLayerError: if it is computed from the image.
+    """
+    if isinstance(weight, Constant):
+        return weight.value
+    if isinstance(weight, Tensor):
+        return weight
+    raise UnsupportedLayerError(f"{call} has weights computed from the image; expected a parameter")
 
 
-def _dilated_conv(conv: nn.Conv2d, windows: Windows) -> nn.Conv2d:
-    """The same layer, parameters and all (also parametrized ones), with other settings."""
-    dilated = type(conv).__new__(type(conv))
-    vars(dilated).update({**vars(conv), **_settings(windows), "padding_mode": "zeros"})
-    return dilated
-
-
-@rule(F.conv2d, torch.conv2d)
-def conv2d(
-    build: Rewriter,
-    call: Call,
-    input: Any,
-    weight: Constant,
-    bias: Constant | None = None,
+def _slide_conv2d(
+    weight: Tensor,
+    bias: Tensor | None = None,
     stride: Any = 1,
     padding: Any = 0,
     dilation: Any = 1,
     groups: int = 1,
+    padding_mode: str = "zeros",
+) -> Sliding:
+    windows = windows_of(weight.shape[2:], stride, padding, dilation)
+    height, width = windows
+    strides, dilations = (height.stride, width.stride), (height.dilation, width.dilation)
+
+    def run(x: Tensor, part: Part) -> Tensor:
+        pads = part.padding(windows)
+        return F.conv2d(x, weight, bias, strides, pads, dilations, groups)
+
+    zeros = padding_mode == "zeros"
+    pointwise = height.span == width.span == 1 and strides == (1, 1)
+    return Sliding(
+        windows,
+        run,
+        channels=weight.shape[0],
+        border="constant" if zeros else padding_mode,
+        pads_width=zeros and width.before == width.after,
+        pads_height=zeros and height.before == height.after,
+        columns=0 if pointwise else weight.shape[1:].numel(),
+        weights=weight.numel(),
+    )
+
+
+@rule(
+    *(nn.Conv2d, *calling("conv2d")),
+    arguments=attributes(
+        "weight", "bias", "stride", "padding", "dilation", "groups", "padding_mode"
+    ),
+    slides=_slide_conv2d,
+    role="conv",
+)
+def conv2d(
+    build: MapBuilder,
+    call: Call,
+    input: Any,
+    weight: Any,
+    bias: Any = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+    padding_mode: str = "zeros",
 ) -> Cells:
     x = build.as_map(input, call)
-    if not isinstance(weight, Constant):
+    values = values_of(call, weight)
+    if padding_mode == "circular":
         raise UnsupportedLayerError(
-            f"{call} has weights computed from the image; expected a parameter"
+            f"{call} pads circularly: cells at one border would see the opposite one"
         )
-    windows = _windows(weight.value.shape[2:], stride, padding, dilation)
+    windows = windows_of(values.shape[2:], stride, padding, dilation)
 
     def emit(dense: Windows, changed: bool) -> fx.Node:
+        if not changed:
+            return build.repeat(call, x)
+        if padding_mode != "zeros" and any(w.before or w.after for w in dense):
+            raise UnsupportedLayerError(
+                f"{call} pads by {padding_mode!r}, which has no dilated form; "
+                "convert without output_stride"
+            )
         padded, dense = _padded_alike(build, x, dense)
-        settings = _settings(dense)
+        if call.module is not None:
+            return build.emit_module(call, _dilated_conv(call.module, dense), padded, dense)
+        settings = settings_of(dense)
         return build.emit_function(call, F.conv2d, padded, weight, bias, groups=groups, **settings)
 
-    return build.window(call, x, windows, emit, weight.value.numel(), "Conv2d")
+    kind = call.kind if call.module is not None else "Conv2d"
+    return build.window(call, x, windows, emit, values.numel(), kind)
 
 
-@rule(nn.ZeroPad2d, nn.ConstantPad2d, nn.ReflectionPad2d, nn.ReplicationPad2d, has_extent=True)
-def pad_module(build: Rewriter, call: Call, x: Any) -> Cells:
-    module: Any = call.module
+def _dilated_conv(conv: nn.Module, windows: Windows) -> nn.Module:
+    """The same layer, parameters and all (also parametrized ones), with other settings."""
+    dilated = type(conv).__new__(type(conv))
+    vars(dilated).update({**vars(conv), **settings_of(windows), "padding_mode": "zeros"})
+    return dilated
+
+
+def _pad_arguments(module: Any) -> dict[str, Any]:
     modes = {nn.ReflectionPad2d: "reflect", nn.ReplicationPad2d: "replicate"}
     mode = next((name for cls, name in modes.items() if isinstance(module, cls)), "constant")
-    return pad(build, call, x, module.padding, mode, getattr(module, "value", 0.0))
+    return {"pad": module.padding, "mode": mode, "value": getattr(module, "value", 0.0)}
 
 
-@rule(F.pad, has_extent=True)
+def _slide_pad(pad: Sequence[int], mode: str = "constant", value: float | None = None) -> Sliding:
+    left, right, top, bottom = (*pad, 0, 0)[:4]
+    windows = Window(before=top, after=bottom), Window(before=left, after=right)
+    return Sliding(windows, lambda x, part: x, border=mode, value=value or 0.0)
+
+
+@rule(
+    *(nn.ZeroPad2d, nn.ConstantPad2d, nn.ReflectionPad2d, nn.ReplicationPad2d, F.pad),
+    arguments=_pad_arguments,
+    slides=_slide_pad,
+)
 def pad(
-    build: Rewriter,
+    build: MapBuilder,
     call: Call,
     input: Any,
     pad: Sequence[int],

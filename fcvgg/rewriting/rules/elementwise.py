@@ -16,10 +16,11 @@ from torchvision.ops import StochasticDepth, stochastic_depth
 
 from fcvgg.errors import RefusedLayerError, UnsupportedLayerError
 from fcvgg.geometry import Window
+from fcvgg.rewriting.emission import Call
 from fcvgg.rewriting.layouts import Cells, Constant, channels_along
+from fcvgg.rewriting.map_builder import MapBuilder
 from fcvgg.rewriting.modules import TrainingOnly
-from fcvgg.rewriting.rewriter import Call, Rewriter
-from fcvgg.rewriting.rules.registry import calling, register, rule
+from fcvgg.rewriting.rules.registry import attributes, calling, register, rule
 
 _ELEMENTWISE = {"elementwise": True, "positional": True}
 
@@ -38,7 +39,7 @@ elementwise_rule = partial(rule, **_ELEMENTWISE)
 
 
 def act_elementwise(
-    build: Rewriter, call: Call, *args: Any, as_function: Any = None, **kwargs: Any
+    build: MapBuilder, call: Call, *args: Any, as_function: Any = None, **kwargs: Any
 ) -> Any:
     """The source's own call on maps; `as_function` is what is called in its place."""
     operands: list[Cells] = []
@@ -68,7 +69,7 @@ def act_elementwise(
     return result
 
 
-def _on_one_grid(build: Rewriter, call: Call, operands: Sequence[Cells]) -> Sequence[Cells]:
+def _on_one_grid(build: MapBuilder, call: Call, operands: Sequence[Cells]) -> Sequence[Cells]:
     """Operands of one layout, or maps that broadcast over channels only."""
     first = operands[0]
     if all(first.same_layout(other) for other in operands):
@@ -100,7 +101,7 @@ def _on_one_grid(build: Rewriter, call: Call, operands: Sequence[Cells]) -> Sequ
     return settled
 
 
-def _per_channel(build: Rewriter, call: Call, constant: Constant, cells: Cells) -> Constant:
+def _per_channel(build: MapBuilder, call: Call, constant: Constant, cells: Cells) -> Constant:
     """A parameter shaped to broadcast over the map, if it depends on nothing but the channel."""
     shape = tuple(constant.value.shape)
     if constant.value.numel() == 1:
@@ -120,41 +121,47 @@ def _per_channel(build: Rewriter, call: Call, constant: Constant, cells: Cells) 
     )
 
 
+pointwise(nn.ReLU, *calling("relu", "relu_"), role="relu")
 pointwise(
-    *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish),
-    *(nn.Hardswish, nn.Tanh, nn.Softplus, nn.Softsign),
-    *(nn.RReLU, nn.Softshrink, nn.Hardshrink, nn.Tanhshrink, nn.Threshold),
-    *calling("relu", "relu_", "relu6", "leaky_relu", "leaky_relu_", "elu", "elu_", "selu"),
-    *calling("celu", "gelu", "silu", "mish", "hardswish", "tanh"),
-    *calling("tanh_", "softplus", "softsign", "threshold", "rrelu"),
+    *(nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish, nn.Hardswish),
+    *(nn.Tanh, nn.Softplus, nn.Softsign, nn.RReLU, nn.Softshrink, nn.Hardshrink, nn.Tanhshrink),
+    *(nn.Threshold, *calling("relu6", "leaky_relu", "leaky_relu_", "elu", "elu_", "selu", "celu")),
+    *calling("gelu", "silu", "mish", "hardswish", "tanh", "tanh_", "softplus", "softsign"),
+    *calling("threshold", "rrelu", "hardshrink", "softshrink"),
+    role="activation",
+)
+pointwise(
     *calling("sub", "sub_", "isub", "neg", "pow", "square", "sqrt", "rsqrt"),
     *calling("log1p", "abs", "maximum", "minimum", "erf", "sign"),
     *calling("where", "masked_fill", "gt", "ge", "lt", "le"),
-    *calling("hardshrink", "softshrink", "sin", "cos", "reciprocal", "nan_to_num"),
-    *calling("zeros_like", "ones_like"),
+    *calling("sin", "cos", "reciprocal", "nan_to_num", "zeros_like", "ones_like"),
 )
 
 
-@elementwise_rule(
-    *(nn.Dropout, nn.AlphaDropout, nn.Dropout2d, nn.FeatureAlphaDropout),
-    *("float", "half", "double", "bfloat16", "to", "type", "type_as"),
-    *calling("clone"),  # emitted, since a layer that works in place may follow
-    *(StochasticDepth, stochastic_depth, TrainingOnly, *calling("pos")),
-)
-def keep(build: Rewriter, call: Call, x: Any, *rest: Any, **names: Any) -> Any:
+def keep(build: MapBuilder, call: Call, x: Any, *rest: Any, **names: Any) -> Any:
     """Layers after which the scores are still what they were."""
     result = act_elementwise(build, call, x, *rest, **names)
     return result.alike(x) if isinstance(x, Cells) else result
 
 
+_keeps = partial(register, rewrite=keep, **_ELEMENTWISE)
+_keeps(
+    *("float", "half", "double", "bfloat16", "to", "type", "type_as"),
+    *calling("clone", "pos"),  # emitted, since a layer that works in place may follow
+    *(StochasticDepth, stochastic_depth),
+)
+_keeps(nn.Dropout, nn.AlphaDropout, nn.Dropout2d, nn.FeatureAlphaDropout, role="drop", inert=True)
+_keeps(TrainingOnly, inert=True)
+
+
 @elementwise_rule(*calling("exp"))
-def exp(build: Rewriter, call: Call, x: Any) -> Any:
+def exp(build: MapBuilder, call: Call, x: Any) -> Any:
     result = act_elementwise(build, call, x)
     return result.meaning_of("probabilities") if _is(x, "log_probabilities") else result
 
 
 @elementwise_rule(*calling("log"))
-def log(build: Rewriter, call: Call, x: Any) -> Any:
+def log(build: MapBuilder, call: Call, x: Any) -> Any:
     result = act_elementwise(build, call, x)
     return result.meaning_of("log_probabilities") if _is(x, *_PROBABILITIES) else result
 
@@ -167,7 +174,7 @@ def _is(x: Any, *meanings: str) -> bool:
 
 
 @elementwise_rule(*calling("add", "add_", "iadd"))
-def add(build: Rewriter, call: Call, *args: Any, **kwargs: Any) -> Any:
+def add(build: MapBuilder, call: Call, *args: Any, **kwargs: Any) -> Any:
     result = act_elementwise(build, call, *args, **kwargs)
     first, *others = (*args, *kwargs.values())
     operands = [x for x in (first, *others) if isinstance(x, Cells)]
@@ -184,7 +191,7 @@ def _is_zero(x: Any) -> bool:
 
 
 @elementwise_rule(*calling("mul", "mul_", "imul"))
-def mul(build: Rewriter, call: Call, *args: Any, **kwargs: Any) -> Any:
+def mul(build: MapBuilder, call: Call, *args: Any, **kwargs: Any) -> Any:
     result = act_elementwise(build, call, *args, **kwargs)
     first, *others = (*args, *kwargs.values())
     if isinstance(first, (int, float)) and len(others) == 1:
@@ -193,7 +200,7 @@ def mul(build: Rewriter, call: Call, *args: Any, **kwargs: Any) -> Any:
 
 
 @elementwise_rule(*calling("div", "div_", "truediv", "itruediv"))
-def div(build: Rewriter, call: Call, *args: Any, **kwargs: Any) -> Any:
+def div(build: MapBuilder, call: Call, *args: Any, **kwargs: Any) -> Any:
     result = act_elementwise(build, call, *args, **kwargs)
     first, *others = (*args, *kwargs.values())
     known = len(others) == 1 and isinstance(others[0], (int, float)) and others[0] > 0
@@ -208,27 +215,25 @@ def _scaled(result: Any, x: Any, factor: Any) -> Any:
     return result.meaning_of(x.activation, x.share * factor)
 
 
-@elementwise_rule(nn.Hardtanh)
-def hardtanh_module(build: Rewriter, call: Call, x: Any) -> Any:
-    limits: Any = call.module
-    return _clamped(act_elementwise(build, call, x), x, limits.min_val, limits.max_val)
-
-
-@elementwise_rule(*calling("hardtanh"))
+@elementwise_rule(
+    *(nn.Hardtanh, *calling("hardtanh")),
+    arguments=attributes("min_val", "max_val"),
+    role="activation",
+)
 def hardtanh(
-    build: Rewriter,
+    build: MapBuilder,
     call: Call,
     input: Any,
     min_val: float = -1.0,
     max_val: float = 1.0,
     inplace: bool = False,
 ) -> Any:
-    result = act_elementwise(build, call, input, min_val, max_val, inplace)
-    return _clamped(result, input, min_val, max_val)
+    limits = () if call.module is not None else (min_val, max_val, inplace)
+    return _clamped(act_elementwise(build, call, input, *limits), input, min_val, max_val)
 
 
 @elementwise_rule(*calling("clamp", "clamp_", "clip", "clip_"))
-def clamp(build: Rewriter, call: Call, input: Any, min: Any = None, max: Any = None) -> Any:
+def clamp(build: MapBuilder, call: Call, input: Any, min: Any = None, max: Any = None) -> Any:
     return _clamped(act_elementwise(build, call, input, min, max), input, min, max)
 
 
@@ -250,9 +255,9 @@ def _clamped(result: Any, x: Any, lowest: Any, highest: Any) -> Any:
     return result.alike(x) if holds or holds_logs else result
 
 
-@elementwise_rule(F.alpha_dropout, F.feature_alpha_dropout)
+@elementwise_rule(F.alpha_dropout, F.feature_alpha_dropout, role="drop")
 def alpha_dropout(
-    build: Rewriter,
+    build: MapBuilder,
     call: Call,
     x: Any,
     p: float = 0.5,
@@ -262,9 +267,14 @@ def alpha_dropout(
     return dropout(build, call, x, p, training, inplace)
 
 
-@elementwise_rule(F.dropout, F.dropout2d)
+@elementwise_rule(F.dropout, F.dropout2d, role="drop")
 def dropout(
-    build: Rewriter, call: Call, x: Any, p: float = 0.5, training: Any = True, inplace: bool = False
+    build: MapBuilder,
+    call: Call,
+    x: Any,
+    p: float = 0.5,
+    training: Any = True,
+    inplace: bool = False,
 ) -> Any:
     if training is True and p > 0:
         raise UnsupportedLayerError(
@@ -274,11 +284,14 @@ def dropout(
     return keep(build, call, x, p, training, inplace)
 
 
-@elementwise_rule(nn.Sigmoid, nn.Hardsigmoid, *calling("sigmoid", "sigmoid_", "hardsigmoid"))
-def sigmoid(build: Rewriter, call: Call, x: Any, *rest: Any, **names: Any) -> Any:
+@elementwise_rule(
+    *(nn.Sigmoid, nn.Hardsigmoid, *calling("sigmoid", "sigmoid_", "hardsigmoid")),
+    role="activation",
+)
+def sigmoid(build: MapBuilder, call: Call, x: Any, *rest: Any, **names: Any) -> Any:
     return act_elementwise(build, call, x, *rest, **names).meaning_of("sigmoid")
 
 
-@elementwise_rule(nn.LogSigmoid, *calling("logsigmoid"))
-def log_sigmoid(build: Rewriter, call: Call, x: Any) -> Any:
+@elementwise_rule(nn.LogSigmoid, *calling("logsigmoid"), role="activation")
+def log_sigmoid(build: MapBuilder, call: Call, x: Any) -> Any:
     return act_elementwise(build, call, x).meaning_of("log_probabilities")

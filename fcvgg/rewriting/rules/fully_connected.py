@@ -15,36 +15,28 @@ from torch import Tensor, fx, nn
 
 from fcvgg.errors import UnsupportedLayerError
 from fcvgg.geometry import Pair, Window
+from fcvgg.rewriting.emission import Call, WindowWeight
 from fcvgg.rewriting.layouts import Cells, Constant, with_channels
-from fcvgg.rewriting.modules import WindowLinear, window_linear
-from fcvgg.rewriting.rewriter import Call, Rewriter, WindowWeight
-from fcvgg.rewriting.rules.registry import calling, rule
+from fcvgg.rewriting.map_builder import MapBuilder
+from fcvgg.rewriting.modules import _GEMM_CELLS, WindowLinear, window_linear
+from fcvgg.rewriting.rules.convolution import values_of
+from fcvgg.rewriting.rules.registry import attributes, calling, register, rule
+from fcvgg.rewriting.sliding import Part, Sliding, windows_of
 
 
-@rule(nn.Linear)
-def linear_module(build: Rewriter, call: Call, x: Any) -> Cells:
-    layer = call.module
-    assert isinstance(layer, nn.Linear)
-    if nn.utils.parametrize.is_parametrized(layer):
-        weight, bias = (_parametrized(build, call, layer, name) for name in ("weight", "bias"))
-        return _fully_connected(build, call, x, weight, bias)
-    return _fully_connected(build, call, x, layer.weight, layer.bias)
-
-
-@rule(*calling("linear"))
-def linear(build: Rewriter, call: Call, input: Any, weight: Any, bias: Any = None) -> Cells:
-    if not isinstance(weight, Constant):
-        raise UnsupportedLayerError(
-            f"{call} has weights computed from the image; expected a parameter"
-        )
+@rule(nn.Linear, *calling("linear"), arguments=attributes("weight", "bias"), role="fc")
+def linear(build: MapBuilder, call: Call, input: Any, weight: Any, bias: Any = None) -> Cells:
+    values_of(call, weight)
+    if call.module is not None and nn.utils.parametrize.is_parametrized(call.module):
+        weight = _parametrized(build, call, call.module, "weight", weight)
+        bias = None if bias is None else _parametrized(build, call, call.module, "bias", bias)
     return _fully_connected(build, call, input, weight, bias)
 
 
-def _parametrized(build: Rewriter, call: Call, layer: nn.Module, name: str) -> Constant | None:
-    """A parameter that torch computes from others (weight norm), computed anew at every call."""
-    value = getattr(layer, name)
-    if value is None:
-        return None
+def _parametrized(
+    build: MapBuilder, call: Call, layer: nn.Module, name: str, value: Tensor
+) -> Constant:
+    """A parameter that torch computes from others (weight norm) at every call."""
     if nn.utils.parametrize.is_parametrized(layer, name):
         node = build.graph.call_module(f"{call.name}.parametrizations.{name}")
     else:
@@ -52,7 +44,7 @@ def _parametrized(build: Rewriter, call: Call, layer: nn.Module, name: str) -> C
     return Constant(node, value.detach())
 
 
-def _fully_connected(build: Rewriter, call: Call, x: Any, weight: Any, bias: Any) -> Cells:
+def _fully_connected(build: MapBuilder, call: Call, x: Any, weight: Any, bias: Any) -> Cells:
     """A fully connected layer: over the whole window, or over the channels of each position."""
     if not isinstance(x, Cells) or not x.dims:
         raise UnsupportedLayerError(
@@ -60,8 +52,7 @@ def _fully_connected(build: Rewriter, call: Call, x: Any, weight: Any, bias: Any
         )
     x = build.whole(x)
     whole = x.positions > 1 and x.dims[-1] == x.elements and x.fills_window
-    features = weight.value.shape[0] if isinstance(weight, Constant) else weight.shape[0]
-    inputs = x.dims[-1]
+    features, inputs = values_of(call, weight).shape[0], x.dims[-1]
     if whole or x.positions == 1:
         build.begin_head(x, inputs, call)
     if whole:
@@ -96,7 +87,7 @@ def _fully_connected(build: Rewriter, call: Call, x: Any, weight: Any, bias: Any
 
 
 def _functional(
-    build: Rewriter,
+    build: MapBuilder,
     call: Call,
     x: Cells,
     weight: Constant,
@@ -130,3 +121,44 @@ def _window_linear_layer(
     )
     layer.weight, layer.bias = shaped.parameter, bias
     return layer
+
+
+def _slide_window_linear(weight: Tensor, bias: Tensor | None, dilation: Any) -> Sliding:
+    windows = windows_of(weight.shape[2:], 1, 0, dilation)
+    height, width = windows
+    spread = (height.dilation, width.dilation)
+    pointwise = height.span == width.span == 1
+
+    def run(x: Tensor, part: Part) -> Tensor:
+        """Some cells at a time: gathered windows stay small, and no weights are reordered."""
+        rows, cols = x.shape[2] - height.span + 1, x.shape[3] - width.span + 1
+        across = min(cols, _GEMM_CELLS)
+        down = max(_GEMM_CELLS // across, 1)
+        if pointwise or (rows <= down and cols <= across):
+            return window_linear(x, weight, bias, spread)
+        scores = x.new_empty(x.shape[0], rows, cols, weight.shape[0]).movedim(-1, 1)
+        for top in range(0, rows, down):
+            bottom = min(top + down, rows)
+            for left in range(0, cols, across):
+                right = min(left + across, cols)
+                window = x[:, :, top : bottom + height.span - 1, left : right + width.span - 1]
+                cells = window_linear(window, weight, bias, spread)
+                scores[:, :, top:bottom, left:right] = cells
+        return scores
+
+    return Sliding(
+        windows,
+        run,
+        channels=weight.shape[0],
+        columns=0 if pointwise else weight.shape[1:].numel(),
+        weights=weight.numel(),
+        gathers=True,
+    )
+
+
+register(
+    *(WindowLinear, window_linear),
+    arguments=attributes("weight", "bias", "dilation"),
+    slides=_slide_window_linear,
+    role="fc",
+)

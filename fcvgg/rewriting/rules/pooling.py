@@ -7,27 +7,31 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from fcvgg.errors import UnsupportedLayerError
 from fcvgg.geometry import Pair, Window
+from fcvgg.rewriting.emission import Call
 from fcvgg.rewriting.layouts import Cells, Constant, Unusable, pooled_layout, with_channels
+from fcvgg.rewriting.map_builder import MapBuilder
 from fcvgg.rewriting.marks import FeatureSize
 from fcvgg.rewriting.modules import BinnedPool2d, DilatedAvgPool2d
 from fcvgg.rewriting.program import Windows
-from fcvgg.rewriting.rewriter import Call, Rewriter
-from fcvgg.rewriting.rules.convolution import (
-    _padded_apart,
-    _pair,
-    _settings,
-    _windows,
-)
+from fcvgg.rewriting.rules.convolution import padded_apart, settings_of
 from fcvgg.rewriting.rules.elementwise import act_elementwise
-from fcvgg.rewriting.rules.registry import KINDS, calling, kind_of, rule
+from fcvgg.rewriting.rules.registry import (
+    attributes,
+    calling,
+    kind_of,
+    register,
+    rule,
+    sliding_of,
+)
+from fcvgg.rewriting.sliding import Part, Sliding, pair_of, windows_of
 
 
 def pool_window(
-    build: Rewriter,
+    build: MapBuilder,
     call: Call,
     x: Cells,
     kind: str,
@@ -81,7 +85,7 @@ def _spread_over(x: Cells, bins: Pair) -> Cells:
     return replace(x, extent=extent, moved=None)
 
 
-def features_of(build: Rewriter, call: Call, x: Any, axis: int) -> tuple[Cells, Windows]:
+def features_of(build: MapBuilder, call: Call, x: Any, axis: int) -> tuple[Cells, Windows]:
     """The value with all its channels along one axis, and the window that was gathered for it.
 
     Flattened features of a whole window, which a layer treats each by itself before the first fully
@@ -101,33 +105,31 @@ def features_of(build: Rewriter, call: Call, x: Any, axis: int) -> tuple[Cells, 
     return build.features(call, gathered, axis), windows
 
 
-@rule(nn.AdaptiveAvgPool2d, has_extent=True)
-def adaptive_avg_pool2d_module(build: Rewriter, call: Call, x: Any) -> Cells:
-    return adaptive_avg_pool2d(build, call, x, call.module.output_size)  # type: ignore[union-attr]
-
-
-@rule(nn.AdaptiveMaxPool2d, has_extent=True)
-def adaptive_max_pool2d_module(build: Rewriter, call: Call, x: Any) -> Cells:
-    pool = call.module
-    assert isinstance(pool, nn.AdaptiveMaxPool2d)
-    return adaptive_max_pool2d(build, call, x, pool.output_size, pool.return_indices)
-
-
-@rule(*calling("adaptive_avg_pool2d"), has_extent=True)
-def adaptive_avg_pool2d(build: Rewriter, call: Call, input: Any, output_size: Any) -> Cells:
+@rule(
+    *(nn.AdaptiveAvgPool2d, *calling("adaptive_avg_pool2d")),
+    arguments=attributes("output_size"),
+    has_extent=True,
+    role="avgpool",
+)
+def adaptive_avg_pool2d(build: MapBuilder, call: Call, input: Any, output_size: Any) -> Cells:
     return _adaptive(build, call, input, "avg", output_size)
 
 
-@rule(*calling("adaptive_max_pool2d"), has_extent=True)
+@rule(
+    *(nn.AdaptiveMaxPool2d, *calling("adaptive_max_pool2d")),
+    arguments=attributes("output_size", "return_indices"),
+    has_extent=True,
+    role="maxpool",
+)
 def adaptive_max_pool2d(
-    build: Rewriter, call: Call, input: Any, output_size: Any, return_indices: bool = False
+    build: MapBuilder, call: Call, input: Any, output_size: Any, return_indices: bool = False
 ) -> Cells:
     if return_indices:
         raise UnsupportedLayerError(f"{call} returns indices, which depend on the map's size")
     return _adaptive(build, call, input, "max", output_size)
 
 
-def _adaptive(build: Rewriter, call: Call, input: Any, kind: str, output_size: Any) -> Cells:
+def _adaptive(build: MapBuilder, call: Call, input: Any, kind: str, output_size: Any) -> Cells:
     x = build.as_map(input, call)
     single = output_size is None or isinstance(output_size, int)
     wanted = (output_size,) * 2 if single else tuple(output_size)
@@ -139,7 +141,7 @@ def _adaptive(build: Rewriter, call: Call, input: Any, kind: str, output_size: A
 
 @rule(*calling("max"))
 def maximum(
-    build: Rewriter, call: Call, input: Any, dim: Any = None, keepdim: bool = False, **names: Any
+    build: MapBuilder, call: Call, input: Any, dim: Any = None, keepdim: bool = False, **names: Any
 ) -> Any:
     """The larger of two values, or a maximum over the rows or columns of each channel."""
     other = names.get("other", dim)
@@ -154,14 +156,16 @@ def maximum(
 
 @rule(*calling("mean", "sum", "amax"), has_extent=True)
 def reduce_positions(
-    build: Rewriter, call: Call, input: Any, dim: Any = None, keepdim: bool = False, **names: Any
+    build: MapBuilder, call: Call, input: Any, dim: Any = None, keepdim: bool = False, **names: Any
 ) -> Any:
     """A mean, sum or maximum over the rows and columns of each channel, whatever their order."""
     dim = names.get("axis", dim)
     return _reduced(build, call, input, dim, keepdim, call.kind.removeprefix("Tensor."))
 
 
-def _reduced(build: Rewriter, call: Call, input: Any, dim: Any, keepdim: bool, name: str) -> Cells:
+def _reduced(
+    build: MapBuilder, call: Call, input: Any, dim: Any, keepdim: bool, name: str
+) -> Cells:
     if not isinstance(input, Cells):
         raise UnsupportedLayerError(f"{call} reduces something that is no value of the image")
     ndim = len(input.dims) + 1
@@ -184,7 +188,9 @@ def _reduced(build: Rewriter, call: Call, input: Any, dim: Any, keepdim: bool, n
     return replace(pooled, moved=layout)
 
 
-def _is_global(build: Rewriter, call: Call, x: Cells, kernel: Any, padding: Any, kind: str) -> bool:
+def _is_global(
+    build: MapBuilder, call: Call, x: Cells, kernel: Any, padding: Any, kind: str
+) -> bool:
     """Whether a pool stands for a global one, which slides by one: it covers all of the features.
 
     That is certain where its kernel is the features' own size, ``F.avg_pool2d(x, x.size()[2:])``.
@@ -194,17 +200,17 @@ def _is_global(build: Rewriter, call: Call, x: Cells, kernel: Any, padding: Any,
     of more than 3 positions are no stages.
     """
     sizes = kernel if isinstance(kernel, (tuple, list)) else (kernel,)
-    if _pair(kernel) != x.extent[1:] or _pair(padding) != (0, 0):
+    if pair_of(kernel) != x.extent[1:] or pair_of(padding) != (0, 0):
         return False
     if all(isinstance(size, FeatureSize) for size in sizes):
         return True
-    stage = (kind, _pair(kernel)) in build.kernels
-    if kind == "AvgPool2d" and min(_pair(kernel)) > 3:
+    stage = (kind, pair_of(kernel)) in build.kernels
+    if kind == "AvgPool2d" and min(pair_of(kernel)) > 3:
         stage = False
     return not stage and not _extent_follows(build, call)
 
 
-def _extent_follows(build: Rewriter, call: Call) -> bool:
+def _extent_follows(build: MapBuilder, call: Call) -> bool:
     """Whether a layer with a spatial extent follows a call in the source."""
     later, seen = list(call.node.users), set()
     while later:
@@ -220,32 +226,49 @@ def _extent_follows(build: Rewriter, call: Call) -> bool:
 
 def _has_extent(node: fx.Node, module: nn.Module | None) -> bool:
     """Whether a layer of the source sees more than one position, or makes it so."""
-    found = kind_of(node, module)
-    if found is KINDS[nn.Conv2d]:
-        settings: Any = module
-        return _pair(settings.kernel_size) != (1, 1) or settings.padding not in (0, (0, 0), "valid")
-    if found is KINDS[torch.conv2d]:
-        weight = node.kwargs.get("weight", node.args[1] if len(node.args) > 1 else None)
-        padding = node.kwargs.get("padding", node.args[4] if len(node.args) > 4 else 0)
-        known = isinstance(weight, fx.Node) and "value" in weight.meta
-        point = known and tuple(weight.meta["value"].shape[2:]) == (1, 1)  # type: ignore[union-attr]
-        return not point or padding not in (0, (0, 0), "valid")
-    return found is not None and found.has_extent
+    kind = kind_of(node, module)
+    if kind is None or kind.slides is None:
+        return kind is not None and kind.has_extent
+    if any("value" not in fed.meta for fed in node.all_input_nodes[1:]):
+        return True  # the trace broke off before it
+    sliding = sliding_of(node, module, lambda fed: fed.meta.get("value"))
+    return sliding is not None and any(w.span > 1 or w.before or w.after for w in sliding.windows)
 
 
-@rule(nn.MaxPool2d, has_extent=True)
-def max_pool2d_module(build: Rewriter, call: Call, x: Any) -> Cells:
-    pool = call.module
-    assert isinstance(pool, nn.MaxPool2d)
-    return max_pool2d(
-        *(build, call, x, pool.kernel_size, pool.stride, pool.padding, pool.dilation),
-        *(pool.ceil_mode, pool.return_indices),
-    )
+def _slide_max_pool2d(
+    kernel_size: Any,
+    stride: Any = None,
+    padding: Any = 0,
+    dilation: Any = 1,
+    ceil_mode: bool = False,
+    return_indices: bool = False,
+) -> Sliding:
+    windows = windows_of(kernel_size, stride, padding, dilation, ceil_mode)
+    height, width = windows
+
+    def run(x: Tensor, part: Part) -> Tensor:
+        return F.max_pool2d(
+            x,
+            (height.kernel, width.kernel),
+            (height.stride, width.stride),
+            (0, width.before if part.pads_width else 0),
+            (height.dilation, width.dilation),
+            ceil_mode and part.pads_width,  # the width's overhang; the height has none left
+        )
+
+    return Sliding(windows, run, value=-torch.inf, pads_width=True, indexes=True)
 
 
-@rule(F.max_pool2d, torch.max_pool2d, has_extent=True)
+@rule(
+    *(nn.MaxPool2d, F.max_pool2d, torch.max_pool2d),
+    arguments=attributes(
+        "kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices"
+    ),
+    slides=_slide_max_pool2d,
+    role="pool",
+)
 def max_pool2d(
-    build: Rewriter,
+    build: MapBuilder,
     call: Call,
     input: Any,
     kernel_size: Any,
@@ -258,21 +281,21 @@ def max_pool2d(
     if return_indices:
         raise UnsupportedLayerError(f"{call} returns indices, which depend on the map's size")
     x = build.as_map(input, call)
-    kernel = _pair(kernel_size)
-    plain = _pair(dilation) == (1, 1)
+    kernel = pair_of(kernel_size)
+    plain = pair_of(dilation) == (1, 1)
     if plain and _is_global(build, call, x, kernel_size, padding, "MaxPool2d"):
         return pool_window(build, call, x, "max", (1, 1))
-    windows = _windows(kernel, stride, padding, dilation, ceil_mode)
+    windows = windows_of(kernel, stride, padding, dilation, ceil_mode)
 
     def emit(dense: Windows, changed: bool) -> fx.Node:
         if not changed and call.module is not None:
-            return build.emit(call, (x,), {})
+            return build.repeat(call, x)
         if not changed:  # F.max_pool2d is a closure of torch's, which pickle cannot name
-            settings = {**_settings(windows), "ceil_mode": ceil_mode}
+            settings = {**settings_of(windows), "ceil_mode": ceil_mode}
             return build.emit_function(call, torch.max_pool2d, x, kernel, **settings)
         # padding of more than half a kernel, which torch's pools refuse, is applied beforehand
-        padded = _padded_apart(build, x.node, dense, -torch.inf)
-        settings = {**_settings(dense), "padding": (0, 0)}
+        padded = padded_apart(build, x.node, dense, -torch.inf)
+        settings = {**settings_of(dense), "padding": (0, 0)}
         return build.emit_module(
             call, nn.MaxPool2d(kernel, **settings), replace(x, node=padded), dense
         )
@@ -280,19 +303,69 @@ def max_pool2d(
     return build.window(call, x, windows, emit, kind="MaxPool2d", pools="max")
 
 
-@rule(nn.AvgPool2d, has_extent=True)
-def avg_pool2d_module(build: Rewriter, call: Call, x: Any) -> Cells:
-    pool = call.module
-    assert isinstance(pool, nn.AvgPool2d)
-    return avg_pool2d(
-        *(build, call, x, pool.kernel_size, pool.stride, pool.padding, pool.ceil_mode),
-        *(pool.count_include_pad, pool.divisor_override),
+def _slide_avg_pool2d(
+    kernel_size: Any,
+    stride: Any = None,
+    padding: Any = 0,
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+    divisor_override: int | None = None,
+    dilation: Any = 1,
+) -> Sliding:
+    windows = windows_of(kernel_size, stride, padding, dilation, ceil_mode)
+    height, width = windows
+    kernel, strides = (height.kernel, width.kernel), (height.stride, width.stride)
+    spread = (height.dilation, width.dilation)
+    dense = spread == (1, 1)
+
+    def pool(divisor: int | None) -> nn.Module:
+        if dense:
+            return nn.AvgPool2d(kernel, strides, divisor_override=divisor)
+        return DilatedAvgPool2d(kernel, strides, (0, 0), spread, divisor_override=divisor)
+
+    whole, total = pool(divisor_override), pool(1)
+
+    def run(x: Tensor, part: Part) -> Tensor:
+        counts = _divisors(windows, part, count_include_pad)
+        if divisor_override is not None or counts is None:
+            return whole(x)  # type: ignore[no-any-return]
+        return total(x) / counts.to(x)  # type: ignore[no-any-return]
+
+    return Sliding(windows, run, columns=0 if dense else max(kernel))
+
+
+def _divisors(windows: Windows, part: Part, count_padding: bool) -> Tensor | None:
+    """What averages ``(h, w)`` are divided by; None where it is the kernel's size everywhere."""
+    rows, cols = (
+        _counts(window, first_end, size, count_padding)
+        for window, first_end, size in zip(windows, (part.rows, part.cols), part.size)
     )
+    height, width = windows
+    if bool((rows == height.kernel).all() and (cols == width.kernel).all()):
+        return None
+    return rows[:, None] * cols[None, :]
 
 
-@rule(*calling("avg_pool2d"), has_extent=True)
+def _counts(window: Window, outputs: Pair, size: int, count_padding: bool) -> Tensor:
+    """How many elements of each window count: padding as asked, what hangs over it never."""
+    first = torch.arange(*outputs) * window.stride - window.before
+    places = first[:, None] + torch.arange(window.kernel) * window.dilation
+    if count_padding:
+        return (places < size + window.after).sum(1)
+    return ((places >= 0) & (places < size)).sum(1)
+
+
+_AVG_POOL = ("kernel_size", "stride", "padding", "count_include_pad", "divisor_override")
+
+
+@rule(
+    *(nn.AvgPool2d, *calling("avg_pool2d")),
+    arguments=attributes(*_AVG_POOL, "ceil_mode"),
+    slides=_slide_avg_pool2d,
+    role="pool",
+)
 def avg_pool2d(
-    build: Rewriter,
+    build: MapBuilder,
     call: Call,
     input: Any,
     kernel_size: Any,
@@ -303,22 +376,37 @@ def avg_pool2d(
     divisor_override: int | None = None,
 ) -> Cells:
     x = build.as_map(input, call)
-    kernel = _pair(kernel_size)
+    kernel = pair_of(kernel_size)
     if _is_global(build, call, x, kernel_size, padding, "AvgPool2d"):
         return pool_window(build, call, x, "avg", (1, 1), divisor_override)
-    windows = _windows(kernel, stride, padding, 1, ceil_mode)
+    windows = windows_of(kernel, stride, padding, 1, ceil_mode)
 
     def emit(dense: Windows, changed: bool) -> fx.Node:
         if not changed:
-            return build.emit(call, (x, *call.node.args[1:]), call.node.kwargs)
+            return build.repeat(call, x)
         dilated = DilatedAvgPool2d(
             kernel,
             count_include_pad=count_include_pad,
             divisor_override=divisor_override,
-            **_settings(dense),
+            **settings_of(dense),
         )
         return build.emit_module(call, dilated, x, dense)
 
     plain = divisor_override is None and not any(w.before for w in windows)
     pools = "avg" if plain else "other"
     return build.window(call, x, windows, emit, kind="AvgPool2d", pools=pools)
+
+
+def _slide_bins(pool: BinnedPool2d) -> Sliding:
+    windows = windows_of(pool.window, 1, 0, pool.dilation)
+    bins = pool.bins[0] * pool.bins[1]
+    return Sliding(windows, lambda x, part: pool(x), multiplies=bins)
+
+
+register(
+    DilatedAvgPool2d,
+    arguments=attributes(*_AVG_POOL, "dilation"),
+    slides=_slide_avg_pool2d,
+    role="pool",
+)
+register(BinnedPool2d, slides=_slide_bins)

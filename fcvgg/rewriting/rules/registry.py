@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from fcvgg.errors import RefusedLayerError, UnsupportedLayerError
-from fcvgg.rewriting.rewriter import Call
+from fcvgg.rewriting.emission import Call
+from fcvgg.rewriting.sliding import Sliding
 
 Rule = Callable[..., Any]
 
@@ -31,16 +32,25 @@ class LayerKind:
             module where `arguments` is None.
         positional: whether it computes every position of a map by itself.
         elementwise: whether it computes every element of a map by itself.
-        has_extent: whether it reads several positions of the features, where `slides` does not
-            show that.
+        has_extent: whether it reads several positions of the source's features; where it slides,
+            its windows tell.
+        role: what it does in a network: ``"conv"``, ``"fc"``, ``"bn"``, ``"relu"``,
+            ``"activation"`` (another one), ``"pool"``, ``"avgpool"`` and ``"maxpool"`` (adaptive),
+            ``"drop"``, ``"flatten"``, ``"prob"``, or ``""``.
+        inert: whether it returns its input in evaluation mode.
+        in_bundle: whether a bundle may hold calls of it. None says that of module classes with a
+            rule alone: who registers a class lets files construct it with settings of theirs.
     """
 
     rewrite: Rule | None = None
     arguments: Callable[[Any], Mapping[str, Any]] | None = None
-    slides: Callable[..., Any] | None = None
+    slides: Callable[..., Sliding] | None = None
     positional: bool = False
     elementwise: bool = False
     has_extent: bool = False
+    role: str = ""
+    inert: bool = False
+    in_bundle: bool | None = None
 
     def settings_of(self, module: nn.Module | None) -> Mapping[str, Any]:
         """The arguments that a module stands for; none for a function, whose call has them."""
@@ -95,6 +105,49 @@ def refuse(reason: str, *targets: Any) -> None:
 def kind_of(node: fx.Node, module: nn.Module | None) -> LayerKind | None:
     """The record of what a node of the source's graph, or of a converted one, calls."""
     return KINDS.get(class_of(module) if module is not None else node.target)
+
+
+def is_relu(node: fx.Node, module: nn.Module | None) -> bool:
+    """Whether a node calls a ReLU, in any of its forms."""
+    return kind_of(node, module) is KINDS[nn.ReLU]
+
+
+def is_positional(node: fx.Node, module: nn.Module | None) -> bool:
+    """Whether a node of a converted graph computes every position of a map by itself."""
+    kind = kind_of(node, module)
+    return kind is not None and kind.positional
+
+
+def sliding_of(node: fx.Node, module: nn.Module | None, arguments: Any) -> Sliding | None:
+    """The `Sliding` of a node; None if its record holds no rule for one.
+
+    Args:
+        arguments: gives an argument of the node as a value; of the map itself it gives None.
+    """
+    kind = kind_of(node, module)
+    if kind is None or kind.slides is None:
+        return None
+    if module is not None and kind.arguments is None:
+        return kind.slides(module)
+    args = fx.node.map_arg(node.args[1:], arguments)
+    kwargs = {k: fx.node.map_arg(v, arguments) for k, v in node.kwargs.items() if k != "input"}
+    return kind.slides(*args, **kind.settings_of(module), **kwargs)
+
+
+def role_of(target: Any) -> str:
+    """What a module class, function or method does, by its own record or that of a base class."""
+    classes = target.__mro__ if isinstance(target, type) else (target,)
+    return next((KINDS[cls].role for cls in classes if cls in KINDS and KINDS[cls].role), "")
+
+
+def may_be_in_bundle(target: Any) -> bool:
+    """Whether a bundle may call a function or method, or construct a module class."""
+    kind = KINDS.get(target)
+    if kind is None:
+        return False
+    if kind.in_bundle is None:
+        return isinstance(target, type) and kind.rewrite is not None
+    return kind.in_bundle
 
 
 def kind_for(node: fx.Node, module: nn.Module | None) -> LayerKind:

@@ -9,8 +9,9 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from fcvgg.errors import InputSizeError, UnsupportedLayerError
+from fcvgg.rewriting.emission import Call
 from fcvgg.rewriting.layouts import Cells, Constant, rearranged
-from fcvgg.rewriting.rewriter import Call, Rewriter
+from fcvgg.rewriting.map_builder import MapBuilder
 from fcvgg.rewriting.rules.registry import calling, register
 
 _SELECTIONS = {
@@ -30,7 +31,7 @@ def moves(*targets: Any, **known: Any) -> None:
     register(*targets, rewrite=_moves, **known)
 
 
-def _moves(build: Rewriter, call: Call, x: Any, *args: Any, **kwargs: Any) -> Any:
+def _moves(build: MapBuilder, call: Call, x: Any, *args: Any, **kwargs: Any) -> Any:
     if isinstance(x, (tuple, list)) and call.node.target is operator.getitem:
         return x[args[0]]
     if not isinstance(x, Cells):
@@ -62,11 +63,13 @@ def _moves(build: Rewriter, call: Call, x: Any, *args: Any, **kwargs: Any) -> An
     return moved[0] if single else tuple(moved)
 
 
+moves(nn.Flatten, *calling("flatten", "view", "reshape"), role="flatten")
 moves(
-    *(nn.Flatten, nn.Unflatten, nn.Identity, nn.ChannelShuffle, operator.getitem),
-    *calling("flatten", "unflatten", "view", "reshape", "permute", "transpose"),
-    *calling("swapaxes", "swapdims", "squeeze", "squeeze_", "unsqueeze", "unsqueeze_", "chunk"),
-    *calling("split", "select", "unbind", "flip", "channel_shuffle", "fliplr", "flipud"),
-    *calling("contiguous", "detach", "channels_last", "ravel", "moveaxis", "tensor_split"),
+    *(nn.Unflatten, nn.ChannelShuffle, operator.getitem),
+    *calling("unflatten", "permute", "transpose", "moveaxis", "swapaxes", "swapdims", "ravel"),
+    *calling("squeeze", "squeeze_", "unsqueeze", "unsqueeze_", "chunk", "split", "tensor_split"),
+    *calling("select", "unbind", "flip", "fliplr", "flipud", "channel_shuffle"),
+    *calling("contiguous", "detach"),
 )
-moves(*calling("narrow", "index_select", "movedim"), positional=True)  # rules emit them
+moves(nn.Identity, inert=True)
+moves(*calling("narrow", "index_select", "movedim"), positional=True)  # rules emit them too

@@ -1,0 +1,277 @@
+"""Maps in the new graph: their layouts, geometry and records. What rules work with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from math import gcd
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from fcvgg.errors import ConversionError, UnsupportedLayerError
+from fcvgg.geometry import Geometry, Pair, Window
+from fcvgg.rewriting.capture import Captured
+from fcvgg.rewriting.emission import Call, Emitter
+from fcvgg.rewriting.layouts import Cells, channels_along, chosen_channels, with_channels
+from fcvgg.rewriting.modules import cut_to
+from fcvgg.rewriting.program import LayerRecord, Steps, Windows
+
+
+@dataclass(frozen=True)
+class Boundary:
+    """Where the head begins: the last map before it and the extent that the head asks for.
+
+    `wants` is ``(h, w)`` where a pool fixes it, a number of features where a fully connected layer
+    does, and None where a global pool takes any size.
+    """
+
+    cells: Cells
+    wants: Pair | int | None
+    place: str
+
+
+class MapBuilder(Emitter):
+    """Emits operations on maps, and keeps the geometry step of every map and a record of layers.
+
+    Args:
+        captured: the source's graph at its native size.
+        modules: the tree of modules that the new graph calls, and that holds the parameters.
+        output_stride: input pixels between cells that strides beyond are turned into dilation for.
+        same: pad the head's first window so that the map keeps the size of the features.
+    """
+
+    def __init__(
+        self,
+        captured: Captured,
+        modules: nn.Module,
+        output_stride: int | None = None,
+        same: bool = False,
+    ):
+        super().__init__(captured, modules)
+        self.boundary: Boundary | None = None
+        self.records: list[LayerRecord] = []
+        self.steps = Steps()
+        self.kernels: set[tuple[str, Pair]] = set()
+        self._output_stride = output_stride
+        self._same = same
+        self._joins: dict[int, tuple[fx.Node, tuple[fx.Node, ...]]] = {}
+
+    # -- layouts ----------------------------------------------------------------------------------
+
+    def as_map(self, cells: Any, call: Call) -> Cells:
+        """The value as a map ``(C, H, W)``; a selection of channels is emitted where needed."""
+        cells = self._expect_cells(cells, call)
+        if cells.is_map:
+            return cells
+        if len(cells.dims) == 3:
+            settled = self.features(call, cells, 0)
+            if settled.is_map:
+                return settled
+        raise UnsupportedLayerError(
+            f"{call} needs a map (N, C, H, W), but got a value of shape "
+            f"{cells.shape} whose elements were moved; "
+            "only element-wise layers and the fully connected layer may follow such a reshape"
+        )
+
+    def features(self, call: Any, cells: Any, axis: int) -> Cells:
+        """The value with all its channels, in order, along one axis of the layout."""
+        cells = self._expect_cells(cells, call)
+        if not -len(cells.dims) <= axis < len(cells.dims):
+            raise UnsupportedLayerError(f"{call} works on axis {axis}, which mixes images")
+        channels = channels_along(cells, axis)
+        if channels is None:
+            raise UnsupportedLayerError(
+                f"{call} mixes positions: along its axis the value {cells.shape} "
+                "does not run over channels; a cell of the map would not stay a cell"
+            )
+        if torch.equal(channels, torch.arange(cells.extent[0])):
+            return cells
+        return with_channels(cells, axis, len(channels), node=self._chosen(cells.node, channels))
+
+    def whole(self, cells: Cells) -> Cells:
+        """The value on a map of the channels that it holds, where it holds them at all positions.
+
+        A value of other elements is returned as it is.
+        """
+        chosen = None if cells.fills_window else chosen_channels(cells)
+        if chosen is None:
+            return cells
+        channels, layout = chosen
+        extent = (len(channels), *cells.extent[1:])
+        node = self._chosen(cells.node, channels)
+        return replace(cells, node=node, extent=extent, moved=layout)
+
+    def _chosen(self, node: fx.Node, channels: Tensor) -> fx.Node:
+        """Emit the choice of some channels: a slice where it is one."""
+        first, count = int(channels[0]), len(channels)
+        if torch.equal(channels, torch.arange(first, first + count)):
+            return self.graph.call_method("narrow", (node, 1, first, count))
+        return self.select(node, channels)
+
+    def _expect_cells(self, value: Any, call: Any) -> Cells:
+        if isinstance(value, Cells):
+            return value
+        raise UnsupportedLayerError(
+            f"{call} takes {type(value).__name__.lower()} where a value computed from the image "
+            "is expected"
+        )
+
+    # -- branches ---------------------------------------------------------------------------------
+
+    def join(self, cells: Sequence[Cells], call: Call, node: fx.Node) -> int:
+        """The step of an operation over several maps, whose cells must lie on one grid.
+
+        Args:
+            node: the operation in the new graph.
+        """
+        if len({c.margin for c in cells}) > 1:
+            raise ConversionError(
+                f"{call} joins branches that padding='same' pads differently; use padding='valid'"
+            )
+        step = self.steps.join((c.step for c in cells), str(call))
+        if len({c.step for c in cells}) > 1:  # else the step is that of the maps, not of this join
+            self._joins[step] = node, tuple(c.node for c in cells)
+        return step
+
+    def cut_branches(self, geometry: Geometry) -> None:
+        """Cut branches to one size before they join, where some input gives them different ones.
+
+        A pool that drops the odd row and a convolution that pads it are alike at the native size.
+        Both count from the first row, so what the longer has in addition lies at its end.
+        """
+        for step in sorted(self.steps.differing_joins(geometry)):
+            node, branches = self._joins[step]
+            with self.graph.inserting_before(node):
+                for branch in dict.fromkeys(branches):
+                    others = tuple(other for other in branches if other is not branch)
+                    cut = self.graph.call_function(cut_to, (branch, *others))
+                    node.replace_input_with(branch, cut)
+
+    # -- layers -----------------------------------------------------------------------------------
+
+    def record(
+        self, call: Call, kind: str, windows: Windows, result: Cells, multiply_adds: int = 0
+    ) -> None:
+        self.records.append(
+            LayerRecord(
+                name=call.name,
+                kind=kind,
+                windows=windows,
+                step=result.step,
+                channels=result.extent[0],
+                parameters=call.parameters(),
+                multiply_adds_per_position=multiply_adds,
+            )
+        )
+
+    def window(
+        self,
+        call: Call,
+        x: Cells,
+        windows: Windows,
+        emit: Callable[[Windows, bool], fx.Node] | None = None,
+        multiply_adds: int = 0,
+        kind: str | None = None,
+        pools: str | None = None,
+    ) -> Cells:
+        """A layer that slides a kernel: convolution or pool.
+
+        `emit` receives the windows as they must be on this map, and whether they differ from the
+        source's because strides before it, or its own, became dilation; when None, the source's
+        call is repeated, and a layer that must be dilated is refused. `pools` is how a pool makes
+        one value of many, ``"avg"``, ``"max"`` or ``"other"``; other layers make new scores.
+        """
+        dense, dilation = self._densified(call, x, windows)
+        extent = tuple(call.node.meta["value"].shape[1:])
+        _check_extent(call, windows, x.extent[1:], extent[1:])
+        if emit is None and dense != windows:
+            raise UnsupportedLayerError(
+                f"{call} has no dilated form; convert without output_stride"
+            )
+        self.kernels.add((kind or call.kind, (windows[0].kernel, windows[1].kernel)))
+        node = self.repeat(call, x) if emit is None else emit(dense, dense != windows)
+        step = self.steps.add(dense, (x.step,), str(call))
+        unseen = self._unseen(x, windows, extent[1:])
+        result = Cells(node, step, extent, dilation=dilation, margin=x.margin, unseen=unseen)
+        if pools is not None:
+            result = result.pooled_from(x, pools)
+        self.record(call, kind or call.kind, dense, result, multiply_adds)
+        return result
+
+    def _unseen(self, x: Cells, windows: Windows, outputs: Sequence[int]) -> Pair:
+        """Pixels at the end of the native image that are left out once a layer has run.
+
+        Where strides do not divide, a layer leaves out what its last window does not reach; of
+        that, padding is no loss.
+        """
+        unseen = []
+        for axis, (window, size, cells) in enumerate(zip(windows, x.extent[1:], outputs)):
+            rest = size + window.before - window.span - (cells - 1) * window.stride
+            pixels = self.steps.stride_at(x.step)[axis] * x.dilation[axis]
+            unseen.append(x.unseen[axis] + max(rest, 0) * pixels)
+        return unseen[0], unseen[1]
+
+    def _densified(self, call: Call, x: Cells, windows: Windows) -> tuple[Windows, Pair]:
+        """The windows on this map, with strides beyond the output stride taken out."""
+        dense, dilations = [], []
+        for window, spread, stride in zip(windows, x.dilation, self.steps.stride_at(x.step)):
+            allowed = window.stride
+            if self._output_stride is not None:
+                allowed = gcd(window.stride, max(self._output_stride // stride, 1))
+            if window.ceil_mode and (spread > 1 or allowed != window.stride):
+                raise ConversionError(
+                    f"output_stride={self._output_stride} cannot be exact at {call}: ceil_mode "
+                    "rounds the size up, which a dilated pool does not; use a larger output_stride"
+                )
+            dense.append(
+                replace(
+                    window,
+                    stride=allowed,
+                    dilation=window.dilation * spread,
+                    before=window.before * spread,
+                    after=window.after * spread,
+                )
+            )
+            dilations.append(spread * (window.stride // allowed))
+        return (dense[0], dense[1]), (dilations[0], dilations[1])
+
+    # -- the head ---------------------------------------------------------------------------------
+
+    def begin_head(self, cells: Cells, wants: Pair | int | None, call: Call) -> None:
+        """Note the first layer that asks for a certain size of the features."""
+        if self.boundary is None:
+            self.boundary = Boundary(cells, wants, str(call))
+
+    def head_window(self, call: Call, x: Cells, extent: Pair) -> tuple[Cells, Windows]:
+        """The window of the head over a map, padded first if the map is to keep its size.
+
+        Padding is done once, for all positions that the head takes, so that a cell at the border is
+        the head on features with zeros around them.
+        """
+        kernel = (
+            Window(extent[0], dilation=x.dilation[0]),
+            Window(extent[1], dilation=x.dilation[1]),
+        )
+        if not self._same or x.margin is not None or x.positions == 1:
+            return x, kernel
+        more = [(n - 1) * d for n, d in zip(x.extent[1:], x.dilation)]
+        (top, bottom), (left, right) = ((n // 2, n - n // 2) for n in more)
+        stride = self.steps.stride_at(x.step)
+        margin = (top * stride[0], left * stride[1])
+        node = self.graph.call_function(F.pad, (x.node, (left, right, top, bottom)))
+        windows = Window(before=top, after=bottom), Window(before=left, after=right)
+        step = self.steps.add(windows, (x.step,), str(call))
+        return replace(x, node=node, step=step, margin=margin), kernel
+
+
+def _check_extent(call: Call, windows: Windows, size: Sequence[int], found: Sequence[int]) -> None:
+    """The geometry of a rule must give the size that the source's layer gives."""
+    expected = tuple(window.output_size(n) for window, n in zip(windows, size))
+    if tuple(found) != expected:
+        raise UnsupportedLayerError(
+            f"{call} makes {tuple(found)} positions of {tuple(size)}, where the windows of its "
+            f"rule make {expected}; give its rule all that its size depends on"
+        )
