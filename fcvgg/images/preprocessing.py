@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from math import isfinite
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -28,7 +28,9 @@ _LARGEST_RESIZE = 4096
 
 _IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
-PRESETS: dict[str, tuple[tuple[float, ...], tuple[float, ...], float, str]] = {
+ChannelOrder = Literal["RGB", "BGR"]
+
+PRESETS: dict[str, tuple[tuple[float, ...], tuple[float, ...], float, ChannelOrder]] = {
     "imagenet": (*_IMAGENET, 1 / 255, "RGB"),
     "caffe": ((103.939, 116.779, 123.68), (1.0, 1.0, 1.0), 1.0, "BGR"),
     "tf": ((0.5,), (0.5,), 1 / 255, "RGB"),
@@ -71,9 +73,9 @@ class Preprocess:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     scale: float = 1 / 255
-    channel_order: str = "RGB"
+    channel_order: ChannelOrder = "RGB"
     resize: int | Pair | None = None
-    interpolation: str = "bilinear"
+    interpolation: Literal["bilinear", "bicubic", "nearest", "lanczos"] = "bilinear"
     value_range: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fcvgg.categories import class_index, class_name
+from fcvgg.choices import Average, Combine
 from fcvgg.errors import ArgumentError, ImageError, check_choice
 from fcvgg.geometry import Geometry, Pair, checked_size
 from fcvgg.probability import (
@@ -78,7 +79,7 @@ class ScoreMap:
         probabilities = to_probabilities(self.scores, self.activation)
         return probabilities.masked_fill(~self.has_data, torch.nan)
 
-    def predict(self, average: str = "scores") -> Tensor:
+    def predict(self, average: Average = "scores") -> Tensor:
         """The class probabilities of the image, ``(K,)``, averaged as `average` says.
 
         The average is over the cells with data; NaN where there is none.
@@ -230,7 +231,9 @@ COMBINATIONS = ("max", "mean")
 
 
 def pyramid_heatmap(
-    maps: Sequence[ScoreMap], target: int | str | None = None, combine: str = "max"
+    maps: Sequence[ScoreMap],
+    target: int | str | None = None,
+    combine: Combine = "max",
 ) -> Heatmap:
     """One class's probability at every pixel, from several scales.
 

@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -131,7 +131,7 @@ def open_image(
     level: int = 0,
     *,
     bands: Sequence[int] | None = None,
-    missing: str = "fill",
+    missing: Literal["fill", "error"] = "fill",
     nodata: float | str | None = None,
 ) -> StripSource:
     """An image, read by strips or whole: for `fcvgg.stream`, and wherever else an image is taken.
