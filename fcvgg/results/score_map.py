@@ -20,7 +20,7 @@ from fcvgg.probability import (
     cells_with_data,
     require_classes,
     to_probabilities,
-    widened,
+    upcast,
 )
 from fcvgg.results.boxes import CellWindows, cell_windows
 from fcvgg.results.drawing import resized
@@ -126,8 +126,9 @@ class ScoreMap:
             "pass a smaller one to resample, or look at one class with heatmap(target, size=)",
             len(self.scores),
         )
+        # a cell without data may hold infinities in some classes; NaN in all spreads alike
         scores = self.scores.masked_fill(~self.has_data, torch.nan)
-        return interpolated(widened(scores), self.geometry, self._points(size)).to(scores.dtype)
+        return interpolated(upcast(scores), self.geometry, self._points(size)).to(scores.dtype)
 
     def heatmap(
         self, target: int | str | None = None, *, size: Iterable[int] | int | None = None
@@ -260,6 +261,7 @@ def pyramid_heatmap(
         index = int(torch.stack([one.predict() for one in useful]).mean(0).argmax())
     else:
         index = class_index(target, maps[0].categories, len(maps[0].scores))
+    # one scale at a time in place, so that no more than two heatmaps are held
     first, *others = useful
     heatmap = first.heatmap(index)
     values, coverage, windows = heatmap.values, heatmap.coverage, [heatmap.windows]

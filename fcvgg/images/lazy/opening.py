@@ -296,7 +296,7 @@ def strip_source(
 
     Args:
         source: an image of any kind.
-        channels: of the network, by which the values of pixels ``(H, W, C)`` are told from
+        channels: of the network, by which pixels of floats ``(H, W, C)`` are distinguished from
             preprocessed floats ``(C, H, W)``.
         nodata: as for `open_image`.
 
@@ -404,11 +404,7 @@ def _ome_attributes(node: Any) -> Any:
 
 
 def _ome_image(node: Any, path: Path) -> Any:
-    """The group that is an image: itself, or the only one that bioformats2raw wrote into it.
-
-    Raises:
-        ImageError: if there is none, or several; it names what to pass.
-    """
+    """The group that is an image: itself, or the only one that bioformats2raw wrote into it."""
     attributes = _ome_attributes(node)
     if attributes.get("multiscales"):
         return node
