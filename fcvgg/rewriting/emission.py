@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fcvgg.errors import CaptureError, UnsupportedLayerError
+from fcvgg.errors import CaptureError, RefusedLayerError, UnsupportedLayerError
 from fcvgg.geometry import Pair
 from fcvgg.rewriting.capture import Captured
 from fcvgg.rewriting.layouts import Cells, Constant
@@ -330,3 +330,15 @@ class Emitter:
         # not persistent: checkpoints have the source's keys
         self.modules.register_buffer(name, value, persistent=False)
         return name
+
+
+def refuse_pooled(call: Call) -> None:
+    """Refuse to combine what was pooled over all positions with the positions themselves.
+
+    Raises:
+        RefusedLayerError: always.
+    """
+    raise RefusedLayerError(
+        f"{call} combines a map with a value pooled over all its positions, as "
+        "squeeze-and-excitation does; every cell would depend on the whole image"
+    )

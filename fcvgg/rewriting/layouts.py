@@ -276,3 +276,16 @@ def pooled_layout(cells: Cells, axes: tuple[int, ...]) -> tuple[Pair, Tensor] | 
         if distinct and alike and rows.shape[-1] == covers[0] * covers[1]:
             return bins, groups[..., 0]
     return None
+
+
+def of_blocks(cells: Cells, block: Pair) -> Tensor:
+    """The layout over another map, in which the elements of each block have become channels.
+
+    Element ``(c, y, x)`` of the window is ``((c * bh + y % bh) * bw + x % bw, y // bh, x // bw)``
+    there, as in the result of torch's pixel unshuffle.
+    """
+    (bh, bw), (_, height, width) = block, cells.extent
+    layout = cells.layout
+    channel, y, x = layout // cells.positions, layout % cells.positions // width, layout % width
+    channel = (channel * bh + y % bh) * bw + x % bw
+    return (channel * (height // bh) + y // bh) * (width // bw) + x // bw

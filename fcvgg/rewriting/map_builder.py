@@ -182,6 +182,7 @@ class MapBuilder(Emitter):
         multiply_adds: int = 0,
         kind: str | None = None,
         pools: str | None = None,
+        extent: tuple[int, int, int] | None = None,
     ) -> Cells:
         """A layer that slides a kernel: convolution or pool.
 
@@ -189,9 +190,10 @@ class MapBuilder(Emitter):
         source's because strides before it, or its own, became dilation; when None, the source's
         call is repeated, and a layer that must be dilated is refused. `pools` is how a pool makes
         one value of many, ``"avg"``, ``"max"`` or ``"other"``; other layers make new scores.
+        `extent` is that of the result where the source's value has another shape.
         """
         dense, dilation = self._densified(call, x, windows)
-        extent = tuple(call.node.meta["value"].shape[1:])
+        extent = extent or tuple(call.node.meta["value"].shape[1:])
         # The source's own result at the native size checks the geometry that the rule states.
         _check_extent(call, windows, x.extent[1:], extent[1:])
         if emit is None and dense != windows:

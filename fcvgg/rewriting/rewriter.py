@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from fcvgg.errors import (
     ConversionError,
@@ -26,7 +26,7 @@ from fcvgg.errors import (
 from fcvgg.geometry import IMAGE
 from fcvgg.rewriting.aliasing import InPlaceChanges
 from fcvgg.rewriting.capture import BATCH, Captured, storages_of
-from fcvgg.rewriting.emission import Call
+from fcvgg.rewriting.emission import Call, refuse_pooled
 from fcvgg.rewriting.layouts import Cells, Constant, Unusable
 from fcvgg.rewriting.map_builder import MapBuilder
 from fcvgg.rewriting.program import Program, graph_module, same_grid
@@ -72,13 +72,30 @@ class Rewriter:
     def _refuse_first(self, nodes: Iterable[fx.Node], kind_for: Callable[..., LayerKind]) -> None:
         """Name what breaks the equivalence before helpers of it that merely have no rule."""
         for node in nodes:
-            if node.op.startswith("call"):
-                try:
-                    kind_for(node, self.build.module_of(node))
-                except RefusedLayerError:
-                    raise
-                except UnsupportedLayerError:
-                    continue
+            if not node.op.startswith("call"):
+                continue
+            module = self.build.module_of(node)
+            kind: LayerKind | None = None
+            try:
+                kind = kind_for(node, module)
+            except RefusedLayerError:
+                raise
+            except UnsupportedLayerError:
+                pass
+            slides = kind is not None and (kind.slides is not None or kind.has_extent)
+            if not slides and self._spreads_pooled(node):
+                refuse_pooled(Call(node, module))
+
+    def _spreads_pooled(self, node: fx.Node) -> bool:
+        """Whether a value of one position, pooled from a map, is spread over a map's positions."""
+        made = node.meta.get("value")
+        if not isinstance(made, Tensor) or made.ndim < 4:
+            return False
+        fed = [n.meta.get("value") for n in node.all_input_nodes if self._sees_images(n)]
+        shapes = [x.shape for x in fed if isinstance(x, Tensor) and x.ndim == made.ndim]
+        over_last = made.shape[-2:].numel() > 1 and any(n[-2:] == (1, 1) for n in shapes)
+        over_middle = made.ndim == 4 and made.shape[1:3].numel() > 1  # (N, H, W, C)
+        return over_last or (over_middle and any(n[1:3] == (1, 1) and n[3] > 1 for n in shapes))
 
     def _rewrite(self, node: fx.Node, kind_for: Callable[..., LayerKind]) -> Any:
         module = self.build.module_of(node)

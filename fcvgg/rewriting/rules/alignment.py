@@ -8,9 +8,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from fcvgg.errors import RefusedLayerError, UnsupportedLayerError
+from fcvgg.errors import UnsupportedLayerError
 from fcvgg.rewriting.channel_view import ChannelView, channel_view, is_flattened
-from fcvgg.rewriting.emission import Call
+from fcvgg.rewriting.emission import Call, refuse_pooled
 from fcvgg.rewriting.layouts import Cells, Constant
 from fcvgg.rewriting.map_builder import MapBuilder
 
@@ -28,6 +28,7 @@ def aligned(
         RefusedLayerError: if a pooled value meets the map that it was pooled from.
         UnsupportedLayerError: if the operands lie differently, or a constant depends on positions.
     """
+    # scalars fit every layout, and keep `x * 2` in the form in which it was written
     constants = [_narrowed(build, constant) for constant in constants]
     scalars = {
         i: _reshaped(build, constant, ())
@@ -57,11 +58,7 @@ def _on_one_window(build: MapBuilder, call: Call, operands: Sequence[Cells]) -> 
             )
         pooled = [cells for cells in operands if cells.positions == 1]
         if any(_spreads(x, cells) for x in pooled for cells in operands if cells.positions > 1):
-            raise RefusedLayerError(
-                f"{call} combines a map with a value pooled over all its positions "
-                "(squeeze-and-excitation or global attention); every cell would depend on the "
-                "whole image"
-            )
+            refuse_pooled(call)
     if len(extents) > 1 or any(map(is_flattened, operands)):
         return [build.gathered(cells, call) for cells in operands]
     if len({cells.dilation for cells in operands}) > 1:
@@ -124,6 +121,7 @@ def _in_one_order(
     """Choose and repeat channels so that index i of all operands is the same element."""
     ndim = max(len(cells.dims) for cells in operands)
     ndim = max(ndim, *(len(shape) for _, shape in constants), 0) if constants else ndim
+    # positions are the same in all operands, so any of those with all position axes tells them
     widest = max(range(len(views)), key=lambda i: views[i].places.ndim)
     lead = ndim - len(operands[widest].dims)
     over_places = [
@@ -147,6 +145,8 @@ def _in_one_order(
                 f"{call} {_BY_POSITION.format(tuple(constant.value.shape))}"
             )
         shapes.append(padded)
+    # as in the source, a dimension of length 1 meets every index of another one; on the map that is
+    # a repetition of channels, or of none where the operand has a single one
     try:
         full = torch.broadcast_shapes(*shapes)
     except RuntimeError as error:
