@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from math import gcd
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -28,6 +28,7 @@ from fcvgg.rewriting.native_size import infer_input_size
 from fcvgg.rewriting.program import Program, TrainingMode
 from fcvgg.rewriting.rewriter import Rewriter
 from fcvgg.rewriting.rules import is_known, kind_for
+from fcvgg.rewriting.rules.relatives import relative_named
 from fcvgg.rewriting.size_numbers import check_numbers
 from fcvgg.rewriting.twins import sharing_twin, without_wrappers
 from fcvgg.support.module_state import listed
@@ -39,7 +40,7 @@ def convert(
     *,
     input_size: int | Iterable[int] | None = None,
     output_stride: int | None = None,
-    padding: str = "valid",
+    padding: Literal["valid", "same"] = "valid",
     copy: bool = False,
     verify: bool = True,
     preprocess: Preprocess | str | None = None,
@@ -89,11 +90,12 @@ def convert(
     """
     _check_options(padding, output_stride, in_channels)
     model = unwrapped(model)
-    size = _native_size(model, input_size, in_channels)
-    with _fitting_size_named(model, input_size, in_channels):
-        captured = capture(model, size, is_known, in_channels)
-        modules = sharing_twin(model, own=copy)
-        program = _rewrite(captured, model, modules, output_stride, padding == "same")
+    with relative_named(model):
+        size = _native_size(model, input_size, in_channels)
+        with _fitting_size_named(model, input_size, in_channels):
+            captured = capture(model, size, is_known, in_channels)
+            modules = sharing_twin(model, own=copy)
+            program = _rewrite(captured, model, modules, output_stride, padding == "same")
     net = FullyConvolutional(
         program,
         input_size=size,
@@ -116,8 +118,9 @@ def check_convertible(model: nn.Module, input_size: int | Iterable[int]) -> None
         ConversionError: if the model cannot be converted exactly; the message names the layer.
     """
     model = unwrapped(model)
-    captured = capture(model, _native_size(model, input_size), is_known)
-    _rewrite(captured, model, sharing_twin(model))
+    with relative_named(model):
+        captured = capture(model, _native_size(model, input_size), is_known)
+        _rewrite(captured, model, sharing_twin(model))
 
 
 def _rewrite(

@@ -31,7 +31,8 @@ def test_timms_vgg() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["resnet10t", "regnetx_002", "mobilenetv2_050", "nf_resnet26", "dla46_c"]
+    "name",
+    ["resnet10t", "regnetx_002", "mobilenetv2_050", "nf_resnet26", "dla46_c", "test_mambaout"],
 )
 def test_timm_models_that_convert(name: str) -> None:
     model = seeded(timm.create_model, name, num_classes=7)
@@ -56,7 +57,27 @@ def test_timms_batch_norms_train() -> None:
 @pytest.mark.parametrize(
     ("name", "size", "message"),
     [
-        ("mobilenetv3_small_050", 64, r"blocks\.0\.0\.se\) combines a map with a value pooled ove"),
+        (
+            "mobilenetv3_small_050",
+            64,
+            r"blocks\.0\.0\.se\) combines a map with a value pooled over all its positions, as "
+            r"squeeze-and-excitation does; every cell would depend on the whole image; timm's "
+            r"tf_mobilenetv3_small_minimal_100, which has no squeeze-and-excitation, converts$",
+        ),
+        (
+            "ecaresnet26t",
+            64,
+            r"expand_as .*layer1\.0\.se\) combines a map .*; timm's resnet50, which",
+        ),
+        ("skresnet18", 64, r"layer1\.0\.conv1\.attn|mul .*combines a map with a value pooled"),
+        ("resnest14d", 64, r"mul .*layer1\.0\.conv2\) combines a map with a value pooled"),
+        (
+            "convnextv2_atto",
+            64,
+            r"mlp\.grn\) combines a map .*; timm's convnext_atto, which has no",
+        ),
+        ("resnetv2_50d_evos", 64, r"stem\.norm1\) (combines a map|is refused: its statistics)"),
+        ("sequencer2d_s", 224, r"rnn_v \(LSTM\) is refused: a recurrent layer runs over"),
         ("vit_tiny_patch16_224", 224, r"scaled_dot_product_attention .*refused: attention mixes"),
         ("mixer_s32_224", 224, r"mlp_tokens\.fc1 \(Linear\) mixes positions: .*\(N, 512, 49\)"),
         ("hrnet_w18_small", 64, r"\(Upsample\) is refused: resizing"),

@@ -29,14 +29,15 @@ from dataclasses import asdict, dataclass
 from fnmatch import fnmatch
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import torch
 import torchvision
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from zoo_models import TIMM, TRANSFORMERS
 
 import fcvgg
+from zoo_models import TIMM, TRANSFORMERS_CHANGES, TRANSFORMERS_LEFT_OUT
 
 LIMIT = 60
 """Seconds of processor time for one model."""
@@ -45,6 +46,12 @@ TOLERANCE = 1e-10
 CLASSES = 10
 SMALL_SIZES = (64, 128)
 """Native sizes tried for a model that takes any, which save time."""
+
+LARGE_MODEL = 75_000_000
+"""Parameters from which on half of the smallest of these sizes is tried first."""
+
+GUIDE = Path(__file__).parents[1] / "guides" / "architectures.md"
+MARK = "<!-- The rest of this page is written by examples/benchmarks/zoo.py. -->"
 
 RESULTS = ("exact", "refused", "wrong", "crash", "timeout")
 
@@ -109,15 +116,24 @@ def timm_entries() -> Iterator[Entry]:
 
 def transformers_entries() -> Iterator[Entry]:
     """Every image classifier of transformers, from its default configuration."""
-    from transformers import AutoConfig, AutoModelForImageClassification
+    import transformers
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES as CLASS_NAMES,
+    )
 
-    for family, changes in TRANSFORMERS.items():
+    for family, class_names in CLASS_NAMES.items():
+        if family in TRANSFORMERS_LEFT_OUT:
+            continue
+        name = class_names if isinstance(class_names, str) else class_names[0]
 
-        def build(family: str = family, changes: dict[str, object] = changes) -> nn.Module:
-            config = AutoConfig.for_model(family, num_labels=CLASSES, **changes)
-            return AutoModelForImageClassification.from_config(config)
+        changes = TRANSFORMERS_CHANGES.get(family, {})
+        config = transformers.AutoConfig.for_model(family, num_labels=CLASSES, **changes)
 
-        yield Entry("transformers", family, family, build)
+        def build(name: str = name, config: Any = config) -> nn.Module:
+            return getattr(transformers, name)(config)
+
+        size = getattr(getattr(config, "vision_config", config), "image_size", 224)
+        yield Entry("transformers", family, family, build, size if isinstance(size, int) else 224)
 
 
 LIBRARIES = {
@@ -131,29 +147,31 @@ LIBRARIES = {
 
 
 def examine(entry: Entry) -> Row:
-    """Convert one architecture and compare the two."""
-
-    def row(result: str, message: str, **more: int | float) -> Row:
-        seconds = round(time.process_time() - began, 1)
-        return Row(entry.library, entry.family, entry.name, result, message, seconds, **more)
-
+    """Convert one architecture and compare the two, with the seconds that it takes."""
     began = time.process_time()
+    known: dict[str, Any] = {}
     try:
-        try:
-            size = converting_size(entry)
-        except fcvgg.FcvggError as error:
-            return row("refused", str(error))
-        model = with_weights(entry, size)
-        net = fcvgg.convert(model, input_size=size, verify=False)
-        report = fcvgg.verify(model, net, tolerance=TOLERANCE)
-    except Exception as error:
-        place = traceback.extract_tb(error.__traceback__)[-1]
-        return row("crash", f"{type(error).__name__}: {error} ({place.name})".replace("\n", " "))
+        result, message, known = outcome(entry)
+    except Exception as fault:
+        place = traceback.extract_tb(fault.__traceback__)[-1].name
+        result, message = "crash", f"{type(fault).__name__}: {fault} ({place})".replace("\n", " ")
+    seconds = round(time.process_time() - began, 1)
+    return Row(entry.library, entry.family, entry.name, result, message, seconds, **known)
+
+
+def outcome(entry: Entry) -> tuple[str, str, dict[str, Any]]:
+    """What becomes of an architecture: the result, its message, and the last fields of `Row`."""
+    try:
+        size = converting_size(entry)
+    except fcvgg.FcvggError as refusal:
+        return "refused", str(refusal), {}
+    model = with_weights(entry, size)
+    net = fcvgg.convert(model, input_size=size, verify=False)
+    report = fcvgg.verify(model, net, tolerance=TOLERANCE)
     error = max(report.max_rel_error, report.translation_error)
-    message = "" if error <= TOLERANCE else str(report)
     parameters = sum(p.numel() for p in model.parameters())
     known = {"input_size": size, "parameters": parameters, "error": error}
-    return row("wrong" if message else "exact", message, **known)
+    return ("exact", "", known) if error <= TOLERANCE else ("wrong", str(report), known)
 
 
 def converting_size(entry: Entry) -> int:
@@ -166,7 +184,8 @@ def converting_size(entry: Entry) -> int:
     """
     model = built(entry, "meta")
     fcvgg.convert(model, input_size=entry.size, verify=False)
-    for size in (None, *SMALL_SIZES):
+    large = sum(p.numel() for p in model.parameters()) >= LARGE_MODEL
+    for size in (None, *([SMALL_SIZES[0] // 2] if large else []), *SMALL_SIZES):
         with contextlib.suppress(fcvgg.FcvggError):
             return fcvgg.convert(model, input_size=size, verify=False).input_size[0]
     return entry.size
@@ -189,15 +208,14 @@ def with_weights(entry: Entry, size: int) -> nn.Module:
     norms take the statistics of a batch of noise, so that signals neither vanish nor explode.
     """
     torch.manual_seed(0)
-    model = entry.build().double()
+    model = entry.build().double().eval()
     for parameter in model.parameters():
         if parameter.numel() == 1 or parameter.ndim < 2 or parameter.std() == 0:
-            parameter += torch.empty_like(parameter).uniform_(-0.3, 0.3)
+            parameter.add_(torch.empty_like(parameter).uniform_(-0.3, 0.3))
     norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
     if norms:
-        model.train()
         for norm in norms:
-            norm.momentum = 1.0
+            norm.train().momentum = 1.0
         model(torch.randn(4, 3, size, size, dtype=torch.float64))
     return model.eval()
 
@@ -240,6 +258,7 @@ def _examine_and_send(entry: Entry, sender: Connection) -> None:
 
 
 def read(path: Path) -> list[Row]:
+    """The rows of a file; none if there is no file."""
     return [Row(**row) for row in json.loads(path.read_text())["rows"]] if path.exists() else []
 
 
@@ -262,12 +281,52 @@ def counts(rows: Iterable[Row]) -> dict[str, int]:
     return {result: results.count(result) for result in RESULTS if result in results}
 
 
+REASONS = {
+    "recurrent": "recurrent layers",
+    "attention": "attention",
+    "squeeze-and-excitation": "a pool over the whole map (squeeze-and-excitation and the like)",
+    "statistics": "statistics of the whole map",
+    "resizing": "resizing",
+    "mixes positions": "layers that mix positions",
+}
+"""From a word of a refusal to what the table says; the first that is found counts."""
+
+
+def reason(row: Row) -> str:
+    """Why a model is refused, in a few words."""
+    return next((short for word, short in REASONS.items() if word in row.message), row.message)
+
+
 def table(rows: Iterable[Row]) -> str:
-    """One line for each family, as markdown."""
-    return "TODO\n"
+    """One line for each library with its counts, and one for each family, as markdown."""
+    by_library: dict[str, dict[str, list[Row]]] = {}
+    for row in rows:
+        by_library.setdefault(row.library, {}).setdefault(row.family, []).append(row)
+    lines = ["| library | architectures | exact | refused |", "| --- | ---: | ---: | ---: |"]
+    for library, families in by_library.items():
+        found = counts(row for members in families.values() for row in members)
+        numbers = sum(found.values()), found.get("exact", 0), found.get("refused", 0)
+        lines.append(f"| {library} | {' | '.join(map(str, numbers))} |")
+    for library, families in by_library.items():
+        lines += ["", f"**{library}**", "", "| family | exact | refused | because of |"]
+        lines.append("| --- | --- | --- | --- |")
+        for family, members in families.items():
+            exact = ", ".join(row.name for row in members if row.result == "exact")
+            others = [row for row in members if row.result != "exact"]
+            because = "; ".join(dict.fromkeys(reason(row) for row in others))
+            names = ", ".join(row.name for row in others)
+            lines.append(f"| {family} | {exact} | {names} | {because} |")
+    return "\n".join(lines) + "\n"
+
+
+def update_guide(rows: Iterable[Row]) -> None:
+    """Put the table into the guide, after the line that says where it begins."""
+    text, mark, _ = GUIDE.read_text().partition(MARK)
+    GUIDE.write_text(f"{text}{mark}\n\n{table(rows)}")
 
 
 def main() -> None:
+    """Examine what the options ask for, one model after the other."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--library", choices=LIBRARIES, help="One library instead of all.")
     parser.add_argument(
@@ -279,6 +338,7 @@ def main() -> None:
     )
     options = parser.parse_args()
     torch.set_num_threads(1)
+    options.output.parent.mkdir(parents=True, exist_ok=True)
     rows = {(row.library, row.name): row for row in read(options.output)}
     for library in [options.library] if options.library else LIBRARIES:
         for entry in LIBRARIES[library]():
@@ -288,6 +348,8 @@ def main() -> None:
             row = rows[library, entry.name] = examine_apart(entry)
             print(f"{row.name:32} {row.result:8} {row.seconds:5.1f} s  {row.message}", flush=True)
             write(rows.values(), options.output)
+    if options.output == Path(__file__).with_suffix(".json"):
+        update_guide(read(options.output))
     print(", ".join(f"{number} {result}" for result, number in counts(rows.values()).items()))
 
 

@@ -64,7 +64,8 @@ TIMM = {
     "levit": "levit_128s levit_conv_128s",
     "lowformer": "lowformer_b0",
     "mambaout": "mambaout_femto test_mambaout",
-    "maxxvit": "coatnet_nano_rw_224 coatnext_nano_rw_224 maxvit_pico_rw_256 maxxvit_rmlp_nano_rw_256",
+    "maxxvit": "coatnet_nano_rw_224 coatnext_nano_rw_224 maxvit_pico_rw_256 "
+    "maxxvit_rmlp_nano_rw_256",
     "metaformer": "poolformer_s12 poolformerv2_s12 convformer_s18 caformer_s18",
     "mlp_mixer": "mixer_s32_224 gmixer_12_224 resmlp_12_224 gmlp_ti16_224",
     "mobilenetv3": "mobilenetv3_small_050 mobilenetv3_large_075 tf_mobilenetv3_small_minimal_100 "
@@ -124,48 +125,17 @@ TIMM = {
 }
 """From a module of timm's to the names of the models taken from it."""
 
-TRANSFORMERS: dict[str, dict[str, object]] = {
-    "beit": {},
-    "bit": {},
-    "clip": {},
+TRANSFORMERS_CHANGES: dict[str, dict[str, object]] = {
     "convnext": {"hidden_sizes": [24, 48, 96, 192], "depths": [2, 2, 3, 2]},
     "convnextv2": {"hidden_sizes": [24, 48, 96, 192], "depths": [2, 2, 3, 2]},
-    "cvt": {},
-    "data2vec-vision": {},
-    "deit": {},
-    "dinat": {},
-    "dinov2": {},
-    "dinov2_with_registers": {},
-    "donut-swin": {},
-    "efficientnet": {},
-    "focalnet": {},
-    "hgnet_v2": {},
-    "hiera": {},
-    "ijepa": {},
-    "imagegpt": {},
-    "levit": {},
-    "metaclip_2": {},
-    "mobilenet_v1": {},
-    "mobilenet_v2": {},
-    "mobilevit": {},
-    "mobilevitv2": {},
-    "perceiver": {},
-    "poolformer": {},
-    "pp_lcnet": {},
-    "pvt": {},
-    "pvt_v2": {},
-    "regnet": {},
-    "resnet": {},
-    "segformer": {},
-    "shieldgemma2": {},
-    "siglip": {},
-    "siglip2": {},
-    "swiftformer": {},
-    "swin": {},
-    "swinv2": {},
-    "textnet": {},
     "timm_wrapper": {"architecture": "resnet18"},
-    "vit": {},
-    "vit_msn": {},
 }
 """From a model type of transformers to what is changed in its default configuration."""
+
+TRANSFORMERS_LEFT_OUT = {
+    "dinat": "needs the package natten",
+    "imagegpt": "takes the colour clusters of pixels as tokens",
+    "shieldgemma2": "takes text and an image",
+    "siglip2": "takes patches, not images",
+}
+"""Model types that are no classifiers of images ``(N, C, H, W)``, or cannot be built here."""

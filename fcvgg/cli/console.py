@@ -89,13 +89,13 @@ def complain(message: object) -> None:
     _print(_errors(), line)
 
 
-def tell(note: object) -> None:
+def note(message: object) -> None:
     """Print a note on stderr, in one line."""
-    line = Text.assemble(("fcvgg: ", "bold yellow"), readable(" ".join(str(note).split())))
+    line = Text.assemble(("fcvgg: ", "bold yellow"), readable(" ".join(str(message).split())))
     _print(_errors(), line)
 
 
-def tell_skipped(files: Sequence[Unreadable], used: int) -> None:
+def note_skipped(files: Sequence[Unreadable], used: int) -> None:
     """Print a note on stderr on the files of a folder that were left out.
 
     Images that cannot be read have a line each; a last line counts all files by their reason.
@@ -107,7 +107,7 @@ def tell_skipped(files: Sequence[Unreadable], used: int) -> None:
     if len(failed) > _LISTED:
         lines.append(f"skipped {len(failed) - _LISTED} more that cannot be read")
     for line in [*lines, *[left_out(files, used)] * bool(files)]:
-        tell(line)
+        note(line)
 
 
 def examples(*commands: str) -> str:

@@ -8,8 +8,8 @@ from typing import Annotated, Any
 import typer
 from rich.text import Text
 
-from fcvgg.cli.classify import Average, AverageOf
-from fcvgg.cli.console import say, say_wrote, tell_skipped
+from fcvgg.cli.classify import AverageOf
+from fcvgg.cli.console import note_skipped, say, say_wrote
 from fcvgg.cli.options import (
     Flip,
     NetworkOptions,
@@ -71,7 +71,7 @@ def run(
     protocols: Protocols = "center-crop,resize,dense",
     scales: Scales = None,
     flip: Flip = False,
-    average: AverageOf = Average.scores,
+    average: AverageOf = "scores",
     classes: Classes = False,
     output: Output = Path("evaluation.json"),
 ) -> None:
@@ -90,10 +90,10 @@ def run(
         protocols=protocols,
         scales=scales,
         flip=flip,
-        average=average.value,
+        average=average,
         progress=True,
     )
-    tell_skipped(evaluation.skipped, evaluation.images)
+    note_skipped(evaluation.skipped, evaluation.images)
     named = network.model
     if network.weights != "DEFAULT":
         named += f" with {network.weights}"

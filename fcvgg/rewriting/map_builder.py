@@ -67,6 +67,7 @@ class MapBuilder(Emitter):
         cells = self._expect_cells(cells, call)
         if cells.is_map:
             return cells
+        # A permutation of channels is a map too, once the channels are put in the layout's order.
         if len(cells.dims) == 3:
             settled = self.features(call, cells, 0)
             if settled.is_map:
@@ -90,6 +91,7 @@ class MapBuilder(Emitter):
             )
         if torch.equal(channels, torch.arange(cells.extent[0])):
             return cells
+        # From here on the map itself has the order that only the layout had.
         return with_channels(cells, axis, len(channels), node=self.chosen(cells.node, channels))
 
     def whole(self, cells: Cells) -> Cells:
@@ -108,6 +110,7 @@ class MapBuilder(Emitter):
     def chosen(self, node: fx.Node, channels: Tensor) -> fx.Node:
         """Emit the choice of some channels: a slice where it is one."""
         first, count = int(channels[0]), len(channels)
+        # A slice is a view, and an exported graph shows it as one; an index would copy the map.
         if torch.equal(channels, torch.arange(first, first + count)):
             return self.graph.call_method("narrow", (node, 1, first, count))
         return self.select(node, channels)
@@ -128,6 +131,8 @@ class MapBuilder(Emitter):
         Args:
             node: the operation in the new graph.
         """
+        # The head's padding shifts its cells, so that those of one branch would meet others'
+        # there.
         if len({c.margin for c in cells}) > 1:
             raise ConversionError(
                 f"{call} joins branches that padding='same' pads differently; use padding='valid'"
@@ -177,6 +182,7 @@ class MapBuilder(Emitter):
         multiply_adds: int = 0,
         kind: str | None = None,
         pools: str | None = None,
+        extent: tuple[int, int, int] | None = None,
     ) -> Cells:
         """A layer that slides a kernel: convolution or pool.
 
@@ -184,14 +190,17 @@ class MapBuilder(Emitter):
         source's because strides before it, or its own, became dilation; when None, the source's
         call is repeated, and a layer that must be dilated is refused. `pools` is how a pool makes
         one value of many, ``"avg"``, ``"max"`` or ``"other"``; other layers make new scores.
+        `extent` is that of the result where the source's value has another shape.
         """
         dense, dilation = self._densified(call, x, windows)
-        extent = tuple(call.node.meta["value"].shape[1:])
+        extent = extent or tuple(call.node.meta["value"].shape[1:])
+        # The source's own result at the native size checks the geometry that the rule states.
         _check_extent(call, windows, x.extent[1:], extent[1:])
         if emit is None and dense != windows:
             raise UnsupportedLayerError(
                 f"{call} has no dilated form; convert without output_stride"
             )
+        # `pooling` tells a global pool from a stage of the trunk by the kernels before it.
         self.kernels.add((kind or call.kind, (windows[0].kernel, windows[1].kernel)))
         node = self.repeat(call, x) if emit is None else emit(dense, dense != windows)
         step = self.steps.add(dense, (x.step,), str(call))
@@ -210,6 +219,7 @@ class MapBuilder(Emitter):
         """
         unseen = []
         for axis, (window, size, cells) in enumerate(zip(windows, x.extent[1:], outputs)):
+            # the positions after the last window's end, in units of this layer's input
             rest = size + window.before - window.span - (cells - 1) * window.stride
             pixels = self.steps.stride_at(x.step)[axis] * x.dilation[axis]
             unseen.append(x.unseen[axis] + max(rest, 0) * pixels)
@@ -219,6 +229,8 @@ class MapBuilder(Emitter):
         """The windows on this map, with strides beyond the output stride taken out."""
         dense, dilations = [], []
         for window, spread, stride in zip(windows, x.dilation, self.steps.stride_at(x.step)):
+            # The stride that a cell grid of `output_stride` still allows; the rest becomes dilation
+            # of all that follows, so that each output of the source is one of the outputs here.
             allowed = window.stride
             if self._output_stride is not None:
                 allowed = gcd(window.stride, max(self._output_stride // stride, 1))
@@ -236,6 +248,7 @@ class MapBuilder(Emitter):
                     after=window.after * spread,
                 )
             )
+            # neighbours in the source's result lie this far apart on the dense map
             dilations.append(spread * (window.stride // allowed))
         return (dense[0], dense[1]), (dilations[0], dilations[1])
 
@@ -280,9 +293,12 @@ class MapBuilder(Emitter):
         )
         if not self._same or x.margin is not None or x.positions == 1:
             return x, kernel
+        # A window of n positions loses (n - 1) * dilation of them; the odd one is added at the end,
+        # as torch's padding="same" adds it.
         more = [(n - 1) * d for n, d in zip(x.extent[1:], x.dilation)]
         (top, bottom), (left, right) = ((n // 2, n - n // 2) for n in more)
         stride = self.steps.stride_at(x.step)
+        # in pixels, since cell 0 now stands that far before the image
         margin = (top * stride[0], left * stride[1])
         node = self.graph.call_function(F.pad, (x.node, (left, right, top, bottom)))
         windows = Window(before=top, after=bottom), Window(before=left, after=right)

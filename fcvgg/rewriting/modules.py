@@ -159,6 +159,41 @@ def cut_to(x: Tensor, *others: Tensor) -> Tensor:
     return x[:, :, :height, :width]
 
 
+class Patches(nn.Module):
+    """The elements of every window as channels: ``(N, C, H, W) -> (N, C*kh*kw, h, w)``.
+
+    Channel ``(c*kh + i)*kw + j`` holds element (i, j) of channel c, as in `torch.nn.Unfold`.
+    """
+
+    def __init__(self, kernel_size: Pair, stride: Pair, padding: Pair, dilation: Pair):
+        super().__init__()
+        self.kernel_size = kernel_size
+        self.stride = stride
+        self.padding = padding
+        self.dilation = dilation
+
+    def forward(self, x: Tensor) -> Tensor:
+        top, left = self.padding
+        x = F.pad(x, (left, left, top, top))
+        for dim in (2, 3):  # (N, C, kh, H, W), then (N, C, kh, kw, h, w)
+            kernel, stride, dilation = (
+                v[dim - 2] for v in (self.kernel_size, self.stride, self.dilation)
+            )
+            rows = x.ndim - 4 + dim
+            cells = (x.shape[rows] - (kernel - 1) * dilation - 1) // stride + 1
+            taken = (cells - 1) * stride + 1
+            parts = [x.narrow(rows, i * dilation, taken) for i in range(kernel)]
+            parts = [p[..., ::stride, :] if dim == 2 else p[..., ::stride] for p in parts]
+            x = torch.stack(parts, x.ndim - 2)
+        return x.flatten(1, 3)
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.kernel_size}, stride={self.stride}, padding={self.padding}, "
+            f"dilation={self.dilation}"
+        )
+
+
 class BinnedPool2d(nn.Module):
     """Adaptive pooling of every window of a fixed size: the bins become channels.
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from fcvgg.errors import (
     ConversionError,
@@ -26,7 +26,7 @@ from fcvgg.errors import (
 from fcvgg.geometry import IMAGE
 from fcvgg.rewriting.aliasing import InPlaceChanges
 from fcvgg.rewriting.capture import BATCH, Captured, storages_of
-from fcvgg.rewriting.emission import Call
+from fcvgg.rewriting.emission import Call, refuse_pooled
 from fcvgg.rewriting.layouts import Cells, Constant, Unusable
 from fcvgg.rewriting.map_builder import MapBuilder
 from fcvgg.rewriting.program import Program, graph_module, same_grid
@@ -55,6 +55,8 @@ class Rewriter:
         """Rewrite every node by its rule and check that the branches' sizes agree."""
         outputs: Sequence[Cells] = ()
         needed = _needed(self._captured.graph)
+        # A refusal says why the model cannot be converted; a missing rule may be a detail of the
+        # same layer, as the reshapes around an attention are.
         self._refuse_first([n for n in needed if self._sees_images(n)], kind_for)
         for node in needed:
             if node.op == "placeholder":
@@ -70,18 +72,37 @@ class Rewriter:
     def _refuse_first(self, nodes: Iterable[fx.Node], kind_for: Callable[..., LayerKind]) -> None:
         """Name what breaks the equivalence before helpers of it that merely have no rule."""
         for node in nodes:
-            if node.op.startswith("call"):
-                try:
-                    kind_for(node, self.build.module_of(node))
-                except RefusedLayerError:
-                    raise
-                except UnsupportedLayerError:
-                    continue
+            if not node.op.startswith("call"):
+                continue
+            module = self.build.module_of(node)
+            kind: LayerKind | None = None
+            try:
+                kind = kind_for(node, module)
+            except RefusedLayerError:
+                raise
+            except UnsupportedLayerError:
+                pass
+            slides = kind is not None and (kind.slides is not None or kind.has_extent)
+            if not slides and self._spreads_pooled(node):
+                refuse_pooled(Call(node, module))
+
+    def _spreads_pooled(self, node: fx.Node) -> bool:
+        """Whether a value of one position, pooled from a map, is spread over a map's positions."""
+        made = node.meta.get("value")
+        if not isinstance(made, Tensor) or made.ndim < 4:
+            return False
+        fed = [n.meta.get("value") for n in node.all_input_nodes if self._sees_images(n)]
+        shapes = [x.shape for x in fed if isinstance(x, Tensor) and x.ndim == made.ndim]
+        over_last = made.shape[-2:].numel() > 1 and any(n[-2:] == (1, 1) for n in shapes)
+        over_middle = made.ndim == 4 and made.shape[1:3].numel() > 1  # (N, H, W, C)
+        return over_last or (over_middle and any(n[1:3] == (1, 1) and n[3] > 1 for n in shapes))
 
     def _rewrite(self, node: fx.Node, kind_for: Callable[..., LayerKind]) -> Any:
         module = self.build.module_of(node)
         call = Call(node, module)
         args, kwargs = fx.node.map_aggregate((node.args, node.kwargs), self._operand)  # type: ignore
+        # What is computed from parameters alone is the same for every image: no rule is needed, and
+        # the graph computes it at every pass, so that gradients reach the parameters.
         if not self._sees_images(node) and "value" in node.meta:
             return Constant(self.build.emit(call, args, kwargs), node.meta["value"])
         kind = kind_for(node, module)
@@ -90,13 +111,16 @@ class Rewriter:
         given: tuple[Any, ...] = (*args, *kwargs.values())
         for unusable in (argument for argument in given if isinstance(argument, Unusable)):
             raise UnsupportedLayerError(f"{call} takes {unusable.why}")
+        # The trace went on after a failure only to name the layer that tells the native size.
         if "error" in node.meta:
             self._note_head(node)
             self._captured.require_success()
         changed = node.meta.get("changes")
         if changed is not None and isinstance(self._values.get(changed), Cells):
+            # The copy may have moved the operands to another map, so they are looked up again.
             self._in_place.part_before(node, changed)
             args, kwargs = fx.node.map_aggregate((node.args, node.kwargs), self._operand)  # type: ignore
+        # settings of a module are for its rule; a repeated call must not pass them on
         call = replace(call, args=args, kwargs=kwargs)
         kwargs = {**kind.settings_of(module), **kwargs}
         _check_arguments(rule, call, args, kwargs)
@@ -181,6 +205,7 @@ class Rewriter:
         return vectors
 
     def _program(self, outputs: Sequence[Cells]) -> Program:
+        # One geometry stands for all outputs, so their cells must lie in the same places.
         first, *others = (self.build.steps.geometry_at(cells.step) for cells in outputs)
         if not all(same_grid(first, other) for other in others):
             raise ConversionError(

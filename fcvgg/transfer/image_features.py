@@ -6,9 +6,8 @@ import hashlib
 from collections import OrderedDict, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from math import isfinite
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, get_args
 
 import numpy as np
 import torch
@@ -16,6 +15,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from fcvgg.choices import Pooling
 from fcvgg.errors import (
     ArgumentError,
     ConversionError,
@@ -36,7 +36,7 @@ from fcvgg.support.progress import progress_bar
 from fcvgg.transfer.extraction import Features, features_upto
 from fcvgg.transfer.naming import layer_names
 
-POOLINGS = ("avg", "max", None)
+POOLINGS = (*get_args(Pooling), None)
 
 
 class FeatureExtractor:
@@ -63,7 +63,7 @@ class FeatureExtractor:
         model: nn.Module | str | Path,
         layers: Sequence[str],
         *,
-        pooling: str | None = "avg",
+        pooling: Pooling | None = "avg",
         size: int | Iterable[int] | None = None,
         preprocess: Preprocess | str | None = None,
         value_range: tuple[float, float] | None = None,
@@ -75,7 +75,6 @@ class FeatureExtractor:
         check_choice("pooling", pooling, POOLINGS)
         check_integer("batch_size", batch_size, 1)
         self.size = _checked_size(size)
-        self.value_range = _checked_range(value_range)
         model = load(model) if isinstance(model, (str, Path)) else model
         own = model.preprocess if isinstance(model, FullyConvolutional) else None
         self.in_channels = (
@@ -83,8 +82,8 @@ class FeatureExtractor:
         )
         given = given_preprocess(preprocess, self.in_channels)
         self.preprocess = own if given is None else given
-        if self.preprocess is not None and self.value_range is not None:
-            self.preprocess = replace(self.preprocess, value_range=self.value_range)
+        if self.preprocess is not None and value_range is not None:
+            self.preprocess = replace(self.preprocess, value_range=value_range)
         self.pooling = pooling
         self.batch_size = batch_size
         self.progress = progress
@@ -215,17 +214,6 @@ def _checked_size(size: Any) -> int | Pair | None:
         return None
     height, width = checked_size(size, error=ArgumentError)
     return (height, width) if isinstance(size, Iterable) else height
-
-
-def _checked_range(value_range: Any) -> tuple[float, float] | None:
-    if value_range is None:
-        return None
-    values = tuple(value_range) if isinstance(value_range, Iterable) else ()
-    if len(values) != 2 or not all(map(isfinite, values)) or values[0] == values[1]:
-        raise ArgumentError(
-            f"value_range must be two different numbers (black, white), got {value_range!r}"
-        )
-    return float(values[0]), float(values[1])
 
 
 # -- features that were computed before -----------------------------------------------------------

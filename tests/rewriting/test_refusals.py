@@ -54,7 +54,7 @@ def test_torchvision_models_that_mix_positions(name: str, message: str) -> None:
 def test_squeeze_and_excitation_written_by_hand() -> None:
     refused(
         seeded(SqueezeExcited),
-        r"mul \(.*combines a map with a value pooled over all its positions \(squeeze-and-excit",
+        r"mul \(.*combines a map with a value pooled over all its positions, as squeeze-and-excit",
         fcvgg.RefusedLayerError,
         input_size=32,
     )

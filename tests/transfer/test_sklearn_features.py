@@ -262,7 +262,7 @@ NOISE = np.zeros((2, 16, 16, 3), np.uint8)
         (
             {"value_range": (1, 1)},
             NOISE,
-            "value_range must be two different numbers (black, white)",
+            "value_range must be two different numbers (low, high)",
         ),
         ({"cache": 3}, NOISE, "cache must be None, 'memory' or a folder, got 3"),
         ({"layer": "pool9"}, NOISE, "the model has no layer 'pool9' (near: "),

@@ -22,7 +22,8 @@ kernel takes ten, here the two forms of torch's power-average pool::
 
 The package's own kinds stand in one file a family: `elementwise`, `channels` (normalisation,
 softmax, statistics), `joining` (concatenation, stacks), `convolution`, `pooling`, `fully_connected`
-and `products` (with parameters), `reshaping` (what only moves elements), and `refused` (what would
+and `products` (with parameters), `reshaping` (what only moves elements), `patches`
+(blocks of positions that become channels), and `refused` (what would
 not stay exact, and why). What is in none is refused by name.
 """
 
@@ -33,6 +34,7 @@ from fcvgg.rewriting.rules import (
     elementwise,
     fully_connected,
     joining,
+    patches,
     pooling,
     products,
     refused,
@@ -56,8 +58,8 @@ __all__ = [
 ]
 
 _RULES_LOADED = (
-    *(channels, convolution, elementwise, fully_connected, joining, pooling, products, refused),
-    reshaping,
+    *(channels, convolution, elementwise, fully_connected, joining, patches, pooling),
+    *(products, refused, reshaping),
 )
 
 register(TrainingFlag)

@@ -8,9 +8,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from fcvgg.errors import RefusedLayerError, UnsupportedLayerError
+from fcvgg.errors import UnsupportedLayerError
 from fcvgg.rewriting.channel_view import ChannelView, channel_view, is_flattened
-from fcvgg.rewriting.emission import Call
+from fcvgg.rewriting.emission import Call, refuse_pooled
 from fcvgg.rewriting.layouts import Cells, Constant
 from fcvgg.rewriting.map_builder import MapBuilder
 
@@ -58,11 +58,7 @@ def _on_one_window(build: MapBuilder, call: Call, operands: Sequence[Cells]) -> 
             )
         pooled = [cells for cells in operands if cells.positions == 1]
         if any(_spreads(x, cells) for x in pooled for cells in operands if cells.positions > 1):
-            raise RefusedLayerError(
-                f"{call} combines a map with a value pooled over all its positions "
-                "(squeeze-and-excitation or global attention); every cell would depend on the "
-                "whole image"
-            )
+            refuse_pooled(call)
     if len(extents) > 1 or any(map(is_flattened, operands)):
         return [build.gathered(cells, call) for cells in operands]
     if len({cells.dilation for cells in operands}) > 1:

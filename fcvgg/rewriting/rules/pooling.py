@@ -56,6 +56,9 @@ def pool_window(
     build.begin_head(x, wants, call)
     if extent == bins:
         return x
+    # Where the bins divide the features, each is a plain pool of the same kernel, and the layers
+    # that follow read them `covers` apart. Other bins overlap or differ, and become channels of a
+    # cell.
     divides = all(n % o == 0 for n, o in zip(extent, bins))
     covers = extent if not divides else (extent[0] // bins[0], extent[1] // bins[1])
     x, windows = build.head_window(call, x, covers)
@@ -80,6 +83,7 @@ def pool_window(
             dilation=(dilation[0], dilation[1]),
         )
     else:
+        # bin (i, j) of channel c is channel (c*oh + i)*ow + j of a map of single cells
         channels = x.extent[0] * bins[0] * bins[1]
         layout = torch.arange(channels).reshape(x.extent[0], *bins)
         result = replace(x, node=node, step=step, extent=(channels, 1, 1), moved=layout)
@@ -147,6 +151,7 @@ def maximum(
     build: MapBuilder, call: Call, input: Any, dim: Any = None, keepdim: bool = False, **names: Any
 ) -> Any:
     """The larger of two values, or a maximum over the rows or columns of each channel."""
+    # `torch.max` is two functions: of two tensors, and over a dimension.
     other = names.get("other", dim)
     if isinstance(other, (Cells, Constant)):
         return act_elementwise(build, call, input, other, as_function=torch.maximum)
@@ -186,6 +191,8 @@ def reduced(
     if left is None:
         return along_channels(build, call, input, axes, name, *settings, keepdim=keepdim)
     bins, layout = left
+    # The order of the elements within what is reduced does not matter, so the map can be pooled
+    # as it lies; the layout of what is left is put back afterwards.
     whole = replace(input, moved=None)
     pooled = pool_window(build, call, whole, _POOLS[name], bins, 1 if name == "sum" else None)
     for axis in axes if keepdim else ():
@@ -310,6 +317,7 @@ def _slide_max_pool2d(
     height, width = windows
 
     def run(x: Tensor, part: Part) -> Tensor:
+        # The region holds the rows of the padding already, filled with -inf like torch's.
         return F.max_pool2d(
             x,
             (height.kernel, width.kernel),
@@ -389,6 +397,9 @@ def _slide_avg_pool2d(
     whole, total = pool(divisor_override), pool(1)
 
     def run(x: Tensor, part: Part) -> Tensor:
+        # At the borders torch divides by the elements that count there, which a strip alone does
+        # not show: its rows look like the middle of a map. So sums are divided by counts of the
+        # whole map.
         counts = _divisors(windows, part, count_include_pad)
         if divisor_override is not None or counts is None:
             return whole(x)  # type: ignore[no-any-return]
@@ -411,8 +422,9 @@ def _divisors(windows: Windows, part: Part, count_padding: bool) -> Tensor | Non
 
 def _counts(window: Window, outputs: Pair, size: int, count_padding: bool) -> Tensor:
     """How many elements of each window count: padding as asked, what hangs over it never."""
+    # positions of the whole map, negative in the padding before it
     first = torch.arange(*outputs) * window.stride - window.before
-    places = first[:, None] + torch.arange(window.kernel) * window.dilation
+    places = first[:, None] + torch.arange(window.kernel) * window.dilation  # (outputs, kernel)
     if count_padding:
         return (places < size + window.after).sum(1)
     return ((places >= 0) & (places < size)).sum(1)
@@ -455,6 +467,7 @@ def avg_pool2d(
         )
         return build.emit_module(call, dilated, x, dense)
 
+    # an average that counts padding, or divides by another number, of probabilities is none
     plain = divisor_override is None and not any(w.before for w in windows)
     pools = "avg" if plain else "other"
     return build.window(call, x, windows, emit, kind="AvgPool2d", pools=pools)

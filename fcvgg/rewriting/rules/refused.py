@@ -23,7 +23,8 @@ refuse(
     SqueezeExcitation,
 )
 refuse(
-    "resizing to or from a fixed size ties a cell to the size of the image",
+    "resizing to or from a fixed size ties a cell to the size of the image, and enlarging by a "
+    "factor puts positions between those that cells lie on",
     *(nn.Upsample, nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d),
     *calling("interpolate", "upsample", "grid_sample"),
 )
@@ -34,5 +35,9 @@ refuse(
 refuse(
     "shuffling or rolling positions moves a cell away from its place in the image",
     *calling("roll"),
-    *(nn.PixelShuffle, nn.PixelUnshuffle, nn.Fold, nn.Unfold),
+    *(nn.PixelShuffle, nn.Fold),
+)
+refuse(
+    "a recurrent layer runs over the positions, so a cell would change with the rest of the image",
+    *(nn.RNN, nn.LSTM, nn.GRU),
 )

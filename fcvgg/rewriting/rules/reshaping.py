@@ -11,6 +11,7 @@ from fcvgg.errors import InputSizeError, UnsupportedLayerError
 from fcvgg.rewriting.emission import Call
 from fcvgg.rewriting.layouts import Cells, Constant, rearranged
 from fcvgg.rewriting.map_builder import MapBuilder
+from fcvgg.rewriting.rules.patches import as_blocks
 from fcvgg.rewriting.rules.registry import calling, register
 
 _SELECTIONS = {
@@ -18,6 +19,10 @@ _SELECTIONS = {
     *calling("index_select", "fliplr", "flipud", "tensor_split"),
 }
 """Functions that reach into the batch on purpose, not for want of the right size."""
+
+
+_LARGEST_LAYOUT = 1 << 26
+"""Elements that are moved by index: half a gigabyte, more than any network has at its own size."""
 
 
 def moves(*targets: Any, **known: Any) -> None:
@@ -36,6 +41,11 @@ def _moves(build: MapBuilder, call: Call, x: Any, *args: Any, **kwargs: Any) -> 
     if not isinstance(x, Cells):
         return call.node.meta["value"]
 
+    if x.elements > _LARGEST_LAYOUT:
+        raise UnsupportedLayerError(
+            f"{call} moves {x.elements:,} elements, more than {_LARGEST_LAYOUT:,}; pass a smaller "
+            "input_size"
+        )
     args, kwargs = fx.node.map_aggregate(
         (args, kwargs), lambda a: build.value_of(a, call) if isinstance(a, Constant) else a
     )  # type: ignore
@@ -57,6 +67,7 @@ def _moves(build: MapBuilder, call: Call, x: Any, *args: Any, **kwargs: Any) -> 
             f"({height}, {width}): a reshape with fixed sizes turned positions into batch rows; "
             "pass the native size, or reshape with x.view(x.size(0), -1)"
         )
+    moved = [as_blocks(build, call, cells) for cells in moved]
     single = isinstance(call.node.meta["value"], Tensor)
     return moved[0] if single else tuple(moved)
 
