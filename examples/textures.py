@@ -35,6 +35,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 import fcvgg
+from fcvgg.choices import Variant
 from fcvgg.segmentation.mask_folders import read_mask
 from fcvgg.training import Settings
 from fcvgg.training.loop import TrainingModule, fit
@@ -43,7 +44,7 @@ CLASSES = ("brick", "grass", "gravel", "tissue")
 PHOTOGRAPHS = ("brick", "grass", "gravel", "immunohistochemistry")
 WINDOW = 64
 STRIDES = (32, 16, 8)
-VARIANTS = ("32s", "16s", "8s")
+VARIANTS: tuple[Variant, ...] = ("32s", "16s", "8s")
 MEAN, CONTRAST = 120, 45
 """Of every photograph, in grey values: brightness must not tell a texture."""
 

@@ -143,7 +143,7 @@ def class_index(target: int | str, categories: Sequence[str] | None, classes: in
 
 
 def class_given(text: str, categories: Sequence[str] | None) -> int | str:
-    """A class as text gives it: a number that is no category's name is an index."""
+    """A class given as text: a number is an index, unless a category has that name."""
     named = categories is not None and text in categories
     return int(text) if text.isdecimal() and not named else text
 
@@ -151,6 +151,7 @@ def class_given(text: str, categories: Sequence[str] | None) -> int | str:
 def _named(target: str, categories: Sequence[str]) -> int:
     folded = [name.casefold() for name in categories]
     wanted = target.casefold()
+    # the strictest kind of match that finds anything decides
     for matches in (
         [i for i, name in enumerate(categories) if name == target],
         [i for i, name in enumerate(folded) if name == wanted],

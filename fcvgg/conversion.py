@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from math import gcd
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -40,7 +40,7 @@ def convert(
     *,
     input_size: int | Iterable[int] | None = None,
     output_stride: int | None = None,
-    padding: str = "valid",
+    padding: Literal["valid", "same"] = "valid",
     copy: bool = False,
     verify: bool = True,
     preprocess: Preprocess | str | None = None,

@@ -108,10 +108,6 @@ class MissingExtraError(FcvggError, ImportError):
     """An optional dependency is not installed."""
 
 
-class ContenderError(FcvggError):
-    """A contender of a benchmark failed in one case, or its process ended."""
-
-
 def check_choice(
     name: str, value: Any, choices: Iterable[Any], error: type[FcvggError] = ArgumentError
 ) -> None:

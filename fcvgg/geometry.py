@@ -110,6 +110,7 @@ class Axis:
         """Positions after each step for an input of `size`; 0 once the input is too small."""
         sizes: list[int] = []
         for step in self.steps:
+            # a join has as many positions as the smallest of its inputs
             fed = [size if i == IMAGE else sizes[i] for i in step.inputs]
             sizes.append(step.window.output_size(min(fed)) if min(fed) > 0 else 0)
         return sizes
@@ -190,6 +191,7 @@ class Axis:
 
     def padding_for(self, size: int) -> Pair:
         """Zeros before and after an input below the window, which is centred in it."""
+        # the odd pixel goes to the end, as in torch's padding "same"
         missing = max(self.window - size, 0)
         return missing // 2, missing - missing // 2
 

@@ -61,6 +61,31 @@ def load(
         MissingExtraError: if it takes an optional package that is not installed.
         ConversionError: if the model cannot be converted.
     """
+    return load_with_source(
+        source,
+        arch=arch,
+        weights=weights,
+        preprocess=preprocess,
+        categories=categories,
+        input_size=input_size,
+        **options,
+    )[1]
+
+
+def load_with_source(
+    source: str | Path,
+    *,
+    arch: str | None = None,
+    weights: str | Path | None = DEFAULT_WEIGHTS,
+    preprocess: Preprocess | str | None = None,
+    categories: Sequence[str] | str | os.PathLike[str] | None = None,
+    input_size: int | Iterable[int] | None = None,
+    **options: Any,
+) -> tuple[nn.Module | None, FullyConvolutional]:
+    """The source model and the network that `load` gives; None for a bundle, which has no source.
+
+    The arguments and errors are those of `load`.
+    """
     if not isinstance(source, (str, os.PathLike)):
         raise LoadError(
             "source must be a name such as 'vgg16' or 'demo', or the path of a file or bundle, got "
@@ -82,13 +107,13 @@ def load(
         )
     if bundle:
         unused = {"input_size": input_size, **options}
-        return _from_bundle(Path(source), preprocess, categories, unused)
+        return None, _from_bundle(Path(source), preprocess, categories, unused)
     model, found = read_source(name, arch, weights, input_size, options.get("verify", True))
     settings = {"preprocess": preprocess, "categories": categories, "input_size": input_size}
     found.update({key: value for key, value in settings.items() if value is not None})
     if not name.endswith((onnx_file.SUFFIX, *keras_file.SUFFIXES)):
-        return convert(model, **{**found, **options})
-    return _convert_within_budget(model, {**found, **options}, name)
+        return model, convert(model, **{**found, **options})
+    return model, _convert_within_budget(model, {**found, **options}, name)
 
 
 def _convert_within_budget(

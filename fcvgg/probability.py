@@ -66,7 +66,7 @@ def require_classes(activation: str) -> None:
 
 
 def require_probabilities(activation: str) -> None:
-    """Refuse scores of which there are no probabilities.
+    """Refuse scores that probabilities cannot be computed from.
 
     Raises:
         ArgumentError: if they are values, or what they are is not known.
@@ -90,8 +90,9 @@ def to_probabilities(scores: Tensor, activation: str, dim: int = 0) -> Tensor:
     """
     activation = checked_activation(activation)
     require_probabilities(activation)
+    # half precision would round the sum of a softmax over many classes
     rounding = _ROUNDING.get(scores.dtype, 1e-3)
-    scores = widened(scores)
+    scores = upcast(scores)
     if activation == "logits" and scores.shape[dim] > 1:
         return torch.softmax(scores, dim)
     if activation in ("logits", "independent_logits"):
@@ -124,7 +125,7 @@ def normalized(logits: Tensor, normalizer: Tensor) -> Tensor:
 def average_over_space(scores: Tensor, activation: str, average: str) -> Tensor:
     """One prediction ``(K,)`` of a map ``(K, h, w)``, as probabilities; NaN without any data."""
     if average == "scores" and activation in ("logits", "independent_logits"):
-        return to_probabilities(average_of_cells(widened(scores)), activation)
+        return to_probabilities(average_of_cells(upcast(scores)), activation)
     return average_of_cells(to_probabilities(scores, activation), scores)
 
 
@@ -144,6 +145,7 @@ def average_of_cells(maps: Tensor, scores: Tensor | None = None) -> Tensor:
         maps: of the scores or of what was made of them.
         scores: which tell where there is data; `maps` when None.
     """
+    # the common case, without NaN, needs no mask and no second pass
     average = maps.mean((1, 2))
     if bool(average.isfinite().all()):
         return average
@@ -171,6 +173,6 @@ class MeanOfViews:
         return (self._sum / (self._views or torch.nan)).float().cpu()
 
 
-def widened(values: Tensor) -> Tensor:
+def upcast(values: Tensor) -> Tensor:
     """Values of half precision as float32, others as they are."""
     return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values

@@ -13,7 +13,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "fcvgg"
 
-GROUND = ("errors", "names", "geometry", "categories", "probability")
+GROUND = ("errors", "names", "choices", "geometry", "categories", "probability")
 
 RULES = {
     **dict.fromkeys(GROUND, ("only", GROUND)),
@@ -25,7 +25,6 @@ RULES = {
     "network": ("not", ("verification", "conversion")),
     "streaming": ("not", ("sources", "loading")),
     "optimization": ("not", ("sources", "loading")),
-    "cli": ("not", ("benchmarking.contenders",)),
     "": ("not", ("cli",)),
 }
 """What each part may import of the package: only these, or all but these.

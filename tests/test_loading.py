@@ -266,8 +266,8 @@ def edited(source: nn.Module, edit: Callable[[dict[str, Tensor]], Any]) -> dict[
         ),
         (
             lambda s: s.pop("classifier.6.weight"),
-            r"the checkpoint does not fit vgg11: it has no classifier\.6\.weight, the last layer; "
-            r"it has features\.0\.weight, ",
+            r"the checkpoint does not fit vgg11: it must hold classifier\.6\.weight, of the last "
+            r"layer, got features\.0\.weight, ",
         ),
     ],
 )
@@ -283,8 +283,8 @@ def test_a_wrong_architecture_names_the_keys(tmp_path: Path, source: nn.Module) 
     torch.save(source.state_dict(), tmp_path / "a.pt")
     with pytest.raises(
         fcvgg.LoadError,
-        match=r"the checkpoint does not fit resnet18: it has no fc\.weight, the last layer; it has "
-        r"features\.0\.weight, features\.0\.bias, features\.3\.weight, features\.3\.bias, \.\.\.$",
+        match=r"the checkpoint does not fit resnet18: it must hold fc\.weight, of the last layer, "
+        r"got features\.0\.weight, features\.0\.bias, features\.3\.weight, features\.3\.bias, \.",
     ):
         fcvgg.load("a.pt", arch="resnet18")
 
@@ -382,7 +382,7 @@ def test_what_holds_no_state(tmp_path: Path, content: Any) -> None:
     with pytest.raises(
         fcvgg.LoadError,
         match=r"a\.pt must hold tensors by name, or an entry "
-        r"'state_dict' or 'model_state_dict' or 'model'; got (list|dict|Tensor)$",
+        r"'state_dict' or 'model_state_dict' or 'model' of them, got (list|dict|Tensor)$",
     ):
         fcvgg.load("a.pt", arch="vgg11")
 
@@ -398,7 +398,7 @@ def test_truncated_and_corrupted_files_give_one_clear_error(tmp_path: Path, name
     content = np.frombuffer(path.read_bytes(), np.uint8)
     for cut in (3, 40, len(content) // 2, len(content) - 3):
         path.write_bytes(content[:cut].tobytes())
-        with pytest.raises(fcvgg.LoadError, match=rf"^{path} is (a broken|broken|no )"):
+        with pytest.raises(fcvgg.LoadError, match=rf"^{path} (is a? ?broken|must be|cannot be)"):
             read_state(path)
     random = np.random.default_rng(0)
     for _ in range(150):
@@ -445,8 +445,8 @@ def test_an_option_that_load_does_not_have(tmp_path: Path) -> None:
     for name in ("demo", tmp_path / "bundle", "absent.onnx"):
         with pytest.raises(
             fcvgg.ArgumentError,
-            match=r"^options of load must be among arch, weights, preprocess, categories"
-            r", input_size, output_stride, padding, copy, verify, activation, in_channels$",
+            match=r"^options of load must be among arch, weights, preprocess, categories, "
+            r"input_size, output_stride, padding, copy, verify, activation, in_channels, got foo$",
         ):
             fcvgg.load(name, foo=1)
     with pytest.raises(fcvgg.PreprocessError, match=r"^preprocess must be a fcvgg\.Preprocess"):

@@ -11,12 +11,14 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 from PIL import Image
 from test_architecture import MODULES, imports
 from typer.testing import CliRunner
 
 from fcvgg.cli import app
 from fcvgg.demo import demo_photograph
+from fcvgg.rewriting.rules import is_known
 from fcvgg.streaming.score_store import open_store
 
 ROOT = Path(__file__).parents[1]
@@ -102,12 +104,19 @@ def check_refusals(folder: Path, printed: str) -> None:
     assert printed.count("\n") == 1
 
 
+def check_contributing(folder: Path, printed: str) -> None:
+    """The guide adds a layer that would be refused without its rule."""
+    assert "equivalent at 8x8" in printed
+    assert not is_known(torch.fft.fft)
+
+
 def check_training(folder: Path, printed: str) -> None:
     assert "mean IoU" in printed
     assert {"run", "dense-run", "labels.png"} <= {path.name for path in folder.iterdir()}
 
 
 RESULTS: dict[str, Callable[[Path, str], None]] = {
+    "CONTRIBUTING.md": check_contributing,
     "README.md": check_readme,
     "refusals.md": check_refusals,
     "slides.md": check_slides,

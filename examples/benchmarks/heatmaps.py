@@ -25,7 +25,8 @@ import torchvision
 from torch import Tensor
 
 import fcvgg
-from fcvgg.benchmarking.machine import CLOCKS, machine, peak_bytes
+from fcvgg.optimization.timing import CLOCKS
+from machine import machine, peak_bytes
 
 Run = Callable[[Tensor], object]
 

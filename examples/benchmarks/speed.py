@@ -3,8 +3,9 @@
     pip install 'fcvgg[bench]'
     python examples/benchmarks/speed.py --output results
 
-The same as ``fcvgg bench``; writes ``speed.md``, ``speed.json`` and ``speed.png``. On a busy
-machine ``--clock cpu --threads 1`` counts the processor's time, which neighbours hardly disturb.
+Every contender runs in a process of its own; ``fcvgg bench`` times one model's networks in one
+process. Writes ``speed.md``, ``speed.json`` and ``speed.png``. On a busy machine ``--clock cpu
+--threads 1`` counts the processor's time, which neighbours hardly disturb.
 The whole table takes long; ``--sizes``, ``--batches``, ``--only`` and ``--add`` make it in pieces.
 """
 
@@ -13,9 +14,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from fcvgg.benchmarking.machine import CLOCKS
-from fcvgg.benchmarking.measurements import benchmark
-from fcvgg.benchmarking.results import Benchmark
+from fcvgg.optimization.timing import CLOCKS
+from measurements import benchmark
+from results import Benchmark
 
 
 def main() -> None:

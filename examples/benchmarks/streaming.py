@@ -41,8 +41,8 @@ import torchvision
 from torch import Tensor, nn
 
 import fcvgg
-from fcvgg.benchmarking.machine import machine
 from fcvgg.geometry import Axis, Pair
+from machine import machine
 
 WAYS = {
     "whole": "whole image",

@@ -35,9 +35,9 @@ import torch
 import torchvision
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from zoo_models import TIMM, TRANSFORMERS_CHANGES, TRANSFORMERS_LEFT_OUT
 
 import fcvgg
+from zoo_models import TIMM, TRANSFORMERS_CHANGES, TRANSFORMERS_LEFT_OUT
 
 LIMIT = 60
 """Seconds of processor time for one model."""

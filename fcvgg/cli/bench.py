@@ -1,89 +1,216 @@
-"""``fcvgg bench``: a converted network beside what a user could pick instead."""
+"""``fcvgg bench``: a classifier and the networks made from it, timed on this machine."""
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
-from fcvgg.cli.console import folder, say, say_wrote
-from fcvgg.cli.options import OutputFolder, lengths
+from fcvgg.choices import Clock, Timed
+from fcvgg.cli.console import folder, say, say_json, say_wrote, tell
+from fcvgg.cli.options import MODEL_HELP, Arch, InputSize, lengths, output_folder
+from fcvgg.cli.reports import by, table, titled
+from fcvgg.errors import ArgumentError, FcvggError, check_choice
+from fcvgg.names import counted
+from fcvgg.support.atomic import written_whole
+from fcvgg.support.progress import progress_bar
+
+if TYPE_CHECKING:
+    from rich.table import Table
+    from torch import nn
+
+    from fcvgg.network import FullyConvolutional
+    from fcvgg.optimization.timing import Timing
 
 NAME = "bench"
 EXAMPLES = (
     "fcvgg bench",
-    "fcvgg bench vgg11 --sizes 224,512 --repeats 3",
-    "fcvgg bench --only fcvgg --only onnxruntime --clock cpu --threads 1",
+    "fcvgg bench vgg11 --size 224,512 --repeat 3",
+    "fcvgg bench mine.onnx --only plain --only optimized --clock cpu --threads 1",
 )
 
-NAMES = (
-    *("fcvgg", "fcvgg optimised", "fcvgg optimised bf16", "onnxruntime", "OpenVINO f32"),
-    *("OpenVINO bf16", "usual recipe", "timm", "FC model", "FC sliding window"),
-    "MONAI sliding window",
-)
-"""Of the contenders, here too since theirs needs torch, which no help should wait for."""
+_NAMES: tuple[Timed, ...] = get_args(Timed)
+
+_RENAMED: dict[str, Timed] = {
+    "fcvgg": "plain",
+    "fcvgg optimised": "optimized",
+    "fcvgg optimised bf16": "optimized-bf16",
+    "OpenVINO f32": "openvino",
+    "OpenVINO bf16": "openvino-bf16",
+    "FC model": "source",
+}
+"""Names of earlier versions."""
+
+_USUAL = 512
+"""Side of the images that are timed by default, besides the native size."""
+
+
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help=f"{MODEL_HELP} Names get random weights.")
+]
+Sizes = Annotated[
+    Any,
+    typer.Option(
+        "--size",
+        "--sizes",
+        metavar="N,...",
+        parser=lengths,
+        help="Sides of the square images, in pixels.",
+        show_default="the native size, and 512",
+    ),
+]
+Batches = Annotated[
+    Any,
+    typer.Option("--batch", "--batches", metavar="N,...", parser=lengths, help="Images per call."),
+]
+Repeat = Annotated[
+    int, typer.Option("--repeat", "--repeats", metavar="N", min=1, help="Turns of each network.")
+]
+Only = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME",
+        help=f"Network to time; repeat for several: {', '.join(_NAMES)}.",
+        show_default="all",
+    ),
+]
+Threads = Annotated[
+    int | None,
+    typer.Option(metavar="N", min=1, help="Processor threads.", show_default="torch's"),
+]
+ClockName = Annotated[
+    Clock, typer.Option("--clock", help="Time to count; cpu with --threads 1 on a busy machine.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
+Output = Annotated[
+    Path | None,
+    typer.Option(
+        "--output",
+        "-o",
+        metavar="DIR",
+        file_okay=False,
+        help="Folder for bench.json; created if absent.",
+        callback=output_folder(),
+        show_default=False,
+    ),
+]
 
 
 def run(
-    model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="A torchvision name; weights are random.")
-    ] = "vgg16",
-    sizes: Annotated[
-        str, typer.Option("--sizes", metavar="N,...", help="Sides of the square images.")
-    ] = "224,512,1024",
-    batches: Annotated[
-        str, typer.Option("--batches", metavar="N,...", help="Images per call.")
-    ] = "1",
-    repeats: Annotated[
-        int, typer.Option("--repeats", min=1, help="Timed calls of each contender.")
-    ] = 7,
-    only: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--only",
-            metavar="NAME",
-            help=f"A contender to time; repeat for several: {', '.join(NAMES)}.",
-            show_default="all",
-        ),
-    ] = None,
-    threads: Annotated[
-        int | None,
-        typer.Option(
-            "--threads", min=1, help="Processor threads of each contender.", show_default="torch's"
-        ),
-    ] = None,
-    clock: Annotated[
-        str,
-        typer.Option(
-            "--clock",
-            metavar="wall|cpu",
-            help="The time that is counted; cpu with --threads 1 for a busy machine.",
-        ),
-    ] = "wall",
-    out: OutputFolder = Path(),
+    model: Model = "vgg16",
+    sizes: Sizes = None,
+    batches: Batches = "1",
+    repeat: Repeat = 7,
+    only: Only = None,
+    threads: Threads = None,
+    clock: ClockName = "wall",
+    arch: Arch = None,
+    input_size: InputSize = None,
+    as_json: AsJson = False,
+    out: Output = None,
 ) -> None:
-    """Time score maps side by side with other ways to compute them."""
-    from fcvgg.benchmarking.measurements import benchmark
-    from fcvgg.benchmarking.results import Benchmark
+    """Time a classifier, the converted network and its faster forms on this machine.
 
-    def keep(result: Benchmark) -> None:
-        folder(out)
-        result.write(out)
+    They take turns. The classifier gets images of its native size, the others whole images, so
+    windows per second are compared: 2.00x is twice as fast.
+    """
+    names = _checked_names(only)
+    import torch
 
-    result = benchmark(
-        model,
-        sizes=lengths(sizes, "--sizes") or [],
-        batches=lengths(batches, "--batches") or [],
-        repeats=repeats,
-        contenders=only,
-        threads=threads,
-        clock=clock,
-        report=say,
-        keep=keep,
+    from fcvgg.loading import load_with_source
+    from fcvgg.optimization.timing import time_in_turns
+
+    torch.manual_seed(0)
+    options: dict[str, Any] = {"arch": arch, "weights": None, "input_size": input_size}
+    source, net = load_with_source(model, **options, verify=False)
+    timings: list[Timing] = []
+    left_out: dict[str, str] = {}
+    if threads is not None:
+        torch.set_num_threads(threads)
+    machine = f"torch {torch.__version__}, {counted(torch.get_num_threads(), 'thread')}"
+    for side in _checked_sides(sizes, net):
+        networks = _networks(names, source, net, side, left_out)
+        for batch in batches:
+            with progress_bar("timing", len(networks) * repeat) as advance:
+                found = time_in_turns(networks, net, side, batch, repeat, clock, advance)
+            timings += found
+            if not as_json:
+                images = f"{counted(batch, 'image')} of {side}x{side} per call"
+                say(titled(f"{model}, {images}", _table(found)))
+                say()
+    rows = [asdict(t) | {"windows_per_second": t.windows_per_second} for t in timings]
+    data: dict[str, Any] = {"model": model, "machine": machine, "clock": clock}
+    data |= {"timings": rows, "left_out": left_out}
+    if as_json:
+        say_json(data)
+    else:
+        say(f"milliseconds per call, {clock} time; {machine}")
+        say("vs source, vs plain: windows per second, relative to theirs")
+    if out is not None:
+        with written_whole(folder(out) / "bench.json") as temporary:
+            temporary.write_text(json.dumps(data, indent=1))
+        say_wrote(out / "bench.json")
+
+
+def _checked_names(only: list[str] | None) -> list[Timed]:
+    names: list[Any] = [_RENAMED.get(name, name) for name in only or _NAMES]
+    for name in names:
+        check_choice("--only", name, _NAMES)
+    return list(dict.fromkeys(names))
+
+
+def _checked_sides(sides: list[int] | None, net: FullyConvolutional) -> list[int]:
+    native, least = max(net.input_size), max(net.geometry.window)
+    sides = sides or [native, max(native, _USUAL)]
+    if min(sides) < least:
+        raise ArgumentError(
+            f"--size must be at least the network's window of {least}, got {min(sides)}"
+        )
+    return list(dict.fromkeys(sides))
+
+
+def _networks(
+    names: list[Timed],
+    source: nn.Module | None,
+    net: FullyConvolutional,
+    side: int,
+    left_out: dict[str, str],
+) -> dict[Timed, nn.Module]:
+    """The networks that this machine and model have; the reasons of others go to `left_out`."""
+    from fcvgg.optimization.timing import network_for
+
+    networks: dict[Timed, nn.Module] = {}
+    for name in names:
+        try:
+            networks[name] = network_for(name, source, net, side)
+        except FcvggError as error:
+            if name not in left_out:
+                tell(f"left out {name}: {error}")
+            left_out[name] = str(error)
+    if not networks:
+        raise ArgumentError(f"--only must name a network that can run here, got {', '.join(names)}")
+    return networks
+
+
+def _table(timings: list[Timing]) -> Table:
+    """Medians, and windows per second relative to those of the classifier and plain network."""
+    rates = {timing.network: timing.windows_per_second for timing in timings}
+    rows = []
+    for timing in timings:
+        median, low, high = map(_milliseconds, (timing.seconds, *timing.quartiles))
+        ratios = (
+            f"{rates[timing.network] / rates[other]:.2f}x" if other in rates else ""
+            for other in ("source", "plain")
+        )
+        place = by(timing.size), f"{timing.windows:,}"
+        rows.append((timing.network, *place, median, f"{low} - {high}", *ratios))
+    return table(
+        ("network", "images", "windows", "median", "quartiles", "vs source", "vs plain"), rows
     )
-    say()
-    for line in result.markdown().splitlines():
-        say(line)
-    for path in result.write(out):
-        say_wrote(path)
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{1000 * seconds:,.{2 if seconds < 0.01 else 1 if seconds < 0.1 else 0}f}"

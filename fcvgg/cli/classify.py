@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,6 +9,7 @@ import typer
 from rich.console import RenderableType
 from rich.text import Text
 
+from fcvgg.choices import Average
 from fcvgg.cli.console import check_any_exists, exit_if_any_failed, for_each_image, say, say_json
 from fcvgg.cli.options import (
     Bands,
@@ -37,13 +37,6 @@ EXAMPLES = (
 )
 
 
-class Average(str, Enum):
-    """What is averaged over the cells of a score map."""
-
-    scores = "scores"
-    probabilities = "probabilities"
-
-
 AverageOf = Annotated[
     Average, typer.Option("--average", help="Quantity to average over the cells of a score map.")
 ]
@@ -67,7 +60,7 @@ def run(
     scales: Scales = None,
     full_size: FullSize = False,
     flip: Flip = False,
-    average: AverageOf = Average.scores,
+    average: AverageOf = "scores",
     bands: Bands = None,
     nodata: Nodata = None,
     as_json: AsJson = False,
@@ -88,7 +81,7 @@ def run(
 
     def classify(image: Path) -> dict[str, Any]:
         source = opener.open(image)
-        probabilities = net.classify(source, scales=scales, flip=flip, average=average.value)[0]
+        probabilities = net.classify(source, scales=scales, flip=flip, average=average)[0]
         if not probabilities.isfinite().all():
             remedy = "" if full_size else "; --full-size averages over the windows that have data"
             raise ImageError(

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from rich.text import Text
 
-from fcvgg.cli.classify import Average, AverageOf
+from fcvgg.cli.classify import AverageOf
 from fcvgg.cli.console import note_skipped, say, say_wrote
 from fcvgg.cli.options import (
     Flip,
@@ -71,7 +71,7 @@ def run(
     protocols: Protocols = "center-crop,resize,dense",
     scales: Scales = None,
     flip: Flip = False,
-    average: AverageOf = Average.scores,
+    average: AverageOf = "scores",
     classes: Classes = False,
     output: Output = Path("evaluation.json"),
 ) -> None:
@@ -90,7 +90,7 @@ def run(
         protocols=protocols,
         scales=scales,
         flip=flip,
-        average=average.value,
+        average=average,
         progress=True,
     )
     note_skipped(evaluation.skipped, evaluation.images)

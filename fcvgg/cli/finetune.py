@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import functools
-from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import RenderableType
 from rich.text import Text
 
+from fcvgg.choices import Optimizer, Precision, Strategy
 from fcvgg.cli.console import note_skipped, resumable, say, say_next, say_wrote
 from fcvgg.cli.options import (
     BatchSize,
-    ClassWeights,
     OwnPreprocess,
     Resume,
     RunFolder,
@@ -35,40 +34,6 @@ EXAMPLES = (
     "fcvgg finetune photos --weights vgg16.pth --size 160 --head linear --resume -o birds",
     "fcvgg heatmap photo.jpg --model birds/model",
 )
-
-
-class Strategy(str, Enum):
-    """What is trained."""
-
-    auto = "auto"
-    linear = "linear"
-    partial = "partial"
-    all = "all"
-    svm = "svm"
-    scratch = "scratch"
-
-
-class Resize(str, Enum):
-    """How an image comes to the input size."""
-
-    resize = "resize"
-    centre_crop = "centre-crop"
-
-
-class Optimizer(str, Enum):
-    """What takes the steps."""
-
-    sgd = "sgd"
-    adamw = "adamw"
-
-
-class Precision(str, Enum):
-    """What is computed in."""
-
-    auto = "auto"
-    single = "32"
-    bf16 = "bf16-mixed"
-    fp16 = "16-mixed"
 
 
 # -- options --------------------------------------------------------------------------------------
@@ -153,9 +118,10 @@ TrainingSize = Annotated[
     ),
 ]
 ResizeMode = Annotated[
-    Resize,
+    Literal["resize", "center-crop", "centre-crop"],
     _image_option(
         "--resize",
+        metavar="resize|center-crop",  # centre-crop is an older spelling
         help="Method that brings images to the input size: resize the whole image, or crop its "
         "center.",
     ),
@@ -236,24 +202,24 @@ def run(
     arch: Architecture = "vgg16",
     weights: Weights = "DEFAULT",
     output: RunFolder = Path("finetuned"),
-    strategy: StrategyName = Strategy.auto,
+    strategy: StrategyName = "auto",
     similar: Similar = None,
     freeze_upto: FreezeUpto = None,
     head: Head = "last",
     resume: Resume = False,
     size: TrainingSize = None,
-    resize: ResizeMode = Resize.resize,
+    resize: ResizeMode = "resize",
     augment: Augment = None,
     valid_fraction: ValidFraction = 0.2,
-    class_weights: Weighting = ClassWeights.none,
+    class_weights: Weighting = "none",
     epochs: Epochs = None,
     batch_size: BatchSize = 32,
     lr: LearningRate = None,
-    optimizer: OptimizerName = Optimizer.adamw,
+    optimizer: OptimizerName = "adamw",
     cosine: Cosine = True,
     patience: Patience = 10,
     seed: Seed = 0,
-    precision: Arithmetic = Precision.auto,
+    precision: Arithmetic = "auto",
     devices: Devices = "1",
     workers: Workers = 0,
     own: OwnPreprocess = OwnPreprocess(),
@@ -267,22 +233,22 @@ def run(
     from fcvgg.finetuning.finetuning import finetune
 
     options = {
-        "strategy": strategy.value,
+        "strategy": strategy,
         "similar": similar,
         "freeze_upto": freeze_upto,
         "hidden": head,
         "size": size,
-        "resize": resize.value,
+        "resize": resize,
         "augment": augment,
-        "class_weights": class_weights.argument,
+        "class_weights": None if class_weights == "none" else class_weights,
         "valid_fraction": valid_fraction,
         "epochs": epochs,
         "batch_size": batch_size,
         "lr": lr,
-        "optimizer": optimizer.value,
+        "optimizer": optimizer,
         "cosine": cosine,
         "seed": seed,
-        "precision": precision.value,
+        "precision": precision,
         "devices": devices,
         "workers": workers,
     }

@@ -12,9 +12,8 @@ import inspect
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
 import typer
 
@@ -228,22 +227,8 @@ RunFolder = Annotated[
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="Finish the interrupted run in the folder.")]
 BatchSize = Annotated[int, training_option(metavar="N", min=1, help="Images per training step.")]
-
-
-class ClassWeights(str, Enum):
-    """How classes count in the loss."""
-
-    none = "none"
-    balanced = "balanced"
-
-    @property
-    def argument(self) -> str | None:
-        """What the library calls it."""
-        return None if self is ClassWeights.none else self.value
-
-
 Weighting = Annotated[
-    ClassWeights,
+    Literal["none", "balanced"],
     training_option(
         "--class-weights",
         help="Weights of the classes in the loss; balanced weighs rare classes as much as frequent "

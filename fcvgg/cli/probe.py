@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import RenderableType
 
+from fcvgg.choices import Classifier, Pooling
 from fcvgg.cli.console import note_skipped, say, say_wrote
 from fcvgg.cli.options import (
     NetworkOptions,
@@ -30,20 +30,6 @@ EXAMPLES = (
     "fcvgg probe photos --size 224 --classifier svm --folds 10",
     "fcvgg probe faces --model demo --size 32x32 --output faces.png",
 )
-
-
-class Pooling(str, Enum):
-    """How a map becomes one number per channel."""
-
-    avg = "avg"
-    max = "max"
-
-
-class Classifier(str, Enum):
-    """The linear classifier that is fitted."""
-
-    logistic = "logistic"
-    svm = "svm"
 
 
 Data = Annotated[
@@ -109,8 +95,8 @@ def run(
     network: NetworkOptions = NetworkOptions(),
     layers: Layers = None,
     size: Size = None,
-    pooling: PoolingOf = Pooling.avg,
-    classifier: ClassifierKind = Classifier.logistic,
+    pooling: PoolingOf = "avg",
+    classifier: ClassifierKind = "logistic",
     folds: Folds = 5,
     cache: Cache = None,
     output: Output = Path("probe.png"),
@@ -130,9 +116,9 @@ def run(
         found.paths,
         [found.classes[label] for label in found.labels],
         layers=layers,
-        classifier=classifier.value,
+        classifier=classifier,
         folds=folds,
-        pooling=pooling.value,
+        pooling=pooling,
         size=size,
         cache=cache,
         progress=True,

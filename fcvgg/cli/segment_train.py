@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from fcvgg.choices import Variant
 from fcvgg.cli.console import note_skipped, resumable, say, say_next, say_wrote
 from fcvgg.cli.options import (
     BatchSize,
-    ClassWeights,
     Model,
     OwnModel,
     Resume,
@@ -31,14 +30,6 @@ EXAMPLES = (
     "-w vgg16.pth -o 16s",
     "fcvgg segment photo.jpg --fcn 16s/fcn",
 )
-
-
-class Variant(str, Enum):
-    """Down to which stride maps are scored."""
-
-    fcn32s = "32s"
-    fcn16s = "16s"
-    fcn8s = "8s"
 
 
 Data = Annotated[
@@ -113,13 +104,13 @@ def run(
     classes: ClassNames,
     model: Model = "vgg16",
     weights: Weights = "DEFAULT",
-    variant: VariantName = Variant.fcn32s,
+    variant: VariantName = "32s",
     init_from: InitFrom = None,
     output: RunFolder = Path("segmented"),
     freeze_upto: FreezeUpto = None,
     resume: Resume = False,
     crop: Crop = None,
-    class_weights: Weighting = ClassWeights.none,
+    class_weights: Weighting = "none",
     epochs: Epochs = 30,
     batch_size: BatchSize = 4,
     lr: LearningRate = 1e-3,
@@ -142,7 +133,7 @@ def run(
     if freeze_upto is not None:
         freeze_(net, freeze_upto)
     coarser = None if init_from is None else FCN.load(init_from)
-    fcn = FCN(net, len(classes), variant.value, init_from=coarser, categories=classes)
+    fcn = FCN(net, len(classes), variant, init_from=coarser, categories=classes)
     with resumable(output):
         done = train_fcn(
             fcn,
@@ -150,7 +141,7 @@ def run(
             output,
             settings=settings,
             crop=crop,
-            class_weights=class_weights.argument,
+            class_weights=None if class_weights == "none" else class_weights,
             backbone_lr=backbone_lr,
             resume=resume,
             progress=True,
@@ -158,6 +149,6 @@ def run(
     note_skipped(done.skipped, done.images)
     if done.run.resumed_after:
         say(f"resumed after epoch {done.run.resumed_after}")
-    say(f"FCN-{variant.value}, epoch {done.run.best_epoch} of {epochs}: {done.metrics}")
+    say(f"FCN-{variant}, epoch {done.run.best_epoch} of {epochs}: {done.metrics}")
     say_wrote(output / "fcn")
     say_next(f"fcvgg segment photo.jpg --fcn {output / 'fcn'}")

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fcvgg.categories import class_name
+from fcvgg.choices import Average, Protocol, current_spelling
 from fcvgg.errors import ArgumentError, DatasetError, ImageError, check_choice
 from fcvgg.evaluation.cropping import centre_crop, grid_crops, ten_crops
 from fcvgg.images.batching import run_in_batches
@@ -50,9 +51,7 @@ PROTOCOLS: dict[str, str] = {
 }
 """The protocols and what each feeds to the network from an image at one scale."""
 
-DEFAULT_PROTOCOLS = ("center-crop", "resize", "dense")
-
-_OLD_NAMES = {"centre-crop": "center-crop"}
+DEFAULT_PROTOCOLS: tuple[Protocol, ...] = ("center-crop", "resize", "dense")
 
 _COMBINED = {"dense+multi-crop": ("dense", "multi-crop")}
 
@@ -141,7 +140,7 @@ class Evaluation:
 
     def __getitem__(self, protocol: str) -> ProtocolResult:
         results = {result.protocol: result for result in self.results}
-        name = _OLD_NAMES.get(protocol, protocol)
+        name = current_spelling(protocol)
         if name not in results:
             raise KeyError(f"protocol must be one of {', '.join(results)}, got {protocol!r}")
         return results[name]
@@ -274,7 +273,7 @@ def evaluate(
     protocols: Iterable[str] | str = DEFAULT_PROTOCOLS,
     scales: Sequence[int] | int | None = None,
     flip: bool = False,
-    average: str = "scores",
+    average: Average = "scores",
     model: nn.Module | None = None,
     progress: bool = False,
 ) -> Evaluation:
@@ -381,7 +380,7 @@ class _Run:
     model: nn.Module | None
     data: LabelledImages
     plan: _Plan
-    average: str
+    average: Average
     used: int = 0
     unreadable: list[Unreadable] = field(default_factory=list)
     _pending: dict[int, _Pending] = field(default_factory=dict)
@@ -483,7 +482,7 @@ def _flipped(part: str, pixels: Tensor, flip: bool) -> _Views:
 
 def _checked_protocols(protocols: Iterable[str] | str) -> tuple[str, ...]:
     given = (protocols,) if isinstance(protocols, str) else protocols
-    names = tuple(dict.fromkeys(_OLD_NAMES.get(name, name) for name in given))
+    names = tuple(dict.fromkeys(map(current_spelling, given)))
     if names == ("all",):
         return tuple(PROTOCOLS)
     wrong = [name for name in names if name not in PROTOCOLS]

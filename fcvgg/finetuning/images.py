@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms import InterpolationMode, v2
 
+from fcvgg.choices import Resize, current_spelling
 from fcvgg.errors import check_choice
 from fcvgg.geometry import Pair
 from fcvgg.images.datasets import LabelledFiles
@@ -17,7 +19,7 @@ from fcvgg.images.pictures import Picture
 from fcvgg.images.preprocessing import Preprocess
 from fcvgg.images.reading import read_picture
 
-RESIZES = ("resize", "center-crop")
+RESIZES = get_args(Resize)
 
 _LEAST_AREA = 0.5
 """The least share of an image that a random crop keeps; ImageNet's 0.08 loses small objects."""
@@ -43,7 +45,7 @@ class ImageRows(Dataset[tuple[Tensor, int]]):
         files: LabelledFiles,
         preprocess: Preprocess,
         size: Pair,
-        resize: str = "resize",
+        resize: Resize = "resize",
         augment: bool = False,
     ):
         self.files = files
@@ -77,15 +79,15 @@ class ImageRows(Dataset[tuple[Tensor, int]]):
         return picture.cropped(top, left, self.size)
 
 
-def checked_resize(resize: str) -> str:
+def checked_resize(resize: str) -> Resize:
     """One of `RESIZES`; ``"centre-crop"`` is taken too.
 
     Raises:
         ArgumentError: if it is neither.
     """
-    resize = "center-crop" if resize == "centre-crop" else resize
-    check_choice("resize", resize, RESIZES)
-    return resize
+    name: Any = current_spelling(resize)
+    check_choice("resize", name, RESIZES)
+    return name
 
 
 def _augmentation(size: Pair, preprocess: Preprocess) -> v2.Transform:

@@ -11,12 +11,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import MethodType
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fcvgg.choices import Resize, Strategy
 from fcvgg.errors import ArgumentError, ConversionError, InputSizeError, check_choice
 from fcvgg.finetuning.images import checked_resize
 from fcvgg.finetuning.pretrained import Pretrained
@@ -28,7 +29,7 @@ from fcvgg.transfer.heads import WEIGHT_STD, fully_connected, replace_head
 from fcvgg.transfer.input_sizes import for_input_size
 from fcvgg.transfer.naming import LayerNames, NamedLayer, layer_names
 
-STRATEGIES = ("auto", "linear", "partial", "all", "svm", "scratch")
+STRATEGIES = get_args(Strategy)
 
 FEW, MANY = 100, 500
 """Training images per class: fewer than the first are few, the second or more are many."""
@@ -82,14 +83,14 @@ class Recipe:
         ArgumentError: if a value is unknown.
     """
 
-    strategy: str = "auto"
+    strategy: Strategy = "auto"
     similar: bool | None = None
     freeze_upto: str | None = None
     hidden: Sequence[int] | None = None
     size: int | Pair | None = None
-    resize: str = "resize"
+    resize: Resize = "resize"
     augment: bool | None = None
-    class_weights: str | None = None
+    class_weights: Literal["balanced"] | None = None
     valid_fraction: float = 0.2
 
     def __post_init__(self) -> None:

@@ -23,7 +23,7 @@ def run_in_batches(
 ) -> Iterator[tuple[Key, Tensor]]:
     """Every input's result, in an order of its own: inputs of one group and size run together.
 
-    The inputs are taken one by one, and only so many are held that memory stays bounded.
+    The inputs are taken one by one, and the pixels held are limited, so that memory is bounded.
 
     Args:
         inputs: ``(key, group, image)`` with images ``(1, C, H, W)``.

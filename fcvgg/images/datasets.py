@@ -394,11 +394,7 @@ class Parts:
         return " and ".join(part.name for part in found if part is not None)
 
     def training_part(self) -> Path:
-        """The part to train on.
-
-        Raises:
-            DatasetError: if there is none.
-        """
+        """The part to train on, or `DatasetError`."""
         if self.train is None:
             raise DatasetError(
                 f"{self.folder} must have a part to train on, got {self.names}; pass "
@@ -407,12 +403,9 @@ class Parts:
         return self.train
 
     def evaluation_part(self) -> Path:
-        """The part to test on, or else the one to validate on.
+        """The part to test on, or else the one to validate on, or `DatasetError`.
 
-        A part to test on without class folders, since its labels are kept back, does not count.
-
-        Raises:
-            DatasetError: if there is neither.
+        A part without class folders, since its labels are kept back, does not count.
         """
         for part in (self.test, self.valid):
             if part is not None and contents(part).folders:

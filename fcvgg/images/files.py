@@ -124,11 +124,7 @@ def image_files(folder: Path) -> Listing:
 
 
 def contents(folder: Path) -> Contents:
-    """What lies directly in a folder.
-
-    Raises:
-        DatasetError: if it cannot be listed.
-    """
+    """What lies directly in a folder, or `DatasetError` if it cannot be listed."""
     try:
         with os.scandir(folder) as listed:
             entries = sorted(listed, key=lambda entry: entry.name)
@@ -232,5 +228,5 @@ def _is_image_by_content(path: Path) -> bool:
                 return True
     except Image.DecompressionBombError:
         return True
-    except Exception:  # Pillow's parsers raise whatever a file that is no image leads to
+    except Exception:  # Pillow's parsers raise whatever other contents lead to
         return False

@@ -128,11 +128,7 @@ def in_channels(pixels: NDArray[Any], channels: int, dtype: Any, white: float) -
 
 
 def in_mode(image: Image.Image, channels: int) -> Image.Image:
-    """An image of 8 bits in the mode of 1, 3 or 4 channels; transparent pixels are shown on white.
-
-    Raises:
-        ImageError: if the image cannot be converted.
-    """
+    """An image of 8 bits in the mode of 1, 3 or 4 channels, transparent pixels on white."""
     mode = MODES[channels]
     if mode != "RGBA" and (image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info):
         image = image.convert("RGBA")
@@ -149,11 +145,9 @@ def in_mode(image: Image.Image, channels: int) -> Image.Image:
 def pixels_of(image: Image.Image) -> NDArray[Any]:
     """The pixels ``(h, w, C)`` of a loaded PIL image: grey, RGB, either with alpha, or wide values.
 
-    Palettes, CMYK and the other colour spaces of 8 bits are converted by Pillow. Whole numbers of
-    32 bits (mode ``I``) that fit 8 bits are taken for 8-bit values, else for 16-bit ones.
-
-    Raises:
-        ValueError: of Pillow, if there is no conversion to RGB.
+    Pillow converts palettes, CMYK and the other colour spaces of 8 bits, or raises `ValueError`.
+    Whole numbers of 32 bits (mode ``I``) that fit 8 bits are taken for 8-bit values, else for
+    16-bit ones.
     """
     if image.mode == "I":
         return _as_unsigned(np.asarray(image))[..., None]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from math import isfinite
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -28,7 +28,9 @@ _LARGEST_RESIZE = 4096
 
 _IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
-PRESETS: dict[str, tuple[tuple[float, ...], tuple[float, ...], float, str]] = {
+ChannelOrder = Literal["RGB", "BGR"]
+
+PRESETS: dict[str, tuple[tuple[float, ...], tuple[float, ...], float, ChannelOrder]] = {
     "imagenet": (*_IMAGENET, 1 / 255, "RGB"),
     "caffe": ((103.939, 116.779, 123.68), (1.0, 1.0, 1.0), 1.0, "BGR"),
     "tf": ((0.5,), (0.5,), 1 / 255, "RGB"),
@@ -62,7 +64,8 @@ class Preprocess:
         interpolation: ``"bilinear"``, ``"bicubic"``, ``"nearest"`` or ``"lanczos"``.
         value_range: ``(low, high)``, the values of images of more than 8 bits that count as 0 and
             255 before `scale`; values outside are neither clipped nor refused. ``uint8`` pixels are
-            from 0 to 255 in any case. None takes the range that `scale` implies.
+            from 0 to 255 in any case. None takes the range that `scale` implies: 0 to 65535 for
+            16-bit values, with a warning where all lie below a quarter of it.
 
     >>> Preprocess.imagenet()
     Preprocess(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), ...)
@@ -71,9 +74,9 @@ class Preprocess:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     scale: float = 1 / 255
-    channel_order: str = "RGB"
+    channel_order: ChannelOrder = "RGB"
     resize: int | Pair | None = None
-    interpolation: str = "bilinear"
+    interpolation: Literal["bilinear", "bicubic", "nearest", "lanczos"] = "bilinear"
     value_range: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
@@ -221,11 +224,7 @@ def size_of_side(size: Pair, side: int) -> Pair:
 
 
 def given_preprocess(value: Preprocess | str | None, channels: int) -> Preprocess | None:
-    """The preprocessing that a caller gave: itself, or by the name of a preset.
-
-    Raises:
-        PreprocessError: if it is neither, or the preset is for other channels.
-    """
+    """The preprocessing that a caller gave, itself or by a preset's name, or `PreprocessError`."""
     if isinstance(value, str):
         return Preprocess.preset(value, channels)
     if value is not None and not isinstance(value, Preprocess):
@@ -251,11 +250,7 @@ def encoded_preprocess(preprocess: Preprocess | None) -> dict[str, Any] | None:
 
 
 def decoded_preprocess(data: Mapping[str, Any] | None) -> Preprocess | None:
-    """The `Preprocess` of `encoded_preprocess`.
-
-    Raises:
-        PreprocessError: if its values are not usable.
-    """
+    """The `Preprocess` of `encoded_preprocess`, or `PreprocessError` if it is not usable."""
     if data is None:
         return None
     if not isinstance(data, Mapping) or not {"mean", "std"} <= data.keys():

@@ -27,7 +27,7 @@ from fcvgg.images.lazy.opening import strip_source
 from fcvgg.images.lazy.source import StripSource, is_folder, opened, upright
 from fcvgg.images.pictures import Picture, in_mode
 from fcvgg.images.preprocessing import Preprocess, size_of_side
-from fcvgg.probability import widened
+from fcvgg.probability import upcast
 
 ImageLike = Union[str, "os.PathLike[str]", Image.Image, np.ndarray, Tensor, StripSource, Picture]
 
@@ -88,7 +88,7 @@ def prepare(image: Any, preprocess: Preprocess | None, channels: int) -> Prepare
 
     Raises:
         ImageError: if it cannot be used as an image.
-        PreprocessError: if it is no tensor and the network's preprocessing is unknown.
+        PreprocessError: if it needs preprocessing and the network's is unknown.
     """
     how = "bilinear" if preprocess is None else preprocess.interpolation
     if isinstance(image, Tensor):  # which stays on its device and in its graph
@@ -115,11 +115,7 @@ def prepare(image: Any, preprocess: Preprocess | None, channels: int) -> Prepare
 
 
 def read_picture(image: Any, preprocess: Preprocess) -> Picture:
-    """An image of pixels for a preprocessing, in its channels and units.
-
-    Raises:
-        ImageError: if it cannot be used as an image.
-    """
+    """An image of pixels in a preprocessing's channels and units, or `ImageError`."""
     prepared = prepare(image, preprocess, preprocess.channels)
     if prepared.values is None:
         raise ImageError(
@@ -130,23 +126,16 @@ def read_picture(image: Any, preprocess: Preprocess) -> Picture:
 
 
 def image_size(image: Any) -> Pair:
-    """The size ``(H, W)`` of an image, all of whose pixels can be read.
-
-    Raises:
-        ImageError: if it cannot be used as an image.
-    """
+    """The size ``(H, W)`` of an image, or `ImageError` if not all of its pixels can be read."""
     source = strip_source(image)
     source.whole()
     return source.size
 
 
 def check_usable(image: Any, preprocess: Preprocess) -> None:
-    """Refuse an image whose channels or values do not suit a preprocessing.
+    """Raise `ImageError` for an image whose channels or values do not suit a preprocessing.
 
-    Only where the brightest value matters, that of 16 bits of an assumed range, are pixels read.
-
-    Raises:
-        ImageError: if so.
+    Of pixels only some rows are read, and only where their range is assumed.
     """
     source = strip_source(image, preprocess.channels)
     if source.preprocessed:
@@ -159,7 +148,7 @@ def read_image(image: Any) -> Image.Image:
     """A file or PIL image as Pillow gives it, upright and in its own mode: for masks of labels.
 
     Raises:
-        ImageError: if there is no file, or it is no image or a broken one.
+        ImageError: if there is no file, or it is broken or not an image.
     """
     if isinstance(image, Image.Image):
         return upright(image, f"the image {getattr(image, 'filename', '')}".rstrip())
@@ -171,12 +160,7 @@ def read_image(image: Any) -> Image.Image:
 
 
 def smaller_sides(scales: Iterable[int] | int) -> tuple[int, ...]:
-    """Scales, several or one, as lengths of an image's smaller side.
-
-    Raises:
-        ArgumentError: if there is none.
-        ImageError: if one is no length.
-    """
+    """Scales, several or one, as lengths of an image's smaller side, or an error."""
     several = isinstance(scales, Iterable) and not isinstance(scales, str)
     sides = tuple(scales) if several else (scales,)  # type: ignore[arg-type]
     if not sides:
@@ -188,11 +172,7 @@ def smaller_sides(scales: Iterable[int] | int) -> tuple[int, ...]:
 
 
 def checked_flip(flip: Any) -> bool:
-    """Whether the mirrored image is evaluated too.
-
-    Raises:
-        ArgumentError: if it is neither true nor false.
-    """
+    """Whether the mirrored image is evaluated too, or `ArgumentError`."""
     if not isinstance(flip, (bool, np.bool_)):
         raise ArgumentError(f"flip must be True or False, got {flip!r}")
     return bool(flip)
@@ -218,7 +198,7 @@ def with_size(image: PreparedImage, size: Pair) -> PreparedImage:
         values = image.values.resized(size, image.interpolation)
         return replace(image, size=size, values=values, rescaled=True)
     assert image.pixels is not None
-    wide = widened(image.pixels)  # antialiasing is not there for half precision
+    wide = upcast(image.pixels)  # antialiasing is not there for half precision
     mode = _TENSOR_MODES[image.interpolation]
     smooth = {} if mode == "nearest-exact" else {"align_corners": False, "antialias": True}
     pixels = F.interpolate(wide, list(size), mode=mode, **smooth)  # type: ignore[arg-type]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fcvgg.categories import one_per_class
+from fcvgg.choices import Average, Combine
 from fcvgg.errors import ArgumentError, ImageError, check_choice, one_line
 from fcvgg.images.batching import run_in_batches
 from fcvgg.images.preprocessing import Preprocess, given_preprocess
@@ -148,7 +149,7 @@ class ImagePrediction(nn.Module):
         target: int | str | None = None,
         *,
         scales: Sequence[int] | int | None = None,
-        combine: str = "max",
+        combine: Combine = "max",
         output: int | str = 0,
     ) -> Heatmap:
         """One class's probability over the image; the top class of the average if None.
@@ -179,7 +180,7 @@ class ImagePrediction(nn.Module):
         *,
         scales: Sequence[int] | int | None = None,
         flip: bool = False,
-        average: str = "scores",
+        average: Average = "scores",
         output: int | str = 0,
     ) -> Tensor:
         """Class probabilities by dense evaluation (VGG paper, section 3.2).
@@ -230,7 +231,7 @@ class ImagePrediction(nn.Module):
                 for pixels in (view, mirrored(view)) if flip else (view,):
                     yield index, None, pixels.tensor(self.preprocess)
 
-    def _predicted(self, batch: Tensor, average: str, output: int) -> Tensor:
+    def _predicted(self, batch: Tensor, average: Average, output: int) -> Tensor:
         """Class probabilities ``(N, K)`` of inputs of one size, each averaged over its map."""
         activation = self.activation_of(output)
         maps = self._scores(batch, output)

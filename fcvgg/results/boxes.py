@@ -59,6 +59,7 @@ class CellWindows:
         limits = np.array(image_size * 2)
         boxes = np.round(self.boxes[chosen]).clip(0, limits)  # (n, 4): top, left, bottom, right
         scores = self.scores[chosen]
+        # a window that lies wholly outside the image is empty once it is clipped
         inside = (boxes[:, 2:] > boxes[:, :2]).all(1)
         boxes, scores = boxes[inside], scores[inside]
         kept = nms(torch.from_numpy(boxes[:, [1, 0, 3, 2]]), torch.from_numpy(scores), overlap)

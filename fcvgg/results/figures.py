@@ -149,7 +149,7 @@ def extent_of_cells(score_map: ScoreMap) -> tuple[float, float, float, float]:
         scale = size / pixels
         first = axis.centre_of(0) - axis.stride / 2 + 0.5
         edges.append((first * scale - 0.5, (first + cells * axis.stride) * scale - 0.5))
-    (top, bottom), (left, right) = edges
+    (top, bottom), (left, right) = edges  # of pixels, not of their middles
     return left, right, bottom, top
 
 
@@ -221,6 +221,7 @@ def class_grid(
         show_image(ax, score_map, "RGB", _PANEL_PIXELS)
         height, width = score_map.image.height, score_map.image.width
         ax.set_title(f"{height} x {width} pixels", fontsize="medium")
+    # independent classes do not compete for a cell, so their cells are counted one by one
     compared = score_map.activation not in ("independent_logits", "sigmoid")
     found_at = score_map.label_map() if compared else score_map.probabilities() > 0.5
     known = score_map.has_data.sum()

@@ -123,6 +123,7 @@ class Heatmap:
         height, width = self.values.shape
         grey = None if self.image is None else self.image.convert("RGB").convert("L")
         tint = _Tint(alpha, cmap)
+        # in strips: colours in float32 take twelve times the memory of the levels
         pixels = np.empty((height, width, 3), np.uint8)
         step = max(_ROWS // width, 1)
         for top in range(0, height, step):
@@ -165,6 +166,7 @@ class Heatmap:
             from matplotlib import pyplot as plt
 
             _, ax = plt.subplots(layout="constrained")
+        # reduced before it is drawn, since matplotlib holds RGBA of the full size in memory
         step = reduction(self.values.shape)
         drawn = self._reduced(step)
         drawn.draw(ax, (step, step), alpha=alpha, cmap=cmap, contours=contours, boxes=boxes)
@@ -229,6 +231,7 @@ class Heatmap:
             return self
         values, coverage = self.values, self.coverage
         for axis, size in enumerate(self.values.shape):
+            # maxima, so that a small detection is not averaged away; fmax ignores NaN
             first = np.arange(0, size, step)
             values = np.fmax.reduceat(values, first, axis)
             coverage = np.logical_or.reduceat(coverage, first, axis)

@@ -28,11 +28,7 @@ _BLOCK = 1 << 20
 
 
 def check_pixels(size: Pair, remedy: str, maps: int = 1) -> None:
-    """Refuse to render at a size that memory is not meant for.
-
-    Raises:
-        ArgumentError: naming the limit and what to do instead.
-    """
+    """Raise `ArgumentError` for a size that memory is not meant for, with the limit."""
     pixels = prod(size)
     if pixels > MOST_PIXELS or pixels * maps > MOST_VALUES:
         limit = min(MOST_PIXELS, MOST_VALUES // maps)
@@ -58,6 +54,7 @@ def interpolated(maps: Tensor, geometry: Geometry, points: tuple[Tensor, Tensor]
         for axis, at, cells in zip(geometry.axes, points, maps.shape[-2:])
     )
     result = maps.new_empty(*maps.shape[:-2], len(y), len(x))
+    # some rows at a time: the intermediate rows would take more memory than the result
     step = max(_BLOCK // max(prod(maps.shape[:-2]) * len(x), 1), 1)
     for first in range(0, len(y), step):
         part = slice(first, first + step)
@@ -86,6 +83,7 @@ def shown(
     )
     if bool((top >= bottom).all()) or bool((left >= right).all()):
         return values
+    # maxima over rows, then over columns; ranges of cells that nothing covers are left out
     start = int(left.min())
     known = cells[:, start : int(right.max())].nan_to_num(-1)
     rows = _highest(known, top, bottom)
@@ -115,6 +113,7 @@ def _between(axis: Axis, points: Tensor, cells: int, like: Tensor) -> tuple[Tens
     """
     places = _places(axis, points).clamp(0, cells - 1)
     nearest = places.round()
+    # rounding must not draw in a neighbour, which may have no data, with a weight of 1e-16
     places = torch.where((places - nearest).abs() <= _ROUNDING, nearest, places)
     first = places.floor()
     way = places - first

@@ -120,7 +120,7 @@ class LabelMap:
         return LabelMap(labels, self.categories, image)
 
     def _palette(self) -> NDArray[np.uint8]:
-        """The colour of every label, ``uint8 (256, 3)``; black for what is no class."""
+        """The colour of every label, ``uint8 (256, 3)``; black for what is not a class."""
         table = np.zeros((256, 3), np.uint8)
         table[: len(self.categories)] = class_colours(len(self.categories))
         return table

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fcvgg.categories import class_index, class_name
+from fcvgg.choices import Average, Combine
 from fcvgg.errors import ArgumentError, ImageError, check_choice
 from fcvgg.geometry import Geometry, Pair, checked_size
 from fcvgg.probability import (
@@ -19,7 +20,7 @@ from fcvgg.probability import (
     cells_with_data,
     require_classes,
     to_probabilities,
-    widened,
+    upcast,
 )
 from fcvgg.results.boxes import CellWindows, cell_windows
 from fcvgg.results.drawing import resized
@@ -78,7 +79,7 @@ class ScoreMap:
         probabilities = to_probabilities(self.scores, self.activation)
         return probabilities.masked_fill(~self.has_data, torch.nan)
 
-    def predict(self, average: str = "scores") -> Tensor:
+    def predict(self, average: Average = "scores") -> Tensor:
         """The class probabilities of the image, ``(K,)``, averaged as `average` says.
 
         The average is over the cells with data; NaN where there is none.
@@ -125,8 +126,9 @@ class ScoreMap:
             "pass a smaller one to resample, or look at one class with heatmap(target, size=)",
             len(self.scores),
         )
+        # a cell without data may hold infinities in some classes; NaN in all spreads alike
         scores = self.scores.masked_fill(~self.has_data, torch.nan)
-        return interpolated(widened(scores), self.geometry, self._points(size)).to(scores.dtype)
+        return interpolated(upcast(scores), self.geometry, self._points(size)).to(scores.dtype)
 
     def heatmap(
         self, target: int | str | None = None, *, size: Iterable[int] | int | None = None
@@ -230,7 +232,9 @@ COMBINATIONS = ("max", "mean")
 
 
 def pyramid_heatmap(
-    maps: Sequence[ScoreMap], target: int | str | None = None, combine: str = "max"
+    maps: Sequence[ScoreMap],
+    target: int | str | None = None,
+    combine: Combine = "max",
 ) -> Heatmap:
     """One class's probability at every pixel, from several scales.
 
@@ -257,6 +261,7 @@ def pyramid_heatmap(
         index = int(torch.stack([one.predict() for one in useful]).mean(0).argmax())
     else:
         index = class_index(target, maps[0].categories, len(maps[0].scores))
+    # one scale at a time in place, so that no more than two heatmaps are held
     first, *others = useful
     heatmap = first.heatmap(index)
     values, coverage, windows = heatmap.values, heatmap.coverage, [heatmap.windows]

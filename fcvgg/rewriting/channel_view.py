@@ -50,6 +50,7 @@ class ChannelView:
         others = (axis for axis in range(len(shape)) if axis not in self.axes)
         for axis, size in zip(others, self.places.shape):
             shape[axis] = size
+        # the inverse of `channel_view`: both parts of the index, broadcast over each other's axes
         channels = torch.arange(prod(sizes)).reshape(self.inserted(sizes))
         layout = channels * positions + self.places.reshape(shape)
         extent = (prod(sizes), *cells.extent[1:])
@@ -66,11 +67,14 @@ def channel_view(cells: Cells) -> ChannelView | None:
     positions = cells.positions
     if cells.moved is None:
         return ChannelView(torch.arange(cells.extent[0]), (0,), in_order(cells.extent[1:]))
+    # element e of the window is channel e // positions at place e % positions; an axis along which
+    # both change mixes them, and no function along it would leave positions apart
     channels, places = cells.moved // positions, cells.moved % positions
     over_places = [axis for axis in range(places.ndim) if _changes(places, axis)]
     if any(_changes(channels, axis) for axis in over_places):
         return None
     axes = tuple(axis for axis in range(places.ndim) if axis not in over_places)
+    # channels do not depend on the position axes, nor places on the others: one index shows all
     for axis in reversed(over_places):
         channels = channels.select(axis, 0)
     for axis in reversed(axes):

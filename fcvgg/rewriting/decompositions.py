@@ -109,6 +109,8 @@ def _min(input: Any, dim: Any = None, keepdim: bool = False) -> Any:
     return -values, indices
 
 
+# Not here: functions whose simpler ones saturate (glu has a sigmoid). `fcvgg.verify` divides what
+# goes into softmaxes and sigmoids by a temperature, and must find them in source and network alike.
 WRITTEN_OUT: dict[str, Callable[..., Any]] = {
     **{
         alias: getattr(torch, name)

@@ -215,6 +215,8 @@ class Recorder(TorchFunctionMode):
         name = getattr(func, "__name__", str(func))
         if name in ("__get__", "__set__"):
             return self._attribute(func, name, args)
+        # a function of torch's that is a line of others is recorded as those, which have rules;
+        # a rule that a user registered for it comes first
         written = WRITTEN_OUT.get(name)
         if written is not None and not (self._is_known(func) or self._is_known(name)):
             with self:
@@ -279,7 +281,7 @@ class Recorder(TorchFunctionMode):
         body.__kwdefaults__ = func.__kwdefaults__
         self._open.append(func)
         try:
-            with self:
+            with self:  # torch took the mode away for this call; the body's calls are recorded
                 return body(*args, **kwargs)
         finally:
             self._open.pop()
@@ -308,6 +310,7 @@ class Recorder(TorchFunctionMode):
         if isinstance(x, Unknown):
             raise ShapeUnknownError
         answer = func(*args, **kwargs)
+        # only of maps: the sizes of vectors do not follow from the size of the image
         marks = id(x) in self._nodes and x.ndim == 4
         if marks and isinstance(answer, torch.Size):
             return torch.Size([*answer[:2], *map(FeatureSize, answer[2:])])
@@ -388,6 +391,8 @@ class Recorder(TorchFunctionMode):
     def _computed(self, node: fx.Node, run: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """The value of a node, which is kept in it, or an unknown one."""
         given = _tensors((args, kwargs))
+        # what is computed from an unknown value is unknown too: Python goes on until it asks for
+        # a shape, so that the graph holds as much as possible of what the head asks for
         if any(isinstance(x, Unknown) for x in given):
             return self._unknown(node)
         nodes = [self._node_of(x) for x in given]
@@ -400,6 +405,7 @@ class Recorder(TorchFunctionMode):
         except Exception as error:
             node.meta["error"] = error
             return self._unknown(node)
+        # torch counts the changes of every tensor, which tells in-place calls of any spelling
         changed = next((i for i, x in enumerate(moved) if x._version != versions[i]), None)
         if changed is None and given and self._works_in_place(node):
             changed = 0

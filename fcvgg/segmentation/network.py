@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fcvgg.categories import distinct_names, one_per_class
+from fcvgg.choices import Variant
 from fcvgg.errors import ArgumentError, FcvggError, LoadError, check_choice, check_integer, one_line
 from fcvgg.images.preprocessing import (
     Preprocess,
@@ -42,7 +43,7 @@ from fcvgg.serialization.saved_files import (
 from fcvgg.support.atomic import checked_folder
 from fcvgg.support.module_state import device_of, dtype_of, evaluating
 
-VARIANTS = {"32s": 0, "16s": 1, "8s": 2}
+VARIANTS: dict[str, int] = {"32s": 0, "16s": 1, "8s": 2}
 """The number of finer maps that a variant scores as well; named for VGG's strides."""
 
 CONFIG = "fcn.json"
@@ -121,9 +122,9 @@ class FCN(nn.Module):
         self,
         net: FullyConvolutional,
         num_classes: int,
-        variant: str = "32s",
+        variant: Variant = "32s",
         *,
-        padding: str = "same",
+        padding: Literal["same", "valid"] = "same",
         copy: bool = True,
         init_from: FCN | None = None,
         learn_upsampling: bool = True,

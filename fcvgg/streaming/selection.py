@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fcvgg.categories import class_index
+from fcvgg.choices import Average
 from fcvgg.errors import ArgumentError
 from fcvgg.network import FullyConvolutional
 from fcvgg.probability import (
@@ -134,7 +135,7 @@ class ScoreMapOfSomeClasses(ScoreMap):
         # the softmax over all classes, from the normaliser instead of the classes that are gone
         return normalized(self.scores, self.normalizer).masked_fill(~self.has_data, torch.nan)
 
-    def predict(self, average: str = "scores") -> Tensor:
+    def predict(self, average: Average = "scores") -> Tensor:
         """The probabilities of the kept classes, averaged over the cells.
 
         Logits cannot be averaged without the classes that were not kept, so for maps of logits the

@@ -55,7 +55,7 @@ def checked_folder(
     Args:
         path: where to write.
         name: the argument or option that says so.
-        endings: those that such a folder may have; one that is no format's is always taken.
+        endings: those that such a folder may have; one of no known format is always allowed.
         remedy: what else there is to do.
 
     Raises:
@@ -102,7 +102,7 @@ def checked_file(
 
 @contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
-    """A temporary file beside `path` that takes its name if the block ends without an error.
+    """A temporary file next to `path` that takes its name if the block ends without an error.
 
     Raises:
         FcvggError: if the folder does not exist or cannot be written.
@@ -119,7 +119,7 @@ def written_whole(path: Path) -> Iterator[Path]:
     temporary = Path(name)
     try:
         yield temporary
-        temporary.chmod(0o666 & ~_umask())
+        temporary.chmod(0o666 & ~_umask())  # mkstemp lets the owner alone read it
         temporary.replace(path)
     except OSError as error:
         raise FcvggError(f"cannot write {path}: {error.strerror or error}") from error
@@ -129,7 +129,7 @@ def written_whole(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def folder_written_whole(path: Path, own: Iterable[str] = ()) -> Iterator[Path]:
-    """A temporary folder beside `path` that takes its name if the block ends without an error.
+    """A temporary folder next to `path` that takes its name if the block ends without an error.
 
     A folder that had the name is removed only then; its files that are not its `own`, by name, go
     over to the new one.

@@ -9,11 +9,7 @@ from fcvgg.errors import MissingExtraError
 
 
 def imported(module: str, extra: str) -> Any:
-    """An optional package's module.
-
-    Raises:
-        MissingExtraError: naming what to install.
-    """
+    """An optional package's module, or `MissingExtraError` that names what to install."""
     try:
         return importlib.import_module(module)
     except ImportError as error:

@@ -41,38 +41,29 @@ def progress_bar(
     if not shown:
         yield lambda done: None
         return
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        ProgressColumn,
-        Task,
-        TaskProgressColumn,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
+    from rich import progress
     from rich.text import Text
 
     from fcvgg.support.terminal import VisibleConsole
 
-    class RateColumn(ProgressColumn):
+    class RateColumn(progress.ProgressColumn):
         """Steps per second."""
 
-        def render(self, task: Task) -> Text:
+        def render(self, task: progress.Task) -> Text:
             return Text(f"{task.speed:.2f} {rate}" if task.speed else f"- {rate}")
 
-    counted = (MofNCompleteColumn(),) if rate is None else (TaskProgressColumn(), RateColumn())
+    share = (progress.TaskProgressColumn(), RateColumn())
     columns = (
-        *(TextColumn("{task.description}"), BarColumn(), *counted),
-        *(TimeElapsedColumn(), TimeRemainingColumn()),
+        *(progress.TextColumn("{task.description}"), progress.BarColumn()),
+        *((progress.MofNCompleteColumn(),) if rate is None else share),
+        *(progress.TimeElapsedColumn(), progress.TimeRemainingColumn()),
     )
     if console is None:
         console = VisibleConsole(stderr=True)
     if not console.is_terminal:
         yield lambda done: None
         return
-    with Progress(*columns, console=console, transient=True) as bar:
+    with progress.Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task(what, total=total)
         _LIVE.append(console)
         try:

@@ -48,11 +48,7 @@ def size_text(size: float) -> str:
 
 
 def check_claim(claimed: int, path: str | Path, what: str) -> None:
-    """Refuse what is said to take more memory than a file of this size can hold.
-
-    Raises:
-        LoadError: if so.
-    """
+    """Raise `LoadError` for what claims more memory than a file of this size can hold."""
     allowed = allowed_bytes(path)
     if claimed > allowed:
         raise LoadError(
@@ -62,11 +58,7 @@ def check_claim(claimed: int, path: str | Path, what: str) -> None:
 
 
 def check_count(count: int, what: str, most: int = MOST_NODES) -> None:
-    """Refuse a model of more parts than any that is known.
-
-    Raises:
-        LoadError: if so.
-    """
+    """Raise `LoadError` for a model of more parts than any known one has."""
     if count > most:
         raise LoadError(
             f"{what} must be at most {most:,}, got {count:,}; the file is broken or made to "
@@ -139,11 +131,7 @@ def read_bytes(path: Path, limit: int, within: Path | None = None) -> bytes:
 
 
 def parsed_json(text: str | bytes, parse_constant: Callable[[str], Any] | None = None) -> Any:
-    """The contents of a description in JSON.
-
-    Raises:
-        ValueError: if it is none, is too long, or is nested too deep.
-    """
+    """The contents of a description in JSON, or `ValueError`, also if it is too long or deep."""
     if len(text) > CONFIG_BYTES:
         limit, size = size_text(CONFIG_BYTES), size_text(len(text))
         raise ValueError(f"it must be at most {limit}, got {size}")
@@ -157,22 +145,14 @@ def parsed_json(text: str | bytes, parse_constant: Callable[[str], Any] | None =
 
 
 def check_members(archive: zipfile.ZipFile, path: Path) -> None:
-    """Refuse an archive whose members take more than a file of this size can hold.
-
-    Raises:
-        LoadError: if so.
-    """
+    """Raise `LoadError` for an archive whose members claim more than a file of its size can."""
     members = archive.infolist()
     check_count(len(members), f"{path}: the number of members", 10 * MOST_NODES)
     check_claim(sum(member.file_size for member in members), path, "members")
 
 
 def read_member(archive: zipfile.ZipFile, name: str, limit: int) -> bytes:
-    """A member's bytes, if they are at most `limit` in number and fit their checksum.
-
-    Raises:
-        LoadError: if it is absent, larger or broken.
-    """
+    """A member's bytes, or `LoadError` if it is absent, larger than `limit` or broken."""
     try:
         with archive.open(name) as member:
             data = member.read(limit + 1)
@@ -189,11 +169,7 @@ def read_member(archive: zipfile.ZipFile, name: str, limit: int) -> bytes:
 
 
 def numbers_within(values: Iterable[Any], least: int, what: str) -> None:
-    """Refuse kernels, strides and the like that are no integers or beyond every known layer's.
-
-    Raises:
-        LoadError: naming the value.
-    """
+    """Raise `LoadError` for kernels, strides and the like that no known layer has."""
     for value in values:
         if type(value) is not int or not least <= value <= LARGEST_NUMBER:
             raise LoadError(

@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import cos, pi
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from fcvgg.choices import Optimizer, Precision
 from fcvgg.errors import ArgumentError, check_choice, check_integer, check_rate
 
-OPTIMIZERS = ("sgd", "adamw")
-PRECISIONS = ("auto", "32", "bf16-mixed", "16-mixed")
+OPTIMIZERS = get_args(Optimizer)
+PRECISIONS = get_args(Precision)
 
 _MOMENTUM = 0.9
 
@@ -43,7 +44,7 @@ class Settings:
     """
 
     epochs: int = 30
-    optimizer: str = "sgd"
+    optimizer: Optimizer = "sgd"
     lr: float = 1e-3
     weight_decay: float = 5e-4
     cosine: bool = True
@@ -51,7 +52,7 @@ class Settings:
     batch_size: int = 32
     workers: int = 0
     seed: int = 0
-    precision: str | int = "auto"
+    precision: Precision | int = "auto"
     accelerator: str = "auto"
     devices: int | str = 1
 

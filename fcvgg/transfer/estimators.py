@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
+from fcvgg.choices import Pooling
 from fcvgg.errors import ArgumentError, ImageError, MissingExtraError
 from fcvgg.images.preprocessing import Preprocess
 from fcvgg.transfer.image_features import FeatureExtractor
@@ -59,7 +60,7 @@ class VGGFeatures(TransformerMixin, BaseEstimator):  # type: ignore[misc]
         self,
         model: nn.Module | str | Path = "vgg16",
         layer: str = "pool5",
-        pooling: str | None = "avg",
+        pooling: Pooling | None = "avg",
         *,
         size: int | Iterable[int] | None = None,
         preprocess: Preprocess | str | None = None,

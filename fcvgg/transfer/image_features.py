@@ -7,7 +7,7 @@ from collections import OrderedDict, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, get_args
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from fcvgg.choices import Pooling
 from fcvgg.errors import (
     ArgumentError,
     ConversionError,
@@ -35,7 +36,7 @@ from fcvgg.support.progress import progress_bar
 from fcvgg.transfer.extraction import Features, features_upto
 from fcvgg.transfer.naming import layer_names
 
-POOLINGS = ("avg", "max", None)
+POOLINGS = (*get_args(Pooling), None)
 
 
 class FeatureExtractor:
@@ -62,7 +63,7 @@ class FeatureExtractor:
         model: nn.Module | str | Path,
         layers: Sequence[str],
         *,
-        pooling: str | None = "avg",
+        pooling: Pooling | None = "avg",
         size: int | Iterable[int] | None = None,
         preprocess: Preprocess | str | None = None,
         value_range: tuple[float, float] | None = None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -33,7 +34,7 @@ def for_input_size(
     size: int | Iterable[int],
     *,
     num_classes: int | None = None,
-    init: str = "random",
+    init: Literal["random", "resample"] = "random",
 ) -> nn.Module:
     """A copy of a classifier for images of another size, of the same kind as the source.
 

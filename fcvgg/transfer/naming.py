@@ -95,6 +95,9 @@ class LayerNames(Sequence[NamedLayer]):
         for layer in self.layers:
             if name and name in (layer.name, layer.keras, layer.path):
                 return layer
+        for layer in self.layers:  # functions were named as in the graph before they had roles
+            if not layer.path and name == layer.node.name:
+                return layer
         known = [n for layer in self.layers for n in (layer.name, layer.keras) if n]
         near = difflib.get_close_matches(str(name), known, 3)
         hint = f"near: {', '.join(near)}" if near else f"its layers are {', '.join(self.names)}"

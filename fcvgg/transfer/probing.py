@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, pstdev
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from torch import nn
 
+from fcvgg.choices import Classifier
 from fcvgg.errors import ArgumentError, ConversionError, check_choice, check_integer
 from fcvgg.support.extras import imported
 from fcvgg.support.tables import text_table
@@ -20,7 +21,7 @@ from fcvgg.transfer.naming import layer_names
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-CLASSIFIERS = ("logistic", "svm")
+CLASSIFIERS = get_args(Classifier)
 _ITERATIONS = 5000
 
 
@@ -116,7 +117,7 @@ def probe(
     labels: Sequence[Any],
     *,
     layers: Sequence[str] | None = None,
-    classifier: str = "logistic",
+    classifier: Classifier = "logistic",
     folds: int = 5,
     seed: int = 0,
     **options: Any,

@@ -262,6 +262,12 @@ def test_the_usual_scale_is_eight_sevenths_of_the_native_size(net, pairs) -> Non
     assert fcvgg.evaluate(net, pairs[:2])["dense"].scales == (37,)  # 32 * 256 / 224 = 36.6
 
 
+def test_the_spelling_of_earlier_versions_is_taken(net, pairs) -> None:
+    result = fcvgg.evaluate(net, pairs[:2], protocols=("centre-crop", "center-crop"), scales=[40])
+    assert [r.protocol for r in result] == ["center-crop"]
+    assert result["centre-crop"] is result["center-crop"]
+
+
 def test_same_padding_and_finer_strides_crop_at_the_proved_cell(model, pairs) -> None:
     expected = fcvgg.evaluate(
         fcvgg.convert(model, preprocess=PREPROCESS), pairs, protocols="center-crop", scales=[40]

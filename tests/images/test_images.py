@@ -15,6 +15,7 @@ from PIL import Image
 from torch import nn
 
 import fcvgg
+from fcvgg.images.lazy.input import warn_of_dark_values
 from fcvgg.images.pictures import in_mode
 from fcvgg.images.preprocessing import INTERPOLATIONS
 from fcvgg.images.reading import mirrored, prepare, read_picture, with_smallest_side
@@ -525,6 +526,7 @@ def test_integers_of_32_bits_that_fit_a_byte_are_bytes() -> None:
     brighter = Image.fromarray(np.array([[0, 257 * 100]], np.int32))
     assert values(brighter, 1)[..., 0].tolist() == [[0, 100]]
     dark = Image.fromarray(np.array([[0, 200]], np.uint16))  # mode I;16 says that it has 16 bits
+    warn_of_dark_values.cache_clear()
     with pytest.warns(UserWarning, match="only 16-bit values below 16384"):
         np.testing.assert_allclose(values(dark, 1)[..., 0], [[0, 200 / 257]], rtol=1e-6)
 

@@ -504,9 +504,7 @@ def test_one_channel_of_an_rgb_image_is_read() -> None:
 
 @pytest.mark.parametrize("value", [0, -1, "3", True, 3.0])
 def test_in_channels_is_a_positive_integer(value: Any) -> None:
-    with pytest.raises(
-        fcvgg.ArgumentError, match=r"^in_channels must be the number of channels of"
-    ):
+    with pytest.raises(fcvgg.ArgumentError, match=r"^in_channels must be a positive integer, got"):
         fcvgg.convert(seeded(Plain), in_channels=value)
 
 

@@ -103,6 +103,19 @@ def test_a_layer_that_is_not_said_to_be_positional_is_not_streamed(layer: Any) -
     assert blocks._blocks(net.network) == []
 
 
+def test_a_parametrized_layer_streams_like_a_plain_one() -> None:
+    streams(with_layer(nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 4, 1))))
+
+
+def test_a_function_has_the_role_of_its_module() -> None:
+    model = nn.Sequential(
+        *(nn.Conv2d(3, 4, 3), Lambda(F.gelu), nn.Flatten(), nn.Linear(16, 4), nn.GELU()),
+    )
+    names = fcvgg.layer_names(fcvgg.convert(model, input_size=4))
+    assert names.names == ("conv1_1", "gelu1_1", "fc6", "gelu6")
+    assert names.find("gelu") is names.find("gelu1_1")
+
+
 def test_a_users_function_is_in_a_bundle_where_its_rule_says_so(tmp_path: Any) -> None:
     register_sinc()
     net = with_layer(torch.sinc)

@@ -107,7 +107,9 @@ def test_unreachable_weights_give_one_line_and_two_ways_out(monkeypatch):
 
 
 def test_unknown_weights():
-    with pytest.raises(fcvgg.LoadError, match=r"timm's own are chosen by a tag in the name"):
+    with pytest.raises(
+        fcvgg.LoadError, match="for timm's vgg11, got 'IMAGENET1K_V1'; choose among"
+    ):
         fcvgg.load("timm:vgg11", weights="IMAGENET1K_V1")
 
 

@@ -262,6 +262,7 @@ def _checked_keys(directory: list[Any], doubles: list[Any], text: Any) -> GeoKey
         return None
     if max(len(directory), len(doubles)) > _MOST_NUMBERS or len(text) > _MOST_CHARACTERS:
         return None
+    # a key refers to values by tag, count and place: all must lie within what is there
     keys = GeoKeys(tuple(directory), tuple(map(float, doubles)), text)
     if len(directory) != 4 + 4 * directory[3]:
         return None
@@ -280,6 +281,7 @@ def _system_of(keys: GeoKeys) -> str | None:
     """``"EPSG:n"``, or what rasterio makes of the keys, if it is installed."""
     if keys.epsg is not None:
         return f"EPSG:{keys.epsg}"
+    # GDAL's own reading of the keys: a file of one pixel that holds nothing else
     file = io.BytesIO()
     try:
         tags = Georeference(_ANY, None, keys).tags

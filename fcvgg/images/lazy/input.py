@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -24,12 +25,17 @@ _LEAST_OF_RANGE = 1 << 14
 """16-bit values that all lie below a quarter of the range are usually of a camera or scene that has
 another: 12 and 14 bits, or reflectances times 10,000."""
 
-_DARK = (
-    f"an image has only 16-bit values below {_LEAST_OF_RANGE}, which are nearly black in the range "
-    "0 to 65535 that the preprocessing takes them for; pass value_range=(low, high) or a scale= of "
-    "its own to fcvgg.Preprocess (--range LOW,HIGH) if they have another range, or "
-    "value_range=(0, 65535) if they are meant so"
-)
+
+@cache
+def warn_of_dark_values() -> None:
+    """Warn once in a process: what holds for one image holds as a rule for all of its folder."""
+    warnings.warn(
+        f"an image has only 16-bit values below {_LEAST_OF_RANGE}, which are nearly black in the "
+        "range 0 to 65535 that the preprocessing takes them for; pass value_range=(low, high) or a "
+        "scale= of its own to fcvgg.Preprocess (--range LOW,HIGH) if they have another range, or "
+        "value_range=(0, 65535) if they are meant so",
+        stacklevel=3,
+    )
 
 
 def strip_reader(
@@ -60,8 +66,7 @@ def check_pixels(
 ) -> Callable[[NDArray[Any]], NDArray[Any]]:
     """A function that brings pixels to the preprocessing's channels and units.
 
-    Raises:
-        ImageError: if they have none: other channels than the network, or an unknown range.
+    `ImageError` if they have other channels than the network, or an unknown range.
     """
     convert = _converter(source, preprocess)
     _check_brightness(source.sample(), source, preprocess)
@@ -69,11 +74,7 @@ def check_pixels(
 
 
 def whole_picture(source: StripSource, preprocess: Preprocess) -> Picture:
-    """An image of pixels as a whole, in the preprocessing's channels and units.
-
-    Raises:
-        ImageError: if the image has other channels than the network, or its range is unknown.
-    """
+    """A whole image in the preprocessing's channels and units, or `ImageError` if it has none."""
     convert = _converter(source, preprocess)
     values = source.whole()
     _check_brightness([values], source, preprocess)
@@ -104,7 +105,7 @@ def _converter(
         white = float(np.iinfo(dtype).max)
     elif source.channels in (2, 4):
         raise ImageError(
-            f"{name} has transparency and floats, whose white is unknown; pass "
+            f"{name} must have a known white where floats are transparent, got none; pass "
             "value_range=(low, high) to fcvgg.Preprocess, or leave the transparency out: "
             f"{_choice(source, channels)}"
         )
@@ -153,8 +154,7 @@ def _check_brightness(
         if highest >= _LEAST_OF_RANGE:  # as a rule in the first part, which is read anyway
             return
     if highest:
-        # the same text for all images, so that Python shows it once
-        warnings.warn(_DARK, stacklevel=2)
+        warn_of_dark_values()
 
 
 def _check_convertible(source: StripSource, channels: int) -> None:
@@ -208,11 +208,7 @@ def _choice(source: StripSource, count: int) -> str:
 
 
 def check_preprocessed(source: StripSource, channels: int) -> None:
-    """Refuse preprocessed floats of other channels than the network's.
-
-    Raises:
-        ImageError: if so.
-    """
+    """Raise `ImageError` for preprocessed floats of other channels than the network's."""
     if source.channels != channels:
         raise ImageError(
             f"{source.name} must have the network's {channels} channels, got {source.channels}; "
@@ -227,11 +223,7 @@ def _owned(pixels: NDArray[Any]) -> Tensor:
 
 
 def checked_preprocess(preprocess: Preprocess | None, channels: int) -> Preprocess:
-    """The preprocessing of a network.
-
-    Raises:
-        PreprocessError: if it is unknown, or has other channels than the network.
-    """
+    """The network's preprocessing, or `PreprocessError` if it is unknown or has other channels."""
     if preprocess is None:
         raise PreprocessError(
             "the network's preprocessing is unknown, so an image file or uint8 array cannot be fed "

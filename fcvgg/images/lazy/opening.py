@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -131,7 +131,7 @@ def open_image(
     level: int = 0,
     *,
     bands: Sequence[int] | None = None,
-    missing: str = "fill",
+    missing: Literal["fill", "error"] = "fill",
     nodata: float | str | None = None,
 ) -> StripSource:
     """An image, read by strips or whole: for `fcvgg.stream`, and wherever else an image is taken.
@@ -296,7 +296,7 @@ def strip_source(
 
     Args:
         source: an image of any kind.
-        channels: of the network, by which the values of pixels ``(H, W, C)`` are told from
+        channels: of the network, by which pixels of floats ``(H, W, C)`` are distinguished from
             preprocessed floats ``(C, H, W)``.
         nodata: as for `open_image`.
 
@@ -404,11 +404,7 @@ def _ome_attributes(node: Any) -> Any:
 
 
 def _ome_image(node: Any, path: Path) -> Any:
-    """The group that is an image: itself, or the only one that bioformats2raw wrote into it.
-
-    Raises:
-        ImageError: if there is none, or several; it names what to pass.
-    """
+    """The group that is an image: itself, or the only one that bioformats2raw wrote into it."""
     attributes = _ome_attributes(node)
     if attributes.get("multiscales"):
         return node

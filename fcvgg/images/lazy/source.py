@@ -133,6 +133,7 @@ class StripSource:
         if step <= 1:
             with self._reading(rows):
                 return self._pixels(rows, cols)
+        # strips overlap by a halo: the last block is held, so that its tiles are not decoded again
         parts = []
         for block in range(rows[0] // step, -(-rows[1] // step)):
             first = block * step
@@ -281,7 +282,7 @@ class StripSource:
             ) from error
 
     def _check(self) -> None:
-        """Refuse what is no image; `size`, `channels` and `dtype` are known by now."""
+        """Refuse what is not an image; `size`, `channels` and `dtype` are known by now."""
         if 0 in self.size or self.channels == 0:
             raise ImageError(f"{self.name} must have pixels, got the size {self.size}")
         if self.preprocessed:
@@ -424,11 +425,7 @@ def _decoding(name: str) -> Iterator[None]:
 
 
 def upright(image: Image.Image, name: str) -> Image.Image:
-    """A PIL image, loaded and turned as its EXIF entry says.
-
-    Raises:
-        ImageError: if it is broken or has no pixels.
-    """
+    """A PIL image, loaded and turned as its EXIF entry says, or `ImageError` if it is broken."""
     with _decoding(name):
         image.load()
         image = ImageOps.exif_transpose(image)
@@ -512,22 +509,14 @@ def _wide_png(image: Image.Image) -> NDArray[np.uint16] | None:
 
 
 def level_of(levels: Sequence[Any], level: int, name: str) -> Any:
-    """One level of a pyramid.
-
-    Raises:
-        ImageError: if there is none of that number.
-    """
+    """One level of a pyramid, or `ImageError`."""
     if not isinstance(level, int) or not 0 <= level < len(levels):
         raise ImageError(f"level must be from 0 to {len(levels) - 1} for {name}, got {level!r}")
     return levels[level]
 
 
 def nodata_of(left_out: str | None) -> float | str | None:
-    """What `fcvgg.open_image` takes as ``nodata`` for what `StripSource.left_out` says.
-
-    Raises:
-        ValueError: if it says neither.
-    """
+    """What `fcvgg.open_image` takes as ``nodata`` for a `StripSource.left_out`, or `ValueError`."""
     return FROM_FILE if left_out == _MASK else None if left_out is None else float(left_out)
 
 
@@ -556,11 +545,7 @@ def _chunk(array: Any, axis: int) -> int:
 
 
 def is_folder(path: Path) -> bool:
-    """Whether a path is a folder rather than a file.
-
-    Raises:
-        ImageError: if it is neither.
-    """
+    """Whether a path is a folder rather than a file; `ImageError` if it is neither."""
     try:
         return stat.S_ISDIR(os.stat(path).st_mode)
     except (FileNotFoundError, NotADirectoryError) as error:
@@ -572,11 +557,7 @@ def is_folder(path: Path) -> bool:
 
 @contextmanager
 def opened(file: File, name: str) -> Iterator[Image.Image]:
-    """A file's header, read by Pillow and with its limits on the size.
-
-    Raises:
-        ImageError: if Pillow cannot read it, or would not for its size.
-    """
+    """A file's header, read by Pillow with its limits on the size, or `ImageError`."""
     try:
         if not isinstance(file, Path):
             file.seek(0)

@@ -305,6 +305,7 @@ class TiffSource(StripSource):
 
     def _read(self, rows: Pair, cols: Pair) -> NDArray[Any]:
         read = self._rows if self._direct else self._segments
+        # the ranges that are asked for, in the order and direction in which the file stores them
         ranges = [cols, rows] if self._turned else [rows, cols]
         flipped = [self._orientation in kinds for kinds in (_ROWS_FLIPPED, _COLS_FLIPPED)]
         for axis, size in enumerate(self.stored_size):
@@ -329,6 +330,7 @@ class TiffSource(StripSource):
             grey = np.iinfo(stored.dtype).max - stored[..., :1]
             stored = np.concatenate([grey, stored[..., 1:]], 2)
         if self._associated and stored.dtype.kind == "u":
+            # undo the multiplication, in float64 since float32 does not hold products of 16 bits
             alpha = stored[..., -1:].astype(np.float64)
             full = np.iinfo(stored.dtype).max
             whole = stored * np.float64(full)
@@ -359,6 +361,7 @@ class TiffSource(StripSource):
         height, width = self.stored_size
         tall, wide = self._tile
         across, down = -(-width // wide), -(-height // tall)
+        # planar files store all tiles of the first sample, then all of the second
         samples = self._samples if self._page.planarconfig == _SEPARATE else 1
         shape = (rows[1] - rows[0], cols[1] - cols[0], self._samples)
         pixels: NDArray[Any] = np.full(shape, self._fill, self._page.dtype)

@@ -28,6 +28,7 @@ def aligned(
         RefusedLayerError: if a pooled value meets the map that it was pooled from.
         UnsupportedLayerError: if the operands lie differently, or a constant depends on positions.
     """
+    # scalars fit every layout, and keep `x * 2` in the form in which it was written
     constants = [_narrowed(build, constant) for constant in constants]
     scalars = {
         i: _reshaped(build, constant, ())
@@ -120,6 +121,7 @@ def _in_one_order(
     """Choose and repeat channels so that index i of all operands is the same element."""
     ndim = max(len(cells.dims) for cells in operands)
     ndim = max(ndim, *(len(shape) for _, shape in constants), 0) if constants else ndim
+    # positions are the same in all operands, so any of those with all position axes tells them
     widest = max(range(len(views)), key=lambda i: views[i].places.ndim)
     lead = ndim - len(operands[widest].dims)
     over_places = [
@@ -143,6 +145,8 @@ def _in_one_order(
                 f"{call} {_BY_POSITION.format(tuple(constant.value.shape))}"
             )
         shapes.append(padded)
+    # as in the source, a dimension of length 1 meets every index of another one; on the map that is
+    # a repetition of channels, or of none where the operand has a single one
     try:
         full = torch.broadcast_shapes(*shapes)
     except RuntimeError as error:

@@ -66,6 +66,7 @@ def setitem(build: MapBuilder, call: Call, x: Any, index: Any, value: Any) -> Ce
     count = len(spread[0].layout)
     old = both.layout[:count].reshape(parts[0].dims)
     new = both.layout[count:].reshape(parts[1].dims)
+    # Python's index may name the images' axis, so the layout has one while it is assigned to
     batch = torch.stack([old] * BATCH, x.batch)
     batch[index] = torch.stack([new] * BATCH, value.batch)
     return replace(both, moved=batch.select(x.batch, 0), batch=x.batch)

@@ -28,6 +28,7 @@ _ATTENTION = (
 def matmul(build: MapBuilder, call: Call, a: Any, b: Any) -> Cells:
     """``x @ W``, ``W @ x`` with any number of leading dimensions."""
     left, right = _ndim(a), _ndim(b)
+    # as an einsum: the last two dimensions multiply as matrices, those before them go in pairs
     letters = "abcdefghijklmnopqrstuvw"[: max(left, right) - 2] if max(left, right) > 2 else ""
 
     def subscripts(ndim: int, own: str) -> str:
@@ -124,6 +125,7 @@ def _contracted(
         if x.dims[own.index(letter)] != 1:
             constant = _selected(build, constant, axis)
             other = other.replace(letter, "", 1)
+    # a matrix product: letters of both are summed over, the others stay, in any order
     over = [c for c in own if c in other and c not in result]
     kept = [c for c in own if c not in over]
     new = [c for c in other if c not in over]

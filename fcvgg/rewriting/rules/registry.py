@@ -105,7 +105,10 @@ def refuse(reason: str, *targets: Any) -> None:
 
 def kind_of(node: fx.Node, module: nn.Module | None) -> LayerKind | None:
     """The record of what a node of the source's graph, or of a converted one, calls."""
-    return KINDS.get(class_of(module) if module is not None else node.target)
+    if module is None:
+        return KINDS.get(node.target)
+    # the class itself first, which is quick: plain forward passes read the leading layers each time
+    return KINDS.get(type(module)) or KINDS.get(class_of(module))
 
 
 def is_relu(node: fx.Node, module: nn.Module | None) -> bool:

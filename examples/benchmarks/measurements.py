@@ -20,13 +20,15 @@ import torchvision
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fcvgg.benchmarking.contenders import CONTENDERS, PLAIN, classifier
-from fcvgg.benchmarking.machine import CLOCKS, machine, measured_peak
-from fcvgg.benchmarking.results import Benchmark, Measurement
-from fcvgg.benchmarking.workers import Case, Worker
+from contenders import CONTENDERS, PLAIN, ContenderError, classifier
+from fcvgg.choices import Clock
 from fcvgg.conversion import convert
-from fcvgg.errors import ArgumentError, ContenderError, FcvggError
+from fcvgg.errors import ArgumentError, FcvggError
 from fcvgg.network import FullyConvolutional
+from fcvgg.optimization.timing import CLOCKS
+from machine import machine, measured_peak
+from results import Benchmark, Measurement
+from workers import Case, Worker
 
 _SLOW = 10.0
 """Seconds of a first call beyond which only one more is made."""
@@ -49,7 +51,7 @@ def benchmark(
     repeats: int = 7,
     contenders: Sequence[str] | None = None,
     threads: int | None = None,
-    clock: str = "wall",
+    clock: Clock = "wall",
     report: Callable[[str], None] = lambda line: None,
     keep: Callable[[Benchmark], None] = lambda result: None,
 ) -> Benchmark:
@@ -62,7 +64,7 @@ def benchmark(
         sizes: sides of the square images, of the native size at least.
         batches: images per call.
         repeats: turns of each; short calls are made several times in one.
-        contenders: names of `fcvgg.benchmarking.contenders.CONTENDERS`; None takes all.
+        contenders: names of `contenders.CONTENDERS`; None takes all.
         threads: of every contender; None keeps torch's setting.
         clock: ``"wall"`` or ``"cpu"``.
         report: is told what is being done.

@@ -20,18 +20,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fcvgg.benchmarking.contenders import classifier, made
-from fcvgg.benchmarking.machine import CLOCKS, peak_bytes
-from fcvgg.errors import ContenderError, FcvggError, one_line
-
-_SHORT = 1.0
-"""Seconds of a call up to which every turn begins with a call that is not counted: users call one
-network again and again, and at the start of a turn another one's weights are in the cache. That
-costs a millisecond or two, which longer calls do not notice.
-"""
-
-_TURN = 0.5
-"""Seconds that the counted calls of a turn fill, so that medians of short calls are steady."""
+from contenders import ContenderError, classifier, made
+from fcvgg.choices import Clock
+from fcvgg.errors import FcvggError, one_line
+from fcvgg.optimization.timing import Timer
+from machine import peak_bytes
 
 _PATIENCE = 2.0
 """Seconds in which a process that nobody asks any more ends by itself."""
@@ -46,14 +39,14 @@ class Case:
         size: side of the square images.
         batch: images per call.
         threads: of every contender.
-        clock: a name of `CLOCKS`.
+        clock: the time that is counted.
     """
 
     model: str
     size: int
     batch: int
     threads: int
-    clock: str = "wall"
+    clock: Clock = "wall"
 
     def __str__(self) -> str:
         return f"{self.size}x{self.size}, batch {self.batch}"
@@ -64,7 +57,7 @@ class Case:
         return torch.randn(self.batch, 3, self.size, self.size, generator=noise)
 
 
-class Runner:
+class Runner(Timer):
     """A contender that is made for a case and called on its images.
 
     Raises:
@@ -75,29 +68,7 @@ class Runner:
         torch.set_num_threads(case.threads)
         self._run = made(contender, *classifier(case.model), case.size)
         self._images = case.images()
-        self._clock = CLOCKS[case.clock]
-        self._calls: int | None = None  # of a turn
-        self._is_short = True
-
-    def call(self) -> float:
-        """Seconds of one call."""
-        with torch.no_grad():
-            start = self._clock()
-            self._run(self._images)
-            return self._clock() - start
-
-    def turn(self) -> list[float]:
-        """Seconds of a turn's calls, as many at every turn: those that fill half a second.
-
-        Short ones come after a call that is not counted.
-        """
-        if self._calls is None:
-            usual = self.call()
-            self._calls = max(int(_TURN / max(usual, 1e-6)), 1)
-            self._is_short = usual < _SHORT
-        if self._is_short:
-            self.call()
-        return [self.call() for _ in range(self._calls)]
+        super().__init__(lambda: self._run(self._images), case.clock)
 
     def scores(self) -> NDArray[Any]:
         """The score map ``(N, K, h, w)``, of a comparable contender."""

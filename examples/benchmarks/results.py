@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fcvgg.benchmarking.contenders import CONTENDERS, PLAIN
+from contenders import CONTENDERS, PLAIN
 from fcvgg.errors import ArgumentError, FcvggError, one_line
 from fcvgg.support.atomic import written_whole
 
@@ -79,7 +79,7 @@ class Benchmark:
             return Benchmark(**{**data, "rows": tuple(Measurement(**row) for row in rows)})
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise FcvggError(
-                f"{path} is no speed.json of fcvgg bench: {one_line(error)}"
+                f"{path} is no speed.json of this benchmark: {one_line(error)}"
             ) from error
 
     def extended(

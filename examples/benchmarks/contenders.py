@@ -1,4 +1,4 @@
-"""What `fcvgg bench` runs side by side: fcvgg, and what a user could pick instead.
+"""What `speed.py` runs side by side: fcvgg, and what a user could pick instead.
 
 A contender is made from the classifier and gives a function of images ``(N, C, H, W)`` whose result
 is the score map ``(N, K, h, w)``, or None where its result is of another kind.
@@ -26,6 +26,10 @@ Make = Callable[[nn.Module, int, int], Run]
 
 _CROPS = 8
 """Crops of the sliding window that are classified at a time."""
+
+
+class ContenderError(FcvggError):
+    """A contender failed in one case, or its process ended."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The machine that a benchmark runs on: its name, clocks, peak and memory."""
+"""The machine that a benchmark runs on: its name, peak and memory."""
 
 from __future__ import annotations
 
@@ -11,9 +11,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-
-CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
-"""``"cpu"`` counts the processor's time; with one thread, neighbours do not disturb it."""
 
 
 def machine() -> str:

@@ -1,4 +1,4 @@
-"""The benchmark on a narrow VGG: what it computes and writes, not how fast anything is."""
+"""The benchmark of `speed.py` on a narrow VGG: what it computes and writes, not how fast it is."""
 
 import json
 import os
@@ -10,13 +10,16 @@ import pytest
 import torch
 import torchvision
 from nets import images, narrow_vgg, relative_error, seeded
-from typer.testing import CliRunner
 
+import contenders
 import fcvgg
-from fcvgg.benchmarking import contenders, results, workers
-from fcvgg.benchmarking import measurements as benchmarking
-from fcvgg.cli import app, bench
-from fcvgg.errors import ArgumentError, ContenderError, FcvggError
+import measurements as benchmarking
+import results
+import speed
+import workers
+from contenders import ContenderError
+from fcvgg.errors import ArgumentError, FcvggError
+from fcvgg.optimization import timing
 
 FIVE = [0.2, 0.3, 0.4, 0.5, 0.6]
 NARROW = ["fcvgg", "fcvgg optimised", "usual recipe", "FC model", "FC sliding window"]
@@ -43,7 +46,7 @@ def narrow(monkeypatch):
     monkeypatch.setattr(benchmarking, "Worker", Here)
     monkeypatch.setattr(benchmarking, "measured_peak", lambda clock: 100.0)
     monkeypatch.setattr(benchmarking, "_PAUSE", 0.0)
-    monkeypatch.setattr(workers, "_TURN", 0.0)
+    monkeypatch.setattr(timing, "_TURN", 0.0)
     return model
 
 
@@ -103,7 +106,7 @@ def test_optimised_networks_are_made_for_the_size_of_the_images(narrow, monkeypa
 
 @pytest.mark.parametrize(("short", "calls"), [(100.0, 2 + 2 * 2 + 1), (0.0, 2 + 2 + 1)])
 def test_turns_begin_with_a_call_that_is_not_counted(narrow, monkeypatch, short, calls):
-    monkeypatch.setattr(workers, "_SHORT", short)
+    monkeypatch.setattr(timing, "_SHORT", short)
     shapes = []
     monkeypatch.setattr(
         workers,
@@ -126,7 +129,7 @@ def test_turns_begin_with_a_call_that_is_not_counted(narrow, monkeypatch, short,
     ],
 )
 def test_short_calls_are_made_several_times_in_a_turn(narrow, monkeypatch, seconds, turns):
-    monkeypatch.setattr(workers, "_TURN", 0.5)
+    monkeypatch.setattr(timing, "_TURN", 0.5)
     runner = Here("FC model", workers.Case("vgg16", 224, 1, threads=1))
     times = iter(seconds)
     monkeypatch.setattr(runner, "call", lambda: next(times))
@@ -336,10 +339,6 @@ def test_errors_of_a_network_that_is_more_than_layers():
         assert 0 < benchmarking._error(net(batch).numpy(), exact) < 1e-5
 
 
-def test_the_help_names_the_contenders():
-    assert list(contenders.CONTENDERS) == list(bench.NAMES)
-
-
 def test_no_ratio_without_plain_fcvgg(narrow):
     (row,) = fcvgg_benchmark(sizes=[224], contenders=["usual recipe"]).rows
     assert row.ratio is None
@@ -365,7 +364,7 @@ def test_pieces_of_a_table_are_joined(narrow, tmp_path):
     with pytest.raises(ArgumentError, match="the runs differ in model: 'vgg16' and 'vgg11'"):
         first.joined(fcvgg_benchmark("vgg11", contenders=["fcvgg"]))
     path.write_text("{}")
-    with pytest.raises(FcvggError, match=r"speed.json is no speed.json of fcvgg bench: "):
+    with pytest.raises(FcvggError, match=r"speed.json is no speed.json of this benchmark: "):
         results.Benchmark.read(path)
 
 
@@ -383,13 +382,17 @@ def test_arguments_are_checked(options, message):
         fcvgg_benchmark(**options)
 
 
-def test_the_command_writes_a_table_and_a_plot(narrow, tmp_path):
-    only = [part for name in NARROW[:2] for part in ("--only", name)]
-    options = ["--sizes", "224", "--repeats", "1", "-o", str(tmp_path)]
-    ran = CliRunner().invoke(app, ["bench", *options, *only])
-    assert ran.exit_code == 0, ran.output
-    assert "## 224x224, batch 1" in ran.output
+def test_the_script_writes_a_table_and_a_plot(narrow, tmp_path, monkeypatch, capsys):
+    options = ["--batches", "1", "--repeats", "1", "--output", str(tmp_path)]
+    for size in ("224", "256"):  # the second is added to the first
+        arguments = ["speed.py", "--sizes", size, *options, "--add", "--only", *NARROW[:2]]
+        monkeypatch.setattr("sys.argv", arguments)
+        speed.main()
+    printed = capsys.readouterr().out
+    assert "## 224x224, batch 1" in printed
+    assert printed.endswith("".join(f"wrote {tmp_path}/speed.{e}\n" for e in ("md", "json", "png")))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["speed.json", "speed.md", "speed.png"]
+    assert len(results.Benchmark.read(tmp_path / "speed.json").rows) == 4
 
 
 def fcvgg_benchmark(model="vgg16", **options):

@@ -1,1 +1,0 @@
-"""`fcvgg bench`: a network beside what a user could pick instead."""
