@@ -92,7 +92,8 @@ class Rewriter:
         if not isinstance(made, Tensor) or made.ndim < 4:
             return False
         fed = [n.meta.get("value") for n in node.all_input_nodes if self._sees_images(n)]
-        shapes = [x.shape for x in fed if isinstance(x, Tensor) and x.ndim == made.ndim]
+        alike = [x for x in fed if isinstance(x, Tensor) and x.ndim == made.ndim]
+        shapes = [x.shape for x in alike if x.numel() < made.numel()]
         over_last = made.shape[-2:].numel() > 1 and any(n[-2:] == (1, 1) for n in shapes)
         over_middle = made.ndim == 4 and made.shape[1:3].numel() > 1  # (N, H, W, C)
         return over_last or (over_middle and any(n[1:3] == (1, 1) and n[3] > 1 for n in shapes))

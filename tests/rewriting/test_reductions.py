@@ -116,6 +116,7 @@ def test_a_norm_of_the_pooled_features() -> None:
 
         def forward(self, x: Tensor) -> Tensor:
             x = self.conv(x).mean((2, 3), keepdim=True)  # (N, 6, 1, 1)
+            x = x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
             return self.fc((x * torch.rsqrt(x.pow(2).mean(1, keepdim=True))).flatten(1))
 
     model = seeded(Head)
