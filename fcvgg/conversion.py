@@ -19,6 +19,7 @@ from torch import nn
 from fcvgg.errors import ArgumentError, ConversionError, InputSizeError, check_choice
 from fcvgg.geometry import Pair, checked_size
 from fcvgg.images.preprocessing import Preprocess
+from fcvgg.names import alternatives
 from fcvgg.network import FullyConvolutional
 from fcvgg.rewriting.capture import Captured, capture, unfollowed_branches
 from fcvgg.rewriting.map_builder import MapBuilder
@@ -142,11 +143,9 @@ def _rewrite(
         # rewritten at the native stride, the network tells which strides its layers come to
         again = capture(model, captured.size, is_known, captured.channels)
         native = _rewrite(again, model, sharing_twin(model), same=same)
-        *others, last = map(str, output_strides(native))
-        strides = f"{', '.join(others)} or {last}" if others else last
         raise ConversionError(
-            f"output_stride must be one that the network's layers come to, {strides}, "
-            f"got {output_stride}"
+            "output_stride must be one that the network's layers come to, "
+            f"{alternatives(output_strides(native))}, got {output_stride}"
         )
     match_modes(program.network, model)
     unfollowed = unfollowed_branches(model, captured, is_known)

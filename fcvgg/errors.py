@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from math import isfinite
 from typing import Any
 
 from fcvgg.names import alternatives, readable
@@ -132,6 +133,26 @@ def check_share(name: str, value: float) -> None:
     """
     if not 0 <= value <= 1:
         raise ArgumentError(f"{name} must be in [0, 1], got {value}")
+
+
+def check_integer(name: str, value: Any, least: int) -> None:
+    """Refuse what is not an integer of at least `least`.
+
+    Raises:
+        ArgumentError: if it is not.
+    """
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ArgumentError(f"{name} must be an integer of at least {least}, got {value!r}")
+
+
+def check_rate(name: str, value: Any) -> None:
+    """Refuse what is not a finite number of at least 0.
+
+    Raises:
+        ArgumentError: if it is not.
+    """
+    if not isinstance(value, (int, float)) or not isfinite(value) or value < 0:
+        raise ArgumentError(f"{name} must be a finite number of at least 0, got {value!r}")
 
 
 def one_line(error: BaseException) -> str:

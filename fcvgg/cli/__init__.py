@@ -26,7 +26,7 @@ from fcvgg.cli import (
     stream,
 )
 from fcvgg.cli.console import examples, paragraphs, reporting_errors, say
-from fcvgg.cli.options import with_own_model
+from fcvgg.cli.options import with_option_groups
 
 app = typer.Typer(
     name="fcvgg",
@@ -82,7 +82,7 @@ for _module in (
     segment_train,
     segment,
 ):
-    _command = reporting_errors(with_own_model(_module.run))
+    _command = reporting_errors(with_option_groups(_module.run))
     app.command(
         _module.NAME, help=paragraphs(_module.run.__doc__), epilog=examples(*_module.EXAMPLES)
     )(_command)

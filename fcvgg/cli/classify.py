@@ -12,18 +12,13 @@ from rich.text import Text
 
 from fcvgg.cli.console import check_any_exists, exit_if_any_failed, for_each_image, say, say_json
 from fcvgg.cli.options import (
-    Arch,
     Bands,
-    Device,
     Flip,
     ImageOpener,
     Images,
-    Model,
+    NetworkOptions,
     Nodata,
-    OwnModel,
     Scales,
-    Weights,
-    load_network,
 )
 from fcvgg.cli.reports import table, titled
 from fcvgg.errors import ArgumentError, ImageError
@@ -67,9 +62,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON array inste
 
 def run(
     images: Images,
-    model: Model = "vgg16",
-    weights: Weights = "DEFAULT",
-    arch: Arch = None,
+    network: NetworkOptions = NetworkOptions(),
     top: Top = 5,
     scales: Scales = None,
     full_size: FullSize = False,
@@ -78,8 +71,6 @@ def run(
     bands: Bands = None,
     nodata: Nodata = None,
     as_json: AsJson = False,
-    own: OwnModel = OwnModel(),
-    device: Device = "cpu",
 ) -> None:
     """Print the most probable classes of every image.
 
@@ -89,7 +80,7 @@ def run(
     if scales is not None and full_size:
         raise ArgumentError("--scales and --full-size exclude each other; give one of the two")
     check_any_exists(images)
-    net = load_network(model, own, device, weights=weights, arch=arch)
+    net = network.load()
     resizes = net.preprocess is not None and net.preprocess.resize is not None
     if scales is None and not full_size and not resizes:
         scales = [net.usual_scale]

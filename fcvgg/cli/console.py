@@ -78,7 +78,7 @@ def say_wrote(path: Path) -> None:
 
 
 def say_next(command: str) -> None:
-    """Print the command that goes on."""
+    """Print the command to run next."""
     say_whole("next:", "cyan", command)
 
 
@@ -89,14 +89,14 @@ def complain(message: object) -> None:
     _print(_errors(), line)
 
 
-def tell(note: object) -> None:
-    """Print one line on stderr that is no error."""
-    line = Text.assemble(("fcvgg: ", "bold yellow"), readable(" ".join(str(note).split())))
+def note(message: object) -> None:
+    """Print a note on stderr, in one line."""
+    line = Text.assemble(("fcvgg: ", "bold yellow"), readable(" ".join(str(message).split())))
     _print(_errors(), line)
 
 
-def tell_skipped(files: Sequence[Unreadable], used: int) -> None:
-    """Print on stderr which files of a folder were left out, which is no error.
+def note_skipped(files: Sequence[Unreadable], used: int) -> None:
+    """Print a note on stderr on the files of a folder that were left out.
 
     Images that cannot be read have a line each; a last line counts all files by their reason.
     """
@@ -107,7 +107,7 @@ def tell_skipped(files: Sequence[Unreadable], used: int) -> None:
     if len(failed) > _LISTED:
         lines.append(f"skipped {len(failed) - _LISTED} more that cannot be read")
     for line in [*lines, *[left_out(files, used)] * bool(files)]:
-        tell(line)
+        note(line)
 
 
 def examples(*commands: str) -> str:
@@ -142,13 +142,13 @@ def reporting_errors(command: Callable[..., None]) -> Callable[..., None]:
 
 @contextmanager
 def resumable(run: Path) -> Iterator[None]:
-    """Training in a folder, which says when interrupted how it goes on."""
+    """Training in a folder; when interrupted, a line says how to resume it."""
     try:
         yield
     except KeyboardInterrupt:
         if not (run / "last.ckpt").exists():
             raise
-        complain(f"interrupted; the epochs done are kept in {run}, --resume goes on")
+        complain(f"interrupted; finished epochs are kept in {run}, and --resume continues")
         raise typer.Exit(INTERRUPTED) from None
 
 
@@ -174,10 +174,10 @@ def for_each_image(
 
 
 def check_any_exists(images: Sequence[Path]) -> None:
-    """Refuse images of which none is there, before a network is loaded or even downloaded.
+    """Refuse paths of which none exists, before a network is loaded or even downloaded.
 
     Raises:
-        ImageError: if so.
+        ImageError: if no path exists.
     """
     if not any(map(os.path.exists, images)):
         raise ImageError(f"there is no image file {', '.join(map(str, images))}")
@@ -310,7 +310,6 @@ _PHRASES = (
         "with fcvgg stream",
     ),
     ("choose a smaller lr", "choose a smaller --lr"),
-    ("another lr or strategy", "another --lr or --strategy"),
     ("resume it, or", "pass --resume, or"),
 )
 """Phrases that only hold in Python, and what stands for them on the command line."""
@@ -340,7 +339,7 @@ def in_option_words(message: str) -> str:
     """
     for phrase, words in _PHRASES:
         message = message.replace(phrase, words)
-    message = re.sub(r"fcvgg\.open_image\(path, (bands=\([^)]*\))\)", r"\1", message)
+    message = re.sub(r"fcvgg\.open_image\(path, (\w+=(?:\([^)]*\)|[^()]*))\)", r"\1", message)
     message = _KEYWORD.sub(_option, message)
     return re.sub(r"(?<![-.])\binput_size\b", "--input-size", message)
 

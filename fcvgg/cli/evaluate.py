@@ -9,16 +9,11 @@ import typer
 from rich.text import Text
 
 from fcvgg.cli.classify import Average, AverageOf
-from fcvgg.cli.console import say, say_wrote, tell_skipped
+from fcvgg.cli.console import note_skipped, say, say_wrote
 from fcvgg.cli.options import (
-    Arch,
-    Device,
     Flip,
-    Model,
-    OwnModel,
+    NetworkOptions,
     Scales,
-    Weights,
-    load_network,
     names,
     output_file,
 )
@@ -50,8 +45,8 @@ Protocols = Annotated[
         "-p",
         metavar="NAME,NAME,...",
         parser=names,
-        help="Ways to show images to the network: center-crop, resize, ten-crop, dense, "
-        "multi-crop, dense+multi-crop, or all.",
+        help="Evaluation protocols: center-crop, resize, ten-crop, dense, multi-crop, "
+        "dense+multi-crop, or all.",
     ),
 ]
 Classes = Annotated[
@@ -72,17 +67,13 @@ Output = Annotated[
 
 def run(
     data: Data,
-    model: Model = "vgg16",
-    weights: Weights = "DEFAULT",
-    arch: Arch = None,
-    protocols: Protocols = "centre-crop,resize,dense",
+    network: NetworkOptions = NetworkOptions(),
+    protocols: Protocols = "center-crop,resize,dense",
     scales: Scales = None,
     flip: Flip = False,
     average: AverageOf = Average.scores,
     classes: Classes = False,
     output: Output = Path("evaluation.json"),
-    own: OwnModel = OwnModel(),
-    device: Device = "cpu",
 ) -> None:
     """Measure accuracy on labelled images.
 
@@ -92,7 +83,7 @@ def run(
 
     if not output.parent.is_dir():  # before the long work, not after it
         raise FcvggError(f"cannot write {output}: there is no folder {output.parent}")
-    net = load_network(model, own, device, weights=weights, arch=arch)
+    net = network.load()
     evaluation = evaluate(
         net,
         data,
@@ -102,8 +93,10 @@ def run(
         average=average.value,
         progress=True,
     )
-    tell_skipped(evaluation.skipped, evaluation.images)
-    named = model if weights == "DEFAULT" else f"{model} with {weights}"
+    note_skipped(evaluation.skipped, evaluation.images)
+    named = network.model
+    if network.weights != "DEFAULT":
+        named += f" with {network.weights}"
     say(Text(readable(f"{named} on {data}"), style="bold"))
     say(table(evaluation.headings, evaluation.cells(), left=4))
     for line in evaluation.about():  # stderr has what was left out

@@ -11,7 +11,7 @@ import typer
 from rich.console import RenderableType
 from rich.text import Text
 
-from fcvgg.cli.console import resumable, say, say_next, say_wrote, tell_skipped
+from fcvgg.cli.console import note_skipped, resumable, say, say_next, say_wrote
 from fcvgg.cli.options import (
     BatchSize,
     ClassWeights,
@@ -121,7 +121,7 @@ Similar = Annotated[
     bool | None,
     typer.Option(
         "--similar/--different",
-        help="For auto: whether the images resemble those that the network was trained on.",
+        help="Whether the images resemble those that the network was trained on (for auto).",
         show_default="measured",
     ),
 ]
@@ -153,7 +153,12 @@ TrainingSize = Annotated[
     ),
 ]
 ResizeMode = Annotated[
-    Resize, _image_option("--resize", help="Way to bring an image to the input size.")
+    Resize,
+    _image_option(
+        "--resize",
+        help="Method that brings images to the input size: resize the whole image, or crop its "
+        "center.",
+    ),
 ]
 Augment = Annotated[
     bool | None,
@@ -299,7 +304,7 @@ def run(
 
 
 def _report(result: FineTuned) -> None:
-    tell_skipped(result.skipped, sum(map(sum, result.counts.values())))
+    note_skipped(result.skipped, sum(map(sum, result.counts.values())))
     run = result.training
     if run is not None and run.resumed_after:
         say(f"resumed after epoch {run.resumed_after}")

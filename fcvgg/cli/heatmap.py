@@ -15,23 +15,18 @@ from fcvgg.cli.console import (
     exit_if_any_failed,
     folder,
     for_each_image,
+    note,
     say,
     say_wrote,
-    tell,
 )
 from fcvgg.cli.options import (
-    Arch,
     Bands,
-    Device,
     ImageOpener,
     Images,
-    Model,
+    NetworkOptions,
     Nodata,
     OutputFolder,
     OutputStride,
-    OwnModel,
-    Weights,
-    load_network,
 )
 
 if TYPE_CHECKING:
@@ -78,17 +73,13 @@ Scale = Annotated[
 def run(
     context: typer.Context,
     images: Images,
-    model: Model = "vgg16",
-    weights: Weights = "DEFAULT",
-    arch: Arch = None,
+    network: NetworkOptions = NetworkOptions(),
     target: Target = None,
     output: OutputFolder = Path(),
     scale: Scale = None,
     bands: Bands = None,
     nodata: Nodata = None,
     output_stride: OutputStride = None,
-    own: OwnModel = OwnModel(),
-    device: Device = "cpu",
 ) -> None:
     """Overlay one class's heatmap on every image.
 
@@ -103,7 +94,7 @@ def run(
         exit_if_any_failed(slides, shown)
         return
     check_any_exists(images)
-    net = load_network(model, own, device, weights=weights, arch=arch, output_stride=output_stride)
+    net = network.load(output_stride=output_stride)
     index = _index(net, target)
     folder(output)
     opener, size_note = ImageOpener(bands, nodata), SizeNote(net)
@@ -111,7 +102,7 @@ def run(
     def show(image: Path) -> Path:
         score_map = net.score_map(opener.open(image), scale=scale)
         if scale is None:
-            size_note.tell(image, score_map.input_size)
+            size_note.print_once(image, score_map.input_size)
         return _show(image, score_map, index, overlays.path_for(image))
 
     written = for_each_image(images, "heatmaps", show)
@@ -129,7 +120,7 @@ class SizeNote:
         self.net = net
         self.printed = False
 
-    def tell(self, image: Path, size: tuple[int, int]) -> None:
+    def print_once(self, image: Path, size: tuple[int, int]) -> None:
         """Print the line, unless it was printed, for a large image run at `size` ``(H, W)``."""
         windows = [pixels / w for pixels, w in zip(size, self.net.geometry.window)]
         count = min(windows)
@@ -137,7 +128,7 @@ class SizeNote:
             return
         self.printed = True
         extent = "high" if count == windows[0] else "wide"
-        tell(
+        note(
             f"{image} is {count:.0f} windows {extent}, and the network recognises what fits into "
             f"one; --scale {self.net.usual_scale} shows the image whole"
         )
@@ -170,7 +161,7 @@ def _note_unused(context: typer.Context) -> None:
         and getattr(context.get_parameter_source(str(parameter.name)), "name", "") == "COMMANDLINE"
     ]
     if given:
-        tell(f"a score map is shown as it was streamed, without {', '.join(given)}")
+        note(f"a score map is shown as it was streamed, without {', '.join(given)}")
 
 
 def _index(net: FullyConvolutional, target: str | None) -> int | None:

@@ -128,8 +128,8 @@ def output_file(*endings: str) -> Callable[[Path | None], Path | None]:
 # -- options of several commands ------------------------------------------------------------------
 
 MODEL_HELP = (
-    "A torchvision name, timm:NAME, a checkpoint (with --arch), an .onnx or Keras file, a folder "
-    "written by 'fcvgg convert', or 'demo'."
+    "Network: a torchvision name, timm:NAME, a checkpoint (with --arch), an .onnx or Keras file, a "
+    "folder written by 'fcvgg convert', or 'demo'."
 )
 
 Images = Annotated[
@@ -142,8 +142,8 @@ Weights = Annotated[
         "--weights",
         "-w",
         metavar="NAME|PATH",
-        help="Weights for a torchvision name: a name such as DEFAULT (downloaded), or a "
-        "checkpoint.",
+        help="Weights of a torchvision model: their name, such as DEFAULT (downloaded), or a "
+        "checkpoint file.",
     ),
 ]
 Arch = Annotated[
@@ -298,7 +298,7 @@ class OwnPreprocess:
         _model_option(
             metavar="X,X,X",
             parser=numbers,
-            help="Standard deviations of the channels: one each, or one for all; with --mean.",
+            help="Standard deviations of the channels, one for each or one for all; with --mean.",
             show_default=False,
         ),
     ] = None
@@ -308,7 +308,7 @@ class OwnPreprocess:
             "--range",
             metavar="LOW,HIGH",
             parser=limits,
-            help="Black and white in images of more than 8 bits, such as 0,4095 for 12 bits.",
+            help="Pixel values of black and white in images of more than 8 bits, such as 0,4095.",
             show_default="0 to 65535 for 16 bits",
         ),
     ] = None
@@ -398,7 +398,22 @@ class OwnModel(OwnPreprocess):
         }
 
 
-def with_own_model(command: Callable[..., None]) -> Callable[..., None]:
+@dataclass(frozen=True)
+class NetworkOptions(OwnModel):
+    """The network that a command runs on images, and where it runs."""
+
+    model: Model = "vgg16"
+    weights: Weights = "DEFAULT"
+    arch: Arch = None
+    device: Device = "cpu"
+
+    def load(self, **options: Any) -> FullyConvolutional:
+        """The network; `options` and errors are as for `load_network`."""
+        names = {"weights": self.weights, "arch": self.arch}
+        return load_network(self.model, self, self.device, **names, **options)
+
+
+def with_option_groups(command: Callable[..., None]) -> Callable[..., None]:
     """A command whose parameter of type `OwnPreprocess`, if it has one, is given by options.
 
     Typer reads a command's signature, so the dataclass's fields stand there in place of it.
@@ -411,23 +426,22 @@ def with_own_model(command: Callable[..., None]) -> Callable[..., None]:
     ((place, group),) = own.items()
     kinds = get_type_hints(group, include_extras=True)
     keyword = inspect.Parameter.KEYWORD_ONLY
-    kept = [
-        p.replace(annotation=hints[p.name], kind=keyword)
-        for p in signature.parameters.values()
-        if p.name != place
-    ]
     added = [
         inspect.Parameter(f.name, keyword, default=f.default, annotation=kinds[f.name])
         for f in fields(group)
     ]
+    parameters: list[inspect.Parameter] = []
+    for parameter in signature.parameters.values():
+        kept = parameter.replace(annotation=hints[parameter.name], kind=keyword)
+        parameters += added if parameter.name == place else [kept]
 
     @functools.wraps(command)
     def taking_options(**arguments: Any) -> None:
         given = {option.name: arguments.pop(option.name) for option in added}
         command(**arguments, **{place: group(**given)})
 
-    taking_options.__signature__ = signature.replace(parameters=[*kept, *added])  # type: ignore
-    taking_options.__annotations__ = {p.name: p.annotation for p in [*kept, *added]}
+    taking_options.__signature__ = signature.replace(parameters=parameters)  # type: ignore
+    taking_options.__annotations__ = {p.name: p.annotation for p in parameters}
     return taking_options
 
 
@@ -499,7 +513,7 @@ class ImageOpener:
         Raises:
             ImageError: if it cannot be opened.
         """
-        from fcvgg.cli.console import tell
+        from fcvgg.cli.console import note
         from fcvgg.images.lazy.opening import open_image
 
         source = open_image(image, level, bands=self._bands, nodata=self._nodata)
@@ -508,7 +522,7 @@ class ImageOpener:
         unused = self._nodata is None and declared is not None and declared == declared
         if unused and not self._noted:
             self._noted = True
-            tell(
+            note(
                 f"{image} declares nodata {declared:g}, which is read as pixel values; "
                 "--nodata file leaves it out"
             )

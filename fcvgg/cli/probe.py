@@ -9,14 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import RenderableType
 
-from fcvgg.cli.console import say, say_wrote, tell_skipped
+from fcvgg.cli.console import note_skipped, say, say_wrote
 from fcvgg.cli.options import (
-    Arch,
-    Device,
-    Model,
-    OwnModel,
-    Weights,
-    load_network,
+    NetworkOptions,
     names,
     output_file,
     output_name,
@@ -111,9 +106,7 @@ Output = Annotated[
 
 def run(
     data: Data,
-    model: Model = "vgg16",
-    weights: Weights = "DEFAULT",
-    arch: Arch = None,
+    network: NetworkOptions = NetworkOptions(),
     layers: Layers = None,
     size: Size = None,
     pooling: PoolingOf = Pooling.avg,
@@ -121,8 +114,6 @@ def run(
     folds: Folds = 5,
     cache: Cache = None,
     output: Output = Path("probe.png"),
-    own: OwnModel = OwnModel(),
-    device: Device = "cpu",
 ) -> None:
     """Find the layer whose features suit your images best.
 
@@ -132,8 +123,8 @@ def run(
     from fcvgg.transfer import class_folders, probe
 
     found = class_folders(data)
-    tell_skipped(found.skipped, len(found.paths))
-    net = load_network(model, own, device, weights=weights, arch=arch)
+    note_skipped(found.skipped, len(found.paths))
+    net = network.load()
     result = probe(
         net,
         found.paths,

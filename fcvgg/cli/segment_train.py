@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fcvgg.cli.console import resumable, say, say_next, say_wrote, tell_skipped
+from fcvgg.cli.console import note_skipped, resumable, say, say_next, say_wrote
 from fcvgg.cli.options import (
     BatchSize,
     ClassWeights,
@@ -155,7 +155,7 @@ def run(
             resume=resume,
             progress=True,
         )
-    tell_skipped(done.skipped, done.images)
+    note_skipped(done.skipped, done.images)
     if done.run.resumed_after:
         say(f"resumed after epoch {done.run.resumed_after}")
     say(f"FCN-{variant.value}, epoch {done.run.best_epoch} of {epochs}: {done.metrics}")

@@ -10,18 +10,13 @@ from typing import Annotated
 import typer
 
 from fcvgg.categories import class_given
-from fcvgg.cli.console import INTERRUPTED, complain, say, say_wrote, tell
+from fcvgg.cli.console import INTERRUPTED, complain, note, say, say_wrote
 from fcvgg.cli.options import (
-    Arch,
     Bands,
-    Device,
     ImageOpener,
-    Model,
+    NetworkOptions,
     Nodata,
     OutputStride,
-    OwnModel,
-    Weights,
-    load_network,
     names,
     output_folder,
 )
@@ -74,27 +69,23 @@ Level = Annotated[
 def run(
     slide: Slide,
     output: Output,
-    model: Model = "vgg16",
-    weights: Weights = "DEFAULT",
-    arch: Arch = None,
+    network: NetworkOptions = NetworkOptions(),
     classes: Classes = None,
     memory: Memory = "1GiB",
     level: Level = 0,
     bands: Bands = None,
     nodata: Nodata = None,
     output_stride: OutputStride = None,
-    own: OwnModel = OwnModel(),
-    device: Device = "cpu",
 ) -> None:
     """Write the score map of an image larger than memory."""
     from fcvgg.streaming.execution import stream
     from fcvgg.streaming.score_store import is_store, open_store
 
     source = ImageOpener(bands, nodata).open(slide, level)
-    net = load_network(model, own, device, weights=weights, arch=arch, output_stride=output_stride)
+    net = network.load(output_stride=output_stride)
     kept = _classes(classes, net.categories)
     if kept == "top5":
-        tell("--classes top5 keeps no class's map: 'fcvgg heatmap' cannot show it")
+        note("--classes top5 keeps no class's map: 'fcvgg heatmap' cannot show it")
     before = open_store(output).share if is_store(output) else 0.0
     with resumed_by_the_same_call(output):
         store = stream(net, source, out=output, classes=kept, memory=memory, progress=True)
@@ -115,7 +106,7 @@ def run(
 
 @contextmanager
 def resumed_by_the_same_call(path: Path) -> Iterator[None]:
-    """Streaming to a folder, which says when interrupted how far it is and how it goes on."""
+    """Streaming to a folder; when interrupted, a line says how far it is and how to resume it."""
     from fcvgg.streaming.score_store import is_store, open_store
 
     try:

@@ -109,11 +109,13 @@ class EffectiveReceptiveField:
         Of the boxes around the centre of mass with the field's proportions.
         """
         if not 0 < share <= 1:
-            raise ArgumentError(f"share={share} is no share; expected a value in (0, 1]")
+            raise ArgumentError(f"share must be above 0 and at most 1, got {share}")
+        # A pixel's distance is half the side of the smallest box that holds it, relative to the
+        # field's: with pixels in order of distance, the boxes' influences are one cumulative sum.
         rows, cols = (
             np.abs(np.arange(n) - middle) / n for n, middle in zip(self.theoretical, self.centre)
         )
-        distance = np.maximum(rows[:, None], cols[None])
+        distance = np.maximum(rows[:, None], cols[None])  # (h, w)
         order = np.argsort(distance, axis=None)
         held = np.cumsum(self.influence.flat[order])
         last = np.searchsorted(held, share * held[-1] - _ROUNDING)
@@ -211,7 +213,7 @@ def effective_receptive_field(
         index = class_index(target, names, net.program.classes[output])
     pool = list(each_image(images))
     if not pool:
-        raise ImageError("no images were given; expected at least one")
+        raise ImageError("images must hold at least one image, got none")
     total = np.zeros(net.geometry.receptive_field)
     seen = np.zeros(net.geometry.receptive_field, np.int64)
     with progress_bar("images", len(pool), progress) as advance:
@@ -240,8 +242,9 @@ def _add_influence(
     rows, cols = net.output_size(size)
     row, col = _middle(geometry, size, (rows, cols)) if cell is None else cell
     if not (0 <= row < rows and 0 <= col < cols):
-        raise ImageError(f"an image of {size} has {rows}x{cols} cells, and no cell {cell}")
+        raise ImageError(f"cell must be one of the {rows}x{cols} of an image of {size}, got {cell}")
     gradient = _gradient(net, pixels, (row, col), index, output)
+    # the field may leave the image; only the part on the image has a gradient
     top, left, bottom, right = geometry.receptive_field_of(row, col)
     inside = np.s_[max(top, 0) : min(bottom, size[0]), max(left, 0) : min(right, size[1])]
     place = np.s_[

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fcvgg.categories import class_name
-from fcvgg.errors import ArgumentError, DatasetError, ImageError, MissingExtraError
+from fcvgg.errors import ArgumentError, DatasetError, ImageError, check_choice
 from fcvgg.evaluation.cropping import centre_crop, grid_crops, ten_crops
 from fcvgg.images.batching import run_in_batches
 from fcvgg.images.datasets import LabelledImages
@@ -35,12 +35,13 @@ from fcvgg.network import FullyConvolutional
 from fcvgg.probability import MeanOfViews, to_probabilities
 from fcvgg.rewriting.outputs import flattened
 from fcvgg.support.atomic import JSON_ENDINGS, checked_file, written_whole
+from fcvgg.support.extras import imported
 from fcvgg.support.module_state import device_of, dtype_of, evaluating
 from fcvgg.support.progress import progress_bar
 from fcvgg.support.tables import text_table
 
 PROTOCOLS: dict[str, str] = {
-    "centre-crop": "centre crop",
+    "center-crop": "center crop",
     "resize": "resize",
     "ten-crop": "10 crops",
     "dense": "whole image",
@@ -49,7 +50,9 @@ PROTOCOLS: dict[str, str] = {
 }
 """The protocols and what each feeds to the network from an image at one scale."""
 
-DEFAULT_PROTOCOLS = ("centre-crop", "resize", "dense")
+DEFAULT_PROTOCOLS = ("center-crop", "resize", "dense")
+
+_OLD_NAMES = {"centre-crop": "center-crop"}
 
 _COMBINED = {"dense+multi-crop": ("dense", "multi-crop")}
 
@@ -137,10 +140,11 @@ class Evaluation:
     part: Path | None = None
 
     def __getitem__(self, protocol: str) -> ProtocolResult:
-        for result in self.results:
-            if result.protocol == protocol:
-                return result
-        raise KeyError(f"{protocol!r} was not run; there are {[r.protocol for r in self.results]}")
+        results = {result.protocol: result for result in self.results}
+        name = _OLD_NAMES.get(protocol, protocol)
+        if name not in results:
+            raise KeyError(f"protocol must be one of {', '.join(results)}, got {protocol!r}")
+        return results[name]
 
     def __iter__(self) -> Iterator[ProtocolResult]:
         return iter(self.results)
@@ -207,7 +211,8 @@ class Evaluation:
     def _left_out(self) -> list[str]:
         lines = []
         count = counted(len(self.unreadable), "image")
-        title = f"{count} could not be read and {'was' if count[:2] == '1 ' else 'were'} left out:"
+        verb = "was" if len(self.unreadable) == 1 else "were"
+        title = f"{count} could not be read and {verb} left out:"
         if len(self.skipped) > len(self.unreadable):
             lines.append(left_out(self.skipped, self.images))
             title = f"of these, {count} could not be read:"
@@ -251,13 +256,7 @@ class Evaluation:
             "skipped": [{"name": u.name, "reason": u.reason} for u in self.skipped],
             "protocols": [
                 {
-                    "protocol": r.protocol,
-                    "input": r.input,
-                    "scales": r.scales,
-                    "flip": r.flip,
-                    "views": r.views,
-                    "top1": r.top1,
-                    "top5": r.top5,
+                    **vars(r),
                     "classes": [vars(c) for c in r.classes],
                     "confusion": [
                         [i, j, int(r.confusion[i, j])] for i, j in r.confusion.nonzero().tolist()
@@ -287,9 +286,9 @@ def evaluate(
             dataset of ``(image, label)``, with images as for ``net.score_map``. Class folders are
             matched to the categories by name, else in sorted order. Of a folder with parts that
             hold class folders, the part to test on is taken, or else the one to validate on; see
-            `fcvgg.images.datasets`. Files that are no images or cannot be read are counted and
-            listed, and left out.
-        protocols: one or more of ``"centre-crop"``, ``"resize"`` (the whole image, squeezed to the
+            `fcvgg.images.datasets`. Files that are not images, or that cannot be read, are left
+            out and listed.
+        protocols: one or more of ``"center-crop"``, ``"resize"`` (the whole image, squeezed to the
             native size), ``"ten-crop"``, ``"dense"`` (as ``net.classify``), ``"multi-crop"`` (a 5x5
             grid and its mirror images, 50 crops per scale), ``"dense+multi-crop"`` (the average of
             both, as in the paper's table 5); or ``"all"``.
@@ -304,12 +303,11 @@ def evaluate(
 
     Raises:
         DatasetError: if there are no images, or none can be read.
-        CategoryError: if labels are no classes of the network.
+        CategoryError: if a label is not a class of the network.
         MissingExtraError: if torchmetrics is not installed.
     """
     names = _checked_protocols(protocols)
-    if average not in ("scores", "probabilities"):
-        raise ArgumentError(f"average={average!r} is unknown; expected 'scores' or 'probabilities'")
+    check_choice("average", average, ("scores", "probabilities"))
     data = LabelledImages(dataset, net.categories, net.num_classes)
     sides = smaller_sides(net.usual_scale if scales is None else scales)
     plan = _Plan(names, sides, checked_flip(flip))
@@ -362,7 +360,7 @@ class _Plan:
         return scales * crops.get(part, 1 + self.flip)
 
     def flips(self, name: str) -> bool:
-        return self.flip or name not in ("centre-crop", "resize", "dense")
+        return self.flip or name not in ("center-crop", "resize", "dense")
 
 
 @dataclass
@@ -392,6 +390,8 @@ class _Run:
         self, advance: Callable[[int], None]
     ) -> Iterator[tuple[int, dict[str, Tensor]]]:
         """Every image's label and its probabilities ``(K,)`` by every protocol."""
+        # Views of one size run in batches across images, so they come back out of order: an image
+        # is complete when its last view is, and only means are kept until then.
         parts = self.plan.parts
         for (number, part), row in run_in_batches(self._inputs(advance), self._probabilities):
             pending = self._pending[number]
@@ -407,7 +407,7 @@ class _Run:
             self.used += 1
             for name, both in _COMBINED.items():
                 if name in self.plan.names:
-                    means[name] = torch.stack([means[p] for p in both]).mean(0)
+                    means[name] = torch.stack([means[p] for p in both]).mean(0)  # (K,)
             advance(1)
             yield pending.label, means
 
@@ -449,8 +449,8 @@ class _Run:
         size = self.net.input_size
         if "dense" in parts:
             yield from _flipped("dense", pixels, self.plan.flip)
-        if "centre-crop" in parts:
-            yield from _flipped("centre-crop", centre_crop(pixels, size), self.plan.flip)
+        if "center-crop" in parts:
+            yield from _flipped("center-crop", centre_crop(pixels, size), self.plan.flip)
         if "ten-crop" in parts:
             yield from (("ten-crop", crop) for crop in ten_crops(pixels, size))
         if "multi-crop" in parts:
@@ -472,7 +472,7 @@ class _Run:
         if self.model is not None:
             return scores.reshape(len(batch), -1)
         row, col = self.net.native_cell
-        return scores[:, :, row, col]
+        return scores[:, :, row, col]  # (N, K, h, w) -> (N, K)
 
 
 def _flipped(part: str, pixels: Tensor, flip: bool) -> _Views:
@@ -482,17 +482,17 @@ def _flipped(part: str, pixels: Tensor, flip: bool) -> _Views:
 
 
 def _checked_protocols(protocols: Iterable[str] | str) -> tuple[str, ...]:
-    names = (protocols,) if isinstance(protocols, str) else tuple(protocols)
+    given = (protocols,) if isinstance(protocols, str) else protocols
+    names = tuple(dict.fromkeys(_OLD_NAMES.get(name, name) for name in given))
     if names == ("all",):
         return tuple(PROTOCOLS)
-    for name in names:
-        if name not in PROTOCOLS:
-            raise ArgumentError(
-                f"protocol {name!r} is unknown; expected {', '.join(PROTOCOLS)} or all"
-            )
-    if not names:
-        raise ArgumentError(f"no protocol was given; expected {', '.join(PROTOCOLS)} or all")
-    return tuple(dict.fromkeys(names))
+    wrong = [name for name in names if name not in PROTOCOLS]
+    if wrong or not names:
+        raise ArgumentError(
+            f"protocols must be all, or some of {', '.join(PROTOCOLS)}, got "
+            f"{wrong[0] if wrong else 'none'}"
+        )
+    return names
 
 
 # -- counting -------------------------------------------------------------------------------------
@@ -505,16 +505,10 @@ class _Tally:
     """
 
     def __init__(self, classes: int):
-        try:
-            from torchmetrics import MetricCollection
-            from torchmetrics import classification as metrics
-        except ImportError as error:
-            raise MissingExtraError(
-                "evaluate needs torchmetrics; install it with: pip install 'fcvgg[eval]'"
-            ) from error
-        self.judged = max(classes, 2)
-        count = self.judged
-        self.metrics = MetricCollection(
+        torchmetrics = imported("torchmetrics", "eval")
+        metrics = torchmetrics.classification
+        self.judged = count = max(classes, 2)
+        self.metrics = torchmetrics.MetricCollection(
             {
                 "top1": metrics.MulticlassAccuracy(count, average="micro"),
                 "top5": metrics.MulticlassAccuracy(count, average="micro", top_k=min(_TOP, count)),
@@ -529,7 +523,7 @@ class _Tally:
 
     def add(self, probabilities: Tensor, label: int) -> None:
         if len(probabilities) == 1:
-            probabilities = torch.cat([1 - probabilities, probabilities])
+            probabilities = torch.cat([1 - probabilities, probabilities])  # absent, present
         self.waiting.append((probabilities, label))
         if len(self.waiting) >= _CHUNK:
             self._update()

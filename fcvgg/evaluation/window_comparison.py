@@ -243,6 +243,7 @@ def compare_windows(
             scores.append(given.reshape(len(batch), -1))
             advance(len(batch))
     crops = torch.cat(scores).T.unflatten(1, (rows, cols)).to(dense.scores)  # (K, h, w)
+    # An image below the window is padded up to it, and its sides are those of the padded image.
     size = tuple(max(n, w) for n, w in zip(dense.input_size, net.geometry.window))
     before = [net.geometry.padding_for(dense.input_size)[axis][0] for axis in (0, 1)]
     first = np.array(starts).reshape(rows, cols, 2) + before  # (h, w, 2), in the padded image
@@ -317,6 +318,6 @@ def _ranks(values: NDArray[Any]) -> NDArray[np.float64]:
     ranks = np.empty(columns.shape)
     for i, column in enumerate(columns.T):
         _, place, counts = np.unique(column, return_inverse=True, return_counts=True)
-        ends = np.cumsum(counts)
+        ends = np.cumsum(counts)  # equal values hold the ranks from ends - counts to ends - 1
         ranks[:, i] = (ends - (counts - 1) / 2)[place]
     return ranks.reshape(values.shape)

@@ -10,12 +10,12 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms import InterpolationMode, v2
 
+from fcvgg.errors import check_choice
 from fcvgg.geometry import Pair
 from fcvgg.images.datasets import LabelledFiles
 from fcvgg.images.pictures import Picture
 from fcvgg.images.preprocessing import Preprocess
 from fcvgg.images.reading import read_picture
-from fcvgg.training.settings import check_choice
 
 RESIZES = ("resize", "center-crop")
 

@@ -164,6 +164,7 @@ def train(job: Job) -> tuple[nn.Module, Settings, TrainingRun | None]:
         check_batches(model, len(job.found.train), channels, job.size, job.settings)
     if job.measure_rate:
         job = replace(job, settings=replace(job.settings, lr=_measured_rate(model, job)))
+    # the features of images that never vary are computed once, not in every epoch
     last_only = job.strategy == "linear" and not job.augmented
     run = _train_last(model, job) if last_only else _train_all(model, job)
     return model.eval(), job.settings, run

@@ -17,13 +17,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fcvgg.errors import ArgumentError, ConversionError, InputSizeError
+from fcvgg.errors import ArgumentError, ConversionError, InputSizeError, check_choice
 from fcvgg.finetuning.images import checked_resize
 from fcvgg.finetuning.pretrained import Pretrained
 from fcvgg.geometry import Pair, checked_size
 from fcvgg.images.datasets import LabelledFiles
 from fcvgg.rewriting.native_size import infer_input_size
-from fcvgg.training.settings import check_choice
 from fcvgg.transfer.freezing import freeze_, parameter_groups, unfreeze_
 from fcvgg.transfer.heads import WEIGHT_STD, fully_connected, replace_head
 from fcvgg.transfer.input_sizes import for_input_size
@@ -96,13 +95,10 @@ class Recipe:
     def __post_init__(self) -> None:
         check_choice("strategy", self.strategy, STRATEGIES)
         object.__setattr__(self, "resize", checked_resize(self.resize))
-        if self.class_weights not in (None, "balanced"):
-            raise ArgumentError(
-                f"class_weights must be None or 'balanced', got {self.class_weights!r}"
-            )
+        check_choice("class_weights", self.class_weights, (None, "balanced"))
         if self.freeze_upto is not None and self.strategy not in ("auto", "partial", "svm"):
             raise ArgumentError(
-                "freeze_upto must go with the strategy partial or svm, got strategy="
+                "freeze_upto must go with strategy='partial' or 'svm', got strategy="
                 f"{self.strategy!r}"
             )
         if self.strategy == "linear" and self.hidden:
@@ -269,7 +265,7 @@ def middle_pool(names: LayerNames) -> str:
     pools = [layer.name for layer in names if layer.role == "pool" and layer.block]
     if not pools:
         raise ArgumentError(
-            "the model has no pool layer among its features; name a layer with freeze_upto"
+            "the model has no pool layer among its features; name a layer in freeze_upto="
         )
     return pools[(len(pools) - 1) // 2]
 
@@ -280,6 +276,8 @@ def rates(
     """Parameter groups: new layers learn fast, early layers slowly, since they are general."""
     if strategy in ("linear", "scratch"):
         return parameter_groups(model, {}, lr=lr)
+    # The rate halves with every block towards the image: early features are general and need
+    # little change. Fully connected layers that are kept get the rate of the last block.
     names = layer_names(model)
     blocks = sorted({layer.block for layer in names if layer.block})
     by_block = {

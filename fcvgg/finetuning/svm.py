@@ -76,6 +76,7 @@ def fit_svm(
 
 def _linear(scaler: Any, machine: Any, factor: float) -> nn.Linear:
     """The machine's decision on features that are not standardised, computed in float64."""
+    # w @ (x - mean) / scale + b = (w / scale) @ x + b - (w / scale) @ mean
     weight = machine.coef_ / scaler.scale_  # (K, C), or (1, C) for two classes
     bias = machine.intercept_ - weight @ scaler.mean_
     if len(weight) == 1:

@@ -38,8 +38,12 @@ class InPlaceChanges:
         before needs for its gradient: its input, or the output that it made.
         """
         x = self._values[changed]
+        # A reader that is already emitted may need the old value for its gradient, and a map that
+        # the source holds in other memory must not change with it.
         apart = bool(x.node.users) or not self._made_in_place(changed, x.node)
         for other, cells in self._read_later(node, x.node):
+            # what shares memory with the changed value changes in the source too, if it lies within
+            # it
             known = _share_storage(other, changed) and cells.elements_within(x)
             apart |= not known
             if known == "some":
@@ -47,6 +51,7 @@ class InPlaceChanges:
                     f"{describe(node)} changes a part of {describe(other)} in place, which is read "
                     "later as a whole; use the function that returns a new value"
                 )
+        # An operation that returns a new value here (`x += y` on a traced tensor) needs no copy.
         if apart and not node.meta.get("anew"):
             copied = self._graph.call_method("clone", (x.node,))
             self._move(changed, x, lambda cells: replace(cells, node=copied))
@@ -69,6 +74,7 @@ class InPlaceChanges:
             on_map = isinstance(cells, Cells) and cells.node is x.node
             return change(cells) if on_map and cells.elements_within(x) == "all" else cells
 
+        # The nodes are collected first, since the loop changes what they are found by.
         for node in {n: None for n, _ in self._on_map(x.node) if _share_storage(n, changed)}:
             value = self._values[node]
             several = isinstance(value, (tuple, list))

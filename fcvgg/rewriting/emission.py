@@ -87,6 +87,8 @@ class Emitter:
         self.captured = captured
         self.modules = modules
         for name in captured.training_only:
+            # Layers that do nothing in evaluation are kept whole: they draw random numbers in
+            # training.
             modules.set_submodule(name, TrainingOnly(modules.get_submodule(name)))
         self.graph = fx.Graph()
         self.aliases: set[str] = set()
@@ -101,6 +103,7 @@ class Emitter:
         """The source's own call on maps: Cells and Constants in the arguments become nodes."""
         args, kwargs = self._nodes(call, (args, kwargs))
         node = call.node
+        # The node keeps the source's name, by which records and layer names find it.
         return self.graph.create_node(node.op, node.target, tuple(args), kwargs, node.name)
 
     def repeat(self, call: Call, x: Cells) -> fx.Node:
@@ -134,6 +137,7 @@ class Emitter:
 
     def select(self, node: fx.Node, channels: Tensor) -> fx.Node:
         """Emit the choice of some channels, in any order, along dimension 1."""
+        # A buffer follows the network to other devices, as a constant in the graph would not.
         name = self._add_buffer("channel_order", channels)
         return self.graph.call_function(torch.index_select, (node, 1, self.graph.get_attr(name)))
 
@@ -141,6 +145,7 @@ class Emitter:
         def node_of(argument: Any) -> Any:
             if isinstance(argument, (Cells, Constant)):
                 return argument.node
+            # A size of the features is a number here, though rules tell it from one written out.
             if isinstance(argument, FeatureSize):
                 return int(argument)
             return self._mode(call) if isinstance(argument, FollowsTraining) else argument
@@ -153,6 +158,7 @@ class Emitter:
             owner = self.modules.get_submodule(call.owner)
             name = self._fresh(f"{call.owner}.training_flag".removeprefix("."))
             owner.add_module(name.rpartition(".")[2], TrainingFlag().train(owner.training))
+            # a call in the graph reads the mode at every pass, where a value would freeze it
             self._flags[call.owner] = self.graph.call_module(name)
         return self._flags[call.owner]
 
@@ -165,6 +171,7 @@ class Emitter:
         if node.op != "call_module":
             return None
         name = str(node.target)
+        # A layer that is called again may have been replaced by its first call's rewriting.
         if name not in self._originals:
             self._originals[name] = self.modules.get_submodule(name)
         return self._originals[name]
@@ -192,6 +199,7 @@ class Emitter:
         Raises:
             UnsupportedLayerError: if it holds none.
         """
+        # Indices decide the layout, so they must be numbers now and not when the network runs.
         value = self._evaluated(constant.node)
         if not isinstance(value, Tensor) or value.is_meta or value.is_floating_point():
             raise UnsupportedLayerError(
@@ -199,6 +207,15 @@ class Emitter:
                 "expected a slice, a list, or a buffer with data"
             )
         return value.detach().cpu()
+
+    def evaluated(self, constant: Constant) -> Tensor:
+        """The numbers of a constant, on the meta device where the model's parameters are."""
+        return self._evaluated(constant.node)  # type: ignore[no-any-return]
+
+    def literal(self, constant: Constant) -> Tensor | None:
+        """The numbers of a tensor that forward made; None of a parameter or buffer."""
+        name = str(constant.node.target) if constant.node.op == "get_attr" else ""
+        return self._evaluated(constant.node) if "_tensor_constant" in name else None
 
     def _evaluated(self, node: fx.Node) -> Any:
         """What a node of the new graph that is computed from parameters alone gives."""
@@ -221,6 +238,9 @@ class Emitter:
         that its gradient is whole.
         """
         if weight not in self._window_weights:
+            # A view where the columns are in order: the converted network shares the source's
+            # memory. Other orders cost one copy of the weight, and a gradient flows to that copy
+            # alone.
             columns = weight.detach()
             column_order = None
             if not torch.equal(order, torch.arange(len(order))):
@@ -229,6 +249,20 @@ class Emitter:
             shaped = nn.Parameter(columns.view(len(columns), -1, *kernel), weight.requires_grad)
             self._window_weights[weight] = WindowWeight(shaped, order, column_order)
         return self._window_weights[weight]
+
+    def parameter(self, call: Call, name: str) -> Constant | None:
+        """A parameter of the layer that a call calls, under its own name.
+
+        One that torch computes from others (weight norm) is computed at every call.
+        """
+        value = getattr(call.module, name)
+        if value is None:
+            return None
+        if nn.utils.parametrize.is_parametrized(call.module, name):  # type: ignore[arg-type]
+            node = self.graph.call_module(f"{call.name}.parametrizations.{name}")
+        else:
+            node = self.graph.get_attr(f"{call.name}.{name}")
+        return Constant(node, value.detach())
 
     def hold(self, call: Call, module: nn.Module) -> None:
         """Put a layer in the source layer's place without a call of it, for its parameters."""
@@ -242,6 +276,8 @@ class Emitter:
             owner = self.modules.get_submodule(path)
             if name != "weight" or not isinstance(owner, WindowLinear):
                 continue
+            # Functions that read the FC weight directly expect ``(O, C*kh*kw)`` in the source's
+            # order.
             users = list(node.users)
             with self.graph.inserting_after(node):
                 restored = self.graph.call_method("flatten", (node, 1))
@@ -254,6 +290,8 @@ class Emitter:
                 user.replace_input_with(node, restored)
 
     def _replace(self, name: str, module: nn.Module, key: Any) -> str:
+        # The first version of a layer takes the source's name, by which checkpoints find its
+        # parameters; it may do so only if no call of the unchanged layer stands in the graph.
         versions = self._rewritten.setdefault(name, [])
         for known, place in versions:
             if known == key:
@@ -265,6 +303,7 @@ class Emitter:
             self.aliases.add(place)
         parent, _, child = place.rpartition(".")
         original = self._originals[name]
+        # Modes differ between layers of one model, a frozen batch norm for one.
         module.train(original.training)
         if place == name:  # forward may read more than the layer's own class has
             for kind in ("_parameters", "_buffers"):
@@ -288,5 +327,6 @@ class Emitter:
         taken = vars(self.modules)["_buffers"]
         name = next(f"{name}_{n}" for n in count() if f"{name}_{n}" not in taken)
         value = value.to(device_of(self.modules))
+        # not persistent: checkpoints have the source's keys
         self.modules.register_buffer(name, value, persistent=False)
         return name

@@ -38,6 +38,8 @@ class Cells:
         margin: pixels ``(y, x)`` by which padding of the head (``padding="same"``) put the window
             of cell 0 before the image; None where the head has not been padded.
         unseen: pixels ``(y, x)`` at the end of the native image that strides leave out.
+        batch: the axis of the source's value along which its images lie: 1 of stacked heads
+            ``(heads, N, K)``. The layout has no such axis.
     """
 
     node: fx.Node
@@ -49,6 +51,7 @@ class Cells:
     share: float = 1.0
     margin: Pair | None = None
     unseen: Pair = (0, 0)
+    batch: int = 0
 
     @property
     def layout(self) -> Tensor:
@@ -71,7 +74,16 @@ class Cells:
     @property
     def shape(self) -> str:
         """The shape of the source's value, for messages."""
-        return f"({', '.join(map(str, ('N', *self.dims)))})"
+        return f"({', '.join(map(str, self.shape_for('N')))})"
+
+    def shape_for(self, images: Any) -> tuple[Any, ...]:
+        """The shape of the source's value for a number of images."""
+        return (*self.dims[: self.batch], images, *self.dims[self.batch :])
+
+    def axis_of(self, dim: int) -> int | None:
+        """The layout's axis of a dimension of the source's value; None of the images'."""
+        dim %= len(self.dims) + 1
+        return None if dim == self.batch else dim - (dim > self.batch)
 
     @property
     def is_map(self) -> bool:
@@ -83,12 +95,14 @@ class Cells:
         """Whether the layout holds every element of the window once, in any order."""
         if self.moved is None:
             return True
+        # a permutation of the window's elements, sorted, is their range
         return torch.equal(self.layout.flatten().sort().values, torch.arange(self.elements))
 
     def elements_within(self, other: Cells) -> str:
         """Whether all elements of the map, some or none (``""``) are among those of `other`."""
         if other.moved is None or self.moved is other.moved:
             return "all"
+        # A table of all elements in place of a search: layouts have as many as the features.
         among = torch.zeros(max(self.elements, other.elements), dtype=torch.bool)
         among[other.moved.flatten()] = True
         inside = among[self.layout]
@@ -129,6 +143,7 @@ class Cells:
     def same_layout(self, other: Cells) -> bool:
         return (
             self.extent == other.extent
+            and self.batch == other.batch
             and self.dilation == other.dilation
             and (self.moved is other.moved or torch.equal(self.layout, other.layout))
         )
@@ -151,37 +166,50 @@ class Unusable:
 
 def in_order(extent: tuple[int, ...]) -> Tensor:
     """The layout of a value that is the window itself."""
-    return torch.arange(prod(extent)).reshape(extent)
+    return torch.arange(prod(extent)).reshape(extent)  # (C, H, W)
 
 
-def rearranged(cells: Cells, operation: Callable[[Tensor], Any]) -> list[Tensor] | None:
-    """The layouts after an operation that only moves elements, run on a batch of indices.
+def rearranged(cells: Cells, operation: Callable[[Tensor], Any]) -> list[Cells] | None:
+    """The values after an operation that only moves elements, run on a batch of indices.
 
     None if the operation moves elements between the images of the batch.
     """
-    batch = torch.stack([cells.layout + i * cells.elements for i in range(BATCH)])
-    result = operation(batch)
-    layouts = []
+    # Every image of the batch gets indices of its own, so that an operation which moves elements
+    # from one image to another shows in the numbers that come out.
+    images = [cells.layout + i * cells.elements for i in range(BATCH)]
+    result = operation(torch.stack(images, cells.batch))
+    values = []
     for moved in result if isinstance(result, (tuple, list)) else [result]:
-        if moved.ndim == 0 or moved.shape[0] != BATCH:
+        # the images may have come to lie along another axis, in which their indices differ
+        axes = sorted(range(moved.ndim), key=lambda axis: axis != cells.batch)
+        batch = next((axis for axis in axes if _images_along(moved, axis, cells.elements)), None)
+        if batch is None:
             return None
-        first, *rest = moved
-        if not first.numel() or first.min() < 0 or first.max() >= cells.elements:
-            return None
-        if any(not torch.equal(first + i * cells.elements, x) for i, x in enumerate(rest, 1)):
-            return None
-        layouts.append(first)
-    return layouts
+        values.append(replace(cells, moved=moved.select(batch, 0), batch=batch))
+    return values
+
+
+def _images_along(moved: Tensor, axis: int, elements: int) -> bool:
+    """Whether an axis of indices runs over the images, each with the elements of the first."""
+    if moved.shape[axis] != BATCH or not moved.numel():
+        return False
+    # The other images must hold the first one's indices, shifted by what was added to theirs.
+    first, *rest = moved.unbind(axis)
+    if first.min() < 0 or first.max() >= elements:
+        return False
+    return all(torch.equal(first + i * elements, x) for i, x in enumerate(rest, 1))
 
 
 def channels_along(cells: Cells, axis: int) -> Tensor | None:
     """The channel of each index along a layout's axis; None if positions change along it."""
     if cells.moved is None and axis in (0, -3):
         return torch.arange(cells.extent[0])
-    rows = cells.layout.movedim(axis, 0).reshape(cells.layout.shape[axis], -1)
-    channels = rows[:, 0] // cells.positions
-    positions = rows[0] - channels[0] * cells.positions
+    # Element i of the window lies in channel i // positions, at position i % positions.
+    rows = cells.layout.movedim(axis, 0).reshape(cells.layout.shape[axis], -1)  # (n, others)
+    channels = rows[:, 0] // cells.positions  # (n,)
+    positions = rows[0] - channels[0] * cells.positions  # (others,)
     within = bool((positions >= 0).all() and (positions < cells.positions).all())
+    # Each row is one channel, and all rows hold the same positions in the same order.
     regular = torch.equal(rows, channels[:, None] * cells.positions + positions)
     return channels if within and regular else None
 
@@ -199,15 +227,17 @@ def chosen_channels(cells: Cells) -> tuple[Tensor, Tensor] | None:
     count = len(places) // cells.positions
     if not count or count * cells.positions != len(places):
         return None
-    order = places.argsort(stable=True).reshape(cells.positions, count)
-    rows = torch.arange(cells.positions)[:, None]
+    # The elements are sorted by position; the stable sort keeps their order within each one.
+    order = places.argsort(stable=True).reshape(cells.positions, count)  # (positions, count)
+    rows = torch.arange(cells.positions)[:, None]  # (positions, 1)
     chosen = channels[order]  # (positions, count)
     if not torch.equal(places[order], rows.expand_as(order)):
         return None
+    # A choice that differs between positions could not be one choice of the map's channels.
     if not torch.equal(chosen, chosen[:1].expand_as(chosen)):
         return None
     layout = torch.empty_like(places)
-    layout[order] = torch.arange(count) * cells.positions + rows
+    layout[order] = torch.arange(count) * cells.positions + rows  # (positions, count)
     return chosen[0], layout.reshape(cells.dims)
 
 
@@ -216,7 +246,7 @@ def with_channels(cells: Cells, axis: int, channels: int, **changes: Any) -> Cel
     extent = (channels, *cells.extent[1:])
     if cells.moved is None and axis in (0, -3):
         return replace(cells, extent=extent, **changes)
-    positions = cells.layout.movedim(axis, 0)[0] % cells.positions
+    positions = cells.layout.movedim(axis, 0)[0] % cells.positions  # the layout without `axis`
     shape = (channels,) + (1,) * positions.ndim
     layout = torch.arange(channels).reshape(shape) * cells.positions + positions
     return replace(cells, extent=extent, moved=layout.movedim(0, axis), **changes)
@@ -231,12 +261,16 @@ def pooled_layout(cells: Cells, axes: tuple[int, ...]) -> tuple[Pair, Tensor] | 
     """
     channels, height, width = cells.extent
     kept = [i for i in range(cells.layout.ndim) if i not in axes]
+    # The elements that are reduced to one value stand along the last axis.
     rows = cells.layout.permute(*kept, *axes).flatten(len(kept))
     distinct = bool((rows.sort(-1).values.diff(dim=-1) > 0).all())
+    # Pooling over rows and columns, over rows, or over columns: tried on indices, whatever the
+    # order of the source's axes. An element repeated among those reduced would count twice.
     for bins in ((1, 1), (1, width), (height, 1)):
         covers = (height // bins[0], width // bins[1])
         left = in_order((channels, *bins))
         left_of = left.repeat_interleave(covers[0], 1).repeat_interleave(covers[1], 2).flatten()
+        # the bin of each reduced element; all elements of one value must share it
         groups = left_of[rows]
         alike = torch.equal(groups, groups[..., :1].expand_as(groups))
         if distinct and alike and rows.shape[-1] == covers[0] * covers[1]:

@@ -16,7 +16,7 @@ from fcvgg.geometry import Geometry, Pair, Window
 from fcvgg.rewriting.capture import Captured
 from fcvgg.rewriting.emission import Call, Emitter
 from fcvgg.rewriting.layouts import Cells, channels_along, chosen_channels, with_channels
-from fcvgg.rewriting.modules import cut_to
+from fcvgg.rewriting.modules import BinnedPool2d, cut_to
 from fcvgg.rewriting.program import LayerRecord, Steps, Windows
 
 
@@ -57,6 +57,7 @@ class MapBuilder(Emitter):
         self.kernels: set[tuple[str, Pair]] = set()
         self._output_stride = output_stride
         self._same = same
+        self._gathered: Cells | None = None
         self._joins: dict[int, tuple[fx.Node, tuple[fx.Node, ...]]] = {}
 
     # -- layouts ----------------------------------------------------------------------------------
@@ -66,6 +67,7 @@ class MapBuilder(Emitter):
         cells = self._expect_cells(cells, call)
         if cells.is_map:
             return cells
+        # A permutation of channels is a map too, once the channels are put in the layout's order.
         if len(cells.dims) == 3:
             settled = self.features(call, cells, 0)
             if settled.is_map:
@@ -89,7 +91,8 @@ class MapBuilder(Emitter):
             )
         if torch.equal(channels, torch.arange(cells.extent[0])):
             return cells
-        return with_channels(cells, axis, len(channels), node=self._chosen(cells.node, channels))
+        # From here on the map itself has the order that only the layout had.
+        return with_channels(cells, axis, len(channels), node=self.chosen(cells.node, channels))
 
     def whole(self, cells: Cells) -> Cells:
         """The value on a map of the channels that it holds, where it holds them at all positions.
@@ -101,12 +104,13 @@ class MapBuilder(Emitter):
             return cells
         channels, layout = chosen
         extent = (len(channels), *cells.extent[1:])
-        node = self._chosen(cells.node, channels)
+        node = self.chosen(cells.node, channels)
         return replace(cells, node=node, extent=extent, moved=layout)
 
-    def _chosen(self, node: fx.Node, channels: Tensor) -> fx.Node:
+    def chosen(self, node: fx.Node, channels: Tensor) -> fx.Node:
         """Emit the choice of some channels: a slice where it is one."""
         first, count = int(channels[0]), len(channels)
+        # A slice is a view, and an exported graph shows it as one; an index would copy the map.
         if torch.equal(channels, torch.arange(first, first + count)):
             return self.graph.call_method("narrow", (node, 1, first, count))
         return self.select(node, channels)
@@ -127,6 +131,8 @@ class MapBuilder(Emitter):
         Args:
             node: the operation in the new graph.
         """
+        # The head's padding shifts its cells, so that those of one branch would meet others'
+        # there.
         if len({c.margin for c in cells}) > 1:
             raise ConversionError(
                 f"{call} joins branches that padding='same' pads differently; use padding='valid'"
@@ -186,11 +192,13 @@ class MapBuilder(Emitter):
         """
         dense, dilation = self._densified(call, x, windows)
         extent = tuple(call.node.meta["value"].shape[1:])
+        # The source's own result at the native size checks the geometry that the rule states.
         _check_extent(call, windows, x.extent[1:], extent[1:])
         if emit is None and dense != windows:
             raise UnsupportedLayerError(
                 f"{call} has no dilated form; convert without output_stride"
             )
+        # `pooling` tells a global pool from a stage of the trunk by the kernels before it.
         self.kernels.add((kind or call.kind, (windows[0].kernel, windows[1].kernel)))
         node = self.repeat(call, x) if emit is None else emit(dense, dense != windows)
         step = self.steps.add(dense, (x.step,), str(call))
@@ -209,6 +217,7 @@ class MapBuilder(Emitter):
         """
         unseen = []
         for axis, (window, size, cells) in enumerate(zip(windows, x.extent[1:], outputs)):
+            # the positions after the last window's end, in units of this layer's input
             rest = size + window.before - window.span - (cells - 1) * window.stride
             pixels = self.steps.stride_at(x.step)[axis] * x.dilation[axis]
             unseen.append(x.unseen[axis] + max(rest, 0) * pixels)
@@ -218,6 +227,8 @@ class MapBuilder(Emitter):
         """The windows on this map, with strides beyond the output stride taken out."""
         dense, dilations = [], []
         for window, spread, stride in zip(windows, x.dilation, self.steps.stride_at(x.step)):
+            # The stride that a cell grid of `output_stride` still allows; the rest becomes dilation
+            # of all that follows, so that each output of the source is one of the outputs here.
             allowed = window.stride
             if self._output_stride is not None:
                 allowed = gcd(window.stride, max(self._output_stride // stride, 1))
@@ -235,17 +246,40 @@ class MapBuilder(Emitter):
                     after=window.after * spread,
                 )
             )
+            # neighbours in the source's result lie this far apart on the dense map
             dilations.append(spread * (window.stride // allowed))
         return (dense[0], dense[1]), (dilations[0], dilations[1])
 
     # -- the head ---------------------------------------------------------------------------------
 
-    def begin_head(self, cells: Cells, wants: Pair | int | None, call: Call) -> None:
+    def begin_head(self, cells: Cells, wants: Pair | int | None, call: Any) -> None:
         """Note the first layer that asks for a certain size of the features."""
+        if self._gathered is not None and cells.positions == 1:
+            cells = self._gathered  # whose channels follow from the size
         if self.boundary is None:
             self.boundary = Boundary(cells, wants, str(call))
 
-    def head_window(self, call: Call, x: Cells, extent: Pair) -> tuple[Cells, Windows]:
+    def gathered(self, cells: Cells, place: Any) -> Cells:
+        """The value with every element of the window as a channel of each cell.
+
+        What then treats the window as a whole (a norm, a softmax over its positions) works along
+        the channels of each cell, exactly: ``C*h*w`` numbers for each.
+        """
+        x = self.whole(cells)
+        if x.positions == 1:
+            return x
+        if self._gathered is None:
+            self._gathered = x
+        x, windows = self.head_window(place, x, x.extent[1:])
+        step = self.steps.add(windows, (x.step,), str(place))
+        bins = x.extent[1:]
+        name = f"{place.node.name}_windows" if isinstance(place, Call) else "windows"
+        node = self.emit_new_module(name, BinnedPool2d("max", bins, bins, x.dilation), x)
+        # element k of the window is channel k now, so the layout holds as it is
+        extent = (x.elements, 1, 1)
+        return replace(x, node=node, step=step, extent=extent, moved=x.layout, dilation=(1, 1))
+
+    def head_window(self, call: Any, x: Cells, extent: Pair) -> tuple[Cells, Windows]:
         """The window of the head over a map, padded first if the map is to keep its size.
 
         Padding is done once, for all positions that the head takes, so that a cell at the border is
@@ -257,9 +291,12 @@ class MapBuilder(Emitter):
         )
         if not self._same or x.margin is not None or x.positions == 1:
             return x, kernel
+        # A window of n positions loses (n - 1) * dilation of them; the odd one is added at the end,
+        # as torch's padding="same" adds it.
         more = [(n - 1) * d for n, d in zip(x.extent[1:], x.dilation)]
         (top, bottom), (left, right) = ((n // 2, n - n // 2) for n in more)
         stride = self.steps.stride_at(x.step)
+        # in pixels, since cell 0 now stands that far before the image
         margin = (top * stride[0], left * stride[1])
         node = self.graph.call_function(F.pad, (x.node, (left, right, top, bottom)))
         windows = Window(before=top, after=bottom), Window(before=left, after=right)

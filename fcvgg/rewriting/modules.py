@@ -255,7 +255,88 @@ class ChannelLayerNorm(nn.LayerNorm):
     """Layer normalisation of each cell's features: ``(N, C, h, w)``, normalised over C."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return super().forward(input.movedim(1, -1)).movedim(-1, 1)
+        rows = input.movedim(1, -1).unflatten(-1, self.normalized_shape)  # (N, h, w, *shape)
+        return super().forward(rows).flatten(3).movedim(-1, 1)
+
+
+class ChannelRMSNorm(nn.RMSNorm):
+    """Root mean square normalisation of each cell's features ``(N, C, h, w)`` over C."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.movedim(1, -1).unflatten(-1, self.normalized_shape)  # (N, h, w, *shape)
+        return super().forward(rows).flatten(3).movedim(-1, 1)
+
+
+def over_channels(
+    x: Tensor,
+    name: str,
+    sizes: tuple[int, ...],
+    dims: tuple[int, ...],
+    settings: tuple[Any, ...],
+    channels: int,
+) -> Tensor:
+    """A function along the channels of each position: ``(N, C, h, w) -> (N, channels, h, w)``.
+
+    Args:
+        name: a key of `ALONG_CHANNELS`.
+        sizes: what the C channels unfold into, as ``x.unflatten(1, sizes)``.
+        dims: of `sizes`, those that the function works along.
+        settings: further arguments of it.
+        channels: of the result.
+    """
+    unfolded = x.unflatten(1, sizes)  # (N, *sizes, h, w)
+    made = ALONG_CHANNELS[name](unfolded, tuple(1 + dim for dim in dims), *settings)
+    made = made.flatten(1, -3) if made.ndim > 4 else made
+    assert made.shape[1] == channels, (name, made.shape, channels)
+    return made
+
+
+def _adaptive_pool1d(pool: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def along(x: Tensor, dims: tuple[int, ...], bins: int) -> Tensor:
+        rows = x.movedim(dims[0], -1)
+        pooled = pool(rows.flatten(0, -2)[:, None], bins)[:, 0]  # (rows, bins)
+        return pooled.unflatten(0, rows.shape[:-1]).movedim(-1, dims[0])
+
+    return along
+
+
+def _avg_pool(
+    x: Tensor, dims: tuple[int, ...], kernel: int, stride: int, padding: int, *rounding: Any
+) -> Tensor:
+    """Averages over windows of one dimension: ``(N, ..., C, h, w)``."""
+    volumes = x.movedim(dims[0], -3).flatten(0, -4)[:, None]  # (n, 1, C, h, w)
+    pooled = F.avg_pool3d(volumes, (kernel, 1, 1), (stride, 1, 1), (padding, 0, 0), *rounding)
+    others = [n for i, n in enumerate(x.shape[:-2]) if i != dims[0]]
+    return pooled[:, 0].unflatten(0, others).movedim(-3, dims[0])
+
+
+REDUCTIONS: dict[str, Callable[..., Tensor]] = {
+    "mean": lambda x, dims: x.mean(dims, keepdim=True),
+    "sum": lambda x, dims: x.sum(dims, keepdim=True),
+    "amax": lambda x, dims: x.amax(dims, keepdim=True),
+    "amin": lambda x, dims: x.amin(dims, keepdim=True),
+    "prod": lambda x, dims: x.prod(dims[0], keepdim=True),
+    "median": lambda x, dims: x.median(dims[0], keepdim=True).values,
+    "var": lambda x, dims, correction: x.var(dims, correction=correction, keepdim=True),
+    "std": lambda x, dims, correction: x.std(dims, correction=correction, keepdim=True),
+    "norm": lambda x, dims, order: torch.linalg.vector_norm(x, order, dims, keepdim=True),
+    "logsumexp": lambda x, dims: x.logsumexp(dims, keepdim=True),
+}
+"""Functions that leave one value of those along some dimensions."""
+
+ALONG_CHANNELS: dict[str, Callable[..., Tensor]] = {
+    **REDUCTIONS,
+    "softmax": lambda x, dims: x.softmax(dims[0]),
+    "softmin": lambda x, dims: F.softmin(x, dims[0]),
+    "log_softmax": lambda x, dims: x.log_softmax(dims[0]),
+    "normalize": lambda x, dims, p, eps: F.normalize(x, p, dims[0], eps),  # type: ignore[arg-type]
+    "cumsum": lambda x, dims: x.cumsum(dims[0]),
+    "avg_pool": _avg_pool,
+    "glu": lambda x, dims: F.glu(x, dims[0]),
+    "adaptive_avg_pool1d": _adaptive_pool1d(F.adaptive_avg_pool1d),
+    "adaptive_max_pool1d": _adaptive_pool1d(F.adaptive_max_pool1d),
+}
+"""What `over_channels` computes. The first argument is ``(N, *sizes, h, w)``."""
 
 
 class TrainingFlag(nn.Module):

@@ -82,10 +82,12 @@ class Steps:
     def add(self, windows: Windows, inputs: Iterable[int], place: str) -> int:
         """Append a step to both axes and return its place; an identity over one input adds none."""
         inputs = tuple(dict.fromkeys(inputs))
+        # Element-wise layers add no step, so that the chain holds only what changes the geometry.
         if len(inputs) == 1 and all(window.is_identity for window in windows):
             return inputs[0]
         for steps, window in zip(self._axes, windows):
             steps.append(Step(window, inputs))
+        # Branches that join have one stride, so the first input's is that of all.
         stride = self.stride_at(inputs[0])
         self._strides.append((stride[0] * windows[0].stride, stride[1] * windows[1].stride))
         self._places.append(place)

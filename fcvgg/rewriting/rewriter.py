@@ -8,6 +8,7 @@ emit the operation on maps.
 from __future__ import annotations
 
 import inspect
+import operator
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -27,7 +28,7 @@ from fcvgg.rewriting.aliasing import InPlaceChanges
 from fcvgg.rewriting.capture import BATCH, Captured, storages_of
 from fcvgg.rewriting.emission import Call
 from fcvgg.rewriting.layouts import Cells, Constant, Unusable
-from fcvgg.rewriting.map_builder import Boundary, MapBuilder
+from fcvgg.rewriting.map_builder import MapBuilder
 from fcvgg.rewriting.program import Program, graph_module, same_grid
 from fcvgg.rewriting.tracing import describe
 
@@ -54,6 +55,8 @@ class Rewriter:
         """Rewrite every node by its rule and check that the branches' sizes agree."""
         outputs: Sequence[Cells] = ()
         needed = _needed(self._captured.graph)
+        # A refusal says why the model cannot be converted; a missing rule may be a detail of the
+        # same layer, as the reshapes around an attention are.
         self._refuse_first([n for n in needed if self._sees_images(n)], kind_for)
         for node in needed:
             if node.op == "placeholder":
@@ -81,6 +84,8 @@ class Rewriter:
         module = self.build.module_of(node)
         call = Call(node, module)
         args, kwargs = fx.node.map_aggregate((node.args, node.kwargs), self._operand)  # type: ignore
+        # What is computed from parameters alone is the same for every image: no rule is needed, and
+        # the graph computes it at every pass, so that gradients reach the parameters.
         if not self._sees_images(node) and "value" in node.meta:
             return Constant(self.build.emit(call, args, kwargs), node.meta["value"])
         kind = kind_for(node, module)
@@ -89,13 +94,16 @@ class Rewriter:
         given: tuple[Any, ...] = (*args, *kwargs.values())
         for unusable in (argument for argument in given if isinstance(argument, Unusable)):
             raise UnsupportedLayerError(f"{call} takes {unusable.why}")
+        # The trace went on after a failure only to name the layer that tells the native size.
         if "error" in node.meta:
             self._note_head(node)
             self._captured.require_success()
         changed = node.meta.get("changes")
         if changed is not None and isinstance(self._values.get(changed), Cells):
+            # The copy may have moved the operands to another map, so they are looked up again.
             self._in_place.part_before(node, changed)
             args, kwargs = fx.node.map_aggregate((node.args, node.kwargs), self._operand)  # type: ignore
+        # settings of a module are for its rule; a repeated call must not pass them on
         call = replace(call, args=args, kwargs=kwargs)
         kwargs = {**kind.settings_of(module), **kwargs}
         _check_arguments(rule, call, args, kwargs)
@@ -129,8 +137,8 @@ class Rewriter:
             (v for v in map(self._values.get, node.all_input_nodes) if isinstance(v, Cells)), None
         )
         features = _features_wanted(node, self._captured)
-        if self.build.boundary is None and x is not None and features is not None:
-            self.build.boundary = Boundary(x, features, describe(node))
+        if x is not None and features is not None:
+            self.build.begin_head(x, features, describe(node))
 
     def _operand(self, argument: Any) -> Any:
         return self._values[argument] if isinstance(argument, fx.Node) else argument
@@ -138,10 +146,10 @@ class Rewriter:
     def _check_batch(self, call: Call, result: Any) -> None:
         """The batch must stay the batch, and a rule's layout must have the source's shape."""
         value = call.node.meta["value"]
-        if isinstance(result, Cells) and tuple(value.shape) != (BATCH, *result.dims):
+        if isinstance(result, Cells) and tuple(value.shape) != result.shape_for(BATCH):
             raise UnsupportedLayerError(
                 f"{call} gives shape {tuple(value.shape)} for {BATCH} images where "
-                f"{(BATCH, *result.dims)} was expected: it mixes images or positions"
+                f"{result.shape_for(BATCH)} was expected: it mixes images or positions"
             )
 
     def _image(self, node: fx.Node) -> Cells:
@@ -160,6 +168,13 @@ class Rewriter:
                     f"the model's output{place} is {type(cells).__name__.lower()}, not computed "
                     "from the images; wrap the model so that it returns scores (N, K)"
                 )
+            if cells.batch:
+                raise ConversionError(
+                    f"the model's output{place} has the shape {cells.shape}; expected the images "
+                    "first, (N, K)"
+                )
+            if cells.dims == (cells.elements,):  # flattened features: those of every cell
+                cells = self.build.gathered(cells, f"output{place}")
             if cells.positions > 1:
                 raise ConversionError(
                     f"the model has no fully connected or global-pool head: its output{place} is "
@@ -173,6 +188,7 @@ class Rewriter:
         return vectors
 
     def _program(self, outputs: Sequence[Cells]) -> Program:
+        # One geometry stands for all outputs, so their cells must lie in the same places.
         first, *others = (self.build.steps.geometry_at(cells.step) for cells in outputs)
         if not all(same_grid(first, other) for other in others):
             raise ConversionError(
@@ -243,6 +259,11 @@ def _features_wanted(node: fx.Node, captured: Captured) -> int | None:
                 return module.in_features
             if hasattr(module, "kernel_size"):  # the trunk goes on: its features are not known
                 return None
+        if later.op == "call_function" and later.target is operator.matmul:
+            weight = later.args[1]
+            if isinstance(weight, fx.Node) and "value" in weight.meta:
+                shape = weight.meta["value"].shape
+                return int(shape[max(len(shape) - 2, 0)])
         if later.op == "call_function" and later.target is nn.functional.linear:
             weight = later.args[1] if len(later.args) > 1 else later.kwargs["weight"]
             if isinstance(weight, fx.Node) and "value" in weight.meta:

@@ -29,6 +29,7 @@ def windows_of(
     kernel, dilation = pair_of(kernel), pair_of(dilation)
     stride = pair_of(stride) if stride not in (None, (), []) else kernel
     if isinstance(padding, str):
+        # torch puts the odd one of the padding at the end
         total = [d * (k - 1) if padding == "same" else 0 for k, d in zip(kernel, dilation)]
         pads = [(n // 2, n - n // 2) for n in total]
     else:

@@ -17,11 +17,26 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.jit import ScriptFunction
 from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
 
 from fcvgg.errors import CaptureError
+from fcvgg.rewriting.decompositions import WRITTEN_OUT
 from fcvgg.rewriting.marks import FeatureSize, FollowsTraining, ModeQuestions
 from fcvgg.rewriting.outputs import Form, OutputFormError, flattened, tuple_of
+from fcvgg.rewriting.torch_calls import (
+    CASTS,
+    IN_PLACE,
+    LIKE,
+    NEW,
+    NOT_OVERRIDDEN,
+    NUMBERS,
+    OF_DEVICES,
+    OF_GRADIENTS,
+    OPERATORS,
+    QUESTIONS,
+    REFLECTED,
+)
 from fcvgg.support.module_state import in_mode
 
 
@@ -85,7 +100,7 @@ class Recorder(TorchFunctionMode):
             if isinstance(self.root, fx.GraphModule)
             else type(self.root).__call__
         )
-        with self._wrapped_modules(), self:
+        with self._wrapped_modules(), _scripts_as_written(), self:
             result = run(self.root, images)
             tensors, self.outputs = self._returned(result)
             nodes = tuple(map(self._node_of, tensors))
@@ -200,6 +215,10 @@ class Recorder(TorchFunctionMode):
         name = getattr(func, "__name__", str(func))
         if name in ("__get__", "__set__"):
             return self._attribute(func, name, args)
+        written = WRITTEN_OUT.get(name)
+        if written is not None and not (self._is_known(func) or self._is_known(name)):
+            with self:
+                return written(*args, **kwargs)
         if is_tensor_method_or_property(func) or getattr(Tensor, name, None) is func:
             return self._method(func, name, args, kwargs)
         if not args and "input" in kwargs:
@@ -211,24 +230,30 @@ class Recorder(TorchFunctionMode):
 
     def _method(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         x = args[0]
-        if name in _QUESTIONS:
+        if name in QUESTIONS:
             return self._shape_answer(func, x, args, kwargs)
-        if name in _NUMBERS:
+        if name in NUMBERS:
             return self._number(func, name, x)
-        if name in _OF_GRADIENTS:
+        if name in OF_GRADIENTS:
             return x
-        if name in _CASTS and id(x) in self._nodes:
+        if name in CASTS:
             return self._cast(name, args, kwargs)
-        if name in _NEW:
-            return _NEW[name](*args[1:], **{"dtype": x.dtype, **kwargs, "device": "cpu"})
+        if name in LIKE:  # x.view_as(y)
+            return self._call(
+                "call_method", name[:-3], getattr(Tensor, name[:-3]), (x, *args[1].shape), {}
+            )
+        if name in NEW:
+            return NEW[name](*args[1:], **{"dtype": x.dtype, **kwargs, "device": "cpu"})
         if name == "__iter__":
             return iter([x[i] for i in range(len(x))])
-        if name in _REFLECTED:
-            return self._call("call_function", _REFLECTED[name], func, args[::-1], kwargs, args)
-        if name in _IN_PLACE and not kwargs and len(args) == 2:
-            return self._call("call_function", _IN_PLACE[name], func, args, kwargs, anew=True)
-        if name in _OPERATORS and not kwargs and len(args) < 3:
-            return self._call("call_function", _OPERATORS[name], func, args, kwargs)
+        if name in REFLECTED:
+            return self._call("call_function", REFLECTED[name], func, args[::-1], kwargs, args)
+        if name == "__setitem__":
+            return self._call("call_function", operator.setitem, func, args, kwargs, anew=True)
+        if name in IN_PLACE and not kwargs and len(args) == 2:
+            return self._call("call_function", IN_PLACE[name], func, args, kwargs, anew=True)
+        if name in OPERATORS and not kwargs and len(args) < 3:
+            return self._call("call_function", OPERATORS[name], func, args, kwargs)
         if self._opens(func, name):
             return self._opened(func, args, kwargs)
         return self._call("call_method", name, func, args, kwargs)
@@ -246,7 +271,7 @@ class Recorder(TorchFunctionMode):
         """Run the body of a function of torch's, which would otherwise ask for this mode again."""
         body = FunctionType(
             func.__code__,
-            {**func.__globals__, **_NOT_OVERRIDDEN},
+            {**func.__globals__, **NOT_OVERRIDDEN},
             func.__name__,
             func.__defaults__,
             func.__closure__,
@@ -269,8 +294,8 @@ class Recorder(TorchFunctionMode):
                 f"the model sets the {attribute} of {self._described(x)}; assign the value to a "
                 "new name"
             )
-        if attribute in _OF_DEVICES:
-            return _OF_DEVICES[attribute]
+        if attribute in OF_DEVICES:
+            return OF_DEVICES[attribute]
         if attribute == "data":
             return self._call("call_method", "detach", Tensor.detach, (x,), {})
         if attribute in ("T", "mT", "H", "mH"):
@@ -319,6 +344,8 @@ class Recorder(TorchFunctionMode):
                 dtype = argument.dtype
             elif isinstance(argument, str) and name == "type":
                 dtype = torch.empty(0).type(argument).dtype
+        if id(x) not in self._nodes and id(x) not in self._parts and id(x) not in self._named:
+            return x if dtype is None else x.to(dtype)  # a tensor that forward made
         if kwargs.get("copy"):
             x = self._call("call_method", "clone", Tensor.clone, (x,), {})
         if dtype in (None, x.dtype):  # what the source is cast to, the network may be cast from
@@ -465,78 +492,6 @@ class Recorder(TorchFunctionMode):
             )
 
 
-_QUESTIONS = frozenset(
-    {
-        *("size", "dim", "ndimension", "numel", "nelement", "stride", "__len__", "element_size"),
-        *("is_floating_point", "is_complex", "is_contiguous", "storage_offset", "__repr__"),
-        *("__format__", "__hash__", "is_signed", "is_inference"),
-    }
-)
-"""Methods that ask for what is known of a value without its data."""
-
-_NUMBERS = frozenset(
-    {
-        *("item", "tolist", "numpy", "__bool__", "__int__", "__float__", "__index__"),
-        *("__array__", "__complex__", "is_nonzero", "__contains__"),
-    }
-)
-"""Methods that need the data of a value, which it does not have while it is traced."""
-
-_OF_GRADIENTS = frozenset({"requires_grad_", "retain_grad", "register_hook"})
-
-_CASTS = frozenset({"to", "type_as", "cpu", "cuda", "type"})
-
-_NEW: dict[str, Callable[..., Tensor]] = {
-    "new_tensor": torch.tensor,
-    "new_zeros": torch.zeros,
-    "new_ones": torch.ones,
-    "new_full": torch.full,
-    "new_empty": torch.empty,
-}
-
-_OF_DEVICES = {"device": torch.device("cpu"), "is_cuda": False, "is_cpu": True, "is_meta": False}
-
-_OPERATORS: dict[str, Callable[..., Any]] = {
-    **{
-        spelling: getattr(operator, name)
-        for name in (
-            *("add", "sub", "mul", "pow", "neg", "matmul", "gt", "ge", "lt", "le", "eq", "ne"),
-            *("truediv", "floordiv", "mod", "pos"),
-        )
-        for spelling in (name, f"__{name}__")
-    },
-    **{f"__{name}__": getattr(operator, name) for name in ("getitem", "setitem", "invert", "abs")},
-    **{f"__{name}__": getattr(operator, f"{name}_") for name in ("and", "or")},
-    "div": operator.truediv,
-    "positive": operator.pos,
-}
-"""Methods that stand for an operator of Python: ``x + y`` calls ``Tensor.add``."""
-
-_REFLECTED: dict[str, Callable[..., Any]] = {
-    f"__r{name}__": getattr(operator, name)
-    for name in ("add", "sub", "mul", "truediv", "pow", "matmul", "floordiv", "mod")
-} | {"__rdiv__": operator.truediv}
-
-_IN_PLACE: dict[str, Callable[..., Any]] = {
-    name: made
-    for base, made in (
-        ("add", operator.add),
-        ("sub", operator.sub),
-        ("mul", operator.mul),
-        ("div", operator.truediv),
-        ("truediv", operator.truediv),
-    )
-    for name in (f"{base}_", f"__i{base}__")
-}
-"""Methods of ``x += y``, which become ``x + y``: views of x follow by what they share with it."""
-
-# what a function of torch's asks before it runs its own body: whether a mode or subclass acts
-_NOT_OVERRIDDEN = {
-    name: lambda *_: False
-    for name in ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")
-}
-
-
 def runs_own_forward(module: nn.Module) -> bool:
     """Whether a forward was set on the module itself, which runs in place of its class's."""
     return "forward" in vars(module)
@@ -559,6 +514,27 @@ def operation_name(node: fx.Node) -> str:
     return str(node.target)
 
 
+@contextmanager
+def _scripts_as_written() -> Iterator[None]:
+    """Scripted functions run the Python code that they were made from, which a mode sees."""
+    compiled = ScriptFunction.__call__
+
+    def run(self: Any, *args: Any, **kwargs: Any) -> Any:
+        written = getattr(self, "_torchdynamo_inline", None)
+        if written is None:
+            raise CaptureError(
+                f"forward calls {self.name}, a scripted function (torch.jit) whose Python code is "
+                "gone; call the function that it was scripted from"
+            )
+        return written(*args, **kwargs)
+
+    ScriptFunction.__call__ = run  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        ScriptFunction.__call__ = compiled  # type: ignore[method-assign]
+
+
 def _tensors(arguments: Any) -> list[Tensor]:
     found: list[Tensor] = []
     fx.node.map_aggregate(arguments, lambda a: found.append(a) if isinstance(a, Tensor) else None)
@@ -567,7 +543,7 @@ def _tensors(arguments: Any) -> list[Tensor]:
 
 def _on_meta(arguments: Any, node: fx.Node) -> Any:
     """Arguments without data, but for indices, whose values decide shapes."""
-    keeps = node.target is operator.getitem
+    keeps = node.target in (operator.getitem, operator.setitem)
 
     def moved(argument: Any) -> Any:
         if isinstance(argument, FollowsTraining):
@@ -578,7 +554,7 @@ def _on_meta(arguments: Any, node: fx.Node) -> Any:
 
     arguments = fx.node.map_aggregate(arguments, moved)
     if keeps and isinstance(arguments, tuple):
-        return (arguments[0], _index(arguments[1]))
+        return (arguments[0], _index(arguments[1]), *arguments[2:])
     return arguments
 
 

@@ -70,13 +70,13 @@ def twin_of(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
     hooks: dict[int, Any] = {
         id(getattr(module, hook)): OrderedDict() for module in model.modules() for hook in _HOOKS
     }
-    copies = {**memo, **hooks}
+    copies = {**memo, **hooks, **_kept_values(model, memo)}
     try:
         twin = copy.deepcopy(model, copies)
     except Exception as error:
         raise ConversionError(
             f"the modules of {type(model).__name__} cannot be copied: "
-            f"{_uncopied(model, {**memo, **hooks})}{one_line(error)}; "
+            f"{_uncopied(model, copies)}{one_line(error)}; "
             "delete what cannot be copied, or set it to None, before converting"
         ) from error
     if not isinstance(twin, nn.Module):
@@ -86,6 +86,32 @@ def twin_of(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
         )
     _align(model, twin, copies)
     return twin
+
+
+def _kept_values(model: nn.Module, memo: dict[int, Any]) -> dict[int, Any]:
+    """By `id`, what stands in a copy for attributes that torch does not copy.
+
+    Values of an earlier run that modules keep, as ``self.last = x``, hang on to the graph of their
+    gradient; scripted functions are used as they are.
+    """
+    found: dict[int, Any] = {}
+
+    def look(value: Any, depth: int) -> None:
+        if isinstance(value, Tensor) and id(value) not in memo and not value.is_leaf:
+            found[id(value)] = value.detach()
+        elif isinstance(value, torch.jit.ScriptFunction):
+            found[id(value)] = value
+        elif isinstance(value, (list, tuple, set)) and depth:
+            for part in value:
+                look(part, depth - 1)
+        elif isinstance(value, dict) and depth:
+            look(list(value.values()), depth)
+
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if name not in ("_parameters", "_buffers", "_modules"):
+                look(value, 3)
+    return found
 
 
 def _align(model: nn.Module, twin: nn.Module, copies: dict[int, Any]) -> None:

@@ -140,7 +140,7 @@ def train_and_valid(
     """
     folder = Path(folder)
     if not 0 < share < 1:
-        raise ArgumentError(f"valid_share must be between 0 and 1, got {share}")
+        raise ArgumentError(f"valid_fraction must be between 0 and 1, got {share}")
     names = _checked_categories(categories)
     places, skipped = _places(folder)
     found = _read_parts(places, names, preprocess)

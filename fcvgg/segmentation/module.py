@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fcvgg.errors import check_rate
 from fcvgg.results.label_map import IGNORE_INDEX
 from fcvgg.segmentation.metrics import confusion_metric, metrics_of
 from fcvgg.segmentation.network import FCN
 from fcvgg.training.loop import TrainingModule
-from fcvgg.training.settings import check_rate
 
 MONITOR = "valid_mean_iou"
 

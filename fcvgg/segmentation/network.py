@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fcvgg.categories import distinct_names, one_per_class
-from fcvgg.errors import ArgumentError, FcvggError, LoadError, one_line
+from fcvgg.errors import ArgumentError, FcvggError, LoadError, check_choice, check_integer, one_line
 from fcvgg.images.preprocessing import (
     Preprocess,
     decoded_preprocess,
@@ -41,8 +41,6 @@ from fcvgg.serialization.saved_files import (
 )
 from fcvgg.support.atomic import checked_folder
 from fcvgg.support.module_state import device_of, dtype_of, evaluating
-from fcvgg.training.settings import check_choice
-from fcvgg.transfer.heads import check_classes
 
 VARIANTS = {"32s": 0, "16s": 1, "8s": 2}
 """The number of finer maps that a variant scores as well; named for VGG's strides."""
@@ -140,7 +138,7 @@ class FCN(nn.Module):
             )
         check_choice("variant", variant, VARIANTS)
         check_choice("padding", padding, ("same", "valid"))
-        check_classes(num_classes)
+        check_integer("num_classes", num_classes, 1)
         if not 2 <= num_classes <= IGNORE_INDEX:
             raise ArgumentError(
                 f"num_classes must be 2 to {IGNORE_INDEX}, got {num_classes}; add a class for "

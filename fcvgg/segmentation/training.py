@@ -68,9 +68,10 @@ def train_fcn(
     flip: bool = True,
     class_weights: str | Sequence[float] | None = None,
     backbone_lr: float | None = None,
-    valid_share: float = 0.2,
+    valid_fraction: float = 0.2,
     resume: bool = False,
     progress: bool = False,
+    valid_share: float | None = None,
 ) -> DenseTraining:
     """Train a dense network on images with masks, and keep the epoch of the highest mean IoU.
 
@@ -91,9 +92,10 @@ def train_fcn(
             their pixels in the training masks, with mean 1 over pixels), or None.
         backbone_lr: the learning rate of the converted network's layers; that of the settings when
             None.
-        valid_share: the share of validation images where the folder is not split.
+        valid_fraction: the fraction of the images to validate on where the folder is not split.
         resume: go on with the run of the folder, if there is one.
         progress: show a bar, and print a line for every epoch, on stderr.
+        valid_share: the former name of `valid_fraction`.
 
     Raises:
         DatasetError: if images or masks are not usable (see `mask_folder`), the training part holds
@@ -108,7 +110,8 @@ def train_fcn(
 
     checked_folder(folder, "folder")
     settings = settings or Settings(optimizer="adamw", batch_size=4)
-    train, valid = _checked_parts(fcn, data, valid_share, settings.seed)
+    fraction = valid_fraction if valid_share is None else valid_share
+    train, valid = _checked_parts(fcn, data, fraction, settings.seed)
     weights = _checked_weights(class_weights, train.counts)
     size = None if crop is None else checked_size(crop, "crop", ArgumentError)
     samples = MaskedImages(train, fcn, size, flip)
@@ -163,7 +166,7 @@ def _identity(module: SegmentationModule, samples: MaskedImages) -> dict[str, An
 
 
 def _checked_parts(
-    fcn: FCN, data: str | Path | tuple[MaskFolder, MaskFolder], valid_share: float, seed: int
+    fcn: FCN, data: str | Path | tuple[MaskFolder, MaskFolder], fraction: float, seed: int
 ) -> tuple[MaskFolder, MaskFolder]:
     """The parts to train and to validate on; unusable ones are refused before time is spent."""
     if fcn.preprocess is None:
@@ -172,7 +175,7 @@ def _checked_parts(
             "fcn.preprocess = fcvgg.Preprocess(mean, std)"
         )
     if not isinstance(data, tuple):
-        data = train_and_valid(data, fcn.class_names, valid_share, seed, fcn.preprocess)
+        data = train_and_valid(data, fcn.class_names, fraction, seed, fcn.preprocess)
     train, valid = data
     for part in data:
         if len(part.categories) != fcn.num_classes:

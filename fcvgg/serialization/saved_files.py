@@ -120,6 +120,6 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def _aligned(tensor: Tensor) -> Tensor:
-    # Files of the package safetensors are not aligned where they are mapped. Kernels that want
-    # aligned values would compute in another order, and scores differ in their last bits.
+    # Files of the package safetensors are not aligned where they are mapped. For such values torch
+    # may choose other kernels, whose sums differ in their last bits from the saved network's.
     return tensor.clone() if tensor.data_ptr() % _ALIGNMENT else tensor

@@ -14,6 +14,6 @@ def imported(module: str, extra: str) -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         raise MissingExtraError(
-            f"this source needs the package {module.partition('.')[0]!r}, which cannot be imported "
-            f"({error}); install it with: pip install 'fcvgg[{extra}]'"
+            f"the package {module.partition('.')[0]!r} is needed and cannot be imported ({error}); "
+            f"install it with: pip install 'fcvgg[{extra}]'"
         ) from error

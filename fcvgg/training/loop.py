@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-from fcvgg.errors import ArgumentError, MissingExtraError, TrainingError, one_line
+from fcvgg.errors import ArgumentError, MissingExtraError, TrainingError, check_choice, one_line
 from fcvgg.support.locking import locked
 from fcvgg.training.checkpoints import (
     BEST,
@@ -27,7 +27,7 @@ from fcvgg.training.checkpoints import (
     read_run,
 )
 from fcvgg.training.sampling import EpochSampler, SeededItems
-from fcvgg.training.settings import Settings, check_choice, optimizer_and_schedule
+from fcvgg.training.settings import Settings, optimizer_and_schedule
 
 try:
     import pytorch_lightning as pl
@@ -155,6 +155,7 @@ def fit(
         begun = read_run(folder, run, resume)
         if begun is not None:
             check_fits(begun, module, folder / LAST)
+            # read here too: a run that is complete does not reach Lightning, which would restore it
             history.load_state_dict(begun["callbacks"][history.state_key])
         done = len(history.epochs)
         module.settings = settings
@@ -232,7 +233,7 @@ def _trainer(settings: Settings, callbacks: list[Any]) -> pl.Trainer:
     try:
         return pl.Trainer(
             accelerator=settings.accelerator,
-            devices=settings.devices if settings.devices == "auto" else int(settings.devices),
+            devices=settings.devices,
             precision=settings.lightning_precision,  # type: ignore[arg-type]
             max_epochs=settings.epochs,
             callbacks=callbacks,

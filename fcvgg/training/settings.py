@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from math import cos, isfinite, pi
+from math import cos, pi
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fcvgg.errors import ArgumentError
+from fcvgg.errors import ArgumentError, check_choice, check_integer, check_rate
 
 OPTIMIZERS = ("sgd", "adamw")
 PRECISIONS = ("auto", "32", "bf16-mixed", "16-mixed")
@@ -60,16 +60,17 @@ class Settings:
         check_choice("optimizer", self.optimizer, OPTIMIZERS)
         check_choice("precision", self.precision, PRECISIONS)
         for name, least in (("epochs", 1), ("batch_size", 1), ("workers", 0), ("seed", 0)):
-            _check_integer(name, getattr(self, name), least)
+            check_integer(name, getattr(self, name), least)
         if self.patience is not None:
-            _check_integer("patience", self.patience, 1)
+            check_integer("patience", self.patience, 1)
         check_rate("lr", self.lr)
         check_rate("weight_decay", self.weight_decay)
-        devices = self.devices
-        if not (devices == "auto" or (str(devices).isdecimal() and int(devices) > 0)):
-            raise ArgumentError(
-                f"devices must be 'auto' or an integer of at least 1, got {devices!r}"
-            )
+        if self.devices != "auto":
+            if not (str(self.devices).isdecimal() and int(self.devices) > 0):
+                raise ArgumentError(
+                    f"devices must be 'auto' or an integer of at least 1, got {self.devices!r}"
+                )
+            object.__setattr__(self, "devices", int(self.devices))
 
     @property
     def lightning_precision(self) -> str:
@@ -129,28 +130,3 @@ def balanced_weights(counts: Sequence[int]) -> Tensor:
     known = np.array(counts, np.float64)
     inverse = np.divide(known.sum(), known, out=np.zeros_like(known), where=known > 0)
     return torch.tensor(inverse / np.count_nonzero(known), dtype=torch.float32)
-
-
-def check_choice(name: str, value: Any, known: Iterable[str]) -> None:
-    """Refuse a value that is not one of those known.
-
-    Raises:
-        ArgumentError: if it is not.
-    """
-    if value not in known:
-        raise ArgumentError(f"{name} must be one of {', '.join(known)}, got {value!r}")
-
-
-def check_rate(name: str, value: Any) -> None:
-    """Refuse what is not a finite number of at least 0.
-
-    Raises:
-        ArgumentError: if it is not.
-    """
-    if not isinstance(value, (int, float)) or not isfinite(value) or value < 0:
-        raise ArgumentError(f"{name} must be a finite number of at least 0, got {value!r}")
-
-
-def _check_integer(name: str, value: Any, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ArgumentError(f"{name} must be an integer of at least {least}, got {value!r}")

@@ -85,17 +85,10 @@ class VGGFeatures(TransformerMixin, BaseEstimator):  # type: ignore[misc]
     def fit(self, X: Any, y: Any = None) -> VGGFeatures:  # noqa: N803
         """Read the network, and see from the first image how many features there are."""
         images = self._images(X, reset=True)
-        self.extractor_ = FeatureExtractor(
-            self.model,
-            (self.layer,),
-            pooling=self.pooling,
-            size=self.size,
-            preprocess=self.preprocess,
-            value_range=self.value_range,
-            batch_size=self.batch_size,
-            cache=self.cache,
-            device=self.device,
-        )
+        options = self.get_params(deep=False)
+        model, layer = options.pop("model"), options.pop("layer")
+        del options["image_shape"], options["progress"]  # of X, and of `transform`
+        self.extractor_ = FeatureExtractor(model, (layer,), **options)
         first = self.extractor_.rows(images[:1])[self.layer]
         self.n_features_out_ = first.shape[1]
         return self
@@ -131,14 +124,16 @@ class VGGFeatures(TransformerMixin, BaseEstimator):  # type: ignore[misc]
     def _images(self, X: Any, reset: bool) -> list[Any]:  # noqa: N803
         """One image after the other, of whatever X is."""
         if isinstance(X, (str, Path, Image.Image)):
-            raise ImageError(f"X is one {type(X).__name__}; expected a sequence of images, [X]")
+            raise ImageError(
+                f"X must be a sequence of images, got one {type(X).__name__}; pass [X]"
+            )
         if isinstance(X, Tensor) and X.ndim == 4:
             return list(X)
         if isinstance(X, np.ndarray) and (X.ndim in (3, 4) or X.dtype.kind in "US"):
             return list(X)
         if isinstance(X, (list, tuple)) or (isinstance(X, np.ndarray) and X.dtype == object):
             if not len(X):
-                raise ImageError("X holds no images; expected at least one")
+                raise ImageError("X must hold at least one image, got none")
             first = X[0]
             if isinstance(first, (str, Path, Image.Image)) or getattr(first, "ndim", 0) >= 2:
                 return list(X)
@@ -148,15 +143,15 @@ class VGGFeatures(TransformerMixin, BaseEstimator):  # type: ignore[misc]
     def _image_of(self, row: NDArray[Any]) -> NDArray[Any]:
         if self.image_shape is None:
             raise ArgumentError(
-                f"X is a table of {len(row)} numbers per image; pass image_shape=(H, W) or "
-                "(H, W, C), or pass images"
+                f"X must hold images, got a table of {len(row)} numbers per image; pass "
+                "image_shape=(H, W) or (H, W, C)"
             )
         try:
             return row.reshape(self.image_shape)
         except (TypeError, ValueError) as error:
             raise ArgumentError(
-                f"image_shape={self.image_shape!r} does not hold the {len(row)} numbers of a row "
-                "of X"
+                f"image_shape must hold the {len(row)} numbers of a row of X, got "
+                f"{self.image_shape!r}"
             ) from error
 
 

@@ -99,7 +99,7 @@ def features_upto(model: nn.Module, layer: str) -> Features:
 
     Raises:
         ArgumentError: if there is no such layer.
-        UnsupportedLayerError: if the layers up to it are no chain, each fed by the one before.
+        UnsupportedLayerError: if the layers up to it are not a chain, each fed by the one before.
     """
     names = layer_names(model)
     end = names.end_of(layer)
@@ -153,8 +153,8 @@ def _flatten(layer: NamedLayer, names: LayerNames) -> nn.Module:
     rows = fed is not None and value is not None and tuple(value.shape) == (BATCH, fed[0].numel())
     if not rows:
         raise UnsupportedLayerError(
-            f"{describe(layer.node)} is no flatten of one image's features; "
-            f"name a layer before it, or convert the model first (traced at {names.size})"
+            f"{describe(layer.node)} does not flatten the features of one image (traced at "
+            f"{names.size}); name a layer before it, or convert the model first"
         )
     return nn.Flatten(1)
 
@@ -178,10 +178,11 @@ def _geometry(features: Features) -> Geometry:
     value = last.meta["value"]
     if value.ndim != 4:
         raise ConversionError(
-            f"{operation_name(last)} gives {tuple(value.shape[1:])} per image, which is no map; "
-            "geometry is known up to the last map, or take the layers of a converted network"
+            f"{operation_name(last)} gives {tuple(value.shape[1:])} per image, not a map; geometry "
+            "is known up to the last map, or for the layers of a converted network"
         )
     geometry = _under_pool(features, size).geometry
+    # a pool over a single position is dropped by the conversion and adds no step
     pooled = tuple(value.shape[2:]) != (1, 1)
     return geometry.upto(len(geometry.height.steps) - 1 - pooled)
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fcvgg.errors import ArgumentError, ConversionError, ImageError
+from fcvgg.errors import ArgumentError, ConversionError, ImageError, check_integer
 from fcvgg.images.preprocessing import Preprocess, given_preprocess
 from fcvgg.images.reading import ImageLike, prepare
 from fcvgg.network import FullyConvolutional
@@ -57,9 +57,9 @@ def plot_features(
     """
     values, pixels = _maps(model, image, layer, preprocess)
     channels = _channels(values, maps)
-    columns = columns or ceil(sqrt((len(channels) + 1) * 1.4))
-    if not isinstance(columns, int) or columns < 1:
-        raise ArgumentError(f"columns={columns!r} is none; expected a positive integer")
+    if columns is None:
+        columns = ceil(sqrt((len(channels) + 1) * 1.4))
+    check_integer("columns", columns, 1)
     return _grid(values, channels, columns, pixels, layer)
 
 
@@ -86,8 +86,8 @@ def _maps(
         values = features(pixels.to(device_of(features), dtype_of(features)))
     if values.ndim != 4:
         raise ConversionError(
-            f"{layer} gives {tuple(values.shape[1:])} per image, which is no map; name a layer "
-            "before the flatten, or convert the model first"
+            f"layer must give a map (channels, rows, columns), got {layer} with "
+            f"{tuple(values.shape[1:])}; name one before the flatten, or convert the model first"
         )
     return values[0].float().cpu(), _shown(pixels[0], preprocess)
 
@@ -109,16 +109,14 @@ def _shown(pixels: Tensor, preprocess: Preprocess | None) -> Tensor:
 def _channels(values: Tensor, maps: int | Sequence[int]) -> list[int]:
     count = len(values)
     if isinstance(maps, int):
-        if maps < 1:
-            raise ArgumentError(f"maps={maps} is none; expected a positive number or channels")
+        check_integer("maps", maps, 1)
         spread = values.flatten(1).std(1, correction=0)
         return sorted(spread.topk(min(maps, count)).indices.tolist())
     channels = list(maps)
     wrong = [c for c in channels if not isinstance(c, int) or not 0 <= c < count]
     if wrong or not channels:
         raise ArgumentError(
-            f"maps={channels} names {wrong[0] if wrong else 'no channel'}; expected channels from "
-            f"0 to {count - 1}"
+            f"maps must be a number of maps or channels from 0 to {count - 1}, got {channels}"
         )
     return channels
 

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from fcvgg.errors import ArgumentError
+from fcvgg.errors import ArgumentError, check_rate
 from fcvgg.transfer.naming import LayerNames, NamedLayer, layer_names
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -19,11 +19,10 @@ _NORMS = (nn.modules.batchnorm._BatchNorm,)
 def freeze_(model: Model, upto: str) -> Model:
     """Stop a layer and all before it from training, in place.
 
-    Their parameters get no gradient. Modules of batch norm also keep their statistics: each has
-    its own ``train`` from then on, which leaves it in evaluation mode when ``model.train()`` comes
-    by. It goes with copies, pickles and `fcvgg.convert`, not with a bundle, and `unfreeze_` takes
-    it away. Later layers are left as they are. ``fcvgg info`` and `trainable_parameters` tell what
-    trains.
+    Their parameters get no gradient. Batch norms also keep their statistics: each gets a ``train``
+    of its own, which leaves it in evaluation mode when ``model.train()`` is called. Copies, pickles
+    and `fcvgg.convert` keep it, a bundle does not, and `unfreeze_` removes it. Later layers are
+    left as they are. ``fcvgg info`` and `trainable_parameters` show what is trained.
 
     Args:
         model: a classifier or converted network.
@@ -98,8 +97,8 @@ def parameter_groups(
     Args:
         model: a classifier or converted network.
         rates: learning rates by layer (``"conv5_3"``, Keras names and paths too), by block
-            (``"block5"``), or by ``"features"`` and ``"head"`` (the fully connected layers and what
-            stands beside them). The more precise name counts.
+            (``"block5"``), or by ``"features"`` and ``"head"`` (the fully connected layers and
+            those among them). The most precise name counts.
         lr: the rate of all other parameters; None if there must not be any.
 
     Returns:
@@ -112,8 +111,7 @@ def parameter_groups(
     names = layer_names(model)
     keys = {name: _canonical(name, names) for name in rates}
     for name, rate in {**rates, **({} if lr is None else {"lr": lr})}.items():
-        if not isinstance(rate, (int, float)) or not 0 <= rate < float("inf"):
-            raise ArgumentError(f"the learning rate {rate!r} of {name!r} is none; expected >= 0")
+        check_rate(f"the learning rate of {name!r}", rate)
     groups: dict[str, list[Tensor]] = {name: [] for name in [*rates, "rest"]}
     unnamed: dict[str, None] = {}
     seen: set[int] = set()

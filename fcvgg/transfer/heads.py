@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from fcvgg.conversion import unwrapped
-from fcvgg.errors import ArgumentError, ConversionError
+from fcvgg.errors import ArgumentError, ConversionError, check_integer
 from fcvgg.support.module_state import device_of, dtype_of
 from fcvgg.transfer.naming import LayerNames, NamedLayer, layer_names
 
@@ -66,6 +66,8 @@ def replace_head(
             f"({', '.join(x.path for x in layers)}) do not stand in one nn.Sequential; "
             "pass hidden=None to replace the last one only"
         )
+    # The new layers take the old ones' place in the container and what follows them goes; their
+    # keys go on from the last key that stays.
     first = layers[0].path.rpartition(".")[2]
     children = OrderedDict(holder.named_children())
     kept = list(children)[: list(children).index(first)]
@@ -150,7 +152,7 @@ def _head(
 
 
 def _end(holder: nn.Module, key: str, log_softmax: bool, last: NamedLayer) -> None:
-    """Take a softmax after the last layer away, and put the wanted one there."""
+    """Remove a softmax or sigmoid after the last layer, and add the wanted log-softmax."""
     if not isinstance(holder, nn.Sequential):
         if log_softmax:
             raise ConversionError(
@@ -178,18 +180,12 @@ def _inputs(layer: nn.Module) -> int:
 
 
 def _check(num_classes: Any, hidden: Any, dropout: Any) -> None:
-    check_classes(num_classes)
+    check_integer("num_classes", num_classes, 1)
     widths = () if hidden is None else tuple(hidden) if isinstance(hidden, Sequence) else (0,)
     if any(not isinstance(n, int) or isinstance(n, bool) or n < 1 for n in widths):
         raise ArgumentError(
-            f"hidden={hidden!r} is no list of layer widths; expected positive integers, () for one "
-            "linear layer, or None to replace the last layer only"
+            f"hidden must be positive layer widths, got {hidden!r}; () gives one linear layer, "
+            "None replaces the last layer only"
         )
     if not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
-        raise ArgumentError(f"dropout={dropout!r} is no probability; expected 0 <= dropout < 1")
-
-
-def check_classes(num_classes: Any) -> None:
-    """Refuse what is no number of classes."""
-    if not isinstance(num_classes, int) or isinstance(num_classes, bool) or num_classes < 1:
-        raise ArgumentError(f"num_classes={num_classes!r} is no number of classes; expected >= 1")
+        raise ArgumentError(f"dropout must be at least 0 and below 1, got {dropout!r}")

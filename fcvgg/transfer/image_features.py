@@ -6,7 +6,6 @@ import hashlib
 from collections import OrderedDict, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from math import isfinite
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,7 +15,14 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fcvgg.errors import ArgumentError, ConversionError, FcvggError, GeometryError, ImageError
+from fcvgg.errors import (
+    ArgumentError,
+    ConversionError,
+    FcvggError,
+    ImageError,
+    check_choice,
+    check_integer,
+)
 from fcvgg.geometry import Pair, checked_size
 from fcvgg.images.preprocessing import Preprocess, given_preprocess
 from fcvgg.images.reading import prepare
@@ -25,6 +31,7 @@ from fcvgg.network import FullyConvolutional
 from fcvgg.rewriting.capture import input_channels
 from fcvgg.support.atomic import checked_folder, written_whole
 from fcvgg.support.module_state import device_of, dtype_of, evaluating
+from fcvgg.support.progress import progress_bar
 from fcvgg.transfer.extraction import Features, features_upto
 from fcvgg.transfer.naming import layer_names
 
@@ -64,12 +71,9 @@ class FeatureExtractor:
         progress: bool = False,
         device: str | torch.device | None = None,
     ):
-        if pooling not in POOLINGS:
-            raise ArgumentError(f"pooling={pooling!r} is unknown; expected 'avg', 'max' or None")
-        if not isinstance(batch_size, int) or batch_size < 1:
-            raise ArgumentError(f"batch_size={batch_size!r} is none; expected an integer >= 1")
+        check_choice("pooling", pooling, POOLINGS)
+        check_integer("batch_size", batch_size, 1)
         self.size = _checked_size(size)
-        self.value_range = _checked_range(value_range)
         model = load(model) if isinstance(model, (str, Path)) else model
         own = model.preprocess if isinstance(model, FullyConvolutional) else None
         self.in_channels = (
@@ -77,8 +81,8 @@ class FeatureExtractor:
         )
         given = given_preprocess(preprocess, self.in_channels)
         self.preprocess = own if given is None else given
-        if self.preprocess is not None and self.value_range is not None:
-            self.preprocess = replace(self.preprocess, value_range=self.value_range)
+        if self.preprocess is not None and value_range is not None:
+            self.preprocess = replace(self.preprocess, value_range=value_range)
         self.pooling = pooling
         self.batch_size = batch_size
         self.progress = progress
@@ -100,23 +104,27 @@ class FeatureExtractor:
         """The features ``(images, features)`` of every layer, float32."""
         images = list(images)
         if not images:
-            raise ImageError("no images were given; expected at least one")
+            raise ImageError("images must hold at least one image, got none")
         found: dict[str, list[NDArray[Any] | None]] = {n: [None] * len(images) for n in self.layers}
         waiting: dict[Pair, list[tuple[int, Tensor, dict[str, str]]]] = defaultdict(list)
-        for index, image in self._shown(images):
-            pixels = self.pixels(image)
-            keys = self._keys(pixels)
-            known = {n: self._cache.get(k) for n, k in keys.items()} if self._cache else {}
-            if known and all(row is not None for row in known.values()):
-                for name, row in known.items():
-                    found[name][index] = row
-                continue
-            size = (pixels.shape[2], pixels.shape[3])
-            waiting[size].append((index, pixels, keys))
-            if len(waiting[size]) == self.batch_size:
-                self._run(waiting.pop(size), found)
-        for batch in waiting.values():
-            self._run(batch, found)
+        # Images of one size wait until they fill a batch; each row goes to its image's place.
+        what = f"features up to {self.deepest}"
+        with progress_bar(what, len(images), self.progress) as advance:
+            for index, image in enumerate(images):
+                pixels = self.pixels(image)
+                keys = self._keys(pixels)
+                known = {n: self._cache.get(k) for n, k in keys.items()} if self._cache else {}
+                if known and all(row is not None for row in known.values()):
+                    for name, row in known.items():
+                        found[name][index] = row
+                else:
+                    size = (pixels.shape[2], pixels.shape[3])
+                    waiting[size].append((index, pixels, keys))
+                    if len(waiting[size]) == self.batch_size:
+                        self._run(waiting.pop(size), found)
+                advance(1)
+            for batch in waiting.values():
+                self._run(batch, found)
         return {name: self._stacked(rows) for name, rows in found.items()}
 
     def pixels(self, image: Any) -> Tensor:
@@ -126,7 +134,7 @@ class FeatureExtractor:
         if self.least is not None and any(n < m for n, m in zip(size, self.least)):
             raise ImageError(
                 f"an image of {size} pixels is too small for {self.deepest}, which needs at least "
-                f"{self.least}; pass size="
+                f"{self.least}; pass size=, the size to rescale to"
             )
         return pixels
 
@@ -166,7 +174,7 @@ class FeatureExtractor:
         batch: Sequence[tuple[int, Tensor, dict[str, str]]],
         found: dict[str, list[NDArray[Any] | None]],
     ) -> None:
-        pixels = torch.cat([pixels for _, pixels, _ in batch])
+        pixels = torch.cat([pixels for _, pixels, _ in batch])  # (N, C, H, W)
         pixels = pixels.to(device_of(self.network), dtype_of(self.network))
         with evaluating(self.network):
             maps = self.network.maps(pixels, self._children.values())
@@ -191,23 +199,6 @@ class FeatureExtractor:
             )
         return np.stack([row for row in rows if row is not None])
 
-    def _shown(self, images: Sequence[Any]) -> Iterable[tuple[int, Any]]:
-        if not self.progress:
-            return enumerate(images)
-        from rich.console import Console
-        from rich.progress import track
-
-        console = Console(stderr=True)
-        what = f"features up to {self.deepest}"
-        return track(
-            enumerate(images),
-            what,
-            len(images),
-            console=console,
-            transient=True,
-            disable=not console.is_terminal,
-        )
-
 
 def _least(network: Features) -> Pair | None:
     """The least size that gives features; None where the layers take one size only."""
@@ -220,24 +211,8 @@ def _least(network: Features) -> Pair | None:
 def _checked_size(size: Any) -> int | Pair | None:
     if size is None:
         return None
-    try:
-        height, width = checked_size(size)
-    except (GeometryError, TypeError) as error:
-        raise ArgumentError(
-            f"size={size!r} is none; expected None, a positive int or (h, w)"
-        ) from error
+    height, width = checked_size(size, error=ArgumentError)
     return (height, width) if isinstance(size, Iterable) else height
-
-
-def _checked_range(value_range: Any) -> tuple[float, float] | None:
-    if value_range is None:
-        return None
-    values = tuple(value_range) if isinstance(value_range, Iterable) else ()
-    if len(values) != 2 or not all(map(isfinite, values)) or values[0] == values[1]:
-        raise ArgumentError(
-            f"value_range={value_range!r} is none; expected (black, white), such as (0, 1)"
-        )
-    return float(values[0]), float(values[1])
 
 
 # -- features that were computed before -----------------------------------------------------------
@@ -283,7 +258,7 @@ class MemoryCache:
 
 
 class DiskCache:
-    """Rows as ``.npy`` files in a folder; a broken file is computed anew."""
+    """Rows as ``.npy`` files in a folder; features in a broken file are computed again."""
 
     def __init__(self, folder: str | Path):
         self.folder = checked_folder(folder, "cache")
@@ -320,7 +295,7 @@ def cache_for(cache: Any) -> FeatureCache | None:
         return MEMORY
     if isinstance(cache, (str, Path)):
         return DiskCache(cache)
-    raise ArgumentError(f"cache={cache!r} is none; expected None, 'memory' or a folder")
+    raise ArgumentError(f"cache must be None, 'memory' or a folder, got {cache!r}")
 
 
 def digest_of(module: nn.Module) -> str:

@@ -9,18 +9,23 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from fcvgg.conversion import convert, unwrapped
-from fcvgg.errors import ArgumentError, ConversionError, GeometryError, InputSizeError, one_line
+from fcvgg.errors import (
+    ConversionError,
+    InputSizeError,
+    check_choice,
+    check_integer,
+    one_line,
+)
 from fcvgg.geometry import Pair, checked_size
 from fcvgg.rewriting.capture import BATCH, capture
 from fcvgg.rewriting.modules import WindowLinear
 from fcvgg.rewriting.native_size import infer_input_size
 from fcvgg.rewriting.rules import is_known
 from fcvgg.transfer.extraction import map_geometries
-from fcvgg.transfer.heads import check_classes, copied_without, fully_connected, new_linear
+from fcvgg.transfer.heads import copied_without, fully_connected, new_linear
 from fcvgg.transfer.naming import LayerNames, NamedLayer, layer_names
 
 _ADAPTIVE = (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
-_INITS = ("random", "resample")
 
 
 def for_input_size(
@@ -50,15 +55,15 @@ def for_input_size(
         ArgumentError: if an argument is out of range.
         ConversionError: if the head cannot be rebuilt; the message names the layer.
     """
-    height, width = _checked(size)
-    if init not in _INITS:
-        raise ArgumentError(f"init={init!r} is unknown; expected 'random' or 'resample'")
+    height, width = checked_size(size, error=InputSizeError)
+    check_choice("init", init, ("random", "resample"))
     if num_classes is not None:
-        check_classes(num_classes)
+        check_integer("num_classes", num_classes, 1)
     model = unwrapped(model)
     names = layer_names(model)
     layers = fully_connected(names)
     _check_features(model, (height, width))
+    # With "resample", only the first layer depends on the size; with "random", all are replaced.
     new = copied_without(model, [x.path for x in layers[: 1 if init == "resample" else None]])
     _open_pool(new, names, (height, width))
     first = model.get_submodule(layers[0].path)
@@ -106,15 +111,6 @@ def _resampling(source: int, target: int) -> Tensor:
 
 
 # -- the new head's shape ---------------------------------------------------------------------
-
-
-def _checked(size: int | Iterable[int]) -> Pair:
-    try:
-        return checked_size(size)
-    except (GeometryError, TypeError) as error:
-        raise InputSizeError(
-            f"size={size!r} is no input size; expected a positive int or (h, w)"
-        ) from error
 
 
 def _check_features(model: nn.Module, size: Pair) -> None:
@@ -200,7 +196,8 @@ def _resample(model: nn.Module, new: nn.Module, path: str, size: Pair) -> None:
             f"{size}, so its kernels cannot be resampled; use init='random'"
         )
     extent = (window.kernel_size[0], window.kernel_size[1])
-    window.weight.data = resampled_kernels(old.weight, extent).to(window.weight)
+    kernels = resampled_kernels(old.weight, extent)  # (O, C, h, w)
+    window.weight.data = kernels.to(window.weight)
     linear = new.get_submodule(path)
     assert isinstance(linear, nn.Linear)
     linear.weight.copy_(window.fc_weight())

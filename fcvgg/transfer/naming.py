@@ -125,7 +125,7 @@ class LayerNames(Sequence[NamedLayer]):
         """What a layer learns: its module's parameters, or those that its function is given."""
         if layer.path:
             return tuple(self.root.get_submodule(layer.path).parameters())
-        constants = _constants(self.graph) if layer.role else set()  # arithmetic is no layer
+        constants = _constants(self.graph) if layer.role else set()  # arithmetic is not a layer
         waiting = [n for n in layer.node.all_input_nodes if n in constants]
         found: list[nn.Parameter] = []
         for node in waiting:  # which grows
@@ -173,12 +173,6 @@ def layer_names(model: nn.Module) -> LayerNames:
     return LayerNames(_named(graph, model), model, graph, size, native)
 
 
-def children_of(layers: Iterable[NamedLayer], root: nn.Module) -> list[nn.Module]:
-    """The modules of layers, each once; functions have none."""
-    found = {id(m): m for m in (root.get_submodule(x.path) for x in layers if x.path)}
-    return list(found.values())
-
-
 def _named(graph: fx.Graph, root: nn.Module) -> list[NamedLayer]:
     numbering = _Numbering()
     layers = []
@@ -202,7 +196,7 @@ def _named(graph: fx.Graph, root: nn.Module) -> list[NamedLayer]:
 
 
 def _constants(graph: fx.Graph) -> set[fx.Node]:
-    """What is computed from parameters alone, such as a weight's reshape; it is no layer."""
+    """What is computed from parameters alone, such as a weight's reshape, which is not a layer."""
     found: set[fx.Node] = set()
     for node in graph.nodes:
         fed = node.all_input_nodes
@@ -241,6 +235,8 @@ class _Numbering:
         return self.fc >= FIRST_FC
 
     def name_for(self, role: str, place: str, kind: str) -> str:
+        # A pool ends its block, and the first fully connected layer ends the features: what
+        # follows each is numbered after it.
         self.at = 0 if self.in_head else self.block
         if role == "conv" and not self.in_head:
             self.convolution += 1

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from fcvgg.errors import ArgumentError, ConversionError, MissingExtraError
+from fcvgg.errors import ArgumentError, ConversionError, check_choice, check_integer
+from fcvgg.support.extras import imported
 from fcvgg.support.tables import text_table
 from fcvgg.transfer.image_features import FeatureExtractor
 from fcvgg.transfer.naming import layer_names
@@ -141,11 +142,11 @@ def probe(
         MissingExtraError: if scikit-learn is not installed.
     """
     if isinstance(layers, str):
-        raise ArgumentError(f"layers={layers!r} is one name; expected a sequence of names")
+        raise ArgumentError(f"layers must be a sequence of names, got {layers!r}; pass [name]")
     labels = list(labels)
     counts = Counter(labels)
     _check(images, labels, counts, classifier, folds)
-    _check_sklearn()
+    imported("sklearn", "sklearn")
     if isinstance(model, (str, Path)):
         from fcvgg.loading import load
 
@@ -166,7 +167,9 @@ def pool_layers(model: nn.Module) -> list[str]:
     """The names of a model's pool layers, from the image on."""
     found = [layer.name for layer in layer_names(model) if layer.role == "pool" and layer.block]
     if not found:
-        raise ConversionError(f"{type(model).__name__} has no pool layer; pass layers=")
+        raise ConversionError(
+            f"{type(model).__name__} has no pool layer; name the layers in layers="
+        )
     return found
 
 
@@ -198,27 +201,15 @@ def _check(
 ) -> None:
     if len(images) != len(labels):
         raise ArgumentError(
-            f"there are {len(images)} images and {len(labels)} labels; expected one label per image"
+            f"labels must be as many as the {len(images)} images, got {len(labels)}"
         )
-    if classifier not in CLASSIFIERS:
-        raise ArgumentError(f"classifier={classifier!r} is unknown; expected 'logistic' or 'svm'")
+    check_choice("classifier", classifier, CLASSIFIERS)
+    check_integer("folds", folds, 2)
     if len(counts) < 2:
-        raise ArgumentError(f"there are {len(counts)} classes; expected two or more")
-    if not isinstance(folds, int) or folds < 2:
-        raise ArgumentError(f"folds={folds!r} is no number of folds; expected an integer >= 2")
+        raise ArgumentError(f"labels must be of two or more classes, got {len(counts)}")
     rarest, count = min(counts.items(), key=lambda item: item[1])
     if count < folds:
         raise ArgumentError(
-            f"class {rarest!r} has {count} images, fewer than the {folds} folds; add images or "
-            "lower folds"
+            f"folds must be at most {count}, the images of class {rarest!r}, got {folds}; add "
+            "images, or use fewer folds"
         )
-
-
-def _check_sklearn() -> None:
-    try:
-        import sklearn  # noqa: F401
-    except ImportError as error:
-        raise MissingExtraError(
-            f"probing layers needs scikit-learn, which cannot be imported ({error}); install it "
-            "with: pip install 'fcvgg[sklearn]'"
-        ) from error

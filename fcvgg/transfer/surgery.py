@@ -54,7 +54,7 @@ def replace_layers(model: nn.Module, first: str, last: str, new: nn.Module) -> n
     start, end = names.find(first), names.find(last)
     if names.layers.index(start) > names.layers.index(end):
         raise ArgumentError(
-            f"first={first!r} comes after last={last!r} in the model; exchange the two"
+            f"first must not come after last in the model, got {first!r} and {last!r}; swap them"
         )
     place = _Place.of(names, start, end, alone=True)
     _check_fit(names, start.node.all_input_nodes[0], end, new)
@@ -146,6 +146,7 @@ def geometry_changes(before: nn.Module, after: nn.Module) -> GeometryChanges:
 
 def _merged(old: list[str], new: list[str]) -> list[str]:
     """The paths of both; between common ones first what went, then what came."""
+    # a path of both is an anchor: what stands before it in either list is placed before it
     merged: list[str] = []
     came: list[str] = []
     for path in new:
@@ -191,8 +192,8 @@ class _Place:
         for layer in (first, last):
             if not layer.path:
                 raise ConversionError(
-                    f"{layer.name} is a call of {layer.kind} in the model's forward, no module; "
-                    "surgery needs layers that stand in an nn.Sequential"
+                    f"{layer.name} is a call of {layer.kind} in the model's forward, not a "
+                    "module; surgery needs layers that stand in an nn.Sequential"
                 )
         parents = [layer.path.rpartition(".")[0] for layer in (first, last)]
         if parents[0] != parents[1]:
@@ -219,6 +220,8 @@ def _edited(names: LayerNames, place: _Place, key: str, new: nn.Module, kept: bo
         setattr(old, place.keys[0], new.train(old.training))
         _check_runs(names, model)
         return model
+    # An nn.Sequential runs its children in order, so the container is filled again. Layers that
+    # stay keep their keys, so that the source's checkpoint still fits.
     children: OrderedDict[str, nn.Module] = OrderedDict()
     for name, child in old.named_children():
         if name not in place.keys or kept:
@@ -247,7 +250,7 @@ def _free(name: str, parent: nn.Module) -> str:
 def _check_module(new: object) -> None:
     if not isinstance(new, nn.Module):
         raise ArgumentError(
-            f"new={type(new).__name__} is no layer; expected a torch.nn.Module, several as "
+            f"new must be a torch.nn.Module, got {type(new).__name__}; pass several as an "
             "nn.Sequential"
         )
 

@@ -366,7 +366,7 @@ def test_weights_that_cannot_be_downloaded_say_what_to_pass(images, no_network):
         (("-m", "my.pth"), "there is no checkpoint my.pth"),
         (("-m", "my.pth", "--arch", "vgg16"), "there is no checkpoint my.pth"),
         (("-w", "my.pth"), "there is no checkpoint my.pth"),
-        (("-w", "LATEST"), "for vgg16, got 'LATEST'"),
+        (("-w", "LATEST"), "--weights must be IMAGENET1K_V1, IMAGENET1K_FEATURES, DEFAULT or"),
         (("--arch", "vgg11"), "--arch 'vgg11' must come with a checkpoint, got 'vgg16'"),
         (
             ("-m", "demo", "-w", "x.pt"),

@@ -36,7 +36,7 @@ def test_it_prints_the_table_and_writes_json(data: Path) -> None:
     assert ran.stdout.splitlines()[0] == f"demo on {data}"
     assert lines[1] == ["protocol", "input", "scales", "flip", "views", "top-1"]
     assert [line[0] for line in lines[2:8]] == [
-        "centre-crop",
+        "center-crop",
         "resize",
         "ten-crop",
         "dense",
@@ -77,8 +77,8 @@ def test_options_reach_the_evaluation(data: Path, tmp_path: Path) -> None:
     [
         (["absent"], "absent must be a folder with one folder per class, got nothing of that name"),
         (["empty"], "empty must hold images in empty/CLASS/, got no folders"),
-        (["data", "-p", "densest"], "protocol 'densest' is unknown; expected centre-crop"),
-        (["data", "-p", ","], "no protocol was given"),
+        (["data", "-p", "densest"], "--protocols must be all, or some of center-crop"),
+        (["data", "-p", ","], "dense+multi-crop, got none"),
         (["data", "-o", "absent/x.json"], "cannot write absent/x.json: there is no folder absent"),
     ],
 )

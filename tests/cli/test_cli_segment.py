@@ -88,7 +88,7 @@ def test_an_interrupted_run_says_how_it_goes_on(data: Path, monkeypatch: Any) ->
     ran = run("segment-train", data, *options)
     assert ran.exit_code == 130
     assert ran.stderr == (
-        "fcvgg: error: interrupted; the epochs done are kept in run, --resume goes on\n"
+        "fcvgg: error: interrupted; finished epochs are kept in run, and --resume continues\n"
     )
 
 

@@ -358,7 +358,7 @@ def test_options_that_a_score_map_does_not_take_are_named(slide):
     shown = ("heatmap", "scores.zarr", "--target", "face", "--output", "pictures")
     ran = fcvgg_command(*shown, "--bands", "2,1,0", "-m", "demo", "--range", "0,1")
     assert ran.exit_code == 0, ran.output
-    assert "as it was streamed, without --model, --bands, --range" in ran.stderr
+    assert "as it was streamed, without --range, --model, --bands" in ran.stderr
     assert "without" not in fcvgg_command(*shown).stderr
 
 

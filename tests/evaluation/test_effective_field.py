@@ -186,13 +186,13 @@ def test_the_networks_state_is_kept_and_in_place_layers_work() -> None:
 def test_errors() -> None:
     net = fcvgg.convert(seeded(Smooth))
     image = images(2, 16, 16)
-    with pytest.raises(fcvgg.ImageError, match="no images were given"):
+    with pytest.raises(fcvgg.ImageError, match="images must hold at least one image"):
         fcvgg.effective_receptive_field(net, [])
-    with pytest.raises(fcvgg.ImageError, match=r"has 2x2 cells, and no cell \(0, 2\)"):
+    with pytest.raises(fcvgg.ImageError, match=r"cell must be one of the 2x2 of .*, got \(0, 2\)"):
         fcvgg.effective_receptive_field(net, image, cell=(0, 2))
     with pytest.raises(fcvgg.CategoryError, match=r"class must be an index .*, got 5"):
         fcvgg.effective_receptive_field(net, image, target=5)
-    with pytest.raises(fcvgg.ArgumentError, match=r"share=1.5 is no share; expected a value in"):
+    with pytest.raises(fcvgg.ArgumentError, match=r"share must be above 0 and .*, got 1\.5"):
         fcvgg.effective_receptive_field(net, image).extent(1.5)
     dead = seeded(Smooth)
     nn.init.zeros_(dead.fc.weight)

@@ -189,7 +189,7 @@ def oracle(model, net, image, protocol: str, scales, flip: bool, average: str) -
     crops = {
         "ten-crop": ten_crops,
         "multi-crop": grid_crops,
-        "centre-crop": lambda x, s: (
+        "center-crop": lambda x, s: (
             (centre_crop(x, s), centre_crop(x, s).flip(-1)) if flip else (centre_crop(x, s),)
         ),
     }[protocol]
@@ -218,7 +218,7 @@ def test_every_protocol_equals_a_loop_over_the_fc_model(model, net, pairs, scale
     counts = {r.protocol: r.views for r in result}
     n, f = len(scales), 1 + flip
     assert counts == {
-        "centre-crop": n * f,
+        "center-crop": n * f,
         "resize": f,
         "ten-crop": 10 * n,
         "dense": n * f,
@@ -250,7 +250,7 @@ def test_per_class_figures_follow_from_the_confusion_matrix(net, pairs) -> None:
 
 
 def test_crops_through_the_fc_model_give_the_same(model, net, pairs) -> None:
-    names = ("centre-crop", "resize", "ten-crop")
+    names = ("center-crop", "resize", "ten-crop")
     ours = fcvgg.evaluate(net, pairs, protocols=names)
     theirs = fcvgg.evaluate(net, pairs, protocols=names, model=model)
     for a, b in zip(ours, theirs, strict=True):
@@ -264,20 +264,20 @@ def test_the_usual_scale_is_eight_sevenths_of_the_native_size(net, pairs) -> Non
 
 def test_same_padding_and_finer_strides_crop_at_the_proved_cell(model, pairs) -> None:
     expected = fcvgg.evaluate(
-        fcvgg.convert(model, preprocess=PREPROCESS), pairs, protocols="centre-crop", scales=[40]
+        fcvgg.convert(model, preprocess=PREPROCESS), pairs, protocols="center-crop", scales=[40]
     )
     for options in ({"padding": "same"}, {"output_stride": 2, "padding": "same"}):
         other = fcvgg.convert(model, preprocess=PREPROCESS, **options)
-        got = fcvgg.evaluate(other, pairs, protocols="centre-crop", scales=[40])
-        assert torch.equal(got["centre-crop"].confusion, expected["centre-crop"].confusion)
+        got = fcvgg.evaluate(other, pairs, protocols="center-crop", scales=[40])
+        assert torch.equal(got["center-crop"].confusion, expected["center-crop"].confusion)
 
 
 def test_a_global_pooled_net_at_a_native_size_beyond_its_window(pairs) -> None:
     model = seeded(GlobalPooled, classes=7)
     net = fcvgg.convert(model, input_size=37, preprocess=PREPROCESS)
-    ours = fcvgg.evaluate(net, pairs, protocols="centre-crop", scales=[41])
-    theirs = fcvgg.evaluate(net, pairs, protocols="centre-crop", scales=[41], model=model)
-    assert torch.equal(ours["centre-crop"].confusion, theirs["centre-crop"].confusion)
+    ours = fcvgg.evaluate(net, pairs, protocols="center-crop", scales=[41])
+    theirs = fcvgg.evaluate(net, pairs, protocols="center-crop", scales=[41], model=model)
+    assert torch.equal(ours["center-crop"].confusion, theirs["center-crop"].confusion)
 
 
 def test_a_network_of_one_class_is_judged_as_absent_and_present(pairs) -> None:
@@ -369,9 +369,9 @@ def test_kinds_of_images_and_of_datasets(net, folder) -> None:
             return len(kinds)
 
     for dataset in (Plain(), ((kind, 4) for kind in kinds), [[kind, 4] for kind in kinds]):
-        result = fcvgg.evaluate(net, dataset, protocols="centre-crop", scales=[48])
+        result = fcvgg.evaluate(net, dataset, protocols="center-crop", scales=[48])
         assert labels_of(result) == {"fig": 5}
-        assert (result["centre-crop"].confusion.sum(0) > 0).sum() == 1
+        assert (result["center-crop"].confusion.sum(0) > 0).sum() == 1
 
 
 def test_unreadable_images_are_counted_listed_and_not_fatal(net, folder) -> None:
@@ -560,15 +560,19 @@ def test_errors_of_datasets(net, dataset, error, match) -> None:
 
 
 def test_errors_of_options(net, pairs, monkeypatch) -> None:
-    with pytest.raises(fcvgg.ArgumentError, match="protocol 'tencrop' is unknown; expected centre"):
+    with pytest.raises(
+        fcvgg.ArgumentError, match=r"protocols must be all, or some of center.*, got tencrop"
+    ):
         fcvgg.evaluate(net, pairs, protocols=["dense", "tencrop"])
-    with pytest.raises(fcvgg.ArgumentError, match="no protocol was given"):
+    with pytest.raises(fcvgg.ArgumentError, match=r"protocols must be all, .* got none"):
         fcvgg.evaluate(net, pairs, protocols=[])
     with pytest.raises(fcvgg.ArgumentError, match=r"scales must be smaller sides .*, got \[\]"):
         fcvgg.evaluate(net, pairs, scales=[])
     with pytest.raises(fcvgg.ArgumentError, match=r"flip must be True or False, got \[\]"):
         fcvgg.evaluate(net, pairs, flip=[])
-    with pytest.raises(fcvgg.ArgumentError, match="average='mean' is unknown"):
+    with pytest.raises(
+        fcvgg.ArgumentError, match="average must be 'scores' or 'probabilities', got 'mean'"
+    ):
         fcvgg.evaluate(net, pairs, average="mean")
     with pytest.raises(fcvgg.ImageError, match=r"scales must be positive .*, got 0"):
         fcvgg.evaluate(net, pairs, scales=[0])
@@ -584,7 +588,7 @@ def test_the_table_and_the_json(net, pairs, tmp_path) -> None:
     result = fcvgg.evaluate(net, pairs, protocols="all", scales=(32, 40))
     lines = str(result).splitlines()
     assert lines[0].split() == ["protocol", "input", "scales", "flip", "views", "top-1", "top-5"]
-    assert lines[1].startswith("centre-crop       centre crop  32, 40  no ")
+    assert lines[1].startswith("center-crop       center crop  32, 40  no ")
     assert lines[2].startswith("resize            resize       32x32   no ")
     assert lines[-1] == "12 images"
     assert len(lines) == 1 + 6 + 1
@@ -601,7 +605,7 @@ def test_the_table_and_the_json(net, pairs, tmp_path) -> None:
     table = result.class_table("dense").splitlines()
     assert table[0].split() == ["class", "images", "precision", "recall", "F1"]
     assert len(table) == 1 + len(result["dense"].classes)
-    with pytest.raises(KeyError, match="'sliding' was not run"):
+    with pytest.raises(KeyError, match=r"protocol must be one of .*, got 'sliding'"):
         result["sliding"]
 
 

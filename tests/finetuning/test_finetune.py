@@ -232,9 +232,7 @@ def test_resize_and_centre_crop(tmp_path: Path) -> None:
     assert cropped.min() == 1
     taller, _ = ImageRows(files, plain, (30, 15), "centre-crop")[0]
     assert taller.shape == (3, 30, 15)
-    with pytest.raises(
-        ArgumentError, match="resize must be one of resize, center-crop, got 'crop'"
-    ):
+    with pytest.raises(ArgumentError, match="resize must be 'resize' or 'center-crop', got 'crop'"):
         ImageRows(files, plain, (20, 20), "crop")
 
 
@@ -734,7 +732,7 @@ def test_a_global_pool_keeps_its_head_at_another_size() -> None:
         (
             {"strategy": "best"},
             ArgumentError,
-            "strategy must be one of auto, linear, .*, got 'best'",
+            "strategy must be 'auto', 'linear', .*, got 'best'",
         ),
         ({"epoch": 3}, ArgumentError, "options must be some of strategy, .*, got epoch"),
         (
@@ -742,11 +740,11 @@ def test_a_global_pool_keeps_its_head_at_another_size() -> None:
             ArgumentError,
             "class_weights must be None or 'balanced', got 'rare'",
         ),
-        ({"resize": "no"}, ArgumentError, "resize must be one of resize, center-crop, got 'no'"),
+        ({"resize": "no"}, ArgumentError, "resize must be 'resize' or 'center-crop', got 'no'"),
         (
             {"strategy": "all", "freeze_upto": "pool1"},
             ArgumentError,
-            "freeze_upto must go with the strategy partial or svm, got strategy='all'",
+            "freeze_upto must go with strategy='partial' or 'svm', got strategy='all'",
         ),
         (
             {"strategy": "linear", "hidden": (9,)},
@@ -912,11 +910,14 @@ def test_an_own_network_of_one_channel(textures: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--head", "wide"], "'wide' is no head; expected last, linear or widths such as 512,256"),
+        (
+            ["--head", "wide"],
+            "'wide' is not a head; expected last, linear or widths such as 512,256",
+        ),
         (["--strategy", "partial", "--freeze-upto", "pool7"], "the model has no layer 'pool7'"),
         (
             ["--strategy", "all", "--freeze-upto", "pool1"],
-            "--freeze-upto must go with the strategy",
+            "--freeze-upto must go with --strategy 'partial' or 'svm'",
         ),
         (["--valid-fraction", "2"], "--valid-fraction must be between 0 and 1, got 2.0"),
         (["--devices", "none"], "devices must be 'auto' or an integer of at least 1, got 'none'"),
@@ -945,7 +946,7 @@ def test_interrupted_the_command_says_how_to_go_on(
     (tmp_path / "last.ckpt").touch()
     ran = run(tmp_path, "-o", tmp_path)
     assert ran.exit_code == 130
-    assert ran.stderr.endswith(f"the epochs done are kept in {tmp_path}, --resume goes on\n")
+    assert ran.stderr.endswith(f"finished epochs are kept in {tmp_path}, and --resume continues\n")
 
 
 def test_without_lightning_the_error_names_the_extra(

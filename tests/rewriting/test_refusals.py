@@ -133,16 +133,6 @@ def test_functions_and_layers_that_are_known_to_break_it(call, layers, message: 
             r"head\.layers\.0 \(Linear\) mixes positions: along its axis .*\(N, 8, 36\)",
         ),
         (
-            lambda x, fc: fc(x.unflatten(3, (2, 3)).sum(3).flatten(1)),
-            [nn.Linear(144, 4)],
-            r"sum_1 \(Tensor.sum in head\) reduces over 3, which is not all rows or columns",
-        ),
-        (
-            lambda x, fc: fc(x.mean(1).flatten(1)),
-            [nn.Linear(36, 4)],
-            r"mean \(Tensor.mean in head\) reduces over 1, which is not all rows or columns",
-        ),
-        (
             lambda x, conv, fc: fc(conv(x.reshape(x.size(0), 4, 12, 6)).flatten(1)),
             [nn.Conv2d(4, 2, 3, padding=1), nn.Linear(144, 4)],
             r"head\.layers\.0 \(Conv2d\) mixes positions: along its axis the value \(N, 4, 12, 6\)",
@@ -158,11 +148,6 @@ def test_functions_and_layers_that_are_known_to_break_it(call, layers, message: 
             r"head\.layers\.0 \(LayerNorm\) mixes positions",
         ),
         (
-            lambda x, norm, fc: fc(norm(x).flatten(1)),
-            [nn.LayerNorm([8, 6, 6]), nn.Linear(288, 4)],
-            r"\(LayerNorm\) normalises over \(8, 6, 6\), which mixes positions",
-        ),
-        (
             lambda x, norm, fc: fc(norm(x[:, :, 1:].flatten(1))),
             [nn.BatchNorm1d(240), nn.Linear(240, 4)],
             r"head\.layers\.0 \(BatchNorm1d\) mixes positions",
@@ -173,19 +158,9 @@ def test_functions_and_layers_that_are_known_to_break_it(call, layers, message: 
             r"to \(Tensor\.to in head\) takes the indices of a maximum, which depend on the map's",
         ),
         (
-            lambda x, fc: fc(x.max(1).values.flatten(1)),
-            [nn.Linear(36, 4)],
-            r"max_1 \(Tensor\.max in head\) reduces over 1, which is not all rows or columns of ea",
-        ),
-        (
             lambda x, fc: fc((x / x.max()).amax((2, 3))),
             [nn.Linear(8, 4)],
             r"max_1 \(Tensor\.max in head\) reduces over the images of the batch",
-        ),
-        (
-            lambda x, fc: fc(x.softmax(3).flatten(1)),
-            [nn.Linear(288, 4)],
-            r"softmax \(Tensor.softmax in head\) mixes positions",
         ),
         (
             lambda x, fc: fc(x[:, :, 1:].flatten(1)),
@@ -193,19 +168,14 @@ def test_functions_and_layers_that_are_known_to_break_it(call, layers, message: 
             r"head\.layers\.0 \(Linear\) mixes positions",
         ),
         (
-            lambda x, fc: fc(torch.cat([x, x], 2).flatten(1)),
-            [nn.Linear(576, 4)],
-            r"cat \(cat in head\) mixes positions",
-        ),
-        (
             lambda x, fc: fc(F.dropout(x).flatten(1)),
             [nn.Linear(288, 4)],
             r"dropout \(dropout in head\) drops at random in evaluation mode too \(training=True",
         ),
         (
-            lambda x, fc: fc(torch.cumsum(x, 1).flatten(1)),
+            lambda x, fc: fc(torch.special.i0(x).flatten(1)),
             [nn.Linear(288, 4)],
-            r"cumsum \(cumsum in head\) is a function without a rule; see fcvgg.rewriting.rules",
+            r"special_i0 \(special_i0 in head\) is a function without a rule; see fcvgg.rew",
         ),
         (
             lambda x, layer, fc: fc(layer(x).flatten(1)),
@@ -348,9 +318,9 @@ def test_outputs_on_different_grids() -> None:
 
 
 def test_what_is_no_model() -> None:
-    refused(SmallVGG, r"takes a torch.nn.Module, got the class SmallVGG")
-    refused("vgg16", r"takes a torch.nn.Module, got str; load names and files with fcvgg.load")
-    refused({"weight": 1}, r"takes a torch.nn.Module, got dict")
+    refused(SmallVGG, r"must be a torch.nn.Module, got the class SmallVGG")
+    refused("vgg16", r"must be a torch.nn.Module, got str; load names and files with fcvgg.load")
+    refused({"weight": 1}, r"must be a torch.nn.Module, got dict")
     refused(fcvgg.convert(seeded(Unpadded), verify=False), r"is fully convolutional already")
 
 

@@ -405,17 +405,19 @@ def test_a_finer_variant_starts_from_a_coarser_ones_weights() -> None:
 
 def test_what_cannot_be_built_is_said_in_one_line() -> None:
     net = fcvgg.convert(seeded(SmallVGG))
-    with pytest.raises(fcvgg.ArgumentError, match="variant must be one of 32s, 16s, 8s, got '4s'"):
+    with pytest.raises(fcvgg.ArgumentError, match="variant must be '32s', '16s' or '8s', got '4s'"):
         fcvgg.FCN(net, 3, "4s")
     with pytest.raises(
-        fcvgg.ArgumentError, match="padding must be one of same, valid, got 'reflect'"
+        fcvgg.ArgumentError, match="padding must be 'same' or 'valid', got 'reflect'"
     ):
         fcvgg.FCN(net, 3, padding="reflect")
     with pytest.raises(
         fcvgg.ArgumentError, match="net must be a converted network, got SmallVGG; pass"
     ):
         fcvgg.FCN(seeded(SmallVGG), 3)  # type: ignore[arg-type]
-    with pytest.raises(fcvgg.ArgumentError, match="num_classes=0 is no number of classes"):
+    with pytest.raises(
+        fcvgg.ArgumentError, match="num_classes must be an integer of at least 1, got 0"
+    ):
         fcvgg.FCN(net, 0)
     with pytest.raises(fcvgg.ArgumentError, match="num_classes must be 2 to 255, got 1; add"):
         fcvgg.FCN(net, 1)
@@ -494,7 +496,7 @@ def test_what_cannot_be_saved_or_loaded_is_said_in_one_line(tmp_path: Path) -> N
     config = fcn.save(tmp_path / "fcn") / "fcn.json"
     good = json.loads(config.read_text())
     for change, message in [
-        ({"variant": "4s"}, "describe an FCN: variant must be one of"),
+        ({"variant": "4s"}, "describe an FCN: variant must be '32s'"),
         ({"num_classes": 3}, "describe an FCN: "),
         ({"num_classes": "x"}, "must hold a positive num_classes, .* got 'x'"),
         ({"format": 9}, "must have format 1"),
@@ -667,7 +669,7 @@ def test_a_folder_is_split_by_seed_or_as_it_is(tmp_path: Path) -> None:
     write_masked(tmp_path / "split" / "train", 3)
     write_masked(tmp_path / "split" / "valid", 2)
     assert [len(part) for part in train_and_valid(tmp_path / "split", CLASSES)] == [3, 2]
-    with pytest.raises(fcvgg.ArgumentError, match="valid_share must be between 0 and 1, got 1"):
+    with pytest.raises(fcvgg.ArgumentError, match="valid_fraction must be between 0 and 1, got 1"):
         train_and_valid(whole, CLASSES, 1)
 
 
@@ -1081,7 +1083,8 @@ def test_what_cannot_be_trained_is_said_in_one_line(tmp_path: Path) -> None:
         ({"class_weights": ["a", "b"]}, r"class_weights must be .*, got \['a', 'b'\]"),
         ({"class_weights": [0, 0]}, r"one for each class and not all 0, got \[0, 0\]"),
         ({"backbone_lr": -1.0}, "backbone_lr must be a finite number of at least 0, got -1.0"),
-        ({"valid_share": 2.0}, "valid_share must be between 0 and 1, got 2.0"),
+        ({"valid_fraction": 2.0}, "valid_fraction must be between 0 and 1, got 2.0"),
+        ({"valid_share": 2.0}, "valid_fraction must be between 0 and 1, got 2.0"),
     ]:
         with pytest.raises(fcvgg.ArgumentError, match=message):
             train(folder, tmp_path / "run", **options)

@@ -224,7 +224,7 @@ def addresses(net):
 
 
 def test_loaded_tensors_are_aligned_like_those_of_torch(bundle):
-    """Or kernels would compute in another order, and scores would differ in their last bits."""
+    """Or torch may choose other kernels, whose sums differ in their last bits."""
     assert addresses(fcvgg.load(bundle)) == {0}
 
 

@@ -537,8 +537,8 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
         ({"lr": -1}, "lr must be a finite number of at least 0, got -1"),
         ({"lr": float("nan")}, "lr must be a finite number of at least 0, got nan"),
         ({"patience": 0}, "patience must be an integer of at least 1, got 0"),
-        ({"optimizer": "adam"}, "optimizer must be one of sgd, adamw, got 'adam'"),
-        ({"precision": "8"}, "precision must be one of auto, 32, bf16-mixed, 16-mixed, got '8'"),
+        ({"optimizer": "adam"}, "optimizer must be 'sgd' or 'adamw', got 'adam'"),
+        ({"precision": "8"}, "precision must be 'auto', '32', 'bf16-mixed' or '16-mixed', got '8'"),
         ({"devices": 0}, "devices must be 'auto' or an integer of at least 1, got 0"),
     ],
 )
@@ -551,5 +551,5 @@ def test_an_accelerator_that_is_not_there(tmp_path: Path) -> None:
     settings = Settings(accelerator="abacus")
     with pytest.raises(ArgumentError, match="cannot train with accelerator='abacus', devices=1"):
         train(tmp_path, settings=settings)
-    with pytest.raises(ArgumentError, match="mode must be one of min, max, got 'low'"):
+    with pytest.raises(ArgumentError, match="mode must be 'min' or 'max', got 'low'"):
         train(tmp_path, mode="low")

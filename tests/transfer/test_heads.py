@@ -111,11 +111,11 @@ def test_probabilities_have_no_loss() -> None:
 @pytest.mark.parametrize(
     ("build", "arguments", "message"),
     [
-        (SmallVGG, {"num_classes": 0}, "num_classes=0 is no number of classes; expected >= 1"),
-        (SmallVGG, {"num_classes": 2.0}, "num_classes=2.0 is no number of classes; expected >="),
-        (SmallVGG, {"hidden": (8, 0)}, "hidden=(8, 0) is no list of layer widths; expected posit"),
-        (SmallVGG, {"hidden": 8}, "hidden=8 is no list of layer widths; expected positive integ"),
-        (SmallVGG, {"dropout": 1}, "dropout=1 is no probability; expected 0 <= dropout < 1"),
+        (SmallVGG, {"num_classes": 0}, "num_classes must be an integer of at least 1, got 0"),
+        (SmallVGG, {"num_classes": 2.0}, "num_classes must be an integer of at least 1, got 2.0"),
+        (SmallVGG, {"hidden": (8, 0)}, "hidden must be positive layer widths, got (8, 0); () giv"),
+        (SmallVGG, {"hidden": 8}, "hidden must be positive layer widths, got 8; () gives on"),
+        (SmallVGG, {"dropout": 1}, "dropout must be at least 0 and below 1, got 1"),
         (Functional, {}, "fc6 is linear; only nn.Linear layers can be replaced"),
         (
             GlobalPooled,
@@ -293,9 +293,15 @@ def test_parameters_of_no_named_layer_are_not_lost() -> None:
     [
         ({"block7": 1e-3}, "the model has no block7; its blocks are block1, block2"),
         ({"conv7_1": 1e-3}, "the model has no layer 'conv7_1' (near: "),
-        ({"head": -1}, "the learning rate -1 of 'head' is none; expected >= 0"),
-        ({"head": float("nan")}, "the learning rate nan of 'head' is none; expected >= 0"),
-        ({"head": "1e-3"}, "the learning rate '1e-3' of 'head' is none; expected >= 0"),
+        ({"head": -1}, "the learning rate of 'head' must be a finite number of at least 0, got -1"),
+        (
+            {"head": float("nan")},
+            "the learning rate of 'head' must be a finite number of at least 0, got nan",
+        ),
+        (
+            {"head": "1e-3"},
+            "the learning rate of 'head' must be a finite number of at least 0, got '1e-3'",
+        ),
     ],
 )
 def test_groups_that_cannot_be(rates, message) -> None:

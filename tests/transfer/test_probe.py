@@ -105,13 +105,13 @@ def test_the_bars_of_the_figure_stay_within_0_and_1() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"labels": [0, 1]}, "there are 4 images and 2 labels; expected one label per image"),
-        ({"labels": [0] * 4}, "there are 1 classes; expected two or more"),
-        ({"folds": 1}, "folds=1 is no number of folds; expected an integer >= 2"),
-        ({"folds": 3}, "class 0 has 2 images, fewer than the 3 folds; add images or lower folds"),
-        ({"classifier": "tree"}, "classifier='tree' is unknown; expected 'logistic' or 'svm'"),
+        ({"labels": [0, 1]}, "labels must be as many as the 4 images, got 2"),
+        ({"labels": [0] * 4}, "labels must be of two or more classes, got 1"),
+        ({"folds": 1}, "folds must be an integer of at least 2, got 1"),
+        ({"folds": 3}, "folds must be at most 2, the images of class 0, got 3; add images"),
+        ({"classifier": "tree"}, "classifier must be 'logistic' or 'svm', got 'tree'"),
         ({"layers": ["pool7"]}, "the model has no layer 'pool7' (near: "),
-        ({"layers": "pool1"}, "layers='pool1' is one name; expected a sequence of names"),
+        ({"layers": "pool1"}, "layers must be a sequence of names, got 'pool1'; pass [name]"),
     ],
 )
 def test_probes_that_cannot_be(change, message) -> None:
@@ -198,7 +198,10 @@ def test_the_command_takes_the_part_to_train_on(faces: Path, tmp_path: Path) -> 
     [
         (["absent"], "absent must be a folder with one folder per class, got nothing of that name"),
         (["FACES", "--layers", "conv9_1"], "the model has no layer 'conv9_1' (near: "),
-        (["FACES", "--folds", "40"], "class 'face' has 15 images, fewer than the 40 folds"),
+        (
+            ["FACES", "--folds", "40"],
+            "--folds must be at most 15, the images of class 'face', got 40",
+        ),
         (["FACES", "--size", "4"], "needs at least (8, 8); pass --size"),
         (["FACES", "--output", "absent/probe.png"], "cannot write absent/probe.png: there is no"),
     ],
@@ -258,10 +261,10 @@ def test_the_maps_that_vary_most_are_chosen() -> None:
     ("options", "message"),
     [
         ({"layer": "conv9_1"}, "the model has no layer 'conv9_1' (near: "),
-        ({"layer": "fc6"}, "fc6 gives (24,) per image, which is no map; name a layer before the"),
-        ({"maps": 0}, "maps=0 is none; expected a positive number or channels"),
-        ({"maps": [3, 8]}, "maps=[3, 8] names 8; expected channels from 0 to 7"),
-        ({"columns": -1}, "columns=-1 is none; expected a positive integer"),
+        ({"layer": "fc6"}, "layer must give a map (channels, rows, columns), got fc6 with (24,);"),
+        ({"maps": 0}, "maps must be an integer of at least 1, got 0"),
+        ({"maps": [3, 8]}, "maps must be a number of maps or channels from 0 to 7, got [3, 8]"),
+        ({"columns": -1}, "columns must be an integer of at least 1, got -1"),
         (
             {"image": images(1, 3, 3, 9, dtype=torch.float32), "layer": "pool2"},
             "an image of (3, 9) pixels is too small for pool2; it needs (4, 4)",
@@ -280,6 +283,6 @@ def test_a_model_without_pools_has_to_name_layers() -> None:
     model = seeded(GlobalPooled, dtype=torch.float32)
     model.pool = torch.nn.Identity()
     batch = list(images(4, 3, 32, 32, dtype=torch.float32))
-    message = r"^GlobalPooled has no pool layer; pass layers="
+    message = r"^GlobalPooled has no pool layer; name the layers in layers="
     with pytest.raises(fcvgg.ConversionError, match=message):
         fcvgg.probe(model, batch, [0, 0, 1, 1], folds=2)

@@ -223,7 +223,7 @@ def test_features_that_are_no_chain(build, layer, message) -> None:
 
 
 def test_geometry_ends_with_the_maps() -> None:
-    with pytest.raises(fcvgg.ConversionError, match="which is no map; geometry is known up to"):
+    with pytest.raises(fcvgg.ConversionError, match="not a map; geometry is known up to"):
         _ = fcvgg.features_upto(seeded(narrow_vgg, "vgg11"), "fc6").geometry
 
 
@@ -402,7 +402,7 @@ def test_inserting_several_and_again() -> None:
             "conv1_2",
             "conv1_1",
             conv(3, 4, 3),
-            "first='conv1_2' comes after last='conv1_1' in the model; exchange the two",
+            "first must not come after last in the model, got 'conv1_2' and 'conv1_1'",
         ),
         (
             "pool5",
@@ -414,7 +414,7 @@ def test_inserting_several_and_again() -> None:
             "flatten",
             "flatten",
             nn.Flatten(),
-            "flatten is a call of flatten in the model's forward, no module; surgery needs layers",
+            "flatten is a call of flatten in the model's forward, not a module; surgery needs",
         ),
         ("conv9_9", "pool5", nn.Identity(), "the model has no layer 'conv9_9' (near: "),
         (
@@ -424,7 +424,7 @@ def test_inserting_several_and_again() -> None:
             "the new layers have dtype torch.float32, and the model torch.float64; call "
             "new.to(torch.float64) first",
         ),
-        ("pool5", "pool5", "new", "new=str is no layer; expected a torch.nn.Module, several as"),
+        ("pool5", "pool5", "new", "new must be a torch.nn.Module, got str; pass several as"),
     ],
 )
 def test_layers_that_do_not_fit(first, last, new, message) -> None:

@@ -233,19 +233,19 @@ def fixed_view() -> nn.Module:
 @pytest.mark.parametrize(
     ("build", "options", "error", "message"),
     [
-        (SmallVGG, {"size": 0}, fcvgg.InputSizeError, "size=0 is no input size; expected a"),
-        (SmallVGG, {"size": "a"}, fcvgg.InputSizeError, "size='a' is no input size; expected a"),
+        (SmallVGG, {"size": 0}, fcvgg.InputSizeError, "size must be a positive int or"),
+        (SmallVGG, {"size": "a"}, fcvgg.InputSizeError, "size must be a positive int or"),
         (
             SmallVGG,
             {"size": 64, "init": "zeros"},
             fcvgg.ArgumentError,
-            "init='zeros' is unknown; expected 'random' or 'resample'",
+            "init must be 'random' or 'resample', got 'zeros'",
         ),
         (
             SmallVGG,
             {"size": 64, "num_classes": 0},
             fcvgg.ArgumentError,
-            "num_classes=0 is no number of classes; expected >= 1",
+            "num_classes must be an integer of at least 1, got 0",
         ),
         (
             lambda: SmallVGG().features,

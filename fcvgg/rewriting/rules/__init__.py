@@ -21,8 +21,9 @@ kernel takes ten, here the two forms of torch's power-average pool::
         return build.window(call, build.as_map(x, call), windows, pools="other")
 
 The package's own kinds stand in one file a family: `elementwise`, `channels` (normalisation,
-softmax, concatenation), `convolution`, `pooling`, `fully_connected`, `reshaping` (what only moves
-elements), and `refused` (what would not stay exact, and why). What is in none is refused by name.
+softmax, statistics), `joining` (concatenation, stacks), `convolution`, `pooling`, `fully_connected`
+and `products` (with parameters), `reshaping` (what only moves elements), and `refused` (what would
+not stay exact, and why). What is in none is refused by name.
 """
 
 from fcvgg.rewriting.modules import TrainingFlag, cut_to
@@ -31,7 +32,9 @@ from fcvgg.rewriting.rules import (
     convolution,
     elementwise,
     fully_connected,
+    joining,
     pooling,
+    products,
     refused,
     reshaping,
 )
@@ -52,7 +55,10 @@ __all__ = [
     "windows_of",
 ]
 
-_RULES_LOADED = (channels, elementwise, fully_connected, pooling, refused, reshaping, convolution)
+_RULES_LOADED = (
+    *(channels, convolution, elementwise, fully_connected, joining, pooling, products, refused),
+    reshaping,
+)
 
 register(TrainingFlag)
 register(cut_to, positional=True)  # which the rewriter itself emits where branches join

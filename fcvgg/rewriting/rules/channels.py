@@ -1,25 +1,27 @@
-"""Layers that work along the channels: normalisation, softmax, concatenation."""
+"""Layers that work along the channels: normalisation, softmax, statistics."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from fcvgg.errors import RefusedLayerError, UnsupportedLayerError
+from fcvgg.geometry import Window
+from fcvgg.rewriting.channel_view import channel_view
 from fcvgg.rewriting.emission import Call
-from fcvgg.rewriting.layouts import Cells, Constant, with_channels
+from fcvgg.rewriting.layouts import Cells, Constant, Unusable, channels_along
 from fcvgg.rewriting.map_builder import MapBuilder
 from fcvgg.rewriting.marks import FollowsTraining
-from fcvgg.rewriting.modules import ChannelLayerNorm
+from fcvgg.rewriting.modules import ChannelLayerNorm, ChannelRMSNorm
 from fcvgg.rewriting.program import Windows
 from fcvgg.rewriting.rules.convolution import values_of
 from fcvgg.rewriting.rules.elementwise import act_elementwise
-from fcvgg.rewriting.rules.pooling import features_of
+from fcvgg.rewriting.rules.pooling import along_channels, features_of, reduced
 from fcvgg.rewriting.rules.registry import attributes, calling, register, rule
 
 
@@ -121,33 +123,93 @@ def layer_norm(
     bias: Any = None,
     eps: float = 1e-5,
 ) -> Cells:
-    x, windows = _last_axis(build, call, input, normalized_shape)
-    shape = tuple(normalized_shape)
+    def twin() -> nn.Module:
+        norm = ChannelLayerNorm(list(normalized_shape), eps, weight is not None, device="meta")
+        norm.weight, norm.bias = weight, bias
+        return norm
+
+    affine = (weight, bias, eps)
+    return _normalized(build, call, input, normalized_shape, twin, F.layer_norm, affine)
+
+
+@rule(
+    *(nn.RMSNorm, *calling("rms_norm")),
+    arguments=attributes("normalized_shape", "weight", "eps"),
+    positional=True,
+)
+def rms_norm(
+    build: MapBuilder,
+    call: Call,
+    input: Any,
+    normalized_shape: Sequence[int],
+    weight: Any = None,
+    eps: float | None = None,
+) -> Cells:
+    def twin() -> nn.Module:
+        norm = ChannelRMSNorm(list(normalized_shape), eps, weight is not None, device="meta")
+        norm.weight = weight
+        return norm
+
+    return _normalized(build, call, input, normalized_shape, twin, F.rms_norm, (weight, eps))
+
+
+def _normalized(
+    build: MapBuilder,
+    call: Call,
+    input: Any,
+    shape: Sequence[int],
+    twin: Callable[[], nn.Module],
+    function: Any,
+    settings: Sequence[Any],
+) -> Cells:
+    """A norm of the features of each cell: `twin` for a layer, `function` with `settings` else."""
+    x, windows, layout = _features_in_order(build, call, input, shape)
     if call.module is not None:
         _check_plain(call)
-        twin = ChannelLayerNorm(list(shape), eps, weight is not None, device="meta")
-        twin.weight, twin.bias = weight, bias
-        node = build.emit_module(call, twin, x, "channels")
+        node = build.emit_module(call, twin(), x, "channels")
     else:
         last = replace(x, node=build.graph.call_method("movedim", (x.node, 1, -1)))  # (N, h, w, C)
-        normed = build.emit_function(call, F.layer_norm, last, shape, weight, bias, eps)
+        affine = [_as_row(build, value) for value in settings]
+        normed = build.emit_function(call, function, last, (x.extent[0],), *affine)
         node = build.graph.call_method("movedim", (normed, -1, 1))  # (N, C, h, w)
-    result = replace(x, node=node).meaning_of("logits")
-    build.record(call, "LayerNorm", windows, result)
+    result = replace(x, node=node, moved=layout).meaning_of("logits")
+    kind = call.kind if call.module is not None else "LayerNorm"
+    build.record(call, kind, windows, result)
     return result
 
 
-register(ChannelLayerNorm, positional=True)
+register(ChannelLayerNorm, ChannelRMSNorm, positional=True)
 
 
-def _last_axis(
+def _as_row(build: MapBuilder, value: Any) -> Any:
+    """A parameter of the window's shape, flattened; anything else as it is."""
+    if not isinstance(value, Constant) or value.value.ndim < 2:
+        return value
+    node = build.graph.call_method("reshape", (value.node, (-1,)))
+    return Constant(node, value.value.flatten())
+
+
+def _features_in_order(
     build: MapBuilder, call: Call, x: Any, shape: Sequence[int]
-) -> tuple[Cells, Windows]:
-    if len(shape) != 1:
+) -> tuple[Cells, Windows, Tensor | None]:
+    """The value with its last dimensions as the channels, in order, and the layout that it has.
+
+    Over more than the channels, a norm is one over all elements of each window.
+    """
+    if len(shape) == 1:
+        x, windows = features_of(build, call, x, -1)
+        return x, windows, x.moved
+    if not isinstance(x, Cells) or x.dims != tuple(shape):
         raise UnsupportedLayerError(
-            f"{call} normalises over {tuple(shape)}, which mixes positions; expected the channels"
+            f"{call} normalises over {tuple(shape)}, which mixes positions; expected the channels, "
+            "or all features of the window"
         )
-    return features_of(build, call, x, -1)
+    if x.dims == x.extent:
+        build.begin_head(x, x.extent[1:], call)
+    height, width = (Window(n, dilation=d) for n, d in zip(x.extent[1:], x.dilation))
+    x = build.gathered(x, call)
+    flat = build.features(call, replace(x, moved=x.layout.flatten()), 0)
+    return flat, (height, width), flat.layout.reshape(x.dims)
 
 
 @rule(nn.LocalResponseNorm, *calling("local_response_norm"), positional=True)
@@ -166,9 +228,122 @@ def normalize(
     eps: float = 1e-12,
     out: None = None,
 ) -> Cells:
-    x = build.features(call, input, _axis(call, input, dim))
+    axis = _axis(call, input, dim)
+    if channels_along(input, axis) is None:
+        return along_channels(build, call, input, (axis,), "normalize", p, eps)
+    x = build.features(call, input, axis)
     node = build.emit_function(call, F.normalize, x, p, 1, eps)
     return replace(x, node=node).meaning_of("logits")
+
+
+@rule(torch.linalg.vector_norm, has_extent=True)
+def vector_norm(
+    build: MapBuilder,
+    call: Call,
+    x: Any,
+    ord: float = 2,
+    dim: Any = None,
+    keepdim: bool = False,
+    **_: Any,
+) -> Cells:
+    return reduced(build, call, x, dim, keepdim, "norm", float(ord))
+
+
+@rule(*calling("var"), has_extent=True)
+def variance(
+    build: MapBuilder,
+    call: Call,
+    input: Any,
+    dim: Any = None,
+    unbiased: bool = True,
+    keepdim: bool = False,
+    correction: float | None = None,
+) -> Cells:
+    divisor = int(unbiased) if correction is None else correction
+    return reduced(build, call, input, dim, keepdim, "var", divisor)
+
+
+@rule(*calling("median"), has_extent=True)
+def median(build: MapBuilder, call: Call, input: Any, dim: Any, keepdim: bool = False) -> Any:
+    indices = Unusable("the indices of a median, which depend on the map's size")
+    return reduced(build, call, input, dim, keepdim, "median"), indices
+
+
+@rule(*calling("cumsum"), has_extent=True)
+def cumulative_sum(build: MapBuilder, call: Call, input: Any, dim: int, **_: Any) -> Cells:
+    return along_channels(build, call, input, (_axis(call, input, dim),), "cumsum")
+
+
+@rule(nn.GLU, F.glu, arguments=attributes("dim"))
+def glu(build: MapBuilder, call: Call, input: Any, dim: int = -1) -> Cells:
+    return along_channels(build, call, input, (_axis(call, input, dim),), "glu")
+
+
+@rule(
+    *(nn.AvgPool3d, *calling("avg_pool3d")),
+    arguments=attributes(
+        *("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad"),
+        "divisor_override",
+    ),
+)
+def avg_pool3d(
+    build: MapBuilder,
+    call: Call,
+    input: Any,
+    kernel_size: Any,
+    stride: Any = None,
+    padding: Any = 0,
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+    divisor_override: int | None = None,
+) -> Cells:
+    """Averages over neighbouring channels, as in local response normalisation (N, 1, C, H, W)."""
+    kernel, step, pads = (
+        tuple(v) if isinstance(v, (tuple, list)) else (v,) * 3
+        for v in (kernel_size, kernel_size if stride in (None, []) else stride, padding)
+    )
+    view = channel_view(input) if isinstance(input, Cells) else None
+    over_channels = view is not None and view.axes == (0, 1) and view.sizes[0] == 1
+    if not over_channels or kernel[1:] != (1, 1) or step[1:] != (1, 1) or any(pads[1:]):
+        raise UnsupportedLayerError(
+            f"{call} pools over {kernel}; expected a kernel (n, 1, 1) over channels (N, 1, C, H, W)"
+        )
+    settings = (kernel[0], step[0], pads[0], ceil_mode, count_include_pad, divisor_override)
+    return along_channels(build, call, input, (1,), "avg_pool", *settings)
+
+
+@rule(
+    *(nn.AdaptiveAvgPool1d, *calling("adaptive_avg_pool1d")),
+    arguments=attributes("output_size"),
+    has_extent=True,
+    role="avgpool",
+)
+def adaptive_avg_pool1d(build: MapBuilder, call: Call, input: Any, output_size: Any) -> Cells:
+    return _adaptive_pool1d(build, call, input, output_size, "avg")
+
+
+@rule(
+    *(nn.AdaptiveMaxPool1d, *calling("adaptive_max_pool1d")),
+    arguments=attributes("output_size", "return_indices"),
+    has_extent=True,
+    role="maxpool",
+)
+def adaptive_max_pool1d(
+    build: MapBuilder, call: Call, input: Any, output_size: Any, return_indices: bool = False
+) -> Cells:
+    if return_indices:
+        raise UnsupportedLayerError(f"{call} returns indices, which depend on the map's size")
+    return _adaptive_pool1d(build, call, input, output_size, "max")
+
+
+def _adaptive_pool1d(build: MapBuilder, call: Call, x: Any, size: Any, kind: str) -> Cells:
+    """Bins of the last dimension: all positions of each channel, as a global pool."""
+    bins = size[0] if isinstance(size, (tuple, list)) else size
+    if not isinstance(x, Cells) or len(x.dims) != 2:
+        raise UnsupportedLayerError(f"{call} expects a value (N, C, L) of the image")
+    if bins == 1:
+        return reduced(build, call, x, -1, True, "mean" if kind == "avg" else "amax")
+    return along_channels(build, call, x, (1,), f"adaptive_{kind}_pool1d", bins)
 
 
 @rule(nn.Softmax, *calling("softmax"), arguments=attributes("dim"), positional=True, role="prob")
@@ -201,7 +376,13 @@ def _softmax(
 ) -> Cells:
     if dim is None and isinstance(x, Cells):  # torch's implicit choice
         dim = 0 if len(x.dims) in (0, 2) else 1
-    x = build.features(call, x, _axis(call, x, dim))
+    axis = _axis(call, x, dim)
+    if channels_along(x, axis) is None:
+        view = channel_view(x)
+        classes = view is not None and axis in view.axes  # of each position, or head
+        made = along_channels(build, call, x, (axis,), function.__name__)
+        return made.meaning_of(activation if classes else "logits")
+    x = build.features(call, x, axis)
     return replace(x, node=build.emit_function(call, function, x, 1)).meaning_of(activation)
 
 
@@ -209,25 +390,7 @@ def _axis(call: Call, x: Any, dim: Any) -> int:
     """The layout's axis of the source's dimension `dim`."""
     if not isinstance(x, Cells) or not isinstance(dim, int):
         raise UnsupportedLayerError(f"{call} works along {dim!r}; expected the classes")
-    axis = dim % (len(x.dims) + 1) - 1
-    if axis < 0:
+    axis = x.axis_of(dim)
+    if axis is None:
         raise UnsupportedLayerError(f"{call} works along dimension {dim}, the images of the batch")
     return axis
-
-
-@rule(*calling("cat", "concat", "concatenate"), positional=True)
-def cat(build: MapBuilder, call: Call, tensors: Sequence[Any], dim: int = 0, **names: Any) -> Cells:
-    dim = names.get("axis", dim)
-    parts = [build.features(call, x, _axis(call, x, dim)) for x in tensors]
-    axis = _axis(call, parts[0], dim)
-    grids = {(p.extent[1:], p.dilation) for p in parts}
-    if len(grids) > 1:
-        raise UnsupportedLayerError(
-            f"{call} concatenates maps of different sizes or dilations {sorted(grids)}"
-        )
-    channels = sum(p.extent[0] for p in parts)
-    node = build.emit_function(call, torch.cat, list(parts), 1)
-    step = build.join(parts, call, node)
-    result = with_channels(parts[0], axis, channels, node=node, step=step).joined_with(parts)
-    same = len({(p.activation, p.share) for p in parts}) == 1
-    return result.alike(parts[0]) if same else result.computed_from(parts)

@@ -70,10 +70,12 @@ def _slide_conv2d(
     strides, dilations = (height.stride, width.stride), (height.dilation, width.dilation)
 
     def run(x: Tensor, part: Part) -> Tensor:
+        # Ends that the strip does not reach were padded, or cut out of the map, by the caller.
         pads = part.padding(windows)
         return F.conv2d(x, weight, bias, strides, pads, dilations, groups)
 
     zeros = padding_mode == "zeros"
+    # A 1x1 convolution is a matrix product, for which torch gathers no windows.
     pointwise = height.span == width.span == 1 and strides == (1, 1)
     return Sliding(
         windows,
@@ -116,6 +118,7 @@ def conv2d(
     windows = windows_of(values.shape[2:], stride, padding, dilation)
 
     def emit(dense: Windows, changed: bool) -> fx.Node:
+        # The source's layer itself stays in the network wherever strides stay as they are.
         if not changed:
             return build.repeat(call, x)
         if padding_mode != "zeros" and any(w.before or w.after for w in dense):
@@ -135,6 +138,7 @@ def conv2d(
 
 def _dilated_conv(conv: nn.Module, windows: Windows) -> nn.Module:
     """The same layer, parameters and all (also parametrized ones), with other settings."""
+    # A copy by attributes, since a parametrized or subclassed layer cannot be constructed again.
     dilated = type(conv).__new__(type(conv))
     vars(dilated).update({**vars(conv), **settings_of(windows), "padding_mode": "zeros"})
     return dilated

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from math import inf
 from math import log as log_of
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import fx, nn
 from torchvision.ops import StochasticDepth, stochastic_depth
 
-from fcvgg.errors import RefusedLayerError, UnsupportedLayerError
+from fcvgg.errors import UnsupportedLayerError
 from fcvgg.geometry import Window
 from fcvgg.rewriting.emission import Call
-from fcvgg.rewriting.layouts import Cells, Constant, channels_along
+from fcvgg.rewriting.layouts import Cells, Constant
 from fcvgg.rewriting.map_builder import MapBuilder
 from fcvgg.rewriting.modules import TrainingOnly
+from fcvgg.rewriting.rules.alignment import aligned
 from fcvgg.rewriting.rules.registry import attributes, calling, register, rule
 
 _ELEMENTWISE = {"elementwise": True, "positional": True}
@@ -42,83 +41,22 @@ def act_elementwise(
     build: MapBuilder, call: Call, *args: Any, as_function: Any = None, **kwargs: Any
 ) -> Any:
     """The source's own call on maps; `as_function` is what is called in its place."""
-    operands: list[Cells] = []
-    fx.node.map_aggregate(
-        (args, kwargs), lambda a: operands.append(a) if isinstance(a, Cells) else a
-    )  # type: ignore
-    aligned = _on_one_grid(build, call, operands)
-    swap = {id(old): new for old, new in zip(operands, aligned)}
-    first = max(aligned, key=lambda c: c.extent[0])
-
-    def prepared(argument: Any) -> Any:
-        if isinstance(argument, Cells):
-            return swap[id(argument)]
-        if isinstance(argument, Constant):
-            return _per_channel(build, call, argument, first)
-        return argument
-
-    args, kwargs = fx.node.map_aggregate((args, kwargs), prepared)  # type: ignore
+    found: list[Any] = []
+    fx.node.map_aggregate((args, kwargs), found.append)  # type: ignore[arg-type]
+    operands = [a for a in found if isinstance(a, Cells)]
+    constants = [a for a in found if isinstance(a, Constant)]
+    maps, ordered, like = aligned(build, call, operands, constants)
+    swap = {id(old): new for old, new in zip((*operands, *constants), (*maps, *ordered))}
+    args, kwargs = fx.node.map_aggregate((args, kwargs), lambda a: swap.get(id(a), a))  # type: ignore
     if as_function is None:
         node = build.emit(call, args, kwargs)
     else:
         node = build.emit_function(call, as_function, *args, **kwargs)
-    step = build.join(aligned, call, node) if len(aligned) > 1 else first.step
-    result = replace(first, node=node, step=step).computed_from(aligned).joined_with(aligned)
+    step = build.join(maps, call, node) if len(maps) > 1 else maps[0].step
+    result = replace(like, node=node, step=step).computed_from(operands).joined_with(maps)
     if call.parameters():
         build.record(call, call.kind, (Window(), Window()), result)
     return result
-
-
-def _on_one_grid(build: MapBuilder, call: Call, operands: Sequence[Cells]) -> Sequence[Cells]:
-    """Operands of one layout, or maps that broadcast over channels only."""
-    first = operands[0]
-    if all(first.same_layout(other) for other in operands):
-        return operands
-    extents = {cells.extent[1:] for cells in operands}
-    if len(extents) > 1:
-        if (1, 1) in extents:
-            raise RefusedLayerError(
-                f"{call} combines a map with a value pooled over all its positions "
-                "(squeeze-and-excitation or global attention); every cell would depend on the "
-                "whole image"
-            )
-        raise UnsupportedLayerError(
-            f"{call} combines maps of different sizes {sorted(extents)} at the native size"
-        )
-    if len({cells.dilation for cells in operands}) > 1:
-        raise UnsupportedLayerError(
-            f"{call} joins branches of different dilation; their cells do not lie on one grid"
-        )
-    ndim = len(operands[0].dims)
-    if any(len(c.dims) != ndim for c in operands) or ndim not in (1, 3):
-        raise UnsupportedLayerError(
-            f"{call} combines values of shapes {', '.join(c.shape for c in operands)} whose "
-            "elements were moved differently"
-        )
-    settled = [build.as_map(c, call) if ndim == 3 else build.features(call, c, 0) for c in operands]
-    if len({c.extent[0] for c in settled} - {1}) > 1:
-        raise UnsupportedLayerError(f"{call} combines maps of different numbers of channels")
-    return settled
-
-
-def _per_channel(build: MapBuilder, call: Call, constant: Constant, cells: Cells) -> Constant:
-    """A parameter shaped to broadcast over the map, if it depends on nothing but the channel."""
-    shape = tuple(constant.value.shape)
-    if constant.value.numel() == 1:
-        return Constant(build.graph.call_method("reshape", (constant.node, ())), constant.value)
-    if len(shape) > len(cells.dims) and shape[0] == 1:
-        shape = shape[1:]
-    padded = (1,) * (len(cells.dims) - len(shape)) + shape
-    axes = [i for i, n in enumerate(padded) if n > 1]
-    if len(padded) == len(cells.dims) and len(axes) == 1:
-        channels = channels_along(cells, axes[0])
-        if channels is not None and torch.equal(channels, torch.arange(cells.extent[0])):
-            node = build.graph.call_method("reshape", (constant.node, (-1, 1, 1)))
-            return Constant(node, constant.value)
-    raise UnsupportedLayerError(
-        f"{call} uses a parameter of shape {tuple(constant.value.shape)} that is shaped by "
-        "position; a cell's result may depend on its channel only"
-    )
 
 
 pointwise(nn.ReLU, *calling("relu", "relu_"), role="relu")
@@ -134,7 +72,12 @@ pointwise(
     *calling("sub", "sub_", "isub", "neg", "pow", "square", "sqrt", "rsqrt"),
     *calling("log1p", "abs", "maximum", "minimum", "erf", "sign"),
     *calling("where", "masked_fill", "gt", "ge", "lt", "le"),
-    *calling("sin", "cos", "reciprocal", "nan_to_num", "zeros_like", "ones_like"),
+    *calling("sin", "cos", "reciprocal", "nan_to_num", "zeros_like", "ones_like", "positive"),
+    *calling("expm1", "exp2", "atan", "atan2", "asinh", "atanh", "sinh", "cosh", "tan", "sinc"),
+    *calling("erfc", "trunc", "frac", "sgn", "ceil", "floor", "round", "remainder", "floordiv"),
+    *calling("floor_divide", "mod", "fmod", "fmax", "fmin", "float_power", "heaviside", "eq", "ne"),
+    *calling("isnan", "isinf", "isfinite", "invert", "and_", "or_", "xor", "logical_not"),
+    *calling("logical_and", "logical_or", "logical_xor", "bitwise_not"),
 )
 
 
@@ -150,7 +93,15 @@ _keeps(
     *calling("clone", "pos"),  # emitted, since a layer that works in place may follow
     *(StochasticDepth, stochastic_depth),
 )
-_keeps(nn.Dropout, nn.AlphaDropout, nn.Dropout2d, nn.FeatureAlphaDropout, role="drop", inert=True)
+_keeps(
+    nn.Dropout,
+    nn.AlphaDropout,
+    nn.Dropout2d,
+    nn.Dropout3d,
+    nn.FeatureAlphaDropout,
+    role="drop",
+    inert=True,
+)
 _keeps(TrainingOnly, inert=True)
 
 
@@ -255,6 +206,14 @@ def _clamped(result: Any, x: Any, lowest: Any, highest: Any) -> Any:
     return result.alike(x) if holds or holds_logs else result
 
 
+def _check_mode(call: Call, p: float, training: Any) -> None:
+    if training is True and p > 0:
+        raise UnsupportedLayerError(
+            f"{call} drops at random in evaluation mode too (training=True); "
+            "pass training=self.training"
+        )
+
+
 @elementwise_rule(F.alpha_dropout, F.feature_alpha_dropout, role="drop")
 def alpha_dropout(
     build: MapBuilder,
@@ -267,7 +226,7 @@ def alpha_dropout(
     return dropout(build, call, x, p, training, inplace)
 
 
-@elementwise_rule(F.dropout, F.dropout2d, role="drop")
+@elementwise_rule(F.dropout, F.dropout2d, F.dropout3d, role="drop")
 def dropout(
     build: MapBuilder,
     call: Call,
@@ -276,12 +235,31 @@ def dropout(
     training: Any = True,
     inplace: bool = False,
 ) -> Any:
-    if training is True and p > 0:
-        raise UnsupportedLayerError(
-            f"{call} drops at random in evaluation mode too (training=True); "
-            "pass training=self.training"
-        )
+    _check_mode(call, p, training)
     return keep(build, call, x, p, training, inplace)
+
+
+@rule(nn.Dropout1d, role="drop", inert=True)
+def dropout1d_module(build: MapBuilder, call: Call, x: Any) -> Any:
+    """Whole channels of a row of positions, or of no positions: all features of an image."""
+    layer: Any = call.module
+    twin = nn.Dropout2d if len(x.dims) > 1 else nn.Dropout3d  # the latter takes images as channels
+    return replace(x, node=build.emit_module(call, twin(layer.p, layer.inplace), x, twin))
+
+
+@rule(F.dropout1d, role="drop")
+def dropout1d(
+    build: MapBuilder,
+    call: Call,
+    x: Any,
+    p: float = 0.5,
+    training: Any = True,
+    inplace: bool = False,
+) -> Any:
+    _check_mode(call, p, training)
+    function = F.dropout2d if len(x.dims) > 1 else F.dropout3d
+    result = act_elementwise(build, call, x, p, training, inplace, as_function=function)
+    return result.alike(x)
 
 
 @elementwise_rule(

@@ -28,39 +28,30 @@ from fcvgg.rewriting.sliding import Part, Sliding, windows_of
 def linear(build: MapBuilder, call: Call, input: Any, weight: Any, bias: Any = None) -> Cells:
     values_of(call, weight)
     if call.module is not None and nn.utils.parametrize.is_parametrized(call.module):
-        weight = _parametrized(build, call, call.module, "weight", weight)
-        bias = None if bias is None else _parametrized(build, call, call.module, "bias", bias)
-    return _fully_connected(build, call, input, weight, bias)
+        weight, bias = (build.parameter(call, name) for name in ("weight", "bias"))
+    return fully_connected(build, call, input, weight, bias)
 
 
-def _parametrized(
-    build: MapBuilder, call: Call, layer: nn.Module, name: str, value: Tensor
-) -> Constant:
-    """A parameter that torch computes from others (weight norm) at every call."""
-    if nn.utils.parametrize.is_parametrized(layer, name):
-        node = build.graph.call_module(f"{call.name}.parametrizations.{name}")
-    else:
-        node = build.graph.get_attr(f"{call.name}.{name}")
-    return Constant(node, value.detach())
-
-
-def _fully_connected(build: MapBuilder, call: Call, x: Any, weight: Any, bias: Any) -> Cells:
+def fully_connected(build: MapBuilder, call: Call, x: Any, weight: Any, bias: Any) -> Cells:
     """A fully connected layer: over the whole window, or over the channels of each position."""
     if not isinstance(x, Cells) or not x.dims:
         raise UnsupportedLayerError(
             f"{call} takes something that is no value (N, features) of the image"
         )
+    # Copies of channels (a repeated map, a cat of slices) are made real before columns are counted.
     x = build.whole(x)
     whole = x.positions > 1 and x.dims[-1] == x.elements and x.fills_window
     features, inputs = values_of(call, weight).shape[0], x.dims[-1]
     if whole or x.positions == 1:
         build.begin_head(x, inputs, call)
     if whole:
+        # Column j of the weight multiplies element order[j] of the window: the layout is the order.
         order = x.layout.flatten()
         x, windows = build.head_window(call, x, x.extent[1:])
         point = replace(x, extent=(1, 1, 1), moved=torch.zeros_like(x.layout[..., :1]))
         target = with_channels(point, -1, features)
     else:
+        # A layer on one axis of several applies to every position alone, as a 1x1 window.
         x = build.features(call, x, -1)
         order = torch.arange(x.extent[0])
         windows = Window(), Window()
@@ -72,6 +63,7 @@ def _fully_connected(build: MapBuilder, call: Call, x: Any, weight: Any, bias: A
     else:
         shaped = build.window_weight(weight, kernel, order)
         layer = _window_linear_layer(shaped, bias, dilation)
+        # A weight that is shared by layers of different windows keeps the shape of the first one.
         if layer.kernel_size == kernel and torch.equal(shaped.order, order):
             node = build.emit_module(call, layer, x, (kernel, dilation))
         else:  # another window over the same columns: the parameter stays one
@@ -98,6 +90,7 @@ def _functional(
 ) -> fx.Node:
     """``F.linear`` with a parameter of the source's, which keeps its name and its shape."""
     columns = weight.node
+    # The parameter itself stays FC-shaped, since the model computes with it elsewhere too.
     if not torch.equal(order, torch.arange(len(order))):
         columns = build.select(columns, order.argsort())
     shape = (weight.value.shape[0], -1, *kernel)
@@ -136,7 +129,7 @@ def _slide_window_linear(weight: Tensor, bias: Tensor | None, dilation: Any) -> 
         down = max(_GEMM_CELLS // across, 1)
         if pointwise or (rows <= down and cols <= across):
             return window_linear(x, weight, bias, spread)
-        scores = x.new_empty(x.shape[0], rows, cols, weight.shape[0]).movedim(-1, 1)
+        scores = x.new_empty(x.shape[0], rows, cols, weight.shape[0]).movedim(-1, 1)  # (N, O, h, w)
         for top in range(0, rows, down):
             bottom = min(top + down, rows)
             for left in range(0, cols, across):

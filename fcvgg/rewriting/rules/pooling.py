@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
+from math import prod
 from typing import Any
 
 import torch
@@ -11,11 +13,18 @@ from torch import Tensor, fx, nn
 
 from fcvgg.errors import UnsupportedLayerError
 from fcvgg.geometry import Pair, Window
+from fcvgg.rewriting.channel_view import channel_view
 from fcvgg.rewriting.emission import Call
 from fcvgg.rewriting.layouts import Cells, Constant, Unusable, pooled_layout, with_channels
 from fcvgg.rewriting.map_builder import MapBuilder
 from fcvgg.rewriting.marks import FeatureSize
-from fcvgg.rewriting.modules import BinnedPool2d, DilatedAvgPool2d
+from fcvgg.rewriting.modules import (
+    ALONG_CHANNELS,
+    REDUCTIONS,
+    BinnedPool2d,
+    DilatedAvgPool2d,
+    over_channels,
+)
 from fcvgg.rewriting.program import Windows
 from fcvgg.rewriting.rules.convolution import padded_apart, settings_of
 from fcvgg.rewriting.rules.elementwise import act_elementwise
@@ -47,6 +56,9 @@ def pool_window(
     build.begin_head(x, wants, call)
     if extent == bins:
         return x
+    # Where the bins divide the features, each is a plain pool of the same kernel, and the layers
+    # that follow read them `covers` apart. Other bins overlap or differ, and become channels of a
+    # cell.
     divides = all(n % o == 0 for n, o in zip(extent, bins))
     covers = extent if not divides else (extent[0] // bins[0], extent[1] // bins[1])
     x, windows = build.head_window(call, x, covers)
@@ -71,6 +83,7 @@ def pool_window(
             dilation=(dilation[0], dilation[1]),
         )
     else:
+        # bin (i, j) of channel c is channel (c*oh + i)*ow + j of a map of single cells
         channels = x.extent[0] * bins[0] * bins[1]
         layout = torch.arange(channels).reshape(x.extent[0], *bins)
         result = replace(x, node=node, step=step, extent=(channels, 1, 1), moved=layout)
@@ -95,14 +108,8 @@ def features_of(build: MapBuilder, call: Call, x: Any, axis: int) -> tuple[Cells
     if not isinstance(x, Cells) or x.positions == 1 or x.dims != (x.elements,):
         return build.features(call, x, axis), (Window(), Window())
     build.begin_head(x, x.elements, call)
-    x, windows = build.head_window(call, x, x.extent[1:])
-    step = build.steps.add(windows, (x.step,), str(call))
-    bins = x.extent[1:]
-    name = f"{call.node.name}_windows"
-    node = build.emit_new_module(name, BinnedPool2d("max", bins, bins, x.dilation), x)
-    # element k of the window is channel k now, so the layout holds as it is
-    gathered = replace(x, node=node, step=step, extent=(x.elements, 1, 1), moved=x.layout)
-    return build.features(call, gathered, axis), windows
+    height, width = (Window(n, dilation=d) for n, d in zip(x.extent[1:], x.dilation))
+    return build.features(call, build.gathered(x, call), axis), (height, width)
 
 
 @rule(
@@ -144,6 +151,7 @@ def maximum(
     build: MapBuilder, call: Call, input: Any, dim: Any = None, keepdim: bool = False, **names: Any
 ) -> Any:
     """The larger of two values, or a maximum over the rows or columns of each channel."""
+    # `torch.max` is two functions: of two tensors, and over a dimension.
     other = names.get("other", dim)
     if isinstance(other, (Cells, Constant)):
         return act_elementwise(build, call, input, other, as_function=torch.maximum)
@@ -151,41 +159,103 @@ def maximum(
     if dim is None:
         raise UnsupportedLayerError(f"{call} reduces over the images of the batch")
     indices = Unusable("the indices of a maximum, which depend on the map's size")
-    return _reduced(build, call, input, dim, keepdim, "max"), indices
+    return reduced(build, call, input, dim, keepdim, "amax"), indices
 
 
-@rule(*calling("mean", "sum", "amax"), has_extent=True)
-def reduce_positions(
+@rule(*calling("mean", "sum", "amax", "amin", "prod", "logsumexp"), has_extent=True)
+def reduce_values(
     build: MapBuilder, call: Call, input: Any, dim: Any = None, keepdim: bool = False, **names: Any
 ) -> Any:
-    """A mean, sum or maximum over the rows and columns of each channel, whatever their order."""
+    """A mean, sum or the like over rows and columns of each channel, or over channels."""
     dim = names.get("axis", dim)
-    return _reduced(build, call, input, dim, keepdim, call.kind.removeprefix("Tensor."))
+    return reduced(build, call, input, dim, keepdim, call.kind.removeprefix("Tensor."))
 
 
-def _reduced(
-    build: MapBuilder, call: Call, input: Any, dim: Any, keepdim: bool, name: str
+def reduced(
+    build: MapBuilder, call: Call, input: Any, dim: Any, keepdim: bool, name: str, *settings: Any
 ) -> Cells:
+    """A function that leaves one value of those along some dimensions.
+
+    Over all rows or columns of each channel a mean, sum or maximum is a pool. Over channels it is
+    computed at every position, and over anything else for every window, whose elements are
+    gathered first.
+
+    Args:
+        name: a key of `fcvgg.rewriting.modules.REDUCTIONS`.
+        settings: further arguments of it.
+    """
     if not isinstance(input, Cells):
         raise UnsupportedLayerError(f"{call} reduces something that is no value of the image")
-    ndim = len(input.dims) + 1
-    dims = tuple(range(ndim)) if dim is None else (dim,) if isinstance(dim, int) else tuple(dim)
-    axes = tuple(sorted(d % ndim - 1 for d in dims))
-    if -1 in axes:
-        raise UnsupportedLayerError(f"{call} reduces over the images of the batch")
-    left = pooled_layout(input, axes)
+    axes = _axes(call, input, dim)
+    left = pooled_layout(input, axes) if name in _POOLS and not settings else None
     if left is None:
-        raise UnsupportedLayerError(
-            f"{call} reduces over {dim}, which is not all rows or columns of each channel; "
-            "only global pooling is supported"
-        )
+        return along_channels(build, call, input, axes, name, *settings, keepdim=keepdim)
     bins, layout = left
+    # The order of the elements within what is reduced does not matter, so the map can be pooled
+    # as it lies; the layout of what is left is put back afterwards.
     whole = replace(input, moved=None)
-    kind = "max" if name in ("amax", "max") else "avg"
-    pooled = pool_window(build, call, whole, kind, bins, 1 if name == "sum" else None)
+    pooled = pool_window(build, call, whole, _POOLS[name], bins, 1 if name == "sum" else None)
     for axis in axes if keepdim else ():
         layout = layout.unsqueeze(axis)
-    return replace(pooled, moved=layout)
+    return _without_axes(replace(pooled, moved=layout), input, () if keepdim else axes)
+
+
+_POOLS = {"mean": "avg", "sum": "avg", "amax": "max"}
+"""Reductions of positions that torch's pools compute, by the kind of pool."""
+
+
+def _axes(call: Call, x: Cells, dim: Any) -> tuple[int, ...]:
+    """The layout's axes of the source's dimensions."""
+    dims = range(len(x.dims) + 1) if dim is None else (dim,) if isinstance(dim, int) else dim
+    axes = [x.axis_of(d) for d in dims]
+    if not axes or any(axis is None for axis in axes):
+        raise UnsupportedLayerError(f"{call} reduces over the images of the batch")
+    return tuple(sorted(axis for axis in axes if axis is not None))
+
+
+def _without_axes(result: Cells, x: Cells, axes: Sequence[int]) -> Cells:
+    """The place of the images' axis once axes before it are gone."""
+    return replace(result, batch=x.batch - sum(axis < x.batch for axis in axes))
+
+
+def along_channels(
+    build: MapBuilder,
+    call: Call,
+    x: Cells,
+    axes: tuple[int, ...],
+    name: str,
+    *settings: Any,
+    keepdim: bool = True,
+) -> Cells:
+    """A function along axes of channels; where they are not, of every window's elements.
+
+    Args:
+        axes: of the layout.
+        name: a key of `fcvgg.rewriting.modules.ALONG_CHANNELS`.
+        keepdim: whether the axes are kept, of length 1, by a function that reduces them.
+    """
+    view = channel_view(x)
+    if view is None or not set(axes) <= set(view.axes):
+        x = build.gathered(x, call)
+        view = channel_view(x)
+        assert view is not None
+    dims = tuple(view.axes.index(axis) for axis in axes)
+    node = x.node
+    if not torch.equal(view.channels.flatten(), torch.arange(x.extent[0])):
+        node = build.chosen(node, view.channels.flatten())
+    like = torch.empty(1, *view.sizes, 1, 1, device="meta")
+    sizes = ALONG_CHANNELS[name](like, tuple(1 + dim for dim in dims), *settings).shape[1:-2]
+    made = build.emit_function(
+        *(call, over_channels, replace(x, node=node), name, view.sizes, dims, settings),
+        channels=prod(sizes),
+    )
+    result = view.laid_out(x, sizes, node=made).computed_from([x])
+    if keepdim or name not in REDUCTIONS:
+        return result
+    layout = result.layout
+    for axis in reversed(axes):
+        layout = layout.squeeze(axis)
+    return _without_axes(replace(result, moved=layout), x, axes)
 
 
 def _is_global(
@@ -247,6 +317,7 @@ def _slide_max_pool2d(
     height, width = windows
 
     def run(x: Tensor, part: Part) -> Tensor:
+        # The region holds the rows of the padding already, filled with -inf like torch's.
         return F.max_pool2d(
             x,
             (height.kernel, width.kernel),
@@ -326,6 +397,9 @@ def _slide_avg_pool2d(
     whole, total = pool(divisor_override), pool(1)
 
     def run(x: Tensor, part: Part) -> Tensor:
+        # At the borders torch divides by the elements that count there, which a strip alone does
+        # not show: its rows look like the middle of a map. So sums are divided by counts of the
+        # whole map.
         counts = _divisors(windows, part, count_include_pad)
         if divisor_override is not None or counts is None:
             return whole(x)  # type: ignore[no-any-return]
@@ -348,8 +422,9 @@ def _divisors(windows: Windows, part: Part, count_padding: bool) -> Tensor | Non
 
 def _counts(window: Window, outputs: Pair, size: int, count_padding: bool) -> Tensor:
     """How many elements of each window count: padding as asked, what hangs over it never."""
+    # positions of the whole map, negative in the padding before it
     first = torch.arange(*outputs) * window.stride - window.before
-    places = first[:, None] + torch.arange(window.kernel) * window.dilation
+    places = first[:, None] + torch.arange(window.kernel) * window.dilation  # (outputs, kernel)
     if count_padding:
         return (places < size + window.after).sum(1)
     return ((places >= 0) & (places < size)).sum(1)
@@ -392,6 +467,7 @@ def avg_pool2d(
         )
         return build.emit_module(call, dilated, x, dense)
 
+    # an average that counts padding, or divides by another number, of probabilities is none
     plain = divisor_override is None and not any(w.before for w in windows)
     pools = "avg" if plain else "other"
     return build.window(call, x, windows, emit, kind="AvgPool2d", pools=pools)
@@ -410,3 +486,22 @@ register(
     role="pool",
 )
 register(BinnedPool2d, slides=_slide_bins)
+
+
+def _slide_over_channels(
+    name: str,
+    sizes: tuple[int, ...],
+    dims: tuple[int, ...],
+    settings: tuple[Any, ...],
+    channels: int,
+) -> Sliding:
+    """A window of one position, since the function may change the number of channels."""
+
+    def run(x: Tensor, part: Part) -> Tensor:
+        return over_channels(x, name, sizes, dims, settings, channels)
+
+    windows = Window(), Window()
+    return Sliding(windows, run, channels=channels, pads_width=True, pads_height=True)
+
+
+register(over_channels, slides=_slide_over_channels)

@@ -18,11 +18,6 @@ refuse(
     *calling("scaled_dot_product_attention"),
 )
 refuse(
-    "products of values (attention) mix positions; a fully connected layer must be nn.Linear or "
-    "F.linear",
-    *calling("matmul", "bmm", "baddbmm", "addmm", "mm", "einsum", "tensordot"),
-)
-refuse(
     "squeeze-and-excitation pools over all positions, so a cell would change with the rest of the "
     "image",
     SqueezeExcitation,

@@ -72,6 +72,7 @@ def register(*targets: Any, **known: Any) -> None:
     Fields that are not given stay as they were recorded: a rule that takes the place of another one
     changes how a layer is rewritten, not how it streams.
     """
+    # Targets whose records were one, or were none, share one record afterwards too.
     before = {target: KINDS.get(target, LayerKind()) for target in targets}
     after = {kind: replace(kind, **known) for kind in before.values()}  # one for all the targets
     KINDS.update({target: after[kind] for target, kind in before.items()})
@@ -127,6 +128,7 @@ def sliding_of(node: fx.Node, module: nn.Module | None, arguments: Any) -> Slidi
     kind = kind_of(node, module)
     if kind is None or kind.slides is None:
         return None
+    # Layers that only this package makes know their own settings, and have no function form.
     if module is not None and kind.arguments is None:
         return kind.slides(module)
     args = fx.node.map_arg(node.args[1:], arguments)
@@ -188,6 +190,7 @@ def is_known(target: Any) -> bool:
         return _has_rule(target) or target in REFUSED or "attention" in name
     if _has_rule(class_of(target)) or any(_is_a(target, cls) for cls in REFUSED):
         return True
+    # Torch's other layers are treated as a whole, so that a missing rule is named by the layer.
     containers = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
     return type(target).__module__.startswith("torch.nn.modules") and not isinstance(
         target, containers
@@ -206,6 +209,7 @@ def class_of(module: nn.Module) -> type:
     cls = type(module)
     if nn.utils.parametrize.is_parametrized(module):
         cls = cls.__bases__[0]
+    # A subclass that only sets attributes up or prints itself computes what its base computes.
     for base in cls.__mro__:
         if base in KINDS:
             return base

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import operator
-from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -48,17 +47,16 @@ def _moves(build: MapBuilder, call: Call, x: Any, *args: Any, **kwargs: Any) -> 
             return getattr(batch, str(call.node.target))(*args, **kwargs)
         return call.node.target(batch, *args, **kwargs)  # type: ignore[operator]
 
-    layouts = rearranged(x, operation)
-    if layouts is None and call.node.target in _SELECTIONS:
+    moved = rearranged(x, operation)
+    if moved is None and call.node.target in _SELECTIONS:
         raise UnsupportedLayerError(f"{call} takes some images of the batch, or mixes them")
-    if layouts is None:
+    if moved is None:
         height, width = build.captured.size
         raise InputSizeError(
             f"{call} moves elements between the images of the batch at input size "
             f"({height}, {width}): a reshape with fixed sizes turned positions into batch rows; "
             "pass the native size, or reshape with x.view(x.size(0), -1)"
         )
-    moved = [replace(x, moved=layout) for layout in layouts]
     single = isinstance(call.node.meta["value"], Tensor)
     return moved[0] if single else tuple(moved)
 
@@ -69,7 +67,8 @@ moves(
     *calling("unflatten", "permute", "transpose", "moveaxis", "swapaxes", "swapdims", "ravel"),
     *calling("squeeze", "squeeze_", "unsqueeze", "unsqueeze_", "chunk", "split", "tensor_split"),
     *calling("select", "unbind", "flip", "fliplr", "flipud", "channel_shuffle"),
-    *calling("contiguous", "detach"),
+    *calling("contiguous", "detach", "repeat", "expand", "tile", "repeat_interleave", "t"),
+    *calling("broadcast_to"),
 )
 moves(nn.Identity, inert=True)
 moves(*calling("narrow", "index_select", "movedim"), positional=True)  # rules emit them too
