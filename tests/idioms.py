@@ -263,6 +263,8 @@ SCORES: dict[str, Idiom] = {
     ),
     "distances to prototypes": lambda m, f: -torch.cdist(f.mean((2, 3)), m.prototypes),
     "squared distances": lambda m, f: -(f.mean((2, 3)).unsqueeze(1) - m.prototypes).pow(2).sum(-1),
+    "the middle of the features": lambda m, f: m.fc8(f[:, :, 2, 2]),
+    "a crop of the features": lambda m, f: m.classify(flat(f[:, :, 1:, :3])),
     "embeddings": lambda m, f: f.mean((2, 3)),
     "flattened features": lambda m, f: flat(f),
     "normalised features": lambda m, f: F.normalize(flat(f)),

@@ -200,7 +200,7 @@ class Rewriter:
                     f"the model's output{place} has the shape {cells.shape}; expected the images "
                     "first, (N, K)"
                 )
-            if cells.dims == (cells.elements,):  # flattened features: those of every cell
+            if len(cells.dims) < 2:  # flattened features, or those of one place: of every cell
                 cells = self.build.gathered(cells, f"output{place}")
             if cells.positions > 1:
                 raise ConversionError(

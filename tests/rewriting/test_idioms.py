@@ -258,7 +258,7 @@ def test_a_lambda_over_the_module() -> None:
     [
         (
             lambda m, f: m.fc(flat(f * f.mean((2, 3), keepdim=True).sigmoid())),
-            r"combines a map with a value pooled over all its positions, as squeeze-and-exc",
+            r"combines a map with a value pooled over all its positions",
         ),
         (
             lambda m, f: m.fc(flat(f - f.mean((2, 3), keepdim=True))),

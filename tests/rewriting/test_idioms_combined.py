@@ -78,7 +78,7 @@ def combined(names: tuple[str, ...]) -> nn.Module:
     return seeded(IdiomNet, scores, STEMS[stem], trunk=TRUNKS[trunk])
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(models)
 def test_idioms_combine(names: tuple[str, ...]) -> None:
     model = combined(names)

@@ -45,6 +45,9 @@ class Sinc(nn.Module):
 
 
 def register_sinc(**known: Any) -> None:
+    """Rules of a user's for a layer of two forms, as if the package had none."""
+    KINDS.pop(torch.sinc, None)
+
     @rule(Sinc, torch.sinc, positional=True, **known)
     def sinc(build: Any, call: Any, x: Any) -> Any:
         return act_elementwise(build, call, x)

@@ -163,11 +163,6 @@ def test_functions_and_layers_that_are_known_to_break_it(call, layers, message: 
             r"max_1 \(Tensor\.max in head\) reduces over the images of the batch",
         ),
         (
-            lambda x, fc: fc(x[:, :, 1:].flatten(1)),
-            [nn.Linear(240, 4)],
-            r"head\.layers\.0 \(Linear\) mixes positions",
-        ),
-        (
             lambda x, fc: fc(F.dropout(x).flatten(1)),
             [nn.Linear(288, 4)],
             r"dropout \(dropout in head\) drops at random in evaluation mode too \(training=True",

@@ -77,7 +77,7 @@ pointwise(
     *calling("erfc", "trunc", "frac", "sgn", "ceil", "floor", "round", "remainder", "floordiv"),
     *calling("floor_divide", "mod", "fmod", "fmax", "fmin", "float_power", "heaviside", "eq", "ne"),
     *calling("isnan", "isinf", "isfinite", "invert", "and_", "or_", "xor", "logical_not"),
-    *calling("logical_and", "logical_or", "logical_xor", "bitwise_not"),
+    *calling("logical_and", "logical_or", "logical_xor", "bitwise_not", "logit"),
 )
 
 

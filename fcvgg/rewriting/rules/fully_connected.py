@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 
 from fcvgg.errors import UnsupportedLayerError
 from fcvgg.geometry import Pair, Window
+from fcvgg.rewriting.channel_view import is_flattened
 from fcvgg.rewriting.emission import Call, WindowWeight
 from fcvgg.rewriting.layouts import Cells, Constant, with_channels
 from fcvgg.rewriting.map_builder import MapBuilder
@@ -41,6 +42,8 @@ def fully_connected(build: MapBuilder, call: Call, x: Any, weight: Any, bias: An
     # Copies of channels (a repeated map, a cat of slices) are made real before columns are counted.
     x = build.whole(x)
     whole = x.positions > 1 and x.dims[-1] == x.elements and x.fills_window
+    if not whole and len(x.dims) == 1 and is_flattened(x):  # a part of the window
+        x = build.gathered(x, call)
     features, inputs = values_of(call, weight).shape[0], x.dims[-1]
     if whole or x.positions == 1:
         build.begin_head(x, inputs, call)

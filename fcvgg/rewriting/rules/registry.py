@@ -131,12 +131,12 @@ def sliding_of(node: fx.Node, module: nn.Module | None, arguments: Any) -> Slidi
     kind = kind_of(node, module)
     if kind is None or kind.slides is None:
         return None
-    # Layers that only this package makes know their own settings, and have no function form.
-    if module is not None and kind.arguments is None:
-        return kind.slides(module)
+    if module is not None:
+        # layers that only this package makes know their own settings, and have no function form
+        return kind.slides(**kind.settings_of(module)) if kind.arguments else kind.slides(module)
     args = fx.node.map_arg(node.args[1:], arguments)
     kwargs = {k: fx.node.map_arg(v, arguments) for k, v in node.kwargs.items() if k != "input"}
-    return kind.slides(*args, **kind.settings_of(module), **kwargs)
+    return kind.slides(*args, **kwargs)
 
 
 def role_of(target: Any) -> str:
