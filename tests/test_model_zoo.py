@@ -67,7 +67,7 @@ def test_timms_batch_norms_train() -> None:
         (
             "ecaresnet26t",
             64,
-            r"expand_as .*layer1\.0\.se\) combines a map .*; timm's resnet50, which",
+            r"expand .*layer1\.0\.se\) combines a map .*; timm's resnet50, which",
         ),
         ("skresnet18", 64, r"layer1\.0\.conv1\.attn|mul .*combines a map with a value pooled"),
         ("resnest14d", 64, r"mul .*layer1\.0\.conv2\) combines a map with a value pooled"),

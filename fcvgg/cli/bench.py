@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args
 import typer
 
 from fcvgg.choices import Clock, Timed
-from fcvgg.cli.console import folder, say, say_json, say_wrote, tell
+from fcvgg.cli.console import folder, note, say, say_json, say_wrote
 from fcvgg.cli.options import MODEL_HELP, Arch, InputSize, lengths, output_folder
 from fcvgg.cli.reports import by, table, titled
 from fcvgg.errors import ArgumentError, FcvggError, check_choice
@@ -188,7 +188,7 @@ def _networks(
             networks[name] = network_for(name, source, net, side)
         except FcvggError as error:
             if name not in left_out:
-                tell(f"left out {name}: {error}")
+                note(f"left out {name}: {error}")
             left_out[name] = str(error)
     if not networks:
         raise ArgumentError(f"--only must name a network that can run here, got {', '.join(names)}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import count
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, fx, nn
@@ -332,7 +332,7 @@ class Emitter:
         return name
 
 
-def refuse_pooled(call: Call) -> None:
+def refuse_pooled(call: Call) -> NoReturn:
     """Refuse to combine what was pooled over all positions with the positions themselves.
 
     Raises:
@@ -341,4 +341,16 @@ def refuse_pooled(call: Call) -> None:
     raise RefusedLayerError(
         f"{call} combines a map with a value pooled over all its positions, as "
         "squeeze-and-excitation does; every cell would depend on the whole image"
+    )
+
+
+def refuse_product(call: Call) -> NoReturn:
+    """Refuse a matrix product of two values of the image, as of queries and keys.
+
+    Raises:
+        RefusedLayerError: always.
+    """
+    raise RefusedLayerError(
+        f"{call} is refused: products of values (attention) mix positions; a fully connected layer "
+        "must be nn.Linear, F.linear, or a product with a parameter"
     )

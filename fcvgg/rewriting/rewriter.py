@@ -26,11 +26,11 @@ from fcvgg.errors import (
 from fcvgg.geometry import IMAGE
 from fcvgg.rewriting.aliasing import InPlaceChanges
 from fcvgg.rewriting.capture import BATCH, Captured, storages_of
-from fcvgg.rewriting.emission import Call, refuse_pooled
+from fcvgg.rewriting.emission import Call, refuse_pooled, refuse_product
 from fcvgg.rewriting.layouts import Cells, Constant, Unusable
 from fcvgg.rewriting.map_builder import MapBuilder
 from fcvgg.rewriting.program import Program, graph_module, same_grid
-from fcvgg.rewriting.tracing import describe
+from fcvgg.rewriting.tracing import describe, operation_name
 
 if TYPE_CHECKING:
     from fcvgg.rewriting.rules.registry import LayerKind
@@ -85,6 +85,15 @@ class Rewriter:
             slides = kind is not None and (kind.slides is not None or kind.has_extent)
             if not slides and self._spreads_pooled(node):
                 refuse_pooled(Call(node, module))
+            if self._multiplies_values(node):
+                refuse_product(Call(node, module))
+
+    def _multiplies_values(self, node: fx.Node) -> bool:
+        """Whether a node is a matrix product of two values of the images."""
+        fed: list[fx.Node] = []
+        fx.node.map_arg((node.args, node.kwargs), lambda n: fed.append(n))
+        name = operation_name(node).removeprefix("Tensor.")
+        return name in ("matmul", "einsum") and sum(map(self._sees_images, fed)) > 1
 
     def _spreads_pooled(self, node: fx.Node) -> bool:
         """Whether a value of one position, pooled from a map, is spread over a map's positions."""

@@ -186,7 +186,7 @@ def test_a_head_of_functions_is_scored_like_one_of_modules(tmp_path: Path) -> No
     """`F.linear` with the model's parameters becomes a function in the converted network too."""
     net = fcvgg.convert(seeded(Functional), input_size=28)
     head = [layer.name for layer in fcvgg.layer_names(net) if not layer.block]
-    assert head == ["fc6", "tanh", "fc7", "prob"]
+    assert head == ["fc6", "tanh6", "fc7", "prob"]
     fcn = fcvgg.FCN(net, 3, "16s", padding="valid").eval()
     assert [source.name for source in fcn.sources] == ["fc6", "conv1_1"]
     assert "fc2" not in fcn.backbone.state_dict()

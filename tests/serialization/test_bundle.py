@@ -386,8 +386,14 @@ def test_no_name_in_a_file_becomes_code(bundle, inject, message, tmp_path):
         (lambda c: c["layers"]["conv1"]["settings"].update(stride={"tuple": [3, 3]}), "network"),
         (lambda c: c["classes"].reverse(), "must be .* by its geometry and classes, got"),
         (lambda c: c.update(in_channels=4), "does not run"),
-        (lambda c: c["geometry"]["height"].update(steps=[]), "geometry has no steps"),
-        (lambda c: c["geometry"]["width"]["steps"][0]["window"].update(stride=1.5), "no window"),
+        (
+            lambda c: c["geometry"]["height"].update(steps=[]),
+            "must have a list of 1 to 10,000 steps",
+        ),
+        (
+            lambda c: c["geometry"]["width"]["steps"][0]["window"].update(stride=1.5),
+            "known integers",
+        ),
         (lambda c: c.update(aliases=["nothing"]), "aliases must be layers of the bundle, got"),
         (lambda c: c.update(graph=json.loads("[" * 200 + "]" * 200)), "not describe a network"),
     ],

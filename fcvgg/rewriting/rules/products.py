@@ -9,19 +9,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from fcvgg.errors import RefusedLayerError, UnsupportedLayerError
+from fcvgg.errors import UnsupportedLayerError
 from fcvgg.rewriting.capture import BATCH
-from fcvgg.rewriting.emission import Call
+from fcvgg.rewriting.emission import Call, refuse_product
 from fcvgg.rewriting.layouts import Cells, Constant
 from fcvgg.rewriting.map_builder import MapBuilder
 from fcvgg.rewriting.rules.fully_connected import fully_connected
 from fcvgg.rewriting.rules.pooling import reduced
 from fcvgg.rewriting.rules.registry import attributes, calling, rule
-
-_ATTENTION = (
-    "products of values (attention) mix positions; a fully connected layer must be nn.Linear, "
-    "F.linear, or a product with a parameter"
-)
 
 
 @rule(*calling("matmul"), has_extent=True)
@@ -111,7 +106,7 @@ def _contracted(
     if isinstance(x, Constant):
         x, constant, own, other = constant, x, other, own
     if not isinstance(x, Cells) or not isinstance(constant, Constant):
-        raise RefusedLayerError(f"{call} is refused: {_ATTENTION}")
+        refuse_product(call)
     batch = own[x.batch]
     alone = "".join(c for c in own if c not in other and c not in result)
     if alone:  # summed over by itself
