@@ -210,6 +210,8 @@ POOLS: dict[str, Idiom] = {
     "variance": lambda m, f: f.flatten(2).var(-1),
     "minimum": lambda m, f: f.amin((2, 3)),
     "norm": lambda m, f: f.flatten(2).norm(dim=2),
+    "norm as a function": lambda m, f: torch.norm(f, p=1, dim=(2, 3)),
+    "norm of torch.linalg": lambda m, f: torch.linalg.norm(f, dim=(2, 3), dtype=f.dtype),
     "median": lambda m, f: f.flatten(2).median(-1).values,
     "maximum of maxima": lambda m, f: f.max(3)[0].max(2)[0],
     "flattened beside pooled": lambda m, f: torch.cat([flat(f), f.mean((2, 3))], 1),

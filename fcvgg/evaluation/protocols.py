@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -306,7 +306,7 @@ def evaluate(
         MissingExtraError: if torchmetrics is not installed.
     """
     names = _checked_protocols(protocols)
-    check_choice("average", average, ("scores", "probabilities"))
+    check_choice("average", average, get_args(Average))
     data = LabelledImages(dataset, net.categories, net.num_classes)
     sides = smaller_sides(net.usual_scale if scales is None else scales)
     plan = _Plan(names, sides, checked_flip(flip))

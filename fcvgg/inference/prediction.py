@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -208,7 +208,7 @@ class ImagePrediction(nn.Module):
             ArgumentError: if the scores have no probabilities, or are not what they are said to be.
         """
         require_probabilities(self.activation_of(output))
-        check_choice("average", average, ("scores", "probabilities"))
+        check_choice("average", average, get_args(Average))
         flip, index = checked_flip(flip), self.output_index(output)
         lengths = None if scales is None else smaller_sides(scales)
         means: dict[int, MeanOfViews] = {}

@@ -36,14 +36,32 @@ def _cdist(x1: Any, x2: Any, p: float = 2.0, compute_mode: Any = None) -> Any:
 
 
 def _norm(
-    input: Any, p: Any = None, dim: Any = None, keepdim: bool = False, dtype: Any = None
+    input: Any,
+    p: Any = None,
+    dim: Any = None,
+    keepdim: bool = False,
+    out: None = None,
+    dtype: Any = None,
 ) -> Any:
     order = 2.0 if p in (None, "fro") else p
     return torch.linalg.vector_norm(input, order, dim, keepdim)
 
 
-def _linalg_norm(x: Any, ord: Any = None, dim: Any = None, keepdim: bool = False) -> Any:
-    return torch.linalg.vector_norm(x, 2 if ord is None else ord, dim, keepdim)
+def _linalg_norm(
+    x: Any,
+    ord: Any = None,
+    dim: Any = None,
+    keepdim: bool = False,
+    *,
+    out: None = None,
+    dtype: Any = None,
+) -> Any:
+    # with an order, torch computes the norm of a matrix over two dimensions, such as its largest
+    # singular value
+    of_matrix = x.dim() == 2 if dim is None else isinstance(dim, Sequence) and len(dim) == 2
+    if of_matrix and ord not in (None, "fro"):
+        raise NotImplementedError(f"a norm of matrices of order {ord!r}")
+    return torch.linalg.vector_norm(x, 2 if ord in (None, "fro") else ord, dim, keepdim)
 
 
 def _std(*args: Any, **kwargs: Any) -> Any:

@@ -277,6 +277,10 @@ def test_a_lambda_over_the_module() -> None:
             r"reduces over the images of the batch",
         ),
         (
+            lambda m, f: torch.linalg.norm(f, 2, (2, 3)) @ m.matrix[:8],
+            r"NotImplementedError: a norm of matrices of order 2; it must be a function",
+        ),
+        (
             lambda m, f: torch.stack([m.fc(flat(f))] * 3),
             r"output has the shape \(3, N, 4\); expected the images first",
         ),

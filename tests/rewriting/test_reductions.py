@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from nets import images, native_error, relative_error, seeded, sliding_window
 from torch import Tensor, nn
 
@@ -123,3 +124,14 @@ def test_a_norm_of_the_pooled_features() -> None:
     net = fcvgg.convert(model, input_size=9)
     batch = images(2, 3, 12, 11)
     assert relative_error(sliding_window(model, net, batch), net(batch)) <= 1e-12
+
+
+@pytest.mark.parametrize("kind", ["LayerNorm", "RMSNorm"])
+def test_the_record_of_a_functional_norm_names_its_kind(kind: str) -> None:
+    norm = {"LayerNorm": F.layer_norm, "RMSNorm": F.rms_norm}[kind]
+
+    def last(x: Tensor, *_: Tensor) -> Tensor:
+        return norm(x.permute(0, 2, 3, 1), (6,)).permute(0, 3, 1, 2)
+
+    net = fcvgg.convert(seeded(Between, last), input_size=15)
+    assert kind in [layer.kind for layer in net.program.records]

@@ -167,7 +167,7 @@ def _normalized(
         normed = build.emit_function(call, function, last, (x.extent[0],), *affine)
         node = build.graph.call_method("movedim", (normed, -1, 1))  # (N, C, h, w)
     result = replace(x, node=node, moved=layout).meaning_of("logits")
-    kind = call.kind if call.module is not None else "LayerNorm"
+    kind = "LayerNorm" if function is F.layer_norm else "RMSNorm"
     build.record(call, kind, windows, result)
     return result
 
