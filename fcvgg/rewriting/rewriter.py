@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -132,7 +132,7 @@ class Rewriter:
             args, kwargs = fx.node.map_aggregate((node.args, node.kwargs), self._operand)  # type: ignore
         # settings of a module are for its rule; a repeated call must not pass them on
         call = replace(call, args=args, kwargs=kwargs)
-        kwargs = {**kind.settings_of(module), **kwargs}
+        kwargs = {**_settings_for(rule, kind, module), **kwargs}
         _check_arguments(rule, call, args, kwargs)
         try:
             result = rule(self.build, call, *args, **kwargs)
@@ -240,6 +240,15 @@ class Rewriter:
             aliases=frozenset(self.build.aliases),
             outputs=self._captured.outputs,
         )
+
+
+def _settings_for(rule: Any, kind: LayerKind, module: nn.Module | None) -> Mapping[str, Any]:
+    """What a rule gets of a module's settings: nothing where it names none of them.
+
+    A user's rule may replace the package's and read the settings off ``call.module``.
+    """
+    settings = kind.settings_of(module)
+    return settings if settings.keys() & inspect.signature(rule).parameters.keys() else {}
 
 
 def _check_arguments(rule: Any, call: Call, args: Any, kwargs: Any) -> None:

@@ -35,6 +35,7 @@ INPUT = "images"
 
 _SPACES = {
     "torch": torch,
+    "torch.linalg": torch.linalg,
     "F": F,
     "operator": operator,
     "torchvision.ops": torchvision.ops,

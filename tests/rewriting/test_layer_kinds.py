@@ -144,6 +144,16 @@ def test_a_users_class_is_loaded_unless_its_rule_says_otherwise(tmp_path: Any) -
         fcvgg.load(bundle)
 
 
+def test_a_users_rule_in_place_of_the_packages_may_read_the_module() -> None:
+    @rule(nn.MaxPool2d)
+    def max_pool2d(build: Any, call: Any, x: Any) -> Any:
+        kernel = call.module.kernel_size
+        return build.window(call, build.as_map(x, call), rules.windows_of(kernel), pools="max")
+
+    net = with_layer(nn.Identity(), after=nn.MaxPool2d(2))
+    streams(net)
+
+
 @pytest.mark.parametrize("form", ["module", "function"])
 def test_the_example_of_the_guide(form: str) -> None:
     lines = inspect.cleandoc(str(rules.__doc__)).splitlines()

@@ -33,12 +33,6 @@ def _check_plain(call: Call) -> None:
         )
 
 
-_BATCH_STATISTICS = (
-    "it normalises by the statistics of the batch in evaluation mode too, which mix all positions "
-    "and images; expected running statistics"
-)
-
-
 @rule(
     *(nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm, F.batch_norm),
     arguments=attributes("running_mean", "running_var"),
