@@ -203,9 +203,10 @@ class Rewriter:
             if len(cells.dims) < 2:  # flattened features, or those of one place: of every cell
                 cells = self.build.gathered(cells, f"output{place}")
             if cells.positions > 1:
+                why = "" if name else "the model has no fully connected or global-pool head: "
+                whose = "the model's" if name else "its"
                 raise ConversionError(
-                    f"the model has no fully connected or global-pool head: its output{place} is "
-                    f"{cells.shape}, a map; expected scores (N, K)"
+                    f"{why}{whose} output{place} is {cells.shape}, a map; expected scores (N, K)"
                 )
             vectors.append(
                 self.build.features(cells, replace(cells, moved=cells.layout.flatten()), 0)
