@@ -71,6 +71,7 @@ class Rewriter:
 
     def _refuse_first(self, nodes: Iterable[fx.Node], kind_for: Callable[..., LayerKind]) -> None:
         """Name what breaks the equivalence before helpers of it that merely have no rule."""
+        products: dict[fx.Node, fx.Node] = {}  # what is computed from a product of two values
         for node in nodes:
             if not node.op.startswith("call"):
                 continue
@@ -85,8 +86,13 @@ class Rewriter:
             slides = kind is not None and (kind.slides is not None or kind.has_extent)
             if not slides and self._spreads_pooled(node):
                 refuse_pooled(Call(node, module))
+            first = next((products[n] for n in node.all_input_nodes if n in products), None)
             if self._multiplies_values(node):
-                refuse_product(Call(node, module))
+                if first is not None:  # weights from queries and keys, then their values
+                    refuse_product(Call(first, self.build.module_of(first)))
+                first = node
+            if first is not None:
+                products[node] = first
 
     def _multiplies_values(self, node: fx.Node) -> bool:
         """Whether a node is a matrix product of two values of the images."""

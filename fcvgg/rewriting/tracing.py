@@ -554,7 +554,7 @@ def _plain_gradient_modes() -> Iterator[None]:
         before[0](self, int(mode) != 0)
 
     set_grad.__init__ = init  # type: ignore[method-assign]
-    inference.__enter__ = inference.__exit__ = lambda *_: None  # type: ignore[method-assign]
+    inference.__enter__ = inference.__exit__ = lambda *_: None  # type: ignore
     try:
         yield
     finally:
