@@ -94,7 +94,8 @@ class _StageReader:
             kind = type(module).__name__ if module is not None else operation_name(node)
             raise UnsupportedLayerError(
                 f"{node.name} ({kind}) cannot be streamed without a rule for how it computes a "
-                "strip of its map; register one with fcvgg.inference.sliding.strip_rule"
+                "strip of its map; register it with positional=True or slides= (see "
+                "fcvgg.rewriting.rules)"
             )
 
     def _add_positional(self, node: fx.Node, module: nn.Module | None) -> None:

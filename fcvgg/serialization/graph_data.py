@@ -96,6 +96,12 @@ def encoded_layer(name: str, layer: nn.Module) -> dict[str, Any]:
     settings = {}
     kind = class_of(layer)
     for key in _settings_of(kind):
+        # torch's own layers lack deprecated arguments only
+        if not hasattr(layer, key) and not _class_name(kind).startswith("nn."):
+            raise FcvggError(
+                f"{name} ({kind.__name__}) must keep its argument {key} as an attribute of that "
+                f"name, since a bundle makes it from its settings; set self.{key} in its __init__"
+            )
         value = getattr(layer, key, None)
         settings[key] = value is not None if key == "bias" else _encoded(value, name)
     return {"type": _class_name(kind), "settings": settings}

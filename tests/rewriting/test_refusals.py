@@ -351,7 +351,7 @@ def test_options_that_are_no_options() -> None:
     )
     refused(
         model,
-        r"activation='softmax' is unknown; expected one of .logits. \(before a softmax",
+        r"activation must be 'logits' \(before a softmax, .*, got 'softmax'",
         fcvgg.FcvggError,
         activation="softmax",
     )

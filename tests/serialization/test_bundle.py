@@ -590,6 +590,30 @@ def test_own_functions_are_refused_and_own_layers_load_where_registered(tmp_path
     refused(bundle, "Cubed, which this fcvgg has no rule for; register its rule")
 
 
+class Gated(nn.Module):
+    """A gate with a parameter for every channel, whose number it does not keep."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.gate = nn.Parameter(torch.rand(channels, 1, 1))
+
+    def forward(self, x):
+        return x * torch.sigmoid(self.gate * x)
+
+
+def test_an_own_layer_must_keep_what_makes_it_again(tmp_path, monkeypatch):
+    monkeypatch.setitem(KINDS, Gated, LayerKind())
+    pointwise(Gated)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), Gated(4), nn.Flatten(), nn.Linear(16, 2)).eval()
+    net = fcvgg.convert(model, input_size=4)
+    with pytest.raises(fcvgg.FcvggError, match=r"1 \(Gated\) must keep its argument channels"):
+        net.save(tmp_path / "bundle")
+    assert not (tmp_path / "bundle").exists()
+    net.network.get_submodule("1").channels = 4
+    assert_restored(net, fcvgg.load(net.save(tmp_path / "bundle")), torch.randn(1, 3, 7, 6))
+
+
 def test_a_name_that_no_bundle_holds_is_refused_as_it_is_saved(tmp_path):
     model = nn.Sequential()
     model.add_module("conv-1", nn.Conv2d(3, 4, 3))

@@ -22,9 +22,9 @@ kernel takes ten, here the two forms of torch's power-average pool::
 
 The package's own kinds stand in one file a family: `elementwise`, `channels` (normalisation,
 softmax, statistics), `joining` (concatenation, stacks), `convolution`, `pooling`, `fully_connected`
-and `products` (with parameters), `reshaping` (what only moves elements), `patches`
-(blocks of positions that become channels), and `refused` (what would
-not stay exact, and why). What is in none is refused by name.
+and `products` (with parameters), `reshaping` (what only moves elements), `patches` (blocks of
+positions that become channels), and `refused` (what would not stay exact, and why). What is in none
+is refused by name.
 """
 
 from fcvgg.rewriting.modules import TrainingFlag, cut_to
