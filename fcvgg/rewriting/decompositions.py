@@ -36,7 +36,12 @@ def _cdist(x1: Any, x2: Any, p: float = 2.0, compute_mode: Any = None) -> Any:
 
 
 def _norm(
-    input: Any, p: Any = None, dim: Any = None, keepdim: bool = False, dtype: Any = None
+    input: Any,
+    p: Any = None,
+    dim: Any = None,
+    keepdim: bool = False,
+    out: None = None,
+    dtype: Any = None,
 ) -> Any:
     order = 2.0 if p in (None, "fro") else p
     return torch.linalg.vector_norm(input, order, dim, keepdim)
