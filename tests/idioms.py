@@ -106,6 +106,35 @@ def pyramid(f: Tensor, levels: tuple[int, ...], pool: Callable[..., Tensor]) -> 
     return torch.cat([pool(f, n).flatten(1) for n in levels], 1)
 
 
+def rows(f: Tensor) -> Tensor:
+    """Channels of every position: (N, P, C)."""
+    return f.flatten(2).transpose(1, 2)
+
+
+def bilinear(f: Tensor) -> Tensor:
+    products = torch.bmm(f.flatten(2), rows(f)) / 16
+    return F.normalize(products.sign() * torch.sqrt(products.abs() + 1e-5)).flatten(1)
+
+
+def gated_attention(m: Any, f: Tensor) -> Tensor:
+    x = rows(f)
+    gate = torch.tanh(x @ m.prototypes.t()) * torch.sigmoid(x @ m.prototypes.t())
+    return torch.softmax(gate.sum(-1, keepdim=True).transpose(1, 2), -1) @ x
+
+
+def soft_assignment(m: Any, f: Tensor) -> Tensor:
+    shares = torch.einsum("bchw,kc->bkhw", f, m.prototypes).flatten(2).softmax(1)
+    sums = torch.einsum("bkn,bcn->bkc", shares, f.flatten(2))
+    return F.normalize(sums - shares.sum(-1, keepdim=True) * m.prototypes, dim=2)
+
+
+def in_gradient_modes(m: Any, f: Tensor) -> Tensor:
+    with torch.inference_mode():
+        f = f * 2
+    with torch.set_grad_enabled(m.training), torch.no_grad():
+        return f - 1
+
+
 STEMS: dict[str, Idiom] = {
     "zeros of the image's shape": lambda m, x: x + x.new_zeros(x.shape),
     "zeros like": lambda m, x: x + torch.zeros_like(x),
@@ -173,6 +202,9 @@ FEATURES: dict[str, Idiom] = {
     "masked_fill": lambda m, f: f.masked_fill(~(f > 0.3), 0.0),
     "dropout in place": lambda m, f: F.dropout(f, 0.5, m.training, inplace=True).mul_(2),
     "drop_block2d": lambda m, f: torchvision.ops.drop_block2d(f, 0.1, 3, training=m.training),
+    "channels padded": lambda m, f: F.pad(f, (0, 0, 0, 0, 2, 1), "constant", 0.5),
+    "gradient modes": in_gradient_modes,
+    "L2 norm by position": lambda m, f: f.div(torch.norm(f, 2, 1, True) + 1e-9),
     "rows of one axis": lambda m, f: f.softmax(3),
     "sums of column groups": lambda m, f: f.unflatten(3, (2, 2)).sum(3),
     "map twice": lambda m, f: torch.cat([f, f], 2),
@@ -213,6 +245,18 @@ POOLS: dict[str, Idiom] = {
     "norm as a function": lambda m, f: torch.norm(f, p=1, dim=(2, 3)),
     "norm of torch.linalg": lambda m, f: torch.linalg.norm(f, dim=(2, 3), dtype=f.dtype),
     "median": lambda m, f: f.flatten(2).median(-1).values,
+    "mean of the largest": lambda m, f: f.flatten(2).topk(3, dim=2)[0].mean(2),
+    "mean of the sorted": lambda m, f: (
+        f.flatten(2).sort(-1, descending=True).values[..., :5].mean(-1)
+    ),
+    "k-th value": lambda m, f: f.flatten(2).kthvalue(13, 2)[0],
+    "bilinear": lambda m, f: bilinear(f),
+    "bilinear by einsum": lambda m, f: torch.einsum("bchw,bdhw->bcd", f, f.sigmoid()),
+    "attention weights by bmm": lambda m, f: torch.bmm(
+        f.flatten(2), f[:, :1].flatten(2).softmax(-1).transpose(1, 2)
+    ).squeeze(-1),
+    "gated attention": gated_attention,
+    "soft assignment to prototypes": soft_assignment,
     "maximum of maxima": lambda m, f: f.max(3)[0].max(2)[0],
     "flattened beside pooled": lambda m, f: torch.cat([flat(f), f.mean((2, 3))], 1),
     "pyramid 1, 2, 4": lambda m, f: pyramid(f, (1, 2, 4), F.adaptive_max_pool2d),
@@ -293,6 +337,11 @@ LOGITS: dict[str, Idiom] = {
     "sum of a stack": lambda m, z: torch.stack([z, z * 2, z - 1], 0).sum(0),
     "median of a stack": lambda m, z: torch.stack([z, z * 2, -z], 0).median(0).values,
     "weighted stack": lambda m, z: (torch.stack([z, z * 2]) * m.bias[:2].view(2, 1, 1)).sum(0),
+    "mixture of experts": lambda m, z: torch.einsum(
+        "be,bek->bk", z[:, :2].softmax(1), torch.stack([z, z.tanh()], 1)
+    ),
+    "cumulative product": lambda m, z: torch.cumprod(torch.sigmoid(z), 1),
+    "below a threshold": lambda m, z: torch.where(z > 0.1, z, torch.full_like(z, -9.0)),
     "a stack": lambda m, z: torch.stack([z, z * 2], 1),
     "view_as": lambda m, z: (z + 1).view_as(z) * torch.ones(1).expand_as(m.bias).to(z),
 }

@@ -1,4 +1,4 @@
-"""What the README says that the demo measures, measured again by the code that it names."""
+"""What the guide to heatmaps says of the demo, measured again by the code that the guide names."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import fcvgg
 from fcvgg.demo import CATEGORIES, MEAN, SCALES, STD, demo_model
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text()
+GUIDE = (ROOT / "examples" / "guides" / "heatmaps.md").read_text()
 
 FACE = (70, 170, 190, 275)
 """Top, left, bottom and right of the astronaut's face, by eye."""
@@ -48,8 +48,8 @@ def peaks(example: ModuleType) -> dict[str, tuple[float, tuple[float, float]]]:
 
 
 def row(beginning: str) -> str:
-    """The result in a row of README's table."""
-    found = re.search(rf"^\| {beginning}.*?\| ([^|]*) \|$", README, re.MULTILINE)
+    """The result in a row of the guide's table."""
+    found = re.search(rf"^\| {beginning}.*?\| ([^|]*) \|$", GUIDE, re.MULTILINE)
     assert found is not None, beginning
     return found[1]
 
@@ -59,7 +59,7 @@ def stated(text: str) -> float:
 
 
 def test_the_table_names_the_command_that_measures_it() -> None:
-    assert "<!-- measured by: python examples/train_demo.py --report -->" in README
+    assert "<!-- measured by: python examples/train_demo.py --report -->" in GUIDE
 
 
 def test_held_out_crops(example: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:

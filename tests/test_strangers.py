@@ -142,7 +142,7 @@ def joined(times):
             [*doubled(13), call("p", "split", {"node": "d12"}, 1, 1, op="call_method")],
             "at most 4,096 parts of a value",
         ),
-        ([call("self", "relu", IMAGES, op="call_method")], "named 'self'"),
+        ([call("self", "relu", IMAGES, op="call_method")], "got 'self'"),
         (
             [call(f"n{i}", "relu", IMAGES, op="call_method") for i in range(4000)],
             "number of 'graph' entries must be at most 3,000",

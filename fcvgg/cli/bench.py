@@ -112,7 +112,7 @@ def run(
     as_json: AsJson = False,
     out: Output = None,
 ) -> None:
-    """Time a classifier, the converted network and its faster forms on this machine.
+    """Time a classifier and its converted networks on this machine.
 
     They take turns. The classifier gets images of its native size, the others whole images, so
     windows per second are compared: 2.00x is twice as fast.

@@ -137,8 +137,9 @@ class Emitter:
 
     def select(self, node: fx.Node, channels: Tensor) -> fx.Node:
         """Emit the choice of some channels, in any order, along dimension 1."""
-        # A buffer follows the network to other devices, as a constant in the graph would not.
-        name = self._add_buffer("channel_order", channels)
+        # A buffer follows the network to other devices, as a constant in the graph would not. It is
+        # a copy: a view would keep the whole layout in memory and in exported files.
+        name = self._add_buffer("channel_order", channels.clone())
         return self.graph.call_function(torch.index_select, (node, 1, self.graph.get_attr(name)))
 
     def _nodes(self, call: Call, arguments: Any) -> Any:

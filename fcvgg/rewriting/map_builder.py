@@ -137,10 +137,31 @@ class MapBuilder(Emitter):
             raise ConversionError(
                 f"{call} joins branches that padding='same' pads differently; use padding='valid'"
             )
+        cells = self._on_one_stride(cells, node)
         step = self.steps.join((c.step for c in cells), str(call))
         if len({c.step for c in cells}) > 1:  # else the step is that of the maps, not of this join
             self._joins[step] = node, tuple(c.node for c in cells)
         return step
+
+    def _on_one_stride(self, cells: Sequence[Cells], node: fx.Node) -> list[Cells]:
+        """Cells of pooled stages on the grid of the coarsest, of which the finer ones skip some."""
+        strides = [self.steps.stride_at(c.step) for c in cells]
+        coarse = max(y for y, _ in strides), max(x for _, x in strides)
+        made = []
+        for branch, (y, x) in zip(cells, strides):
+            skip = coarse[0] // y, coarse[1] // x
+            divides = (y * skip[0], x * skip[1]) == coarse
+            if skip != (1, 1) and divides and branch.positions == 1:
+                with self.graph.inserting_before(node):
+                    taken = self.graph.call_function(
+                        torch.max_pool2d, (branch.node, (1, 1)), {"stride": skip}
+                    )
+                node.replace_input_with(branch.node, taken)
+                windows = Window(stride=skip[0]), Window(stride=skip[1])
+                step = self.steps.add(windows, (branch.step,), node.name)
+                branch = replace(branch, node=taken, step=step)
+            made.append(branch)
+        return made
 
     def cut_branches(self, geometry: Geometry) -> None:
         """Cut branches to one size before they join, where some input gives them different ones.

@@ -356,6 +356,7 @@ REDUCTIONS: dict[str, Callable[..., Tensor]] = {
     "std": lambda x, dims, correction: x.std(dims, correction=correction, keepdim=True),
     "norm": lambda x, dims, order: torch.linalg.vector_norm(x, order, dims, keepdim=True),
     "logsumexp": lambda x, dims: x.logsumexp(dims, keepdim=True),
+    "kthvalue": lambda x, dims, k: x.kthvalue(k, dims[0], keepdim=True).values,
 }
 """Functions that leave one value of those along some dimensions."""
 
@@ -366,6 +367,11 @@ ALONG_CHANNELS: dict[str, Callable[..., Tensor]] = {
     "log_softmax": lambda x, dims: x.log_softmax(dims[0]),
     "normalize": lambda x, dims, p, eps: F.normalize(x, p, dims[0], eps),  # type: ignore[arg-type]
     "cumsum": lambda x, dims: x.cumsum(dims[0]),
+    "cumprod": lambda x, dims: x.cumprod(dims[0]),
+    "logcumsumexp": lambda x, dims: x.logcumsumexp(dims[0]),
+    "sort": lambda x, dims, descending: x.sort(dims[0], descending).values,
+    "topk": lambda x, dims, k, largest: x.topk(k, dims[0], largest).values,
+    "pad": lambda x, dims, *pads: F.pad(x.movedim(dims[0], -1), *pads).movedim(-1, dims[0]),
     "avg_pool": _avg_pool,
     "glu": lambda x, dims: F.glu(x, dims[0]),
     "adaptive_avg_pool1d": _adaptive_pool1d(F.adaptive_avg_pool1d),

@@ -71,6 +71,7 @@ class Rewriter:
 
     def _refuse_first(self, nodes: Iterable[fx.Node], kind_for: Callable[..., LayerKind]) -> None:
         """Name what breaks the equivalence before helpers of it that merely have no rule."""
+        products: dict[fx.Node, fx.Node] = {}  # what is computed from a product of two values
         for node in nodes:
             if not node.op.startswith("call"):
                 continue
@@ -85,8 +86,13 @@ class Rewriter:
             slides = kind is not None and (kind.slides is not None or kind.has_extent)
             if not slides and self._spreads_pooled(node):
                 refuse_pooled(Call(node, module))
+            first = next((products[n] for n in node.all_input_nodes if n in products), None)
             if self._multiplies_values(node):
-                refuse_product(Call(node, module))
+                if first is not None:  # weights from queries and keys, then their values
+                    refuse_product(Call(first, self.build.module_of(first)))
+                first = node
+            if first is not None:
+                products[node] = first
 
     def _multiplies_values(self, node: fx.Node) -> bool:
         """Whether a node is a matrix product of two values of the images."""
@@ -203,9 +209,10 @@ class Rewriter:
             if len(cells.dims) < 2:  # flattened features, or those of one place: of every cell
                 cells = self.build.gathered(cells, f"output{place}")
             if cells.positions > 1:
+                why = "" if name else "the model has no fully connected or global-pool head: "
+                whose = "the model's" if name else "its"
                 raise ConversionError(
-                    f"the model has no fully connected or global-pool head: its output{place} is "
-                    f"{cells.shape}, a map; expected scores (N, K)"
+                    f"{why}{whose} output{place} is {cells.shape}, a map; expected scores (N, K)"
                 )
             vectors.append(
                 self.build.features(cells, replace(cells, moved=cells.layout.flatten()), 0)

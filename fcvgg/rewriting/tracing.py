@@ -100,7 +100,7 @@ class Recorder(TorchFunctionMode):
             if isinstance(self.root, fx.GraphModule)
             else type(self.root).__call__
         )
-        with self._wrapped_modules(), _scripts_as_written(), self:
+        with self._wrapped_modules(), _scripts_as_written(), _plain_gradient_modes(), self:
             result = run(self.root, images)
             tensors, self.outputs = self._returned(result)
             nodes = tuple(map(self._node_of, tensors))
@@ -539,6 +539,27 @@ def _scripts_as_written() -> Iterator[None]:
         yield
     finally:
         ScriptFunction.__call__ = compiled  # type: ignore[method-assign]
+
+
+@contextmanager
+def _plain_gradient_modes() -> Iterator[None]:
+    """Gradient modes in forward change no value: they take the mode as a bool, or do nothing.
+
+    Tensors of inference mode have no version counter, which tells in-place calls.
+    """
+    set_grad, inference = torch.set_grad_enabled, torch.inference_mode
+    before = set_grad.__init__, inference.__enter__, inference.__exit__
+
+    def init(self: Any, mode: Any) -> None:
+        before[0](self, int(mode) != 0)
+
+    set_grad.__init__ = init  # type: ignore[method-assign]
+    inference.__enter__ = inference.__exit__ = lambda *_: None  # type: ignore
+    try:
+        yield
+    finally:
+        set_grad.__init__ = before[0]  # type: ignore[method-assign]
+        inference.__enter__, inference.__exit__ = before[1:]  # type: ignore[method-assign]
 
 
 def _tensors(arguments: Any) -> list[Tensor]:

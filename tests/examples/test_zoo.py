@@ -120,6 +120,13 @@ def test_the_guide_counts_as_the_rows_do(zoo: ModuleType) -> None:
     assert guide.endswith(zoo.table(zoo.read(EXAMPLES / "benchmarks" / "zoo.json")))
 
 
+def test_the_readme_counts_as_the_rows_do() -> None:
+    counts = Counter(row["result"] for row in rows())
+    readme = (EXAMPLES.parent / "README.md").read_text()
+    assert f"Of {len(rows())} architectures" in readme
+    assert f"{counts['exact']} convert exactly and {counts['refused']} are refused" in readme
+
+
 def test_relatives_that_refusals_name_are_exact() -> None:
     exact = {row["name"] for row in rows() if row["result"] == "exact"}
     assert {name for name, _ in RELATIVES.values()} - exact == set()

@@ -185,6 +185,40 @@ def test_branches_that_share_a_trunk(name: str) -> None:
     assert_exact(model, fcvgg.convert(model, input_size=NATIVE, in_channels=6))
 
 
+class Stages(nn.Module):
+    """Features of two stages, of different strides, in one head."""
+
+    def __init__(self, head: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.first, self.second, self.head = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 8, 3), head
+        self.fc, self.fc6, self.fc8 = nn.Linear(728, 4), nn.Linear(6, 4), nn.Linear(8, 4)
+        self.fc14 = nn.Linear(14, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a = F.max_pool2d(F.relu(self.first(x)), 2)
+        return self.head(self, a, F.max_pool2d(F.relu(self.second(a)), 2))
+
+
+STAGES: dict[str, Callable[..., Tensor]] = {
+    "pools joined": lambda m, a, b: m.fc14(torch.cat([a.mean((2, 3)), b.amax((2, 3))], 1)),
+    "scores added": lambda m, a, b: m.fc6(a.mean((2, 3))) + m.fc8(b.mean((2, 3))),
+    "flattened and joined": lambda m, a, b: m.fc(torch.cat([flat(a), flat(b)], 1)),
+}
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_stages_of_different_strides(name: str, tmp_path: Path) -> None:
+    model = seeded(Stages, STAGES[name])
+    net = fcvgg.convert(model, input_size=NATIVE)
+    assert tuple(net.geometry.stride) == (4, 4)
+    got = assert_exact(model, net)
+    batch = images(2, 3, *WINDOWS)
+    loaded = fcvgg.load(net.save(tmp_path / "bundle"))
+    torch.testing.assert_close(loaded(batch), got, rtol=1e-11, atol=1e-11)
+    streamed = fcvgg.stream(net, batch[:1], rows=(0, 2)).scores
+    torch.testing.assert_close(streamed, got[0], rtol=1e-11, atol=1e-11)
+
+
 def test_spatial_attention_within_a_padded_trunk() -> None:
     def attention(m: Any, f: Tensor) -> Tensor:
         both = torch.cat((torch.max(f, 1)[0].unsqueeze(1), torch.mean(f, 1).unsqueeze(1)), dim=1)
@@ -265,7 +299,9 @@ def test_a_lambda_over_the_module() -> None:
             r"combines a map with a value pooled over all its positions",
         ),
         (
-            lambda m, f: m.fc(flat(f.flatten(2) @ f.flatten(2).transpose(1, 2).softmax(-1))),
+            lambda m, f: m.fc(
+                flat(f.flatten(2) @ (f.flatten(2).transpose(1, 2) @ f.flatten(2)).softmax(-1))
+            ),
             r"is refused: products of values \(attention\) mix positions",
         ),
         (

@@ -37,7 +37,15 @@ TRUNKS: dict[str, Callable[[int], nn.Module]] = {"pools": Trunk, "strides": Stri
 KEEPING = {
     name: idiom
     for name, idiom in FEATURES.items()
-    if name not in ("glu", "gate of halves", "maxout", "maxout by unflatten", "the mean channel")
+    if name
+    not in (
+        "glu",
+        "gate of halves",
+        "maxout",
+        "maxout by unflatten",
+        "the mean channel",
+        "channels padded",
+    )
     and not any(word in name for word in ("window", "rows", "groups", "twice", "map"))
 }
 """The idioms that give a map of the same shape, so that any other may follow."""

@@ -99,8 +99,8 @@ def test_norms_whose_statistics_mix_positions(norm: nn.Module) -> None:
             r"head\.layers\.0 \(Upsample\) is refused: resizing",
         ),
         (
-            lambda x, fc: fc((x.flatten(2) @ x.flatten(2).transpose(1, 2)).flatten(1)),
-            [nn.Linear(64, 4)],
+            lambda x, fc: fc((x.flatten(2).transpose(1, 2) @ x.flatten(2)).flatten(1)),
+            [nn.Linear(1296, 4)],
             r"matmul \(.*\) is refused: products of values \(attention\) mix positions",
         ),
         (
@@ -351,7 +351,7 @@ def test_options_that_are_no_options() -> None:
     )
     refused(
         model,
-        r"activation must be .logits. \(before a softmax",
+        r"activation must be 'logits' \(before a softmax, .*, got 'softmax'",
         fcvgg.FcvggError,
         activation="softmax",
     )

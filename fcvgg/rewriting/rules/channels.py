@@ -263,9 +263,57 @@ def median(build: MapBuilder, call: Call, input: Any, dim: Any, keepdim: bool = 
     return reduced(build, call, input, dim, keepdim, "median"), indices
 
 
-@rule(*calling("cumsum"), has_extent=True)
-def cumulative_sum(build: MapBuilder, call: Call, input: Any, dim: int, **_: Any) -> Cells:
-    return along_channels(build, call, input, (_axis(call, input, dim),), "cumsum")
+@rule(*calling("cumsum", "cumprod", "logcumsumexp"), has_extent=True)
+def cumulate(build: MapBuilder, call: Call, input: Any, dim: int, **_: Any) -> Cells:
+    name = call.kind.removeprefix("Tensor.")
+    return along_channels(build, call, input, (_axis(call, input, dim),), name)
+
+
+@rule(*calling("topk"), has_extent=True)
+def topk(
+    build: MapBuilder,
+    call: Call,
+    input: Any,
+    k: int,
+    dim: int = -1,
+    largest: bool = True,
+    sorted: bool = True,
+) -> Any:
+    return _ranked(build, call, input, dim, "topk", k, largest)
+
+
+@rule(*calling("sort"), has_extent=True)
+def sort(
+    build: MapBuilder,
+    call: Call,
+    input: Any,
+    dim: int = -1,
+    descending: bool = False,
+    stable: bool = False,
+) -> Any:
+    return _ranked(build, call, input, dim, "sort", descending)
+
+
+@rule(*calling("kthvalue"), has_extent=True)
+def kthvalue(
+    build: MapBuilder, call: Call, input: Any, k: int, dim: int = -1, keepdim: bool = False
+) -> Any:
+    axis = _axis(call, input, dim)
+    made = along_channels(build, call, input, (axis,), "kthvalue", k, keepdim=keepdim)
+    return made, Unusable("the indices of a choice, which depend on the map's size")
+
+
+def _ranked(
+    build: MapBuilder, call: Call, x: Any, dim: int, name: str, *settings: Any
+) -> tuple[Cells, Unusable]:
+    """The values of each channel's positions by rank; the classes' scores stay in their order."""
+    axis = _axis(call, x, dim)
+    if channels_along(x, axis) is not None:
+        raise RefusedLayerError(
+            f"{call} is refused: the scores of all classes must come out, not a choice among them"
+        )
+    made = along_channels(build, call, x, (axis,), name, *settings)
+    return made, Unusable(f"the indices of {name}, which depend on the map's size")
 
 
 @rule(nn.GLU, F.glu, arguments=attributes("dim"))

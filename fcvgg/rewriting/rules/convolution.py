@@ -12,8 +12,9 @@ from torch import Tensor, fx, nn
 from fcvgg.errors import UnsupportedLayerError
 from fcvgg.geometry import Window
 from fcvgg.rewriting.emission import Call
-from fcvgg.rewriting.layouts import Cells, Constant
+from fcvgg.rewriting.layouts import Cells, Constant, with_channels
 from fcvgg.rewriting.map_builder import MapBuilder
+from fcvgg.rewriting.modules import over_channels
 from fcvgg.rewriting.program import Windows
 from fcvgg.rewriting.rules.registry import attributes, calling, rule
 from fcvgg.rewriting.sliding import Part, Sliding, windows_of
@@ -170,6 +171,8 @@ def pad(
     value: float | None = None,
 ) -> Cells:
     x = build.as_map(input, call)
+    if mode == "constant" and len(pad) == 6 and any(pad[4:]):
+        return _pad_channels(build, call, x, tuple(map(int, pad)), value)
     if mode == "circular" or any(pad[4:]) or len(pad) % 2:
         raise UnsupportedLayerError(
             f"{call} pads {mode!r} by {tuple(pad)}; expected rows and columns"
@@ -185,3 +188,19 @@ def pad(
         return build.emit_function(call, F.pad, x, amounts, mode, value)
 
     return build.window(call, x, windows, emit, kind="Pad", pools="other")
+
+
+def _pad_channels(
+    build: MapBuilder, call: Call, x: Cells, pad: tuple[int, ...], value: float | None
+) -> Cells:
+    """Channels of one value before and after those of a map, as shortcuts of small ResNets have."""
+    if any(pad[:4]):
+        raise UnsupportedLayerError(
+            f"{call} pads channels, rows and columns at once by {pad}; expected two calls"
+        )
+    channels = x.extent[0] + sum(pad[4:])
+    settings = (pad[4:], "constant", value or 0.0)
+    node = build.emit_function(
+        call, over_channels, x, "pad", x.extent[:1], (0,), settings, channels=channels
+    )
+    return with_channels(x, 0, channels, node=node).computed_from([x])

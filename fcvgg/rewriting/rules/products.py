@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from math import prod
 from typing import Any
@@ -14,6 +15,7 @@ from fcvgg.rewriting.capture import BATCH
 from fcvgg.rewriting.emission import Call, refuse_product
 from fcvgg.rewriting.layouts import Cells, Constant
 from fcvgg.rewriting.map_builder import MapBuilder
+from fcvgg.rewriting.rules.elementwise import act_elementwise
 from fcvgg.rewriting.rules.fully_connected import fully_connected
 from fcvgg.rewriting.rules.pooling import reduced
 from fcvgg.rewriting.rules.registry import attributes, calling, rule
@@ -105,6 +107,8 @@ def _contracted(
     (x, constant), (own, other) = operands, terms
     if isinstance(x, Constant):
         x, constant, own, other = constant, x, other, own
+    if isinstance(x, Cells) and isinstance(constant, Cells):
+        return _multiplied(build, call, (x, constant), (own, other), result)
     if not isinstance(x, Cells) or not isinstance(constant, Constant):
         refuse_product(call)
     batch = own[x.batch]
@@ -136,6 +140,48 @@ def _contracted(
     layout = made.layout.unflatten(-1, sizes) if new else made.layout.squeeze(-1)
     order = [[*kept, *new].index(c) for c in result if c != batch]
     return replace(made, moved=layout.permute(order), batch=result.index(batch))
+
+
+def _multiplied(
+    build: MapBuilder, call: Call, values: tuple[Cells, Cells], terms: tuple[str, str], result: str
+) -> Cells:
+    """The sum of products of two values over what the result lacks: bilinear pools, gated sums.
+
+    Both are multiplied element by element, so they must lie at the same positions; attention, where
+    each position meets every other one, is refused.
+    """
+    batch = terms[0][values[0].batch]
+    distinct = all(len(set(term)) == len(term) for term in terms)
+    if not distinct or batch != terms[1][values[1].batch] or batch not in result:
+        refuse_product(call)
+    size: dict[str, int] = {}
+    for x, term in zip(values, terms):
+        size.update(zip(term.replace(batch, ""), x.dims))
+    if prod(size.values()) > _LARGEST_PRODUCT:
+        refuse_product(call)
+    letters = list(size)
+    factors = [_with_axes(x, term.replace(batch, ""), letters) for x, term in zip(values, terms)]
+    try:
+        product = act_elementwise(build, call, *factors, as_function=torch.mul)
+    except UnsupportedLayerError:
+        refuse_product(call)
+    lost = tuple(1 + i for i, c in enumerate(letters) if c not in result)
+    product = reduced(build, call, product, lost, False, "sum") if lost else product
+    own = [c for c in letters if c in result]
+    order = [own.index(c) for c in result if c != batch]
+    return replace(product, moved=product.layout.permute(order), batch=result.index(batch))
+
+
+_LARGEST_PRODUCT = 1 << 24
+"""Products of two values' elements, of one image: those of 512 channels and 8x8 positions."""
+
+
+def _with_axes(x: Cells, own: str, letters: Sequence[str]) -> Cells:
+    """A value with an axis for every letter, the images first."""
+    layout = x.layout.permute([own.index(c) for c in letters if c in own])
+    for axis, letter in enumerate(letters):
+        layout = layout if letter in own else layout.unsqueeze(axis)
+    return replace(x, moved=layout, batch=0)
 
 
 def _without_images(

@@ -30,7 +30,7 @@ refuse(
 )
 refuse(
     "the scores of all classes must come out, not a choice among them",
-    *calling("argmax", "topk", "sort"),
+    *calling("argmax", "argsort"),
 )
 refuse(
     "shuffling or rolling positions moves a cell away from its place in the image",
