@@ -118,7 +118,10 @@ def test_a_weights_enumeration_is_taken() -> None:
             r"there is no model 'vgg61'; expected 'demo'.* \(near: .*vgg16.*\) or",
         ),
         ({"source": "demp"}, r"there is no model 'demp'; .* \(near: demo\)"),
-        ({"source": "qqqq"}, r"there is no model 'qqqq'; expected 'demo', a torchvision name"),
+        (
+            {"source": "qqqq"},
+            r"there is no model 'qqqq'; expected 'demo', .*, the folder of a bundle, a file",
+        ),
         (
             {"source": "vgg11", "weights": "NEWEST"},
             r"weights must be IMAGENET1K_V1, DEFAULT or the path of .* for vgg11, got 'NEWEST'",
@@ -293,7 +296,8 @@ def test_a_checkpoint_needs_its_architecture(tmp_path: Path, source: nn.Module) 
     torch.save(source.state_dict(), tmp_path / "a.pt")
     with pytest.raises(
         fcvgg.LoadError,
-        match=r"^a\.pt holds parameters only; pass arch=, its architecture's name such as 'vgg16'$",
+        match=r"^a\.pt holds parameters only; pass arch=, its architecture's name such as 'vgg16', "
+        r"or load them into your own model in Python and use fcvgg\.convert$",
     ):
         fcvgg.load("a.pt")
     with pytest.raises(fcvgg.LoadError, match=r"^there is no model 'vgg12'; .*\(near: .*vgg11"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from inspect import signature
 from pathlib import Path
@@ -13,12 +14,13 @@ import torch
 from torch import nn
 
 from fcvgg.conversion import unwrapped
-from fcvgg.errors import ArgumentError, InputSizeError, PreprocessError
+from fcvgg.errors import ArgumentError, ConversionError, InputSizeError, PreprocessError
 from fcvgg.geometry import Pair, checked_size
 from fcvgg.images.preprocessing import Preprocess, given_preprocess
 from fcvgg.loading import read_source
-from fcvgg.rewriting.capture import input_channels
+from fcvgg.rewriting.capture import capture, input_channels
 from fcvgg.rewriting.native_size import infer_input_size
+from fcvgg.rewriting.rules import is_known
 from fcvgg.sources import torchvision_model
 from fcvgg.support.module_state import dtype_of
 
@@ -53,12 +55,12 @@ def load_pretrained(
         weights: as for `fcvgg.load`.
         preprocess: how images become input, or a function that gives it for a number of channels
             and, if it takes a second argument, the source's preprocessing; the source's when None.
-        size: the native size of a classifier that takes images of any size.
+        size: the native size of a classifier whose native size cannot be inferred.
 
     Raises:
         ArgumentError: if `model` is a bundle.
         PreprocessError: if the preprocessing is unknown.
-        InputSizeError: if the classifier takes images of any size and `size` is None.
+        InputSizeError: if the native size cannot be inferred and `size` is None.
     """
     known: dict[str, Any] = {}
     if isinstance(model, (str, Path)):
@@ -84,7 +86,24 @@ def load_pretrained(
         )
     if dtype_of(classifier) != torch.float32:  # as images and new layers are
         classifier = copy.deepcopy(classifier).float()
-    return Pretrained(classifier, name, used, _native(classifier, known.get("input_size"), size))
+    native = _native(classifier, known.get("input_size"), size)
+    _check_output(classifier, native)
+    return Pretrained(classifier, name, used, native)
+
+
+def _check_output(model: nn.Module, size: Pair) -> None:
+    """Refuse a container of scores before anything is trained.
+
+    Raises:
+        ArgumentError: if the model returns anything but one tensor.
+    """
+    with suppress(ConversionError):  # which the new head or the conversion reports in its own words
+        outputs = capture(model, size, is_known).outputs
+        if not outputs.is_tensor:
+            raise ArgumentError(
+                f"model must return one tensor of scores to be trained, got a {outputs.kind} from "
+                f"{type(model).__name__}; wrap it in a module that returns the scores alone"
+            )
 
 
 def _native(model: nn.Module, known: int | Pair | None, size: int | Pair | None) -> Pair:
@@ -95,6 +114,7 @@ def _native(model: nn.Module, known: int | Pair | None, size: int | Pair | None)
     except InputSizeError:
         if size is None:
             raise InputSizeError(
-                f"{type(model).__name__} takes images of any size; pass size=, the size to train at"
+                f"the native size of {type(model).__name__} cannot be inferred; pass "
+                "size=, the size to train at"
             ) from None
         return checked_size(size)

@@ -59,7 +59,8 @@ def read_checkpoint(path: Path, arch: str | None) -> tuple[nn.Module, dict[str, 
     state = checkpoints.read_state(path)
     if arch is None:
         raise LoadError(
-            f"{path} holds parameters only; pass arch=, its architecture's name such as 'vgg16'"
+            f"{path} holds parameters only; pass arch=, its architecture's name such as 'vgg16', "
+            "or load them into your own model in Python and use fcvgg.convert"
         )
     check_name(arch)
     classes = _classes_in(state, arch)
@@ -119,8 +120,9 @@ def check_name(name: str) -> None:
         near = difflib.get_close_matches(name, [*known, "demo"], 4, 0.5)
         raise LoadError(
             f"there is no model {name!r}; expected 'demo', a torchvision name"
-            f"{' (near: ' + ', '.join(near) + ')' if near else ''} or timm:NAME, a file .onnx, "
-            f".keras or .h5, or a checkpoint ({', '.join(checkpoints.SUFFIXES)}) with arch="
+            f"{' (near: ' + ', '.join(near) + ')' if near else ''} or timm:NAME, the folder of a "
+            f"bundle, a file .onnx, .keras or .h5, or a checkpoint "
+            f"({', '.join(checkpoints.SUFFIXES)}) with arch="
         )
 
 

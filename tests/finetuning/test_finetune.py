@@ -709,7 +709,7 @@ def test_heads_whose_classes_do_not_exclude_each_other(textures: Path, tmp_path:
 def test_a_global_pool_needs_a_size(textures: Path, tmp_path: Path) -> None:
     model = seeded(GlobalPooled, dtype=torch.float32)
     options: dict[str, Any] = {"model": model, "preprocess": PREPROCESS, "hidden": None}
-    message = "GlobalPooled takes images of any size; pass size=, the size to train at"
+    message = "the native size of GlobalPooled cannot be inferred; pass size=, the size to train at"
     with pytest.raises(InputSizeError, match=message):
         tuned(textures, tmp_path, **options)
     result = tuned(textures, tmp_path, size=32, epochs=1, **options)
@@ -724,6 +724,17 @@ def test_a_global_pool_keeps_its_head_at_another_size() -> None:
     new = prepare_model(source, "linear", Recipe(size=48), 3, 0)
     assert new.fc.weight.shape == (3, 12)
     assert fcvgg.convert(new, input_size=48).output_size((48, 48)) == (1, 1)
+
+
+class Described(nn.Module):
+    """Scores by name, as research code returns them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.demo = demo_model()
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"logits": self.demo(x)}
 
 
 @pytest.mark.parametrize(
@@ -773,7 +784,16 @@ def test_a_global_pool_keeps_its_head_at_another_size() -> None:
         ),
         ({"epochs": 0}, ArgumentError, "epochs must be an integer of at least 1, got 0"),
         ({"model": "vgg61"}, LoadError, "there is no model 'vgg61'"),
-        ({"model": demo_model()}, PreprocessError, "the preprocessing of DemoNet is unknown; pass"),
+        (
+            {"model": demo_model()},
+            PreprocessError,
+            "the preprocessing of DemoNet is unknown; pass",
+        ),
+        (
+            {"model": Described(), "preprocess": "unit"},
+            ArgumentError,
+            "model must return one tensor of scores to be trained, got a dict from Described; wrap",
+        ),
         (
             {"model": fcvgg.convert(demo_model())},
             ConversionError,
