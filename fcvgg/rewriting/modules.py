@@ -356,7 +356,7 @@ REDUCTIONS: dict[str, Callable[..., Tensor]] = {
     "std": lambda x, dims, correction: x.std(dims, correction=correction, keepdim=True),
     "norm": lambda x, dims, order: torch.linalg.vector_norm(x, order, dims, keepdim=True),
     "logsumexp": lambda x, dims: x.logsumexp(dims, keepdim=True),
-    "kthvalue": lambda x, dims, k: x.kthvalue(k, dims[0], keepdim=True).values,
+    "kthvalue": lambda x, dims, k: x.sort(dims[0]).values.narrow(dims[0], k - 1, 1),
 }
 """Functions that leave one value of those along some dimensions."""
 
