@@ -229,7 +229,7 @@ def _check_options(padding: str, output_stride: int | None, in_channels: int | N
 
 
 def unwrapped(model: Any) -> nn.Module:
-    """The model inside DataParallel and compiled wrappers."""
+    """The model inside DataParallel, compiled wrappers and ultralytics' ``YOLO``."""
     model = without_wrappers(model)
     if isinstance(model, FullyConvolutional):
         raise ConversionError("the model is fully convolutional already; pass its source model")

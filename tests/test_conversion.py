@@ -666,9 +666,21 @@ def test_layers_of_the_trunk(call, layer: nn.Module) -> None:
     assert list(net.state_dict()) == list(model.state_dict())
 
 
+class Engine(nn.Module):
+    """In place of ``ultralytics.YOLO``, whose ``forward`` takes files."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+
+Engine.__module__ = "ultralytics.engine.model"
+
+
 def test_wrappers_are_unwrapped() -> None:
     model = seeded(SmallVGG)
     for wrapped in (
+        Engine(model),
         nn.DataParallel(model),
         torch.compile(model),
         nn.DataParallel(torch.compile(model)),

@@ -23,12 +23,15 @@ _QUANTIZED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic", "torch.nn.quanti
 
 
 def without_wrappers(model: Any) -> Any:
-    """The model inside DataParallel and compiled wrappers."""
+    """The model inside DataParallel, compiled wrappers and ultralytics' ``YOLO``."""
     while isinstance(model, nn.Module):
         if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
             model = model.module
         elif hasattr(model, "_orig_mod"):  # torch.compile
             model = model._orig_mod
+        elif any(cls.__module__ == "ultralytics.engine.model" for cls in type(model).__mro__):
+            # It reads image files and predicts by itself; the network is one of its attributes.
+            model = model.model
         else:
             break
     return model

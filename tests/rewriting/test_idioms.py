@@ -10,6 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
+from einops import rearrange
+from einops.layers.torch import Rearrange, Reduce
 from idioms import GREY, HEADS, NATIVE, STEMS, IdiomNet, Trunk, flat
 from nets import EXACT, images, native_error, relative_error, seeded, sliding_window
 from torch import Tensor, nn
@@ -90,6 +92,10 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
         *(nn.Flatten(2), nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(8, 128))
     ),
     "Conv1d": lambda: nn.Sequential(nn.Flatten(2), nn.Conv1d(8, 8, 1), nn.ReLU(), nn.Flatten()),
+    "Rearrange": lambda: nn.Sequential(
+        Rearrange("n c h w -> n h w c"), Rearrange("n h w c -> n (w c h)")
+    ),
+    "Reduce": lambda: nn.Sequential(Reduce("n c h w -> n c", "mean"), nn.Linear(8, 128)),
     "compiled": lambda: torch.compile(
         nn.Sequential(nn.ReLU(), nn.Conv2d(8, 8, 1), nn.Flatten()), backend="eager"
     ),
@@ -104,6 +110,11 @@ def test_a_layer_converts(name: str, tmp_path: Path) -> None:
     assert net.state_dict().keys() == model.state_dict().keys()
     loaded = fcvgg.load(net.save(tmp_path / "bundle"))
     torch.testing.assert_close(loaded(images(2, 3, *WINDOWS)), got, rtol=1e-11, atol=1e-11)
+
+
+def test_einops_functions_convert() -> None:
+    model = seeded(IdiomNet, lambda m, f: m.fc(rearrange(f, "n c h w -> n (c h w)")))
+    assert_exact(model, fcvgg.convert(model, input_size=NATIVE))
 
 
 @pytest.mark.parametrize("name", ["Dropout1d", "Dropout3d"])
