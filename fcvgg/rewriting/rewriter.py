@@ -90,7 +90,7 @@ class Rewriter:
             if self._multiplies_values(node):
                 if first is not None:  # weights from queries and keys, then their values
                     refuse_product(Call(first, self.build.module_of(first)))
-                first = node
+                first = node if _is_matrix(node) else None
             if first is not None:
                 products[node] = first
 
@@ -247,6 +247,16 @@ class Rewriter:
             aliases=frozenset(self.build.aliases),
             outputs=self._captured.outputs,
         )
+
+
+def _is_matrix(node: fx.Node) -> bool:
+    """Whether a node gives a matrix for every image, as of queries and keys, and not a vector.
+
+    Sums of values with weights, which pool the positions, leave a vector: what multiplies that
+    again is no attention.
+    """
+    made = node.meta.get("value")
+    return isinstance(made, Tensor) and made.ndim > 2 and min(made.shape[-2:]) > 1
 
 
 def _settings_for(rule: Any, kind: LayerKind, module: nn.Module | None) -> Mapping[str, Any]:
