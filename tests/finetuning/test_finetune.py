@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import io
 import os
 import signal
+import subprocess
 import sys
 import warnings
 from dataclasses import replace
@@ -991,34 +991,40 @@ COMMAND = ("--arch", "demo", "--strategy", "all", "--epochs", 3, "--batch-size",
 @pytest.fixture(scope="module")
 def whole(textures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("whole") / "run"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fcvgg.finetuning.report.write_report", lambda result: None)
-        ran = run(textures, *COMMAND, "-o", folder)
-    assert ran.exit_code == 0, ran.output
+    ran = run_apart(PLAIN, "finetune", textures, *COMMAND, "-o", folder)
+    assert ran.returncode == 0, ran.stderr
     return folder
 
 
-def killed_while_writing(save: int, options: Any) -> int:
-    """Run the command in a process that is killed in the midst of a checkpoint; how it ended."""
-    child = os.fork()
-    if child:
-        return os.waitpid(child, 0)[1]
-    try:
-        saves = iter(range(1, save + 1))
+PLAIN = "from fcvgg.cli import main; main()"
 
-        def torn(content: Any, file: Any) -> None:
-            whole = io.BytesIO()
-            torch_save(content, whole)
-            if next(saves) == save:
-                file.write(whole.getvalue()[: whole.tell() // 2])
-                file.flush()
-                os.kill(os.getpid(), signal.SIGKILL)
-            file.write(whole.getvalue())
+TEARING = """
+import io, os, signal, sys
+import torch
+from fcvgg.cli import main
 
-        torch_save, torch.save = torch.save, torn
-        run(*options)
-    finally:
-        os._exit(1)
+save, torch_save = int(sys.argv.pop(1)), torch.save
+saves = iter(range(1, save + 1))
+
+def torn(content, file):
+    whole = io.BytesIO()
+    torch_save(content, whole)
+    if next(saves) == save:
+        file.write(whole.getvalue()[: whole.tell() // 2])
+        file.flush()
+        os.kill(os.getpid(), signal.SIGKILL)
+    file.write(whole.getvalue())
+
+torch.save = torn
+main()
+"""
+"""The command line, killed in the midst of its checkpoint of the number that comes first."""
+
+
+def run_apart(script: str, *arguments: Any) -> subprocess.CompletedProcess[str]:
+    """The command line in a process of its own: torch cannot train in one that is forked."""
+    command = [sys.executable, "-c", script, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
 @pytest.mark.parametrize("save", [4, 5])
@@ -1028,10 +1034,10 @@ def test_killed_and_resumed_ends_with_the_same_weights(
     """Without warning, half a checkpoint on the disk, in the midst of training all layers."""
     killed = tmp_path / "killed"
     options = [textures, *COMMAND, "-o", killed]
-    assert killed_while_writing(save, options) == signal.SIGKILL
+    assert run_apart(TEARING, save, "finetune", *options).returncode == -signal.SIGKILL
     assert len(list(killed.glob(".*.ckpt"))) == 1  # what was torn, beside what is whole
-    ran = run(*options, "--resume")
-    assert ran.exit_code == 0, ran.output
+    ran = run_apart(PLAIN, "finetune", *options, "--resume")
+    assert ran.returncode == 0, ran.stderr
     assert f"resumed after epoch {(save - 1) // 2}\n" in ran.stdout
     for name in ("last.ckpt", "best.ckpt"):
         a, b = (torch.load(f / name, weights_only=True)["state_dict"] for f in (whole, killed))
