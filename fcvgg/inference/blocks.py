@@ -20,7 +20,8 @@ from torch import Tensor, fx, nn
 from torch.nn.modules import module as hooks
 
 from fcvgg.geometry import Pair, Window
-from fcvgg.inference.sliding import Part, Sliding, is_positional, sliding_of
+from fcvgg.rewriting.rules.registry import is_positional, sliding_of
+from fcvgg.rewriting.sliding import Part, Sliding
 
 CHANNELS_LAST = {torch.float32, torch.bfloat16}
 """The dtypes for which oneDNN's convolutions are faster with the channels last."""

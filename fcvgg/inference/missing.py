@@ -18,9 +18,9 @@ from torch import Tensor, fx, nn
 
 from fcvgg.errors import UnsupportedLayerError
 from fcvgg.geometry import Geometry, Window
-from fcvgg.inference.sliding import Sliding
 from fcvgg.inference.stages import Stage, stages_of
 from fcvgg.rewriting.modules import cut_to
+from fcvgg.rewriting.sliding import Sliding
 
 Windows = tuple[Window, Window]
 

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from fcvgg.errors import UnsupportedLayerError
-from fcvgg.inference.sliding import Sliding, is_positional, sliding_of
 from fcvgg.rewriting.modules import cut_to
-from fcvgg.rewriting.rules.registry import is_relu
+from fcvgg.rewriting.rules.registry import is_positional, is_relu, sliding_of
+from fcvgg.rewriting.sliding import Sliding
 from fcvgg.rewriting.tracing import operation_name
 
 _IN_PLACE = {operator.iadd, operator.isub, operator.imul, operator.itruediv}

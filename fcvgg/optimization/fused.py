@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from fcvgg.geometry import Pair
 from fcvgg.inference.memory import on_huge_pages
-from fcvgg.inference.sliding import Sliding, strip_rule, windows_of
 from fcvgg.optimization.onednn import RowConvolution, gains_by_halves, halves, joined_halves
 from fcvgg.optimization.winograd import (
     CONVOLUTION,
@@ -28,6 +27,8 @@ from fcvgg.optimization.winograd import (
     winograd_convolution,
 )
 from fcvgg.rewriting.modules import _GEMM_CELLS, by_windows, window_linear
+from fcvgg.rewriting.rules.registry import register
+from fcvgg.rewriting.sliding import Sliding, windows_of
 
 _USUAL_ROWS = 100
 """Rows of the product for which fully connected weights are packed; any number runs."""
@@ -385,8 +386,7 @@ def has_packing() -> bool:
     )
 
 
-@strip_rule(FusedConv2d, PackedConv2d)
-def _conv_strip(conv: FusedConv2d) -> Sliding:
+def _slide_conv(conv: FusedConv2d) -> Sliding:
     windows = windows_of(conv.kernel, conv.stride, conv.padding, conv.dilation)
     return Sliding(
         windows,
@@ -399,8 +399,7 @@ def _conv_strip(conv: FusedConv2d) -> Sliding:
     )
 
 
-@strip_rule(FusedWindowLinear, PackedWindowLinear)
-def _linear_strip(layer: FusedWindowLinear) -> Sliding:
+def _slide_linear(layer: FusedWindowLinear) -> Sliding:
     columns = 0 if layer.kernel == (1, 1) else layer.weight_count // layer.out_channels
     gathered = layer.gathered if isinstance(layer, PackedWindowLinear) else 1
     return Sliding(
@@ -413,8 +412,7 @@ def _linear_strip(layer: FusedWindowLinear) -> Sliding:
     )
 
 
-@strip_rule(HalvingMaxPool2d)
-def _pool_strip(pool: HalvingMaxPool2d) -> Sliding:
+def _slide_pool(pool: HalvingMaxPool2d) -> Sliding:
     windows = windows_of(2)
     return Sliding(
         windows,
@@ -423,6 +421,11 @@ def _pool_strip(pool: HalvingMaxPool2d) -> Sliding:
         pads_width=True,
         into=pool.halve_into,
     )
+
+
+register(FusedConv2d, PackedConv2d, slides=_slide_conv)
+register(FusedWindowLinear, PackedWindowLinear, slides=_slide_linear)
+register(HalvingMaxPool2d, slides=_slide_pool)
 
 
 def _agree(scores: Tensor, expected: Tensor) -> bool:

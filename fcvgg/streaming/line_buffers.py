@@ -15,9 +15,9 @@ from torch import Tensor
 
 from fcvgg.geometry import Pair
 from fcvgg.inference.missing import places_within, readers_of_stages
-from fcvgg.inference.sliding import Part, Sliding
 from fcvgg.inference.stages import Stage
 from fcvgg.rewriting.modules import _GEMM_CELLS
+from fcvgg.rewriting.sliding import Part, Sliding
 from fcvgg.streaming.schedule import AxisRanges, Schedule
 
 
