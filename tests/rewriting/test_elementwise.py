@@ -12,7 +12,7 @@ from nets import Headed, Lambda, images, relative_error, seeded, sliding_window
 from torch import Tensor, nn
 
 import fcvgg
-from fcvgg.rewriting.rules import elementwise, pooling
+from fcvgg.rewriting.rules import elementwise, reductions
 from fcvgg.rewriting.rules.registry import KINDS
 
 OPERANDS: dict[str, Callable[[Tensor], tuple[Any, ...]]] = {
@@ -38,7 +38,7 @@ def cases() -> dict[str, list[tuple[Any, Any]]]:
     x = torch.rand(2, 4, 6, 6, dtype=torch.float64) + 0.1
     found: dict[str, list[tuple[Any, Any]]] = {}
     for target, kind in KINDS.items():
-        ours = kind.elementwise or kind.rewrite is pooling.maximum
+        ours = kind.elementwise or kind.rewrite is reductions.maximum
         drops = kind.rewrite is elementwise.dropout
         if not ours or isinstance(target, type) or drops or target == "to":
             continue

@@ -21,10 +21,10 @@ kernel takes ten, here the two forms of torch's power-average pool::
         return build.window(call, build.as_map(x, call), windows, pools="other")
 
 The package's own kinds stand in one file a family: `elementwise`, `channels` (normalisation,
-softmax, statistics), `joining` (concatenation, stacks), `convolution`, `pooling`, `fully_connected`
-and `products` (with parameters), `reshaping` (what only moves elements), `patches` (blocks of
-positions that become channels), and `refused` (what would not stay exact, and why). What is in none
-is refused by name.
+softmax), `reductions` (means, norms and ranks of channels or of a window), `joining`
+(concatenation, stacks), `convolution`, `pooling`, `fully_connected` and `products` (with
+parameters), `reshaping` (what only moves elements), `patches` (blocks of positions that become
+channels), and `refused` (what would not stay exact, and why). What is in none is refused by name.
 """
 
 from fcvgg.rewriting.modules import TrainingFlag, cut_to
@@ -37,6 +37,7 @@ from fcvgg.rewriting.rules import (
     patches,
     pooling,
     products,
+    reductions,
     refused,
     reshaping,
 )
@@ -59,7 +60,7 @@ __all__ = [
 
 _RULES_LOADED = (
     *(channels, convolution, elementwise, fully_connected, joining, patches, pooling),
-    *(products, refused, reshaping),
+    *(products, reductions, refused, reshaping),
 )
 
 register(TrainingFlag)

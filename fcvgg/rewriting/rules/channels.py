@@ -1,4 +1,4 @@
-"""Layers that work along the channels: normalisation, softmax, statistics."""
+"""Layers that work along the channels: normalisation and softmax."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ from fcvgg.errors import RefusedLayerError, UnsupportedLayerError
 from fcvgg.geometry import Window
 from fcvgg.rewriting.channel_view import channel_view
 from fcvgg.rewriting.emission import Call
-from fcvgg.rewriting.layouts import Cells, Constant, Unusable, channels_along
+from fcvgg.rewriting.layouts import Cells, Constant, channels_along
 from fcvgg.rewriting.map_builder import MapBuilder
 from fcvgg.rewriting.marks import FollowsTraining
 from fcvgg.rewriting.modules import ChannelLayerNorm, ChannelRMSNorm
 from fcvgg.rewriting.program import Windows
 from fcvgg.rewriting.rules.convolution import values_of
 from fcvgg.rewriting.rules.elementwise import act_elementwise
-from fcvgg.rewriting.rules.pooling import along_channels, features_of, reduced
+from fcvgg.rewriting.rules.pooling import features_of
+from fcvgg.rewriting.rules.reductions import along_channels, axis_of
 from fcvgg.rewriting.rules.registry import attributes, calling, register, rule
 
 
@@ -222,170 +223,12 @@ def normalize(
     eps: float = 1e-12,
     out: None = None,
 ) -> Cells:
-    axis = _axis(call, input, dim)
+    axis = axis_of(call, input, dim)
     if channels_along(input, axis) is None:
         return along_channels(build, call, input, (axis,), "normalize", p, eps)
     x = build.features(call, input, axis)
     node = build.emit_function(call, F.normalize, x, p, 1, eps)
     return replace(x, node=node).meaning_of("logits")
-
-
-@rule(torch.linalg.vector_norm, has_extent=True)
-def vector_norm(
-    build: MapBuilder,
-    call: Call,
-    x: Any,
-    ord: float = 2,
-    dim: Any = None,
-    keepdim: bool = False,
-    **_: Any,
-) -> Cells:
-    return reduced(build, call, x, dim, keepdim, "norm", float(ord))
-
-
-@rule(*calling("var"), has_extent=True)
-def variance(
-    build: MapBuilder,
-    call: Call,
-    input: Any,
-    dim: Any = None,
-    unbiased: bool = True,
-    keepdim: bool = False,
-    correction: float | None = None,
-) -> Cells:
-    divisor = int(unbiased) if correction is None else correction
-    return reduced(build, call, input, dim, keepdim, "var", divisor)
-
-
-@rule(*calling("median"), has_extent=True)
-def median(build: MapBuilder, call: Call, input: Any, dim: Any, keepdim: bool = False) -> Any:
-    indices = Unusable("the indices of a median, which depend on the map's size")
-    return reduced(build, call, input, dim, keepdim, "median"), indices
-
-
-@rule(*calling("cumsum", "cumprod", "logcumsumexp"), has_extent=True)
-def cumulate(build: MapBuilder, call: Call, input: Any, dim: int, **_: Any) -> Cells:
-    name = call.kind.removeprefix("Tensor.")
-    return along_channels(build, call, input, (_axis(call, input, dim),), name)
-
-
-@rule(*calling("topk"), has_extent=True)
-def topk(
-    build: MapBuilder,
-    call: Call,
-    input: Any,
-    k: int,
-    dim: int = -1,
-    largest: bool = True,
-    sorted: bool = True,
-) -> Any:
-    return _ranked(build, call, input, dim, "topk", k, largest)
-
-
-@rule(*calling("sort"), has_extent=True)
-def sort(
-    build: MapBuilder,
-    call: Call,
-    input: Any,
-    dim: int = -1,
-    descending: bool = False,
-    stable: bool = False,
-) -> Any:
-    return _ranked(build, call, input, dim, "sort", descending)
-
-
-@rule(*calling("kthvalue"), has_extent=True)
-def kthvalue(
-    build: MapBuilder, call: Call, input: Any, k: int, dim: int = -1, keepdim: bool = False
-) -> Any:
-    axis = _axis(call, input, dim)
-    made = along_channels(build, call, input, (axis,), "kthvalue", k, keepdim=keepdim)
-    return made, Unusable("the indices of a choice, which depend on the map's size")
-
-
-def _ranked(
-    build: MapBuilder, call: Call, x: Any, dim: int, name: str, *settings: Any
-) -> tuple[Cells, Unusable]:
-    """The values of each channel's positions by rank; the classes' scores stay in their order."""
-    axis = _axis(call, x, dim)
-    if channels_along(x, axis) is not None:
-        raise RefusedLayerError(
-            f"{call} is refused: the scores of all classes must come out, not a choice among them"
-        )
-    made = along_channels(build, call, x, (axis,), name, *settings)
-    return made, Unusable(f"the indices of {name}, which depend on the map's size")
-
-
-@rule(nn.GLU, F.glu, arguments=attributes("dim"))
-def glu(build: MapBuilder, call: Call, input: Any, dim: int = -1) -> Cells:
-    return along_channels(build, call, input, (_axis(call, input, dim),), "glu")
-
-
-@rule(
-    *(nn.AvgPool3d, *calling("avg_pool3d")),
-    arguments=attributes(
-        *("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad"),
-        "divisor_override",
-    ),
-)
-def avg_pool3d(
-    build: MapBuilder,
-    call: Call,
-    input: Any,
-    kernel_size: Any,
-    stride: Any = None,
-    padding: Any = 0,
-    ceil_mode: bool = False,
-    count_include_pad: bool = True,
-    divisor_override: int | None = None,
-) -> Cells:
-    """Averages over neighbouring channels, as in local response normalisation (N, 1, C, H, W)."""
-    kernel, step, pads = (
-        tuple(v) if isinstance(v, (tuple, list)) else (v,) * 3
-        for v in (kernel_size, kernel_size if stride in (None, []) else stride, padding)
-    )
-    view = channel_view(input) if isinstance(input, Cells) else None
-    over_channels = view is not None and view.axes == (0, 1) and view.sizes[0] == 1
-    if not over_channels or kernel[1:] != (1, 1) or step[1:] != (1, 1) or any(pads[1:]):
-        raise UnsupportedLayerError(
-            f"{call} pools over {kernel}; expected a kernel (n, 1, 1) over channels (N, 1, C, H, W)"
-        )
-    settings = (kernel[0], step[0], pads[0], ceil_mode, count_include_pad, divisor_override)
-    return along_channels(build, call, input, (1,), "avg_pool", *settings)
-
-
-@rule(
-    *(nn.AdaptiveAvgPool1d, *calling("adaptive_avg_pool1d")),
-    arguments=attributes("output_size"),
-    has_extent=True,
-    role="avgpool",
-)
-def adaptive_avg_pool1d(build: MapBuilder, call: Call, input: Any, output_size: Any) -> Cells:
-    return _adaptive_pool1d(build, call, input, output_size, "avg")
-
-
-@rule(
-    *(nn.AdaptiveMaxPool1d, *calling("adaptive_max_pool1d")),
-    arguments=attributes("output_size", "return_indices"),
-    has_extent=True,
-    role="maxpool",
-)
-def adaptive_max_pool1d(
-    build: MapBuilder, call: Call, input: Any, output_size: Any, return_indices: bool = False
-) -> Cells:
-    if return_indices:
-        raise UnsupportedLayerError(f"{call} returns indices, which depend on the map's size")
-    return _adaptive_pool1d(build, call, input, output_size, "max")
-
-
-def _adaptive_pool1d(build: MapBuilder, call: Call, x: Any, size: Any, kind: str) -> Cells:
-    """Bins of the last dimension: all positions of each channel, as a global pool."""
-    bins = size[0] if isinstance(size, (tuple, list)) else size
-    if not isinstance(x, Cells) or len(x.dims) != 2:
-        raise UnsupportedLayerError(f"{call} expects a value (N, C, L) of the image")
-    if bins == 1:
-        return reduced(build, call, x, -1, True, "mean" if kind == "avg" else "amax")
-    return along_channels(build, call, x, (1,), f"adaptive_{kind}_pool1d", bins)
 
 
 @rule(nn.Softmax, *calling("softmax"), arguments=attributes("dim"), positional=True, role="prob")
@@ -418,7 +261,7 @@ def _softmax(
 ) -> Cells:
     if dim is None and isinstance(x, Cells):  # torch's implicit choice
         dim = 0 if len(x.dims) in (0, 2) else 1
-    axis = _axis(call, x, dim)
+    axis = axis_of(call, x, dim)
     if channels_along(x, axis) is None:
         view = channel_view(x)
         classes = view is not None and axis in view.axes  # of each position, or head
@@ -426,13 +269,3 @@ def _softmax(
         return made.meaning_of(activation if classes else "logits")
     x = build.features(call, x, axis)
     return replace(x, node=build.emit_function(call, function, x, 1)).meaning_of(activation)
-
-
-def _axis(call: Call, x: Any, dim: Any) -> int:
-    """The layout's axis of the source's dimension `dim`."""
-    if not isinstance(x, Cells) or not isinstance(dim, int):
-        raise UnsupportedLayerError(f"{call} works along {dim!r}; expected the classes")
-    axis = x.axis_of(dim)
-    if axis is None:
-        raise UnsupportedLayerError(f"{call} works along dimension {dim}, the images of the batch")
-    return axis

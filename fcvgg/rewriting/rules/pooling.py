@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
-from math import prod
 from typing import Any
 
 import torch
@@ -13,21 +11,16 @@ from torch import Tensor, fx, nn
 
 from fcvgg.errors import UnsupportedLayerError
 from fcvgg.geometry import Pair, Window
-from fcvgg.rewriting.channel_view import channel_view
 from fcvgg.rewriting.emission import Call
-from fcvgg.rewriting.layouts import Cells, Constant, Unusable, pooled_layout, with_channels
+from fcvgg.rewriting.layouts import Cells, with_channels
 from fcvgg.rewriting.map_builder import MapBuilder
 from fcvgg.rewriting.marks import FeatureSize
 from fcvgg.rewriting.modules import (
-    ALONG_CHANNELS,
-    REDUCTIONS,
     BinnedPool2d,
     DilatedAvgPool2d,
-    over_channels,
 )
 from fcvgg.rewriting.program import Windows
 from fcvgg.rewriting.rules.convolution import padded_apart, settings_of
-from fcvgg.rewriting.rules.elementwise import act_elementwise
 from fcvgg.rewriting.rules.registry import (
     attributes,
     calling,
@@ -131,9 +124,14 @@ def adaptive_avg_pool2d(build: MapBuilder, call: Call, input: Any, output_size: 
 def adaptive_max_pool2d(
     build: MapBuilder, call: Call, input: Any, output_size: Any, return_indices: bool = False
 ) -> Cells:
-    if return_indices:
-        raise UnsupportedLayerError(f"{call} returns indices, which depend on the map's size")
+    refuse_indices(call, return_indices)
     return _adaptive(build, call, input, "max", output_size)
+
+
+def refuse_indices(call: Call, wanted: bool) -> None:
+    """Refuse a pool that is asked where its maxima lie."""
+    if wanted:
+        raise UnsupportedLayerError(f"{call} returns indices, which depend on the map's size")
 
 
 def _adaptive(build: MapBuilder, call: Call, input: Any, kind: str, output_size: Any) -> Cells:
@@ -144,118 +142,6 @@ def _adaptive(build: MapBuilder, call: Call, input: Any, kind: str, output_size:
     any_size = None in wanted or wanted == (1, 1)
     wants = None if any_size else (height, width)
     return pool_window(build, call, x, kind, (height, width), wants=wants)
-
-
-@rule(*calling("max"))
-def maximum(
-    build: MapBuilder, call: Call, input: Any, dim: Any = None, keepdim: bool = False, **names: Any
-) -> Any:
-    """The larger of two values, or a maximum over the rows or columns of each channel."""
-    # `torch.max` is two functions: of two tensors, and over a dimension.
-    other = names.get("other", dim)
-    if isinstance(other, (Cells, Constant)):
-        return act_elementwise(build, call, input, other, as_function=torch.maximum)
-    dim = names.get("axis", dim)
-    if dim is None:
-        raise UnsupportedLayerError(f"{call} reduces over the images of the batch")
-    indices = Unusable("the indices of a maximum, which depend on the map's size")
-    return reduced(build, call, input, dim, keepdim, "amax"), indices
-
-
-@rule(*calling("mean", "sum", "amax", "amin", "prod", "logsumexp"), has_extent=True)
-def reduce_values(
-    build: MapBuilder, call: Call, input: Any, dim: Any = None, keepdim: bool = False, **names: Any
-) -> Any:
-    """A mean, sum or the like over rows and columns of each channel, or over channels."""
-    dim = names.get("axis", dim)
-    return reduced(build, call, input, dim, keepdim, call.kind.removeprefix("Tensor."))
-
-
-def reduced(
-    build: MapBuilder, call: Call, input: Any, dim: Any, keepdim: bool, name: str, *settings: Any
-) -> Cells:
-    """A function that leaves one value of those along some dimensions.
-
-    Over all rows or columns of each channel a mean, sum or maximum is a pool. Over channels it is
-    computed at every position, and over anything else for every window, whose elements are
-    gathered first.
-
-    Args:
-        name: a key of `fcvgg.rewriting.modules.REDUCTIONS`.
-        settings: further arguments of it.
-    """
-    if not isinstance(input, Cells):
-        raise UnsupportedLayerError(f"{call} reduces something that is no value of the image")
-    axes = _axes(call, input, dim)
-    left = pooled_layout(input, axes) if name in _POOLS and not settings else None
-    if left is None:
-        return along_channels(build, call, input, axes, name, *settings, keepdim=keepdim)
-    bins, layout = left
-    # The order of the elements within what is reduced does not matter, so the map can be pooled
-    # as it lies; the layout of what is left is put back afterwards.
-    whole = replace(input, moved=None)
-    pooled = pool_window(build, call, whole, _POOLS[name], bins, 1 if name == "sum" else None)
-    for axis in axes if keepdim else ():
-        layout = layout.unsqueeze(axis)
-    return _without_axes(replace(pooled, moved=layout), input, () if keepdim else axes)
-
-
-_POOLS = {"mean": "avg", "sum": "avg", "amax": "max"}
-"""Reductions of positions that torch's pools compute, by the kind of pool."""
-
-
-def _axes(call: Call, x: Cells, dim: Any) -> tuple[int, ...]:
-    """The layout's axes of the source's dimensions."""
-    dims = range(len(x.dims) + 1) if dim is None else (dim,) if isinstance(dim, int) else dim
-    axes = [x.axis_of(d) for d in dims]
-    if not axes or any(axis is None for axis in axes):
-        raise UnsupportedLayerError(f"{call} reduces over the images of the batch")
-    return tuple(sorted(axis for axis in axes if axis is not None))
-
-
-def _without_axes(result: Cells, x: Cells, axes: Sequence[int]) -> Cells:
-    """The place of the images' axis once axes before it are gone."""
-    return replace(result, batch=x.batch - sum(axis < x.batch for axis in axes))
-
-
-def along_channels(
-    build: MapBuilder,
-    call: Call,
-    x: Cells,
-    axes: tuple[int, ...],
-    name: str,
-    *settings: Any,
-    keepdim: bool = True,
-) -> Cells:
-    """A function along axes of channels; where they are not, of every window's elements.
-
-    Args:
-        axes: of the layout.
-        name: a key of `fcvgg.rewriting.modules.ALONG_CHANNELS`.
-        keepdim: whether the axes are kept, of length 1, by a function that reduces them.
-    """
-    view = channel_view(x)
-    if view is None or not set(axes) <= set(view.axes):
-        x = build.gathered(x, call)
-        view = channel_view(x)
-        assert view is not None
-    dims = tuple(view.axes.index(axis) for axis in axes)
-    node = x.node
-    if not torch.equal(view.channels.flatten(), torch.arange(x.extent[0])):
-        node = build.chosen(node, view.channels.flatten())
-    like = torch.empty(1, *view.sizes, 1, 1, device="meta")
-    sizes = ALONG_CHANNELS[name](like, tuple(1 + dim for dim in dims), *settings).shape[1:-2]
-    made = build.emit_function(
-        *(call, over_channels, replace(x, node=node), name, view.sizes, dims, settings),
-        channels=prod(sizes),
-    )
-    result = view.laid_out(x, sizes, node=made).computed_from([x])
-    if keepdim or name not in REDUCTIONS:
-        return result
-    layout = result.layout
-    for axis in reversed(axes):
-        layout = layout.squeeze(axis)
-    return _without_axes(replace(result, moved=layout), x, axes)
 
 
 def _is_global(
@@ -349,8 +235,7 @@ def max_pool2d(
     ceil_mode: bool = False,
     return_indices: bool = False,
 ) -> Cells:
-    if return_indices:
-        raise UnsupportedLayerError(f"{call} returns indices, which depend on the map's size")
+    refuse_indices(call, return_indices)
     x = build.as_map(input, call)
     kernel = pair_of(kernel_size)
     plain = pair_of(dilation) == (1, 1)
@@ -486,22 +371,3 @@ register(
     role="pool",
 )
 register(BinnedPool2d, slides=_slide_bins)
-
-
-def _slide_over_channels(
-    name: str,
-    sizes: tuple[int, ...],
-    dims: tuple[int, ...],
-    settings: tuple[Any, ...],
-    channels: int,
-) -> Sliding:
-    """A window of one position, since the function may change the number of channels."""
-
-    def run(x: Tensor, part: Part) -> Tensor:
-        return over_channels(x, name, sizes, dims, settings, channels)
-
-    windows = Window(), Window()
-    return Sliding(windows, run, channels=channels, pads_width=True, pads_height=True)
-
-
-register(over_channels, slides=_slide_over_channels)

@@ -17,7 +17,7 @@ from fcvgg.rewriting.layouts import Cells, Constant
 from fcvgg.rewriting.map_builder import MapBuilder
 from fcvgg.rewriting.rules.elementwise import act_elementwise
 from fcvgg.rewriting.rules.fully_connected import fully_connected
-from fcvgg.rewriting.rules.pooling import reduced
+from fcvgg.rewriting.rules.reductions import reduced
 from fcvgg.rewriting.rules.registry import attributes, calling, rule
 
 
