@@ -105,10 +105,12 @@ def network_for(
     Raises:
         FcvggError: that says why this machine or model has none.
     """
-    if name == "source" and source is None:
-        raise FcvggError("a bundle holds the converted network only")
-    if name in ("source", "plain"):
-        return source if source is not None and name == "source" else net
+    if name == "plain":
+        return net
+    if name == "source":
+        if source is None:
+            raise FcvggError("a bundle holds the converted network only")
+        return source
     if _OPTIONS[name].get("dtype") == torch.bfloat16 and not has_bfloat16():
         raise FcvggError("the processor has no bfloat16")
     return optimize(net, size=size, **_OPTIONS[name])
