@@ -27,7 +27,7 @@ import fcvgg
 from fcvgg.demo import demo_photograph
 from fcvgg.images.reading import read_image
 from fcvgg.streaming.slide_maps import SlideMap
-from fcvgg.support.atomic import written_whole
+from fcvgg.support.atomic import atomic_file
 
 TILE = 512
 
@@ -40,7 +40,7 @@ def main() -> None:
     slide, side = folder / f"slide-{arguments.side}.tif", arguments.side
     if arguments.photo or not slide.exists():
         photograph = np.asarray(read_image(arguments.photo or demo_photograph()).convert("RGB"))
-        with written_whole(slide) as unfinished:
+        with atomic_file(slide) as unfinished:
             tifffile.imwrite(
                 unfinished,
                 tiles(photograph, side),

@@ -34,7 +34,7 @@ from fcvgg.streaming.execution import as_array, bands, chunked
 from fcvgg.streaming.job import StreamJob, as_result, plan_in_memory
 from fcvgg.streaming.resumption import open_or_create_store
 from fcvgg.streaming.strip_plan import StripPlan, parsed_memory
-from fcvgg.support.atomic import STORE_ENDINGS, TABLE_ENDINGS, checked_folder, folder_written_whole
+from fcvgg.support.atomic import STORE_ENDINGS, TABLE_ENDINGS, atomic_folder, checked_folder
 from fcvgg.support.extras import imported
 from fcvgg.support.locking import locked
 from fcvgg.support.module_state import evaluating
@@ -398,7 +398,7 @@ def _write_folder(out: str | os.PathLike[str]) -> Iterator[str]:
         return
     path = Path(out).absolute()
     path.parent.mkdir(parents=True, exist_ok=True)
-    with folder_written_whole(path) as unfinished:
+    with atomic_folder(path) as unfinished:
         yield str(unfinished)
 
 

@@ -1,8 +1,9 @@
 """Where the cells of a score map lie on the image: integer arithmetic alone, no torch.
 
-One axis is described by `Axis`, a chain (or a graph, for networks with branches) of `Window` steps.
-`Geometry` holds one axis for the height and one for the width and answers in ``(h, w)`` pairs,
-``(y, x)`` points and half-open ``(top, left, bottom, right)`` boxes. Points are pixel indices: the
+One axis is described by `Axis`, a chain (or a graph, for networks with branches) of steps, each
+with the `KernelGeometry` of a layer. `Geometry` holds one axis for the height and one for the width
+and answers in ``(h, w)`` pairs, ``(y, x)`` points and half-open ``(top, left, bottom, right)``
+boxes. Points are pixel indices: the
 middle of the first pixel is 0.0. The arithmetic follows "Computing Receptive Fields of
 Convolutional Neural Networks" (https://distill.pub/2019/computing-receptive-fields).
 """
@@ -30,7 +31,7 @@ LARGEST_SIZE = 1 << 20
 
 
 @dataclass(frozen=True)
-class Window:
+class KernelGeometry:
     """What one layer does along one axis: a kernel that slides over zero- or edge-padded input."""
 
     kernel: int = 1
@@ -41,7 +42,7 @@ class Window:
     ceil_mode: bool = False
 
     @classmethod
-    def from_dict(cls, data: Any) -> Window:
+    def from_dict(cls, data: Any) -> KernelGeometry:
         """The window of `dataclasses.asdict`, as a file has it.
 
         Raises:
@@ -63,7 +64,7 @@ class Window:
 
     @property
     def is_identity(self) -> bool:
-        return self == Window()
+        return self == KernelGeometry()
 
     def reads(self, first: int, end: int) -> Pair:
         """The input positions that outputs ``[first, end)`` read, padding included."""
@@ -82,11 +83,17 @@ class Window:
         return max(cells, 0)
 
 
+KernelPair = tuple[KernelGeometry, KernelGeometry]
+"""What a layer does along the height and along the width."""
+
+Window = KernelGeometry  # the class's earlier name, for rules that users have written
+
+
 @dataclass(frozen=True)
 class Step:
     """A window over one earlier step, or the join of several (addition, concatenation)."""
 
-    window: Window
+    window: KernelGeometry
     inputs: tuple[int, ...]
 
 
@@ -463,7 +470,7 @@ def _step_from_dict(data: Any, place: int) -> Step:
             f"the inputs of the geometry's step {place} must be earlier steps, got "
             f"{data['inputs']!r}"
         )
-    return Step(Window.from_dict(data["window"]), tuple(inputs))
+    return Step(KernelGeometry.from_dict(data["window"]), tuple(inputs))
 
 
 def _fields_of(data: Any, names: Iterable[str], what: str) -> dict[str, Any]:

@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import fcvgg
-from fcvgg.geometry import IMAGE, Axis, Geometry, Step, Window, checked_size
+from fcvgg.geometry import IMAGE, Axis, Geometry, KernelGeometry, Step, checked_size
 
 # -- brute force ----------------------------------------------------------------------------------
 
 
-def slid(window: Window, size: int) -> list[range]:
+def slid(window: KernelGeometry, size: int) -> list[range]:
     """The input positions that each output of a window reads, padding included, by torch's rule."""
     free = size + window.before + window.after - window.span
     starts, start = [], 0
@@ -49,13 +49,13 @@ def simulated(axis: Axis, size: int, padding: tuple[int, int] = (0, 0)) -> list[
     return computed[-1]
 
 
-def windows(ceil: bool = True) -> st.SearchStrategy[Window]:
+def windows(ceil: bool = True) -> st.SearchStrategy[KernelGeometry]:
     @st.composite
-    def draw_window(draw: st.DrawFn) -> Window:
+    def draw_window(draw: st.DrawFn) -> KernelGeometry:
         kernel, dilation = draw(st.integers(1, 5)), draw(st.integers(1, 2))
         span = (kernel - 1) * dilation + 1
         padding = draw(st.integers(0, span // 2))
-        return Window(
+        return KernelGeometry(
             kernel=kernel,
             stride=draw(st.integers(1, 3)),
             dilation=dilation,
@@ -67,7 +67,7 @@ def windows(ceil: bool = True) -> st.SearchStrategy[Window]:
     return draw_window()
 
 
-def chain(*windows: Window) -> Axis:
+def chain(*windows: KernelGeometry) -> Axis:
     return Axis(tuple(Step(window, (i - 1,)) for i, window in enumerate(windows)))
 
 
@@ -78,7 +78,7 @@ chains = st.lists(windows(), min_size=1, max_size=4).map(lambda ws: chain(*ws))
 
 
 @given(windows(), st.integers(1, 30))
-def test_output_size_is_torchs(window: Window, size: int) -> None:
+def test_output_size_is_torchs(window: KernelGeometry, size: int) -> None:
     assume(window.before == window.after)
     assume(window.ceil_mode or size + 2 * window.before >= window.span)
     image = torch.zeros(1, 1, size)
@@ -163,9 +163,16 @@ def test_an_image_below_the_window_is_centred_in_it(axis: Axis, size: int) -> No
 
 
 def test_branches_join_to_the_union_of_their_fields() -> None:
-    wide, narrow = Window(kernel=3, stride=2, before=1, after=1), Window(kernel=1, stride=2)
-    steps = (Step(wide, (IMAGE,)), Step(Window(3, before=1, after=1), (0,)), Step(narrow, (IMAGE,)))
-    axis = Axis((*steps, Step(Window(), (1, 2))))  # a residual block that halves its input
+    wide, narrow = (
+        KernelGeometry(kernel=3, stride=2, before=1, after=1),
+        KernelGeometry(kernel=1, stride=2),
+    )
+    steps = (
+        Step(wide, (IMAGE,)),
+        Step(KernelGeometry(3, before=1, after=1), (0,)),
+        Step(narrow, (IMAGE,)),
+    )
+    axis = Axis((*steps, Step(KernelGeometry(), (1, 2))))  # a residual block that halves its input
     assert axis.upto(0).agree(axis.upto(2))
     assert (axis.stride, axis.receptive_field, axis.offset) == (2, 7, -3)
     for size in range(1, 20):
@@ -175,16 +182,16 @@ def test_branches_join_to_the_union_of_their_fields() -> None:
 
 
 def test_branches_that_differ_at_some_size_do_not_agree() -> None:
-    floor, ceil = Window(2, 2), Window(2, 2, ceil_mode=True)
+    floor, ceil = KernelGeometry(2, 2), KernelGeometry(2, 2, ceil_mode=True)
     assert chain(floor).sizes(8) == chain(ceil).sizes(8)
     assert not chain(floor).agree(chain(ceil))
-    assert not chain(floor).agree(chain(Window(2)))
-    assert chain(Window(3, before=1, after=1)).agree(chain(Window()))
+    assert not chain(floor).agree(chain(KernelGeometry(2)))
+    assert chain(KernelGeometry(3, before=1, after=1)).agree(chain(KernelGeometry()))
 
 
 def test_a_kernel_beyond_every_image_is_an_error() -> None:
     with pytest.raises(fcvgg.GeometryError, match=r"no input up to 1048576 pixels gives 1 cell"):
-        _ = chain(Window(kernel=1 << 21)).window
+        _ = chain(KernelGeometry(kernel=1 << 21)).window
 
 
 # -- both axes ------------------------------------------------------------------------------------
@@ -207,7 +214,10 @@ def test_touches_padding_crosses_the_axes(height: Axis, width: Axis, h: int, w: 
 
 
 def test_results_are_height_first() -> None:
-    geometry = Geometry(chain(Window(3, before=1, after=1), Window(2, 2)), chain(Window(5, 3)))
+    geometry = Geometry(
+        chain(KernelGeometry(3, before=1, after=1), KernelGeometry(2, 2)),
+        chain(KernelGeometry(5, 3)),
+    )
     assert geometry.window == (2, 5)
     assert geometry.stride == (2, 3)
     assert geometry.receptive_field == (4, 5)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from contenders import CONTENDERS, PLAIN
 from fcvgg.errors import ArgumentError, FcvggError, one_line
-from fcvgg.support.atomic import written_whole
+from fcvgg.support.atomic import atomic_file
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -218,9 +218,9 @@ class Benchmark:
         paths = [folder / f"speed.{ending}" for ending in ("md", "json", "png")]
         try:
             for path, text in zip(paths, (self.markdown(), json.dumps(asdict(self), indent=1))):
-                with written_whole(path) as temporary:
+                with atomic_file(path) as temporary:
                     temporary.write_text(text)
-            with written_whole(paths[2]) as temporary:
+            with atomic_file(paths[2]) as temporary:
                 self.plot().savefig(temporary, format="png")
         except OSError as error:
             raise FcvggError(f"cannot write {folder}: {one_line(error)}") from error

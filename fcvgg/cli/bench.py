@@ -15,7 +15,7 @@ from fcvgg.cli.options import MODEL_HELP, Arch, InputSize, lengths, output_folde
 from fcvgg.cli.reports import by, table, titled
 from fcvgg.errors import ArgumentError, FcvggError, check_choice
 from fcvgg.names import counted
-from fcvgg.support.atomic import written_whole
+from fcvgg.support.atomic import atomic_file
 from fcvgg.support.progress import progress_bar
 
 if TYPE_CHECKING:
@@ -150,7 +150,7 @@ def run(
         say(f"milliseconds per call, {clock} time; {machine}")
         say("vs source, vs plain: windows per second, relative to theirs")
     if out is not None:
-        with written_whole(folder(out) / "bench.json") as temporary:
+        with atomic_file(folder(out) / "bench.json") as temporary:
             temporary.write_text(json.dumps(data, indent=1))
         say_wrote(out / "bench.json")
 

@@ -35,7 +35,7 @@ from fcvgg.names import counted, readable
 from fcvgg.network import FullyConvolutional
 from fcvgg.probability import MeanOfViews, to_probabilities
 from fcvgg.rewriting.outputs import flattened
-from fcvgg.support.atomic import JSON_ENDINGS, checked_file, written_whole
+from fcvgg.support.atomic import JSON_ENDINGS, atomic_file, checked_file
 from fcvgg.support.extras import imported
 from fcvgg.support.module_state import device_of, dtype_of, evaluating
 from fcvgg.support.progress import progress_bar
@@ -240,7 +240,7 @@ class Evaluation:
         # a byte of a name that is not UTF-8 is a lone surrogate, which JSON holds as an escape
         text = text.encode("utf-8", "backslashreplace").decode("utf-8")
         if path is not None:
-            with written_whole(Path(path)) as temporary:
+            with atomic_file(Path(path)) as temporary:
                 temporary.write_text(text + "\n", encoding="utf-8")
         return text
 

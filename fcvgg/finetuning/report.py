@@ -19,7 +19,7 @@ from fcvgg.names import readable
 from fcvgg.network import FullyConvolutional
 from fcvgg.results.figures import save_figure
 from fcvgg.results.heatmap import colour_bar
-from fcvgg.support.atomic import written_whole
+from fcvgg.support.atomic import atomic_file
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -60,7 +60,7 @@ def write_report(result: FineTuned) -> Path:
         names = {"Learning curves": "curves.png", **names}
     for title, figure in figures.items():
         save_figure(figure, folder / names[title])
-    with written_whole(result.report_path) as temporary:
+    with atomic_file(result.report_path) as temporary:
         temporary.write_text(_markdown(result, names, places), encoding="utf-8")
     return result.report_path
 

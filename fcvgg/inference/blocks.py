@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.modules import module as hooks
 
-from fcvgg.geometry import Pair, Window
+from fcvgg.geometry import KernelGeometry, Pair
 from fcvgg.rewriting.rules.registry import is_positional, sliding_of
 from fcvgg.rewriting.sliding import Part, Sliding
 
@@ -93,12 +93,12 @@ class ChainLayer:
     call: Callable[[Tensor], Tensor]
 
     @property
-    def height(self) -> Window:
-        return Window() if self.sliding is None else self.sliding.windows[0]
+    def height(self) -> KernelGeometry:
+        return KernelGeometry() if self.sliding is None else self.sliding.windows[0]
 
     @property
-    def width(self) -> Window:
-        return Window() if self.sliding is None else self.sliding.windows[1]
+    def width(self) -> KernelGeometry:
+        return KernelGeometry() if self.sliding is None else self.sliding.windows[1]
 
 
 @dataclass(frozen=True)

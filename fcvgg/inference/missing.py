@@ -17,12 +17,10 @@ import torch
 from torch import Tensor, fx, nn
 
 from fcvgg.errors import UnsupportedLayerError
-from fcvgg.geometry import Geometry, Window
+from fcvgg.geometry import Geometry, KernelGeometry, KernelPair
 from fcvgg.inference.stages import Stage, stages_of
 from fcvgg.rewriting.modules import cut_to
 from fcvgg.rewriting.sliding import Sliding
-
-Windows = tuple[Window, Window]
 
 
 @dataclass(frozen=True)
@@ -36,7 +34,7 @@ class Reader:
     """
 
     inputs: tuple[int, ...]
-    windows: Windows = (Window(), Window())
+    windows: KernelPair = (KernelGeometry(), KernelGeometry())
     border: str = "constant"
 
     def seen(self, masks: Sequence[Tensor]) -> Tensor:
@@ -50,15 +48,15 @@ class Reader:
 
     def stage(self) -> Stage:
         """The same as a stage, for strips of the image that come with their border."""
-        if self.windows == (Window(), Window()):
+        if self.windows == (KernelGeometry(), KernelGeometry()):
             return Stage("missing", self.inputs, 1, call=self.seen)
-        height, width = (Window(w.kernel, w.stride, w.dilation) for w in self.windows)
+        height, width = (KernelGeometry(w.kernel, w.stride, w.dilation) for w in self.windows)
         inner = Reader(self.inputs, (height, width))
         sliding = Sliding(self.windows, lambda mask, part: inner.seen([mask]), border=self.border)
         return Stage("missing", self.inputs, 1, sliding)
 
 
-def _seen_along(mask: Tensor, dim: int, window: Window, border: str) -> Tensor:
+def _seen_along(mask: Tensor, dim: int, window: KernelGeometry, border: str) -> Tensor:
     """Which outputs along one axis read a marked position: the taps of the kernel, joined."""
     if window.is_identity:
         return mask

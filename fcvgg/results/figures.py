@@ -14,7 +14,7 @@ from fcvgg.geometry import Pair
 from fcvgg.results.colours import class_colours
 from fcvgg.results.drawing import DRAWN, draw_legend, extent_of, frame, reduction, resized
 from fcvgg.results.heatmap import ALPHA, COLOUR_MAP, CONTOURS, Heatmap, colour_bar
-from fcvgg.support.atomic import FIGURE_ENDINGS, checked_file, written_whole
+from fcvgg.support.atomic import FIGURE_ENDINGS, atomic_file, checked_file
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -77,7 +77,7 @@ def save_figure(figure: Figure, path: str | Path) -> Path:
         FcvggError: if the file cannot be written.
     """
     path = checked_file(path, "path", FIGURE_ENDINGS)
-    with written_whole(path) as temporary:
+    with atomic_file(path) as temporary:
         figure.savefig(temporary)
     return path
 

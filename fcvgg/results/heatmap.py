@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw, ImageFont
 from fcvgg.errors import ArgumentError, ImageError, check_share
 from fcvgg.results.boxes import OVERLAP, CellWindows, ScoredBox
 from fcvgg.results.drawing import extent_of, frame, in_colours, png_bytes, reduction
-from fcvgg.support.atomic import HEATMAP_ENDINGS, checked_file, written_whole
+from fcvgg.support.atomic import HEATMAP_ENDINGS, atomic_file, checked_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -272,7 +272,7 @@ class Heatmap:
             FcvggError: if the file cannot be written.
         """
         path = checked_file(path, "path", HEATMAP_ENDINGS, ImageError)
-        with written_whole(path) as temporary, open(temporary, "wb") as file:
+        with atomic_file(path) as temporary, open(temporary, "wb") as file:
             if path.suffix.lower() == ".npy":
                 np.save(file, self.values)
             else:

@@ -16,7 +16,7 @@ from PIL import Image
 from fcvgg.errors import ImageError, check_share
 from fcvgg.results.colours import class_colours
 from fcvgg.results.drawing import DRAWN, draw_legend, extent_of, png_bytes, reduction, resized
-from fcvgg.support.atomic import checked_file, written_whole
+from fcvgg.support.atomic import atomic_file, checked_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -149,7 +149,7 @@ class LabelMap:
             )
         indexed = Image.fromarray(self.labels.astype(np.uint8))
         indexed.putpalette(self._palette().tobytes())
-        with written_whole(path) as temporary:
+        with atomic_file(path) as temporary:
             indexed.save(temporary, "PNG")
         return path
 

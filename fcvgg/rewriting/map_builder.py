@@ -12,12 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from fcvgg.errors import ConversionError, UnsupportedLayerError
-from fcvgg.geometry import Geometry, Pair, Window
+from fcvgg.geometry import Geometry, KernelGeometry, KernelPair, Pair
 from fcvgg.rewriting.capture import Captured
 from fcvgg.rewriting.emission import Call, Emitter
 from fcvgg.rewriting.layouts import Cells, channels_along, chosen_channels, with_channels
 from fcvgg.rewriting.modules import BinnedPool2d, cut_to
-from fcvgg.rewriting.program import LayerRecord, Steps, Windows
+from fcvgg.rewriting.program import LayerRecord, Steps
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,7 @@ class MapBuilder(Emitter):
                         torch.max_pool2d, (branch.node, (1, 1)), {"stride": skip}
                     )
                 node.replace_input_with(branch.node, taken)
-                windows = Window(stride=skip[0]), Window(stride=skip[1])
+                windows = KernelGeometry(stride=skip[0]), KernelGeometry(stride=skip[1])
                 step = self.steps.add(windows, (branch.step,), node.name)
                 branch = replace(branch, node=taken, step=step)
             made.append(branch)
@@ -180,7 +180,7 @@ class MapBuilder(Emitter):
     # -- layers -----------------------------------------------------------------------------------
 
     def record(
-        self, call: Call, kind: str, windows: Windows, result: Cells, multiply_adds: int = 0
+        self, call: Call, kind: str, windows: KernelPair, result: Cells, multiply_adds: int = 0
     ) -> None:
         self.records.append(
             LayerRecord(
@@ -198,8 +198,8 @@ class MapBuilder(Emitter):
         self,
         call: Call,
         x: Cells,
-        windows: Windows,
-        emit: Callable[[Windows, bool], fx.Node] | None = None,
+        windows: KernelPair,
+        emit: Callable[[KernelPair, bool], fx.Node] | None = None,
         multiply_adds: int = 0,
         kind: str | None = None,
         pools: str | None = None,
@@ -232,7 +232,7 @@ class MapBuilder(Emitter):
         self.record(call, kind or call.kind, dense, result, multiply_adds)
         return result
 
-    def _unseen(self, x: Cells, windows: Windows, outputs: Sequence[int]) -> Pair:
+    def _unseen(self, x: Cells, windows: KernelPair, outputs: Sequence[int]) -> Pair:
         """Pixels at the end of the native image that are left out once a layer has run.
 
         Where strides do not divide, a layer leaves out what its last window does not reach; of
@@ -246,7 +246,7 @@ class MapBuilder(Emitter):
             unseen.append(x.unseen[axis] + max(rest, 0) * pixels)
         return unseen[0], unseen[1]
 
-    def _densified(self, call: Call, x: Cells, windows: Windows) -> tuple[Windows, Pair]:
+    def _densified(self, call: Call, x: Cells, windows: KernelPair) -> tuple[KernelPair, Pair]:
         """The windows on this map, with strides beyond the output stride taken out."""
         dense, dilations = [], []
         for window, spread, stride in zip(windows, x.dilation, self.steps.stride_at(x.step)):
@@ -302,15 +302,15 @@ class MapBuilder(Emitter):
         extent = (x.elements, 1, 1)
         return replace(x, node=node, step=step, extent=extent, moved=x.layout, dilation=(1, 1))
 
-    def head_window(self, call: Any, x: Cells, extent: Pair) -> tuple[Cells, Windows]:
+    def head_window(self, call: Any, x: Cells, extent: Pair) -> tuple[Cells, KernelPair]:
         """The window of the head over a map, padded first if the map is to keep its size.
 
         Padding is done once, for all positions that the head takes, so that a cell at the border is
         the head on features with zeros around them.
         """
         kernel = (
-            Window(extent[0], dilation=x.dilation[0]),
-            Window(extent[1], dilation=x.dilation[1]),
+            KernelGeometry(extent[0], dilation=x.dilation[0]),
+            KernelGeometry(extent[1], dilation=x.dilation[1]),
         )
         if not self._same or x.margin is not None or x.positions == 1:
             return x, kernel
@@ -322,12 +322,14 @@ class MapBuilder(Emitter):
         # in pixels, since cell 0 now stands that far before the image
         margin = (top * stride[0], left * stride[1])
         node = self.graph.call_function(F.pad, (x.node, (left, right, top, bottom)))
-        windows = Window(before=top, after=bottom), Window(before=left, after=right)
+        windows = KernelGeometry(before=top, after=bottom), KernelGeometry(before=left, after=right)
         step = self.steps.add(windows, (x.step,), str(call))
         return replace(x, node=node, step=step, margin=margin), kernel
 
 
-def _check_extent(call: Call, windows: Windows, size: Sequence[int], found: Sequence[int]) -> None:
+def _check_extent(
+    call: Call, windows: KernelPair, size: Sequence[int], found: Sequence[int]
+) -> None:
     """The geometry of a rule must give the size that the source's layer gives."""
     expected = tuple(window.output_size(n) for window, n in zip(windows, size))
     if tuple(found) != expected:

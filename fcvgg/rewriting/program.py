@@ -11,10 +11,9 @@ from typing import Any
 from torch import fx, nn
 
 from fcvgg.errors import ConversionError, UnsupportedLayerError
-from fcvgg.geometry import IMAGE, Axis, Geometry, Pair, Step, Window
+from fcvgg.geometry import IMAGE, Axis, Geometry, KernelGeometry, KernelPair, Pair, Step
 from fcvgg.rewriting.outputs import TENSOR, Form
 
-Windows = tuple[Window, Window]
 """A layer along the height and along the width."""
 
 
@@ -24,7 +23,7 @@ class LayerRecord:
 
     name: str
     kind: str
-    windows: Windows
+    windows: KernelPair
     step: int
     channels: int
     parameters: int
@@ -79,7 +78,7 @@ class Steps:
         self._strides: list[Pair] = []
         self._places: list[str] = []
 
-    def add(self, windows: Windows, inputs: Iterable[int], place: str) -> int:
+    def add(self, windows: KernelPair, inputs: Iterable[int], place: str) -> int:
         """Append a step to both axes and return its place; an identity over one input adds none."""
         inputs = tuple(dict.fromkeys(inputs))
         # Element-wise layers add no step, so that the chain holds only what changes the geometry.
@@ -102,7 +101,7 @@ class Steps:
                 f"{place} joins branches with different strides {sorted(strides)}; "
                 "branches must have the same number of input pixels between cells"
             )
-        return self.add((Window(), Window()), inputs, place)
+        return self.add((KernelGeometry(), KernelGeometry()), inputs, place)
 
     def stride_at(self, step: int) -> Pair:
         """Image pixels between neighbours after a step."""

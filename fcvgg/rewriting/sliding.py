@@ -12,8 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fcvgg.geometry import Pair, Window
-from fcvgg.rewriting.program import Windows
+from fcvgg.geometry import KernelGeometry, KernelPair, Pair
 
 
 def pair_of(value: Any) -> Pair:
@@ -24,7 +23,7 @@ def pair_of(value: Any) -> Pair:
 
 def windows_of(
     kernel: Any, stride: Any = None, padding: Any = 0, dilation: Any = 1, ceil_mode: bool = False
-) -> Windows:
+) -> KernelPair:
     """Windows of both axes from torch's settings of a layer; the stride is the kernel when None."""
     kernel, dilation = pair_of(kernel), pair_of(dilation)
     stride = pair_of(stride) if stride not in (None, (), []) else kernel
@@ -35,7 +34,8 @@ def windows_of(
     else:
         pads = [(p, p) for p in pair_of(padding)]
     height, width = (
-        Window(kernel[i], stride[i], dilation[i], *pads[i], ceil_mode=ceil_mode) for i in (0, 1)
+        KernelGeometry(kernel[i], stride[i], dilation[i], *pads[i], ceil_mode=ceil_mode)
+        for i in (0, 1)
     )
     return height, width
 
@@ -58,7 +58,7 @@ class Part:
     pads_width: bool = False
     pads_height: bool = False
 
-    def padding(self, windows: Windows) -> Pair:
+    def padding(self, windows: KernelPair) -> Pair:
         """What the layer itself pads at both ends of the height and of the width."""
         height, width = windows
         return (
@@ -91,7 +91,7 @@ class Sliding:
             that pads nothing and keeps channels and dtype. None where there is only `run`.
     """
 
-    windows: Windows
+    windows: KernelPair
     run: Callable[[Tensor, Part], Tensor]
     channels: int | None = None
     multiplies: int = 1

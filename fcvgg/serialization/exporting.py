@@ -22,12 +22,11 @@ from torch.fx.experimental import _config as shape_config
 from torch.overrides import TorchFunctionMode
 
 from fcvgg.errors import EquivalenceError, FcvggError, MissingExtraError, one_line
-from fcvgg.geometry import Pair
-from fcvgg.rewriting.program import Windows
+from fcvgg.geometry import KernelPair, Pair
 from fcvgg.rewriting.sliding import windows_of
 from fcvgg.rewriting.tracing import operation_name
 from fcvgg.serialization.runtime import onnx_runner
-from fcvgg.support.atomic import EXPORT_ENDINGS, checked_file, written_whole
+from fcvgg.support.atomic import EXPORT_ENDINGS, atomic_file, checked_file
 from fcvgg.support.module_state import device_of, dtype_of, evaluating
 
 _LARGEST_PROTOBUF = 2 * 1024**3
@@ -75,7 +74,7 @@ def export_network(
         program = export_program(network, images)
     entries = {f"fcvgg.{name}": json.dumps(value) for name, value in metadata.items()}
     written = ExportedFile(path)
-    with written_whole(path) as temporary:
+    with atomic_file(path) as temporary:
         if as_onnx:
             _write_onnx(temporary, program, network, entries)
         else:
@@ -352,12 +351,12 @@ def _layer_norm(
     return scaled if bias is None else scaled + bias
 
 
-def _branches(windows: Windows) -> bool:
+def _branches(windows: KernelPair) -> bool:
     """Whether torch may drop a last window that would start beyond the input."""
     return any(window.before or window.stride > window.span for window in windows)
 
 
-def _ends_padded(x: Tensor, windows: Windows, value: float, padded: bool = False) -> Tensor:
+def _ends_padded(x: Tensor, windows: KernelPair, value: float, padded: bool = False) -> Tensor:
     """A map padded so that its windows, rounded down, are those of the bare map rounded up.
 
     `padded` says that the map has the windows' padding at both ends already.

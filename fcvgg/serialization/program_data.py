@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 
 from fcvgg import probability
 from fcvgg.errors import ArgumentError, GeometryError, LoadError, one_line
-from fcvgg.geometry import Geometry, Window
+from fcvgg.geometry import Geometry, KernelGeometry
 from fcvgg.rewriting.modules import TrainingOnly, WindowLinear
 from fcvgg.rewriting.outputs import TENSOR, Form, form_of_data, tuple_of
 from fcvgg.rewriting.program import LayerRecord, Program, TrainingMode, graph_module
@@ -159,7 +159,7 @@ def _geometry(data: Any) -> Geometry:
 
 
 def _record(data: Mapping[str, Any]) -> LayerRecord:
-    height, width = map(Window.from_dict, data["windows"])
+    height, width = map(KernelGeometry.from_dict, data["windows"])
     record = LayerRecord(**{**data, "windows": (height, width)})
     numbers = (
         *(record.step, record.channels, record.parameters),

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fcvgg.errors import FcvggError, LoadError, one_line
 from fcvgg.support import untrusted
-from fcvgg.support.atomic import folder_written_whole
+from fcvgg.support.atomic import atomic_folder
 
 _ALIGNMENT = 64
 """Bytes to whose multiples torch's own allocations are aligned."""
@@ -40,7 +40,7 @@ def saved_folder(path: Path, own: Iterable[str]) -> Iterator[Path]:
         FcvggError: if it cannot be written.
     """
     try:
-        with folder_written_whole(path, own) as folder:
+        with atomic_folder(path, own) as folder:
             yield folder
     except (SafetensorError, ValueError) as error:
         raise FcvggError(f"cannot write {path}: {one_line(error)}") from error

@@ -14,7 +14,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from fcvgg.geometry import Pair, Window
+from fcvgg.geometry import KernelGeometry, Pair
 from fcvgg.inference.stages import Stage
 
 
@@ -27,7 +27,7 @@ class Reach:
             that outputs at the border read more of them.
     """
 
-    window: Window
+    window: KernelGeometry
     size: int
     mirrors: bool = False
 
@@ -71,11 +71,11 @@ class AxisRanges:
 
     def __init__(self, stages: Sequence[Stage], axis: int, size: int, outputs: Pair):
         self.sizes = [size]
-        self.reaches: list[Reach] = [Reach(Window(), size)]
+        self.reaches: list[Reach] = [Reach(KernelGeometry(), size)]
         for stage in stages[1:]:
             fed = min(self.sizes[i] for i in stage.inputs)
             sliding = stage.sliding
-            window = Window() if sliding is None else sliding.windows[axis]
+            window = KernelGeometry() if sliding is None else sliding.windows[axis]
             mirrors = sliding is not None and sliding.border != "constant"
             self.reaches.append(Reach(window, fed, mirrors))
             self.sizes.append(window.output_size(fed))

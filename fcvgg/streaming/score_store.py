@@ -21,7 +21,7 @@ from fcvgg.geometry import Pair
 from fcvgg.images.lazy.georeference import FIELDS
 from fcvgg.streaming.store_description import check_held, checked_description, checked_progress
 from fcvgg.support import untrusted
-from fcvgg.support.atomic import folder_written_whole, written_whole
+from fcvgg.support.atomic import atomic_file, atomic_folder
 from fcvgg.support.extras import imported
 
 if TYPE_CHECKING:
@@ -162,7 +162,7 @@ class ScoreStore:
     def mark(self, block: int, rows: int) -> None:
         """Record how many rows of a block are finished."""
         finished = [*self.finished[:block], rows, *self.finished[block + 1 :]]
-        with written_whole(self.path / _PROGRESS) as temporary:
+        with atomic_file(self.path / _PROGRESS) as temporary:
             temporary.write_text(json.dumps({"finished": finished}))
         self.finished = finished
 
@@ -228,7 +228,7 @@ def create_store(
     if normalized:
         shape = (shape[0] - 1, *shape[1:])
         chunks = (min(shape[0], _CHUNK_CHANNELS), *chunks[1:])
-    with folder_written_whole(path) as folder:
+    with atomic_folder(path) as folder:
         zarr.create_array(
             store=str(folder),
             shape=shape,

@@ -23,7 +23,7 @@ from fcvgg.images.pictures import Picture
 from fcvgg.probability import cells_with_data, normalized, to_probabilities
 from fcvgg.results.heatmap import Heatmap
 from fcvgg.results.interpolation import interpolated, pixel_points, shown, within
-from fcvgg.support.atomic import checked_file, written_whole
+from fcvgg.support.atomic import atomic_file, checked_file
 from fcvgg.support.extras import imported
 
 if TYPE_CHECKING:
@@ -152,7 +152,7 @@ class SlideMap:
             "photometric": "minisblack",
         }
         with (
-            written_whole(path) as temporary,
+            atomic_file(path) as temporary,
             tifffile.TiffWriter(temporary, bigtiff=True, ome=True) as file,
         ):
             for level, size in enumerate(sizes):

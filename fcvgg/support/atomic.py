@@ -101,7 +101,7 @@ def checked_file(
 
 
 @contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
+def atomic_file(path: Path) -> Iterator[Path]:
     """A temporary file next to `path` that takes its name if the block ends without an error.
 
     Raises:
@@ -128,7 +128,7 @@ def written_whole(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def folder_written_whole(path: Path, own: Iterable[str] = ()) -> Iterator[Path]:
+def atomic_folder(path: Path, own: Iterable[str] = ()) -> Iterator[Path]:
     """A temporary folder next to `path` that takes its name if the block ends without an error.
 
     A folder that had the name is removed only then; its files that are not its `own`, by name, go

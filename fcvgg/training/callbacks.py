@@ -18,7 +18,7 @@ from pytorch_lightning.callbacks import Callback, ModelCheckpoint
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 
 from fcvgg.errors import TrainingError
-from fcvgg.support.atomic import written_whole
+from fcvgg.support.atomic import atomic_file
 from fcvgg.support.progress import progress_bar
 from fcvgg.training.checkpoints import BEST, HISTORY, LAST, RUN_KEY, write_checkpoint
 from fcvgg.training.sampling import mixed_seed
@@ -161,7 +161,7 @@ class History(Callback):
     def _write(self) -> None:
         names = list(dict.fromkeys(name for epoch in self.epochs for name in epoch))
         with (
-            written_whole(self.folder / HISTORY) as temporary,
+            atomic_file(self.folder / HISTORY) as temporary,
             open(temporary, "w", newline="", encoding="utf-8", errors="backslashreplace") as file,
         ):
             writer = csv.DictWriter(file, names)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from fcvgg.errors import FcvggError, LoadError, TrainingError, one_line
-from fcvgg.support.atomic import checked_folder, written_whole
+from fcvgg.support.atomic import atomic_file, checked_folder
 from fcvgg.training.settings import Settings
 
 BEST, LAST, HISTORY = "best.ckpt", "last.ckpt", "history.csv"
@@ -96,7 +96,7 @@ def write_checkpoint(checkpoint: Any, path: Path) -> None:
     """
     kept = f"; the one before is kept, {path}" if path.exists() else ""
     try:
-        with written_whole(path) as temporary, open(temporary, "wb") as file:
+        with atomic_file(path) as temporary, open(temporary, "wb") as file:
             torch.save(checkpoint, file)
     except (OSError, RuntimeError, FcvggError) as error:
         # torch's writer ends in a RuntimeError, whose context is the cause

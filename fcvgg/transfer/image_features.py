@@ -30,7 +30,7 @@ from fcvgg.images.reading import prepare
 from fcvgg.loading import load
 from fcvgg.network import FullyConvolutional
 from fcvgg.rewriting.capture import input_channels
-from fcvgg.support.atomic import checked_folder, written_whole
+from fcvgg.support.atomic import atomic_file, checked_folder
 from fcvgg.support.module_state import device_of, dtype_of, evaluating
 from fcvgg.support.progress import progress_bar
 from fcvgg.transfer.extraction import Features, features_upto
@@ -277,7 +277,7 @@ class DiskCache:
             path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise FcvggError(f"cannot make the folder {path.parent}: {error.strerror}") from error
-        with written_whole(path) as temporary:
+        with atomic_file(path) as temporary:
             np.save(temporary, row)
 
     def _path(self, key: str) -> Path:

@@ -14,7 +14,7 @@ from nets import SmallVGG, images, seeded
 from PIL import Image
 
 import fcvgg
-from fcvgg.geometry import Axis, Geometry, Step, Window
+from fcvgg.geometry import Axis, Geometry, KernelGeometry, Step
 from fcvgg.results.colours import class_colours
 from fcvgg.results.figures import side_by_side
 from fcvgg.results.heatmap import CONTOURS, Heatmap
@@ -239,7 +239,7 @@ def test_colour_maps_are_perceptually_uniform() -> None:
 
 def large(height: int, width: int, image: bool = True, classes: int = 5) -> fcvgg.ScoreMap:
     """A smooth map of an image of this size, of which nothing but the picture is that large."""
-    geometry = Geometry(*(Axis((Step(Window(64, 32), (-1,)),)) for _ in range(2)))
+    geometry = Geometry(*(Axis((Step(KernelGeometry(64, 32), (-1,)),)) for _ in range(2)))
     cells = geometry.output_size((height, width))
     noise = torch.randn(1, classes, 6, 8, generator=torch.Generator().manual_seed(0))
     scores = 4 * torch.nn.functional.interpolate(noise, cells, mode="bilinear")[0]

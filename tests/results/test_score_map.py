@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import fcvgg
-from fcvgg.geometry import IMAGE, Axis, Geometry, Step, Window
+from fcvgg.geometry import IMAGE, Axis, Geometry, KernelGeometry, Step
 from fcvgg.results.score_map import ScoreMap
 
 
 def axis(window: int = 32, stride: int = 8, padding: int = 0) -> Axis:
-    return Axis((Step(Window(window, stride, before=padding, after=padding), (IMAGE,)),))
+    return Axis((Step(KernelGeometry(window, stride, before=padding, after=padding), (IMAGE,)),))
 
 
 def score_map(cells: tuple[int, int], classes: int = 3, **changes: object) -> ScoreMap:

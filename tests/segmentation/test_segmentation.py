@@ -29,7 +29,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 import fcvgg
-from fcvgg.geometry import IMAGE, Axis, Geometry, Step, Window
+from fcvgg.geometry import IMAGE, Axis, Geometry, KernelGeometry, Step
 from fcvgg.segmentation.backbone import return_maps_, with_first_map
 from fcvgg.segmentation.mask_folders import MaskedImages, read_mask, train_and_valid
 from fcvgg.segmentation.module import SegmentationModule
@@ -43,7 +43,7 @@ PLAIN = fcvgg.Preprocess((0.0,) * 3, (1.0,) * 3)
 
 
 def axis_of(stride: int, kernel: int, before: int, after: int) -> Axis:
-    return Axis((Step(Window(kernel, stride, before=before, after=after), (IMAGE,)),))
+    return Axis((Step(KernelGeometry(kernel, stride, before=before, after=after), (IMAGE,)),))
 
 
 def geometry_of(*window: int) -> Geometry:

@@ -11,14 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fcvgg.errors import RefusedLayerError, UnsupportedLayerError
-from fcvgg.geometry import Window
+from fcvgg.geometry import KernelGeometry, KernelPair
 from fcvgg.rewriting.channel_view import channel_view
 from fcvgg.rewriting.emission import Call
 from fcvgg.rewriting.layouts import Cells, Constant, channels_along
 from fcvgg.rewriting.map_builder import MapBuilder
 from fcvgg.rewriting.marks import FollowsTraining
 from fcvgg.rewriting.modules import ChannelLayerNorm, ChannelRMSNorm
-from fcvgg.rewriting.program import Windows
 from fcvgg.rewriting.rules.convolution import values_of
 from fcvgg.rewriting.rules.elementwise import act_elementwise
 from fcvgg.rewriting.rules.pooling import features_of
@@ -186,7 +185,7 @@ def _as_row(build: MapBuilder, value: Any) -> Any:
 
 def _features_in_order(
     build: MapBuilder, call: Call, x: Any, shape: Sequence[int]
-) -> tuple[Cells, Windows, Tensor | None]:
+) -> tuple[Cells, KernelPair, Tensor | None]:
     """The value with its last dimensions as the channels, in order, and the layout that it has.
 
     Over more than the channels, a norm is one over all elements of each window.
@@ -201,7 +200,7 @@ def _features_in_order(
         )
     if x.dims == x.extent:
         build.begin_head(x, x.extent[1:], call)
-    height, width = (Window(n, dilation=d) for n, d in zip(x.extent[1:], x.dilation))
+    height, width = (KernelGeometry(n, dilation=d) for n, d in zip(x.extent[1:], x.dilation))
     x = build.gathered(x, call)
     flat = build.features(call, replace(x, moved=x.layout.flatten()), 0)
     return flat, (height, width), flat.layout.reshape(x.dims)

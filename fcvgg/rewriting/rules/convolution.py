@@ -10,17 +10,16 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from fcvgg.errors import UnsupportedLayerError
-from fcvgg.geometry import Window
+from fcvgg.geometry import KernelGeometry, KernelPair
 from fcvgg.rewriting.emission import Call
 from fcvgg.rewriting.layouts import Cells, Constant, with_channels
 from fcvgg.rewriting.map_builder import MapBuilder
 from fcvgg.rewriting.modules import over_channels
-from fcvgg.rewriting.program import Windows
 from fcvgg.rewriting.rules.registry import attributes, calling, rule
 from fcvgg.rewriting.sliding import Part, Sliding, windows_of
 
 
-def settings_of(windows: Windows) -> dict[str, Any]:
+def settings_of(windows: KernelPair) -> dict[str, Any]:
     """Torch's arguments of windows with equal padding on both sides."""
     height, width = windows
     return {
@@ -30,13 +29,13 @@ def settings_of(windows: Windows) -> dict[str, Any]:
     }
 
 
-def padded_apart(build: MapBuilder, x: fx.Node, windows: Windows, value: float) -> fx.Node:
+def padded_apart(build: MapBuilder, x: fx.Node, windows: KernelPair, value: float) -> fx.Node:
     height, width = windows
     pads = (width.before, width.after, height.before, height.after)
     return build.graph.call_function(F.pad, (x, pads, "constant", value)) if any(pads) else x
 
 
-def _padded_alike(build: MapBuilder, x: Cells, windows: Windows) -> tuple[Cells, Windows]:
+def _padded_alike(build: MapBuilder, x: Cells, windows: KernelPair) -> tuple[Cells, KernelPair]:
     """The map padded with zeros first, where the window pads its two ends differently."""
     if all(w.before == w.after for w in windows):
         return x, windows
@@ -118,7 +117,7 @@ def conv2d(
         )
     windows = windows_of(values.shape[2:], stride, padding, dilation)
 
-    def emit(dense: Windows, changed: bool) -> fx.Node:
+    def emit(dense: KernelPair, changed: bool) -> fx.Node:
         # The source's layer itself stays in the network wherever strides stay as they are.
         if not changed:
             return build.repeat(call, x)
@@ -137,7 +136,7 @@ def conv2d(
     return build.window(call, x, windows, emit, values.numel(), kind)
 
 
-def _dilated_conv(conv: nn.Module, windows: Windows) -> nn.Module:
+def _dilated_conv(conv: nn.Module, windows: KernelPair) -> nn.Module:
     """The same layer, parameters and all (also parametrized ones), with other settings."""
     # A copy by attributes, since a parametrized or subclassed layer cannot be constructed again.
     dilated = type(conv).__new__(type(conv))
@@ -153,7 +152,7 @@ def _pad_arguments(module: Any) -> dict[str, Any]:
 
 def _slide_pad(pad: Sequence[int], mode: str = "constant", value: float | None = None) -> Sliding:
     left, right, top, bottom = (*pad, 0, 0)[:4]
-    windows = Window(before=top, after=bottom), Window(before=left, after=right)
+    windows = KernelGeometry(before=top, after=bottom), KernelGeometry(before=left, after=right)
     return Sliding(windows, lambda x, part: x, border=mode, value=value or 0.0)
 
 
@@ -178,9 +177,9 @@ def pad(
             f"{call} pads {mode!r} by {tuple(pad)}; expected rows and columns"
         )
     left, right, top, bottom = map(int, (*pad, 0, 0)[:4])
-    windows = Window(before=top, after=bottom), Window(before=left, after=right)
+    windows = KernelGeometry(before=top, after=bottom), KernelGeometry(before=left, after=right)
 
-    def emit(dense: Windows, changed: bool) -> fx.Node:
+    def emit(dense: KernelPair, changed: bool) -> fx.Node:
         height, width = dense
         if changed and mode != "constant":
             raise UnsupportedLayerError(f"{call} pads {mode!r}, which has no dilated form")

@@ -13,7 +13,7 @@ from torch import fx, nn
 from torchvision.ops import StochasticDepth, stochastic_depth
 
 from fcvgg.errors import UnsupportedLayerError
-from fcvgg.geometry import Window
+from fcvgg.geometry import KernelGeometry
 from fcvgg.rewriting.emission import Call
 from fcvgg.rewriting.layouts import Cells, Constant
 from fcvgg.rewriting.map_builder import MapBuilder
@@ -55,7 +55,7 @@ def act_elementwise(
     step = build.join(maps, call, node) if len(maps) > 1 else maps[0].step
     result = replace(like, node=node, step=step).computed_from(operands).joined_with(maps)
     if call.parameters():
-        build.record(call, call.kind, (Window(), Window()), result)
+        build.record(call, call.kind, (KernelGeometry(), KernelGeometry()), result)
     return result
 
 

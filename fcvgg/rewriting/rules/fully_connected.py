@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fcvgg.errors import UnsupportedLayerError
-from fcvgg.geometry import Pair, Window
+from fcvgg.geometry import KernelGeometry, Pair
 from fcvgg.rewriting.channel_view import is_flattened
 from fcvgg.rewriting.emission import Call, WindowWeight
 from fcvgg.rewriting.layouts import Cells, Constant, with_channels
@@ -57,7 +57,7 @@ def fully_connected(build: MapBuilder, call: Call, x: Any, weight: Any, bias: An
         # A layer on one axis of several applies to every position alone, as a 1x1 window.
         x = build.features(call, x, -1)
         order = torch.arange(x.extent[0])
-        windows = Window(), Window()
+        windows = KernelGeometry(), KernelGeometry()
         target = with_channels(x, -1, features)
     kernel = (windows[0].kernel, windows[1].kernel)
     dilation = (windows[0].dilation, windows[1].dilation)

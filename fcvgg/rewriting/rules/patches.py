@@ -12,12 +12,11 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from fcvgg.geometry import Pair
+from fcvgg.geometry import KernelPair, Pair
 from fcvgg.rewriting.emission import Call
 from fcvgg.rewriting.layouts import Cells, channels_along, in_order, of_blocks
 from fcvgg.rewriting.map_builder import MapBuilder
 from fcvgg.rewriting.modules import Patches
-from fcvgg.rewriting.program import Windows
 from fcvgg.rewriting.rules.convolution import settings_of
 from fcvgg.rewriting.rules.registry import attributes, calling, register, rule
 from fcvgg.rewriting.sliding import Sliding, windows_of
@@ -38,7 +37,7 @@ register(
 
 
 def gather_patches(
-    build: MapBuilder, call: Call, x: Cells, windows: Windows, extent: Pair
+    build: MapBuilder, call: Call, x: Cells, windows: KernelPair, extent: Pair
 ) -> Cells:
     """The elements of each window as channels: ``(N, C, H, W) -> (N, C*kh*kw, h, w)``.
 
@@ -47,7 +46,7 @@ def gather_patches(
     """
     kernel = (windows[0].kernel, windows[1].kernel)
 
-    def emit(dense: Windows, changed: bool) -> fx.Node:
+    def emit(dense: KernelPair, changed: bool) -> fx.Node:
         name = f"{call.node.name}_patches"
         return build.emit_new_module(name, Patches(kernel, **settings_of(dense)), x)
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from fcvgg.errors import UnsupportedLayerError
-from fcvgg.geometry import Pair, Window
+from fcvgg.geometry import KernelGeometry, KernelPair, Pair
 from fcvgg.rewriting.emission import Call
 from fcvgg.rewriting.layouts import Cells, with_channels
 from fcvgg.rewriting.map_builder import MapBuilder
@@ -19,7 +19,6 @@ from fcvgg.rewriting.modules import (
     BinnedPool2d,
     DilatedAvgPool2d,
 )
-from fcvgg.rewriting.program import Windows
 from fcvgg.rewriting.rules.convolution import padded_apart, settings_of
 from fcvgg.rewriting.rules.registry import (
     attributes,
@@ -91,7 +90,7 @@ def _spread_over(x: Cells, bins: Pair) -> Cells:
     return replace(x, extent=extent, moved=None)
 
 
-def features_of(build: MapBuilder, call: Call, x: Any, axis: int) -> tuple[Cells, Windows]:
+def features_of(build: MapBuilder, call: Call, x: Any, axis: int) -> tuple[Cells, KernelPair]:
     """The value with all its channels along one axis, and the window that was gathered for it.
 
     Flattened features of a whole window, which a layer treats each by itself before the first fully
@@ -99,9 +98,9 @@ def features_of(build: MapBuilder, call: Call, x: Any, axis: int) -> tuple[Cells
     """
     x = build.whole(x) if isinstance(x, Cells) else x
     if not isinstance(x, Cells) or x.positions == 1 or x.dims != (x.elements,):
-        return build.features(call, x, axis), (Window(), Window())
+        return build.features(call, x, axis), (KernelGeometry(), KernelGeometry())
     build.begin_head(x, x.elements, call)
-    height, width = (Window(n, dilation=d) for n, d in zip(x.extent[1:], x.dilation))
+    height, width = (KernelGeometry(n, dilation=d) for n, d in zip(x.extent[1:], x.dilation))
     return build.features(call, build.gathered(x, call), axis), (height, width)
 
 
@@ -243,7 +242,7 @@ def max_pool2d(
         return pool_window(build, call, x, "max", (1, 1))
     windows = windows_of(kernel, stride, padding, dilation, ceil_mode)
 
-    def emit(dense: Windows, changed: bool) -> fx.Node:
+    def emit(dense: KernelPair, changed: bool) -> fx.Node:
         if not changed and call.module is not None:
             return build.repeat(call, x)
         if not changed:  # F.max_pool2d is a closure of torch's, which pickle cannot name
@@ -293,7 +292,7 @@ def _slide_avg_pool2d(
     return Sliding(windows, run, columns=0 if dense else max(kernel))
 
 
-def _divisors(windows: Windows, part: Part, count_padding: bool) -> Tensor | None:
+def _divisors(windows: KernelPair, part: Part, count_padding: bool) -> Tensor | None:
     """What averages ``(h, w)`` are divided by; None where it is the kernel's size everywhere."""
     rows, cols = (
         _counts(window, first_end, size, count_padding)
@@ -305,7 +304,7 @@ def _divisors(windows: Windows, part: Part, count_padding: bool) -> Tensor | Non
     return rows[:, None] * cols[None, :]
 
 
-def _counts(window: Window, outputs: Pair, size: int, count_padding: bool) -> Tensor:
+def _counts(window: KernelGeometry, outputs: Pair, size: int, count_padding: bool) -> Tensor:
     """How many elements of each window count: padding as asked, what hangs over it never."""
     # positions of the whole map, negative in the padding before it
     first = torch.arange(*outputs) * window.stride - window.before
@@ -341,7 +340,7 @@ def avg_pool2d(
         return pool_window(build, call, x, "avg", (1, 1), divisor_override)
     windows = windows_of(kernel, stride, padding, 1, ceil_mode)
 
-    def emit(dense: Windows, changed: bool) -> fx.Node:
+    def emit(dense: KernelPair, changed: bool) -> fx.Node:
         if not changed:
             return build.repeat(call, x)
         dilated = DilatedAvgPool2d(

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fcvgg.errors import RefusedLayerError, UnsupportedLayerError
-from fcvgg.geometry import Window
+from fcvgg.geometry import KernelGeometry
 from fcvgg.rewriting.channel_view import channel_view
 from fcvgg.rewriting.emission import Call
 from fcvgg.rewriting.layouts import Cells, Constant, Unusable, channels_along, pooled_layout
@@ -148,7 +148,7 @@ def _slide_over_channels(
     def run(x: Tensor, part: Part) -> Tensor:
         return over_channels(x, name, sizes, dims, settings, channels)
 
-    windows = Window(), Window()
+    windows = KernelGeometry(), KernelGeometry()
     return Sliding(windows, run, channels=channels, pads_width=True, pads_height=True)
 
 
