@@ -3,9 +3,8 @@
 One axis is described by `Axis`, a chain (or a graph, for networks with branches) of steps, each
 with the `KernelGeometry` of a layer. `Geometry` holds one axis for the height and one for the width
 and answers in ``(h, w)`` pairs, ``(y, x)`` points and half-open ``(top, left, bottom, right)``
-boxes. Points are pixel indices: the
-middle of the first pixel is 0.0. The arithmetic follows "Computing Receptive Fields of
-Convolutional Neural Networks" (https://distill.pub/2019/computing-receptive-fields).
+boxes. Points are pixel indices: the middle of the first pixel is 0.0. The arithmetic follows
+"Computing Receptive Fields of Convolutional Neural Networks" (https://distill.pub/2019/computing-receptive-fields).
 """
 
 from __future__ import annotations
