@@ -46,6 +46,10 @@ def _message(text: str) -> str:
     return readable(_bounded(re.sub(r"[ \t]*\n\s*", " ", text.strip())))
 
 
+class FcvggWarning(UserWarning):
+    """What a user should know of a result that is given all the same."""
+
+
 class ConversionError(FcvggError):
     """The model cannot be turned into a fully convolutional network."""
 

@@ -308,6 +308,9 @@ class OwnPreprocess:
         Raises:
             PreprocessError: if it is for other channels.
         """
+        from fcvgg.images.preprocessing import checked_range
+
+        checked_range(self.value_range)
         chosen = self._chosen(channels) or known
         if chosen is None or self.value_range is None:
             return chosen

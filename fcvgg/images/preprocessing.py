@@ -50,6 +50,9 @@ _BYTE_SCALES = 1 / 256, 1 / 127
 _LATER = ("value_range", "view")
 """Fields that older versions do not know."""
 
+_BEYOND = 0.1
+"""How far values of floats from 0 to 1 may lie outside: resampling overshoots."""
+
 _WIDE = 65535 / 255
 """A 16-bit value divided by this is the 8-bit value of the same brightness."""
 
@@ -142,7 +145,8 @@ class Preprocess:
         value_range: ``(low, high)``, the values of images of more than 8 bits that count as 0 and
             255 before `scale`; values outside are neither clipped nor refused. ``uint8`` pixels are
             from 0 to 255 in any case. None takes the range that `scale` implies: 0 to 65535 for
-            16-bit values, with a warning where all lie below a quarter of it.
+            16-bit values, with a warning where all lie below a quarter of it; 0 to 1 for floats,
+            with a warning, where none lies far outside.
         view: how the pipeline that this was read from brings an image to the native size. Dense
             use leaves it out; `at_native_size` and the center crop of `fcvgg.evaluate` apply it.
             It does not count where two are compared.
@@ -182,7 +186,7 @@ class Preprocess:
             raise PreprocessError("channel_order must be 'RGB' for 4 channels, got 'BGR'")
         object.__setattr__(self, "resize", _checked_resize(self.resize))
         check_choice("interpolation", self.interpolation, INTERPOLATIONS, PreprocessError)
-        object.__setattr__(self, "value_range", _checked_range(self.value_range))
+        object.__setattr__(self, "value_range", checked_range(self.value_range))
 
     @classmethod
     def imagenet(cls, **changes: Any) -> Preprocess:
@@ -245,6 +249,9 @@ class Preprocess:
             low, high = self.value_range
             with np.errstate(over="ignore", invalid="ignore"):  # values that stand for no data
                 values = (values.astype(wide) - wide(low)) * wide(255 / (high - low))
+        elif dtype.kind == "f" and self.takes_bytes:
+            self._check_unit_range(values, dtype, name)
+            values = values.astype(wide, copy=False) * wide(255)
         elif dtype.kind not in "iuf" or (self.takes_bytes and dtype != np.uint16):
             raise ImageError(
                 f"{name} holds {dtype}, which has no known range; pass uint8 (H, W, C), or "
@@ -256,8 +263,22 @@ class Preprocess:
             return values.astype(np.float32, copy=False)
 
     def assumes_range(self, dtype: Any) -> bool:
-        """Whether values of a dtype are assumed to have the whole range of 16 bits."""
-        return dtype == np.uint16 and self.value_range is None and self.takes_bytes
+        """Whether 16-bit values are assumed to have their whole range, or floats that to 1."""
+        known = dtype != np.uint16 and np.dtype(dtype).kind != "f"
+        return not known and self.value_range is None and self.takes_bytes
+
+    @staticmethod
+    def _check_unit_range(values: NDArray[Any], dtype: Any, name: str) -> None:
+        """Refuse floats that clearly lie outside the range from 0 to 1; NaN has no data."""
+        known = np.isfinite(values)
+        low = values.min(where=known, initial=0)
+        high = values.max(where=known, initial=0)
+        if low < -_BEYOND or high > 1 + _BEYOND:
+            raise ImageError(
+                f"{name} must hold floats from 0 to 1, got {dtype} from {low:.6g} to {high:.6g}; "
+                "pass uint8 (H, W, C), or value_range=(low, high) or a scale= of its own to "
+                "fcvgg.Preprocess"
+            )
 
     def __call__(self, image: Image.Image) -> Tensor:
         """The input ``(1, C, H, W)`` of an image in the mode of the network's channels.
@@ -361,7 +382,8 @@ def _with_tuples(data: Mapping[str, Any], known: set[str]) -> dict[str, Any]:
     return {k: tuple(v) if isinstance(v, list) else v for k, v in data.items() if k in known}
 
 
-def _checked_range(value_range: Any) -> tuple[float, float] | None:
+def checked_range(value_range: Any) -> tuple[float, float] | None:
+    """A range of values, or `PreprocessError`."""
     if value_range is None:
         return None
     try:

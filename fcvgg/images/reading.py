@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import io
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Union
+from typing import Any, BinaryIO, Union
 
 import numpy as np
 import torch
@@ -23,13 +22,14 @@ from fcvgg.images.lazy.input import (
     checked_preprocess,
     whole_picture,
 )
-from fcvgg.images.lazy.opening import strip_source
+from fcvgg.images.lazy.opening import as_file, is_file, strip_source
 from fcvgg.images.lazy.source import StripSource, is_folder, opened, upright
 from fcvgg.images.pictures import Picture, in_mode
 from fcvgg.images.preprocessing import Preprocess, size_of_side
 from fcvgg.probability import upcast
 
-ImageLike = Union[str, "os.PathLike[str]", Image.Image, np.ndarray, Tensor, StripSource, Picture]
+_File = Union[str, "os.PathLike[str]", bytes, BinaryIO]
+ImageLike = _File | Image.Image | np.ndarray | Tensor | StripSource | Picture
 
 __all__ = ["ImageLike", "Picture", "PreparedImage", "in_mode", "prepare", "read_image"]
 
@@ -81,7 +81,7 @@ def prepare(image: Any, preprocess: Preprocess | None, channels: int) -> Prepare
     """Read an image for a network of `channels` input channels.
 
     Args:
-        image: a tensor, taken as preprocessed; a `Picture`; or what
+        image: a tensor of floats, taken as preprocessed; a `Picture`; or what
             `fcvgg.images.lazy.opening.strip_source` takes, which is read whole.
         preprocess: the network's; None if it is unknown.
         channels: of the network.
@@ -91,7 +91,8 @@ def prepare(image: Any, preprocess: Preprocess | None, channels: int) -> Prepare
         PreprocessError: if it needs preprocessing and the network's is unknown.
     """
     how = "bilinear" if preprocess is None else preprocess.interpolation
-    if isinstance(image, Tensor):  # which stays on its device and in its graph
+    if isinstance(image, Tensor) and image.is_floating_point():
+        # it stays on its device and in its graph
         check_preprocessed(strip_source(image, channels), channels)
         pixels = image if image.ndim == 4 else image[None]
         return PreparedImage(_size(pixels), pixels=pixels, interpolation=how)
@@ -103,7 +104,9 @@ def prepare(image: Any, preprocess: Preprocess | None, channels: int) -> Prepare
                 "prepare it for this network"
             )
         return PreparedImage(image.size, image, interpolation=known.interpolation)
-    if isinstance(image, (str, os.PathLike, Image.Image)):  # known to be pixels before it is opened
+    image = as_file(image)
+    if isinstance(image, (str, os.PathLike, Image.Image)) or is_file(image):
+        # known to be pixels before it is opened
         checked_preprocess(preprocess, channels)
     source = strip_source(image, channels)
     if source.preprocessed:
@@ -220,7 +223,8 @@ def _size(pixels: Tensor) -> Pair:
 def each_image(images: Any) -> Iterable[Any]:
     """One image after the other from a batch, any other iterable of images, or a single image."""
     if hasattr(images, "shape") and hasattr(images, "dtype"):  # an array of any library
-        return images if len(images.shape) == 4 else [images]
-    single = (str, bytes, os.PathLike, io.IOBase, StripSource)
+        kind = getattr(images.dtype, "kind", None)
+        return images if len(images.shape) == 4 or kind in ("O", "U") else [images]
+    single = (str, bytes, bytearray, memoryview, os.PathLike, StripSource)
     several = isinstance(images, Iterable) and not isinstance(images, single)
-    return images if several else [images]
+    return images if several and not is_file(images) else [images]

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fcvgg.choices import Pooling
 from fcvgg.errors import ArgumentError, ImageError, MissingExtraError
+from fcvgg.images.lazy.opening import is_file
 from fcvgg.images.preprocessing import PreprocessLike
 from fcvgg.transfer.image_features import FeatureExtractor
 
@@ -124,7 +125,7 @@ class VGGFeatures(TransformerMixin, BaseEstimator):  # type: ignore[misc]
 
     def _images(self, X: Any, reset: bool) -> list[Any]:  # noqa: N803
         """One image after the other, of whatever X is."""
-        if isinstance(X, (str, Path, Image.Image)):
+        if isinstance(X, (str, Path, Image.Image, bytes)) or is_file(X):
             raise ImageError(
                 f"X must be a sequence of images, got one {type(X).__name__}; pass [X]"
             )
@@ -136,7 +137,8 @@ class VGGFeatures(TransformerMixin, BaseEstimator):  # type: ignore[misc]
             if not len(X):
                 raise ImageError("X must hold at least one image, got none")
             first = X[0]
-            if isinstance(first, (str, Path, Image.Image)) or getattr(first, "ndim", 0) >= 2:
+            single = isinstance(first, (str, Path, Image.Image, bytes)) or is_file(first)
+            if single or getattr(first, "ndim", 0) >= 2:
                 return list(X)
         table = validate_data(self, X, reset=reset, dtype=None if _is_bytes(X) else "numeric")
         return [self._image_of(row) for row in table]

@@ -26,7 +26,7 @@ from fcvgg.errors import (
 )
 from fcvgg.geometry import Pair, checked_size
 from fcvgg.images.pipelines import given_preprocess
-from fcvgg.images.preprocessing import PreprocessLike
+from fcvgg.images.preprocessing import PreprocessLike, checked_range
 from fcvgg.images.reading import prepare
 from fcvgg.loading import load
 from fcvgg.network import FullyConvolutional
@@ -83,8 +83,9 @@ class FeatureExtractor:
         )
         given = given_preprocess(preprocess, self.in_channels)
         self.preprocess = own if given is None else given
-        if self.preprocess is not None and value_range is not None:
-            self.preprocess = replace(self.preprocess, value_range=value_range)
+        known_range = checked_range(value_range)
+        if self.preprocess is not None and known_range is not None:
+            self.preprocess = replace(self.preprocess, value_range=known_range)
         self.pooling = pooling
         self.batch_size = batch_size
         self.progress = progress

@@ -12,9 +12,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fcvgg.errors import ImageError, PreprocessError
+from fcvgg.errors import FcvggWarning, ImageError, PreprocessError
 from fcvgg.geometry import Pair
-from fcvgg.images.lazy.source import ArraySource, StripSource
+from fcvgg.images.lazy.source import ArraySource, StripSource, warn
 from fcvgg.images.pictures import Picture, in_channels
 from fcvgg.images.preprocessing import Preprocess
 
@@ -34,6 +34,7 @@ def warn_of_dark_values() -> None:
         "range 0 to 65535 that the preprocessing takes them for; pass value_range=(low, high) or a "
         "scale= of its own to fcvgg.Preprocess (--range LOW,HIGH) if they have another range, or "
         "value_range=(0, 65535) if they are meant so",
+        FcvggWarning,
         stacklevel=3,
     )
 
@@ -103,6 +104,8 @@ def _converter(
         white = preprocess.value_range[1]
     elif dtype.kind in "iu":
         white = float(np.iinfo(dtype).max)
+    elif preprocess.assumes_range(dtype):
+        white = 1.0
     elif source.channels in (2, 4):
         raise ImageError(
             f"{name} must have a known white where floats are transparent, got none; pass "
@@ -140,9 +143,19 @@ def _check_brightness(
 ) -> None:
     """Warn of 16-bit values that are assumed to have the whole range, and use little of it.
 
-    Transparency and the value of missing data do not count.
+    Transparency and the value of missing data do not count. Of floats the range is always assumed.
     """
     if not preprocess.assumes_range(source.dtype):
+        return
+    if source.dtype.kind == "f":
+        for part in parts:  # which are refused outside the range
+            preprocess.units(part, source.dtype, source.name)
+        warn(
+            f"{source.name} holds floats, which are taken for the range from 0 to 1; pass "
+            "value_range=(low, high) to fcvgg.Preprocess (--range LOW,HIGH) if it is another, or "
+            "value_range=(0, 1) to confirm it",
+            None if source.path is None else "floats",
+        )
         return
     highest = 0
     for part in parts:

@@ -5,6 +5,7 @@ tifffile and zarr are imported where they are used; the extra ``fcvgg[stream]`` 
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -19,6 +20,7 @@ from torch import Tensor
 from fcvgg.errors import (
     ArgumentError,
     FcvggError,
+    FcvggWarning,
     ImageError,
     MissingExtraError,
     check_choice,
@@ -162,7 +164,7 @@ def open_image(
     try:
         source = _opened_source(path, level, bands, missing)
         source.treat_as_missing(nodata)
-    except FcvggError:
+    except (FcvggError, FcvggWarning):
         raise
     except Exception as error:  # the description of a file can be wrong in any way
         raise ImageError(
@@ -192,13 +194,15 @@ def _path_of(source: RasterSource) -> Path | None:
 
 
 def _opened_source(path: Any, level: int, bands: Bands, missing: str) -> StripSource:
-    if _is_file(path):
+    path = as_file(path)
+    if is_file(path):
         path.seek(0)
         return _file_source(path, "the image", path.read(4), level, bands, missing)
     if not isinstance(path, (str, os.PathLike)):
         if not _is_dataset(path):
             raise ImageError(
-                f"the image must be a path or an open rasterio dataset, got {type(path).__name__}"
+                "the image must be a path, a file or its bytes, or an open rasterio dataset, got "
+                f"{type(path).__name__}"
             )
         if missing == "error":
             raise ArgumentError(
@@ -218,9 +222,40 @@ def _opened_source(path: Any, level: int, bands: Bands, missing: str) -> StripSo
     return _file_source(path, str(path), magic, level, bands, missing)
 
 
-def _is_file(source: Any) -> bool:
+def as_file(source: Any) -> Any:
+    """Encoded bytes and open files as a file that can be read from its start; others as they are.
+
+    Raises:
+        ImageError: if it is closed, or open for text.
+    """
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        return io.BytesIO(source)
+    if not is_file(source) or isinstance(source, io.BytesIO):
+        return source
+    name = getattr(source, "name", None) or "the image"
+    try:
+        seekable = source.seekable() if hasattr(source, "seekable") else hasattr(source, "seek")
+        if seekable:
+            source.seek(0)
+        start = source.read(0 if seekable else -1)
+    except Exception as error:  # files of other libraries raise errors of their own
+        raise ImageError(
+            f"the file {name} must be open for reading, got: {one_line(error)}"
+        ) from error
+    if not isinstance(start, (bytes, bytearray)):
+        raise ImageError(f"the file {name} must be open for bytes, got text; open it with 'rb'")
+    return source if seekable else io.BytesIO(start)
+
+
+def is_file(source: Any) -> bool:
     """Whether it is a file in memory, or one that is open."""
-    return hasattr(source, "read") and hasattr(source, "seek")
+    return (
+        hasattr(source, "read")
+        and not isinstance(source, StripSource)
+        and (
+            isinstance(source, io.IOBase) or hasattr(source, "seek") or hasattr(source, "readinto")
+        )
+    )
 
 
 def _is_dataset(source: Any) -> bool:
@@ -311,7 +346,8 @@ def strip_source(
                 "where the image is opened: fcvgg.open_image(path, nodata=...)"
             )
         return source
-    if isinstance(source, (str, os.PathLike)) or _is_file(source) or _is_dataset(source):
+    source = as_file(source)
+    if isinstance(source, (str, os.PathLike)) or is_file(source) or _is_dataset(source):
         return open_image(source, nodata=nodata)
     if isinstance(source, Image.Image):
         image: StripSource = PillowSource(source)
@@ -320,7 +356,7 @@ def strip_source(
     else:
         raise ImageError(
             "the image must be a path, a PIL image, a uint8 array (H, W, C) or a preprocessed "
-            f"tensor (C, H, W), got {type(source).__name__}"
+            f"tensor (C, H, W), a file or its bytes, got {type(source).__name__}"
         )
     if image.preprocessed and nodata is not None:
         raise ArgumentError(
@@ -334,24 +370,37 @@ def strip_source(
 def _array_source(array: Any, channels: int | None) -> StripSource:
     shape = tuple(array.shape)
     name = f"the {'tensor' if isinstance(array, Tensor) else 'array'} {shape}"
-    floating = np.issubdtype(numpy_dtype(array), np.floating)
-    if isinstance(array, Tensor) and not floating:
-        raise ImageError(
-            f"a tensor is taken as preprocessed and must hold floats, got {array.dtype}; pass "
-            "uint8 pixels as a NumPy array (H, W, C)"
-        )
-    values = len(shape) == 2 or (
-        len(shape) == 3 and shape[2] in (1, channels) and shape[0] != channels
-    )
-    if floating and (isinstance(array, Tensor) or not values):
+    if np.issubdtype(numpy_dtype(array), np.floating) and not _holds_float_pixels(array, channels):
         axes = {3: "SYX", 4: "NSYX"}.get(len(shape))
         if axes is None or (axes == "NSYX" and shape[0] != 1):
             raise ImageError(f"preprocessed floats must be (C, H, W) or (1, C, H, W), got {name}")
         return ArraySource(array, axes, name, preprocessed=True)
-    axes = {2: "YX", 3: "YXS"}.get(len(shape))
-    if axes is None:
-        raise ImageError(f"pixels must be (H, W), (H, W, 3) or (H, W, 4), got {name}")
+    if len(shape) == 2:
+        axes = "YX"
+    elif len(shape) == 3 or (len(shape) == 4 and shape[0] == 1):
+        batch = "N" if len(shape) == 4 else ""
+        first = _channels_first(shape[-3:], channels, isinstance(array, Tensor))
+        axes = batch + ("SYX" if first else "YXS")
+    else:
+        raise ImageError(
+            f"pixels must be (H, W), (H, W, C) or (C, H, W) with 1, 3 or 4 channels, got {name}"
+        )
     return ArraySource(array, axes, name)
+
+
+def _holds_float_pixels(array: Any, channels: int | None) -> bool:
+    """Whether floats are pixels, ``(H, W, C)`` or ``(H, W)``, rather than preprocessed."""
+    shape = array.shape
+    if isinstance(array, Tensor) or len(shape) == 2:
+        return not isinstance(array, Tensor)
+    own = SAMPLES if channels is None else (channels,)
+    return len(shape) == 3 and shape[2] in (*SAMPLES, channels) and shape[0] not in own
+
+
+def _channels_first(shape: Sequence[int], channels: int | None, tensor: bool) -> bool:
+    """Whether pixels are ``(C, H, W)``: torchvision's tensors, others where nothing else fits."""
+    counts = (*SAMPLES, channels, 2) if tensor else (*SAMPLES, channels)
+    return shape[0] in counts and (tensor or shape[2] not in (*counts, 2))
 
 
 def _zarr_source(path: Path, level: int, bands: Bands, missing: str) -> StripSource:

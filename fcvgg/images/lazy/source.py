@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from fcvgg.errors import FcvggError, ImageError, one_line
+from fcvgg.errors import FcvggError, FcvggWarning, ImageError, one_line
 from fcvgg.geometry import Pair
 from fcvgg.images.lazy.georeference import Georeference
 from fcvgg.images.pictures import pixels_of
@@ -32,6 +32,9 @@ _JPEG_2000_HEADER = 4096
 """Bytes of a file among which the size and depth of a JPEG 2000 image stand."""
 
 SAMPLES = (1, 3, 4)
+
+_ONE_PICTURE = ("MPO", "PSD", "ICO", "ICNS")
+"""Formats whose further frames are layers, sizes or depths of the picture that comes first."""
 
 _SAMPLED_ROWS = 16
 """Rows by which an image is judged without reading it whole."""
@@ -52,6 +55,22 @@ Bands = Sequence[int] | None
 
 File = Path | BinaryIO
 """A path, or a file in memory."""
+
+
+_warned: set[str] = set()
+
+
+def warn(text: str, once: str | None) -> None:
+    """Warn, of what `once` names a single time in a process; None warns always.
+
+    Python's own filter forgets what it showed as soon as any other is set, as for every file that
+    Pillow decodes.
+    """
+    if once in _warned:
+        return
+    if once is not None:
+        _warned.add(once)
+    warnings.warn(text, FcvggWarning, stacklevel=3)
 
 
 class StripSource:
@@ -103,6 +122,16 @@ class StripSource:
         self._held: tuple[int, Pair, Any] | None = None
         self._stored = 0  # channels, before some are chosen
         self._by_mask = False
+
+    def __repr__(self) -> str:
+        height, width = self.size
+        what = "preprocessed " if self.preprocessed else ""
+        chosen = "" if self.bands is None else f", bands {', '.join(map(str, self.bands))}"
+        level = f", level {self.level}" if self.level else ""
+        return (
+            f"{type(self).__name__}({self.name}, {height}x{width} pixels, {self.channels} "
+            f"channels{chosen}{level}, {what}{self.dtype})"
+        )
 
     def __reduce__(self) -> Any:
         return (self.reopened, ()) if self.reopened is not None else super().__reduce__()
@@ -318,7 +347,10 @@ class ArraySource(StripSource):
         self.size = (shape["Y"], shape["X"])
         self.channels = shape.get("S", 1)
         self.dtype = np.dtype(numpy_dtype(array)).newbyteorder("=")
-        self.alpha = self.channels == 4 and not preprocessed
+        self.alpha = not preprocessed and (
+            self.channels == 4 or (self.channels == 2 and isinstance(array, Tensor))
+        )
+        self._by_mask = np.ma.is_masked(array)
         self.block_rows = min(_chunk(array, axes.index("Y")), self.size[0] or 1)
         self._check()
 
@@ -340,6 +372,10 @@ class ArraySource(StripSource):
         order = [axis for axis in ("SYX" if self.preprocessed else "YXS") if axis in kept]
         pixels = pixels.transpose([kept.index(axis) for axis in order])
         return pixels if "S" in kept else pixels[..., None]
+
+    def _masked(self, stored: NDArray[Any], rows: Pair, cols: Pair) -> NDArray[np.bool_]:
+        hidden = ArraySource(np.ma.getmaskarray(self._array), self._axes, self.name, True)
+        return hidden._read(rows, cols).any(2)
 
     def _check_file(self) -> None:
         """A memory map of a file that has shrunk would end the process."""
@@ -368,11 +404,13 @@ class PillowSource(StripSource):
         self._array: NDArray[Any] | None = None
         if isinstance(image, Image.Image):
             self.name = f"the image {getattr(image, 'filename', '')}".rstrip()
+            several = self._has_frames(image)
             self._take(self._decoded(image))
         else:
             self.path = image if isinstance(image, Path) else None
             self.name = str(image) if self.path is not None else self.name
             with opened(image, self.name) as file:
+                several = self._has_frames(file)
                 described, self.reduced = _described(file), _is_reduced(file)
                 if described is None or file.format == "PNG":  # which is decoded to be turned
                     self._take(self._decoded(file))
@@ -382,10 +420,22 @@ class PillowSource(StripSource):
             self.resident = 2 * self.size[0] * self.size[1] * self.channels * self.itemsize
         self.alpha = self.channels in (2, 4)
         self._check()
+        if several:
+            warn_of_pages(self)
 
     @property
     def _is_stored(self) -> bool:
         return False  # Pillow has a limit of its own
+
+    @staticmethod
+    def _has_frames(image: Image.Image) -> bool:
+        """Whether there are several frames or pages, of which the first is taken."""
+        if getattr(image, "format", None) in _ONE_PICTURE:
+            return False
+        try:
+            return bool(getattr(image, "is_animated", False)) and image.tell() == 0
+        except Exception:  # of the frames behind the first, which are not read
+            return False
 
     def _take(self, pixels: NDArray[Any]) -> None:
         self._array = pixels
@@ -411,6 +461,15 @@ class PillowSource(StripSource):
             raise ImageError(
                 f"{self.name} of mode {image.mode} cannot be shown as RGB; convert it first"
             ) from error
+
+
+def warn_of_pages(source: StripSource) -> None:
+    """Warn of a file of several pages or frames, once for each file."""
+    warn(
+        f"{source.name} has several pages or frames, of which the first is taken; save the others "
+        "as files of their own",
+        None if source.path is None else str(source.path),
+    )
 
 
 @contextmanager
@@ -532,7 +591,12 @@ def numpy_dtype(array: Any) -> Any:
         return np.dtype(array.dtype)
     if array.is_floating_point():
         return np.dtype(np.float32 if array.dtype == torch.bfloat16 else f"f{array.element_size()}")
-    return np.dtype(np.int64)
+    try:
+        return np.dtype(str(array.dtype).removeprefix("torch."))
+    except TypeError as error:
+        raise ImageError(
+            f"a tensor must hold uint8 pixels or preprocessed floats, got {array.dtype}"
+        ) from error
 
 
 def _chunk(array: Any, axis: int) -> int:

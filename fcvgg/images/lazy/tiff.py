@@ -25,7 +25,15 @@ from fcvgg.images.lazy.georeference import (
     Georeference,
     Transform,
 )
-from fcvgg.images.lazy.source import Bands, File, StripSource, level_of, quiet, usable_pixel_size
+from fcvgg.images.lazy.source import (
+    Bands,
+    File,
+    StripSource,
+    level_of,
+    quiet,
+    usable_pixel_size,
+    warn_of_pages,
+)
 from fcvgg.support.extras import imported
 
 _WHITE_IS_ZERO, _BLACK_IS_ZERO, _RGB, _PALETTE, _SEPARATED, _YCBCR = 0, 1, 2, 3, 5, 6
@@ -34,6 +42,12 @@ _WHITE_IS_ZERO, _BLACK_IS_ZERO, _RGB, _PALETTE, _SEPARATED, _YCBCR = 0, 1, 2, 3,
 _MASK = 4
 """TIFF's photometric interpretation, and bit of the kind of page, of a mask: 1 where there is an
 image."""
+
+_REDUCED = 1
+"""TIFF's bit of the kind of page of a thumbnail."""
+
+_PLAIN_SERIES = ("generic", "uniform", "shaped")
+"""tifffile's kinds of series that are pages as such, not images of a scanner's file."""
 
 _GREYS = (_WHITE_IS_ZERO, _BLACK_IS_ZERO)
 
@@ -124,6 +138,8 @@ class TiffSource(StripSource):
         self._check_whole(found)
         if missing == "error":
             self._check_stored()
+        if self._several:
+            warn_of_pages(self)
 
     @contextmanager
     def _opened(self) -> Iterator[BinaryIO]:
@@ -140,8 +156,8 @@ class TiffSource(StripSource):
         self._page = page = series.keyframe
         full = file.series[self._series].levels[0].keyframe
         first = full.tags  # which say what holds for all levels
-        self._check_planes(file, series)
-        self._planes = [_Plane(p.dataoffsets, p.databytecounts, p.jpegtables) for p in series.pages]
+        pages = self._pages_of(file, series)
+        self._planes = [_Plane(p.dataoffsets, p.databytecounts, p.jpegtables) for p in pages]
         self._decode = page.decode
         self._byteorder = file.byteorder
         self._samples = page.samplesperpixel
@@ -149,7 +165,7 @@ class TiffSource(StripSource):
         self._orientation = int(orientation) if orientation in range(1, 9) else 1
         self.stored_size = (page.imagelength, page.imagewidth)
         self.size = self.stored_size[::-1] if self._turned else self.stored_size
-        self._describe_colours(page, self._samples * len(series.pages))
+        self._describe_colours(page, self._samples * len(pages))
         self._mask_series = self._find_mask(file) if level == 0 else None
         self.georeferenced = any(code in first for code in _GEOREFERENCE)
         codes = (*_GEOREFERENCE, KEY_DOUBLES, KEY_TEXT)
@@ -167,26 +183,37 @@ class TiffSource(StripSource):
             rows = 1 if self._direct else self._tile[0]
         self.block_rows = min(int(rows), self.size[0])
 
-    def _check_planes(self, file: Any, series: Any) -> None:
-        """Refuse several planes, and pages that are not all in the file."""
+    def _pages_of(self, file: Any, series: Any) -> list[Any]:
+        """The pages of the first plane: one, or one for each channel.
+
+        Pages that are not all in the file, and planes within a page, are refused.
+        """
         if any(p is None or p.parent is not file for p in series.pages):
             raise ImageError(
                 f"{self.name} must have its pixels in one file, got several; save it as one"
             )
-        lengths = tuple(series.shape)
-        planar = {axis for axis, n in zip(series.axes, lengths) if n > 1} <= set("YXSC")
-        if not planar:
+        axes, lengths = series.axes, tuple(series.shape)
+        page = series.keyframe
+        around = len(lengths) - len(page.shape)  # axes along which pages follow each other
+        beyond = [axis for axis, n in zip(axes, lengths) if n > 1 and axis not in "YXSC"]
+        of_pages = np.prod(lengths[:around], dtype=object) == len(series.pages)
+        if beyond and not (of_pages and set(beyond) <= set(axes[:around])):
             raise ImageError(
                 f"{self.name} must be one plane of rows, columns and channels, got axes "
-                f"{series.axes} of lengths {lengths}; pass one plane as an array"
+                f"{axes} of lengths {lengths}; pass one plane as an array"
             )
-        page = series.keyframe
         stored = page.samplesperpixel * len(series.pages) * page.imagelength * page.imagewidth
         if stored != np.prod(lengths, dtype=object):
             raise ImageError(
                 f"{self.name} must describe the {'x'.join(map(str, lengths))} numbers that it "
                 f"declares, got {stored}, as in large ImageJ files; save it as an OME-TIFF"
             )
+        self._several = bool(beyond) or _has_other_images(file, series)
+        if not beyond:
+            return list(series.pages)
+        first = tuple(slice(None) if axis in "SC" else 0 for axis in axes[:around])
+        numbers = np.arange(len(series.pages)).reshape(lengths[:around])[first]
+        return [series.pages[int(number)] for number in np.ravel(numbers)]
 
     def _describe_colours(self, page: Any, samples: int) -> None:
         """Read channels, dtype and transparency, and how they follow from what is stored."""
@@ -401,6 +428,13 @@ class TiffSource(StripSource):
                 ) from error
             raise
         return None if segment is None else segment[0, : shape[1], : shape[2]]
+
+
+def _has_other_images(file: Any, series: Any) -> bool:
+    """Whether pages of other sizes follow, as in scans, which are neither thumbnails nor masks."""
+    others = [one for one in file.series[1:] if not one.keyframe.subfiletype & (_REDUCED | _MASK)]
+    plain = all(one.kind in _PLAIN_SERIES for one in file.series)
+    return plain and series is file.series[0] and bool(others)
 
 
 def _number(text: Any) -> float | None:
