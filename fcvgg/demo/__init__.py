@@ -85,4 +85,4 @@ def _classifier() -> nn.Sequential:
 
 
 def _asset(name: str) -> bytes:
-    return (resources.files("fcvgg.assets") / name).read_bytes()
+    return (resources.files(__name__) / name).read_bytes()
