@@ -15,7 +15,8 @@ from fcvgg import demo
 from fcvgg.conversion import convert
 from fcvgg.errors import ArgumentError, GeometryError, LoadError
 from fcvgg.geometry import checked_size
-from fcvgg.images.preprocessing import Preprocess
+from fcvgg.images.pipelines import check_preprocess
+from fcvgg.images.preprocessing import Preprocess, PreprocessLike
 from fcvgg.network import FullyConvolutional
 from fcvgg.rewriting.capture import input_channels
 from fcvgg.serialization.bundle import read_bundle
@@ -31,7 +32,7 @@ def load(
     *,
     arch: str | None = None,
     weights: str | Path | None = DEFAULT_WEIGHTS,
-    preprocess: Preprocess | str | None = None,
+    preprocess: PreprocessLike | None = None,
     categories: Sequence[str] | str | os.PathLike[str] | None = None,
     input_size: int | Iterable[int] | None = None,
     **options: Any,
@@ -48,8 +49,7 @@ def load(
             their own.
         weights: for a name: ``"DEFAULT"`` or another name of torchvision's weights, which it
             downloads; the path of a checkpoint; or None for random weights.
-        preprocess: how images become input, or the name of a preset such as ``"imagenet"``; the
-            weights' own when None.
+        preprocess: how images become input, as for `fcvgg.convert`; the weights' own when None.
         categories: the class names, or the path of a file with one name per line; the weights' own
             when None.
         input_size: the native size; the weights' own when None.
@@ -77,7 +77,7 @@ def load_with_source(
     *,
     arch: str | None = None,
     weights: str | Path | None = DEFAULT_WEIGHTS,
-    preprocess: Preprocess | str | None = None,
+    preprocess: PreprocessLike | None = None,
     categories: Sequence[str] | str | os.PathLike[str] | None = None,
     input_size: int | Iterable[int] | None = None,
     **options: Any,
@@ -92,6 +92,7 @@ def load_with_source(
             f"{type(source).__name__}; convert an nn.Module with fcvgg.convert"
         )
     _check_options(options)
+    check_preprocess(preprocess)
     name = str(source)
     bundle = name not in ("demo", *torchvision_model.names()) and Path(source).is_dir()
     parameters_only = name.endswith((*checkpoints.SUFFIXES, *keras_file.SUFFIXES)) and not bundle
@@ -172,7 +173,7 @@ def _check_options(options: dict[str, Any]) -> None:
 
 def _from_bundle(
     path: Path,
-    preprocess: Preprocess | str | None,
+    preprocess: PreprocessLike | None,
     categories: Sequence[str] | str | os.PathLike[str] | None,
     unused: dict[str, Any],
 ) -> FullyConvolutional:
@@ -187,7 +188,7 @@ def _from_bundle(
     net = FullyConvolutional(
         program,
         input_size=saved.input_size,
-        preprocess=preprocess or saved.preprocess,
+        preprocess=saved.preprocess if preprocess is None else preprocess,
         categories=categories or saved.categories,
         activation=saved.activation,
         source=saved.source,

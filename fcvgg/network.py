@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from fcvgg.errors import ImageError, TrainingError
 from fcvgg.geometry import Geometry, Pair
-from fcvgg.images.preprocessing import Preprocess, encoded_preprocess
+from fcvgg.images.preprocessing import PreprocessLike, encoded_preprocess
 from fcvgg.inference.blocks import is_traced, run
 from fcvgg.inference.missing import Reader, can_be_looked_at, readers_of, run_with_missing
 from fcvgg.inference.prediction import ImagePrediction
@@ -59,7 +59,7 @@ class FullyConvolutional(ImagePrediction):
         program: Program,
         *,
         input_size: Pair,
-        preprocess: Preprocess | str | None = None,
+        preprocess: PreprocessLike | None = None,
         categories: Sequence[str] | str | os.PathLike[str] | None = None,
         activation: str | None = None,
         source: str = "",
