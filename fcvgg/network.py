@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -27,6 +28,8 @@ from fcvgg.rewriting.modules import WindowLinear
 from fcvgg.rewriting.program import Program
 from fcvgg.serialization.bundle import write_bundle
 from fcvgg.serialization.exporting import ExportedFile, export_network
+from fcvgg.serialization.hub import upload_bundle
+from fcvgg.serialization.model_card import UNKNOWN_LICENSE
 from fcvgg.support.module_state import dtype_of, listed
 
 
@@ -251,11 +254,16 @@ class FullyConvolutional(ImagePrediction):
                 state[f"{name}.weight"] = module.fc_weight()
         return state
 
-    def save(self, path: str | Path) -> Path:
+    def save(self, path: str | Path, *, license: str = UNKNOWN_LICENSE) -> Path:
         """Write a bundle, a folder that `fcvgg.load` reads back bit for bit.
 
-        It holds the parameters (``model.safetensors``) and, in ``config.json``, graph, geometry,
-        preprocessing, categories and equivalence report. It is written whole or not at all.
+        It holds the parameters (``model.safetensors``), in ``config.json`` graph, geometry,
+        preprocessing, categories and equivalence report, and a model card (``README.md``). It is
+        written whole or not at all.
+
+        Args:
+            path: the folder.
+            license: of the weights, for the card: an identifier of the Hugging Face hub.
 
         Raises:
             FcvggError: if `path` is something else than a bundle, has the ending of another format,
@@ -273,8 +281,36 @@ class FullyConvolutional(ImagePrediction):
                 "preprocess": encoded_preprocess(self.preprocess),
                 "equivalence": _report_of(self.equivalence),
             },
+            license=license,
         )
         return path
+
+    def push_to_hub(
+        self,
+        name: str,
+        *,
+        private: bool | None = None,
+        license: str = UNKNOWN_LICENSE,
+        message: str | None = None,
+    ) -> str:
+        """Write a bundle to a repository of the Hugging Face hub, for ``fcvgg.load("hf:NAME")``.
+
+        Args:
+            name: ``user/name``, or ``user/name@branch``; a repository is made if there is none.
+            private: whether a new repository is private; the account's default when None.
+            license: of the weights, for the model card: an identifier of the hub such as ``"mit"``.
+            message: of the commit.
+
+        Returns:
+            the repository's address.
+
+        Raises:
+            FcvggError: if it cannot be written.
+            MissingExtraError: if huggingface_hub is not installed.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            bundle = self.save(Path(folder) / "bundle", license=license)
+            return upload_bundle(bundle, name, private, message)
 
     def export(self, path: str | Path) -> ExportedFile:
         """Write the network for other runtimes: ``.onnx``, or ``.pt2`` (torch.export).
