@@ -79,6 +79,16 @@ def require_probabilities(activation: str) -> None:
         )
 
 
+def chance_level(classes: int, activation: str) -> float:
+    """The probability that says nothing about a class.
+
+    It is ``1 / classes`` where the classes share the probability, and one half for a class alone or
+    one that has a sigmoid of its own.
+    """
+    shared = activation not in ("sigmoid", "independent_logits")
+    return 1 / classes if shared and classes > 1 else 0.5
+
+
 def to_probabilities(scores: Tensor, activation: str, dim: int = 0) -> Tensor:
     """Probabilities of raw scores, never soft-maxed twice; in float32 at least.
 

@@ -133,8 +133,6 @@ class WindowComparison:
         """
         from matplotlib.figure import Figure
 
-        from fcvgg.results.heatmap import CONTOURS, colour_bar
-
         index = (
             int(self.crops.predict().argmax())
             if target is None
@@ -150,10 +148,10 @@ class WindowComparison:
             (axes[0], self.crops, "model on every window"),
             (axes[1], self.dense, "dense map"),
         ):
-            part.heatmap(index).plot(ax, bar=False)
+            heatmap = part.heatmap(index)
+            heatmap.plot(ax, bar=False)
             ax.set_title(f"{title}: {name}")
-        blended = self.dense.image is not None
-        colour_bar(figure, axes[:2], blended=blended, contours=CONTOURS)
+        heatmap.draw_bar(axes[:2])
         self._plot_error(axes[2])
         self._plot_sides(axes[3])
         return figure

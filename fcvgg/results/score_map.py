@@ -20,6 +20,7 @@ from fcvgg.probability import (
     average_of_cells,
     average_over_space,
     cells_with_data,
+    chance_level,
     require_classes,
     to_probabilities,
     upcast,
@@ -79,6 +80,11 @@ class ScoreMap:
     def has_data(self) -> Tensor:
         """The cells, bool ``(h, w)``, whose scores say something: none NaN or plus infinity."""
         return cells_with_data(self.scores)
+
+    @property
+    def chance(self) -> float:
+        """The probability of a class that says nothing: ``1 / K``, or one half of a sigmoid."""
+        return chance_level(len(self.scores), self.activation)
 
     def average(self) -> Tensor:
         """The raw scores averaged over the cells with data, ``(K,)``; NaN where there is none."""
@@ -181,6 +187,7 @@ class ScoreMap:
             label=class_name(index, self.categories),
             image=self.image if self.image is None else resized(self.image, size),
             windows=cell_windows(self.geometry, cells.double().numpy(), self.input_size, size),
+            chance=self.chance,
         )
 
     def index_of(self, target: int | str | None) -> int:
