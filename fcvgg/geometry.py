@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
-from math import lcm
+from math import floor, lcm
 from typing import Any
 
 import numpy as np
@@ -400,6 +400,14 @@ class Geometry:
                 axis = replace(axis, context=crop[i])
             placed.append(axis)
         return Geometry(*placed)
+
+    def of_tiles(self) -> Geometry:
+        """The geometry whose cells stand for tiles of one stride, around their centres."""
+        height, width = (
+            replace(a, context=a.stride, context_start=floor(a.centre_of(0) - (a.stride - 1) / 2))
+            for a in self.axes
+        )
+        return Geometry(height, width)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers and lists, for a file; `from_dict` reads them back."""

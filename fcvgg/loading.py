@@ -202,13 +202,16 @@ def _from_bundle(
     unused: dict[str, Any],
 ) -> FullyConvolutional:
     """The network of a bundle, as it was saved: nothing is converted, and the report is kept."""
-    given = [name for name, value in unused.items() if value is not None and name != "verify"]
+    own = ("verify", "head")
+    given = [name for name, value in unused.items() if value is not None and name not in own]
+    program, saved = read_bundle(path)
+    if unused.get("head") not in (None, program.head):
+        given.append(f"head={unused['head']!r}")
     if given:
         raise LoadError(
             f"{path} is a converted network, to which {', '.join(given)} cannot be applied; "
             "convert its source model again"
         )
-    program, saved = read_bundle(path)
     net = FullyConvolutional(
         program,
         input_size=saved.input_size,

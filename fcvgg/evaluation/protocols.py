@@ -488,11 +488,9 @@ class _Run:
         batch = batch.to(device_of(reference), dtype_of(reference))
         with torch.no_grad(), evaluating(reference):
             scores = reference(batch)
-        scores = flattened(scores)[0][0]
-        if self.model is not None:
-            return scores.reshape(len(batch), -1)
-        row, col = self.net.native_cell
-        return scores[:, :, row, col]  # (N, K, h, w) -> (N, K)
+        if self.model is None:
+            return self.net.native_scores(scores)[0]  # (N, K)
+        return flattened(scores)[0][0].reshape(len(batch), -1)
 
 
 def _flipped(part: str, pixels: Tensor, flip: bool) -> _Views:

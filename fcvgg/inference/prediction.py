@@ -263,6 +263,7 @@ class ImagePrediction(TakesPreprocess):
             categories=self.categories if output == 0 else None,
             activation=activation,
             image=image.picture,
+            could_have_positions=self.program.could_have_positions,
         )
 
     def _score_map_at(self, image: PreparedImage, scale: int, output: int) -> ScoreMap:

@@ -41,6 +41,7 @@ class MapBuilder(Emitter):
         modules: the tree of modules that the new graph calls, and that holds the parameters.
         output_stride: input pixels between cells that strides beyond are turned into dilation for.
         same: pad the head's first window so that the map keeps the size of the features.
+        positions: leave global averages out, so that the map holds scores of single positions.
     """
 
     def __init__(
@@ -49,11 +50,14 @@ class MapBuilder(Emitter):
         modules: nn.Module,
         output_stride: int | None = None,
         same: bool = False,
+        positions: bool = False,
     ):
         super().__init__(captured, modules)
         self.boundary: Boundary | None = None
         self.records: list[LayerRecord] = []
         self.steps = Steps()
+        self.positions = positions
+        self.mode_dependent: list[str] = []
         self.kernels: set[tuple[str, Pair]] = set()
         self._output_stride = output_stride
         self._same = same

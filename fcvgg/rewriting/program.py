@@ -55,6 +55,10 @@ class Program:
 
     `outputs` is the form in which the source returns its outputs; the graph gives them as a tuple,
     or as one map where the source returns one tensor.
+
+    `head` is what a cell is: ``"window"`` a whole native window, ``"position"`` one position of the
+    features, of whose scores the source averages those of `average` before it computes `finals`, a
+    function for each output or ``""``. Of windows, `average` says that they could be positions.
     """
 
     network: fx.GraphModule
@@ -66,6 +70,14 @@ class Program:
     aliases: frozenset[str]
     outputs: Form = TENSOR
     training_mode: TrainingMode = field(default=TrainingMode())
+    head: str = "window"
+    average: KernelPair | None = None
+    finals: tuple[str, ...] = ()
+
+    @property
+    def could_have_positions(self) -> bool:
+        """Whether the source, converted to windows, could be converted to positions."""
+        return self.head == "window" and self.average is not None
 
 
 # -- geometry, collected while the network is written ---------------------------------------------
