@@ -114,6 +114,6 @@ def _positive(parameters: Mapping[str, str], name: str) -> int | None:
     text = parameters.get(name)
     if text is None:
         return None
-    if not (text.isascii() and text.isdecimal() and 0 < int(text[:9]) and len(text) < 9):
+    if not (text.isascii() and text.isdecimal() and int(text[:9]) > 0 and len(text) < 9):
         raise ArgumentError(f"{name} must be a positive integer, got {text!r}")
     return int(text)

@@ -66,7 +66,8 @@ export function resized(pixels, [height, width], [h, w], channels, interpolation
     return height === h && width === w ? pixels : nearest(pixels, [height, width], [h, w], channels);
   }
   const kernel = KERNELS[interpolation];
-  if (width !== w) { // rows first, rounded to bytes, then columns
+  // rows first, rounded to bytes, then columns: Pillow's order unless only the width grows
+  if (width !== w) {
     const result = new Uint8ClampedArray(height * w * channels);
     const from = [height, width * channels, channels];
     pixels = along(pixels, weightsOf(kernel, width, w), channels, from, result, [w * channels, channels]);

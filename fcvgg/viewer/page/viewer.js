@@ -146,7 +146,7 @@ const hosts = {
         averages: averages ?? meanOfCells(probabilities, classes),
         classes: Array.from({ length: classes }, (_, k) => k),
         names: names ?? Array.from({ length: classes }, (_, k) => `${k}`),
-        total: classes, probabilities,
+        total: classes, probabilities, largest_side: 2 * start.usual_side,
       });
     },
   },
@@ -178,7 +178,7 @@ function show(next) {
   $("title").textContent = view.title ?? start.title;
   const [h, w] = view.cells;
   $("subtitle").textContent =
-    `${h}\u2009×\u2009${w} cells on ${view.image_size[1]}\u2009×\u2009${view.image_size[0]} pixels, ` +
+    `${h} by ${w} cells on ${view.image_size.join(" by ")} pixels (height by width), ` +
     `window ${view.axes[0].crop}, stride ${view.axes[0].stride}, receptive field ${view.axes[0].field}`;
   $("layer").max = view.layers.length;
   $("layer").value = view.layers.length;
