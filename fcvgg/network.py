@@ -23,6 +23,7 @@ from fcvgg.images.preprocessing import Preprocess, encoded_preprocess
 from fcvgg.inference.blocks import is_traced, run
 from fcvgg.inference.missing import Reader, can_be_looked_at, readers_of, run_with_missing
 from fcvgg.inference.prediction import ImagePrediction
+from fcvgg.rewriting.classifier import classifier_of
 from fcvgg.rewriting.modules import WindowLinear
 from fcvgg.rewriting.program import Program
 from fcvgg.serialization.bundle import write_bundle
@@ -250,6 +251,14 @@ class FullyConvolutional(ImagePrediction):
             if isinstance(module, WindowLinear) and f"{name}.weight" in state:
                 state[f"{name}.weight"] = module.fc_weight()
         return state
+
+    def classifier(self) -> nn.Module:
+        """The classifier ``(N, C, H, W) -> (N, K)`` that the network stands for.
+
+        It takes images of the extent of one crop, ``net.geometry.crop``, has fully connected
+        layers under the source's names, and shares the parameters.
+        """
+        return classifier_of(self.program)
 
     def save(self, path: str | Path) -> Path:
         """Write a bundle, a folder that `fcvgg.load` reads back bit for bit.

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import inspect
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
@@ -148,7 +150,10 @@ Weights = Annotated[
 Arch = Annotated[
     str | None,
     typer.Option(
-        metavar="NAME", help="Torchvision name of a checkpoint's architecture.", show_default=False
+        metavar="NAME|MODULE:CALLABLE",
+        help="A checkpoint's architecture: a torchvision name, or your own class or function that "
+        "makes the model, such as mymodel:MyNet for the class MyNet in mymodel.py.",
+        show_default=False,
     ),
 ]
 OutputStride = Annotated[
@@ -450,6 +455,8 @@ def load_network(
     place = checked_device(device)
     settings = own.settings()
     activation = None if own.activation is None else checked_activation(own.activation)
+    if ":" in (options.get("arch") or ""):
+        options["arch"] = imported(options["arch"])
     with contextlib.redirect_stdout(sys.stderr):  # torch.hub announces downloads on stdout
         net = load(model, **options, **settings)
     net.preprocess = own.preprocess_for(net.in_channels, net.preprocess)
@@ -457,6 +464,26 @@ def load_network(
         net.activation = activation
         check_activation(net)
     return net.to(place)
+
+
+def imported(name: str) -> Any:
+    """What ``package.module:attribute`` names, in the current folder or installed.
+
+    Raises:
+        ArgumentError: if it cannot be imported.
+    """
+    from fcvgg.errors import one_line
+
+    module, _, attribute = name.partition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())  # as python -m has it
+    try:
+        return functools.reduce(getattr, attribute.split("."), importlib.import_module(module))
+    except Exception as error:  # the user's module may raise anything
+        raise ArgumentError(
+            f"--arch must be a torchvision name or package.module:callable, got {name!r}, which "
+            f"cannot be imported ({type(error).__name__}: {one_line(error)})"
+        ) from error
 
 
 def checked_device(name: str) -> Any:

@@ -59,8 +59,8 @@ def read_checkpoint(path: Path, arch: str | None) -> tuple[nn.Module, dict[str, 
     state = checkpoints.read_state(path)
     if arch is None:
         raise LoadError(
-            f"{path} holds parameters only; pass arch=, its architecture's name such as 'vgg16', "
-            "or load them into your own model in Python and use fcvgg.convert"
+            f"{path} holds parameters only; pass arch=, a torchvision name such as 'vgg16', your "
+            "own nn.Module or a function that makes it"
         )
     check_name(arch)
     classes = _classes_in(state, arch)
