@@ -18,7 +18,8 @@ from torch import nn
 
 from fcvgg.errors import ArgumentError, ConversionError, InputSizeError, check_choice, one_line
 from fcvgg.geometry import Pair, checked_size
-from fcvgg.images.preprocessing import Preprocess
+from fcvgg.images.pipelines import check_preprocess
+from fcvgg.images.preprocessing import PreprocessLike
 from fcvgg.names import alternatives
 from fcvgg.network import FullyConvolutional
 from fcvgg.rewriting.capture import Captured, capture, unfollowed_branches
@@ -42,9 +43,10 @@ def convert(
     input_size: int | Iterable[int] | None = None,
     output_stride: int | None = None,
     padding: Literal["valid", "same"] | None = None,
+    head: Literal["window", "position"] | None = None,
     copy: bool = False,
     verify: bool = True,
-    preprocess: Preprocess | str | None = None,
+    preprocess: PreprocessLike | None = None,
     categories: Sequence[str] | str | os.PathLike[str] | None = None,
     activation: str | None = None,
     in_channels: int | None = None,
@@ -67,14 +69,22 @@ def convert(
             a network.
         padding: ``"valid"``, the default, or ``"same"`` to pad the first layer of the head so that
             the map has as many cells as the features before it. None keeps that of a network.
+        head: ``"window"``, the default, scores a whole native window in every cell. ``"position"``
+            scores every position of the features before a global average pool (class activation
+            maps): at the native size the average of the map, or of the native window's positions
+            where `output_stride` puts others in between, is the model's score. The scores are those
+            before a softmax or sigmoid that ends the model.
         copy: own the parameters. By default the network shares their storage: no memory is spent,
             and training or loading one changes both. A flatten in another order than torch's takes
             a permuted copy of that one weight, which then is not shared; ``net.half()`` and
             ``net.to()`` another dtype or device end the sharing.
         verify: run model and network at the native size, and the network on a shifted larger
             input, and raise on a mismatch. The report is kept as ``net.equivalence``.
-        preprocess: how ``uint8`` images become the model's input, or the name of a preset such as
-            ``"imagenet"``; see `Preprocess.preset`.
+        preprocess: how ``uint8`` images become the model's input: a `fcvgg.Preprocess`; the name of
+            a preset such as ``"imagenet"`` (`Preprocess.preset`); transforms of torchvision
+            (``weights.transforms()``, ``Compose`` of either version); timm's data configuration or
+            transforms; or an image processor of transformers. Of the last three, the resize and
+            crop are kept apart, as `Preprocess.view`: images keep their size.
         categories: the K class names, or the path of a file with one name per line.
         activation: what the scores are; read off the graph when None. ``"logits"`` go through a
             softmax (one class: a sigmoid), ``"independent_logits"`` through a sigmoid for each
@@ -88,22 +98,26 @@ def convert(
     Raises:
         ConversionError: if the model cannot be converted exactly; the message names the layer.
         EquivalenceError: if `verify` finds that the two disagree.
+        PreprocessError: if `preprocess` is none of these, or has a random or unknown step.
         ArgumentError: if an option is not what it must be, or scores are outside the range that
             `activation` says.
     """
-    _check_options(padding or "valid", output_stride, in_channels)
+    check_preprocess(preprocess)
     if isinstance(model, FullyConvolutional):
         _check_undecided(input_size=input_size, in_channels=in_channels)
         how = {"output_stride": output_stride, "padding": padding, "copy": copy, "verify": verify}
         given = {"preprocess": preprocess, "categories": categories, "activation": activation}
-        return _converted_again(model, how | given)
+        return _converted_again(model, {"head": head, **how, **given})
+    padding, head = padding or "valid", head or "window"
+    _check_options(padding, head, output_stride, in_channels)
     model = unwrapped(model)
     with relative_named(model):
         size = _native_size(model, input_size, in_channels)
         with _fitting_size_named(model, input_size, in_channels):
             captured = capture(model, size, is_known, in_channels)
             modules = sharing_twin(model, own=copy)
-            program = _rewrite(captured, model, modules, output_stride, padding == "same")
+            form = {"same": padding == "same", "positions": head == "position"}
+            program = _rewrite(captured, model, modules, output_stride, **form)
     net = FullyConvolutional(
         program,
         input_size=size,
@@ -136,41 +150,48 @@ def _converted_again(net: FullyConvolutional, options: dict[str, Any]) -> FullyC
         options: of `convert`; the network's own where they are None.
     """
     classifier, geometry = net.classifier(), net.geometry
-    kept = any(axis.context_start for axis in geometry.axes)  # the size, by padding="same"
+    kept = net.head == "window" and any(axis.context_start for axis in geometry.axes)
     own = {
         "output_stride": geometry.stride[0] if len(set(geometry.stride)) == 1 else None,
         "padding": "same" if kept else "valid",
-        "preprocess": net.preprocess,
-        "categories": net.categories,
+        "head": net.head,
     }
     given = {name: value for name, value in options.items() if value is not None}
+    known = {"preprocess": net.preprocess, "categories": net.categories, **own, **given}
+    size = geometry.crop if net.head == "window" else net.input_size
     if options["verify"]:
-        _check_stands_for(net, classifier)
-    wanted = {**own, **given, "input_size": geometry.crop, "in_channels": net.in_channels}
-    made = convert(classifier, **wanted)
-    if wanted["padding"] == "same":
+        _check_stands_for(net, classifier, size)
+    made = convert(classifier, input_size=size, in_channels=net.in_channels, **known)
+    if known["padding"] == "same":
         # a head that begins with a pool may look like one that begins with the layer after it
-        like = convert(classifier, **{**wanted, **own, "verify": False}) if kept else made
+        as_before: dict[str, Any] = {
+            "input_size": size,
+            "in_channels": net.in_channels,
+            "verify": False,
+            **own,
+        }
+        like = convert(classifier, **as_before) if kept else made
         padded = any(axis.context_start for axis in made.geometry.axes)
         if not padded or (kept and not same_grid(like.geometry, geometry)):
             raise ConversionError(
                 f"padding='same' cannot be made of the head of {net.source}, which begins with a "
                 "pool; pass padding='valid', or convert its source model"
             )
-    known, aliases = net.program, made.program.aliases | net.program.aliases
+    program = replace(
+        made.program,
+        aliases=made.program.aliases | net.program.aliases,
+        outputs=net.program.outputs,
+        training_mode=net.program.training_mode,
+    )
     again = FullyConvolutional(
-        replace(
-            made.program,
-            aliases=aliases,
-            outputs=known.outputs,
-            training_mode=known.training_mode,
-        ),
+        program,
         input_size=net.input_size,
         preprocess=made.preprocess,
         categories=made.categories,
         source=net.source,
     )
-    again._activations = net._activations
+    if known["head"] == net.head:  # else they may be those before a softmax
+        again._activations = net._activations
     if options["activation"] is not None:
         again.activation = options["activation"]
     again.equivalence = made.equivalence
@@ -178,19 +199,17 @@ def _converted_again(net: FullyConvolutional, options: dict[str, Any]) -> FullyC
 
 
 @torch.no_grad()
-def _check_stands_for(net: FullyConvolutional, classifier: nn.Module) -> None:
+def _check_stands_for(net: FullyConvolutional, classifier: nn.Module, size: Pair) -> None:
     """Refuse a classifier that does not give a network's scores.
 
     Raises:
-        ConversionError: if it does not run on the crop of a cell, or gives other scores.
+        ConversionError: if it does not run at the size of a cell's crop, or gives other scores.
     """
-    images = torch.randn(
-        2, net.in_channels, *net.geometry.crop, generator=torch.Generator().manual_seed(0)
-    )
+    noise = torch.Generator().manual_seed(0)
+    images = torch.randn(2, net.in_channels, *size, generator=noise)
     images = images.to(device_of(net), dtype_of(net))
-    row, col = net.native_cell
     with evaluating(net), evaluating(classifier):
-        expected = [maps[:, :, row, col] for maps in flattened(net(images))[0]]
+        expected = net.native_scores(net(images))
         try:
             found = flattened(classifier(images))[0]
         except RuntimeError as error:
@@ -223,7 +242,7 @@ def _rewrite(
     model: nn.Module,
     modules: nn.Module,
     output_stride: int | None = None,
-    same: bool = False,
+    **form: bool,
 ) -> Program:
     """The program of a captured model, which calls `modules` in place of the model's own.
 
@@ -232,21 +251,22 @@ def _rewrite(
             `output_stride`, or the model trains in a way that its graph does not show.
     """
     captured.require_channels()
-    program = Rewriter(captured, MapBuilder(captured, modules, output_stride, same)).run(kind_for)
-    crop = program.geometry.crop
-    if crop != captured.size:
+    build = MapBuilder(captured, modules, output_stride, **form)
+    rewriter = Rewriter(captured, build)
+    program = rewriter.run(kind_for)
+    if rewriter.crop != captured.size:
         # numbers that the model computed from its features' size hold at the native size only
-        check_numbers(captured, model, crop)
+        check_numbers(captured, model, rewriter.crop)
     if output_stride is not None and program.geometry.stride != (output_stride, output_stride):
         # rewritten at the native stride, the network tells which strides its layers come to
         again = capture(model, captured.size, is_known, captured.channels)
-        native = _rewrite(again, model, sharing_twin(model), same=same)
+        native = _rewrite(again, model, sharing_twin(model), **form)
         raise ConversionError(
             "output_stride must be one that the network's layers come to, "
             f"{alternatives(output_strides(native))}, got {output_stride}"
         )
     match_modes(program.network, model)
-    unfollowed = unfollowed_branches(model, captured, is_known)
+    unfollowed = (*unfollowed_branches(model, captured, is_known), *build.mode_dependent)
     training_mode = training_mode_of(model, program.network, unfollowed)
     _check_followed(model, training_mode)
     return replace(program, training_mode=training_mode)
@@ -315,8 +335,11 @@ def _fitting_size_named(
         ) from error
 
 
-def _check_options(padding: str, output_stride: int | None, in_channels: int | None) -> None:
+def _check_options(
+    padding: str, head: str, output_stride: int | None, in_channels: int | None
+) -> None:
     check_choice("padding", padding, ("valid", "same"))
+    check_choice("head", head, ("window", "position"))
     if output_stride is not None and (not isinstance(output_stride, int) or output_stride < 1):
         raise ArgumentError(f"output_stride must be a positive integer, got {output_stride!r}")
     if in_channels is not None and (type(in_channels) is not int or in_channels < 1):

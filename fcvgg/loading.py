@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from inspect import signature
@@ -15,9 +17,11 @@ from fcvgg import demo
 from fcvgg.conversion import convert
 from fcvgg.errors import ArgumentError, GeometryError, LoadError, one_line
 from fcvgg.geometry import checked_size
-from fcvgg.images.preprocessing import Preprocess
+from fcvgg.images.pipelines import check_preprocess
+from fcvgg.images.preprocessing import Preprocess, PreprocessLike
 from fcvgg.network import FullyConvolutional
 from fcvgg.rewriting.capture import input_channels
+from fcvgg.serialization import hub
 from fcvgg.serialization.bundle import read_bundle
 from fcvgg.serialization.shape_budget import ShapeBudget, check_affordable, largest_verified
 from fcvgg.sources import checkpoints, keras_file, onnx_file, timm_model, torchvision_model
@@ -34,7 +38,7 @@ def load(
     *,
     arch: Architecture | None = None,
     weights: str | Path | None = DEFAULT_WEIGHTS,
-    preprocess: Preprocess | str | None = None,
+    preprocess: PreprocessLike | None = None,
     categories: Sequence[str] | str | os.PathLike[str] | None = None,
     input_size: int | Iterable[int] | None = None,
     **options: Any,
@@ -43,17 +47,17 @@ def load(
 
     Args:
         source: ``"demo"``, the small face detector that the package ships; a torchvision name such
-            as ``"vgg16"``; ``"timm:NAME"``; an ``.onnx`` file; a Keras file ``.keras`` or ``.h5``;
-            a bundle that ``net.save`` wrote; or a checkpoint ``.pt``, ``.pth`` or
-            ``.safetensors``, with `arch`.
+            as ``"vgg16"``; ``"timm:NAME"``, also ``"timm:hf-hub:user/name"``; an ``.onnx`` file; a
+            Keras file ``.keras`` or ``.h5``; a bundle that ``net.save`` wrote, or
+            ``"hf:user/name"`` or ``"hf:user/name@revision"`` for one that ``net.push_to_hub``
+            wrote; or a checkpoint ``.pt``, ``.pth`` or ``.safetensors``, with `arch`.
         arch: a checkpoint's architecture: a torchvision name, for which the number of classes is
             read from the file; a module, into which the parameters are loaded; or a class or
             function that makes one without arguments, or from ``num_classes=``. ``"vgg16"`` or
             ``"vgg19"`` for Keras weights whose layers have names of their own.
         weights: for a name: ``"DEFAULT"`` or another name of torchvision's weights, which it
             downloads; the path of a checkpoint; or None for random weights.
-        preprocess: how images become input, or the name of a preset such as ``"imagenet"``; the
-            weights' own when None.
+        preprocess: how images become input, as for `fcvgg.convert`; the weights' own when None.
         categories: the class names, or the path of a file with one name per line; the weights' own
             when None.
         input_size: the native size; the weights' own when None.
@@ -81,7 +85,7 @@ def load_with_source(
     *,
     arch: Architecture | None = None,
     weights: str | Path | None = DEFAULT_WEIGHTS,
-    preprocess: Preprocess | str | None = None,
+    preprocess: PreprocessLike | None = None,
     categories: Sequence[str] | str | os.PathLike[str] | None = None,
     input_size: int | Iterable[int] | None = None,
     **options: Any,
@@ -96,8 +100,11 @@ def load_with_source(
             f"{type(source).__name__}; convert an nn.Module with fcvgg.convert"
         )
     _check_options(options)
+    check_preprocess(preprocess)
     name = str(source)
-    bundle = name not in ("demo", *torchvision_model.names()) and Path(source).is_dir()
+    _refuse_address(name)
+    on_hub = name.startswith(hub.PREFIX)
+    bundle = on_hub or (name not in ("demo", *torchvision_model.names()) and Path(source).is_dir())
     parameters_only = name.endswith((*checkpoints.SUFFIXES, *keras_file.SUFFIXES)) and not bundle
     if arch is not None and not parameters_only:
         chosen = repr(arch) if isinstance(arch, str) else _name_of(arch)
@@ -113,12 +120,28 @@ def load_with_source(
     settings = {"preprocess": preprocess, "categories": categories, "input_size": input_size}
     given = {key: value for key, value in settings.items() if value is not None}
     if bundle:
-        return None, _from_bundle(Path(source), {**given, **options})
+        folder = hub.download_bundle(name.removeprefix(hub.PREFIX)) if on_hub else Path(source)
+        return None, _from_bundle(folder, {**given, **options})
     model, found = read_source(name, arch, weights, input_size, options.get("verify", True))
     found.update(given)
     if not name.endswith((onnx_file.SUFFIX, *keras_file.SUFFIXES)):
         return model, convert(model, **{**found, **options})
     return model, _convert_within_budget(model, {**found, **options}, name)
+
+
+def _refuse_address(name: str) -> None:
+    """Say what to do with a web address, which a path may have lost a slash of."""
+    found = re.match(r"(?:https?|ftp|s3|gs):/+([^/]*)/*(.*)", name)
+    if found is None:
+        return
+    host, rest = found.groups()
+    on_hub = re.fullmatch(r"([\w.-]+/[\w.-]+?)(?:/|/tree/([\w.-]+)/?)?", rest)
+    if host in ("huggingface.co", "hf.co") and on_hub is not None:
+        revision = f"@{on_hub[2]}" if on_hub[2] else ""
+        remedy = f"pass '{hub.PREFIX}{on_hub[1]}{revision}'"
+    else:
+        remedy = "download the file and pass its path"
+    raise LoadError(f"source must be a name or a path, got the address {name!r}; {remedy}")
 
 
 def _convert_within_budget(
@@ -176,6 +199,9 @@ def _check_options(options: dict[str, Any]) -> None:
     further = [name for name in signature(convert).parameters if name not in ("model", *own)]
     unknown = [name for name in options if name not in further]
     if unknown:
+        near = difflib.get_close_matches(unknown[0], (*own, *further), 1)
+        if near:
+            raise ArgumentError(f"load has no option {unknown[0]!r}; did you mean {near[0]!r}?")
         raise ArgumentError(
             f"options of load must be among {', '.join((*own, *further))}, got {', '.join(unknown)}"
         )
@@ -240,4 +266,6 @@ def _from_bundle(path: Path, options: dict[str, Any]) -> FullyConvolutional:
     net.equivalence = saved.equivalence
     given.pop("copy", None)  # nobody else holds the parameters
     verify = given.pop("verify", True)
+    if given.get("head") == net.head:
+        del given["head"]
     return convert(net, verify=verify, **given) if given else net

@@ -500,13 +500,20 @@ def test_what_is_no_source(source: Any) -> None:
         fcvgg.load(source)
 
 
+def test_an_option_that_is_misspelt() -> None:
+    with pytest.raises(
+        fcvgg.ArgumentError, match=r"option 'catgories'; did you mean 'categories'\?$"
+    ):
+        fcvgg.load("demo", catgories=["a", "b"])
+
+
 def test_an_option_that_load_does_not_have(tmp_path: Path) -> None:
     fcvgg.load("demo").save(tmp_path / "bundle")
     for name in ("demo", tmp_path / "bundle", "absent.onnx"):
         with pytest.raises(
             fcvgg.ArgumentError,
             match=r"^options of load must be among arch, weights, preprocess, categories, "
-            r"input_size, output_stride, padding, copy, verify, activation, in_channels, got foo$",
+            r"input_size, output_stride, padding, head, copy, verify, activation, in_channels, got foo$",
         ):
             fcvgg.load(name, foo=1)
     with pytest.raises(fcvgg.PreprocessError, match=r"^preprocess must be a fcvgg\.Preprocess"):

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from fcvgg.geometry import Geometry
+from fcvgg.probability import final_scores
 from fcvgg.rewriting.modules import BinnedPool2d, WindowLinear
 from fcvgg.rewriting.program import Network, Program
 from fcvgg.rewriting.twins import sharing_twin
@@ -29,8 +30,9 @@ def classifier_of(program: Program) -> nn.Module:
     assert isinstance(network, Network)
     graph = network.graph
     held = {str(node.target).rpartition(".")[0] for node in graph.nodes if node.op == "get_attr"}
-    layers: dict[nn.Module, nn.Linear] = {}
+    layers: dict[nn.Module, nn.Module] = {}
     weights: dict[int, nn.Parameter] = {}
+    finals = iter(program.finals if program.head == "position" else ())
     for node in list(graph.nodes):
         module = network.get_submodule(node.target) if node.op == "call_module" else None
         if _keeps_the_size(node, program.geometry):
@@ -38,19 +40,36 @@ def classifier_of(program: Program) -> nn.Module:
             graph.erase_node(node)
         elif isinstance(module, WindowLinear) and node.target not in held:
             if module not in layers:
-                layers[module] = _fully_connected(module, weights)
+                of_windows = program.head == "window"
+                layers[module] = (
+                    _fully_connected(module, weights) if of_windows else _on_positions(module)
+                )
                 owner, _, child = node.target.rpartition(".")
                 setattr(network.get_submodule(owner), child, layers[module])
-            _put_on_vectors(node, module)
+            if isinstance(layers[module], nn.Linear):
+                _put_on_vectors(node, module)
         elif isinstance(module, BinnedPool2d):
             _put_on_bins(node, module)
         elif node.op == "output":
             with graph.inserting_before(node):
                 node.args = fx.node.map_arg(
-                    node.args, lambda scores: graph.call_function(torch.flatten, (scores, 1))
+                    node.args, lambda maps: _vector(maps, program, next(finals, ""))
                 )
     network.recompile()
     return network
+
+
+def _vector(maps: fx.Node, program: Program, final: str) -> fx.Node:
+    """The scores ``(N, K)`` of maps ``(N, K, h, w)`` of one window."""
+    graph = maps.graph
+    if program.head == "position":
+        assert program.average is not None
+        steps = tuple(window.dilation for window in program.average)
+        if steps != (1, 1):
+            maps = graph.call_function(torch.max_pool2d, (maps, (1, 1), steps))
+        maps = graph.call_function(F.adaptive_avg_pool2d, (maps, (1, 1)))
+    vector = graph.call_function(torch.flatten, (maps, 1))
+    return graph.call_function(final_scores, (vector, final)) if final else vector
 
 
 def _keeps_the_size(node: fx.Node, geometry: Geometry) -> bool:
@@ -76,6 +95,14 @@ def _fully_connected(module: WindowLinear, weights: dict[int, nn.Parameter]) -> 
     weight = weights.setdefault(id(own), nn.Parameter(module.fc_weight(), own.requires_grad))
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     layer.weight, layer.bias = weight, module.bias  # type: ignore[assignment]
+    return layer.train(module.training)
+
+
+def _on_positions(module: WindowLinear) -> nn.Conv2d:
+    """The layer as a plain convolution, which shares the parameters."""
+    size = (module.in_channels, module.out_channels, module.kernel_size)
+    layer = nn.Conv2d(*size, dilation=module.dilation, bias=False, device="meta")  # type: ignore
+    layer.weight, layer.bias = module.weight, module.bias
     return layer.train(module.training)
 
 

@@ -132,3 +132,22 @@ def test_strides_that_its_layers_do_not_come_to() -> None:
         fcvgg.convert(fcvgg.load("demo"), output_stride=3)
     with pytest.raises(fcvgg.ArgumentError, match="in_channels must be left out for a converted"):
         fcvgg.convert(fcvgg.load("demo"), in_channels=3)
+
+
+def test_a_global_pool_gives_way_to_positions_and_comes_back() -> None:
+    source = seeded(
+        lambda: nn.Sequential(
+            *(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(8, 8, 3)),
+            *(nn.MaxPool2d(2), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3)),
+            nn.Softmax(1),
+        )
+    )
+    images = torch.randn(1, 3, 70, 61, dtype=torch.float64)
+    net = fcvgg.convert(source, input_size=32)
+    positions = fcvgg.convert(source, input_size=32, head="position", output_stride=2)
+    torch.testing.assert_close(
+        fcvgg.convert(net, head="position", output_stride=2)(images), positions(images)
+    )
+    windows = fcvgg.convert(positions, head="window", output_stride=4)
+    torch.testing.assert_close(windows(images), net(images))
+    assert (positions.activation, windows.activation) == ("logits", "probabilities")
