@@ -39,8 +39,9 @@ def load(
     """A verified fully convolutional network from a name or a file.
 
     Args:
-        source: ``"demo"``, the small face detector that the package ships; a torchvision name such
-            as ``"vgg16"``; ``"timm:NAME"``; an ``.onnx`` file; a Keras file ``.keras`` or ``.h5``;
+        source: ``"demo"``, the small face detector that the package ships; ``"demo:imagenet"``,
+            EfficientNet-Lite0 with the weights of the extra ``[demo]``; a torchvision name such as
+            ``"vgg16"``; ``"timm:NAME"``; an ``.onnx`` file; a Keras file ``.keras`` or ``.h5``;
             a bundle that ``net.save`` wrote; or a checkpoint ``.pt``, ``.pth`` or
             ``.safetensors``, with `arch`.
         arch: the torchvision name of a checkpoint's architecture. The number of classes is read
@@ -93,14 +94,14 @@ def load_with_source(
         )
     _check_options(options)
     name = str(source)
-    bundle = name not in ("demo", *torchvision_model.names()) and Path(source).is_dir()
+    bundle = name not in (*demo.MODELS, *torchvision_model.names()) and Path(source).is_dir()
     parameters_only = name.endswith((*checkpoints.SUFFIXES, *keras_file.SUFFIXES)) and not bundle
     if arch is not None and not parameters_only:
         raise LoadError(
             f"arch={arch!r} must come with a checkpoint, got {name!r}; pass one of the two"
         )
     own_weights = (*checkpoints.SUFFIXES, onnx_file.SUFFIX, *keras_file.SUFFIXES)
-    has_weights = bundle or name == "demo" or name.endswith(own_weights)
+    has_weights = bundle or name in demo.MODELS or name.endswith(own_weights)
     if has_weights and weights not in (None, DEFAULT_WEIGHTS):
         raise LoadError(
             f"weights must be left out for {name!r}, which holds its own, got {str(weights)!r}"
@@ -145,10 +146,8 @@ def read_source(
 
     The arguments are those of `load`; a bundle is not a classifier but a network.
     """
-    if name == "demo":
-        preprocess = Preprocess(demo.MEAN, demo.STD)
-        known = {"categories": demo.CATEGORIES, "input_size": demo.WINDOW, "preprocess": preprocess}
-        return demo.demo_model(), known
+    if name in demo.MODELS:
+        return demo.read(name)
     if name.endswith(checkpoints.SUFFIXES):
         return torchvision_model.read_checkpoint(Path(name), arch)
     if name.startswith(timm_model.PREFIX):
