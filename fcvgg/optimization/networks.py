@@ -193,9 +193,9 @@ class OptimizedNetwork(FullyConvolutional):
             raise FcvggError(_FIXED.format("move or cast"))
         return self
 
-    def save(self, path: str | Path) -> Path:
+    def save(self, path: str | Path, **options: Any) -> Path:
         """Write the plain network's bundle; call `fcvgg.optimize` again after loading it."""
-        return self.plain.save(path)
+        return self.plain.save(path, **options)
 
     def export(self, path: str | Path) -> ExportedFile:
         """Write the plain network for other runtimes."""

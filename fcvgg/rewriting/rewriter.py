@@ -222,6 +222,7 @@ class Rewriter:
                 raise ConversionError(
                     f"{why}{whose} output{place} is {cells.shape}, a map; expected scores (N, K)"
                 )
+            cells = self.build.whole_periods(cells)
             vectors.append(
                 self.build.features(cells, replace(cells, moved=cells.layout.flatten()), 0)
             )
