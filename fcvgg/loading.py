@@ -17,7 +17,7 @@ from fcvgg.conversion import convert
 from fcvgg.errors import ArgumentError, GeometryError, LoadError
 from fcvgg.geometry import checked_size
 from fcvgg.images.pipelines import check_preprocess
-from fcvgg.images.preprocessing import Preprocess, PreprocessLike
+from fcvgg.images.preprocessing import PreprocessLike
 from fcvgg.network import FullyConvolutional
 from fcvgg.rewriting.capture import input_channels
 from fcvgg.serialization import hub

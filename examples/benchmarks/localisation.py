@@ -7,8 +7,9 @@ Photographs whose class the network names stand in mosaics of 2x2 and 3x3; a map
 lie in the tile of its photograph ("Towards Better Understanding Attribution Methods", Rao et al.,
 https://arxiv.org/abs/2205.10435). The score is the share of the map that lies there, and how often
 its highest value does. All methods run on the same network, EfficientNet-Lite0 with its ImageNet
-weights; maps are those that each package returns, on the mosaic's pixels. Methods take turns; the
-memory of each is measured in a process of its own.
+weights; maps are those that each package returns, on the mosaic's pixels, without what lies below
+0. Those of fcvgg are probabilities, for which the classes compete at every cell; others have one
+class alone. Methods take turns; the memory of each is measured in a process of its own.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from torch import Tensor
 import fcvgg
 from fcvgg.demo import imagenet_categories, imagenet_model, imagenet_photographs
 from fcvgg.optimization.timing import CLOCKS
+from fcvgg.results.drawing import picture_of
 from machine import machine, peak_bytes
 
 Map = NDArray[np.float32]
@@ -93,7 +95,9 @@ def of_torchcam(method: str, **options: Any) -> Callable[[], Run]:
         def run(image: Tensor, classes: Sequence[int]) -> list[Map]:
             found = []
             for k in classes:
-                (small,) = cam(k, model(image.clone().requires_grad_()))  # (1, h, w)
+                scores = model(image.clone().requires_grad_())
+                # as they are, cut off at 0: CAM scores less if its lowest value is taken for 0
+                (small,) = cam(k, scores, normalized=False)  # (1, h, w)
                 whole = F.interpolate(small[None].detach(), image.shape[2:], mode="bilinear")
                 found.append(whole[0, 0].clamp(min=0).numpy())
             return found
@@ -162,22 +166,22 @@ class Mosaic:
         return values[row * TILE : (row + 1) * TILE, col * TILE : (col + 1) * TILE]
 
 
-def mosaics(names: Sequence[str], side: int) -> list[Mosaic]:
+def mosaics(names: list[str], side: int) -> list[Mosaic]:
     """Mosaics in which every target stands once.
 
-    2x2: every choice of four photographs, all of them targets. 3x3: every photograph at each of the
-    nine places, among the others in an order of chance.
+    2x2: every choice of four photographs, all of them targets. 3x3: every photograph three times,
+    at every place twice, among the others in an order of chance.
     """
     chance = np.random.default_rng(0)
     if side == 2:
         orders = (chance.permutation(four) for four in combinations(names, 4))
         return [Mosaic(2, tuple(map(str, four)), tuple(map(str, four))) for four in orders]
     found = []
-    for target in names:
-        others = [name for name in names if name != target]
-        for place in range(side**2):
-            tiles = [str(n) for n in chance.permutation((others * 2)[: side**2 - 1])]
-            found.append(Mosaic(side, (*tiles[:place], target, *tiles[place:]), (target,)))
+    for number, target in enumerate(names * 3):
+        others = [name for name in names if name != target] * 2
+        tiles = [str(name) for name in chance.permutation(others)[: side**2 - 1]]
+        place = number % side**2
+        found.append(Mosaic(side, (*tiles[:place], target, *tiles[place:]), (target,)))
     return found
 
 
@@ -308,7 +312,8 @@ def picture(photographs: dict[str, Image.Image], rows: Sequence[Row]) -> Figure:
             ax.imshow(values, cmap="inferno", vmin=0, alpha=0.75)
             if down == 0:
                 title = name.replace(", ", "\n").replace("cam ", "cam\n")
-                ax.set_title(f"{title}\n{shares[name]:.3f}", fontsize=9)
+                share = f"\n{shares[name]:.3f}" if name in shares else ""
+                ax.set_title(f"{title}{share}", fontsize=9)
     for down, target in enumerate(mosaic.targets):
         axes[down, 0].imshow(whole)
         axes[down, 0].set_ylabel(target, fontsize=10)
@@ -339,7 +344,9 @@ def main() -> None:
         data = {"about": about, "rows": [asdict(row) for row in rows]}
         arguments.output.with_suffix(".json").write_text(json.dumps(data, indent=2) + "\n")
         arguments.output.with_suffix(".md").write_text(text)
-        picture(photographs, rows).savefig(arguments.output.with_suffix(".png"))
+        picture_of(picture(photographs, rows)).quantize(128).save(
+            arguments.output.with_suffix(".png"), optimize=True
+        )
 
 
 def parse_arguments() -> argparse.Namespace:
