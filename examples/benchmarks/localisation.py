@@ -36,7 +36,6 @@ from torch import Tensor
 import fcvgg
 from fcvgg.demo import imagenet_categories, imagenet_model, imagenet_photographs
 from fcvgg.optimization.timing import CLOCKS
-from fcvgg.results.drawing import picture_of
 from machine import machine, peak_bytes
 
 Map = NDArray[np.float32]
@@ -344,9 +343,7 @@ def main() -> None:
         data = {"about": about, "rows": [asdict(row) for row in rows]}
         arguments.output.with_suffix(".json").write_text(json.dumps(data, indent=2) + "\n")
         arguments.output.with_suffix(".md").write_text(text)
-        picture_of(picture(photographs, rows)).quantize(128).save(
-            arguments.output.with_suffix(".png"), optimize=True
-        )
+        picture(photographs, rows).savefig(arguments.output.with_suffix(".jpg"))
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -355,7 +352,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--sides", default=",".join(map(str, GRIDS)), help="of the grids")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--clock", choices=list(CLOCKS), default="cpu")
-    parser.add_argument("--output", type=Path, help="a name for .md, .json and .png")
+    parser.add_argument("--output", type=Path, help="a name for .md, .json and .jpg")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     return parser.parse_args()
 
