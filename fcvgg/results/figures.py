@@ -31,6 +31,9 @@ CELL_COLOUR_MAP = "viridis"
 _PANEL, _BARS, _TITLE = 4.0, 1.9, 0.35
 """Inches: a panel's width, both colour bars' width with their labels, the titles' height."""
 
+_GALLERY = 2.4
+"""Inches: the height of a gallery's photographs."""
+
 _FADED = 0.35
 
 
@@ -66,6 +69,31 @@ def side_by_side(score_map: ScoreMap, target: int | str | None = None) -> Figure
     draw_heatmap(heatmap, score_map, index, contours=()).draw_bar(heatmap, ())
     name = class_name(index, score_map.categories)
     heatmap.set_title(f"heatmap: probability of {name!r}")
+    return figure
+
+
+def gallery(score_maps: Sequence[ScoreMap], targets: Sequence[int | str | None]) -> Figure:
+    """Photographs in a row, and below each the heatmap of one class, with one colour bar.
+
+    Args:
+        score_maps: of one network, of images that are known (`ScoreMap.image`).
+        targets: a class index or category name for each; None for the top class of the average.
+    """
+    from matplotlib.figure import Figure
+
+    widths = [one.image_size[1] / one.image_size[0] for one in score_maps]  # at one height
+    figure = Figure(
+        figsize=(_GALLERY * sum(widths) + _BARS / 2, 2 * (_GALLERY + _TITLE)),
+        dpi=110,
+        layout="constrained",
+    )
+    columns = figure.subplots(2, len(widths), width_ratios=widths, squeeze=False).T
+    for (photograph, map_), one, target in zip(columns, score_maps, targets):
+        show_image(photograph, one, "RGB")
+        heatmap = draw_heatmap(map_, one, one.index_of(target), contours=())
+        y, x = heatmap.peak
+        map_.set_title(f"{heatmap.label}: {heatmap.values[y, x]:.2f}", parse_math=False)
+    heatmap.draw_bar(columns[:, 1], ())
     return figure
 
 
