@@ -193,7 +193,7 @@ def _free_place(
     wide, high = size
     inside = (left + gap, right - gap - wide), (top + gap, bottom - gap - high)
     outside = (left, right - wide), (top - high, bottom)
-    for xs, ys in (inside, outside):
+    for xs, ys in (outside, inside):  # outside, a text hides nothing that was found
         for y in ys:
             for x in xs:
                 place = (x, y, x + wide, y + high)
