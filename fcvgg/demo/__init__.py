@@ -122,7 +122,7 @@ def _classifier() -> nn.Sequential:
 
 
 def _asset(name: str) -> bytes:
-    return (resources.files("fcvgg.assets") / name).read_bytes()
+    return (resources.files(__name__) / name).read_bytes()
 
 
 # -- the ImageNet network -------------------------------------------------------------------------
