@@ -50,7 +50,8 @@ def load(
             from the file. ``"vgg16"`` or ``"vgg19"`` for Keras weights whose layers have names of
             their own.
         weights: for a name: ``"DEFAULT"`` or another name of torchvision's weights, which it
-            downloads; the path of a checkpoint; or None for random weights.
+            downloads; the path of a checkpoint; or None for random weights. For a checkpoint that
+            holds several states: ``"ema"`` for the averaged ones, or a name that the error lists.
         preprocess: how images become input, or the name of a preset such as ``"imagenet"``; the
             weights' own when None.
         categories: the class names, or the path of a file with one name per line; the weights' own
@@ -108,7 +109,7 @@ def load_with_source(
         raise LoadError(
             f"arch={arch!r} must come with a checkpoint, got {name!r}; pass one of the two"
         )
-    own_weights = (*checkpoints.SUFFIXES, onnx_file.SUFFIX, *keras_file.SUFFIXES)
+    own_weights = (onnx_file.SUFFIX, *keras_file.SUFFIXES)
     has_weights = bundle or name == "demo" or name.endswith(own_weights)
     if has_weights and weights not in (None, DEFAULT_WEIGHTS):
         raise LoadError(
@@ -119,9 +120,12 @@ def load_with_source(
         return None, _from_bundle(Path(source), preprocess, categories, unused)
     model, found = read_source(name, arch, weights, input_size, options.get("verify", True))
     settings = {"preprocess": preprocess, "categories": categories, "input_size": input_size}
+    place = found.pop("found", "")
     found.update({key: value for key, value in settings.items() if value is not None})
     if not name.endswith((onnx_file.SUFFIX, *keras_file.SUFFIXES)):
-        return model, convert(model, **{**found, **options})
+        net = convert(model, **{**found, **options})
+        net.source += f" ({place})" if place else ""
+        return model, net
     return model, _convert_within_budget(model, {**found, **options}, name)
 
 
@@ -174,7 +178,7 @@ def read_source(
         known = {"categories": demo.CATEGORIES, "input_size": demo.WINDOW, "preprocess": preprocess}
         return demo.demo_model(), known
     if name.endswith(checkpoints.SUFFIXES):
-        return torchvision_model.read_checkpoint(Path(name), arch)
+        return torchvision_model.read_checkpoint(Path(name), arch, weights)
     if name.startswith(timm_model.PREFIX):
         return timm_model.read(name.removeprefix(timm_model.PREFIX), weights)
     if name.endswith(onnx_file.SUFFIX):
