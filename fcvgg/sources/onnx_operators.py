@@ -19,7 +19,14 @@ from torch import Tensor, nn
 
 from fcvgg.geometry import Pair
 from fcvgg.sources import layers, padding
-from fcvgg.sources.layers import as_tensor, folded, joined
+from fcvgg.sources.layers import (
+    as_tensor,
+    divided_into,
+    folded,
+    hard_sigmoid,
+    joined,
+    subtracted_from,
+)
 from fcvgg.sources.onnx_graph import Graph, Node
 from fcvgg.support import untrusted
 
@@ -361,16 +368,6 @@ def _arithmetic(function: Callable[..., Any], reverse: Callable[..., Any]) -> Op
     return add
 
 
-def subtracted_from(x: Tensor, value: Any) -> Tensor:
-    """``value - x``."""
-    return python.add(python.neg(x), value)
-
-
-def divided_into(x: Tensor, value: Any) -> Tensor:
-    """``value / x``."""
-    return python.mul(python.pow(x, -1), value)
-
-
 OPERATORS.update(
     Add=_arithmetic(python.add, python.add),
     Sub=_arithmetic(python.sub, subtracted_from),
@@ -439,11 +436,6 @@ def _activation(function: Callable[..., Any], **names: tuple[str, Any]) -> Opera
         graph.step(node, function, **{k: node.get(a, d) for k, (a, d) in names.items()})
 
     return add
-
-
-def hard_sigmoid(x: Tensor, alpha: float, beta: float) -> Tensor:
-    """``alpha * x + beta``, limited to 0 and 1."""
-    return torch.clamp(x * alpha + beta, 0.0, 1.0)
 
 
 OPERATORS.update(
