@@ -16,7 +16,8 @@ from fcvgg import demo
 from fcvgg.conversion import convert
 from fcvgg.errors import ArgumentError, GeometryError, LoadError
 from fcvgg.geometry import checked_size
-from fcvgg.images.preprocessing import Preprocess
+from fcvgg.images.pipelines import check_preprocess
+from fcvgg.images.preprocessing import Preprocess, PreprocessLike
 from fcvgg.network import FullyConvolutional
 from fcvgg.rewriting.capture import input_channels
 from fcvgg.serialization import hub
@@ -33,7 +34,7 @@ def load(
     *,
     arch: str | None = None,
     weights: str | Path | None = DEFAULT_WEIGHTS,
-    preprocess: Preprocess | str | None = None,
+    preprocess: PreprocessLike | None = None,
     categories: Sequence[str] | str | os.PathLike[str] | None = None,
     input_size: int | Iterable[int] | None = None,
     **options: Any,
@@ -52,8 +53,7 @@ def load(
         weights: for a name: ``"DEFAULT"`` or another name of torchvision's weights, which it
             downloads; the path of a checkpoint; or None for random weights. For a checkpoint that
             holds several states: ``"ema"`` for the averaged ones, or a name that the error lists.
-        preprocess: how images become input, or the name of a preset such as ``"imagenet"``; the
-            weights' own when None.
+        preprocess: how images become input, as for `fcvgg.convert`; the weights' own when None.
         categories: the class names, or the path of a file with one name per line; the weights' own
             when None.
         input_size: the native size; the weights' own when None.
@@ -81,7 +81,7 @@ def load_with_source(
     *,
     arch: str | None = None,
     weights: str | Path | None = DEFAULT_WEIGHTS,
-    preprocess: Preprocess | str | None = None,
+    preprocess: PreprocessLike | None = None,
     categories: Sequence[str] | str | os.PathLike[str] | None = None,
     input_size: int | Iterable[int] | None = None,
     **options: Any,
@@ -96,6 +96,7 @@ def load_with_source(
             f"{type(source).__name__}; convert an nn.Module with fcvgg.convert"
         )
     _check_options(options)
+    check_preprocess(preprocess)
     name = str(source)
     _refuse_address(name)
     if name.startswith(hub.PREFIX):
@@ -200,22 +201,25 @@ def _check_options(options: dict[str, Any]) -> None:
 
 def _from_bundle(
     path: Path,
-    preprocess: Preprocess | str | None,
+    preprocess: PreprocessLike | None,
     categories: Sequence[str] | str | os.PathLike[str] | None,
     unused: dict[str, Any],
 ) -> FullyConvolutional:
     """The network of a bundle, as it was saved: nothing is converted, and the report is kept."""
-    given = [name for name, value in unused.items() if value is not None and name != "verify"]
+    own = ("verify", "head")
+    given = [name for name, value in unused.items() if value is not None and name not in own]
+    program, saved = read_bundle(path)
+    if unused.get("head") not in (None, program.head):
+        given.append(f"head={unused['head']!r}")
     if given:
         raise LoadError(
             f"{path} is a converted network, to which {', '.join(given)} cannot be applied; "
             "convert its source model again"
         )
-    program, saved = read_bundle(path)
     net = FullyConvolutional(
         program,
         input_size=saved.input_size,
-        preprocess=preprocess or saved.preprocess,
+        preprocess=saved.preprocess if preprocess is None else preprocess,
         categories=categories or saved.categories,
         activation=saved.activation,
         source=saved.source,

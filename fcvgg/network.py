@@ -20,11 +20,13 @@ from torch import Tensor, nn
 
 from fcvgg.errors import ImageError, TrainingError
 from fcvgg.geometry import Geometry, Pair
-from fcvgg.images.preprocessing import Preprocess, encoded_preprocess
+from fcvgg.images.preprocessing import PreprocessLike, encoded_preprocess
 from fcvgg.inference.blocks import is_traced, run
 from fcvgg.inference.missing import Reader, can_be_looked_at, readers_of, run_with_missing
 from fcvgg.inference.prediction import ImagePrediction
+from fcvgg.probability import final_scores
 from fcvgg.rewriting.modules import WindowLinear
+from fcvgg.rewriting.outputs import flattened
 from fcvgg.rewriting.program import Program
 from fcvgg.serialization.bundle import write_bundle
 from fcvgg.serialization.exporting import ExportedFile, export_network
@@ -62,7 +64,7 @@ class FullyConvolutional(ImagePrediction):
         program: Program,
         *,
         input_size: Pair,
-        preprocess: Preprocess | str | None = None,
+        preprocess: PreprocessLike | None = None,
         categories: Sequence[str] | str | os.PathLike[str] | None = None,
         activation: str | None = None,
         source: str = "",
@@ -89,6 +91,11 @@ class FullyConvolutional(ImagePrediction):
         return self.program.geometry
 
     @property
+    def head(self) -> str:
+        """What a cell is: ``"window"``, or ``"position"`` of the features of one."""
+        return self.program.head
+
+    @property
     def native_cell(self) -> Pair:
         """The cell ``(row, col)`` that gives the source's answer at the native size."""
         row, col = (
@@ -96,6 +103,21 @@ class FullyConvolutional(ImagePrediction):
             for axis in self.geometry.axes
         )
         return row, col
+
+    def native_scores(self, maps: Any) -> list[Tensor]:
+        """The source's scores ``(N, K)`` of images of the native size, one tensor for each output.
+
+        Args:
+            maps: what the network gives for the images.
+        """
+        row, col = self.native_cell
+        found = flattened(maps)[0]  # (N, K, h, w) each
+        if self.program.head == "window":
+            return [scores[:, :, row, col] for scores in found]
+        assert self.program.average is not None
+        rows, cols = (slice(0, w.span, w.dilation) for w in self.program.average)
+        means = [scores[:, :, rows, cols].mean((2, 3)) for scores in found]
+        return [final_scores(x, final) for x, final in zip(means, self.program.finals)]
 
     @property
     def usual_scale(self) -> int:

@@ -112,6 +112,13 @@ def to_probabilities(scores: Tensor, activation: str, dim: int = 0) -> Tensor:
     return _within(scores, 0.0, 1.0, rounding, activation)
 
 
+def final_scores(scores: Tensor, function: str) -> Tensor:
+    """Scores ``(N, K)`` after the softmax, log_softmax or sigmoid that ends a model, or ``""``."""
+    if function == "sigmoid":
+        return torch.sigmoid(scores)
+    return getattr(torch, function)(scores, 1) if function else scores  # type: ignore[no-any-return]
+
+
 def _within(scores: Tensor, low: float, high: float, rounding: float, activation: str) -> Tensor:
     """Scores clamped to their range, which rounding may exceed; NaN stays."""
     wrong = (scores < low - rounding) | (scores > high + rounding)

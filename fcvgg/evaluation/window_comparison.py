@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fcvgg.categories import class_index, class_name
-from fcvgg.errors import ImageError
+from fcvgg.errors import ArgumentError, ImageError
 from fcvgg.geometry import Pair
 from fcvgg.images.reading import ImageLike
 from fcvgg.network import FullyConvolutional
@@ -217,8 +217,14 @@ def compare_windows(
         progress: show a progress bar on stderr.
 
     Raises:
+        ArgumentError: if the network's cells are positions, which stand for no window.
         ImageError: if the image has pixels that are not finite, with which nothing can be compared.
     """
+    if net.head != "window":
+        raise ArgumentError(
+            f"net must have cells that are windows, got head={net.head!r}; convert the model with "
+            "head='window'"
+        )
     dense, index = net.score_map(image, output=output), net.output_index(output)
     unknown = int((~dense.has_data).sum())
     if unknown:

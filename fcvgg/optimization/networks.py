@@ -346,9 +346,7 @@ class _CentreScores(nn.Module):
 
     def forward(self, images: Tensor) -> Any:
         maps = self.net(images.to(dtype_of(self.net)))
-        row, col = self.net.native_cell
-        tensors, form = flattened(maps)
-        return form.filled([m[:, :, row, col] for m in tensors])
+        return flattened(maps)[1].filled(self.net.native_scores(maps))
 
 
 def _check_network(net: Any) -> None:

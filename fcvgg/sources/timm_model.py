@@ -11,7 +11,8 @@ from torch import nn
 
 from fcvgg.conversion import check_convertible
 from fcvgg.errors import LoadError, one_line
-from fcvgg.images.preprocessing import INTERPOLATIONS, Preprocess
+from fcvgg.images.pipelines import given_preprocess
+from fcvgg.images.preprocessing import INTERPOLATIONS
 from fcvgg.serialization import hub
 from fcvgg.sources import checkpoints
 from fcvgg.support.extras import imported
@@ -99,15 +100,12 @@ def _from_checkpoint(name: str, path: Path, timm: Any) -> nn.Module:
 
 
 def _settings(model: nn.Module, timm: Any) -> dict[str, Any]:
-    """timm's data config without its resize and crop: a dense network takes the whole image."""
+    """timm's data config, of which resize and crop are kept apart from how images are read."""
     config = timm.data.resolve_model_data_config(model)
-    known = config["interpolation"] in INTERPOLATIONS
+    if config["interpolation"] not in INTERPOLATIONS:
+        config["interpolation"] = "bilinear"
     settings: dict[str, Any] = {
-        "preprocess": Preprocess(
-            tuple(config["mean"]),
-            tuple(config["std"]),
-            interpolation=config["interpolation"] if known else "bilinear",
-        ),
+        "preprocess": given_preprocess(config, len(config["mean"])),
         "input_size": tuple(config["input_size"][1:]),
     }
     published: Any = model.pretrained_cfg
