@@ -15,7 +15,10 @@ import h5py
 import keras
 import numpy as np
 import torch
-from keras import layers
+from keras import applications, layers
+from keras.src.applications.convnext import ConvNeXt
+from keras.src.applications.densenet import DenseNet
+from keras.src.applications.inception_resnet_v2 import CustomScaleLayer
 from keras.src.legacy.saving import legacy_h5_format
 
 NARROW = 4
@@ -151,6 +154,31 @@ def emotion():
     return keras.Model(image, layers.Activation("softmax", name="predictions")(x))
 
 
+def scaled():
+    """The residual connection of InceptionResNetV2, whose scale is a layer of its own."""
+    image = layers.Input((16, 16, 3))
+    x = layers.Conv2D(4, 3, activation="relu")(image)
+    x = CustomScaleLayer(0.17)([x, layers.Conv2D(4, 1)(x)])
+    return keras.Model(image, layers.Dense(3)(layers.GlobalAveragePooling2D()(x)))
+
+
+def convnext():
+    """keras.applications.ConvNeXt with one block a stage."""
+    return ConvNeXt((1, 1, 1, 1), (4, 6, 8, 10), weights=None, input_shape=(32, 32, 3), classes=5)
+
+
+def densenet():
+    return DenseNet([1, 1, 1, 1], weights=None, input_shape=(32, 32, 3), classes=5)
+
+
+def mobilenet():
+    return applications.MobileNet((32, 32, 3), alpha=0.25, weights=None, classes=5)
+
+
+def mobilenetv2():
+    return applications.MobileNetV2((32, 32, 3), alpha=0.35, weights=None, classes=5)
+
+
 def vgg16(classes=1000, convolution="block{}_conv{}", dense=("fc1", "fc2", "predictions")):
     """VGG16 as keras.applications names it, of few channels; `classes` outputs."""
     net = keras.Sequential([layers.Input((32, 32, 3))], name="vgg16")
@@ -193,6 +221,7 @@ def main(folder):
     torch.set_num_threads(1)
     scales = {"functional": 255.0, "operations": 255.0, "vgg16": 255.0}
     nets = (sequential, functional, strided, nested, grey, operations, shared, emotion, vgg16)
+    nets += (scaled, convnext, densenet, mobilenet, mobilenetv2)
     for make in nets:
         name = make.__name__
         net = randomised(make())

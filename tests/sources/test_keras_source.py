@@ -53,7 +53,8 @@ def assert_predicts_as_keras(net, images, expected):
     "name",
     [
         *("sequential", "functional", "strided", "nested", "grey", "vgg16"),
-        *("operations", "shared", "emotion"),
+        *("operations", "shared", "emotion", "scaled"),
+        *("convnext", "densenet", "mobilenet", "mobilenetv2"),
     ],
 )
 def test_whole_model_predicts_as_keras(folder, name, suffix):
