@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torchvision
-from torch import Tensor, nn
+from torch import nn
 
 from fcvgg.conversion import check_convertible
 from fcvgg.errors import LoadError, one_line
@@ -50,25 +50,39 @@ def read(name: str, weights: Any) -> tuple[nn.Module, dict[str, Any]]:
     return model.eval(), _settings_of(entry)
 
 
-def read_checkpoint(path: Path, arch: str | None) -> tuple[nn.Module, dict[str, Any]]:
+def read_checkpoint(
+    path: Path, arch: str | None, weights: str | Path | None = None
+) -> tuple[nn.Module, dict[str, Any]]:
     """A torchvision classifier with the parameters of a file, which tells its number of classes.
+
+    Args:
+        path: the file.
+        arch: the architecture's name.
+        weights: which of several states, as for `checkpoints.state_of`.
 
     Raises:
         LoadError: if the file is absent or broken, or does not fit the architecture.
     """
-    state = checkpoints.read_state(path)
     if arch is None:
+        checkpoints.read_state(path)
         raise LoadError(
             f"{path} holds parameters only; pass arch=, a torchvision name such as 'vgg16', your "
             "own nn.Module or a function that makes it"
         )
     check_name(arch)
-    classes = _classes_in(state, arch)
-    model = checkpoints.built_with(state, _built, str(path), name=arch, num_classes=classes)
+    bare = checkpoints.without_values(_built, name=arch)
+    head, layer = [
+        (name, module)
+        for name, module in bare.named_modules()
+        if isinstance(module, (nn.Linear, nn.Conv2d))
+    ][-1]
+    place = checkpoints.state_of(path, bare, head, weights)
+    classes = checkpoints.classes_in(place.state, head, layer.weight, arch)
+    model = checkpoints.built_with(place.state, _built, str(path), name=arch, num_classes=classes)
     settings = _settings_of(_published_weights(arch))
     if settings.get("categories") and len(settings["categories"]) != classes:
         del settings["categories"]
-    return model, settings
+    return model, {**settings, "found": place.described()}
 
 
 def _built(name: str, **options: Any) -> nn.Module:
@@ -80,16 +94,6 @@ def _built(name: str, **options: Any) -> nn.Module:
 def _is_downloaded(url: str) -> bool:
     """Whether torch.hub has a file already, in its cache."""
     return (Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]).is_file()
-
-
-def _classes_in(state: dict[str, Tensor], arch: str) -> int:
-    """The number of classes: the outputs of the architecture's last layer, in this checkpoint."""
-    name, layer = [
-        (name, module)
-        for name, module in checkpoints.without_values(_built, name=arch).named_modules()
-        if isinstance(module, (nn.Linear, nn.Conv2d))
-    ][-1]
-    return checkpoints.classes_in(state, name, layer.weight, arch)
 
 
 def _published_weights(name: str) -> Any:
