@@ -140,24 +140,26 @@ def read_source(
     weights: str | Path | None = DEFAULT_WEIGHTS,
     input_size: int | Iterable[int] | None = None,
     verify: bool = True,
+    head: bool = True,
 ) -> tuple[nn.Module, dict[str, Any]]:
     """The classifier of a name or file, and what is known of it, as options of `fcvgg.convert`.
 
-    The arguments are those of `load`; a bundle is not a classifier but a network.
+    The arguments are those of `load`; a bundle is not a classifier but a network. With ``head`` off
+    a file of features alone is taken too: its classifier is random, or the model gives a map.
     """
     if name == "demo":
         preprocess = Preprocess(demo.MEAN, demo.STD)
         known = {"categories": demo.CATEGORIES, "input_size": demo.WINDOW, "preprocess": preprocess}
         return demo.demo_model(), known
     if name.endswith(checkpoints.SUFFIXES):
-        return torchvision_model.read_checkpoint(Path(name), arch)
+        return torchvision_model.read_checkpoint(Path(name), arch, head)
     if name.startswith(timm_model.PREFIX):
         return timm_model.read(name.removeprefix(timm_model.PREFIX), weights)
     if name.endswith(onnx_file.SUFFIX):
         return onnx_file.read(name, input_size, verify)
     if name.endswith(keras_file.SUFFIXES):
-        return keras_file.read(name, arch)
-    return torchvision_model.read(name, weights)
+        return keras_file.read(name, arch, head)
+    return torchvision_model.read(name, weights, head)
 
 
 def _check_options(options: dict[str, Any]) -> None:

@@ -67,7 +67,7 @@ def classes_in(state: Mapping[str, Tensor], layer: str, own: Tensor, arch: str) 
     if weight is None:
         raise LoadError(
             f"the checkpoint does not fit {arch}: it must hold {layer}.weight, of the last layer, "
-            f"got {_listed(list(state))}"
+            f"got {_listed(list(state))}; fcvgg.finetune gives features alone a new head"
         )
     if weight.ndim < 2 or not len(weight) or _as_linear(weight, own).shape[1:] != own.shape[1:]:
         wanted = ("classes", *own.shape[1:])

@@ -16,8 +16,10 @@ from fcvgg.images.preprocessing import Preprocess
 from fcvgg.sources import checkpoints
 
 
-def read(name: str, weights: Any) -> tuple[nn.Module, dict[str, Any]]:
+def read(name: str, weights: Any, head: bool = True) -> tuple[nn.Module, dict[str, Any]]:
     """A torchvision classifier with downloaded weights, those of a checkpoint, or random ones.
+
+    `head` is as for `read_checkpoint`.
 
     Raises:
         LoadError: if there is no such model, or its weights cannot be had.
@@ -25,7 +27,7 @@ def read(name: str, weights: Any) -> tuple[nn.Module, dict[str, Any]]:
     """
     check_name(name)
     if str(weights).endswith(checkpoints.SUFFIXES):
-        return read_checkpoint(Path(weights), name)
+        return read_checkpoint(Path(weights), name, head)
     if weights is None:
         return _built(name), _settings_of(_published_weights(name))
     try:
@@ -50,8 +52,13 @@ def read(name: str, weights: Any) -> tuple[nn.Module, dict[str, Any]]:
     return model.eval(), _settings_of(entry)
 
 
-def read_checkpoint(path: Path, arch: str | None) -> tuple[nn.Module, dict[str, Any]]:
+def read_checkpoint(
+    path: Path, arch: str | None, head: bool = True
+) -> tuple[nn.Module, dict[str, Any]]:
     """A torchvision classifier with the parameters of a file, which tells its number of classes.
+
+    Args:
+        head: refuse a file without fully connected layers, which else are random (``"headless"``).
 
     Raises:
         LoadError: if the file is absent or broken, or does not fit the architecture.
@@ -63,12 +70,33 @@ def read_checkpoint(path: Path, arch: str | None) -> tuple[nn.Module, dict[str, 
             "or load them into your own model in Python and use fcvgg.convert"
         )
     check_name(arch)
+    if not head and not any(f"{name}.weight" in state for name, _ in _fully_connected(arch)):
+        return _with_random_head(state, arch, str(path))
     classes = _classes_in(state, arch)
     model = checkpoints.built_with(state, _built, str(path), name=arch, num_classes=classes)
     settings = _settings_of(_published_weights(arch))
     if settings.get("categories") and len(settings["categories"]) != classes:
         del settings["categories"]
     return model, settings
+
+
+def _fully_connected(arch: str) -> list[tuple[str, nn.Module]]:
+    modules = checkpoints.without_values(_built, name=arch).named_modules()
+    return [(name, module) for name, module in modules if isinstance(module, nn.Linear)]
+
+
+def _with_random_head(
+    state: dict[str, Tensor], arch: str, origin: str
+) -> tuple[nn.Module, dict[str, Any]]:
+    """A classifier with the features of a file, also of one that holds ``model.features`` alone."""
+    model = _built(arch)
+    own = model.state_dict()
+    if not state.keys() & own.keys():
+        state = {f"features.{name}": tensor for name, tensor in state.items()}
+    layers = [f"{name}.{kind}" for name, _ in _fully_connected(arch) for kind in ("weight", "bias")]
+    checkpoints.load_into(model, {**{name: own[name] for name in layers}, **state}, origin)
+    settings = _settings_of(_published_weights(arch))
+    return model, {**settings, "categories": None, "headless": True}
 
 
 def _built(name: str, **options: Any) -> nn.Module:
