@@ -297,6 +297,7 @@ class OutputFiles:
 
 _PHRASES = (
     ("preprocess=fcvgg.Preprocess(mean, std)", "--preprocess, or --mean and --std"),
+    (", your own nn.Module or a function that makes it", " or package.module:callable"),
     (" to convert or load", ""),
     (" to fcvgg.convert", ""),
     ("; pass uint8 (H, W, C), or value_range=", "; pass value_range="),

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import inspect
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
@@ -148,7 +150,10 @@ Weights = Annotated[
 Arch = Annotated[
     str | None,
     typer.Option(
-        metavar="NAME", help="Torchvision name of a checkpoint's architecture.", show_default=False
+        metavar="NAME|MODULE:CALLABLE",
+        help="A checkpoint's architecture: a torchvision name, or your own class or function that "
+        "makes the model, such as mymodel:MyNet for the class MyNet in mymodel.py.",
+        show_default=False,
     ),
 ]
 OutputStride = Annotated[
@@ -159,6 +164,16 @@ OutputStride = Annotated[
         help="Pixels between neighbouring cells: 16, 8, 4, 2 or 1 for VGG. Halving it takes about "
         "four times as long.",
         show_default="the network's own",
+    ),
+]
+MapHead = Annotated[
+    Literal["window", "position"] | None,
+    typer.Option(
+        "--head",
+        metavar="KIND",
+        help="What a cell is: window, or position, a finer map of networks that end in a global "
+        "average pool, such as a ResNet.",
+        show_default="window, or the bundle's own",
     ),
 ]
 OutputFolder = Annotated[
@@ -390,11 +405,12 @@ class NetworkOptions(OwnModel):
     model: Model = "vgg16"
     weights: Weights = "DEFAULT"
     arch: Arch = None
+    head: MapHead = None
     device: Device = "cpu"
 
     def load(self, **options: Any) -> FullyConvolutional:
         """The network; `options` and errors are as for `load_network`."""
-        names = {"weights": self.weights, "arch": self.arch}
+        names = {"weights": self.weights, "arch": self.arch, **head_option(self.head)}
         return load_network(self.model, self, self.device, **names, **options)
 
 
@@ -433,6 +449,11 @@ def with_option_groups(command: Callable[..., None]) -> Callable[..., None]:
 # -- networks and images --------------------------------------------------------------------------
 
 
+def head_option(head: str | None) -> dict[str, str]:
+    """The option of `fcvgg.load`; a bundle has its own where none is given."""
+    return {} if head is None else {"head": head}
+
+
 def load_network(
     model: str, own: OwnModel | None = None, device: str = "cpu", **options: Any
 ) -> FullyConvolutional:
@@ -450,6 +471,8 @@ def load_network(
     place = checked_device(device)
     settings = own.settings()
     activation = None if own.activation is None else checked_activation(own.activation)
+    if ":" in (options.get("arch") or ""):
+        options["arch"] = imported(options["arch"])
     with contextlib.redirect_stdout(sys.stderr):  # torch.hub announces downloads on stdout
         net = load(model, **options, **settings)
     net.preprocess = own.preprocess_for(net.in_channels, net.preprocess)
@@ -457,6 +480,26 @@ def load_network(
         net.activation = activation
         check_activation(net)
     return net.to(place)
+
+
+def imported(name: str) -> Any:
+    """What ``package.module:attribute`` names, in the current folder or installed.
+
+    Raises:
+        ArgumentError: if it cannot be imported.
+    """
+    from fcvgg.errors import one_line
+
+    module, _, attribute = name.partition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())  # as python -m has it
+    try:
+        return functools.reduce(getattr, attribute.split("."), importlib.import_module(module))
+    except Exception as error:  # the user's module may raise anything
+        raise ArgumentError(
+            f"--arch must be a torchvision name or package.module:callable, got {name!r}, which "
+            f"cannot be imported ({type(error).__name__}: {one_line(error)})"
+        ) from error
 
 
 def checked_device(name: str) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +22,7 @@ from fcvgg.finetuning.strategies import (
     with_augment,
 )
 from fcvgg.images.datasets import split_folders
-from fcvgg.images.preprocessing import Preprocess
+from fcvgg.images.preprocessing import PreprocessLike
 from fcvgg.images.reading import check_usable
 from fcvgg.loading import DEFAULT_WEIGHTS
 from fcvgg.training.settings import Settings
@@ -42,7 +41,7 @@ def finetune(
     folder: str | Path = "finetuned",
     *,
     weights: str | Path | None = DEFAULT_WEIGHTS,
-    preprocess: Preprocess | str | Callable[..., Preprocess | None] | None = None,
+    preprocess: PreprocessLike | None = None,
     resume: bool = False,
     progress: bool = False,
     **options: Any,
@@ -56,8 +55,9 @@ def finetune(
         data: a folder with one folder of images per class, or with parts that hold such folders,
             such as ``train`` and ``valid``; a part ``test`` is not used. See
             `fcvgg.images.datasets`. Files that cannot be read as images are left out and listed.
-        model: a classifier, or a name or file as for `fcvgg.load`. Features alone, such as a file
-            saved without the classifier, get a new head. It is not changed.
+        model: a classifier or converted network, or a name, file or bundle as for `fcvgg.load`.
+            Features alone, such as a file saved without the classifier, get a new head. It is not
+            changed.
         folder: the run's folder: ``model`` (the bundle), ``report``, ``best.ckpt``, ``last.ckpt``
             and ``history.csv``; for ``"svm"`` without ``best.ckpt`` and ``history.csv``.
         weights: as for `fcvgg.load`.

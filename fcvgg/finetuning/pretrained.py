@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from inspect import signature
@@ -16,12 +15,14 @@ from torch import Tensor, nn
 
 from fcvgg.errors import ArgumentError, ConversionError, InputSizeError, PreprocessError
 from fcvgg.geometry import Pair, checked_size
-from fcvgg.images.preprocessing import Preprocess, given_preprocess
+from fcvgg.images.pipelines import check_preprocess, given_preprocess, is_pipeline
+from fcvgg.images.preprocessing import Preprocess, PreprocessLike
 from fcvgg.loading import load, read_source
 from fcvgg.network import FullyConvolutional
 from fcvgg.rewriting.capture import capture, input_channels
 from fcvgg.rewriting.native_size import infer_input_size
 from fcvgg.rewriting.rules import is_known
+from fcvgg.serialization import hub
 from fcvgg.sources import torchvision_model
 from fcvgg.support.module_state import dtype_of
 from fcvgg.transfer.sources import source_of
@@ -49,13 +50,13 @@ class Pretrained:
 def load_pretrained(
     model: nn.Module | str | Path,
     weights: str | Path | None,
-    preprocess: Preprocess | str | Callable[..., Preprocess | None] | None,
+    preprocess: PreprocessLike | None,
     size: int | Pair | None,
 ) -> Pretrained:
     """The classifier of a name, a file or a module.
 
     Args:
-        model: a classifier, or a name or file as for `fcvgg.load`.
+        model: a classifier or converted network, or a name, file or bundle as for `fcvgg.load`.
         weights: as for `fcvgg.load`.
         preprocess: how images become input, or a function that gives it for a number of channels
             and, if it takes a second argument, the source's preprocessing; the source's when None.
@@ -65,6 +66,9 @@ def load_pretrained(
         PreprocessError: if the preprocessing is unknown.
         InputSizeError: if the native size cannot be inferred and `size` is None.
     """
+    by_channels: Any = preprocess if callable(preprocess) and not is_pipeline(preprocess) else None
+    if by_channels is None:
+        check_preprocess(preprocess)
     known: dict[str, Any] = {}
     name = str(model) if isinstance(model, (str, Path)) else type(model).__name__
     if isinstance(model, (str, Path)) and _is_bundle(name):
@@ -73,13 +77,13 @@ def load_pretrained(
         known = {"preprocess": model.preprocess, "input_size": model.input_size}
         name = model.source if name == "FullyConvolutional" else name
     if isinstance(model, (str, Path)):
-        classifier, known = read_source(name, None, weights, head=False)
+        classifier, known = read_source(name, None, weights, headless=True)
     else:
         classifier = source_of(model)
     channels = input_channels(classifier)
-    if callable(preprocess) and not isinstance(preprocess, Preprocess):
+    if by_channels is not None:
         arguments = channels, known.get("preprocess")
-        preprocess = preprocess(*arguments[: len(signature(preprocess).parameters)])
+        preprocess = by_channels(*arguments[: len(signature(by_channels).parameters)])
     used = given_preprocess(preprocess, channels) or known.get("preprocess")
     if used is None:
         raise PreprocessError(
@@ -95,7 +99,8 @@ def load_pretrained(
 
 
 def _is_bundle(name: str) -> bool:
-    return name not in ("demo", *torchvision_model.names()) and Path(name).is_dir()
+    named = name in ("demo", *torchvision_model.names())
+    return name.startswith(hub.PREFIX) or (not named and Path(name).is_dir())
 
 
 _USUAL_SIZE = 224

@@ -299,7 +299,7 @@ def rates(
     # The rate halves with every block towards the image: early features are general and need
     # little change. Fully connected layers that are kept get the rate of the last block.
     names = layer_names(model)
-    blocks = sorted({layer.block for layer in names if layer.block})
+    blocks = sorted({x.block for x in names if x.block and x.role == "conv"})
     by_block = {
         f"block{block}": lr * _FEATURES_RATE * _DECAY ** (len(blocks) - 1 - i)
         for i, block in enumerate(blocks)

@@ -222,7 +222,8 @@ def _complaint(error: Exception) -> str:
     if found is not None:
         return (
             f"holds a Python object ({found[1]}) as well as tensors; opening it could run code, so "
-            "it is refused; save model.state_dict() instead"
+            "it is refused; save model.state_dict() instead, and pass arch=, a torchvision name, "
+            "your own nn.Module or a function that makes it"
         )
     if "TorchScript" in str(error):
         return "holds a scripted model; save model.state_dict() instead"

@@ -42,14 +42,14 @@ _MODELS = ("Sequential", "Functional", "Model")
 
 
 def read(
-    path: str | Path, arch: str | None = None, head: bool = True
+    path: str | Path, arch: str | None = None, headless: bool = False
 ) -> tuple[KerasModel, dict[str, Any]]:
     """The classifier in a Keras file, and what is known of its input.
 
     Args:
         arch: ``"vgg16"`` or ``"vgg19"`` for a file of weights alone whose layers do not have the
             names of keras.applications.
-        head: refuse VGG's weights without the fully connected layers; else the model gives a map.
+        headless: take VGG's weights without the fully connected layers; the model gives a map.
 
     Raises:
         LoadError: if the file is absent, broken, holds no weights, or a layer is not supported.
@@ -59,7 +59,7 @@ def read(
     with untrusted.reading(path, "a Keras file"), _opened(path) as (config, file):
         weights = Weights(_weights_within(file, path), str(path))
         if config is None:
-            config = _application(_recognised(weights, arch, path, head), weights)
+            config = _application(_recognised(weights, arch, path, headless), weights)
         return _assemble(config, weights, path)
 
 
@@ -223,7 +223,7 @@ def _settings(
             )
         if shape[1] and shape[2]:
             settings["input_size"] = checked_size(shape[1:3])
-    if _is_application(layers) or _is_application(layers, head=False):
+    if _is_application(layers) or _is_application(layers, headless=True):
         settings["preprocess"] = CAFFE
     if _is_application(layers):
         weights = torchvision.models.VGG16_Weights.IMAGENET1K_V1
@@ -251,16 +251,16 @@ def _names(blocks: Sequence[int]) -> list[str]:
     return [*convolutions, *_HEAD]
 
 
-def _is_application(layers: Sequence[Layer], head: bool = True) -> bool:
+def _is_application(layers: Sequence[Layer], headless: bool = False) -> bool:
     """Whether these are the layers of VGG16 or VGG19 with ImageNet's classes, or without a head."""
     weighted = [x.name for x in layers if x.kind in ("Conv2D", "Dense")]
-    if not head:
+    if headless:
         return any([*weighted, *_HEAD] == _names(blocks) for blocks in _APPLICATIONS.values())
     known = any(weighted == _names(blocks) for blocks in _APPLICATIONS.values())
     return known and layers[-1].get("units") == _IMAGENET_CLASSES
 
 
-def _recognised(weights: Weights, arch: str | None, path: Path, head: bool) -> str:
+def _recognised(weights: Weights, arch: str | None, path: Path, headless: bool) -> str:
     """The architecture of a file of weights alone."""
     found = set(weights.layer_names())
     if not found:
@@ -269,7 +269,7 @@ def _recognised(weights: Weights, arch: str | None, path: Path, head: bool) -> s
         if found == set(_names(blocks)):
             return name
         if found == set(_names(blocks)) - set(_HEAD):
-            if not head:
+            if headless:
                 return name
             raise LoadError(
                 f"{path} must hold the weights of the whole classifier, got {name} without its "

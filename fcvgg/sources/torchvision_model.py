@@ -12,14 +12,14 @@ from torch import Tensor, nn
 
 from fcvgg.conversion import check_convertible
 from fcvgg.errors import LoadError, one_line
-from fcvgg.images.preprocessing import Preprocess
+from fcvgg.images.pipelines import given_preprocess
 from fcvgg.sources import checkpoints
 
 
-def read(name: str, weights: Any, head: bool = True) -> tuple[nn.Module, dict[str, Any]]:
+def read(name: str, weights: Any, headless: bool = False) -> tuple[nn.Module, dict[str, Any]]:
     """A torchvision classifier with downloaded weights, those of a checkpoint, or random ones.
 
-    `head` is as for `read_checkpoint`.
+    `headless` is as for `read_checkpoint`.
 
     Raises:
         LoadError: if there is no such model, or its weights cannot be had.
@@ -27,7 +27,7 @@ def read(name: str, weights: Any, head: bool = True) -> tuple[nn.Module, dict[st
     """
     check_name(name)
     if str(weights).endswith(checkpoints.SUFFIXES):
-        return read_checkpoint(Path(weights), name, head)
+        return read_checkpoint(Path(weights), name, headless)
     if weights is None:
         return _built(name), _settings_of(_published_weights(name))
     try:
@@ -53,12 +53,12 @@ def read(name: str, weights: Any, head: bool = True) -> tuple[nn.Module, dict[st
 
 
 def read_checkpoint(
-    path: Path, arch: str | None, head: bool = True
+    path: Path, arch: str | None, headless: bool = False
 ) -> tuple[nn.Module, dict[str, Any]]:
     """A torchvision classifier with the parameters of a file, which tells its number of classes.
 
     Args:
-        head: refuse a file without fully connected layers, which else are random (``"headless"``).
+        headless: take a file without fully connected layers, which then are random.
 
     Raises:
         LoadError: if the file is absent or broken, or does not fit the architecture.
@@ -66,11 +66,11 @@ def read_checkpoint(
     state = checkpoints.read_state(path)
     if arch is None:
         raise LoadError(
-            f"{path} holds parameters only; pass arch=, its architecture's name such as 'vgg16', "
-            "or load them into your own model in Python and use fcvgg.convert"
+            f"{path} holds parameters only; pass arch=, a torchvision name such as 'vgg16', your "
+            "own nn.Module or a function that makes it"
         )
     check_name(arch)
-    if not head and not any(f"{name}.weight" in state for name, _ in _fully_connected(arch)):
+    if headless and not any(f"{name}.weight" in state for name, _ in _fully_connected(arch)):
         return _with_random_head(state, arch, str(path))
     classes = _classes_in(state, arch)
     model = checkpoints.built_with(state, _built, str(path), name=arch, num_classes=classes)
@@ -127,11 +127,11 @@ def _published_weights(name: str) -> Any:
 def _settings_of(weights: Any) -> dict[str, Any]:
     """Preprocessing, categories and native size of torchvision's published weights.
 
-    The resize and crop of classification are left out: a dense network takes the whole image.
+    The resize and crop of classification are kept apart: a dense network takes the whole image.
     """
     transforms = weights.transforms()
     return {
-        "preprocess": Preprocess(tuple(transforms.mean), tuple(transforms.std)),
+        "preprocess": given_preprocess(transforms, 3),
         "categories": weights.meta["categories"],
         "input_size": transforms.crop_size[0],
     }

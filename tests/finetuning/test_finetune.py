@@ -926,11 +926,6 @@ class Described(nn.Module):
             "model must return one tensor of scores to be trained, got a dict from Described; wrap",
         ),
         (
-            {"model": fcvgg.convert(demo_model())},
-            ConversionError,
-            "the model is fully convolutional already; pass its source model",
-        ),
-        (
             {"strategy": "all", "optimizer": "sgd", "lr": 1e12},
             TrainingError,
             "the loss is not finite at step . of epoch 1, with the learning rate 2.33e[+]10 to 9",
@@ -1005,11 +1000,27 @@ def test_features_alone_get_a_head_for_the_size(textures: Path, tmp_path: Path) 
     assert result.model.classifier[0].weight.shape == (8, 64 * 6 * 6)
 
 
-def test_a_bundle_is_no_source(linear: fcvgg.FineTuned, textures: Path, tmp_path: Path) -> None:
-    with pytest.raises(
-        ArgumentError, match=r"model must be a classifier, got .*model, a converted network; its"
-    ):
-        tuned(textures, tmp_path, model=str(linear.model_path))
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"strategy": "partial", "freeze_upto": "pool2", "hidden": (8,)},
+        {"strategy": "all", "hidden": None},
+        {"strategy": "partial", "size": 40, "hidden": None},
+    ],
+)
+def test_a_bundle_trains_as_its_source_does(
+    textures: Path, tmp_path: Path, options: dict[str, Any]
+) -> None:
+    net = fcvgg.convert(demo_model(), preprocess=PREPROCESS)
+    net.save(tmp_path / "bundle")
+    source = tuned(textures, tmp_path / "source", epochs=1, **options)
+    for name, model in (("file", tmp_path / "bundle"), ("network", net)):
+        result = tuned(textures, tmp_path / name, model=model, epochs=1, **options)
+        found, expected = result.model.state_dict(), source.model.state_dict()
+        assert found.keys() == expected.keys()
+        for key, value in expected.items():
+            torch.testing.assert_close(found[key], value)
+        np.testing.assert_allclose(result.probabilities, source.probabilities, atol=1e-5)
 
 
 def test_resuming_another_run(linear: fcvgg.FineTuned, textures: Path) -> None:
