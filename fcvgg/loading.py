@@ -174,16 +174,18 @@ def read_source(
     weights: str | Path | None = DEFAULT_WEIGHTS,
     input_size: int | Iterable[int] | None = None,
     verify: bool = True,
+    headless: bool = False,
 ) -> tuple[nn.Module, dict[str, Any]]:
     """The classifier of a name or file, and what is known of it, as options of `fcvgg.convert`.
 
-    The arguments are those of `load`; a bundle is not a classifier but a network.
+    The arguments are those of `load`; a bundle is not a classifier but a network. With `headless`
+    a file of features alone is taken too: its classifier is random, or the model gives a map.
     """
     if name in demo.MODELS:
         return demo.read(name)
     if name.endswith(checkpoints.SUFFIXES):
         if arch is None or isinstance(arch, str):
-            return torchvision_model.read_checkpoint(Path(name), arch, weights)
+            return torchvision_model.read_checkpoint(Path(name), arch, weights, headless)
         return _own_model(Path(name), arch, weights)
     if name.startswith(timm_model.PREFIX):
         return timm_model.read(name.removeprefix(timm_model.PREFIX), weights)
@@ -194,8 +196,8 @@ def read_source(
             raise LoadError(
                 f"arch must be 'vgg16' or 'vgg19' for Keras files, got {_name_of(arch)}"
             )
-        return keras_file.read(name, arch)
-    return torchvision_model.read(name, weights)
+        return keras_file.read(name, arch, headless)
+    return torchvision_model.read(name, weights, headless)
 
 
 def _check_options(options: dict[str, Any]) -> None:

@@ -96,7 +96,7 @@ def classes_in(state: Mapping[str, Tensor], layer: str, own: Tensor, arch: str) 
     if weight is None:
         raise LoadError(
             f"the checkpoint does not fit {arch}: it must hold {layer}.weight, of the last layer, "
-            f"got {states.listed(list(state))}"
+            f"got {states.listed(list(state))}; fcvgg.finetune gives features alone a new head"
         )
     if (
         weight.ndim < 2
@@ -225,7 +225,7 @@ def _read_pickle(path: Path) -> Any:
                 untrusted.check_members(archive, path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about pickle protocols, which broken files show
-            with torch.serialization.safe_globals(inert.SAFE_GLOBALS):
+            with torch.serialization.safe_globals([*inert.SAFE_GLOBALS]):
                 return torch.load(path, map_location="cpu", weights_only=True)
     except LoadError:
         raise

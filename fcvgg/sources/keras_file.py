@@ -42,12 +42,15 @@ _IMAGENET_CLASSES = 1000
 _MODELS = ("Sequential", "Functional", "Model")
 
 
-def read(path: str | Path, arch: str | None = None) -> tuple[KerasModel, dict[str, Any]]:
+def read(
+    path: str | Path, arch: str | None = None, headless: bool = False
+) -> tuple[KerasModel, dict[str, Any]]:
     """The classifier in a Keras file, and what is known of its input.
 
     Args:
         arch: ``"vgg16"`` or ``"vgg19"`` for a file of weights alone whose layers do not have the
             names of keras.applications.
+        headless: take VGG's weights without the fully connected layers; the model gives a map.
 
     Raises:
         LoadError: if the file is absent, broken, holds no weights, or a layer is not supported.
@@ -57,7 +60,7 @@ def read(path: str | Path, arch: str | None = None) -> tuple[KerasModel, dict[st
     with untrusted.reading(path, "a Keras file"), _opened(path) as (config, file, version):
         weights = Weights(_weights_within(file, path), str(path))
         if config is None:
-            config = _application(_recognised(weights, arch, path), weights)
+            config = _application(_recognised(weights, arch, path, headless), weights)
         return _assemble(config, weights, path, version)
 
 
@@ -271,8 +274,9 @@ def _settings(
             )
         if shape[1] and shape[2]:
             settings["input_size"] = checked_size(shape[1:3])
-    if _is_application(layers):
+    if _is_application(layers) or _is_application(layers, headless=True):
         settings["preprocess"] = CAFFE
+    if _is_application(layers):
         weights = torchvision.models.VGG16_Weights.IMAGENET1K_V1
         settings["categories"] = tuple(weights.meta["categories"])
     return settings
@@ -298,14 +302,16 @@ def _names(blocks: Sequence[int]) -> list[str]:
     return [*convolutions, *_HEAD]
 
 
-def _is_application(layers: Sequence[Layer]) -> bool:
-    """Whether these are the layers of VGG16 or VGG19 with ImageNet's classes."""
+def _is_application(layers: Sequence[Layer], headless: bool = False) -> bool:
+    """Whether these are the layers of VGG16 or VGG19 with ImageNet's classes, or without a head."""
     weighted = [x.name for x in layers if x.kind in ("Conv2D", "Dense")]
+    if headless:
+        return any([*weighted, *_HEAD] == _names(blocks) for blocks in _APPLICATIONS.values())
     known = any(weighted == _names(blocks) for blocks in _APPLICATIONS.values())
     return known and layers[-1].get("units") == _IMAGENET_CLASSES
 
 
-def _recognised(weights: Weights, arch: str | None, path: Path) -> str:
+def _recognised(weights: Weights, arch: str | None, path: Path, headless: bool) -> str:
     """The architecture of a file of weights alone."""
     found = set(weights.layer_names())
     if not found:
@@ -314,9 +320,11 @@ def _recognised(weights: Weights, arch: str | None, path: Path) -> str:
         if found == set(_names(blocks)):
             return name
         if found == set(_names(blocks)) - set(_HEAD):
+            if headless:
+                return name
             raise LoadError(
                 f"{path} must hold the weights of the whole classifier, got {name} without its "
-                "fully connected layers (include_top=False)"
+                "fully connected layers (include_top=False); fcvgg.finetune gives it a new head"
             )
     if arch in _APPLICATIONS:
         names, expected = weights.layer_names(), _names(_APPLICATIONS[arch])
@@ -346,11 +354,13 @@ def _application(arch: str, weights: Weights) -> dict[str, Any]:
             settings = {"kernel_size": [3, 3], "padding": "same", "activation": "relu"}
             add("Conv2D", f"block{block}_conv{i}", **settings)
         add("MaxPooling2D", f"block{block}_pool", pool_size=[2, 2], strides=[2, 2])
-    add("Flatten", "flatten")
-    for name in _HEAD:
+    head = _HEAD if set(_HEAD) & set(weights.layer_names()) or weights.aliases else ()
+    if head:
+        add("Flatten", "flatten")
+    for name in head:
         add("Dense", name, activation="softmax" if name == "predictions" else "relu")
     model = {"class_name": "Sequential", "config": {"name": arch, "layers": entries}}
-    arrays = weights.of(("predictions",), list(_layers_of(model, ())))
+    arrays = head and weights.of(("predictions",), list(_layers_of(model, ())))
     if arrays:
         entries[-1]["config"]["units"] = int(arrays[0].shape[-1])
     return model
