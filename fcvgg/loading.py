@@ -18,7 +18,7 @@ from fcvgg.conversion import convert
 from fcvgg.errors import ArgumentError, GeometryError, LoadError, one_line
 from fcvgg.geometry import checked_size
 from fcvgg.images.pipelines import check_preprocess
-from fcvgg.images.preprocessing import Preprocess, PreprocessLike
+from fcvgg.images.preprocessing import PreprocessLike
 from fcvgg.network import FullyConvolutional
 from fcvgg.rewriting.capture import input_channels
 from fcvgg.serialization import hub
@@ -46,8 +46,9 @@ def load(
     """A verified fully convolutional network from a name or a file.
 
     Args:
-        source: ``"demo"``, the small face detector that the package ships; a torchvision name such
-            as ``"vgg16"``; ``"timm:NAME"``, also ``"timm:hf-hub:user/name"``; an ``.onnx`` file; a
+        source: ``"demo"``, the small face detector that the package ships; ``"demo:imagenet"``,
+            EfficientNet-Lite0 with the weights of the extra ``[demo]``; a torchvision name such as
+            ``"vgg16"``; ``"timm:NAME"``, also ``"timm:hf-hub:user/name"``; an ``.onnx`` file; a
             Keras file ``.keras`` or ``.h5``; a bundle that ``net.save`` wrote, or
             ``"hf:user/name"`` or ``"hf:user/name@revision"`` for one that ``net.push_to_hub``
             wrote; or a checkpoint ``.pt``, ``.pth`` or ``.safetensors``, with `arch`.
@@ -104,7 +105,8 @@ def load_with_source(
     name = str(source)
     _refuse_address(name)
     on_hub = name.startswith(hub.PREFIX)
-    bundle = on_hub or (name not in ("demo", *torchvision_model.names()) and Path(source).is_dir())
+    names = (*demo.MODELS, *torchvision_model.names())
+    bundle = on_hub or (name not in names and Path(source).is_dir())
     parameters_only = name.endswith((*checkpoints.SUFFIXES, *keras_file.SUFFIXES)) and not bundle
     if arch is not None and not parameters_only:
         chosen = repr(arch) if isinstance(arch, str) else _name_of(arch)
@@ -112,7 +114,7 @@ def load_with_source(
             f"arch={chosen} must come with a checkpoint, got {name!r}; pass one of the two"
         )
     own_weights = (*checkpoints.SUFFIXES, onnx_file.SUFFIX, *keras_file.SUFFIXES)
-    has_weights = bundle or name == "demo" or name.endswith(own_weights)
+    has_weights = bundle or name in demo.MODELS or name.endswith(own_weights)
     if has_weights and weights not in (None, DEFAULT_WEIGHTS):
         raise LoadError(
             f"weights must be left out for {name!r}, which holds its own, got {str(weights)!r}"
@@ -173,10 +175,8 @@ def read_source(
 
     The arguments are those of `load`; a bundle is not a classifier but a network.
     """
-    if name == "demo":
-        preprocess = Preprocess(demo.MEAN, demo.STD)
-        known = {"categories": demo.CATEGORIES, "input_size": demo.WINDOW, "preprocess": preprocess}
-        return demo.demo_model(), known
+    if name in demo.MODELS:
+        return demo.read(name)
     if name.endswith(checkpoints.SUFFIXES):
         if arch is None or isinstance(arch, str):
             return torchvision_model.read_checkpoint(Path(name), arch)

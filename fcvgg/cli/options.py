@@ -136,7 +136,7 @@ def csv_file(path: Path | None) -> Path | None:
 
 MODEL_HELP = (
     "Network: a torchvision name, timm:NAME, a checkpoint (with --arch), an .onnx or Keras file, a "
-    "folder written by 'fcvgg convert', or 'demo'."
+    "folder written by 'fcvgg convert', 'demo', or 'demo:imagenet' (extra [demo])."
 )
 
 Images = Annotated[

@@ -41,6 +41,7 @@ FIGURE_ENDINGS = (
 
 EXPORT_ENDINGS = (".onnx", ".pt2")
 CSV_ENDINGS = (".csv", ".txt")
+PAGE_ENDINGS = (".html", ".htm")
 JSON_ENDINGS = (".json", ".txt")
 STORE_ENDINGS = (".zarr",)
 TABLE_ENDINGS = (".parquet",)

@@ -20,7 +20,7 @@ from typer.main import get_command
 import fcvgg
 from fcvgg.cli import app
 from fcvgg.cli.reports import count
-from fcvgg.demo import SCALES, demo_model, demo_photograph
+from fcvgg.demo import SCALES, SHOWN, demo_model, demo_photograph
 
 COMMANDS = ("demo", "heatmap", "classify", "evaluate", "info", "convert", "probe", "stream")
 COMMANDS += ("bench", "finetune", "segment-train", "segment")
@@ -182,6 +182,27 @@ def test_demo_points_at_the_face(demo):
     assert 170 <= x <= 275
 
 
+def test_demo_shows_classes_of_imagenet(demo):
+    ran, output = demo
+    for name in SHOWN:
+        assert name in ran.out
+    with Image.open(output / "fcvgg-demo-imagenet.jpg") as figure:
+        assert figure.width > 1000
+
+
+def test_demo_without_its_extra_says_what_brings_it(tmp_path, monkeypatch):
+    from fcvgg import demo as demo_module
+
+    def absent():
+        raise fcvgg.MissingExtraError("the package 'skimage' is needed")
+
+    monkeypatch.setattr(demo_module, "imagenet_photographs", absent)
+    ran = run("demo", "--output", tmp_path)
+    assert ran.status == 0
+    assert "pip install 'fcvgg[demo]' adds" in ran.err
+    assert not (tmp_path / "fcvgg-demo-imagenet.jpg").exists()
+
+
 def test_demo_writes_the_overlay_and_the_figure_and_says_where(demo):
     ran, output = demo
     for name in ("fcvgg-demo-overlay.png", "fcvgg-demo.png"):
@@ -190,7 +211,7 @@ def test_demo_writes_the_overlay_and_the_figure_and_says_where(demo):
         assert overlay.size == demo_photograph().size
     with Image.open(output / "fcvgg-demo.png") as figure:
         assert figure.width > 2.5 * figure.height
-    assert len(list(output.iterdir())) == 2
+    assert len(list(output.iterdir())) == 3
 
 
 def test_demo_refuses_a_file_as_folder(images):

@@ -414,8 +414,8 @@ def test_a_flat_heatmap_offers_positions_once() -> None:
     options: Any = {"input_size": 32, "preprocess": "unit"}
     net = fcvgg.convert(model, **options)
     with pytest.warns(UserWarning, match="one cell.*head='position' of fcvgg.convert") as caught:
-        net.heatmap(picture, 0)
-        net.heatmap(picture, 1)
+        shown = [net.heatmap(picture, k) for k in (0, 1)]
+    assert [float(heatmap.values.std()) for heatmap in shown] == pytest.approx([0, 0], abs=1e-6)
     assert len(caught) == 1
     warn_of_one_cell.cache_clear()
     with warnings.catch_warnings():
