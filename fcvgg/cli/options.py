@@ -10,6 +10,7 @@ import contextlib
 import functools
 import importlib
 import inspect
+import io
 import os
 import sys
 from collections.abc import Callable
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 import typer
 
 from fcvgg.errors import ArgumentError
-from fcvgg.support.atomic import checked_file, checked_folder
+from fcvgg.support.atomic import CSV_ENDINGS, checked_file, checked_folder
 
 if TYPE_CHECKING:
     from fcvgg.images.lazy.source import StripSource
@@ -126,6 +127,11 @@ def output_file(*endings: str) -> Callable[[Path | None], Path | None]:
     return output_name(lambda path: checked_file(path, "--output", endings))
 
 
+def csv_file(path: Path | None) -> Path | None:
+    """The callback of ``--csv``."""
+    return output_name(lambda file: checked_file(file, "--csv", CSV_ENDINGS))(path)
+
+
 # -- options of several commands ------------------------------------------------------------------
 
 MODEL_HELP = (
@@ -134,7 +140,19 @@ MODEL_HELP = (
 )
 
 Images = Annotated[
-    list[Path], typer.Argument(metavar="IMAGE", help="Image files.", show_default=False)
+    list[Path],
+    typer.Argument(
+        metavar="IMAGE",
+        help="Image files, folders of them, or - for standard input.",
+        show_default=False,
+    ),
+]
+Recursive = Annotated[
+    bool, typer.Option("--recursive", "-r", help="Also take the images of folders in folders.")
+]
+AsJson = Annotated[
+    bool,
+    typer.Option("--json", help="Print one JSON object a line for each image instead of text."),
 ]
 Model = Annotated[str, typer.Option("--model", "-m", metavar="MODEL", help=MODEL_HELP)]
 Weights = Annotated[
@@ -150,9 +168,20 @@ Weights = Annotated[
 Arch = Annotated[
     str | None,
     typer.Option(
-        metavar="NAME|MODULE:CALLABLE",
+        metavar="NAME",
         help="A checkpoint's architecture: a torchvision name, or your own class or function that "
         "makes the model, such as mymodel:MyNet for the class MyNet in mymodel.py.",
+        show_default=False,
+    ),
+]
+Csv = Annotated[
+    Path | None,
+    typer.Option(
+        "--csv",
+        metavar="FILE",
+        dir_okay=False,
+        help="Table to write instead of printing, with a header line.",
+        callback=csv_file,
         show_default=False,
     ),
 ]
@@ -541,10 +570,11 @@ class ImageOpener:
         Raises:
             ImageError: if it cannot be opened.
         """
-        from fcvgg.cli.console import note
+        from fcvgg.cli.console import STDIN, note
         from fcvgg.images.lazy.opening import open_image
 
-        source = open_image(image, level, bands=self._bands, nodata=self._nodata)
+        given = io.BytesIO(sys.stdin.buffer.read()) if image == STDIN else image
+        source = open_image(given, level, bands=self._bands, nodata=self._nodata)
         declared = source.nodata
         # NaN enters no score, whether it is declared or not
         unused = self._nodata is None and declared is not None and declared == declared

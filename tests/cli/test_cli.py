@@ -415,7 +415,7 @@ def test_a_checkpoint_with_its_architecture(images, folder):
         arguments = (*options, "own.pt") if options[-1] == "-w" else options
         ran = run("classify", "one.png", *arguments, "--json")
         assert ran.status == 0, ran.err
-        predictions = json.loads(ran.out)[0]["predictions"]
+        predictions = json.loads(ran.out.splitlines()[0])["predictions"]
         assert sorted(p["index"] for p in predictions) == [0, 1, 2]
         assert {p["category"] for p in predictions} == {None}
 
@@ -431,7 +431,7 @@ def test_classify_as_json_is_what_the_library_says(images):
     expected = net.classify(
         list(images), scales=[40, 64], flip=True, average="probabilities"
     ).tolist()
-    results = json.loads(ran.out)
+    results = [json.loads(line) for line in ran.out.splitlines()]
     assert [r["image"] for r in results] == [str(i) for i in images]
     for result, row in zip(results, expected, strict=True):
         assert {p["index"]: p["probability"] for p in result["predictions"]} == dict(enumerate(row))
@@ -457,7 +457,7 @@ def test_classify_prints_the_top_classes(images):
 
 def probabilities(ran):
     """By class, of the first image that ``--json`` shows."""
-    (result, *_) = json.loads(ran.out)
+    result = json.loads(ran.out.splitlines()[0])
     return [p["probability"] for p in sorted(result["predictions"], key=lambda p: p["index"])]
 
 
@@ -469,7 +469,9 @@ def test_classify_sees_a_large_image_whole_unless_told_otherwise(folder):
         ran = run("classify", "large.png", "-m", "demo", "--json", *options)
         expected = net.classify("large.png", scales=scales)[0].tolist()
         assert probabilities(ran) == expected
-        assert json.loads(ran.out)[0]["scales"] == (None if scales is None else [scales])
+        assert json.loads(ran.out.splitlines()[0])["scales"] == (
+            None if scales is None else [scales]
+        )
     assert fails("classify", "large.png", "-m", "demo", "--full-size", "--scales", "64") == (
         "--scales and --full-size exclude each other; give one of the two"
     )
@@ -499,7 +501,7 @@ def test_heatmap_notes_once_that_images_are_many_windows_large(folder):
 def test_classify_as_json_leaves_bad_images_out(images):
     ran = run("classify", "absent.png", "one.png", "-m", "demo", "--json")
     assert ran.status == 2
-    assert [r["image"] for r in json.loads(ran.out)] == ["one.png"]
+    assert [r["image"] for r in map(json.loads, ran.out.splitlines())] == ["one.png"]
     assert ran.err.splitlines()[0] == "fcvgg: error: there is no image file absent.png"
 
 
