@@ -55,7 +55,7 @@ _MAPPINGS = (
     *("lightning.fabric.utilities.data.AttributeDict",),
 )
 
-SAFE_GLOBALS = [
+SAFE_GLOBALS: list[Any] = [
     *((Inert, name) for name in _OBJECTS),
     *((InertMapping, name) for name in _MAPPINGS),
 ]
