@@ -272,7 +272,8 @@ class _Shown:
 
     def in_words(self, threshold: float | None, boxes: int) -> str:
         found = self.as_data(None)
-        counted = "" if threshold is None else f", {boxes} boxes of {threshold:g} and more"
+        noun = "box" if boxes == 1 else "boxes"
+        counted = "" if threshold is None else f", {boxes} {noun} of {threshold:g} and more"
         return (
             f"{self.image}: {found['category']} ({self.index}), probability "
             f"{found['probability']:.3f} averaged over the image, peak {found['peak']:.3f} at "
