@@ -57,7 +57,8 @@ def load(
             function that makes one without arguments, or from ``num_classes=``. ``"vgg16"`` or
             ``"vgg19"`` for Keras weights whose layers have names of their own.
         weights: for a name: ``"DEFAULT"`` or another name of torchvision's weights, which it
-            downloads; the path of a checkpoint; or None for random weights.
+            downloads; the path of a checkpoint; or None for random weights. For a checkpoint that
+            holds several states: ``"ema"`` for the averaged ones, or a name that the error lists.
         preprocess: how images become input, as for `fcvgg.convert`; the weights' own when None.
         categories: the class names, or the path of a file with one name per line; the weights' own
             when None.
@@ -113,7 +114,7 @@ def load_with_source(
         raise LoadError(
             f"arch={chosen} must come with a checkpoint, got {name!r}; pass one of the two"
         )
-    own_weights = (*checkpoints.SUFFIXES, onnx_file.SUFFIX, *keras_file.SUFFIXES)
+    own_weights = (onnx_file.SUFFIX, *keras_file.SUFFIXES)
     has_weights = bundle or name in demo.MODELS or name.endswith(own_weights)
     if has_weights and weights not in (None, DEFAULT_WEIGHTS):
         raise LoadError(
@@ -125,9 +126,12 @@ def load_with_source(
         folder = hub.download_bundle(name.removeprefix(hub.PREFIX)) if on_hub else Path(source)
         return None, _from_bundle(folder, {**given, **options})
     model, found = read_source(name, arch, weights, input_size, options.get("verify", True))
+    place = found.pop("found", "")
     found.update(given)
     if not name.endswith((onnx_file.SUFFIX, *keras_file.SUFFIXES)):
-        return model, convert(model, **{**found, **options})
+        net = convert(model, **{**found, **options})
+        net.source += f" ({place})" if place else ""
+        return model, net
     return model, _convert_within_budget(model, {**found, **options}, name)
 
 
@@ -170,17 +174,19 @@ def read_source(
     weights: str | Path | None = DEFAULT_WEIGHTS,
     input_size: int | Iterable[int] | None = None,
     verify: bool = True,
+    headless: bool = False,
 ) -> tuple[nn.Module, dict[str, Any]]:
     """The classifier of a name or file, and what is known of it, as options of `fcvgg.convert`.
 
-    The arguments are those of `load`; a bundle is not a classifier but a network.
+    The arguments are those of `load`; a bundle is not a classifier but a network. With `headless`
+    a file of features alone is taken too: its classifier is random, or the model gives a map.
     """
     if name in demo.MODELS:
         return demo.read(name)
     if name.endswith(checkpoints.SUFFIXES):
         if arch is None or isinstance(arch, str):
-            return torchvision_model.read_checkpoint(Path(name), arch)
-        return _own_model(Path(name), arch), {}
+            return torchvision_model.read_checkpoint(Path(name), arch, weights, headless)
+        return _own_model(Path(name), arch, weights)
     if name.startswith(timm_model.PREFIX):
         return timm_model.read(name.removeprefix(timm_model.PREFIX), weights)
     if name.endswith(onnx_file.SUFFIX):
@@ -190,8 +196,8 @@ def read_source(
             raise LoadError(
                 f"arch must be 'vgg16' or 'vgg19' for Keras files, got {_name_of(arch)}"
             )
-        return keras_file.read(name, arch)
-    return torchvision_model.read(name, weights)
+        return keras_file.read(name, arch, headless)
+    return torchvision_model.read(name, weights, headless)
 
 
 def _check_options(options: dict[str, Any]) -> None:
@@ -207,16 +213,19 @@ def _check_options(options: dict[str, Any]) -> None:
         )
 
 
-def _own_model(path: Path, arch: nn.Module | Callable[..., nn.Module]) -> nn.Module:
-    """The user's own model with the parameters of a file.
+def _own_model(
+    path: Path, arch: nn.Module | Callable[..., nn.Module], weights: str | Path | None
+) -> tuple[nn.Module, dict[str, Any]]:
+    """The user's own model with the parameters of a file, and where in it they were found.
 
     Raises:
         LoadError: if the file cannot be read or does not fit, or `arch` makes no model.
     """
-    state = checkpoints.read_state(path)
-    model = arch if isinstance(arch, nn.Module) else _made_by(arch, state)
-    checkpoints.load_into(model, state, str(path))
-    return model.eval()
+    model = arch if isinstance(arch, nn.Module) else _made_by(arch, checkpoints.read_state(path))
+    layers = [n for n, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
+    place = checkpoints.state_of(path, model, layers[-1] if layers else "", weights)
+    checkpoints.load_into(model, place.state, str(path))
+    return model.eval(), {"found": place.described()}
 
 
 def _made_by(make: Callable[..., nn.Module], state: Mapping[str, Tensor]) -> nn.Module:

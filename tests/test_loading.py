@@ -513,8 +513,8 @@ def test_an_option_that_load_does_not_have(tmp_path: Path) -> None:
         with pytest.raises(
             fcvgg.ArgumentError,
             match=r"^options of load must be among arch, weights, preprocess, categories, "
-            r"input_size, output_stride, padding, head, copy, verify, activation, in_channels, "
-            r"got foo$",
+            r"input_size, output_stride, padding, head, copy, verify, activation, "
+            r"in_channels, got foo$",
         ):
             fcvgg.load(name, foo=1)
     with pytest.raises(fcvgg.PreprocessError, match=r"^preprocess must be a fcvgg\.Preprocess"):

@@ -136,7 +136,7 @@ def csv_file(path: Path | None) -> Path | None:
 
 MODEL_HELP = (
     "Network: a torchvision name, timm:NAME, a checkpoint (with --arch), an .onnx or Keras file, a "
-    "folder written by 'fcvgg convert', 'demo', or 'demo:imagenet' (extra [demo])."
+    "folder written by 'fcvgg convert', hf:USER/NAME, 'demo', or 'demo:imagenet' (extra [demo])."
 )
 
 Images = Annotated[
@@ -162,7 +162,7 @@ Weights = Annotated[
         "-w",
         metavar="NAME|PATH",
         help="Weights of a torchvision model: their name, such as DEFAULT (downloaded), or a "
-        "checkpoint file.",
+        "checkpoint file. 'ema' for the averaged weights of a checkpoint.",
     ),
 ]
 Arch = Annotated[
