@@ -23,7 +23,7 @@ from fcvgg.cli.reports import count
 from fcvgg.demo import SCALES, SHOWN, demo_model, demo_photograph
 
 COMMANDS = ("demo", "heatmap", "classify", "evaluate", "info", "convert", "probe", "stream")
-COMMANDS += ("bench", "finetune", "segment-train", "segment")
+COMMANDS += ("bench", "finetune", "segment-train", "segment", "serve", "page")
 
 
 @dataclass
