@@ -239,7 +239,7 @@ def run(
         files = pictures.save(made)
         result = {**made.as_data(), "files": list(map(str, files))}
         if as_json:
-            say_json(result, indent=None)
+            say_json(result)
         elif csv is None:
             say(made.in_words(boxes))
             for file in files:
