@@ -120,7 +120,7 @@ class Maps:
             return [self.stride]
         try:
             self._fast[half] = self._load(half)
-        except FcvggError:  # a bundle, or a model whose strides cannot be dilated
+        except FcvggError:  # a model whose strides cannot be replaced by dilation
             return [self.stride]
         return [self.stride >> i for i in range(_FINER + 1) if self.stride % (1 << i) == 0]
 
