@@ -19,14 +19,18 @@ from torch import Tensor, nn
 
 from fcvgg.errors import ImageError, TrainingError
 from fcvgg.geometry import Geometry, Pair
+from fcvgg.images.lazy.opening import strip_source
 from fcvgg.images.preprocessing import Preprocess, encoded_preprocess
 from fcvgg.inference.blocks import is_traced, run
 from fcvgg.inference.missing import Reader, can_be_looked_at, readers_of, run_with_missing
 from fcvgg.inference.prediction import ImagePrediction
+from fcvgg.inference.strip_input import StripInput
+from fcvgg.inference.tiled_map import streamed_map
 from fcvgg.rewriting.modules import WindowLinear
 from fcvgg.rewriting.program import Program
 from fcvgg.serialization.bundle import write_bundle
 from fcvgg.serialization.exporting import ExportedFile, export_network
+from fcvgg.support.memory_text import parsed_memory
 from fcvgg.support.module_state import dtype_of, listed
 
 
@@ -132,6 +136,46 @@ class FullyConvolutional(ImagePrediction):
         if self.training or is_traced() or not can_be_looked_at(images):
             return self._in_form(run(self.network, images))
         return self._in_form(run_with_missing(images, lambda x: run(self.network, x), self.readers))
+
+    def streamed(
+        self,
+        image: Any,
+        *,
+        memory: int | str = "1GiB",
+        output: int | str = 0,
+        nodata: float | str | None = None,
+    ) -> Tensor:
+        """The score map of an image of any size, for a loss: differentiable in bounded memory.
+
+        Equals the network's map of the whole image, and ``loss(net.streamed(image)).backward()``
+        gives every parameter the gradient of the whole image. The map is computed tile by tile
+        without a graph; the backward pass computes every tile once more and back-propagates its
+        part, so that memory does not grow with the image. Tiles whose cells have no gradient are
+        not computed again. Batch norm must be in evaluation mode. Dropout may be on: where tiles
+        overlap in the layers before the head, each draws its own.
+
+        Args:
+            image: as for `fcvgg.stream`.
+            memory: bytes that the graph of a tile may take, or text such as ``"512MiB"``.
+            output: which output, by number or name, for a network with several.
+            nodata: as for `fcvgg.stream`.
+
+        Returns:
+            scores ``(1, K, h, w)``, as of ``net(images)``; cells that see pixels that are not
+            finite hold NaN.
+
+        Raises:
+            ArgumentError: if an option cannot be used, or `memory` is too little.
+            ImageError: if the image cannot be used, or is a tensor that requires a gradient.
+            TrainingError: if batch norm is in training mode.
+        """
+        if isinstance(image, Tensor) and image.requires_grad:
+            raise ImageError(
+                "image must not require a gradient in net.streamed, which gives those of the "
+                "parameters alone, got a tensor that does; pass image.detach()"
+            )
+        pixels = StripInput.of(self, strip_source(image, self.in_channels, nodata))
+        return streamed_map(self, pixels, self.output_index(output), parsed_memory(memory))
 
     def _in_form(self, maps: Any) -> Any:
         """The maps that the graph gives in the containers of the source's outputs."""
