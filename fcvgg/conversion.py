@@ -18,7 +18,8 @@ from torch import nn
 
 from fcvgg.errors import ArgumentError, ConversionError, InputSizeError, check_choice
 from fcvgg.geometry import Pair, checked_size
-from fcvgg.images.preprocessing import Preprocess
+from fcvgg.images.pipelines import check_preprocess
+from fcvgg.images.preprocessing import PreprocessLike
 from fcvgg.names import alternatives
 from fcvgg.network import FullyConvolutional
 from fcvgg.rewriting.capture import Captured, capture, unfollowed_branches
@@ -41,9 +42,10 @@ def convert(
     input_size: int | Iterable[int] | None = None,
     output_stride: int | None = None,
     padding: Literal["valid", "same"] = "valid",
+    head: Literal["window", "position"] = "window",
     copy: bool = False,
     verify: bool = True,
-    preprocess: Preprocess | str | None = None,
+    preprocess: PreprocessLike | None = None,
     categories: Sequence[str] | str | os.PathLike[str] | None = None,
     activation: str | None = None,
     in_channels: int | None = None,
@@ -64,14 +66,22 @@ def convert(
             beyond become dilation, with the same weights. None keeps the native stride.
         padding: ``"valid"``, or ``"same"`` to pad the first layer of the head so that the map has
             as many cells as the features before it.
+        head: ``"window"`` scores a whole native window in every cell. ``"position"`` scores every
+            position of the features before a global average pool (class activation maps): at the
+            native size the average of the map, or of the native window's positions where
+            `output_stride` puts others in between, is the model's score. The scores are those
+            before a softmax or sigmoid that ends the model.
         copy: own the parameters. By default the network shares their storage: no memory is spent,
             and training or loading one changes both. A flatten in another order than torch's takes
             a permuted copy of that one weight, which then is not shared; ``net.half()`` and
             ``net.to()`` another dtype or device end the sharing.
         verify: run model and network at the native size, and the network on a shifted larger
             input, and raise on a mismatch. The report is kept as ``net.equivalence``.
-        preprocess: how ``uint8`` images become the model's input, or the name of a preset such as
-            ``"imagenet"``; see `Preprocess.preset`.
+        preprocess: how ``uint8`` images become the model's input: a `fcvgg.Preprocess`; the name of
+            a preset such as ``"imagenet"`` (`Preprocess.preset`); transforms of torchvision
+            (``weights.transforms()``, ``Compose`` of either version); timm's data configuration or
+            transforms; or an image processor of transformers. Of the last three, the resize and
+            crop are kept apart, as `Preprocess.view`: images keep their size.
         categories: the K class names, or the path of a file with one name per line.
         activation: what the scores are; read off the graph when None. ``"logits"`` go through a
             softmax (one class: a sigmoid), ``"independent_logits"`` through a sigmoid for each
@@ -85,17 +95,20 @@ def convert(
     Raises:
         ConversionError: if the model cannot be converted exactly; the message names the layer.
         EquivalenceError: if `verify` finds that the two disagree.
+        PreprocessError: if `preprocess` is none of these, or has a random or unknown step.
         ArgumentError: if an option is not what it must be, or scores are outside the range that
             `activation` says.
     """
-    _check_options(padding, output_stride, in_channels)
+    _check_options(padding, head, output_stride, in_channels)
+    check_preprocess(preprocess)
     model = unwrapped(model)
     with relative_named(model):
         size = _native_size(model, input_size, in_channels)
         with _fitting_size_named(model, input_size, in_channels):
             captured = capture(model, size, is_known, in_channels)
             modules = sharing_twin(model, own=copy)
-            program = _rewrite(captured, model, modules, output_stride, padding == "same")
+            form = {"same": padding == "same", "positions": head == "position"}
+            program = _rewrite(captured, model, modules, output_stride, **form)
     net = FullyConvolutional(
         program,
         input_size=size,
@@ -128,7 +141,7 @@ def _rewrite(
     model: nn.Module,
     modules: nn.Module,
     output_stride: int | None = None,
-    same: bool = False,
+    **form: bool,
 ) -> Program:
     """The program of a captured model, which calls `modules` in place of the model's own.
 
@@ -137,21 +150,22 @@ def _rewrite(
             `output_stride`, or the model trains in a way that its graph does not show.
     """
     captured.require_channels()
-    program = Rewriter(captured, MapBuilder(captured, modules, output_stride, same)).run(kind_for)
-    crop = program.geometry.crop
-    if crop != captured.size:
+    build = MapBuilder(captured, modules, output_stride, **form)
+    rewriter = Rewriter(captured, build)
+    program = rewriter.run(kind_for)
+    if rewriter.crop != captured.size:
         # numbers that the model computed from its features' size hold at the native size only
-        check_numbers(captured, model, crop)
+        check_numbers(captured, model, rewriter.crop)
     if output_stride is not None and program.geometry.stride != (output_stride, output_stride):
         # rewritten at the native stride, the network tells which strides its layers come to
         again = capture(model, captured.size, is_known, captured.channels)
-        native = _rewrite(again, model, sharing_twin(model), same=same)
+        native = _rewrite(again, model, sharing_twin(model), **form)
         raise ConversionError(
             "output_stride must be one that the network's layers come to, "
             f"{alternatives(output_strides(native))}, got {output_stride}"
         )
     match_modes(program.network, model)
-    unfollowed = unfollowed_branches(model, captured, is_known)
+    unfollowed = (*unfollowed_branches(model, captured, is_known), *build.mode_dependent)
     training_mode = training_mode_of(model, program.network, unfollowed)
     _check_followed(model, training_mode)
     return replace(program, training_mode=training_mode)
@@ -220,8 +234,11 @@ def _fitting_size_named(
         ) from error
 
 
-def _check_options(padding: str, output_stride: int | None, in_channels: int | None) -> None:
+def _check_options(
+    padding: str, head: str, output_stride: int | None, in_channels: int | None
+) -> None:
     check_choice("padding", padding, ("valid", "same"))
+    check_choice("head", head, ("window", "position"))
     if output_stride is not None and (not isinstance(output_stride, int) or output_stride < 1):
         raise ArgumentError(f"output_stride must be a positive integer, got {output_stride!r}")
     if in_channels is not None and (type(in_channels) is not int or in_channels < 1):

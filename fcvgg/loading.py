@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from inspect import signature
@@ -15,9 +16,11 @@ from fcvgg import demo
 from fcvgg.conversion import convert
 from fcvgg.errors import ArgumentError, GeometryError, LoadError
 from fcvgg.geometry import checked_size
-from fcvgg.images.preprocessing import Preprocess
+from fcvgg.images.pipelines import check_preprocess
+from fcvgg.images.preprocessing import Preprocess, PreprocessLike
 from fcvgg.network import FullyConvolutional
 from fcvgg.rewriting.capture import input_channels
+from fcvgg.serialization import hub
 from fcvgg.serialization.bundle import read_bundle
 from fcvgg.serialization.shape_budget import ShapeBudget, check_affordable, largest_verified
 from fcvgg.sources import checkpoints, keras_file, onnx_file, timm_model, torchvision_model
@@ -31,7 +34,7 @@ def load(
     *,
     arch: str | None = None,
     weights: str | Path | None = DEFAULT_WEIGHTS,
-    preprocess: Preprocess | str | None = None,
+    preprocess: PreprocessLike | None = None,
     categories: Sequence[str] | str | os.PathLike[str] | None = None,
     input_size: int | Iterable[int] | None = None,
     **options: Any,
@@ -40,16 +43,16 @@ def load(
 
     Args:
         source: ``"demo"``, the small face detector that the package ships; a torchvision name such
-            as ``"vgg16"``; ``"timm:NAME"``; an ``.onnx`` file; a Keras file ``.keras`` or ``.h5``;
-            a bundle that ``net.save`` wrote; or a checkpoint ``.pt``, ``.pth`` or
-            ``.safetensors``, with `arch`.
+            as ``"vgg16"``; ``"timm:NAME"``, also ``"timm:hf-hub:user/name"``; an ``.onnx`` file; a
+            Keras file ``.keras`` or ``.h5``; a bundle that ``net.save`` wrote, or
+            ``"hf:user/name"`` or ``"hf:user/name@revision"`` for one that ``net.push_to_hub``
+            wrote; or a checkpoint ``.pt``, ``.pth`` or ``.safetensors``, with `arch`.
         arch: the torchvision name of a checkpoint's architecture. The number of classes is read
             from the file. ``"vgg16"`` or ``"vgg19"`` for Keras weights whose layers have names of
             their own.
         weights: for a name: ``"DEFAULT"`` or another name of torchvision's weights, which it
             downloads; the path of a checkpoint; or None for random weights.
-        preprocess: how images become input, or the name of a preset such as ``"imagenet"``; the
-            weights' own when None.
+        preprocess: how images become input, as for `fcvgg.convert`; the weights' own when None.
         categories: the class names, or the path of a file with one name per line; the weights' own
             when None.
         input_size: the native size; the weights' own when None.
@@ -77,7 +80,7 @@ def load_with_source(
     *,
     arch: str | None = None,
     weights: str | Path | None = DEFAULT_WEIGHTS,
-    preprocess: Preprocess | str | None = None,
+    preprocess: PreprocessLike | None = None,
     categories: Sequence[str] | str | os.PathLike[str] | None = None,
     input_size: int | Iterable[int] | None = None,
     **options: Any,
@@ -92,7 +95,14 @@ def load_with_source(
             f"{type(source).__name__}; convert an nn.Module with fcvgg.convert"
         )
     _check_options(options)
+    check_preprocess(preprocess)
     name = str(source)
+    _refuse_address(name)
+    if name.startswith(hub.PREFIX):
+        unused = {"arch": arch, "input_size": input_size, **options}
+        unused["weights"] = None if weights == DEFAULT_WEIGHTS else weights
+        folder = hub.download_bundle(name.removeprefix(hub.PREFIX))
+        return None, _from_bundle(folder, preprocess, categories, unused)
     bundle = name not in ("demo", *torchvision_model.names()) and Path(source).is_dir()
     parameters_only = name.endswith((*checkpoints.SUFFIXES, *keras_file.SUFFIXES)) and not bundle
     if arch is not None and not parameters_only:
@@ -114,6 +124,21 @@ def load_with_source(
     if not name.endswith((onnx_file.SUFFIX, *keras_file.SUFFIXES)):
         return model, convert(model, **{**found, **options})
     return model, _convert_within_budget(model, {**found, **options}, name)
+
+
+def _refuse_address(name: str) -> None:
+    """Say what to do with a web address, which a path may have lost a slash of."""
+    found = re.match(r"(?:https?|ftp|s3|gs):/+([^/]*)/*(.*)", name)
+    if found is None:
+        return
+    host, rest = found.groups()
+    on_hub = re.fullmatch(r"([\w.-]+/[\w.-]+?)(?:/|/tree/([\w.-]+)/?)?", rest)
+    if host in ("huggingface.co", "hf.co") and on_hub is not None:
+        revision = f"@{on_hub[2]}" if on_hub[2] else ""
+        remedy = f"pass '{hub.PREFIX}{on_hub[1]}{revision}'"
+    else:
+        remedy = "download the file and pass its path"
+    raise LoadError(f"source must be a name or a path, got the address {name!r}; {remedy}")
 
 
 def _convert_within_budget(
@@ -172,22 +197,25 @@ def _check_options(options: dict[str, Any]) -> None:
 
 def _from_bundle(
     path: Path,
-    preprocess: Preprocess | str | None,
+    preprocess: PreprocessLike | None,
     categories: Sequence[str] | str | os.PathLike[str] | None,
     unused: dict[str, Any],
 ) -> FullyConvolutional:
     """The network of a bundle, as it was saved: nothing is converted, and the report is kept."""
-    given = [name for name, value in unused.items() if value is not None and name != "verify"]
+    own = ("verify", "head")
+    given = [name for name, value in unused.items() if value is not None and name not in own]
+    program, saved = read_bundle(path)
+    if unused.get("head") not in (None, program.head):
+        given.append(f"head={unused['head']!r}")
     if given:
         raise LoadError(
             f"{path} is a converted network, to which {', '.join(given)} cannot be applied; "
             "convert its source model again"
         )
-    program, saved = read_bundle(path)
     net = FullyConvolutional(
         program,
         input_size=saved.input_size,
-        preprocess=preprocess or saved.preprocess,
+        preprocess=saved.preprocess if preprocess is None else preprocess,
         categories=categories or saved.categories,
         activation=saved.activation,
         source=saved.source,

@@ -124,11 +124,10 @@ def _compare(
     # each gets images of its own, since a first layer may work in place
     with Temperature(temperature):
         expected = _outputs(_scored(model, images.clone()))
-    row, col = net.native_cell
     # the network is measured, not the model: in another engine its functions are not seen, and
     # dividing those of the model alone would compare two different computations
     with Temperature(temperature) as seen:
-        got = [maps[:, :, row, col] for maps in _outputs(net(images.clone()))]  # (N, K) each
+        got = net.native_scores(net(images.clone()))  # (N, K) each
     with Temperature(temperature):
         shifted = _translation_error(net, seed)
     # (N, K) each: models give (N,) for one class too, or (N, K, 1, 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -103,6 +104,8 @@ def run(
         score_map = net.score_map(opener.open(image), scale=scale)
         if scale is None:
             size_note.print_once(image, score_map.input_size)
+        size_note.print_if_flat(score_map)
+        score_map = replace(score_map, could_have_positions=False)  # which has been said
         return _show(image, score_map, index, overlays.path_for(image))
 
     written = for_each_image(images, "heatmaps", show)
@@ -118,11 +121,11 @@ class SizeNote:
 
     def __init__(self, net: FullyConvolutional):
         self.net = net
-        self.printed = False
+        self.printed = self.flat_printed = False
 
     def print_once(self, image: Path, size: tuple[int, int]) -> None:
         """Print the line, unless it was printed, for a large image run at `size` ``(H, W)``."""
-        windows = [pixels / w for pixels, w in zip(size, self.net.geometry.window)]
+        windows = [pixels / w for pixels, w in zip(size, self.net.input_size)]
         count = min(windows)
         if count <= MANY_WINDOWS or self.printed:
             return
@@ -132,6 +135,15 @@ class SizeNote:
             f"{image} is {count:.0f} windows {extent}, and the network recognises what fits into "
             f"one; --scale {self.net.usual_scale} shows the image whole"
         )
+
+    def print_if_flat(self, score_map: ScoreMap) -> None:
+        """Print, unless it was printed, that a map of positions can be had in place of one cell."""
+        if score_map.is_flat and not self.flat_printed:
+            self.flat_printed = True
+            note(
+                "the map has one cell, the whole window, so its heatmap is one value everywhere; "
+                "--head position gives a map of positions"
+            )
 
 
 def _show(image: Path, score_map: ScoreMap, index: int | None, path: Path) -> Path:

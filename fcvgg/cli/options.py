@@ -161,6 +161,16 @@ OutputStride = Annotated[
         show_default="the network's own",
     ),
 ]
+MapHead = Annotated[
+    Literal["window", "position"] | None,
+    typer.Option(
+        "--head",
+        metavar="KIND",
+        help="What a cell is: window, or position, a finer map of networks that end in a global "
+        "average pool, such as a ResNet.",
+        show_default="window, or the bundle's own",
+    ),
+]
 OutputFolder = Annotated[
     Path,
     typer.Option(
@@ -390,11 +400,12 @@ class NetworkOptions(OwnModel):
     model: Model = "vgg16"
     weights: Weights = "DEFAULT"
     arch: Arch = None
+    head: MapHead = None
     device: Device = "cpu"
 
     def load(self, **options: Any) -> FullyConvolutional:
         """The network; `options` and errors are as for `load_network`."""
-        names = {"weights": self.weights, "arch": self.arch}
+        names = {"weights": self.weights, "arch": self.arch, **head_option(self.head)}
         return load_network(self.model, self, self.device, **names, **options)
 
 
@@ -431,6 +442,11 @@ def with_option_groups(command: Callable[..., None]) -> Callable[..., None]:
 
 
 # -- networks and images --------------------------------------------------------------------------
+
+
+def head_option(head: str | None) -> dict[str, str]:
+    """The option of `fcvgg.load`; a bundle has its own where none is given."""
+    return {} if head is None else {"head": head}
 
 
 def load_network(

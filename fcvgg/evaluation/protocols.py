@@ -23,6 +23,7 @@ from fcvgg.evaluation.cropping import centre_crop, grid_crops, ten_crops
 from fcvgg.images.batching import run_in_batches
 from fcvgg.images.datasets import LabelledImages
 from fcvgg.images.files import Unreadable, left_out
+from fcvgg.images.preprocessing import NativeView
 from fcvgg.images.reading import (
     PreparedImage,
     checked_flip,
@@ -293,8 +294,8 @@ def evaluate(
             both, as in the paper's table 5); or ``"all"``.
         scales: lengths of the smaller side to which an image is rescaled before it is evaluated or
             cropped; probabilities are averaged over them. ``net.usual_scale`` if None, which is 256
-            for a native size of 224. Below the window, or the native size for crops, zeros are
-            padded.
+            for a native size of 224; the center crop is then that of ``net.preprocess.view``, if it
+            has one. Below the window, or the native size for crops, zeros are padded.
         flip: average in the mirror image; ten-crop and multi-crop always do.
         average: what is averaged over the cells of a dense map, as for ``net.classify``.
         model: the source model to run crops with, in place of the network at its native size.
@@ -309,7 +310,7 @@ def evaluate(
     check_choice("average", average, get_args(Average))
     data = LabelledImages(dataset, net.categories, net.num_classes)
     sides = smaller_sides(net.usual_scale if scales is None else scales)
-    plan = _Plan(names, sides, checked_flip(flip))
+    plan = _Plan(names, sides, checked_flip(flip), _own_view(net) if scales is None else None)
     tallies = {name: _Tally(net.num_classes) for name in names}
     run = _Run(net, model, data, plan, average)
     with progress_bar("images", data.count, progress) as advance:
@@ -344,6 +345,8 @@ class _Plan:
     names: tuple[str, ...]
     scales: tuple[int, ...]
     flip: bool
+    view: NativeView | None = None
+    """The resize and center crop of the source's own pipeline."""
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -354,12 +357,25 @@ class _Plan:
     def views(self, part: str) -> int:
         if part in _COMBINED:
             return sum(map(self.views, _COMBINED[part]))
-        scales = 1 if part == "resize" else len(self.scales)
+        scales = 1 if part == "resize" else len(self.scales)  # one too where there is a view
         crops = {"ten-crop": 10, "multi-crop": 50}
         return scales * crops.get(part, 1 + self.flip)
 
+    def sides(self, name: str) -> tuple[int, ...]:
+        """The smaller sides to which images are rescaled."""
+        resize = self.view.resize if name == "center-crop" and self.view is not None else None
+        if resize is None:
+            return self.scales
+        return (resize if isinstance(resize, int) else min(resize),)
+
     def flips(self, name: str) -> bool:
         return self.flip or name not in ("center-crop", "resize", "dense")
+
+
+def _own_view(net: FullyConvolutional) -> NativeView | None:
+    """The view of the source's own pipeline, if it gives the native size."""
+    view = None if net.preprocess is None else net.preprocess.view
+    return view if view is not None and net.input_size == (view.crop or view.resize) else None
 
 
 @dataclass
@@ -438,7 +454,12 @@ class _Run:
         if "resize" in parts:
             squeezed = with_size(image, self.net.input_size)
             yield from _flipped("resize", squeezed.tensor(self.net.preprocess), self.plan.flip)
-        if parts == ("resize",):
+        if "center-crop" in parts and self.plan.view is not None and image.values is not None:
+            assert self.net.preprocess is not None
+            crop = self.net.preprocess.native_input(image.values.pixels)
+            yield from _flipped("center-crop", crop, self.plan.flip)
+            parts = [part for part in parts if part != "center-crop"]
+        if not set(parts) - {"resize"}:
             return
         for scale in self.plan.scales:
             pixels = with_smallest_side(image, scale).tensor(self.net.preprocess)
@@ -467,11 +488,9 @@ class _Run:
         batch = batch.to(device_of(reference), dtype_of(reference))
         with torch.no_grad(), evaluating(reference):
             scores = reference(batch)
-        scores = flattened(scores)[0][0]
-        if self.model is not None:
-            return scores.reshape(len(batch), -1)
-        row, col = self.net.native_cell
-        return scores[:, :, row, col]  # (N, K, h, w) -> (N, K)
+        if self.model is None:
+            return self.net.native_scores(scores)[0]  # (N, K)
+        return flattened(scores)[0][0].reshape(len(batch), -1)
 
 
 def _flipped(part: str, pixels: Tensor, flip: bool) -> _Views:
@@ -550,7 +569,7 @@ def _result(name: str, plan: _Plan, tally: _Tally, net: FullyConvolutional) -> P
     return ProtocolResult(
         protocol=name,
         input=PROTOCOLS[name],
-        scales=net.input_size if name == "resize" else plan.scales,
+        scales=net.input_size if name == "resize" else plan.sides(name),
         flip=plan.flips(name),
         views=plan.views(name),
         top1=float(values["top1"]),

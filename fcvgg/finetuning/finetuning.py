@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +14,7 @@ from fcvgg.finetuning.pretrained import load_pretrained
 from fcvgg.finetuning.result import MODEL, FineTuned
 from fcvgg.finetuning.strategies import EPOCHS, SCRATCH_RATES, Recipe, choose_strategy
 from fcvgg.images.datasets import split_folders
-from fcvgg.images.preprocessing import Preprocess
+from fcvgg.images.preprocessing import PreprocessLike
 from fcvgg.images.reading import check_usable
 from fcvgg.loading import DEFAULT_WEIGHTS
 from fcvgg.training.settings import Settings
@@ -34,7 +33,7 @@ def finetune(
     folder: str | Path = "finetuned",
     *,
     weights: str | Path | None = DEFAULT_WEIGHTS,
-    preprocess: Preprocess | str | Callable[..., Preprocess | None] | None = None,
+    preprocess: PreprocessLike | None = None,
     resume: bool = False,
     progress: bool = False,
     **options: Any,

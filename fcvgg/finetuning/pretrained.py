@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from inspect import signature
@@ -16,7 +15,8 @@ from torch import nn
 from fcvgg.conversion import unwrapped
 from fcvgg.errors import ArgumentError, ConversionError, InputSizeError, PreprocessError
 from fcvgg.geometry import Pair, checked_size
-from fcvgg.images.preprocessing import Preprocess, given_preprocess
+from fcvgg.images.pipelines import check_preprocess, given_preprocess, is_pipeline
+from fcvgg.images.preprocessing import Preprocess, PreprocessLike
 from fcvgg.loading import read_source
 from fcvgg.rewriting.capture import capture, input_channels
 from fcvgg.rewriting.native_size import infer_input_size
@@ -45,7 +45,7 @@ class Pretrained:
 def load_pretrained(
     model: nn.Module | str | Path,
     weights: str | Path | None,
-    preprocess: Preprocess | str | Callable[..., Preprocess | None] | None,
+    preprocess: PreprocessLike | None,
     size: int | Pair | None,
 ) -> Pretrained:
     """The classifier of a name, a file or a module.
@@ -62,6 +62,9 @@ def load_pretrained(
         PreprocessError: if the preprocessing is unknown.
         InputSizeError: if the native size cannot be inferred and `size` is None.
     """
+    by_channels: Any = preprocess if callable(preprocess) and not is_pipeline(preprocess) else None
+    if by_channels is None:
+        check_preprocess(preprocess)
     known: dict[str, Any] = {}
     if isinstance(model, (str, Path)):
         name = str(model)
@@ -75,9 +78,9 @@ def load_pretrained(
         classifier = unwrapped(model)
         name = type(classifier).__name__
     channels = input_channels(classifier)
-    if callable(preprocess) and not isinstance(preprocess, Preprocess):
+    if by_channels is not None:
         arguments = channels, known.get("preprocess")
-        preprocess = preprocess(*arguments[: len(signature(preprocess).parameters)])
+        preprocess = by_channels(*arguments[: len(signature(by_channels).parameters)])
     used = given_preprocess(preprocess, channels) or known.get("preprocess")
     if used is None:
         raise PreprocessError(

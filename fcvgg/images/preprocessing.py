@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from math import isfinite
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2 import functional as F
 
 from fcvgg.errors import ImageError, PreprocessError, check_choice
 from fcvgg.geometry import Pair, checked_size
@@ -30,6 +32,9 @@ _IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 ChannelOrder = Literal["RGB", "BGR"]
 
+Resampling = Literal["pillow", "bytes", "rounded", "floats"]
+"""How `NativeView` resizes."""
+
 PRESETS: dict[str, tuple[tuple[float, ...], tuple[float, ...], float, ChannelOrder]] = {
     "imagenet": (*_IMAGENET, 1 / 255, "RGB"),
     "caffe": ((103.939, 116.779, 123.68), (1.0, 1.0, 1.0), 1.0, "BGR"),
@@ -42,8 +47,80 @@ PRESETS: dict[str, tuple[tuple[float, ...], tuple[float, ...], float, ChannelOrd
 _BYTE_SCALES = 1 / 256, 1 / 127
 """Scales in this range take values from 0 to 255: they map them to [0, 1] or [-1, 1]."""
 
+_LATER = ("value_range", "view")
+"""Fields that older versions do not know."""
+
 _WIDE = 65535 / 255
 """A 16-bit value divided by this is the 8-bit value of the same brightness."""
+
+
+@dataclass(frozen=True)
+class NativeView:
+    """How a source's own pipeline brings an image to the native size: resized, then cropped.
+
+    Args:
+        resize: an int is the length of the smaller side, ``(h, w)`` the size itself; None keeps it.
+        crop: the size ``(h, w)`` that is kept in the middle; None keeps all.
+        resampling: ``"pillow"``, or what torch resizes: ``"bytes"``, ``"floats"``, or bytes as
+            floats that are ``"rounded"`` again (torchvision's first transforms). The results differ
+            by one of 255.
+        antialias: whether torch smooths what it makes smaller; Pillow always does.
+        rounded: whether a crop in the middle of an odd rest begins at the nearest even pixel, as
+            torchvision's does, rather than at the upper left one.
+    """
+
+    resize: int | Pair | None = None
+    crop: Pair | None = None
+    resampling: Resampling = "pillow"
+    antialias: bool = True
+    rounded: bool = True
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "resize", _checked_resize(self.resize))
+        if self.crop is not None:
+            object.__setattr__(self, "crop", checked_size(self.crop, "crop", PreprocessError))
+        check_choice("resampling", self.resampling, get_args(Resampling), PreprocessError)
+
+    def of(self, pixels: NDArray[Any], interpolation: str) -> NDArray[Any]:
+        """Pixels ``(H, W, C)``, resized and cropped."""
+        image = torch.from_numpy(np.array(pixels)).permute(2, 0, 1)  # (C, H, W)
+        if self.resize is not None:
+            image = self._resized(image, list(self._size(pixels.shape[:2])), interpolation)
+        if self.crop is not None:
+            image = self._cropped(image, self.crop)
+        return image.permute(1, 2, 0).numpy()
+
+    def _size(self, size: Sequence[int]) -> Pair:
+        """The size that torchvision resizes to, which cuts off what is not a whole pixel."""
+        height, width = size
+        side = self.resize
+        if not isinstance(side, int):
+            assert side is not None
+            return side
+        return (
+            (side, int(side * width / height))
+            if height <= width
+            else (int(side * height / width), side)
+        )
+
+    def _resized(self, image: Tensor, size: list[int], interpolation: str) -> Tensor:
+        mode = InterpolationMode(interpolation)
+        if self.resampling == "pillow" and image.dtype == torch.uint8:
+            planes = [
+                F.pil_to_tensor(F.resize(F.to_pil_image(plane), size, mode)) for plane in image
+            ]
+            return torch.cat(planes)
+        if self.resampling in ("floats", "rounded"):
+            resized = F.resize(image.float(), size, mode, antialias=self.antialias)
+            whole = self.resampling == "rounded" and image.dtype == torch.uint8
+            return resized.clamp(0, 255).round() if whole else resized
+        return F.resize(image, size, mode, antialias=self.antialias)
+
+    def _cropped(self, image: Tensor, size: Pair) -> Tensor:
+        rest = [n - s for n, s in zip(image.shape[1:], size)]
+        if self.rounded or min(rest) < 0:
+            return F.center_crop(image, list(size))
+        return F.crop(image, rest[0] // 2, rest[1] // 2, *size)
 
 
 @dataclass(frozen=True)
@@ -66,6 +143,9 @@ class Preprocess:
             255 before `scale`; values outside are neither clipped nor refused. ``uint8`` pixels are
             from 0 to 255 in any case. None takes the range that `scale` implies: 0 to 65535 for
             16-bit values, with a warning where all lie below a quarter of it.
+        view: how the pipeline that this was read from brings an image to the native size. Dense
+            use leaves it out; `at_native_size` and the center crop of `fcvgg.evaluate` apply it.
+            It does not count where two are compared.
 
     >>> Preprocess.imagenet()
     Preprocess(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), ...)
@@ -78,6 +158,7 @@ class Preprocess:
     resize: int | Pair | None = None
     interpolation: Literal["bilinear", "bicubic", "nearest", "lanczos"] = "bilinear"
     value_range: tuple[float, float] | None = None
+    view: NativeView | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         for name in ("mean", "std"):
@@ -184,13 +265,32 @@ class Preprocess:
         Raises:
             PreprocessError: if the image has other channels than `mean`.
         """
+        self._check_mode(image)
+        pixels = np.asarray(self.resized(image))
+        return self.normalized(pixels if pixels.dtype == np.uint8 else self.units(pixels))
+
+    def _check_mode(self, image: Image.Image) -> None:
         if len(image.getbands()) != self.channels:
             raise PreprocessError(
                 f"the image must have the preprocessing's {self.channels} channels, got mode "
                 f"{image.mode}; convert it first"
             )
-        pixels = np.asarray(self.resized(image))
-        return self.normalized(pixels if pixels.dtype == np.uint8 else self.units(pixels))
+
+    def at_native_size(self, image: Image.Image) -> Tensor:
+        """The input ``(1, C, h, w)`` that the source's own pipeline makes of an image: its `view`.
+
+        Raises:
+            PreprocessError: if the image has other channels than `mean`.
+        """
+        self._check_mode(image)
+        pixels = np.asarray(image)
+        return self.native_input(pixels if pixels.dtype == np.uint8 else self.units(pixels))
+
+    def native_input(self, pixels: NDArray[Any]) -> Tensor:
+        """`normalized` of what `view` shows of pixels ``(H, W, C)`` or ``(H, W)``."""
+        pixels = pixels[..., None] if pixels.ndim == 2 else pixels
+        shown = pixels if self.view is None else self.view.of(pixels, self.interpolation)
+        return self.normalized(shown)
 
     def resized(self, image: Image.Image) -> Image.Image:
         height, width = self.resized_size((image.height, image.width))
@@ -217,22 +317,14 @@ class Preprocess:
         return values.permute(2, 0, 1)[None].contiguous()  # (1, C, H, W)
 
 
+PreprocessLike = Preprocess | str | Mapping[str, Any] | Callable[..., Any]
+"""What users give for preprocessing: one, a preset's name, or transforms of another library."""
+
+
 def size_of_side(size: Pair, side: int) -> Pair:
     """A size with its smaller side of length `side`, the aspect ratio kept."""
     factor = side / min(size)
     return max(round(size[0] * factor), 1), max(round(size[1] * factor), 1)
-
-
-def given_preprocess(value: Preprocess | str | None, channels: int) -> Preprocess | None:
-    """The preprocessing that a caller gave, itself or by a preset's name, or `PreprocessError`."""
-    if isinstance(value, str):
-        return Preprocess.preset(value, channels)
-    if value is not None and not isinstance(value, Preprocess):
-        raise PreprocessError(
-            "preprocess must be a fcvgg.Preprocess, such as fcvgg.Preprocess(mean, std), or one of "
-            f"{', '.join(map(repr, PRESETS))}, got {value!r}"
-        )
-    return value
 
 
 def resized_to_side(image: Image.Image, side: int, interpolation: str = "bilinear") -> Image.Image:
@@ -246,7 +338,7 @@ def encoded_preprocess(preprocess: Preprocess | None) -> dict[str, Any] | None:
     if preprocess is None:
         return None
     data = asdict(preprocess)
-    return {k: v for k, v in data.items() if k != "value_range" or v is not None}
+    return {k: v for k, v in data.items() if k not in _LATER or v is not None}
 
 
 def decoded_preprocess(data: Mapping[str, Any] | None) -> Preprocess | None:
@@ -255,9 +347,18 @@ def decoded_preprocess(data: Mapping[str, Any] | None) -> Preprocess | None:
         return None
     if not isinstance(data, Mapping) or not {"mean", "std"} <= data.keys():
         raise PreprocessError(f"preprocess must be an object with mean and std, got {data!r}")
-    known = {field.name for field in fields(Preprocess)}
-    values = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items() if k in known}
-    return Preprocess(**values)  # type: ignore[arg-type]  # a broken file fails in its checks
+    known = {one.name for one in fields(Preprocess)}
+    values = _with_tuples(data, known)
+    view = values.get("view")
+    if view is not None:
+        if not isinstance(view, Mapping):
+            raise PreprocessError(f"view must be an object with resize and crop, got {view!r}")
+        values["view"] = NativeView(**_with_tuples(view, {one.name for one in fields(NativeView)}))
+    return Preprocess(**values)  # a broken file fails in its checks
+
+
+def _with_tuples(data: Mapping[str, Any], known: set[str]) -> dict[str, Any]:
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in data.items() if k in known}
 
 
 def _checked_range(value_range: Any) -> tuple[float, float] | None:

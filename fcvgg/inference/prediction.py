@@ -8,13 +8,13 @@ from dataclasses import replace
 from typing import Any, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fcvgg.categories import one_per_class
 from fcvgg.choices import Average, Combine
 from fcvgg.errors import ArgumentError, ImageError, check_choice, one_line
 from fcvgg.images.batching import run_in_batches
-from fcvgg.images.preprocessing import Preprocess, given_preprocess
+from fcvgg.images.pipelines import TakesPreprocess
 from fcvgg.images.reading import (
     ImageLike,
     PreparedImage,
@@ -38,7 +38,7 @@ from fcvgg.rewriting.program import Program
 from fcvgg.support.module_state import device_of, dtype_of, evaluating
 
 
-class ImagePrediction(nn.Module):
+class ImagePrediction(TakesPreprocess):
     """What a fully convolutional network predicts from images, and what its scores mean.
 
     The base class of `fcvgg.FullyConvolutional`, whose ``forward`` maps preprocessed images
@@ -108,14 +108,8 @@ class ImagePrediction(nn.Module):
     def categories(self, names: Sequence[str] | str | os.PathLike[str] | None) -> None:
         self._categories = one_per_class(names, self.num_classes, "scores")
 
-    @property
-    def preprocess(self) -> Preprocess | None:
-        """How images become input, or None."""
-        return self._preprocess
-
-    @preprocess.setter
-    def preprocess(self, value: Preprocess | str | None) -> None:
-        self._preprocess = given_preprocess(value, self.program.in_channels)
+    def _channels_of_images(self) -> int:
+        return self.program.in_channels
 
     # -- images -----------------------------------------------------------------------------------
 
@@ -269,6 +263,7 @@ class ImagePrediction(nn.Module):
             categories=self.categories if output == 0 else None,
             activation=activation,
             image=image.picture,
+            could_have_positions=self.program.could_have_positions,
         )
 
     def _score_map_at(self, image: PreparedImage, scale: int, output: int) -> ScoreMap:

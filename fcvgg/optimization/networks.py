@@ -193,9 +193,9 @@ class OptimizedNetwork(FullyConvolutional):
             raise FcvggError(_FIXED.format("move or cast"))
         return self
 
-    def save(self, path: str | Path) -> Path:
+    def save(self, path: str | Path, **options: Any) -> Path:
         """Write the plain network's bundle; call `fcvgg.optimize` again after loading it."""
-        return self.plain.save(path)
+        return self.plain.save(path, **options)
 
     def export(self, path: str | Path) -> ExportedFile:
         """Write the plain network for other runtimes."""
@@ -346,9 +346,7 @@ class _CentreScores(nn.Module):
 
     def forward(self, images: Tensor) -> Any:
         maps = self.net(images.to(dtype_of(self.net)))
-        row, col = self.net.native_cell
-        tensors, form = flattened(maps)
-        return form.filled([m[:, :, row, col] for m in tensors])
+        return flattened(maps)[1].filled(self.net.native_scores(maps))
 
 
 def _check_network(net: Any) -> None:

@@ -12,9 +12,26 @@ from fcvgg.geometry import Pair
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 DRAWN = 1600
 """Largest side of what a figure draws, in pixels, however large the image is."""
+
+
+_IMAGE, _BAR, _TITLE = 6.0, 1.1, 0.4
+"""Inches of a figure of one image: its longer side, a colour bar's width, a title's height."""
+
+
+def figure_options(size: Sequence[int], dpi: float | None = None) -> dict[str, Any]:
+    """Options of a figure of one image ``(H, W)`` with a title and a colour bar.
+
+    Args:
+        size: of the image.
+        dpi: dots per inch; as many as lose no pixel of an image up to `DRAWN` when None.
+    """
+    height, width = (max(n / max(size) * _IMAGE, _IMAGE / 4) for n in size)
+    dpi = dpi or max(110, min(max(size), DRAWN) / _IMAGE)
+    return {"figsize": (width + _BAR, height + _TITLE), "dpi": dpi, "layout": "constrained"}
 
 
 def reduction(size: Sequence[int]) -> int:
@@ -48,6 +65,33 @@ def frame(ax: Axes, size: Sequence[float]) -> None:
     ax.set_axis_off()
 
 
+def bar_axes(axes: Any) -> Axes:
+    """Axes for a colour bar to the right of others, as high as what those show."""
+    import numpy as np
+    from matplotlib.colorbar import make_axes
+    from matplotlib.transforms import Bbox
+
+    panels: list[Axes] = np.ravel(axes).tolist()
+    bar, _ = make_axes(panels, location="right", fraction=0.046, pad=0.03)
+    bar.set_box_aspect(None)
+
+    def place(bar: Any, _: Any) -> Bbox:
+        # an image seldom fills its slot, which the layout knows alone
+        slot = bar.get_position(original=True)
+        shown = Bbox.union([panel.get_position() for panel in panels])
+        unused = max(panel.get_position(original=True).x1 for panel in panels) - shown.x1
+        return Bbox.from_extents(slot.x0 - unused, shown.y0, slot.x1 - unused, shown.y1)
+
+    bar.set_axes_locator(place)
+    return bar
+
+
+def saved_by_figure(ax: Axes) -> Axes:
+    """The axes with their figure's `savefig`, so that axes and figures are written alike."""
+    ax.savefig = ax.get_figure(root=True).savefig  # type: ignore[attr-defined, union-attr]
+    return ax
+
+
 def draw_legend(ax: Axes, patches: Sequence[Any], title: str, own_figure: bool) -> None:
     """Draw a legend to the right of an image.
 
@@ -64,6 +108,13 @@ def draw_legend(ax: Axes, patches: Sequence[Any], title: str, own_figure: bool) 
     else:
         look |= {"loc": "upper left", "bbox_to_anchor": (1.01, 1), "borderaxespad": 0}
         ax.legend(handles=patches, **look)
+
+
+def picture_of(figure: Figure) -> Image.Image:
+    """The figure as an RGB image."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return Image.open(buffer).convert("RGB")
 
 
 def png_bytes(image: Image.Image) -> bytes:

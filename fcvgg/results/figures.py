@@ -13,7 +13,7 @@ from fcvgg.errors import ArgumentError, ImageError
 from fcvgg.geometry import Pair
 from fcvgg.results.colours import class_colours
 from fcvgg.results.drawing import DRAWN, draw_legend, extent_of, frame, reduction, resized
-from fcvgg.results.heatmap import ALPHA, COLOUR_MAP, CONTOURS, Heatmap, colour_bar
+from fcvgg.results.heatmap import Heatmap, OverlayOptions
 from fcvgg.support.atomic import FIGURE_ENDINGS, atomic_file, checked_file
 
 if TYPE_CHECKING:
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from typing_extensions import Unpack
 
     from fcvgg.results.score_map import ScoreMap
 
@@ -62,8 +63,7 @@ def side_by_side(score_map: ScoreMap, target: int | str | None = None) -> Figure
     show_image(photograph, score_map, "RGB")
     photograph.set_title(f"photograph: {image.height} x {image.width} pixels")
     _plot_cells(cells, score_map, index)
-    draw_heatmap(heatmap, score_map, index, contours=())
-    colour_bar(figure, heatmap)
+    draw_heatmap(heatmap, score_map, index, contours=()).draw_bar(heatmap, ())
     name = class_name(index, score_map.categories)
     heatmap.set_title(f"heatmap: probability of {name!r}")
     return figure
@@ -173,9 +173,8 @@ def class_grid(
     score_map: ScoreMap,
     k: int = TOP,
     *,
-    alpha: float = ALPHA,
-    cmap: str = COLOUR_MAP,
-    contours: Sequence[float] = CONTOURS,
+    contours: Sequence[float] | None = None,
+    **options: Unpack[OverlayOptions],
 ) -> Figure:
     """The k most probable classes as aligned heatmaps, with one absolute colour scale.
 
@@ -185,9 +184,8 @@ def class_grid(
     Args:
         score_map: of one image.
         k: how many classes; all of them if there are fewer.
-        alpha: as for `Heatmap.overlay`.
-        cmap: as for `Heatmap.overlay`.
         contours: as for `Heatmap.plot`.
+        options: of `Heatmap.overlay`.
 
     Raises:
         ArgumentError: if `k` is not positive.
@@ -226,9 +224,7 @@ def class_grid(
     found_at = score_map.label_map() if compared else score_map.probabilities() > 0.5
     known = score_map.has_data.sum()
     for index, ax in zip(order, unused):
-        heatmap = draw_heatmap(
-            ax, score_map, index, _PANEL_PIXELS, alpha=alpha, cmap=cmap, contours=contours
-        )
+        heatmap = draw_heatmap(ax, score_map, index, _PANEL_PIXELS, contours=contours, **options)
         cells = found_at == index if compared else found_at[index]
         share = f"{float(cells.sum() / known):.0%} of cells"
         share = f"top class of {share}" if compared else f"above 50% in {share}"
@@ -238,7 +234,7 @@ def class_grid(
             f"{share}, {found}",
             fontsize="medium",
         )
-    colour_bar(figure, axes, alpha=alpha, cmap=cmap, blended=photograph, contours=contours)
+    heatmap.draw_bar(axes, contours, **options)
     return figure
 
 

@@ -24,7 +24,8 @@ from fcvgg.errors import ArgumentError, DatasetError, ImageError, one_line
 from fcvgg.geometry import Pair
 from fcvgg.images.datasets import parts_of
 from fcvgg.images.files import Unreadable, contents, image_files, left_out
-from fcvgg.images.preprocessing import Preprocess
+from fcvgg.images.pipelines import given_preprocess
+from fcvgg.images.preprocessing import Preprocess, PreprocessLike
 from fcvgg.images.reading import check_usable, image_size, prepare, read_image
 from fcvgg.results.label_map import IGNORE_INDEX
 from fcvgg.segmentation.network import FCN
@@ -90,7 +91,7 @@ class MaskFolder:
 
 
 def mask_folder(
-    folder: str | Path, categories: int | Sequence[str], preprocess: Preprocess | None = None
+    folder: str | Path, categories: int | Sequence[str], preprocess: PreprocessLike | None = None
 ) -> MaskFolder:
     """The images and masks of a folder; every file is opened once and checked.
 
@@ -120,7 +121,7 @@ def train_and_valid(
     categories: int | Sequence[str],
     share: float = 0.2,
     seed: int = 0,
-    preprocess: Preprocess | None = None,
+    preprocess: PreprocessLike | None = None,
 ) -> tuple[MaskFolder, MaskFolder]:
     """Images to train on, and images that decide the best epoch.
 
@@ -259,14 +260,14 @@ def _places(folder: Path) -> tuple[list[_Place], tuple[Unreadable, ...]]:
     return [_place(part) for part in found], parts.skipped
 
 
-def _read(place: _Place, preprocess: Preprocess | None) -> tuple[MaskFolder, Counter[int]]:
+def _read(place: _Place, preprocess: Preprocess) -> tuple[MaskFolder, Counter[int]]:
     """A place's pairs, without classes yet, and the pixels of each value in all masks."""
     pairs, skipped = _paired(place)
     read: list[tuple[Path, Path, Pair]] = []
     values: Counter[int] = Counter()
     for image, mask in pairs:
         try:
-            check_usable(image, preprocess or Preprocess.preset("unit"))  # as training will
+            check_usable(image, preprocess)  # as training will
             size = image_size(image)
             labels = read_mask(mask)
         except ImageError as error:
@@ -290,11 +291,12 @@ def _read(place: _Place, preprocess: Preprocess | None) -> tuple[MaskFolder, Cou
 
 
 def _read_parts(
-    places: Sequence[_Place], names: tuple[str, ...], preprocess: Preprocess | None
+    places: Sequence[_Place], names: tuple[str, ...], preprocess: PreprocessLike | None
 ) -> list[MaskFolder]:
     """The parts of a data set with valid labels; 255 has the same meaning in all."""
     classes = len(names)
-    parts = [_read(place, preprocess) for place in places]
+    known = given_preprocess(preprocess, 3) or Preprocess.preset("unit")
+    parts = [_read(place, known) for place in places]
     held = set().union(*(values for _, values in parts))
     binary = held == _BINARY and classes == 2
     if held == _BINARY and not binary:

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from fcvgg.categories import distinct_names, one_per_class
 from fcvgg.choices import Variant
 from fcvgg.errors import ArgumentError, FcvggError, LoadError, check_choice, check_integer, one_line
+from fcvgg.images.pipelines import TakesPreprocess, check_preprocess
 from fcvgg.images.preprocessing import (
-    Preprocess,
+    PreprocessLike,
     decoded_preprocess,
     encoded_preprocess,
-    given_preprocess,
 )
 from fcvgg.images.reading import ImageLike, prepare
 from fcvgg.loading import load
@@ -74,7 +74,7 @@ class Score(nn.Module):
         return self.conv(x / self.magnitude)
 
 
-class FCN(nn.Module):
+class FCN(TakesPreprocess):
     """Class scores for every pixel of images of any size (FCN-32s, FCN-16s, FCN-8s).
 
     The classifier's last layer is replaced by a score layer, zero at first, on the map before it
@@ -106,7 +106,7 @@ class FCN(nn.Module):
             the net's weights.
         learn_upsampling: train the kernels between score layers.
         categories: the names of the classes, or the path of a file with one name per line.
-        preprocess: how images become input; the net's when None.
+        preprocess: how images become input, as for `fcvgg.convert`; the net's when None.
 
     Attributes:
         backbone: the network up to fc7, whose ``geometry`` places the coarsest scores.
@@ -129,7 +129,7 @@ class FCN(nn.Module):
         init_from: FCN | None = None,
         learn_upsampling: bool = True,
         categories: Sequence[str] | str | os.PathLike[str] | None = None,
-        preprocess: Preprocess | str | None = None,
+        preprocess: PreprocessLike | None = None,
     ):
         super().__init__()
         if not isinstance(net, FullyConvolutional):
@@ -140,6 +140,7 @@ class FCN(nn.Module):
         check_choice("variant", variant, VARIANTS)
         check_choice("padding", padding, ("same", "valid"))
         check_integer("num_classes", num_classes, 1)
+        check_preprocess(preprocess)
         if not 2 <= num_classes <= IGNORE_INDEX:
             raise ArgumentError(
                 f"num_classes must be 2 to {IGNORE_INDEX}, got {num_classes}; add a class for "
@@ -148,10 +149,12 @@ class FCN(nn.Module):
         backbone = without_classifier(net, copy, padding == "same")
         self._build(backbone, num_classes, variant, learn_upsampling)
         self.categories = categories
-        given = given_preprocess(preprocess, net.in_channels)
-        self.preprocess = net.preprocess if given is None else given
+        self.preprocess = net.preprocess if preprocess is None else preprocess
         if init_from is not None:
             self._load_coarser(init_from, shared=not copy)
+
+    def _channels_of_images(self) -> int:
+        return self.backbone.in_channels
 
     @classmethod
     def _of(

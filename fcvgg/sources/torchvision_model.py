@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fcvgg.conversion import check_convertible
 from fcvgg.errors import LoadError, one_line
-from fcvgg.images.preprocessing import Preprocess
+from fcvgg.images.pipelines import given_preprocess
 from fcvgg.sources import checkpoints
 
 
@@ -99,11 +99,11 @@ def _published_weights(name: str) -> Any:
 def _settings_of(weights: Any) -> dict[str, Any]:
     """Preprocessing, categories and native size of torchvision's published weights.
 
-    The resize and crop of classification are left out: a dense network takes the whole image.
+    The resize and crop of classification are kept apart: a dense network takes the whole image.
     """
     transforms = weights.transforms()
     return {
-        "preprocess": Preprocess(tuple(transforms.mean), tuple(transforms.std)),
+        "preprocess": given_preprocess(transforms, 3),
         "categories": weights.meta["categories"],
         "input_size": transforms.crop_size[0],
     }

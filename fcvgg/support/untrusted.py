@@ -86,7 +86,8 @@ def reading(path: Path, kind: str) -> Iterator[None]:
 def check_regular(path: Path, within: Path | None = None) -> None:
     """Refuse devices and pipes, and links that lead out of a folder.
 
-    The links of the Hugging Face hub's cache, from a snapshot to its blobs, stay within it.
+    The links of the Hugging Face hub's cache, from a snapshot to the blobs of its repository or of
+    all repositories, stay within it.
 
     Raises:
         LoadError: if so.
@@ -97,10 +98,8 @@ def check_regular(path: Path, within: Path | None = None) -> None:
     if within is None:
         return
     real, folder = path.resolve(), within.resolve()
-    homes = [
-        folder,
-        *(folder.parents[1] / "blobs" for _ in [0] if folder.parent.name == "snapshots"),
-    ]
+    caches = folder.parents[1:3] if folder.parent.name == "snapshots" else ()
+    homes = [folder, *(cache / "blobs" for cache in caches)]
     if not any(real.is_relative_to(home) for home in homes):
         raise LoadError(
             f"{path} must be a file in {within}, got a link out of it; put the file there itself"

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fcvgg.choices import Pooling
 from fcvgg.errors import ArgumentError, ImageError, MissingExtraError
-from fcvgg.images.preprocessing import Preprocess
+from fcvgg.images.preprocessing import PreprocessLike
 from fcvgg.transfer.image_features import FeatureExtractor
 
 try:
@@ -63,7 +63,7 @@ class VGGFeatures(TransformerMixin, BaseEstimator):  # type: ignore[misc]
         pooling: Pooling | None = "avg",
         *,
         size: int | Iterable[int] | None = None,
-        preprocess: Preprocess | str | None = None,
+        preprocess: PreprocessLike | None = None,
         image_shape: tuple[int, ...] | None = None,
         value_range: tuple[float, float] | None = None,
         batch_size: int = 16,

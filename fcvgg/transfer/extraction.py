@@ -181,10 +181,10 @@ def _geometry(features: Features) -> Geometry:
             f"{operation_name(last)} gives {tuple(value.shape[1:])} per image, not a map; geometry "
             "is known up to the last map, or for the layers of a converted network"
         )
-    geometry = _under_pool(features, size).geometry
-    # a pool over a single position is dropped by the conversion and adds no step
-    pooled = tuple(value.shape[2:]) != (1, 1)
-    return geometry.upto(len(geometry.height.steps) - 1 - pooled)
+    program = _under_pool(features, size).program
+    if tuple(value.shape[2:]) == (1, 1):  # a pool over a single position is dropped
+        return program.geometry
+    return program.geometry.upto(program.records[-1].step - 1)
 
 
 def _under_pool(features: Features, size: Pair) -> FullyConvolutional:

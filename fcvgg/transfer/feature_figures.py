@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from fcvgg.errors import ArgumentError, ConversionError, ImageError, check_integer
-from fcvgg.images.preprocessing import Preprocess, given_preprocess
+from fcvgg.images.pipelines import given_preprocess
+from fcvgg.images.preprocessing import Preprocess, PreprocessLike
 from fcvgg.images.reading import ImageLike, prepare
 from fcvgg.network import FullyConvolutional
 from fcvgg.rewriting.capture import input_channels
@@ -35,7 +36,7 @@ def plot_features(
     *,
     maps: int | Sequence[int] = 39,
     columns: int | None = None,
-    preprocess: Preprocess | str | None = None,
+    preprocess: PreprocessLike | None = None,
 ) -> Figure:
     """A grid of a layer's feature maps on an image, the image first.
 
@@ -65,7 +66,7 @@ def plot_features(
 
 @torch.no_grad()
 def _maps(
-    model: nn.Module, image: ImageLike, layer: str, preprocess: Preprocess | str | None
+    model: nn.Module, image: ImageLike, layer: str, preprocess: PreprocessLike | None
 ) -> tuple[Tensor, Tensor]:
     """The maps ``(K, h, w)`` and the image as it entered, ``(H, W, 3)`` or ``(H, W)`` in [0, 1]."""
     own = model.preprocess if isinstance(model, FullyConvolutional) else None

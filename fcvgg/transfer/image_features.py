@@ -25,7 +25,8 @@ from fcvgg.errors import (
     check_integer,
 )
 from fcvgg.geometry import Pair, checked_size
-from fcvgg.images.preprocessing import Preprocess, given_preprocess
+from fcvgg.images.pipelines import given_preprocess
+from fcvgg.images.preprocessing import PreprocessLike
 from fcvgg.images.reading import prepare
 from fcvgg.loading import load
 from fcvgg.network import FullyConvolutional
@@ -65,7 +66,7 @@ class FeatureExtractor:
         *,
         pooling: Pooling | None = "avg",
         size: int | Iterable[int] | None = None,
-        preprocess: Preprocess | str | None = None,
+        preprocess: PreprocessLike | None = None,
         value_range: tuple[float, float] | None = None,
         batch_size: int = 16,
         cache: str | Path | None = None,

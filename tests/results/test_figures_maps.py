@@ -17,7 +17,7 @@ import fcvgg
 from fcvgg.geometry import Axis, Geometry, KernelGeometry, Step
 from fcvgg.results.colours import class_colours
 from fcvgg.results.figures import side_by_side
-from fcvgg.results.heatmap import CONTOURS, Heatmap
+from fcvgg.results.heatmap import Heatmap
 
 CLASSES = ("ash", "birch", "cedar", "date", "elm")
 
@@ -183,7 +183,7 @@ def test_contours_lie_where_the_probability_is() -> None:
     values = np.tile(np.linspace(0, 1, 101, dtype=np.float32), (50, 1))
     ax = Heatmap(values, np.ones_like(values, bool)).plot()
     (lines,) = [c for c in ax.collections if hasattr(c, "levels")]
-    assert tuple(lines.levels) == CONTOURS
+    assert tuple(lines.levels) == (0.75, 0.9)
     for level, path in zip(lines.levels, lines.get_paths(), strict=True):
         np.testing.assert_allclose(path.vertices[:, 0], level * 100, atol=1e-3)
 
@@ -192,7 +192,7 @@ def test_contours_stay_within_the_hull_and_off_flat_maps() -> None:
     values = np.tile(np.linspace(0, 1, 101, dtype=np.float32), (50, 1))
     coverage = np.zeros_like(values, bool)
     coverage[10:40, 30:60] = True
-    ax = Heatmap(values, coverage).plot()
+    ax = Heatmap(values, coverage, chance=0.1).plot()
     (lines,) = [c for c in ax.collections if hasattr(c, "levels")]
     assert tuple(lines.levels) == (0.5,)  # 0.25 and 0.75 lie outside
     vertices = np.concatenate([p.vertices for p in lines.get_paths()])
@@ -220,8 +220,8 @@ def test_colour_maps_are_perceptually_uniform() -> None:
     """Lightness rises in almost equal steps (CIE L*), so equal differences look equal."""
     from matplotlib import colormaps
 
+    from fcvgg.results.colours import COLOUR_MAP
     from fcvgg.results.figures import CELL_COLOUR_MAP
-    from fcvgg.results.heatmap import COLOUR_MAP
 
     for name in (COLOUR_MAP, CELL_COLOUR_MAP):
         rgb = colormaps[name](np.linspace(0, 1, 256))[:, :3]

@@ -89,14 +89,19 @@ def test_norms_whose_statistics_mix_positions(norm: nn.Module) -> None:
             r"head\.layers\.0 \(BatchNorm2d\) is refused: it normalises by the statistics",
         ),
         (
-            lambda x, fc: fc(F.interpolate(x, size=(3, 3)).flatten(1)),
-            [nn.Linear(72, 4)],
-            r"interpolate \(.*\) is refused: resizing to or from a fixed size",
+            lambda x, fc: fc(F.interpolate(x, size=(4, 4)).flatten(1)),
+            [nn.Linear(128, 4)],
+            r"interpolate \(.*\) is refused: it resizes \(6, 6\) positions to \(4, 4\), not by a",
         ),
         (
             lambda x, up, fc: fc(up(x).mean((2, 3))),
-            [nn.Upsample(scale_factor=2), nn.Linear(8, 4)],
-            r"head\.layers\.0 \(Upsample\) is refused: resizing",
+            [nn.Upsample(scale_factor=2, mode="bilinear", align_corners=True), nn.Linear(8, 4)],
+            r"head\.layers\.0 \(Upsample\) is refused: it aligns the corners, so that every",
+        ),
+        (
+            lambda x, up, fc: fc(up(x).mean((2, 3))),
+            [nn.Upsample(scale_factor=3), nn.Linear(8, 4)],
+            r"\(Upsample\) is refused: it enlarges a map of stride 4 by 3, so that positions lie",
         ),
         (
             lambda x, fc: fc((x.flatten(2).transpose(1, 2) @ x.flatten(2)).flatten(1)),
@@ -107,11 +112,6 @@ def test_norms_whose_statistics_mix_positions(norm: nn.Module) -> None:
             lambda x, fc: fc(x.roll(1, 2).flatten(1)),
             [nn.Linear(288, 4)],
             r"roll \(Tensor.roll in head\) is refused: shuffling or rolling positions",
-        ),
-        (
-            lambda x, shuffle, fc: fc(shuffle(x).flatten(1)),
-            [nn.PixelShuffle(2), nn.Linear(288, 4)],
-            r"\(PixelShuffle\) is refused: shuffling",
         ),
         (
             lambda x, fc: fc(x.flatten(1)).argmax(1),

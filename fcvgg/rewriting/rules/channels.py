@@ -22,7 +22,7 @@ from fcvgg.rewriting.rules.convolution import values_of
 from fcvgg.rewriting.rules.elementwise import act_elementwise
 from fcvgg.rewriting.rules.pooling import features_of
 from fcvgg.rewriting.rules.reductions import along_channels, axis_of
-from fcvgg.rewriting.rules.registry import attributes, calling, register, rule
+from fcvgg.rewriting.rules.registry import always, attributes, calling, register, rule
 
 
 def _check_plain(call: Call) -> None:
@@ -38,6 +38,7 @@ def _check_plain(call: Call) -> None:
     arguments=attributes("running_mean", "running_var"),
     positional=True,
     role="bn",
+    affine=always,
 )
 def batch_norm(
     build: MapBuilder,
@@ -230,7 +231,10 @@ def normalize(
     return replace(x, node=node).meaning_of("logits")
 
 
-@rule(nn.Softmax, *calling("softmax"), arguments=attributes("dim"), positional=True, role="prob")
+_SOFTMAX: dict[str, Any] = {"positional": True, "role": "prob"}
+
+
+@rule(nn.Softmax, *calling("softmax"), arguments=attributes("dim"), final="softmax", **_SOFTMAX)
 def softmax(
     build: MapBuilder, call: Call, input: Any, dim: int | None = None, *_: Any, **__: Any
 ) -> Cells:
@@ -238,7 +242,7 @@ def softmax(
 
 
 register(
-    nn.Softmax2d, rewrite=softmax, arguments=lambda _: {"dim": -3}, positional=True, role="prob"
+    nn.Softmax2d, rewrite=softmax, arguments=lambda _: {"dim": -3}, final="softmax", **_SOFTMAX
 )
 
 
@@ -246,8 +250,8 @@ register(
     nn.LogSoftmax,
     *calling("log_softmax"),
     arguments=attributes("dim"),
-    positional=True,
-    role="prob",
+    final="log_softmax",
+    **_SOFTMAX,
 )
 def log_softmax(
     build: MapBuilder, call: Call, input: Any, dim: int | None = None, *_: Any, **__: Any

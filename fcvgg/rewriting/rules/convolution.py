@@ -15,7 +15,7 @@ from fcvgg.rewriting.emission import Call
 from fcvgg.rewriting.layouts import Cells, Constant, with_channels
 from fcvgg.rewriting.map_builder import MapBuilder
 from fcvgg.rewriting.modules import over_channels
-from fcvgg.rewriting.rules.registry import attributes, calling, rule
+from fcvgg.rewriting.rules.registry import attributes, calling, of_one_value, rule
 from fcvgg.rewriting.sliding import Part, Sliding, windows_of
 
 
@@ -96,6 +96,7 @@ def _slide_conv2d(
     ),
     slides=_slide_conv2d,
     role="conv",
+    affine=of_one_value,
 )
 def conv2d(
     build: MapBuilder,

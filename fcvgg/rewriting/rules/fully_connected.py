@@ -21,11 +21,16 @@ from fcvgg.rewriting.layouts import Cells, Constant, with_channels
 from fcvgg.rewriting.map_builder import MapBuilder
 from fcvgg.rewriting.modules import _GEMM_CELLS, WindowLinear, window_linear
 from fcvgg.rewriting.rules.convolution import values_of
-from fcvgg.rewriting.rules.registry import attributes, calling, register, rule
+from fcvgg.rewriting.rules.registry import attributes, calling, of_one_value, register, rule
 from fcvgg.rewriting.sliding import Part, Sliding, windows_of
 
 
-@rule(nn.Linear, *calling("linear"), arguments=attributes("weight", "bias"), role="fc")
+@rule(
+    *(nn.Linear, *calling("linear")),
+    arguments=attributes("weight", "bias"),
+    role="fc",
+    affine=of_one_value,
+)
 def linear(build: MapBuilder, call: Call, input: Any, weight: Any, bias: Any = None) -> Cells:
     values_of(call, weight)
     if call.module is not None and nn.utils.parametrize.is_parametrized(call.module):

@@ -15,10 +15,10 @@ from fcvgg.rewriting.capture import BATCH
 from fcvgg.rewriting.emission import Call
 from fcvgg.rewriting.layouts import Cells, Constant, channels_along, with_channels
 from fcvgg.rewriting.map_builder import MapBuilder
-from fcvgg.rewriting.rules.registry import calling, rule
+from fcvgg.rewriting.rules.registry import always, calling, rule
 
 
-@rule(*calling("cat", "concat", "concatenate"), positional=True)
+@rule(*calling("cat", "concat", "concatenate"), positional=True, affine=always)
 def cat(build: MapBuilder, call: Call, tensors: Sequence[Any], dim: int = 0, **names: Any) -> Cells:
     dim = names.get("axis", dim)
     parts = _cells_of(build, call, tensors)
@@ -38,7 +38,7 @@ def cat(build: MapBuilder, call: Call, tensors: Sequence[Any], dim: int = 0, **n
     return _meaning(result, parts)
 
 
-@rule(*calling("stack"))
+@rule(*calling("stack"), affine=always)
 def stack(
     build: MapBuilder, call: Call, tensors: Sequence[Any], dim: int = 0, **names: Any
 ) -> Cells:
@@ -53,7 +53,7 @@ def stack(
     return _joined(build, call, raised, axis)
 
 
-@rule(operator.setitem)
+@rule(operator.setitem, affine=always)
 def setitem(build: MapBuilder, call: Call, x: Any, index: Any, value: Any) -> Cells:
     """``x[:, 0] = value``: the value's elements take their places in the layout."""
     if not isinstance(x, Cells) or not isinstance(value, Cells):

@@ -18,10 +18,10 @@ from fcvgg.rewriting.map_builder import MapBuilder
 from fcvgg.rewriting.rules.elementwise import act_elementwise
 from fcvgg.rewriting.rules.fully_connected import fully_connected
 from fcvgg.rewriting.rules.reductions import reduced
-from fcvgg.rewriting.rules.registry import attributes, calling, rule
+from fcvgg.rewriting.rules.registry import attributes, calling, of_one_value, rule
 
 
-@rule(*calling("matmul"), has_extent=True)
+@rule(*calling("matmul"), has_extent=True, affine=of_one_value)
 def matmul(build: MapBuilder, call: Call, a: Any, b: Any) -> Cells:
     """``x @ W``, ``W @ x`` with any number of leading dimensions."""
     left, right = _ndim(a), _ndim(b)
@@ -37,7 +37,7 @@ def matmul(build: MapBuilder, call: Call, a: Any, b: Any) -> Cells:
     return _contracted(build, call, (a, b), (first, second), letters + kept)
 
 
-@rule(*calling("einsum"), has_extent=True)
+@rule(*calling("einsum"), has_extent=True, affine=of_one_value)
 def einsum(build: MapBuilder, call: Call, equation: str, *operands: Any) -> Cells:
     equation = equation.replace(" ", "")
     given, arrow, result = equation.partition("->")
@@ -57,6 +57,7 @@ def einsum(build: MapBuilder, call: Call, equation: str, *operands: Any) -> Cell
     *(nn.Conv1d, *calling("conv1d")),
     arguments=attributes("weight", "bias", "stride", "padding", "dilation", "groups"),
     role="conv",
+    affine=of_one_value,
 )
 def conv1d(
     build: MapBuilder,

@@ -20,7 +20,7 @@ from fcvgg.rewriting.map_builder import MapBuilder
 from fcvgg.rewriting.modules import ALONG_CHANNELS, REDUCTIONS, over_channels
 from fcvgg.rewriting.rules.elementwise import act_elementwise
 from fcvgg.rewriting.rules.pooling import pool_window, refuse_indices
-from fcvgg.rewriting.rules.registry import attributes, calling, register, rule
+from fcvgg.rewriting.rules.registry import always, attributes, calling, register, rule
 from fcvgg.rewriting.sliding import Part, Sliding
 
 
@@ -47,6 +47,9 @@ def reduce_values(
     """A mean, sum or the like over rows and columns of each channel, or over channels."""
     dim = names.get("axis", dim)
     return reduced(build, call, input, dim, keepdim, call.kind.removeprefix("Tensor."))
+
+
+register(*calling("mean", "sum"), affine=always)
 
 
 def reduced(

@@ -23,10 +23,9 @@ refuse(
     SqueezeExcitation,
 )
 refuse(
-    "resizing to or from a fixed size ties a cell to the size of the image, and enlarging by a "
-    "factor puts positions between those that cells lie on",
-    *(nn.Upsample, nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d),
-    *calling("interpolate", "upsample", "grid_sample"),
+    "a grid of points that is computed from the image moves positions, so a cell would not stay in "
+    "its place",
+    *calling("grid_sample"),
 )
 refuse(
     "the scores of all classes must come out, not a choice among them",
@@ -35,7 +34,7 @@ refuse(
 refuse(
     "shuffling or rolling positions moves a cell away from its place in the image",
     *calling("roll"),
-    *(nn.PixelShuffle, nn.Fold),
+    nn.Fold,
 )
 refuse(
     "a recurrent layer runs over the positions, so a cell would change with the rest of the image",

@@ -13,6 +13,7 @@ from torch import fx, nn
 
 from fcvgg.errors import RefusedLayerError, UnsupportedLayerError
 from fcvgg.rewriting.emission import Call
+from fcvgg.rewriting.layouts import Cells
 from fcvgg.rewriting.sliding import Sliding
 
 Rule = Callable[..., Any]
@@ -38,6 +39,10 @@ class LayerKind:
             ``"activation"`` (another one), ``"pool"``, ``"avgpool"`` and ``"maxpool"`` (adaptive),
             ``"drop"``, ``"flatten"``, ``"prob"``, or ``""``.
         inert: whether it returns its input in evaluation mode.
+        affine: tells from the arguments of a call on maps whether it computes every position by an
+            affine function of its values, which commutes with a mean over positions; None where
+            it never does. Layers that merely move values need none.
+        final: ``"softmax"``, ``"log_softmax"`` or ``"sigmoid"`` where that is what it computes.
         in_bundle: whether a bundle may hold calls of it. None says that of module classes with a
             rule alone: who registers a class lets files construct it with settings of theirs.
     """
@@ -50,6 +55,8 @@ class LayerKind:
     has_extent: bool = False
     role: str = ""
     inert: bool = False
+    affine: Callable[..., bool] | None = None
+    final: str = ""
     in_bundle: bool | None = None
 
     def settings_of(self, module: nn.Module | None) -> Mapping[str, Any]:
@@ -96,6 +103,16 @@ def rule(*targets: Any, **known: Any) -> Callable[[Rule], Rule]:
 def attributes(*names: str) -> Callable[[Any], Mapping[str, Any]]:
     """For `LayerKind.arguments`: the attributes of a module that the function form has by name."""
     return lambda module: {name: getattr(module, name) for name in names}
+
+
+def of_one_value(*args: Any, **kwargs: Any) -> bool:
+    """For `LayerKind.affine`: a sum, or products with parameters and numbers alone."""
+    return sum(isinstance(x, Cells) for x in (*args, *kwargs.values())) < 2
+
+
+def always(*_: Any, **__: Any) -> bool:
+    """For `LayerKind.affine`: of any arguments."""
+    return True
 
 
 def refuse(reason: str, *targets: Any) -> None:
