@@ -25,8 +25,8 @@ from fcvgg.images.preprocessing import PreprocessLike, encoded_preprocess
 from fcvgg.inference.blocks import is_traced, run
 from fcvgg.inference.missing import Reader, can_be_looked_at, readers_of, run_with_missing
 from fcvgg.inference.prediction import ImagePrediction
+from fcvgg.inference.streamed_map import streamed_map
 from fcvgg.inference.strip_input import StripInput
-from fcvgg.inference.tiled_map import streamed_map
 from fcvgg.probability import final_scores
 from fcvgg.rewriting.modules import WindowLinear
 from fcvgg.rewriting.outputs import flattened
@@ -173,15 +173,17 @@ class FullyConvolutional(ImagePrediction):
         """The score map of an image of any size, for a loss: differentiable in bounded memory.
 
         Equals the network's map of the whole image, and ``loss(net.streamed(image)).backward()``
-        gives every parameter the gradient of the whole image. The map is computed tile by tile
-        without a graph; the backward pass computes every tile once more and back-propagates its
-        part, so that memory does not grow with the image. Tiles whose cells have no gradient are
-        not computed again. Batch norm must be in evaluation mode. Dropout may be on: where tiles
-        overlap in the layers before the head, each draws its own.
+        gives every parameter the gradient of the whole image. The image is streamed
+        strip by strip without a graph; the backward pass goes through the strips from the last to
+        the first and computes each once more, so that memory does not grow with the image. Strips
+        behind which no cell has a gradient are left out. Batch norm must be in evaluation mode:
+        the statistics of a strip are not the image's.
 
         Args:
             image: as for `fcvgg.stream`.
-            memory: bytes that the graph of a tile may take, or text such as ``"512MiB"``.
+            memory: bytes that the call and its backward pass may add, or text such as
+                ``"512MiB"``, the map and the parameters' gradients aside. Images too wide for it
+                are cut into blocks of columns, whose borders are computed twice.
             output: which output, by number or name, for a network with several.
             nodata: as for `fcvgg.stream`.
 

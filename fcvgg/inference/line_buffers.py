@@ -61,7 +61,20 @@ class LineBuffers:
 
     @property
     def finished(self) -> bool:
-        return self.strip == len(self._schedule.ends)
+        return self.strip == self.strips
+
+    @property
+    def stages(self) -> Sequence[Stage]:
+        return self._stages
+
+    @property
+    def strips(self) -> int:
+        return len(self._schedule.ends)
+
+    @property
+    def next_cells(self) -> Pair:
+        """The rows of cells that the next strip finishes."""
+        return self._done[-1], int(self._schedule.ends[self.strip, -1])
 
     @property
     def image_rows(self) -> Pair:
