@@ -28,6 +28,7 @@ from fcvgg.inference.prediction import ImagePrediction
 from fcvgg.inference.streamed_map import streamed_map
 from fcvgg.inference.strip_input import StripInput
 from fcvgg.probability import final_scores
+from fcvgg.rewriting.classifier import classifier_of
 from fcvgg.rewriting.modules import WindowLinear
 from fcvgg.rewriting.outputs import flattened
 from fcvgg.rewriting.program import Program
@@ -321,6 +322,17 @@ class FullyConvolutional(ImagePrediction):
             if isinstance(module, WindowLinear) and f"{name}.weight" in state:
                 state[f"{name}.weight"] = module.fc_weight()
         return state
+
+    def classifier(self) -> nn.Module:
+        """The classifier ``(N, C, H, W) -> (N, K)`` that the network stands for.
+
+        It takes images of the extent of one crop, ``net.geometry.crop``, has fully connected
+        layers under the source's names, and shares the parameters.
+
+        Raises:
+            ConversionError: if the network scores positions (``head="position"``), not windows.
+        """
+        return classifier_of(self.program)
 
     def save(self, path: str | Path, *, license: str = UNKNOWN_LICENSE) -> Path:
         """Write a bundle, a folder that `fcvgg.load` reads back bit for bit.

@@ -218,12 +218,10 @@ def _mistake(result: FineTuned, place: int) -> tuple[Any, ...]:
 
 
 def _settings(result: FineTuned) -> dict[str, Any]:
-    strategy = result.choice.strategy
     return {
         **asdict(result.recipe),
-        "strategy": strategy,
+        "strategy": result.choice.strategy,
         "size": result.size,
-        "augment": result.recipe.augmented(strategy),
         **(asdict(result.settings) if result.training is not None else {}),
     }
 

@@ -113,6 +113,10 @@ class OptimizedNetwork(FullyConvolutional):
             )
         return self._plain[0]
 
+    def classifier(self) -> nn.Module:
+        """That of the plain network."""
+        return self.plain.classifier()
+
     def release(self) -> None:
         """Let go of the plain network; its weights are freed if nobody else holds them."""
         self._plain = ()

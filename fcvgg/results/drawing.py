@@ -18,6 +18,8 @@ DRAWN = 1600
 """Largest side of what a figure draws, in pixels, however large the image is."""
 
 
+MIDDLE_GREY = 0.5
+
 _IMAGE, _BAR, _TITLE = 6.0, 1.1, 0.4
 """Inches of a figure of one image: its longer side, a colour bar's width, a title's height."""
 
@@ -42,6 +44,21 @@ def reduction(size: Sequence[int]) -> int:
 def in_colours(image: Image.Image) -> Image.Image:
     """The image in a mode that can be averaged: palettes and one-bit images cannot."""
     return image if image.mode in ("L", "RGB") else image.convert("RGB")
+
+
+def muted(image: Image.Image) -> Image.Image:
+    """An RGB image with half of its contrast, so that colours laid on it stay what they are."""
+    return image.point([64 + value // 2 for value in range(256)] * 3)
+
+
+def in_grey(image: Image.Image) -> Image.Image:
+    """An RGB image without its colours."""
+    return image.convert("RGB").convert("L").convert("RGB")
+
+
+def on_middle_grey(colours: Any, alpha: Any) -> Any:
+    """How colours in [0, 1] look with an opacity on middle grey, as legends show them."""
+    return alpha * colours + (1 - alpha) * MIDDLE_GREY
 
 
 def resized(image: Image.Image, size: Pair) -> Image.Image:

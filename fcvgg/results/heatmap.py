@@ -8,14 +8,21 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict, get_args
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
-from fcvgg.errors import ArgumentError, ImageError
-from fcvgg.results.boxes import OVERLAP, CellWindows, ScoredBox
+from fcvgg.choices import BoxKind
+from fcvgg.errors import ArgumentError, ImageError, check_choice, check_share
+from fcvgg.results.boxes import (
+    IOU_THRESHOLD,
+    CellWindows,
+    ScoredBox,
+    draw_boxes,
+    region_boxes,
+)
 from fcvgg.results.colours import (
     ALPHA,
     COLOUR_MAP,
@@ -27,11 +34,14 @@ from fcvgg.results.colours import (
     probability_ticks,
 )
 from fcvgg.results.drawing import (
+    MIDDLE_GREY,
     bar_axes,
     extent_of,
     figure_options,
     frame,
     in_colours,
+    in_grey,
+    on_middle_grey,
     picture_of,
     png_bytes,
     reduction,
@@ -44,15 +54,12 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from typing_extensions import Unpack
 
-_MIDDLE_GREY = 0.5
 
 _ROWS = 1 << 18
 """Pixels that are coloured at a time."""
 
 _STRIPES = 80
 """Stripes that the smaller side is wide, where values are held."""
-
-_BOX_COLOUR, _BOX_HALO = "white", "black"
 
 
 class OverlayOptions(TypedDict, total=False):
@@ -106,27 +113,44 @@ class Heatmap:
         y, x = np.unravel_index(int(inside.argmax()), inside.shape)
         return int(y), int(x)
 
-    def boxes(self, threshold: float = 0.5, overlap: float = OVERLAP) -> list[ScoredBox]:
-        """Windows of cells that see the class, the most probable of those that overlap.
+    def boxes(
+        self,
+        threshold: float = 0.5,
+        iou_threshold: float = IOU_THRESHOLD,
+        *,
+        kind: BoxKind = "windows",
+        overlap: float | None = None,
+    ) -> list[ScoredBox]:
+        """Boxes around what has at least a probability, the most probable first.
 
         Args:
             threshold: the least probability.
-            overlap: the largest intersection over union with a better box (torchvision's ``nms``).
+            iou_threshold: the largest intersection over union of a window with a better one, as of
+                torchvision's ``nms``; regions never overlap.
+            kind: ``"windows"`` of cells that see the class, the most probable of those that
+                overlap; or ``"regions"``, the extents of connected pixels that `coverage` holds.
+            overlap: the former name of `iou_threshold`.
 
         Returns:
-            boxes ``(top, left, bottom, right, score)``, half-open and clipped to the image, the
-            most probable first.
+            boxes ``(top, left, bottom, right, score)``, half-open and clipped to the image; the
+            score is the window's or the region's highest probability.
 
         Raises:
-            ArgumentError: if the heatmap was made without cells, or a value is outside [0, 1].
+            ArgumentError: if windows are wanted and the heatmap was made without cells, or a value
+                is outside [0, 1] or unknown.
         """
+        check_choice("kind", kind, get_args(BoxKind))
+        if kind == "regions":
+            check_share("threshold", threshold)
+            return region_boxes(self.values, self.coverage & (self.values >= threshold))
         if self.windows is None:
             raise ArgumentError(
-                "the heatmap must hold windows of cells to have boxes, got none; make it with "
-                "net.heatmap"
+                "the heatmap must hold windows of cells to have boxes of them, got none; make it "
+                "with net.heatmap, or pass kind='regions'"
             )
+        limit = iou_threshold if overlap is None else overlap
         height, width = self.values.shape
-        return self.windows.best(threshold, overlap, (height, width))
+        return self.windows.best(threshold, limit, (height, width))
 
     def overlay(
         self,
@@ -155,11 +179,9 @@ class Heatmap:
         """
         height, width = self.values.shape
         colours, opacity = colour_table(cmap), opacity_table(alpha)
-        image = self.image and self.image.convert("RGB")
+        image = self.image and (in_grey(self.image) if grey else self.image.convert("RGB"))
         if image is None:
             opacity = np.ones_like(opacity)
-        elif grey:
-            image = image.convert("L").convert("RGB")
         # in strips: colours in float32 take twelve times the memory of the levels
         pixels = np.empty((height, width, 3), np.uint8)
         step = max(_ROWS // width, 1)
@@ -168,10 +190,10 @@ class Heatmap:
             levels = _levels(self.values[rows], self.chance)  # (rows, W)
             share = np.where(self.coverage[rows], 1, self._stripes(rows))
             strength = (opacity[levels] * share)[..., None]  # (rows, W, 1)
-            under = _MIDDLE_GREY if image is None else _crop(image, rows)
+            under = MIDDLE_GREY if image is None else _crop(image, rows)
             mixed = under * (1 - strength) + colours[levels] * strength
             pixels[rows] = np.round(mixed * 255).clip(0, 255)
-        return _with_boxes(Image.fromarray(pixels), boxes)
+        return draw_boxes(Image.fromarray(pixels), boxes)
 
     def _stripes(self, rows: slice) -> NDArray[np.float32]:
         """The share of the opacity that held values have: diagonal stripes; 0 without data."""
@@ -293,8 +315,7 @@ class Heatmap:
         alpha, cmap = options.get("alpha", ALPHA), options.get("cmap", COLOUR_MAP)
         colours = colour_table(cmap)
         if self.image is not None:
-            strength = opacity_table(alpha)[:, None]
-            colours = _MIDDLE_GREY * (1 - strength) + colours * strength
+            colours = on_middle_grey(colours, opacity_table(alpha)[:, None])
         ticks = probability_ticks(self.chance)
         ax = bar_axes(axes)
         bar = ax.figure.colorbar(ScalarMappable(cmap=ListedColormap(colours)), cax=ax)
@@ -381,28 +402,6 @@ class Heatmap:
             return "no data"
         y, x = self.peak
         return f"{name}{self.values[y, x]:.{digits}f} at ({y}, {x})"
-
-
-def _with_boxes(image: Image.Image, boxes: Iterable[ScoredBox]) -> Image.Image:
-    """The image with every box's outline and score; the pixels of a box are inside its line."""
-    draw = ImageDraw.Draw(image)
-    width = max(round(min(image.size) / 200), 1)
-    font = ImageFont.load_default(max(min(image.size) / 32, 9))
-    for top, left, bottom, right, score in sorted(boxes, key=lambda box: box[4]):
-        edges = (left, top, right - 1, bottom - 1)
-        inner = tuple(e + d * width for e, d in zip(edges, (1, 1, -1, -1)))
-        if inner[2] > inner[0] and inner[3] > inner[1]:
-            draw.rectangle(inner, outline=_BOX_HALO, width=width)
-        draw.rectangle(edges, outline=_BOX_COLOUR, width=width)
-        draw.text(
-            (left + 3 * width, top + 2 * width),
-            f"{score:.2f}",
-            fill=_BOX_COLOUR,
-            font=font,
-            stroke_width=width,
-            stroke_fill=_BOX_HALO,
-        )
-    return image
 
 
 def _levels(values: NDArray[Any], chance: float) -> NDArray[np.uint8]:

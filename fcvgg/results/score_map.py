@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -29,11 +31,14 @@ from fcvgg.results.boxes import CellWindows, cell_windows
 from fcvgg.results.drawing import resized
 from fcvgg.results.heatmap import Heatmap
 from fcvgg.results.interpolation import check_pixels, interpolated, pixel_points, shown, within
+from fcvgg.support.atomic import PAGE_ENDINGS, atomic_file, checked_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from PIL import Image
+
+    from fcvgg.results.web_page import Page
 
 
 @dataclass(frozen=True, eq=False)
@@ -232,6 +237,42 @@ class ScoreMap:
         from fcvgg.results.figures import label_figure
 
         return label_figure(self, ax, most)
+
+    def save(
+        self, path: str | os.PathLike[str], classes: Iterable[int | str] | None = None
+    ) -> Path:
+        """Write a page on which the map is explored in a browser: one HTML file, without a network.
+
+        It holds the image and every cell's probabilities and boxes, and loads nothing.
+
+        Args:
+            path: a name in ``.html``.
+            classes: indices or names of the classes it holds; as many of the most probable as keep
+                the file below 1 MB when None (all 1000 of ImageNet at 16x16 cells).
+
+        Raises:
+            ArgumentError: if the name ends otherwise, or the classes do not fit.
+            ImageError: if no cell has data.
+            FcvggError: if the file cannot be written.
+        """
+        from fcvgg.results.web_page import page_of
+
+        path = checked_file(path, "path", PAGE_ENDINGS)
+        text = page_of(self, classes)
+        with atomic_file(path) as temporary:
+            temporary.write_text(text, "utf-8")
+        return path
+
+    def show(self, classes: Iterable[int | str] | None = None, height: int = 720) -> Page:
+        """The page of `save` in a notebook.
+
+        Args:
+            classes: as for `save`.
+            height: of the frame, in pixels of the screen.
+        """
+        from fcvgg.results.web_page import Page, page_of
+
+        return Page(page_of(self, classes), height)
 
     def _points(self, size: Pair) -> tuple[Tensor, Tensor]:
         """The pixels of a picture of the image, in pixels of the network's input."""

@@ -243,4 +243,7 @@ def _without_others(proto: Any, graph: Graph) -> Any:
     reduced.CopyFrom(proto)
     del reduced.graph.node[:]
     reduced.graph.node.extend(kept)
+    outputs = [output for output in proto.graph.output if output.name in graph.outputs]
+    del reduced.graph.output[:]
+    reduced.graph.output.extend(outputs)
     return reduced

@@ -88,13 +88,14 @@ def _check_architecture(name: str, timm: Any) -> None:
 
 
 def _from_checkpoint(name: str, path: Path, timm: Any) -> nn.Module:
-    state = checkpoints.read_state(path)
-    classifier = timm.get_pretrained_cfg_value(name, "classifier")
     build, options = partial(timm.create_model, name), dict[str, Any]()
-    if isinstance(classifier, str) and f"{classifier}.weight" in state:
-        bare = checkpoints.without_values(build)
-        own = bare.get_parameter(f"{classifier}.weight")
-        options["num_classes"] = checkpoints.classes_in(state, classifier, own, name)
+    bare: Any = checkpoints.without_values(build)
+    classifier = bare.pretrained_cfg.get("classifier")
+    head = classifier if isinstance(classifier, str) else ""
+    state = checkpoints.state_of(path, bare, head).state
+    if f"{head}.weight" in state:
+        own = bare.get_parameter(f"{head}.weight")
+        options["num_classes"] = checkpoints.classes_in(state, head, own, name)
     return checkpoints.built_with(state, build, str(path), **options)
 
 

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 import fcvgg
-from fcvgg.errors import ArgumentError, ConversionError, LoadError, RefusedLayerError
+from fcvgg.errors import ArgumentError, ConversionError, RefusedLayerError
 from fcvgg.results.score_map import warn_of_one_cell
 
 EIGHT = EXACT[torch.float64]
@@ -363,8 +363,10 @@ def test_a_bundle_holds_the_head(tmp_path: Path) -> None:
         assert fcvgg.verify(model, again).passed
         assert relative_error(model(x), again.native_scores(again(x))[0]) <= EIGHT
     assert fcvgg.load(tmp_path / "bundle", head="position").head == "position"
-    with pytest.raises(LoadError, match="head='window' cannot be applied"):
-        fcvgg.load(tmp_path / "bundle", head="window")
+    windows = fcvgg.load(tmp_path / "bundle", head="window")
+    with torch.no_grad():
+        expected = fcvgg.convert(model, input_size=24, output_stride=2)(images(1, 3, 40, 33))
+        torch.testing.assert_close(windows(images(1, 3, 40, 33)), expected)
 
 
 def test_streaming_gives_the_same_map() -> None:
@@ -412,8 +414,8 @@ def test_a_flat_heatmap_offers_positions_once() -> None:
     options: Any = {"input_size": 32, "preprocess": "unit"}
     net = fcvgg.convert(model, **options)
     with pytest.warns(UserWarning, match="one cell.*head='position' of fcvgg.convert") as caught:
-        net.heatmap(picture, 0)
-        net.heatmap(picture, 1)
+        shown = [net.heatmap(picture, k) for k in (0, 1)]
+    assert [float(heatmap.values.std()) for heatmap in shown] == pytest.approx([0, 0], abs=1e-6)
     assert len(caught) == 1
     warn_of_one_cell.cache_clear()
     with warnings.catch_warnings():

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from nets import Headed, Lambda, SmallVGG, SqueezeExcited, Unpadded, images, seeded
+from nets import Headed, Lambda, SmallVGG, SqueezeExcited, images, seeded
 from torch import Tensor, nn
 
 import fcvgg
@@ -316,7 +316,6 @@ def test_what_is_no_model() -> None:
     refused(SmallVGG, r"must be a torch.nn.Module, got the class SmallVGG")
     refused("vgg16", r"must be a torch.nn.Module, got str; load names and files with fcvgg.load")
     refused({"weight": 1}, r"must be a torch.nn.Module, got dict")
-    refused(fcvgg.convert(seeded(Unpadded), verify=False), r"is fully convolutional already")
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")

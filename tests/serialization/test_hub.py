@@ -177,7 +177,7 @@ def test_repositories_of_other_libraries_are_told_apart(hub):
 
 def test_options_of_conversion_do_not_fit_a_bundle(hub, net):
     net.push_to_hub("owner/demo")
-    assert_refused("hf:owner/demo", "arch cannot be applied", arch="vgg16")
+    assert_refused("hf:owner/demo", "arch='vgg16' must come with a checkpoint", arch="vgg16")
 
 
 def test_timms_models_come_from_the_hub(hub):

@@ -471,7 +471,7 @@ def _least(net: Any, image: np.ndarray[Any, Any]) -> str:
         ),
         ({"classes": ["dog"]}, "dog"),
         ({"classes": [9]}, "9"),
-        ({"output": 1}, "output must be from 0 to 0, got 1"),
+        ({"output": 1}, "output must be 0, the only one, got 1"),
     ],
 )
 def test_unusable_options(net: Any, options: dict[str, Any], message: str) -> None:

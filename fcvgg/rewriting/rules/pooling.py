@@ -348,12 +348,13 @@ def avg_pool2d(
     ceil_mode: bool = False,
     count_include_pad: bool = True,
     divisor_override: int | None = None,
+    dilation: Any = 1,
 ) -> Cells:
     x = build.as_map(input, call)
     kernel = pair_of(kernel_size)
     if _is_global(build, call, x, kernel_size, padding, "AvgPool2d"):
         return pool_window(build, call, x, "avg", (1, 1), divisor_override)
-    windows = windows_of(kernel, stride, padding, 1, ceil_mode)
+    windows = windows_of(kernel, stride, padding, dilation, ceil_mode)
 
     def emit(dense: KernelPair, changed: bool) -> fx.Node:
         if not changed:
@@ -378,10 +379,10 @@ def _slide_bins(pool: BinnedPool2d) -> Sliding:
     return Sliding(windows, lambda x, part: pool(x), multiplies=bins)
 
 
-register(
+rule(
     DilatedAvgPool2d,
     arguments=attributes(*_AVG_POOL, "dilation"),
     slides=_slide_avg_pool2d,
     role="pool",
-)
+)(avg_pool2d)
 register(BinnedPool2d, slides=_slide_bins)
