@@ -103,34 +103,44 @@ def convert(
             `activation` says.
     """
     check_preprocess(preprocess)
+    described: Any = {"preprocess": preprocess, "categories": categories, "activation": activation}
     if isinstance(model, FullyConvolutional):
         _check_undecided(input_size=input_size, in_channels=in_channels)
         how = {"output_stride": output_stride, "padding": padding, "copy": copy, "verify": verify}
-        given = {"preprocess": preprocess, "categories": categories, "activation": activation}
-        return _converted_again(model, {"head": head, **how, **given})
+        return _converted_again(model, {"head": head, **how, **described})
     padding, head = padding or "valid", head or "window"
     _check_options(padding, head, output_stride, in_channels)
     model = unwrapped(model)
+    form = {"same": padding == "same", "positions": head == "position"}
+    size, program = _program_of(model, input_size, in_channels, output_stride, copy, **form)
+    net = FullyConvolutional(program, input_size=size, source=type(model).__name__, **described)
+    if verify:
+        _verify(model, net)
+    return net
+
+
+def _verify(model: nn.Module, net: FullyConvolutional) -> None:
+    """Check a network and what its scores are said to be; the report is kept with it."""
+    _check_data(model)
+    net.equivalence = check(model, net)
+    check_activation(net)
+
+
+def _program_of(
+    model: nn.Module,
+    input_size: int | Iterable[int] | None,
+    in_channels: int | None,
+    output_stride: int | None,
+    copy: bool,
+    **form: bool,
+) -> tuple[Pair, Program]:
+    """The native size of a model, and the program that its graph at that size becomes."""
     with relative_named(model):
         size = _native_size(model, input_size, in_channels)
         with _fitting_size_named(model, input_size, in_channels):
             captured = capture(model, size, is_known, in_channels)
             modules = sharing_twin(model, own=copy)
-            form = {"same": padding == "same", "positions": head == "position"}
-            program = _rewrite(captured, model, modules, output_stride, **form)
-    net = FullyConvolutional(
-        program,
-        input_size=size,
-        preprocess=preprocess,
-        categories=categories,
-        activation=activation,
-        source=type(model).__name__,
-    )
-    if verify:
-        _check_data(model)
-        net.equivalence = check(model, net)
-        check_activation(net)
-    return net
+            return size, _rewrite(captured, model, modules, output_stride, **form)
 
 
 def _check_undecided(**given: Any) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fcvgg.errors import ArgumentError, EquivalenceError, ImageError, one_line
@@ -70,7 +70,7 @@ def verify(
             f"images must have the native size {net.input_size}, (N, C, h, w), got "
             f"{tuple(images.shape)}"
         )
-    tolerance = _TOLERANCES.get(dtype_of(net), 1e-5) if tolerance is None else tolerance
+    tolerance = _usual_tolerance(net) if tolerance is None else tolerance
     with evaluating(model), evaluating(net), _undisturbed(model, net):
         plain, seen = _compare(model, net, images, tolerance, seed, 1.0)
         found = [plain]
@@ -100,6 +100,14 @@ def verify(
         images=len(images),
         other_modes=other_modes,
     )
+
+
+def _usual_tolerance(net: FullyConvolutional) -> float:
+    """By the network's dtype, or the coarsest one that its layers cast to."""
+    graph = getattr(net.network, "graph", None)
+    nodes = graph.nodes if isinstance(graph, fx.Graph) else ()
+    cast = (a for n in nodes for a in n.args if isinstance(a, torch.dtype) and a.is_floating_point)
+    return max(_TOLERANCES.get(dtype, 1e-5) for dtype in (dtype_of(net), *cast))
 
 
 @dataclass(frozen=True)

@@ -221,7 +221,7 @@ def test_a_checkpoint_of_the_users_own_model(tmp_path: Path, classes: int, arch:
     source = Own(classes)
     torch.save({"state_dict": source.state_dict()}, tmp_path / "own.pth")
     net = fcvgg.load(tmp_path / "own.pth", arch=Own(classes) if arch == "a module" else arch)
-    assert net.source == "Own"
+    assert net.source == "Own (state_dict)"
     assert not net.training
     images = torch.randn(2, 3, *net.input_size)
     torch.testing.assert_close(net(images)[..., 0, 0], source(images))

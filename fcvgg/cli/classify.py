@@ -105,7 +105,7 @@ def run(
         predictions = _predictions(net, probabilities, top)
         result = {"image": str(image), "scales": scales, "predictions": predictions}
         if as_json:
-            say_json(result, indent=None)
+            say_json(result)
         elif csv is None:
             say(_report(result))
         return result

@@ -70,14 +70,10 @@ def say_whole(label: str, style: str, text: str) -> None:
     output().print(Text.assemble((f"{label} ", style), readable(text)), soft_wrap=True)
 
 
-def say_json(value: object, indent: int | None = 2) -> None:
-    """Print plain data as JSON, in which control characters stand as escapes.
-
-    Args:
-        indent: of nested values; None for one line.
-    """
-    text = json.dumps(value, indent=indent, ensure_ascii=False)
-    plain = (c if c == "\n" or readable(c) == c else json.dumps(c)[1:-1] for c in text)
+def say_json(value: object) -> None:
+    """Print plain data as one line of JSON, in which control characters stand as escapes."""
+    text = json.dumps(value, ensure_ascii=False)
+    plain = (c if readable(c) == c else json.dumps(c)[1:-1] for c in text)
     output().print(Text("".join(plain)), soft_wrap=True)  # above a bar on the same screen
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast, get_args
 
 import typer
 
-from fcvgg.choices import Combine
+from fcvgg.choices import BoxKind, Combine
 from fcvgg.cli.console import (
     OutputFiles,
     check_any_exists,
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from fcvgg.network import FullyConvolutional
+    from fcvgg.results.boxes import ScoredBox
     from fcvgg.results.heatmap import Heatmap
     from fcvgg.results.score_map import ScoreMap
 
@@ -57,10 +58,38 @@ EXAMPLES = (
     "fcvgg heatmap *.jpg --target 'golden retriever' --output heatmaps",
     "fcvgg heatmap dog.jpg --weights vgg16.pth --scale 512",
     "fcvgg heatmap photos --scales 256,384 --boxes 0.5 --csv peaks.csv",
+    "fcvgg heatmap dog.jpg --boxes regions,0.8 --legend",
     "fcvgg heatmap scores.zarr --target tumour",
     "fcvgg heatmap rose.jpg -w own.pth --categories names.txt --preprocess tf",
     "fcvgg heatmap portrait.jpg --model demo --target face --scale 160",
 )
+
+
+@dataclass(frozen=True)
+class _Boxes:
+    """Which boxes are drawn: arguments of `Heatmap.boxes`."""
+
+    kind: BoxKind = "windows"
+    threshold: float = 0.5
+
+    def of(self, heatmap: Heatmap, iou_threshold: float | None) -> list[ScoredBox]:
+        limit = {} if iou_threshold is None else {"iou_threshold": iou_threshold}
+        return heatmap.boxes(self.threshold, kind=self.kind, **limit)
+
+
+def wanted_boxes(text: str) -> _Boxes:
+    """Boxes from ``0.5``, ``regions``, or ``regions,0.8``."""
+    kind, _, threshold = text.partition(",") if text[:1].isalpha() else ("windows", "", text)
+    try:
+        share = float(threshold or _Boxes.threshold)
+    except ValueError:
+        share = -1
+    if kind not in get_args(BoxKind) or not 0 <= share <= 1:
+        raise typer.BadParameter(
+            f"{text!r} is not windows, regions or a probability in [0, 1]; expected such as "
+            "regions,0.8"
+        )
+    return _Boxes(cast(BoxKind, kind), share)
 
 
 Target = Annotated[
@@ -100,15 +129,29 @@ CombineBy = Annotated[
     Combine, typer.Option("--combine", help="How the maps of several scales become one.")
 ]
 Boxes = Annotated[
-    float | None,
+    Any,
     typer.Option(
         "--boxes",
-        metavar="P",
-        min=0,
-        max=1,
-        help="Draw boxes where the class has at least this probability.",
+        metavar="KIND,P",
+        parser=wanted_boxes,
+        help="Draw boxes where the class has at least probability P: windows (of cells) or regions "
+        "(of connected pixels). P alone draws windows, and KIND alone takes 0.5.",
         show_default=False,
     ),
+]
+IouThreshold = Annotated[
+    float | None,
+    typer.Option(
+        "--iou-threshold",
+        metavar="X",
+        min=0,
+        max=1,
+        help="Largest intersection over union of a window with a more probable one.",
+        show_default="that of Heatmap.boxes",
+    ),
+]
+Legend = Annotated[
+    bool, typer.Option("--legend", help="Write the heatmap with its class, peak and colour bar.")
 ]
 Alpha = Annotated[
     float | None,
@@ -153,6 +196,8 @@ def run(
     scales: ManyScales = None,
     combine: CombineBy = "max",
     boxes: Boxes = None,
+    iou_threshold: IouThreshold = None,
+    legend: Legend = False,
     alpha: Alpha = None,
     cmap: ColourMap = "inferno",
     colour: Colour = False,
@@ -180,51 +225,26 @@ def run(
     _check_scales(scale, scales, figure != "none" or scores)
     check_any_exists(images)
     net = network.load(output_stride=output_stride)
-    index = _index(net, target)
+    maker = _Maker(net, _index(net, target), ImageOpener(bands, nodata), scale, scales, combine)
+    look = {"cmap": cmap, "grey": not colour} | ({} if alpha is None else {"alpha": alpha})
     folder(output)
-    opener, size_note = ImageOpener(bands, nodata), SizeNote(net)
-
-    look: dict[str, Any] = {
-        "cmap": cmap,
-        "grey": not colour,
-        **({} if alpha is None else {"alpha": alpha}),
-    }
-    further = {e: OutputFiles(roots, output, e) for e in ENDINGS[1:]}
+    further = [OutputFiles(roots, output, ending) for ending in ENDINGS[1:]]
+    pictures = _Pictures((overlays, *further), look, legend, figure, scores)
 
     def show(image: Path) -> dict[str, Any]:
-        path = overlays.path_for(image)
-        folder(path.parent)
-        source = opener.open(image)
-        if scales is not None:
-            prediction = net.classify(source, scales=scales)[0]
-            chosen = int(prediction.argmax()) if index is None else index
-            heatmap = net.heatmap(source, chosen, scales=scales, combine=combine)
-            made = _Shown(image, prediction, chosen, heatmap, 1.0)
-        else:
-            score_map = net.score_map(source, scale=scale)
-            if scale is None:
-                size_note.print_once(image, score_map.input_size)
-            size_note.print_if_flat(score_map)
-            score_map = replace(score_map, could_have_positions=False)  # which has been said
-            made = _shown(image, score_map, index)
-        result = made.as_data(boxes)
-        found_boxes = made.heatmap.boxes(boxes) if boxes is not None else ()
-        files = [made.heatmap.save(path, boxes=found_boxes, **look)]
-        if scores:
-            files.append(_save_scores(score_map, further["-scores.npz"].path_for(image)))
-        if figure != "none":
-            drawn = _figure(figure, made, None if scales else score_map, found_boxes, look)
-            files.append(save_figure(drawn, further["-figure.png"].path_for(image)))
-        result["files"] = list(map(str, files))
+        folder(overlays.path_for(image).parent)
+        made = maker.heatmap_of(image)
+        if boxes is not None:
+            made = replace(made, boxes=boxes.of(made.heatmap, iou_threshold))
+        files = pictures.save(made)
+        result = {**made.as_data(), "files": list(map(str, files))}
         if as_json:
-            say_json(result, indent=None)
+            say_json(result)
         elif csv is None:
-            say(made.in_words(boxes, len(found_boxes)))
+            say(made.in_words(boxes))
             for file in files:
                 say_wrote(file)
         return result
-
-    from fcvgg.results.figures import save_figure
 
     written = for_each_image(images, "heatmaps", show)
     if csv is not None:
@@ -240,6 +260,37 @@ def _check_scales(scale: int | None, scales: Any, of_one_map: bool) -> None:
         raise ArgumentError("--figure and --scores show one score map; use --scale, not --scales")
 
 
+class _Maker:
+    """Makes a class's heatmap of every image, the top class's where `index` is None."""
+
+    def __init__(
+        self,
+        net: FullyConvolutional,
+        index: int | None,
+        opener: ImageOpener,
+        scale: int | None,
+        scales: Sequence[int] | None,
+        combine: Combine,
+    ):
+        self.net, self.index, self.opener = net, index, opener
+        self.scale, self.scales, self.combine = scale, scales, combine
+        self.size_note = SizeNote(net)
+
+    def heatmap_of(self, image: Path) -> _Shown:
+        source = self.opener.open(image)
+        if self.scales is not None:
+            prediction = self.net.classify(source, scales=self.scales)[0]  # (K,)
+            chosen = int(prediction.argmax()) if self.index is None else self.index
+            heatmap = self.net.heatmap(source, chosen, scales=self.scales, combine=self.combine)
+            return _Shown(image, prediction, chosen, heatmap)
+        score_map = self.net.score_map(source, scale=self.scale)
+        if self.scale is None:
+            self.size_note.print_once(image, score_map.input_size)
+        self.size_note.print_if_flat(score_map)
+        score_map = replace(score_map, could_have_positions=False)  # which has been said
+        return _shown(image, score_map, self.index)
+
+
 @dataclass(frozen=True)
 class _Shown:
     """A heatmap and what is said of it; `factor` is how much smaller it is than the image."""
@@ -248,9 +299,11 @@ class _Shown:
     prediction: Tensor
     index: int
     heatmap: Heatmap
-    factor: float
+    factor: float = 1.0
+    score_map: ScoreMap | None = None
+    boxes: Sequence[ScoredBox] | None = None
 
-    def as_data(self, threshold: float | None) -> dict[str, Any]:
+    def as_data(self) -> dict[str, Any]:
         y, x = (int(n * self.factor) for n in self.heatmap.peak)
         data: dict[str, Any] = {
             "image": str(self.image),
@@ -261,18 +314,19 @@ class _Shown:
             "y": y,
             "x": x,
         }
-        if threshold is not None:
+        if self.boxes is not None:
             names = ("top", "left", "bottom", "right", "score")
-            factors = (self.factor,) * 4
             data["boxes"] = [
-                dict(zip(names, (*(round(n * f) for n, f in zip(box, factors)), box[4])))
-                for box in self.heatmap.boxes(threshold)
+                dict(zip(names, (*(round(n * self.factor) for n in box[:4]), box.score)))
+                for box in self.boxes
             ]
         return data
 
-    def in_words(self, threshold: float | None, boxes: int) -> str:
-        found = self.as_data(None)
-        counted = "" if threshold is None else f", {boxes} boxes of {threshold:g} and more"
+    def in_words(self, wanted: _Boxes | None) -> str:
+        found, counted = self.as_data(), ""
+        if wanted is not None and self.boxes is not None:
+            noun = "box" if len(self.boxes) == 1 else "boxes"
+            counted = f", {len(self.boxes)} {noun} of {wanted.threshold:g} and more"
         return (
             f"{self.image}: {found['category']} ({self.index}), probability "
             f"{found['probability']:.3f} averaged over the image, peak {found['peak']:.3f} at "
@@ -289,17 +343,45 @@ def _shown(image: Path, score_map: ScoreMap, index: int | None) -> _Shown:
     height, width = score_map.image_size
     factor = max((height * width / MOST_PIXELS) ** 0.5, 1)
     heatmap = score_map.heatmap(chosen, size=(int(height / factor), int(width / factor)))
-    return _Shown(image, prediction, chosen, heatmap, factor)
+    return _Shown(image, prediction, chosen, heatmap, factor, score_map)
 
 
-def _figure(
-    kind: str, made: _Shown, score_map: Any, boxes: Sequence[Any], look: dict[str, Any]
-) -> Any:
-    if kind == "classes":
-        return score_map.plot()
-    if kind == "labels":
-        return score_map.plot_labels().figure
-    return made.heatmap.plot(boxes=boxes, **look).figure
+@dataclass(frozen=True)
+class _Pictures:
+    """Writes what is shown of an image to files whose names end as `ENDINGS`.
+
+    Attributes:
+        files: the names for each of `ENDINGS`.
+        look: options of `Heatmap.overlay`.
+        legend: write the overlay with its legend.
+        figure: what the figure shows, or "none".
+        scores: write the scores.
+    """
+
+    files: tuple[OutputFiles, ...]
+    look: dict[str, Any]
+    legend: bool
+    figure: str
+    scores: bool
+
+    def save(self, made: _Shown) -> list[Path]:
+        from fcvgg.results.figures import save_figure
+
+        overlay, figure, scores = (each.path_for(made.image) for each in self.files)
+        look = {**self.look, "boxes": made.boxes or ()}
+        written = [made.heatmap.save(overlay, legend=self.legend, **look)]
+        if self.scores and made.score_map is not None:
+            written.append(_save_scores(made.score_map, scores))
+        if self.figure != "none":
+            written.append(save_figure(self._drawn(made, look), figure))
+        return written
+
+    def _drawn(self, made: _Shown, look: dict[str, Any]) -> Any:
+        if self.figure == "heatmap" or made.score_map is None:
+            return made.heatmap.plot(**look).figure
+        if self.figure == "classes":
+            return made.score_map.plot()
+        return made.score_map.plot_labels().figure
 
 
 def _save_scores(score_map: ScoreMap, path: Path) -> Path:

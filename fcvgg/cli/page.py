@@ -61,10 +61,10 @@ def run(
     head: MapHead = None,
     own: OwnModel = OwnModel(),
 ) -> None:
-    """Write a static site on which a network runs in the browser: images never leave the machine.
+    """Write a static site whose network runs in the browser.
 
     The network is exported to ONNX and run by onnxruntime-web, which npm fetches. Any web server
-    can serve the folder.
+    can serve the folder, and images never leave the visitor's machine.
     """
     from fcvgg.images.preprocessing import encoded_preprocess
     from fcvgg.viewer.site import write_site

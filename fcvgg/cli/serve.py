@@ -71,7 +71,7 @@ def run(
     device: Device = "cpu",
     own: OwnModel = OwnModel(),
 ) -> None:
-    """Serve a page on which any image's map is computed and explored; Ctrl-C ends it."""
+    """Serve a page to explore any image's map; Ctrl-C ends it."""
     from fcvgg.viewer.server import application, listening_socket, run_server
 
     listener = listening_socket(host, port)

@@ -62,6 +62,7 @@ class MapBuilder(Emitter):
         self._output_stride = output_stride
         self._same = same
         self._gathered: Cells | None = None
+        self._tells_apart = ""  # the layer that made the window's elements one cell's
         self._joins: dict[int, tuple[fx.Node, tuple[fx.Node, ...]]] = {}
 
     # -- layouts ----------------------------------------------------------------------------------
@@ -76,6 +77,7 @@ class MapBuilder(Emitter):
             settled = self.features(call, cells, 0)
             if settled.is_map:
                 return settled
+        self._refuse_cells(cells, call)
         raise UnsupportedLayerError(
             f"{call} needs a map (N, C, H, W), but got a value of shape "
             f"{cells.shape} whose elements were moved; "
@@ -89,6 +91,7 @@ class MapBuilder(Emitter):
             raise UnsupportedLayerError(f"{call} works on axis {axis}, which mixes images")
         channels = channels_along(cells, axis)
         if channels is None:
+            self._refuse_cells(cells, call)
             raise UnsupportedLayerError(
                 f"{call} mixes positions: along its axis the value {cells.shape} "
                 "does not run over channels; a cell of the map would not stay a cell"
@@ -97,6 +100,19 @@ class MapBuilder(Emitter):
             return cells
         # From here on the map itself has the order that only the layout had.
         return with_channels(cells, axis, len(channels), node=self.chosen(cells.node, channels))
+
+    def _refuse_cells(self, cells: Cells, call: Any) -> None:
+        """Refuse to treat a cell's elements as a map, naming the layer that took it apart."""
+        if self._tells_apart and cells.positions == 1:
+            raise UnsupportedLayerError(
+                f"{self._tells_apart} mixes positions or tells them apart, so that all of "
+                f"{cells.shape} is one cell's, and {call} works on a map of them; a cell of the "
+                "map would not stay a cell"
+            )
+
+    def one_cell(self, place: Any) -> None:
+        """Note a layer after which the window's elements are one cell's."""
+        self._tells_apart = self._tells_apart or str(place)
 
     def whole(self, cells: Cells) -> Cells:
         """The value on a map of the channels that it holds, where it holds them at all positions.
@@ -312,6 +328,7 @@ class MapBuilder(Emitter):
         x = self.whole(cells)
         if x.positions == 1:
             return x
+        self.one_cell(place)
         if self._gathered is None:
             self._gathered = x
         x, windows = self.head_window(place, x, x.extent[1:])

@@ -28,7 +28,7 @@ from fcvgg.rewriting.aliasing import InPlaceChanges
 from fcvgg.rewriting.averages import commuted, drop_unused
 from fcvgg.rewriting.capture import BATCH, Captured, storages_of
 from fcvgg.rewriting.emission import Call, refuse_pooled, refuse_product
-from fcvgg.rewriting.layouts import Cells, Constant, Unusable
+from fcvgg.rewriting.layouts import Cells, Constant, Unusable, channels_along
 from fcvgg.rewriting.map_builder import MapBuilder
 from fcvgg.rewriting.program import Program, graph_module, same_grid
 from fcvgg.rewriting.tracing import describe, operation_name
@@ -177,6 +177,10 @@ class Rewriter:
         )
         features = _features_wanted(node, self._captured)
         if x is not None and features is not None:
+            if (
+                len(x.dims) == 2 and channels_along(x, -1) is None
+            ):  # over positions: of each channel
+                features *= x.extent[0]
             self.build.begin_head(x, features, describe(node))
 
     def _operand(self, argument: Any) -> Any:

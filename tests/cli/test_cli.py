@@ -23,7 +23,7 @@ from fcvgg.cli.reports import count
 from fcvgg.demo import SCALES, SHOWN, demo_model, demo_photograph
 
 COMMANDS = ("demo", "heatmap", "classify", "evaluate", "info", "convert", "probe", "stream")
-COMMANDS += ("bench", "finetune", "segment-train", "segment")
+COMMANDS += ("bench", "finetune", "segment-train", "segment", "serve", "page")
 
 
 @dataclass
@@ -570,6 +570,20 @@ def test_info_at_another_size():
     assert re.search(rf"cells at 48x64 +{rows}x{cols}\s", out)
     assert f"2x{rows}x{cols}" in out
     assert f"{fcvgg.receptive_fields(net, input_size=(48, 64)).multiply_adds:,}" in out
+
+
+def test_info_as_json_is_what_the_library_says():
+    found = json.loads(run("info", "demo", "--size", "48x64", "--json").out)
+    net = fcvgg.load("demo")
+    table = fcvgg.receptive_fields(net, input_size=(48, 64))
+    assert [row["name"] for row in found["layers"]] == [row.name for row in table]
+    assert [row["multiply_adds"] for row in found["layers"]] == [r.multiply_adds for r in table]
+    assert all(row["trainable"] for row in found["layers"] if row["parameters"])
+    assert found["multiply_adds"] == table.multiply_adds
+    assert found["size"] == [48, 64]
+    assert found["geometry"]["output_size"] == list(net.output_size((48, 64)))
+    assert found["geometry"]["centre"] == list(net.geometry.centre_of(0, 0))
+    assert found["geometry"]["stride"] == list(net.geometry.stride)
 
 
 def test_info_below_the_window_says_that_the_image_is_padded():

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -139,3 +140,48 @@ def test_options_that_exclude_each_other(photos: Path) -> None:
         ran = run("heatmap", "photos/b.png", *DEMO, "--scales", "64,96", *options)
         assert ran.exit_code == 2
         assert "--scale" in ran.stderr
+
+
+@pytest.mark.parametrize(
+    ("given", "options"),
+    [
+        ("windows", {"kind": "windows", "threshold": 0.5}),
+        ("regions", {"kind": "regions", "threshold": 0.5}),
+        ("regions,0.8", {"kind": "regions", "threshold": 0.8}),
+        ("0.4", {"kind": "windows", "threshold": 0.4, "iou_threshold": 0.7}),
+    ],
+)
+def test_heatmap_draws_either_kind_of_boxes(
+    photos: Path, given: str, options: dict[str, Any]
+) -> None:
+    demo_photograph().save("whole.png")
+    limit = ("--iou-threshold", "0.7") if "iou_threshold" in options else ()
+    ran = run(
+        *("heatmap", "whole.png", *DEMO, "-t", "face", "--scale", "160", "--boxes", given),
+        *(*limit, "--colour", "--json"),
+    )
+    heatmap = fcvgg.load("demo").score_map("whole.png", scale=160).heatmap("face")
+    boxes = heatmap.boxes(**options)
+    found = json.loads(ran.stdout)["boxes"]
+    assert len(boxes) > 0
+    assert [tuple(box.values()) for box in found] == [pytest.approx(tuple(box)) for box in boxes]
+    with Image.open("whole-heatmap.png") as made:
+        expected = heatmap.overlay(boxes=boxes, grey=False)
+        assert np.array_equal(np.asarray(made), np.asarray(expected))
+
+
+@pytest.mark.parametrize("given", ["circles", "regions,2", "-1", "regions,much", "nan"])
+def test_heatmap_refuses_boxes_of_no_kind(photos: Path, given: str) -> None:
+    ran = run("heatmap", "photos/b.png", *DEMO, "--boxes", given)
+    assert ran.exit_code == 2
+    assert f"'{given}' is not windows, regions or a probability in [0, 1]" in ran.stderr
+
+
+def test_heatmap_with_a_legend_is_what_the_library_writes(photos: Path) -> None:
+    ran = run("heatmap", "photos/b.png", *DEMO, "-t", "face", "--legend", "--alpha", "0.5")
+    assert ran.exit_code == 0, ran.stderr
+    heatmap = fcvgg.load("demo").score_map("photos/b.png").heatmap("face")
+    heatmap.save("expected.png", legend=True, alpha=0.5)
+    with Image.open("b-heatmap.png") as made, Image.open("expected.png") as expected:
+        assert made.size != (48, 40)
+        assert np.array_equal(np.asarray(made), np.asarray(expected))

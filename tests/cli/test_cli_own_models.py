@@ -71,7 +71,7 @@ def test_names_and_preprocessing(
         preprocess=preprocess,
     )
     expected = net.classify("one.png", scales=net.usual_scale)[0]
-    got = {p["category"]: p["probability"] for p in json.loads(ran.stdout)[0]["predictions"]}
+    got = {p["category"]: p["probability"] for p in json.loads(ran.stdout)["predictions"]}
     assert got == pytest.approx(dict(zip(net.categories, expected.tolist())), abs=1e-6)
 
 
@@ -91,7 +91,7 @@ def test_convert_keeps_them_in_the_bundle(own: list[str]) -> None:
 def test_what_the_scores_are(own: list[str]) -> None:
     options = [*own, "--preprocess", "unit", "--json"]
     plain, single = (
-        json.loads(run("classify", "one.png", *options, *more).stdout)[0]["predictions"]
+        json.loads(run("classify", "one.png", *options, *more).stdout)["predictions"]
         for more in ([], ["--activation", "multi_label_classification"])
     )
     assert sum(p["probability"] for p in plain) == pytest.approx(1, abs=1e-5)

@@ -918,7 +918,7 @@ def test_the_command_line_names_its_own_remedies(
     ran = run("classify", "four.tif", "-m", "net", "--full-size", "--json", "--bands", "2,1,0")
     assert ran.exit_code == 0, ran.output
     expected = net_for(BYTES).classify(ALPHA[..., [2, 1, 0]]).max()
-    assert json.loads(ran.stdout)[0]["predictions"][0]["probability"] == pytest.approx(
+    assert json.loads(ran.stdout)["predictions"][0]["probability"] == pytest.approx(
         float(expected), abs=1e-5
     )
 
@@ -936,7 +936,7 @@ def test_a_range_on_the_command_line(
     net = net_for(replace(base, value_range=(0, 9000)))
     ran = run("classify", "scene.tif", "-m", "net", "--full-size", "--json", *options)
     assert ran.exit_code == 0, ran.output
-    assert json.loads(ran.stdout)[0]["predictions"][0]["probability"] == pytest.approx(
+    assert json.loads(ran.stdout)["predictions"][0]["probability"] == pytest.approx(
         float(net.classify("scene.tif").max()), abs=1e-5
     )
     ran = run("stream", "scene.tif", "-m", "net", "-o", "s.zarr", *options)
@@ -1003,7 +1003,7 @@ def test_a_declared_nodata_value_is_noted_once_or_left_out(
         ran = run("classify", "a.tif", "--full-size", "--json", *own, f"--nodata={value}")
         assert ran.exit_code == 0, ran.output
         assert "declares" not in ran.stderr
-        found = {p["index"]: p["probability"] for p in json.loads(ran.stdout)[0]["predictions"]}
+        found = {p["index"]: p["probability"] for p in json.loads(ran.stdout)["predictions"]}
         for index, probability in enumerate(expected.tolist()):
             assert found[index] == pytest.approx(probability, abs=1e-5)
     ran = run("heatmap", "a.tif", *own, "-t", "face", "--nodata", "file", "-o", "h")

@@ -500,7 +500,7 @@ def test_a_scale_takes_the_place_of_the_preprocessings_resize(resize: Any) -> No
 def test_a_scaled_score_map_of_a_tensor_keeps_its_pixels(net: fcvgg.FullyConvolutional) -> None:
     made = net.score_map(torch.rand(3, 20, 30), scale=40)
     assert (made.input_size, made.image_size, made.image) == ((40, 60), (20, 30), None)
-    with pytest.raises(fcvgg.ImageError, match=r"scales must be positive .*, got 0"):
+    with pytest.raises(fcvgg.ImageError, match=r"^scale must be a positive integer, in .*, got 0"):
         net.score_map(torch.rand(3, 20, 30), scale=0)
 
 

@@ -53,7 +53,10 @@ def values_of(call: Call, weight: Any) -> Tensor:
         return weight.value
     if isinstance(weight, Tensor):
         return weight
-    raise UnsupportedLayerError(f"{call} has weights computed from the image; expected a parameter")
+    raise UnsupportedLayerError(
+        f"{call} has weights computed from the image, as dynamic convolutions have; a cell would "
+        "depend on all that they are computed from; expected a parameter"
+    )
 
 
 def _slide_conv2d(

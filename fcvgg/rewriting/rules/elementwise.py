@@ -63,7 +63,8 @@ pointwise(nn.ReLU, *calling("relu", "relu_"), role="relu")
 pointwise(
     *(nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish, nn.Hardswish),
     *(nn.Tanh, nn.Softplus, nn.Softsign, nn.RReLU, nn.Softshrink, nn.Hardshrink, nn.Tanhshrink),
-    *(nn.Threshold, *calling("relu6", "leaky_relu", "leaky_relu_", "elu", "elu_", "selu", "celu")),
+    *(nn.Threshold, *calling("relu6", "leaky_relu", "leaky_relu_", "elu", "selu", "celu")),
+    *calling("rrelu_", "threshold_", "elu_", "selu_", "celu_"),
     *calling("gelu", "silu", "mish", "hardswish", "tanh", "tanh_", "softplus", "softsign"),
     *calling("threshold", "rrelu", "hardshrink", "softshrink"),
     role="activation",
@@ -78,6 +79,10 @@ pointwise(
     *calling("floor_divide", "mod", "fmod", "fmax", "fmin", "float_power", "heaviside", "eq", "ne"),
     *calling("isnan", "isinf", "isfinite", "invert", "and_", "or_", "xor", "logical_not"),
     *calling("logical_and", "logical_or", "logical_xor", "bitwise_not", "logit"),
+    *calling("acos", "asin"),
+    *(f"{name}_" for name in ("sqrt", "rsqrt", "square", "pow", "abs", "neg", "reciprocal", "sin")),
+    *(f"{name}_" for name in ("cos", "erf", "log1p", "expm1", "floor", "ceil", "round", "sign")),
+    *("masked_fill_", "nan_to_num_"),
 )
 pointwise(*calling("sub", "sub_", "isub", "neg", "positive"), affine=always)
 
@@ -106,13 +111,13 @@ _keeps(
 _keeps(TrainingOnly, inert=True)
 
 
-@elementwise_rule(*calling("exp"))
+@elementwise_rule(*calling("exp", "exp_"))
 def exp(build: MapBuilder, call: Call, x: Any) -> Any:
     result = act_elementwise(build, call, x)
     return result.meaning_of("probabilities") if _is(x, "log_probabilities") else result
 
 
-@elementwise_rule(*calling("log"))
+@elementwise_rule(*calling("log", "log_"))
 def log(build: MapBuilder, call: Call, x: Any) -> Any:
     result = act_elementwise(build, call, x)
     return result.meaning_of("log_probabilities") if _is(x, *_PROBABILITIES) else result

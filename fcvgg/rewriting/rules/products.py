@@ -39,11 +39,11 @@ def matmul(build: MapBuilder, call: Call, a: Any, b: Any) -> Cells:
 
 @rule(*calling("einsum"), has_extent=True, affine=of_one_value)
 def einsum(build: MapBuilder, call: Call, equation: str, *operands: Any) -> Cells:
-    equation = equation.replace(" ", "")
-    given, arrow, result = equation.partition("->")
-    terms = given.split(",")
     values = operands[0] if isinstance(operands[0], (list, tuple)) else operands
-    if "." in equation or not arrow or len(terms) != len(values) or len(terms) > 2:
+    equation = _written_out(equation.replace(" ", ""), values)
+    given, _, result = equation.partition("->")
+    terms = given.split(",")
+    if len(terms) != len(values) or len(terms) > 2:
         raise UnsupportedLayerError(
             f"{call} computes {equation!r}; expected one or two terms written out, such as "
             "'bd,dk->bk'"
@@ -51,6 +51,20 @@ def einsum(build: MapBuilder, call: Call, equation: str, *operands: Any) -> Cell
     if len(terms) == 1:
         return _moved(build, call, values[0], terms[0], result)
     return _contracted(build, call, (values[0], values[1]), (terms[0], terms[1]), result)
+
+
+def _written_out(equation: str, values: Sequence[Any]) -> str:
+    """The equation with letters for an ellipsis, and with its result."""
+    given, arrow, result = equation.partition("->")
+    terms = given.split(",")
+    hidden = [_ndim(x) - len(term) + 3 if "..." in term else 0 for x, term in zip(values, terms)]
+    letters = [c for c in "ABCDEFGHIJKLMNOPQRSTUVWXYZ" if c not in equation][: max(hidden)]
+    for i, count in enumerate(hidden):  # aligned from the right, as torch broadcasts
+        terms[i] = terms[i].replace("...", "".join(letters[len(letters) - count :]))
+    if not arrow:
+        single = sorted(c for c in set(given) if c.isalpha() and given.count(c) == 1)
+        result = "...".join(["", "".join(single)]) if letters else "".join(single)
+    return f"{','.join(terms)}->{result.replace('...', ''.join(letters))}"
 
 
 @rule(

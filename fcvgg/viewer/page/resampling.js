@@ -1,4 +1,4 @@
-// Pixels as Pillow and fcvgg.Preprocess make them, to the last bit: a canvas rescales otherwise.
+// Pixels as Pillow and fcvgg.Preprocess make them: a canvas rescales otherwise.
 
 const cubic = (x) => {
   const a = -0.5; // Catmull and Rom's spline
@@ -66,7 +66,8 @@ export function resized(pixels, [height, width], [h, w], channels, interpolation
     return height === h && width === w ? pixels : nearest(pixels, [height, width], [h, w], channels);
   }
   const kernel = KERNELS[interpolation];
-  // rows first, rounded to bytes, then columns: Pillow's order unless only the width grows
+  // rows first, rounded to bytes, then columns; Pillow 13 takes the columns of some tall images
+  // first, which rounds some of their pixels otherwise
   if (width !== w) {
     const result = new Uint8ClampedArray(height * w * channels);
     const from = [height, width * channels, channels];
