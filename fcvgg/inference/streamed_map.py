@@ -147,7 +147,8 @@ class StreamedMap:
 
         `after` are the gradients of what buffers hold after it.
         """
-        buffers, _ = self._buffers(cols)
+        with torch.enable_grad():  # what is computed from parameters belongs to the graph
+            buffers, _ = self._buffers(cols)
         before = self._held[block, strip]
         buffers.restore(before)
         rows, pixels, _ = self._read(buffers)
@@ -183,7 +184,6 @@ class StreamedMap:
 
     def _buffers(self, cols: Pair) -> tuple[LineBuffers, MissingCells]:
         """Line buffers for a block of columns, at its first strip."""
-        # read anew for every graph: it has what is computed from the parameters
         stages = self._stages()
         schedule, width = _schedule(stages, self._pixels, self._size, cols, self._plan.strip)
         return LineBuffers(schedule, width, 0, reuses=False), MissingCells(schedule, width, 0)
