@@ -20,10 +20,13 @@ from torch import Tensor, nn
 
 from fcvgg.errors import ImageError, TrainingError
 from fcvgg.geometry import Geometry, Pair
+from fcvgg.images.lazy.opening import strip_source
 from fcvgg.images.preprocessing import PreprocessLike, encoded_preprocess
 from fcvgg.inference.blocks import is_traced, run
 from fcvgg.inference.missing import Reader, can_be_looked_at, readers_of, run_with_missing
 from fcvgg.inference.prediction import ImagePrediction
+from fcvgg.inference.streamed_map import streamed_map
+from fcvgg.inference.strip_input import StripInput
 from fcvgg.probability import final_scores
 from fcvgg.rewriting.classifier import classifier_of
 from fcvgg.rewriting.modules import WindowLinear
@@ -33,6 +36,7 @@ from fcvgg.serialization.bundle import write_bundle
 from fcvgg.serialization.exporting import ExportedFile, export_network
 from fcvgg.serialization.hub import upload_bundle
 from fcvgg.serialization.model_card import UNKNOWN_LICENSE
+from fcvgg.support.memory_text import parsed_memory
 from fcvgg.support.module_state import dtype_of, listed
 
 
@@ -158,6 +162,48 @@ class FullyConvolutional(ImagePrediction):
         if self.training or is_traced() or not can_be_looked_at(images):
             return self._in_form(run(self.network, images))
         return self._in_form(run_with_missing(images, lambda x: run(self.network, x), self.readers))
+
+    def streamed(
+        self,
+        image: Any,
+        *,
+        memory: int | str = "1GiB",
+        output: int | str = 0,
+        nodata: float | str | None = None,
+    ) -> Tensor:
+        """The score map of an image of any size, for a loss: differentiable in bounded memory.
+
+        Equals the network's map of the whole image, and ``loss(net.streamed(image)).backward()``
+        gives every parameter the gradient of the whole image. The image is streamed
+        strip by strip without a graph; the backward pass goes through the strips from the last to
+        the first and computes each once more, so that memory does not grow with the image. Strips
+        behind which no cell has a gradient are left out. Batch norm must be in evaluation mode:
+        the statistics of a strip are not the image's.
+
+        Args:
+            image: as for `fcvgg.stream`.
+            memory: bytes that the call and its backward pass may add, or text such as
+                ``"512MiB"``, the map and the parameters' gradients aside. Images too wide for it
+                are cut into blocks of columns, whose borders are computed twice.
+            output: which output, by number or name, for a network with several.
+            nodata: as for `fcvgg.stream`.
+
+        Returns:
+            scores ``(1, K, h, w)``, as of ``net(images)``; cells that see pixels that are not
+            finite hold NaN.
+
+        Raises:
+            ArgumentError: if an option cannot be used, or `memory` is too little.
+            ImageError: if the image cannot be used, or is a tensor that requires a gradient.
+            TrainingError: if batch norm is in training mode.
+        """
+        if isinstance(image, Tensor) and image.requires_grad:
+            raise ImageError(
+                "image must not require a gradient in net.streamed, which gives those of the "
+                "parameters alone, got a tensor that does; pass image.detach()"
+            )
+        pixels = StripInput.of(self, strip_source(image, self.in_channels, nodata))
+        return streamed_map(self, pixels, self.output_index(output), parsed_memory(memory))
 
     def _in_form(self, maps: Any) -> Any:
         """The maps that the graph gives in the containers of the source's outputs."""

@@ -37,7 +37,7 @@ from fcvgg.geometry import Pair
 from fcvgg.images.datasets import LabelledFiles, SplitFolders
 from fcvgg.network import FullyConvolutional
 from fcvgg.probability import UNKNOWN
-from fcvgg.streaming.strip_plan import parsed_memory
+from fcvgg.support.memory_text import parsed_memory
 from fcvgg.training.checkpoints import LAST, RUN_KEY, describe_run, read_run, write_checkpoint
 from fcvgg.training.loop import TrainingRun, fit, is_main_process
 from fcvgg.training.normalization import check_batches

@@ -22,8 +22,8 @@ from fcvgg.names import readable
 from fcvgg.sources.assembly import Assembled, scores_of
 from fcvgg.sources.layers import as_tensor
 from fcvgg.sources.onnx_constants import EXTRA, claimed_bytes, compute, evaluate, is_foldable
-from fcvgg.support import untrusted
 from fcvgg.support.extras import imported
+from fcvgg.support.memory_text import size_text
 
 _IMAGE_CHANNELS = (1, 3, 4)
 _CONSTANTS = 640 << 20
@@ -209,7 +209,7 @@ class Graph:
         if self._folded > self._allowed:
             raise LoadError(
                 f"{self.path}: {node} must give values that fit the file, whose constants would "
-                f"take {untrusted.size_text(self._folded)} of {untrusted.size_text(self._allowed)}"
+                f"take {size_text(self._folded)} of {size_text(self._allowed)}"
             )
         with self._explained(f"{node} cannot be computed"):
             results = compute(known, node.proto.SerializeToString(), self.opset)

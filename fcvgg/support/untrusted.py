@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from fcvgg.errors import FcvggError, LoadError, MissingExtraError, one_line
+from fcvgg.support.memory_text import size_text
 
 CONFIG_BYTES = 8 << 20
 """Bytes of a description in JSON; that of a ResNet-152 takes 0.3 MB."""
@@ -36,15 +37,6 @@ _ALWAYS_ALLOWED = 64 << 20
 def allowed_bytes(path: str | Path) -> int:
     """Bytes that the contents of a file may take, by its size on disk."""
     return _EXPANSION * os.stat(path).st_size + _ALWAYS_ALLOWED
-
-
-def size_text(size: float) -> str:
-    """A number of bytes for a message: ``3.0 TB``."""
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.0f} {unit}" if unit == "bytes" else f"{size:.1f} {unit}"
-        size /= 1000
-    return f"{size:,.1f} TB"
 
 
 def check_claim(claimed: int, path: str | Path, what: str) -> None:
