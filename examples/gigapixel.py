@@ -82,7 +82,9 @@ def detail(slide_map: SlideMap) -> fcvgg.Heatmap:
     picture, source = None, slide_map.source()
     if source is not None:
         picture = Image.fromarray(source.read((top, bottom), (left, right)))
-    return fcvgg.Heatmap(values, np.ones(values.shape, bool), slide_map.label, picture)
+    return fcvgg.Heatmap(
+        values, np.ones(values.shape, bool), slide_map.label, picture, chance=slide_map.chance
+    )
 
 
 def tiles(photograph: NDArray[Any], side: int) -> Iterator[NDArray[Any]]:

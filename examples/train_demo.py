@@ -156,7 +156,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def packaged_assets() -> Path:
     """Return the folder that `demo_model` loads from."""
-    return Path(fcvgg.demo.__file__).parent / "assets"
+    return Path(fcvgg.demo.__file__).parent
 
 
 def seed_everything(seed: int) -> None:

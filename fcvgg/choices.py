@@ -14,6 +14,9 @@ Average = Literal["scores", "probabilities"]
 Combine = Literal["max", "mean"]
 """How the maps of several scales become one."""
 
+BoxKind = Literal["windows", "regions"]
+"""What boxes of a heatmap surround: windows of cells, or connected pixels."""
+
 Protocol = Literal["center-crop", "resize", "ten-crop", "dense", "multi-crop", "dense+multi-crop"]
 """How an image is shown to a network that is evaluated."""
 

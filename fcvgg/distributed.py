@@ -33,10 +33,11 @@ from fcvgg.network import FullyConvolutional
 from fcvgg.streaming.execution import as_array, bands, chunked
 from fcvgg.streaming.job import StreamJob, as_result, plan_in_memory
 from fcvgg.streaming.resumption import open_or_create_store
-from fcvgg.streaming.strip_plan import StripPlan, parsed_memory
+from fcvgg.streaming.strip_plan import StripPlan
 from fcvgg.support.atomic import STORE_ENDINGS, TABLE_ENDINGS, atomic_folder, checked_folder
 from fcvgg.support.extras import imported
 from fcvgg.support.locking import locked
+from fcvgg.support.memory_text import parsed_memory
 from fcvgg.support.module_state import evaluating
 
 Bundle = dict[str, bytes]

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
+from math import floor, lcm
 from typing import Any
 
 import numpy as np
@@ -31,7 +32,11 @@ LARGEST_SIZE = 1 << 20
 
 @dataclass(frozen=True)
 class KernelGeometry:
-    """What one layer does along one axis: a kernel that slides over zero- or edge-padded input."""
+    """What one layer does along one axis: a kernel that slides over zero- or edge-padded input.
+
+    A layer that enlarges its map repeats each input position `repeats` times; kernel, stride and
+    padding count the repeated positions.
+    """
 
     kernel: int = 1
     stride: int = 1
@@ -39,6 +44,7 @@ class KernelGeometry:
     before: int = 0
     after: int = 0
     ceil_mode: bool = False
+    repeats: int = 1
 
     @classmethod
     def from_dict(cls, data: Any) -> KernelGeometry:
@@ -49,7 +55,7 @@ class KernelGeometry:
         """
         if isinstance(data, dict) and data.keys() <= {field.name for field in fields(cls)}:
             window = cls(**data)
-            positive = window.kernel, window.stride, window.dilation
+            positive = window.kernel, window.stride, window.dilation, window.repeats
             numbers = (*positive, window.before, window.after)
             known = all(type(n) is int and abs(n) <= LARGEST_SIZE for n in numbers)
             if known and min(positive) > 0 and type(window.ceil_mode) is bool:
@@ -58,21 +64,33 @@ class KernelGeometry:
 
     @property
     def span(self) -> int:
-        """Input positions from the first to the last that one output position reads."""
+        """(Repeated) input positions from the first to the last that one output position reads."""
         return (self.kernel - 1) * self.dilation + 1
 
     @property
     def is_identity(self) -> bool:
         return self == KernelGeometry()
 
-    def reads(self, first: int, end: int) -> Pair:
+    def reads(self, first: Any, end: Any) -> tuple[Any, Any]:
         """The input positions that outputs ``[first, end)`` read, padding included."""
         start = first * self.stride - self.before
-        return start, (end - 1) * self.stride - self.before + self.span
+        last = (end - 1) * self.stride - self.before + self.span - 1
+        return start // self.repeats, last // self.repeats + 1
+
+    def finished(self, available: Any) -> Any:
+        """The end of the outputs that read no input position from `available` on."""
+        return (available * self.repeats + self.before - self.span) // self.stride + 1
+
+    def within(self, first: int, end: int) -> KernelGeometry:
+        """The kernel on a map that holds just what outputs ``[first, end)`` read."""
+        low, high = self.reads(first, end)
+        before = low * self.repeats + self.before - first * self.stride
+        after = (end - 1 - first) * self.stride + self.span - before - (high - low) * self.repeats
+        return replace(self, before=before, after=after, ceil_mode=False)
 
     def output_size(self, size: int) -> int:
         """Output positions for `size` input positions, by torch's rule; 0 where none fits."""
-        free = size + self.before + self.after - self.span
+        free = size * self.repeats + self.before + self.after - self.span
         if not self.ceil_mode:
             return max(free // self.stride + 1, 0)
         cells = -(-free // self.stride) + 1
@@ -141,17 +159,51 @@ class Axis:
     def stride(self) -> int:
         return self._fields[-1][0] if self.steps else 1
 
+    @cached_property
+    def period(self) -> int:
+        """Pixels by which an image must move for all positions to move: the stride, or more.
+
+        Positions of an enlarged map differ by their place between those of the coarser map.
+        """
+        periods: list[int] = []
+        for step, (stride, _, _) in zip(self.steps, self._fields):
+            periods.append(lcm(stride, *(periods[i] for i in step.inputs if i != IMAGE)))
+        return periods[-1] if periods else 1
+
+    @cached_property
+    def _field(self) -> Pair:
+        """``(first, end)``: cell i reads pixels i*stride + [first, end)."""
+        if not self.steps:
+            return 0, 1
+        if all(step.window.repeats == 1 for step in self.steps):
+            return self._fields[-1][1:]
+        # What an enlarged position reads depends on its place, so that it is followed backwards.
+        fields = []
+        for cell in range(self.period // self.stride):
+            low, high = self._pixels_of(cell)
+            fields.append((low - cell * self.stride, high - cell * self.stride))
+        return min(low for low, _ in fields), max(high for _, high in fields)
+
+    def _pixels_of(self, cell: int) -> Pair:
+        """The image's pixels that a cell depends on."""
+        needed: dict[int, Pair] = {len(self.steps) - 1: (cell, cell + 1)}
+        for i in range(len(self.steps) - 1, IMAGE, -1):
+            if i in needed:
+                low, high = self.steps[i].window.reads(*needed[i])
+                for fed in self.steps[i].inputs:
+                    other = needed.get(fed, (low, high))
+                    needed[fed] = min(low, other[0]), max(high, other[1])
+        return needed[IMAGE]
+
     @property
     def receptive_field(self) -> int:
-        if not self.steps:
-            return 1
-        _, first, end = self._fields[-1]
+        first, end = self._field
         return end - first
 
     @property
     def offset(self) -> int:
         """First image pixel that cell 0 depends on, padding included."""
-        return self.origin + (self._fields[-1][1] if self.steps else 0)
+        return self.origin + self._field[0]
 
     @cached_property
     def window(self) -> int:
@@ -349,6 +401,14 @@ class Geometry:
             placed.append(axis)
         return Geometry(*placed)
 
+    def of_tiles(self) -> Geometry:
+        """The geometry whose cells stand for tiles of one stride, around their centres."""
+        height, width = (
+            replace(a, context=a.stride, context_start=floor(a.centre_of(0) - (a.stride - 1) / 2))
+            for a in self.axes
+        )
+        return Geometry(height, width)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers and lists, for a file; `from_dict` reads them back."""
         return asdict(self)
@@ -414,14 +474,19 @@ def checked_size(
 def _field_of(step: Step, earlier: Sequence[tuple[int, int, int]]) -> tuple[int, int, int]:
     """``(stride, first, end)`` of a step after the earlier ones.
 
-    Branches that meet have one stride; their fields are united.
+    Branches that meet have one stride; their fields are united, as those of repeated positions.
     """
     fed = [(1, 0, 1) if i == IMAGE else earlier[i] for i in step.inputs]
-    stride = fed[0][0]
-    first = min(f for _, f, _ in fed) - step.window.before * stride
-    end = max(e for _, _, e in fed)
-    end += (step.window.span - 1 - step.window.before) * stride
-    return stride * step.window.stride, first, end
+    window = step.window
+    stride, rest = divmod(fed[0][0], window.repeats)
+    if rest:
+        raise GeometryError(
+            f"a map of stride {fed[0][0]} must be enlarged by one of its divisors, got "
+            f"{window.repeats}: other positions lie between the image's pixels"
+        )
+    first = min(f for _, f, _ in fed) - (window.before + window.repeats - 1) * stride
+    end = max(e for _, _, e in fed) + (window.span - 1 - window.before) * stride
+    return stride * window.stride, first, end
 
 
 def _box(rows: Pair, cols: Pair) -> Box:

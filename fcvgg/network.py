@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -19,14 +20,23 @@ from torch import Tensor, nn
 
 from fcvgg.errors import ImageError, TrainingError
 from fcvgg.geometry import Geometry, Pair
+from fcvgg.images.lazy.opening import strip_source
 from fcvgg.images.preprocessing import PreprocessLike, encoded_preprocess
 from fcvgg.inference.blocks import is_traced, run
 from fcvgg.inference.missing import Reader, can_be_looked_at, readers_of, run_with_missing
 from fcvgg.inference.prediction import ImagePrediction
+from fcvgg.inference.streamed_map import streamed_map
+from fcvgg.inference.strip_input import StripInput
+from fcvgg.probability import final_scores
+from fcvgg.rewriting.classifier import classifier_of
 from fcvgg.rewriting.modules import WindowLinear
+from fcvgg.rewriting.outputs import flattened
 from fcvgg.rewriting.program import Program
 from fcvgg.serialization.bundle import write_bundle
 from fcvgg.serialization.exporting import ExportedFile, export_network
+from fcvgg.serialization.hub import upload_bundle
+from fcvgg.serialization.model_card import UNKNOWN_LICENSE
+from fcvgg.support.memory_text import parsed_memory
 from fcvgg.support.module_state import dtype_of, listed
 
 
@@ -86,6 +96,11 @@ class FullyConvolutional(ImagePrediction):
         return self.program.geometry
 
     @property
+    def head(self) -> str:
+        """What a cell is: ``"window"``, or ``"position"`` of the features of one."""
+        return self.program.head
+
+    @property
     def native_cell(self) -> Pair:
         """The cell ``(row, col)`` that gives the source's answer at the native size."""
         row, col = (
@@ -93,6 +108,21 @@ class FullyConvolutional(ImagePrediction):
             for axis in self.geometry.axes
         )
         return row, col
+
+    def native_scores(self, maps: Any) -> list[Tensor]:
+        """The source's scores ``(N, K)`` of images of the native size, one tensor for each output.
+
+        Args:
+            maps: what the network gives for the images.
+        """
+        row, col = self.native_cell
+        found = flattened(maps)[0]  # (N, K, h, w) each
+        if self.program.head == "window":
+            return [scores[:, :, row, col] for scores in found]
+        assert self.program.average is not None
+        rows, cols = (slice(0, w.span, w.dilation) for w in self.program.average)
+        means = [scores[:, :, rows, cols].mean((2, 3)) for scores in found]
+        return [final_scores(x, final) for x, final in zip(means, self.program.finals)]
 
     @property
     def usual_scale(self) -> int:
@@ -132,6 +162,48 @@ class FullyConvolutional(ImagePrediction):
         if self.training or is_traced() or not can_be_looked_at(images):
             return self._in_form(run(self.network, images))
         return self._in_form(run_with_missing(images, lambda x: run(self.network, x), self.readers))
+
+    def streamed(
+        self,
+        image: Any,
+        *,
+        memory: int | str = "1GiB",
+        output: int | str = 0,
+        nodata: float | str | None = None,
+    ) -> Tensor:
+        """The score map of an image of any size, for a loss: differentiable in bounded memory.
+
+        Equals the network's map of the whole image, and ``loss(net.streamed(image)).backward()``
+        gives every parameter the gradient of the whole image. The image is streamed
+        strip by strip without a graph; the backward pass goes through the strips from the last to
+        the first and computes each once more, so that memory does not grow with the image. Strips
+        behind which no cell has a gradient are left out. Batch norm must be in evaluation mode:
+        the statistics of a strip are not the image's.
+
+        Args:
+            image: as for `fcvgg.stream`.
+            memory: bytes that the call and its backward pass may add, or text such as
+                ``"512MiB"``, the map and the parameters' gradients aside. Images too wide for it
+                are cut into blocks of columns, whose borders are computed twice.
+            output: which output, by number or name, for a network with several.
+            nodata: as for `fcvgg.stream`.
+
+        Returns:
+            scores ``(1, K, h, w)``, as of ``net(images)``; cells that see pixels that are not
+            finite hold NaN.
+
+        Raises:
+            ArgumentError: if an option cannot be used, or `memory` is too little.
+            ImageError: if the image cannot be used, or is a tensor that requires a gradient.
+            TrainingError: if batch norm is in training mode.
+        """
+        if isinstance(image, Tensor) and image.requires_grad:
+            raise ImageError(
+                "image must not require a gradient in net.streamed, which gives those of the "
+                "parameters alone, got a tensor that does; pass image.detach()"
+            )
+        pixels = StripInput.of(self, strip_source(image, self.in_channels, nodata))
+        return streamed_map(self, pixels, self.output_index(output), parsed_memory(memory))
 
     def _in_form(self, maps: Any) -> Any:
         """The maps that the graph gives in the containers of the source's outputs."""
@@ -251,11 +323,27 @@ class FullyConvolutional(ImagePrediction):
                 state[f"{name}.weight"] = module.fc_weight()
         return state
 
-    def save(self, path: str | Path) -> Path:
+    def classifier(self) -> nn.Module:
+        """The classifier ``(N, C, H, W) -> (N, K)`` that the network stands for.
+
+        It takes images of the extent of one crop, ``net.geometry.crop``, has fully connected
+        layers under the source's names, and shares the parameters.
+
+        Raises:
+            ConversionError: if the network scores positions (``head="position"``), not windows.
+        """
+        return classifier_of(self.program)
+
+    def save(self, path: str | Path, *, license: str = UNKNOWN_LICENSE) -> Path:
         """Write a bundle, a folder that `fcvgg.load` reads back bit for bit.
 
-        It holds the parameters (``model.safetensors``) and, in ``config.json``, graph, geometry,
-        preprocessing, categories and equivalence report. It is written whole or not at all.
+        It holds the parameters (``model.safetensors``), in ``config.json`` graph, geometry,
+        preprocessing, categories and equivalence report, and a model card (``README.md``). It is
+        written whole or not at all.
+
+        Args:
+            path: the folder.
+            license: of the weights, for the card: an identifier of the Hugging Face hub.
 
         Raises:
             FcvggError: if `path` is something else than a bundle, has the ending of another format,
@@ -273,8 +361,36 @@ class FullyConvolutional(ImagePrediction):
                 "preprocess": encoded_preprocess(self.preprocess),
                 "equivalence": _report_of(self.equivalence),
             },
+            license=license,
         )
         return path
+
+    def push_to_hub(
+        self,
+        name: str,
+        *,
+        private: bool | None = None,
+        license: str = UNKNOWN_LICENSE,
+        message: str | None = None,
+    ) -> str:
+        """Write a bundle to a repository of the Hugging Face hub, for ``fcvgg.load("hf:NAME")``.
+
+        Args:
+            name: ``user/name``, or ``user/name@branch``; a repository is made if there is none.
+            private: whether a new repository is private; the account's default when None.
+            license: of the weights, for the model card: an identifier of the hub such as ``"mit"``.
+            message: of the commit.
+
+        Returns:
+            the repository's address.
+
+        Raises:
+            FcvggError: if it cannot be written.
+            MissingExtraError: if huggingface_hub is not installed.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            bundle = self.save(Path(folder) / "bundle", license=license)
+            return upload_bundle(bundle, name, private, message)
 
     def export(self, path: str | Path) -> ExportedFile:
         """Write the network for other runtimes: ``.onnx``, or ``.pt2`` (torch.export).

@@ -79,6 +79,16 @@ def require_probabilities(activation: str) -> None:
         )
 
 
+def chance_level(classes: int, activation: str) -> float:
+    """The probability that says nothing about a class.
+
+    It is ``1 / classes`` where the classes share the probability, and one half for a class alone or
+    one that has a sigmoid of its own.
+    """
+    shared = activation not in ("sigmoid", "independent_logits")
+    return 1 / classes if shared and classes > 1 else 0.5
+
+
 def to_probabilities(scores: Tensor, activation: str, dim: int = 0) -> Tensor:
     """Probabilities of raw scores, never soft-maxed twice; in float32 at least.
 
@@ -100,6 +110,13 @@ def to_probabilities(scores: Tensor, activation: str, dim: int = 0) -> Tensor:
     if activation == "log_probabilities":
         return _within(scores, float("-inf"), 0.0, rounding, activation).exp()
     return _within(scores, 0.0, 1.0, rounding, activation)
+
+
+def final_scores(scores: Tensor, function: str) -> Tensor:
+    """Scores ``(N, K)`` after the softmax, log_softmax or sigmoid that ends a model, or ``""``."""
+    if function == "sigmoid":
+        return torch.sigmoid(scores)
+    return getattr(torch, function)(scores, 1) if function else scores  # type: ignore[no-any-return]
 
 
 def _within(scores: Tensor, low: float, high: float, rounding: float, activation: str) -> Tensor:

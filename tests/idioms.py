@@ -93,6 +93,12 @@ def set_channels(m: Any, x: Tensor) -> Tensor:
     return x
 
 
+def set_at(f: Tensor, index: Any, value: float) -> Tensor:
+    f = f.clone()
+    f[index] = value
+    return f
+
+
 def response_norm(f: Tensor) -> Tensor:
     squares = F.avg_pool3d(f.pow(2).unsqueeze(1), (5, 1, 1), stride=1, padding=(2, 0, 0))
     return f / (1 + squares.squeeze(1)).pow(0.75)
@@ -215,6 +221,24 @@ FEATURES: dict[str, Idiom] = {
     "scaled window": lambda m, f: flat(f) * m.matrix[:, 0],
     "layer norm of the window": lambda m, f: F.layer_norm(flat(f), (128,)),
     "layer norm of the map": lambda m, f: F.layer_norm(f, (8, 4, 4)),
+    "weight of every position": lambda m, f: (
+        f * m.matrix[:, 0].view(8, 4, 4) + m.matrix[:16, 1].view(4, 4)
+    ),
+    "weights of positions": lambda m, f: f.flatten(2) * m.matrix[:16, 0],
+    "differences of columns": lambda m, f: f[..., 1:] - f[..., :-1],
+    "layer over the positions": lambda m, f: F.linear(f.flatten(2), m.fc.weight[:, :16]).relu(),
+    "conv1d over the positions": lambda m, f: F.conv1d(
+        rows(f), m.fc.weight[:, :16, None], m.fc.bias
+    ),
+    "group norm of the window": lambda m, f: F.group_norm(flat(f), 4, m.matrix[:, 0]),
+    "a mask set": lambda m, f: set_at(f, f < 0.3, 0),
+    "a channel set": lambda m, f: set_at(f, (slice(None), 1), 0.5),
+    "rows apart": lambda m, f: torch.cat([row.mean(-1) for row in f.unbind(2)], 1),
+    "windows of unfold": lambda m, f: f.unfold(2, 2, 2).unfold(3, 2, 2),
+    "in place": lambda m, f: f.clone().mul_(2).abs_().sqrt_().exp_(),
+    "beside coordinates": lambda m, f: torch.cat(
+        [flat(f), torch.linspace(-1, 1, 4, dtype=f.dtype).expand(len(f), -1)], 1
+    ),
     "map as rows": lambda m, f: f.permute(0, 2, 3, 1).reshape(f.size(0), -1),
 }
 """Between the features and a fully connected layer."""
@@ -250,6 +274,16 @@ POOLS: dict[str, Idiom] = {
         f.flatten(2).sort(-1, descending=True).values[..., :5].mean(-1)
     ),
     "k-th value": lambda m, f: f.flatten(2).kthvalue(13, 2)[0],
+    "quantile": lambda m, f: f.flatten(2).quantile(0.75, dim=2),
+    "quantiles": lambda m, f: torch.quantile(
+        f.flatten(2), torch.tensor([0.2, 0.5], dtype=f.dtype), -1, interpolation="lower"
+    ).permute(1, 2, 0),
+    "nanmedian and nanmean": lambda m, f: (
+        f.flatten(2).nanmedian(-1).values + f.flatten(2).nanmean(-1)
+    ),
+    "positions by a mask": lambda m, f: (f * m.matrix[:16, 0].view(4, 4)).sum((2, 3)),
+    "group norm": lambda m, f: F.group_norm(f.mean((2, 3)), 2, m.bias.repeat(2), m.bias.repeat(2)),
+    "sum in a dtype": lambda m, f: f.sum((2, 3), dtype=torch.float64),
     "bilinear": lambda m, f: bilinear(f),
     "bilinear by einsum": lambda m, f: torch.einsum("bchw,bdhw->bcd", f, f.sigmoid()),
     "attention weights by bmm": lambda m, f: torch.bmm(
@@ -293,6 +327,14 @@ SCORES: dict[str, Idiom] = {
     "bmm": lambda m, f: torch.bmm(
         flat(f).unsqueeze(1), m.matrix.unsqueeze(0).expand(len(f), -1, -1)
     ).squeeze(1),
+    "einsum with an ellipsis": lambda m, f: torch.einsum("...d,dk->...k", flat(f), m.matrix),
+    "einsum without a result": lambda m, f: torch.einsum("bd,dk", flat(f), m.matrix),
+    "F.bilinear": lambda m, f: F.bilinear(
+        f.mean((2, 3)), f.amax((2, 3)), m.matrix.view(8, 8, 8)[:4], m.bias
+    ),
+    "angles": lambda m, f: torch.cos(
+        torch.acos(F.linear(F.normalize(flat(f)), F.normalize(m.fc.weight)).clamp(-0.99, 0.99))
+    ),
     "tensordot": lambda m, f: torch.tensordot(flat(f), m.matrix, dims=1),
     "sum of products": lambda m, f: (flat(f).unsqueeze(2) * m.matrix).sum(1),
     "matmul of channels": lambda m, f: (f.permute(0, 2, 3, 1) @ m.prototypes.t()).mean((1, 2)),

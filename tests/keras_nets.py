@@ -15,7 +15,10 @@ import h5py
 import keras
 import numpy as np
 import torch
-from keras import layers
+from keras import applications, layers
+from keras.src.applications.convnext import ConvNeXt
+from keras.src.applications.densenet import DenseNet
+from keras.src.applications.inception_resnet_v2 import CustomScaleLayer
 from keras.src.legacy.saving import legacy_h5_format
 
 NARROW = 4
@@ -103,6 +106,79 @@ def grey():
     )
 
 
+def operations():
+    """What ``inputs / 255.`` and ``preprocess_input(inputs)`` leave in a model."""
+    image = layers.Input((18, 18, 3))
+    x = image / 255.0
+    x = keras.applications.resnet50.preprocess_input(x)  # RGB to BGR, and a constant per channel
+    x = 1.0 - keras.ops.flip(x, axis=-1)[..., 0:3] * 0.01
+    x = keras.applications.mobilenet_v2.preprocess_input(x)
+    x = layers.Conv2D(6, 3)(keras.ops.abs(x) + 0.5)
+    x = layers.LayerNormalization(epsilon=1e-3)(x)
+    x = layers.Permute((3, 1, 2))(layers.MaxPooling2D(4)(x))
+    return keras.Model(image, layers.Dense(3)(layers.Flatten()(x)))
+
+
+def shared():
+    """Layers and a model that are called at two places each, and what joins the branches."""
+    image = layers.Input((20, 20, 3))
+    convolution = layers.Conv2D(4, 3, padding="same", activation="leaky_relu", name="twice")
+    norm = layers.BatchNormalization(name="norm_twice")
+    inner = layers.Input((20, 20, 4))
+    block = layers.Conv2D(4, 1, activation="hard_sigmoid", name="in_block")(inner)
+    block = keras.Model(inner, layers.PReLU(shared_axes=[1, 2])(block), name="block")
+    a, b = norm(convolution(image)), norm(convolution(keras.ops.flip(image, axis=-1)))
+    x = layers.Average()([block(a), block(b), layers.Subtract()([a, b])])
+    x = layers.SeparableConv2D(6, 3, strides=2, depth_multiplier=2, padding="same")(x)
+    x = layers.SeparableConv2D(5, 3, use_bias=False, activation="relu")(x)
+    x = layers.Flatten(data_format="channels_first")(layers.MaxPooling2D(2)(x))
+    return keras.Model(image, layers.PReLU()(layers.Dense(4)(x)))
+
+
+def emotion():
+    """The shape of the emotion model of `fer`: a small Xception on grey images."""
+    image = layers.Input((64, 64, 1))
+    x = image
+    for filters in (4, 4):
+        x = layers.Conv2D(filters, 3, use_bias=False)(x)
+        x = layers.Activation("relu")(layers.BatchNormalization()(x))
+    for filters in (6, 8, 10, 12):
+        residual = layers.Conv2D(filters, 1, strides=2, padding="same", use_bias=False)(x)
+        residual = layers.BatchNormalization()(residual)
+        x = layers.SeparableConv2D(filters, 3, padding="same", use_bias=False)(x)
+        x = layers.Activation("relu")(layers.BatchNormalization()(x))
+        x = layers.SeparableConv2D(filters, 3, padding="same", use_bias=False)(x)
+        x = layers.MaxPooling2D(3, strides=2, padding="same")(layers.BatchNormalization()(x))
+        x = layers.Add()([x, residual])
+    x = layers.GlobalAveragePooling2D()(layers.Conv2D(7, 3, padding="same")(x))
+    return keras.Model(image, layers.Activation("softmax", name="predictions")(x))
+
+
+def scaled():
+    """The residual connection of InceptionResNetV2, whose scale is a layer of its own."""
+    image = layers.Input((16, 16, 3))
+    x = layers.Conv2D(4, 3, activation="relu")(image)
+    x = CustomScaleLayer(0.17)([x, layers.Conv2D(4, 1)(x)])
+    return keras.Model(image, layers.Dense(3)(layers.GlobalAveragePooling2D()(x)))
+
+
+def convnext():
+    """keras.applications.ConvNeXt with one block a stage."""
+    return ConvNeXt((1, 1, 1, 1), (4, 6, 8, 10), weights=None, input_shape=(32, 32, 3), classes=5)
+
+
+def densenet():
+    return DenseNet([1, 1, 1, 1], weights=None, input_shape=(32, 32, 3), classes=5)
+
+
+def mobilenet():
+    return applications.MobileNet((32, 32, 3), alpha=0.25, weights=None, classes=5)
+
+
+def mobilenetv2():
+    return applications.MobileNetV2((32, 32, 3), alpha=0.35, weights=None, classes=5)
+
+
 def vgg16(classes=1000, convolution="block{}_conv{}", dense=("fc1", "fc2", "predictions")):
     """VGG16 as keras.applications names it, of few channels; `classes` outputs."""
     net = keras.Sequential([layers.Input((32, 32, 3))], name="vgg16")
@@ -143,8 +219,10 @@ def write_predictions(net, folder, name, scale=1.0):
 
 def main(folder):
     torch.set_num_threads(1)
-    scales = {"functional": 255.0, "vgg16": 255.0}
-    for make in (sequential, functional, strided, nested, grey, vgg16):
+    scales = {"functional": 255.0, "operations": 255.0, "vgg16": 255.0}
+    nets = (sequential, functional, strided, nested, grey, operations, shared, emotion, vgg16)
+    nets += (scaled, convnext, densenet, mobilenet, mobilenetv2)
+    for make in nets:
         name = make.__name__
         net = randomised(make())
         write_predictions(net, folder, name, scales.get(name, 1.0))

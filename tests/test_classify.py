@@ -250,7 +250,7 @@ def test_an_unknown_average(net: fcvgg.FullyConvolutional) -> None:
 
 
 def test_an_output_that_does_not_exist(net: fcvgg.FullyConvolutional) -> None:
-    with pytest.raises(fcvgg.FcvggError, match=r"^output must be from 0 to 0, got 1$"):
+    with pytest.raises(fcvgg.FcvggError, match=r"^output must be 0, the only one, got 1$"):
         net.classify(pixels(), output=1)
 
 
@@ -297,8 +297,8 @@ def test_any_iterable_of_images(net: fcvgg.FullyConvolutional) -> None:
     torch.testing.assert_close(of_tensors, expected)
 
 
-def test_bytes_are_no_images(net: fcvgg.FullyConvolutional) -> None:
-    with pytest.raises(fcvgg.ImageError, match=r"^the image must be a path, .*, got bytes"):
+def test_bytes_that_are_no_image(net: fcvgg.FullyConvolutional) -> None:
+    with pytest.raises(fcvgg.ImageError, match=r"^the image is not an image that Pillow can read"):
         net.classify(b"photo.jpg")
 
 
@@ -306,5 +306,7 @@ def test_bytes_are_no_images(net: fcvgg.FullyConvolutional) -> None:
 def test_the_activation_of_an_output_that_does_not_exist(
     net: fcvgg.FullyConvolutional, output: Any
 ) -> None:
-    with pytest.raises(fcvgg.ArgumentError, match=rf"^output must be from 0 to 0, got {output!r}$"):
+    with pytest.raises(
+        fcvgg.ArgumentError, match=rf"^output must be 0, the only one, got {output!r}$"
+    ):
         net.activation_of(output)

@@ -18,7 +18,7 @@ from PIL import Image
 from torchvision.models import squeezenet1_1
 
 import fcvgg
-from fcvgg.demo import demo_photograph
+from fcvgg.demo import SHOWN, demo_photograph
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -63,15 +63,22 @@ def test_heatmap_says_in_one_line_what_is_wrong(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_photograph_finds_the_espresso_with_imagenet_weights(tmp_path: Path) -> None:
-    printed = run("photograph.py", cwd=tmp_path)
+def test_imagenet_finds_the_cat_the_cup_and_the_rocket(tmp_path: Path) -> None:
+    printed = run("imagenet.py", cwd=tmp_path)
     assert "equivalent at 224x224" in printed
-    peak, y, x = re.search(r"'espresso', 400x600, peak (\S+) at \((\d+), (\d+)\)", printed).groups()
-    assert float(peak) == pytest.approx(0.77, abs=0.02)  # as the README says
-    assert 80 < int(y) < 250
-    assert 200 < int(x) < 400
-    with Image.open(tmp_path / "espresso.jpg") as figure:
+    found = re.findall(r"Heatmap\('(.+)', \d+x\d+, peak (\S+) at \((\d+), (\d+)\)", printed)
+    peaks = {name: (float(peak), int(y), int(x)) for name, peak, y, x in found}
+    assert peaks.keys() == set(SHOWN)
+    assert [peak for peak, _, _ in peaks.values()] == pytest.approx([0.98, 1.0, 0.56], abs=0.02)
+    _, y, x = peaks["espresso"]
+    assert 80 < y < 250
+    assert 200 < x < 400
+    _, y, x = peaks["missile"]
+    assert 130 < y < 420
+    assert 290 < x < 350
+    with Image.open(tmp_path / "imagenet.jpg") as figure:
         assert figure.width > 1000
+    assert (tmp_path / "imagenet.jpg").stat().st_size < 300_000
 
 
 def test_any_size_makes_a_table_and_a_figure(tmp_path: Path) -> None:

@@ -202,6 +202,62 @@ def test_the_head_of_a_checkpoint_decides_the_classes(tmp_path: Path, source: nn
         fcvgg.load("a.pt", arch="vgg11", categories=["a", "b"])
 
 
+class Own(nn.Module):
+    """A classifier that only its user knows."""
+
+    def __init__(self, num_classes: int = 3, width: int = 4):
+        super().__init__()
+        self.features = nn.Sequential(nn.Conv2d(3, width, 3), nn.ReLU(), nn.MaxPool2d(2))
+        self.head = nn.Linear(width * 4, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.features(x).flatten(1))
+
+
+@pytest.mark.parametrize("classes", [3, 5])
+@pytest.mark.parametrize("arch", [Own, lambda num_classes: Own(num_classes), "a module"])
+def test_a_checkpoint_of_the_users_own_model(tmp_path: Path, classes: int, arch: Any) -> None:
+    torch.manual_seed(1)
+    source = Own(classes)
+    torch.save({"state_dict": source.state_dict()}, tmp_path / "own.pth")
+    net = fcvgg.load(tmp_path / "own.pth", arch=Own(classes) if arch == "a module" else arch)
+    assert net.source == "Own (state_dict)"
+    assert not net.training
+    images = torch.randn(2, 3, *net.input_size)
+    torch.testing.assert_close(net(images)[..., 0, 0], source(images))
+
+
+@pytest.mark.parametrize(
+    ("arch", "message"),
+    [
+        (lambda: Own(width=8), r"does not fit Own \(.*; check the architecture"),
+        (lambda: "text", r"arch must make a torch\.nn\.Module, got an object of str from .*lambda"),
+        (
+            lambda depth: Own(),
+            r"arch must be a callable .* got .*, which fails \(TypeError: .*depth",
+        ),
+        (
+            7,
+            r"arch must be a torchvision name, an nn\.Module or a callable .* got an object of int",
+        ),
+    ],
+)
+def test_what_makes_no_model_is_refused(tmp_path: Path, arch: Any, message: str) -> None:
+    torch.save(Own().state_dict(), tmp_path / "own.pth")
+    with pytest.raises(fcvgg.LoadError, match=message):
+        fcvgg.load(tmp_path / "own.pth", arch=arch)
+
+
+def test_a_whole_pickled_model_is_refused_with_the_way_out(tmp_path: Path) -> None:
+    torch.save(Own(), tmp_path / "own.pth")
+    with pytest.raises(
+        fcvgg.LoadError,
+        match=r"Own\) as well as tensors; .* save model\.state_dict\(\) instead, and pass arch=, a "
+        r"torchvision name, your own nn\.Module or a function that makes it$",
+    ):
+        fcvgg.load(tmp_path / "own.pth", arch=Own)
+
+
 def test_settings_given_win_over_published_ones(tmp_path: Path, source: nn.Module) -> None:
     torch.save(source.state_dict(), tmp_path / "a.pt")
     preprocess = fcvgg.Preprocess((1, 2, 3), (1, 1, 1), scale=1, channel_order="BGR")
@@ -296,8 +352,8 @@ def test_a_checkpoint_needs_its_architecture(tmp_path: Path, source: nn.Module) 
     torch.save(source.state_dict(), tmp_path / "a.pt")
     with pytest.raises(
         fcvgg.LoadError,
-        match=r"^a\.pt holds parameters only; pass arch=, its architecture's name such as 'vgg16', "
-        r"or load them into your own model in Python and use fcvgg\.convert$",
+        match=r"^a\.pt holds parameters only; pass arch=, a torchvision name such as 'vgg16', your "
+        r"own nn\.Module or a function that makes it$",
     ):
         fcvgg.load("a.pt")
     with pytest.raises(fcvgg.LoadError, match=r"^there is no model 'vgg12'; .*\(near: .*vgg11"):
@@ -339,7 +395,7 @@ def test_a_pickle_that_would_run_code_does_not_run(tmp_path: Path, how: str) -> 
     with pytest.raises(
         fcvgg.LoadError,
         match=r"a\.pt holds a Python object \(\w+\.mkdir\) as well as tensors; opening it could "
-        r"run code, so it is refused; save model\.state_dict\(\) instead$",
+        r"run code, so it is refused; save model\.state_dict\(\) instead, and pass arch=, ",
     ):
         fcvgg.load(path, arch="vgg11")
     assert not proof.exists()
@@ -444,13 +500,21 @@ def test_what_is_no_source(source: Any) -> None:
         fcvgg.load(source)
 
 
+def test_an_option_that_is_misspelt() -> None:
+    with pytest.raises(
+        fcvgg.ArgumentError, match=r"option 'catgories'; did you mean 'categories'\?$"
+    ):
+        fcvgg.load("demo", catgories=["a", "b"])
+
+
 def test_an_option_that_load_does_not_have(tmp_path: Path) -> None:
     fcvgg.load("demo").save(tmp_path / "bundle")
     for name in ("demo", tmp_path / "bundle", "absent.onnx"):
         with pytest.raises(
             fcvgg.ArgumentError,
             match=r"^options of load must be among arch, weights, preprocess, categories, "
-            r"input_size, output_stride, padding, copy, verify, activation, in_channels, got foo$",
+            r"input_size, output_stride, padding, head, copy, verify, activation, "
+            r"in_channels, got foo$",
         ):
             fcvgg.load(name, foo=1)
     with pytest.raises(fcvgg.PreprocessError, match=r"^preprocess must be a fcvgg\.Preprocess"):

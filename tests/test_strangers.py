@@ -829,7 +829,7 @@ def test_names_never_reach_the_terminal_raw(tmp_path):
         assert all(readable(line) == line for line in printed.split("\n")), command
         assert "forged" not in [line.strip() for line in lines]
     result = run("classify", image, "--model", bundle, "--json")
-    found = json.loads(result.stdout)[0]
+    found = json.loads(result.stdout)
     assert {p["category"] for p in found["predictions"]} == {name, "b\nforged"}
 
 

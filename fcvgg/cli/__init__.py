@@ -20,9 +20,11 @@ from fcvgg.cli import (
     finetune,
     heatmap,
     info,
+    page,
     probe,
     segment,
     segment_train,
+    serve,
     stream,
 )
 from fcvgg.cli.console import examples, paragraphs, reporting_errors, say
@@ -75,6 +77,8 @@ for _module in (
     evaluate,
     info,
     convert,
+    serve,
+    page,
     probe,
     stream,
     bench,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,14 +11,25 @@ from rich.console import RenderableType
 from rich.text import Text
 
 from fcvgg.choices import Average
-from fcvgg.cli.console import check_any_exists, exit_if_any_failed, for_each_image, say, say_json
+from fcvgg.cli.console import (
+    check_any_exists,
+    exit_if_any_failed,
+    for_each_image,
+    images_in,
+    say,
+    say_json,
+    write_csv,
+)
 from fcvgg.cli.options import (
+    AsJson,
     Bands,
+    Csv,
     Flip,
     ImageOpener,
     Images,
     NetworkOptions,
     Nodata,
+    Recursive,
     Scales,
 )
 from fcvgg.cli.reports import table, titled
@@ -33,7 +45,8 @@ EXAMPLES = (
     "fcvgg classify dog.jpg",
     "fcvgg classify *.jpg --scales 256,384,512 --flip",
     "fcvgg classify street.jpg --full-size",
-    "fcvgg classify dog.jpg --top 1 --json",
+    "fcvgg classify photos --recursive --top 1 --csv classes.csv",
+    "curl -s https://example.org/dog.jpg | fcvgg classify - --json",
 )
 
 
@@ -50,7 +63,6 @@ FullSize = Annotated[
         help="Keep the image's size and average over all of its windows, for large images.",
     ),
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON array instead of text.")]
 
 
 def run(
@@ -63,6 +75,8 @@ def run(
     average: AverageOf = "scores",
     bands: Bands = None,
     nodata: Nodata = None,
+    recursive: Recursive = False,
+    csv: Csv = None,
     as_json: AsJson = False,
 ) -> None:
     """Print the most probable classes of every image.
@@ -72,6 +86,7 @@ def run(
     """
     if scales is not None and full_size:
         raise ArgumentError("--scales and --full-size exclude each other; give one of the two")
+    images = list(images_in(images, recursive))
     check_any_exists(images)
     net = network.load()
     resizes = net.preprocess is not None and net.preprocess.resize is not None
@@ -89,14 +104,26 @@ def run(
             )
         predictions = _predictions(net, probabilities, top)
         result = {"image": str(image), "scales": scales, "predictions": predictions}
-        if not as_json:
+        if as_json:
+            say_json(result)
+        elif csv is None:
             say(_report(result))
         return result
 
     results = for_each_image(images, "classifying", classify)
-    if as_json:
-        say_json(results)
+    if csv is not None:
+        write_csv(csv, ("image", "rank", *_HEADINGS), _rows(results))
     exit_if_any_failed(images, results)
+
+
+_HEADINGS = ("index", "category", "probability")
+
+
+def _rows(results: Iterable[dict[str, Any]]) -> Iterator[tuple[object, ...]]:
+    """A row for each class of each image."""
+    for result in results:
+        for rank, found in enumerate(result["predictions"], 1):
+            yield result["image"], rank, *(found[name] for name in _HEADINGS)
 
 
 def _predictions(net: FullyConvolutional, probabilities: Tensor, top: int) -> list[dict[str, Any]]:

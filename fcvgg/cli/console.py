@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import csv
 import functools
 import inspect
 import json
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -19,8 +20,9 @@ from rich.console import Console, RenderableType
 from rich.markup import escape
 from rich.text import Text
 
-from fcvgg.errors import FcvggError, ImageError
+from fcvgg.errors import DatasetError, FcvggError, ImageError
 from fcvgg.names import readable
+from fcvgg.support.atomic import atomic_file
 from fcvgg.support.progress import live_console, progress_bar
 from fcvgg.support.terminal import VisibleConsole
 
@@ -38,6 +40,9 @@ _LISTED = 20
 
 _PIPED_WIDTH = 200
 """Columns of a table that no terminal limits."""
+
+STDIN = Path("-")
+"""The image that is read from standard input."""
 
 Result = TypeVar("Result")
 
@@ -66,10 +71,10 @@ def say_whole(label: str, style: str, text: str) -> None:
 
 
 def say_json(value: object) -> None:
-    """Print plain data as JSON, in which control characters stand as escapes."""
-    text = json.dumps(value, indent=2, ensure_ascii=False)
-    plain = (c if c == "\n" or readable(c) == c else json.dumps(c)[1:-1] for c in text)
-    typer.echo("".join(plain))
+    """Print plain data as one line of JSON, in which control characters stand as escapes."""
+    text = json.dumps(value, ensure_ascii=False)
+    plain = (c if readable(c) == c else json.dumps(c)[1:-1] for c in text)
+    output().print(Text("".join(plain)), soft_wrap=True)  # above a bar on the same screen
 
 
 def say_wrote(path: Path) -> None:
@@ -160,7 +165,7 @@ def for_each_image(
     An image that cannot be used is reported and left out, and the rest still run; the command then
     ends with `exit_if_any_failed`. Any other error ends the run.
     """
-    results = []
+    results, failed = [], list[str]()
     screen = output() if sys.stdout.isatty() else _errors()
     with progress_bar(what, len(images), shown=len(images) > 1, console=screen) as advance:
         for image in images:
@@ -168,9 +173,27 @@ def for_each_image(
                 results.append(_within_memory(image, work))
             except ImageError as error:
                 named = str(image) in str(error)  # a network knows no name of its image
-                complain(error if named else f"{image}: {error}")
+                failed.append(str(error) if named else f"{image}: {error}")
+                if len(images) <= _LISTED:
+                    complain(failed[-1])
             advance(1)
+    if len(images) > _LISTED:  # the lines of many images would scroll them away
+        for line in failed:
+            complain(line)
     return results
+
+
+def write_csv(path: Path, headings: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Write a table, whole or not at all, and print where.
+
+    Raises:
+        FcvggError: if it cannot be written.
+    """
+    with atomic_file(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(headings)
+        writer.writerows([readable(x) if isinstance(x, Path) else x for x in row] for row in rows)
+    say_wrote(path)
 
 
 def check_any_exists(images: Sequence[Path]) -> None:
@@ -179,8 +202,56 @@ def check_any_exists(images: Sequence[Path]) -> None:
     Raises:
         ImageError: if no path exists.
     """
-    if not any(map(os.path.exists, images)):
-        raise ImageError(f"there is no image file {', '.join(map(str, images))}")
+    if not any(image == STDIN or os.path.exists(image) for image in images):
+        raise ImageError(_absent(", ".join(map(str, images)) or "given"))
+
+
+def _absent(names: str) -> str:
+    address = re.match(r"(https?):/+(.*)", names)
+    if address is None:
+        return f"there is no image file {names}"
+    return (
+        f"the image must be a file, got the address {address[1]}://{address[2]}; download it, or "
+        "pipe it into this command with - as the image"
+    )
+
+
+def images_in(paths: Sequence[Path], recursive: bool, own: Sequence[str] = ()) -> dict[Path, Path]:
+    """The image files of a command, each with the folder that results are named relative to.
+
+    A folder stands for the images in it; files that are no images are listed on stderr.
+
+    Args:
+        paths: files and folders, `STDIN` among them.
+        recursive: also take the images of folders in folders.
+        own: endings of names that the command itself writes, which are left out of folders.
+
+    Raises:
+        ImageError: if a folder cannot be listed or has no images.
+    """
+    from fcvgg.images.files import contents, image_files
+
+    found: dict[Path, Path] = {}
+    for path in paths:
+        if not path.is_dir() or _is_zarr(path):
+            found.setdefault(path, path.parent)
+            continue
+        try:
+            listed = image_files(path) if recursive else contents(path)
+        except DatasetError as error:
+            raise ImageError(str(error)) from error
+        inside = [image for image in listed.images if not image.name.endswith(tuple(own))]
+        if not inside:
+            remedy = "" if recursive else "; --recursive also takes those of the folders in it"
+            raise ImageError(f"the folder {path} has no images{remedy}")
+        note_skipped(listed.skipped, len(inside))
+        found.update({image: path for image in inside if image not in found})
+    return found
+
+
+def _is_zarr(folder: Path) -> bool:
+    names = (".zarray", ".zgroup", ".zattrs", "zarr.json")
+    return any((folder / name).is_file() for name in names)
 
 
 def exit_if_any_failed(images: Sequence[Path], results: Sequence[object]) -> None:
@@ -256,13 +327,14 @@ class OutputFiles:
     """One file for each image, named after it, such that none takes the place of another.
 
     Args:
-        images: all images of the run.
+        images: all images of the run; where they have folders, the files lie in folders as they do.
         folder: where the files go.
         ending: of their names, which begin with the image's stem: ``"-heatmap.png"``.
     """
 
-    def __init__(self, images: Sequence[Path], folder: Path, ending: str):
+    def __init__(self, images: Sequence[Path] | Mapping[Path, Path], folder: Path, ending: str):
         self.folder = folder
+        self.roots = images if isinstance(images, Mapping) else {}
         self.ending = ending
         self.inputs = {image.resolve(): image for image in images}
         self.owners: dict[Path, Path] = {}
@@ -290,13 +362,16 @@ class OutputFiles:
         return path
 
     def _name(self, image: Path) -> Path:
-        return self.folder / f"{image.stem}{self.ending}"
+        root = self.roots.get(image, image.parent)
+        stem = "stdin" if image == STDIN else image.stem
+        return self.folder / image.parent.relative_to(root) / f"{stem}{self.ending}"
 
 
 # -- messages of the library ----------------------------------------------------------------------
 
 _PHRASES = (
     ("preprocess=fcvgg.Preprocess(mean, std)", "--preprocess, or --mean and --std"),
+    (", your own nn.Module or a function that makes it", " or package.module:callable"),
     (" to convert or load", ""),
     (" to fcvgg.convert", ""),
     ("; pass uint8 (H, W, C), or value_range=", "; pass value_range="),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -11,9 +11,11 @@ from fcvgg.cli.console import folder, say, say_wrote
 from fcvgg.cli.options import (
     MODEL_HELP,
     Arch,
+    MapHead,
     OutputStride,
     OwnModel,
     Weights,
+    head_option,
     load_network,
     output_name,
 )
@@ -56,13 +58,15 @@ def run(
     weights: Weights = "DEFAULT",
     arch: Arch = None,
     output_stride: OutputStride = None,
+    head: MapHead = None,
     own: OwnModel = OwnModel(),
 ) -> None:
     """Convert a classifier, verify the result and save it."""
     exports = out.suffix.lower() in EXPORT_ENDINGS
     if exports and out.exists() and out.resolve() == Path(source).resolve():
         raise FcvggError(f"{out} is the source, which would be lost; choose another --output")
-    net = load_network(source, own, weights=weights, arch=arch, output_stride=output_stride)
+    names: dict[str, Any] = {"weights": weights, "arch": arch, **head_option(head)}
+    net = load_network(source, own, output_stride=output_stride, **names)
     folder(out.parent)
     checked = None
     if exports:

@@ -1,4 +1,4 @@
-"""``fcvgg demo``: the packaged net on the packaged photograph."""
+"""``fcvgg demo``: the packaged net on the packaged photograph, and one of ImageNet's on others."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import RenderableType
 
-from fcvgg.cli.console import folder, say, say_wrote
+from fcvgg.cli.console import folder, note, say, say_wrote
 from fcvgg.cli.options import OutputFolder
 from fcvgg.cli.reports import by, equivalence_report, geometry_report, table, titled
 
@@ -21,10 +21,14 @@ EXAMPLES = ("fcvgg demo", "fcvgg demo --output pictures")
 TARGET = "face"
 FIGURE = "fcvgg-demo.png"
 OVERLAY = "fcvgg-demo-overlay.png"
+IMAGENET_FIGURE = "fcvgg-demo-imagenet.jpg"
 
 
 def run(output: OutputFolder = Path()) -> None:
-    """Find the face in the packaged photograph; no download needed."""
+    """Find the face in the packaged photograph; no download needed.
+
+    With the extra [demo], also a cat, a cup and a rocket, by a network trained on ImageNet.
+    """
     from fcvgg.demo import SCALES, demo_photograph
     from fcvgg.loading import load
     from fcvgg.results.figures import save_figure, side_by_side
@@ -47,6 +51,34 @@ def run(output: OutputFolder = Path()) -> None:
     )
     say_wrote(heatmaps[best].save(output / OVERLAY))
     say_wrote(save_figure(side_by_side(maps[best], TARGET), output / FIGURE))
+    say()
+    _show_imagenet(output)
+
+
+def _show_imagenet(output: Path) -> None:
+    """Find the classes of photographs with the ImageNet network, if its packages are installed."""
+    from fcvgg.demo import IMAGENET, SHOWN, imagenet_photographs
+    from fcvgg.errors import MissingExtraError
+    from fcvgg.loading import load
+    from fcvgg.results.figures import gallery, save_figure
+
+    try:
+        photographs = imagenet_photographs()
+        net = load(IMAGENET, head="position")
+    except MissingExtraError:
+        note("pip install 'fcvgg[demo]' adds photographs of ImageNet's classes to this demo")
+        return
+    say(equivalence_report(net))
+    say()
+    maps = [net.score_map(photographs[name]) for name in SHOWN]
+    rows = []
+    for name, score_map in zip(SHOWN, maps):
+        heatmap = score_map.heatmap(name)
+        size, cells = by(score_map.image_size), by(score_map.scores.shape[1:])
+        rows.append((name, size, cells, f"{_peak(heatmap):.3f}", f"{heatmap.peak}"))
+    headings = ("class", "pixels", "positions", "peak", "at (y, x)")
+    say(titled("EfficientNet-Lite0's classes, in one pass each", table(headings, rows, left=1)))
+    say_wrote(save_figure(gallery(maps, SHOWN), output / IMAGENET_FIGURE))
 
 
 def _peak(heatmap: Heatmap) -> float:

@@ -13,6 +13,7 @@ from fcvgg.cli.console import note_skipped, say, say_wrote
 from fcvgg.cli.options import (
     Flip,
     NetworkOptions,
+    Nodata,
     Scales,
     names,
     output_file,
@@ -72,6 +73,7 @@ def run(
     scales: Scales = None,
     flip: Flip = False,
     average: AverageOf = "scores",
+    nodata: Nodata = None,
     classes: Classes = False,
     output: Output = Path("evaluation.json"),
 ) -> None:
@@ -91,6 +93,7 @@ def run(
         scales=scales,
         flip=flip,
         average=average,
+        nodata=nodata,
         progress=True,
     )
     note_skipped(evaluation.skipped, evaluation.images)

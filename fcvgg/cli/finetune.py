@@ -131,7 +131,15 @@ Augment = Annotated[
     _image_option(
         "--augment/--no-augment",
         help="Vary the training images by random crops, mirroring and colours.",
-        show_default="where features are trained",
+        show_default="where a convolution is trained",
+    ),
+]
+Cache = Annotated[
+    str,
+    training_option(
+        metavar="SIZE",
+        help="Memory for the features of frozen layers, which are computed once where images do "
+        "not vary; larger ones go to a file. 0 computes them in every epoch.",
     ),
 ]
 ValidFraction = Annotated[
@@ -144,7 +152,10 @@ ValidFraction = Annotated[
 Epochs = Annotated[
     int | None,
     training_option(
-        metavar="N", min=1, help="Maximum number of epochs.", show_default="30; 100 for linear"
+        metavar="N",
+        min=1,
+        help="Maximum number of epochs.",
+        show_default="30 (100 for linear), or enough for 300 steps",
     ),
 ]
 LearningRate = Annotated[
@@ -153,7 +164,7 @@ LearningRate = Annotated[
         "--lr",
         metavar="X",
         help="Learning rate of the new layers; pretrained layers get a smaller one.",
-        show_default="from the scale of the features",
+        show_default="0.001, or from the scale of the features",
     ),
 ]
 OptimizerName = Annotated[Optimizer, training_option("--optimizer", help="Optimizer.")]
@@ -222,6 +233,7 @@ def run(
     precision: Arithmetic = "auto",
     devices: Devices = "1",
     workers: Workers = 0,
+    cache: Cache = "2GiB",
     own: OwnPreprocess = OwnPreprocess(),
 ) -> None:
     """Fine-tune a classifier on a folder of images.
@@ -251,6 +263,7 @@ def run(
         "precision": precision,
         "devices": devices,
         "workers": workers,
+        "cache": cache,
     }
     given = {name: value for name, value in options.items() if value is not None}
     own.check()

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import RenderableType
 from rich.table import Table
 
-from fcvgg.cli.console import output, say
+from fcvgg.cli.console import output, say, say_json
 from fcvgg.cli.options import MODEL_HELP, Arch, InputSize, OwnModel, load_network, size
 from fcvgg.cli.reports import by, count, facts, geometry_report, titled
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from fcvgg.network import FullyConvolutional
 
 NAME = "info"
-EXAMPLES = ("fcvgg info vgg16", "fcvgg info resnet18 --size 480x640", "fcvgg info demo")
+EXAMPLES = ("fcvgg info vgg16", "fcvgg info resnet18 --size 480x640", "fcvgg info vgg16 --json")
 
 
 _LEAST_NAME = 12
@@ -35,10 +36,15 @@ ImageSize = Annotated[
         show_default="the native size",
     ),
 ]
+AsJson = Annotated[bool, typer.Option("--json", help="Print a JSON object instead of tables.")]
 
 
 def run(
-    model: ModelName, at: ImageSize = None, arch: Arch = None, input_size: InputSize = None
+    model: ModelName,
+    at: ImageSize = None,
+    arch: Arch = None,
+    input_size: InputSize = None,
+    as_json: AsJson = False,
 ) -> None:
     """Show every layer's receptive field and cost; no download.
 
@@ -50,11 +56,38 @@ def run(
     net = load_network(model, own, arch=arch, weights=None, verify=False)  # only to be described
     layers = receptive_fields(net, input_size=at)
     frozen = _frozen_layers(net, layers)
+    if as_json:
+        say_json(_as_data(model, net, layers, frozen))
+        return
     say(_layer_table(f"{model} ({net.source})", layers, frozen))
     say()
     say(_totals(layers, frozen))
     say()
     say(geometry_report(net, layers.input_size))
+
+
+def _as_data(
+    model: str, net: FullyConvolutional, table: LayerTable, frozen: set[str]
+) -> dict[str, Any]:
+    """What the tables show; sizes and points are ``[y, x]`` in pixels."""
+    geometry = net.geometry
+    return {
+        "model": model,
+        "source": net.source,
+        "size": table.input_size,
+        "layers": [{**asdict(row), "trainable": row.name not in frozen} for row in table],
+        "parameters": table.parameters,
+        "multiply_adds": table.multiply_adds,
+        "geometry": {
+            "input_size": net.input_size,
+            "window": geometry.window,
+            "stride": geometry.stride,
+            "receptive_field": geometry.receptive_field,
+            "offset": geometry.offset,
+            "centre": geometry.centre_of(0, 0),
+            "output_size": geometry.output_size(table.input_size),
+        },
+    }
 
 
 def _frozen_layers(net: FullyConvolutional, table: LayerTable) -> set[str]:

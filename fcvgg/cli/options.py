@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import inspect
+import io
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
@@ -18,7 +21,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 import typer
 
 from fcvgg.errors import ArgumentError
-from fcvgg.support.atomic import checked_file, checked_folder
+from fcvgg.support.atomic import CSV_ENDINGS, checked_file, checked_folder
 
 if TYPE_CHECKING:
     from fcvgg.images.lazy.source import StripSource
@@ -124,15 +127,32 @@ def output_file(*endings: str) -> Callable[[Path | None], Path | None]:
     return output_name(lambda path: checked_file(path, "--output", endings))
 
 
+def csv_file(path: Path | None) -> Path | None:
+    """The callback of ``--csv``."""
+    return output_name(lambda file: checked_file(file, "--csv", CSV_ENDINGS))(path)
+
+
 # -- options of several commands ------------------------------------------------------------------
 
 MODEL_HELP = (
     "Network: a torchvision name, timm:NAME, a checkpoint (with --arch), an .onnx or Keras file, a "
-    "folder written by 'fcvgg convert', or 'demo'."
+    "folder written by 'fcvgg convert', hf:USER/NAME, 'demo', or 'demo:imagenet' (extra [demo])."
 )
 
 Images = Annotated[
-    list[Path], typer.Argument(metavar="IMAGE", help="Image files.", show_default=False)
+    list[Path],
+    typer.Argument(
+        metavar="IMAGE",
+        help="Image files, folders of them, or - for standard input.",
+        show_default=False,
+    ),
+]
+Recursive = Annotated[
+    bool, typer.Option("--recursive", "-r", help="Also take the images of folders in folders.")
+]
+AsJson = Annotated[
+    bool,
+    typer.Option("--json", help="Print one JSON object a line for each image instead of text."),
 ]
 Model = Annotated[str, typer.Option("--model", "-m", metavar="MODEL", help=MODEL_HELP)]
 Weights = Annotated[
@@ -142,13 +162,27 @@ Weights = Annotated[
         "-w",
         metavar="NAME|PATH",
         help="Weights of a torchvision model: their name, such as DEFAULT (downloaded), or a "
-        "checkpoint file.",
+        "checkpoint file. 'ema' for the averaged weights of a checkpoint.",
     ),
 ]
 Arch = Annotated[
     str | None,
     typer.Option(
-        metavar="NAME", help="Torchvision name of a checkpoint's architecture.", show_default=False
+        metavar="NAME",
+        help="A checkpoint's architecture: a torchvision name, or your own class or function that "
+        "makes the model, such as mymodel:MyNet for the class MyNet in mymodel.py.",
+        show_default=False,
+    ),
+]
+Csv = Annotated[
+    Path | None,
+    typer.Option(
+        "--csv",
+        metavar="FILE",
+        dir_okay=False,
+        help="Table to write instead of printing, with a header line.",
+        callback=csv_file,
+        show_default=False,
     ),
 ]
 OutputStride = Annotated[
@@ -159,6 +193,16 @@ OutputStride = Annotated[
         help="Pixels between neighbouring cells: 16, 8, 4, 2 or 1 for VGG. Halving it takes about "
         "four times as long.",
         show_default="the network's own",
+    ),
+]
+MapHead = Annotated[
+    Literal["window", "position"] | None,
+    typer.Option(
+        "--head",
+        metavar="KIND",
+        help="What a cell is: window, or position, a finer map of networks that end in a global "
+        "average pool, such as a ResNet.",
+        show_default="window, or the bundle's own",
     ),
 ]
 OutputFolder = Annotated[
@@ -393,11 +437,12 @@ class NetworkOptions(OwnModel):
     model: Model = "vgg16"
     weights: Weights = "DEFAULT"
     arch: Arch = None
+    head: MapHead = None
     device: Device = "cpu"
 
     def load(self, **options: Any) -> FullyConvolutional:
         """The network; `options` and errors are as for `load_network`."""
-        names = {"weights": self.weights, "arch": self.arch}
+        names = {"weights": self.weights, "arch": self.arch, **head_option(self.head)}
         return load_network(self.model, self, self.device, **names, **options)
 
 
@@ -436,6 +481,11 @@ def with_option_groups(command: Callable[..., None]) -> Callable[..., None]:
 # -- networks and images --------------------------------------------------------------------------
 
 
+def head_option(head: str | None) -> dict[str, str]:
+    """The option of `fcvgg.load`; a bundle has its own where none is given."""
+    return {} if head is None else {"head": head}
+
+
 def load_network(
     model: str, own: OwnModel | None = None, device: str = "cpu", **options: Any
 ) -> FullyConvolutional:
@@ -453,6 +503,8 @@ def load_network(
     place = checked_device(device)
     settings = own.settings()
     activation = None if own.activation is None else checked_activation(own.activation)
+    if ":" in (options.get("arch") or ""):
+        options["arch"] = imported(options["arch"])
     with contextlib.redirect_stdout(sys.stderr):  # torch.hub announces downloads on stdout
         net = load(model, **options, **settings)
     net.preprocess = own.preprocess_for(net.in_channels, net.preprocess)
@@ -460,6 +512,26 @@ def load_network(
         net.activation = activation
         check_activation(net)
     return net.to(place)
+
+
+def imported(name: str) -> Any:
+    """What ``package.module:attribute`` names, in the current folder or installed.
+
+    Raises:
+        ArgumentError: if it cannot be imported.
+    """
+    from fcvgg.errors import one_line
+
+    module, _, attribute = name.partition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())  # as python -m has it
+    try:
+        return functools.reduce(getattr, attribute.split("."), importlib.import_module(module))
+    except Exception as error:  # the user's module may raise anything
+        raise ArgumentError(
+            f"--arch must be a torchvision name or package.module:callable, got {name!r}, which "
+            f"cannot be imported ({type(error).__name__}: {one_line(error)})"
+        ) from error
 
 
 def checked_device(name: str) -> Any:
@@ -501,10 +573,11 @@ class ImageOpener:
         Raises:
             ImageError: if it cannot be opened.
         """
-        from fcvgg.cli.console import note
+        from fcvgg.cli.console import STDIN, note
         from fcvgg.images.lazy.opening import open_image
 
-        source = open_image(image, level, bands=self._bands, nodata=self._nodata)
+        given = io.BytesIO(sys.stdin.buffer.read()) if image == STDIN else image
+        source = open_image(given, level, bands=self._bands, nodata=self._nodata)
         declared = source.nodata
         # NaN enters no score, whether it is declared or not
         unused = self._nodata is None and declared is not None and declared == declared

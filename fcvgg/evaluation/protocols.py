@@ -276,6 +276,7 @@ def evaluate(
     flip: bool = False,
     average: Average = "scores",
     model: nn.Module | None = None,
+    nodata: float | str | None = None,
     progress: bool = False,
 ) -> Evaluation:
     """Accuracy on labelled images, by dense evaluation and by crops.
@@ -299,6 +300,8 @@ def evaluate(
         flip: average in the mirror image; ten-crop and multi-crop always do.
         average: what is averaged over the cells of a dense map, as for ``net.classify``.
         model: the source model to run crops with, in place of the network at its native size.
+        nodata: pixels of this value enter no score, as for `fcvgg.open_image`; an image where a
+            protocol has no cell or no crop with data is left out and listed.
         progress: show a progress bar on stderr.
 
     Raises:
@@ -312,7 +315,7 @@ def evaluate(
     sides = smaller_sides(net.usual_scale if scales is None else scales)
     plan = _Plan(names, sides, checked_flip(flip), _own_view(net) if scales is None else None)
     tallies = {name: _Tally(net.num_classes) for name in names}
-    run = _Run(net, model, data, plan, average)
+    run = _Run(net, model, data, plan, average, nodata)
     with progress_bar("images", data.count, progress) as advance:
         for label, predictions in run.predictions(advance):
             for name, tally in tallies.items():
@@ -397,6 +400,7 @@ class _Run:
     data: LabelledImages
     plan: _Plan
     average: Average
+    nodata: float | str | None = None
     used: int = 0
     unreadable: list[Unreadable] = field(default_factory=list)
     _pending: dict[int, _Pending] = field(default_factory=dict)
@@ -436,7 +440,7 @@ class _Run:
                 self._leave_out(item, advance)
                 continue
             try:
-                image = prepare(item.image, self.net.preprocess, self.net.in_channels)
+                image = prepare(item.image, self.net.preprocess, self.net.in_channels, self.nodata)
             except ImageError as error:
                 self._leave_out(Unreadable(item.name, str(error)), advance)
                 continue
@@ -488,11 +492,9 @@ class _Run:
         batch = batch.to(device_of(reference), dtype_of(reference))
         with torch.no_grad(), evaluating(reference):
             scores = reference(batch)
-        scores = flattened(scores)[0][0]
-        if self.model is not None:
-            return scores.reshape(len(batch), -1)
-        row, col = self.net.native_cell
-        return scores[:, :, row, col]  # (N, K, h, w) -> (N, K)
+        if self.model is None:
+            return self.net.native_scores(scores)[0]  # (N, K)
+        return flattened(scores)[0][0].reshape(len(batch), -1)
 
 
 def _flipped(part: str, pixels: Tensor, flip: bool) -> _Views:

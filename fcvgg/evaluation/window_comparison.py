@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fcvgg.categories import class_index, class_name
-from fcvgg.errors import ImageError
+from fcvgg.errors import ArgumentError, ImageError
 from fcvgg.geometry import Pair
 from fcvgg.images.reading import ImageLike
 from fcvgg.network import FullyConvolutional
@@ -133,8 +133,6 @@ class WindowComparison:
         """
         from matplotlib.figure import Figure
 
-        from fcvgg.results.heatmap import CONTOURS, colour_bar
-
         index = (
             int(self.crops.predict().argmax())
             if target is None
@@ -150,10 +148,10 @@ class WindowComparison:
             (axes[0], self.crops, "model on every window"),
             (axes[1], self.dense, "dense map"),
         ):
-            part.heatmap(index).plot(ax, bar=False)
+            heatmap = part.heatmap(index)
+            heatmap.plot(ax, bar=False)
             ax.set_title(f"{title}: {name}")
-        blended = self.dense.image is not None
-        colour_bar(figure, axes[:2], blended=blended, contours=CONTOURS)
+        heatmap.draw_bar(axes[:2])
         self._plot_error(axes[2])
         self._plot_sides(axes[3])
         return figure
@@ -219,8 +217,14 @@ def compare_windows(
         progress: show a progress bar on stderr.
 
     Raises:
+        ArgumentError: if the network's cells are positions, which stand for no window.
         ImageError: if the image has pixels that are not finite, with which nothing can be compared.
     """
+    if net.head != "window":
+        raise ArgumentError(
+            f"net must have cells that are windows, got head={net.head!r}; convert the model with "
+            "head='window'"
+        )
     dense, index = net.score_map(image, output=output), net.output_index(output)
     unknown = int((~dense.has_data).sum())
     if unknown:

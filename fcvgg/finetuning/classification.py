@@ -21,8 +21,9 @@ class Classification(TrainingModule):
         loss: the loss that `fcvgg.loss_for` gives for the whole classifier.
         classes: the number of classes.
         weights: of the classes in the loss, or None.
-        groups: the parameter groups for a learning rate, of `self.model`.
+        groups: the parameter groups of the model; by default one.
         frozen: keep the model in evaluation mode, where only a linear layer of it is trained.
+        run: computes the model's output from its input, if not by calling it.
     """
 
     unprinted = ("valid_balanced_accuracy",)
@@ -36,22 +37,24 @@ class Classification(TrainingModule):
         classes: int,
         *,
         weights: Tensor | None = None,
-        groups: Callable[[float], list[dict[str, Any]]] | None = None,
+        groups: list[dict[str, Any]] | None = None,
         frozen: bool = False,
+        run: Callable[[Tensor], Any] | None = None,
     ):
         super().__init__()
         metrics = imported("torchmetrics.classification", "train")
         self.model = model
         self.log_probabilities = isinstance(loss, nn.NLLLoss)
         self.frozen = frozen
-        self._groups_at = groups
+        self._groups = groups
+        self._run = run or model.__call__
         self.register_buffer("class_weights", weights, persistent=False)
         self.train_accuracy = metrics.MulticlassAccuracy(classes, average="micro")
         self.valid_accuracy = metrics.MulticlassAccuracy(classes, average="micro")
         self.valid_balanced_accuracy = metrics.MulticlassAccuracy(classes, average="macro")
 
     def groups(self) -> list[dict[str, Any]]:
-        return super().groups() if self._groups_at is None else self._groups_at(self.settings.lr)
+        return super().groups() if self._groups is None else self._groups
 
     def train(self, mode: bool = True) -> Classification:
         super().train(mode)
@@ -60,7 +63,7 @@ class Classification(TrainingModule):
         return self
 
     def forward(self, images: Tensor) -> Any:
-        return self.model(images)
+        return self._run(images)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         return self._step(batch, "train", "accuracy")
@@ -83,7 +86,7 @@ class Classification(TrainingModule):
         return loss
 
     def _scores(self, images: Tensor) -> Tensor:
-        scores = self.model(images)
+        scores = self(images)
         if not isinstance(scores, Tensor) or scores.ndim != 2:
             found = type(scores).__name__
             if isinstance(scores, Tensor):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,16 +12,24 @@ from torch import nn
 from fcvgg.errors import ArgumentError
 from fcvgg.finetuning.pretrained import load_pretrained
 from fcvgg.finetuning.result import MODEL, FineTuned
-from fcvgg.finetuning.strategies import EPOCHS, SCRATCH_RATES, Recipe, choose_strategy
+from fcvgg.finetuning.strategies import (
+    EPOCHS,
+    LEAST_STEPS,
+    SCRATCH_RATES,
+    Recipe,
+    choose_strategy,
+    size_of,
+    with_augment,
+)
 from fcvgg.images.datasets import split_folders
 from fcvgg.images.preprocessing import PreprocessLike
 from fcvgg.images.reading import check_usable
 from fcvgg.loading import DEFAULT_WEIGHTS
 from fcvgg.training.settings import Settings
+from fcvgg.transfer.naming import traced_at
 
 if TYPE_CHECKING:
-    from fcvgg.finetuning.job import Job
-    from fcvgg.training.loop import TrainingRun
+    from fcvgg.finetuning.job import Job, Trained
 
 _DEFAULTS: dict[str, Any] = {"optimizer": "adamw", "patience": 10}
 """Where fine-tuning differs from `Settings`: AdamW adapts to the scale of features."""
@@ -47,7 +55,9 @@ def finetune(
         data: a folder with one folder of images per class, or with parts that hold such folders,
             such as ``train`` and ``valid``; a part ``test`` is not used. See
             `fcvgg.images.datasets`. Files that cannot be read as images are left out and listed.
-        model: a classifier, or a name or file as for `fcvgg.load`. It is not changed.
+        model: a classifier or converted network, or a name, file or bundle as for `fcvgg.load`.
+            Features alone, such as a file saved without the classifier, get a new head. It is not
+            changed.
         folder: the run's folder: ``model`` (the bundle), ``report``, ``best.ckpt``, ``last.ckpt``
             and ``history.csv``; for ``"svm"`` without ``best.ckpt`` and ``history.csv``.
         weights: as for `fcvgg.load`.
@@ -58,8 +68,9 @@ def finetune(
         progress: show bars, and print a line for every epoch, on stderr.
         options: fields of `fcvgg.Recipe` (`strategy`, `size`, `hidden`, `augment`, ...) and of
             `fcvgg.training.Settings` (`epochs`, `lr`, `batch_size`, `seed`, ...). `lr` by default
-            follows the size of the features that the new layers get; `optimizer` is ``"adamw"``,
-            `patience` 10, `epochs` 30 (100 for ``"linear"``).
+            is 1e-3 for new layers or, where their features are small or the optimiser is SGD,
+            follows the features' size; `optimizer` is ``"adamw"``, `patience` 10,
+            `epochs` 30 (100 for ``"linear"``), or what comes to 300 steps.
 
     Raises:
         DatasetError: if the folder holds no such images.
@@ -85,24 +96,26 @@ def finetune(
     source = load_pretrained(model, weights, preprocess, recipe.size)
     for path in (*found.train.paths, *found.valid.paths):
         check_usable(path, source.preprocess)
-    choice = choose_strategy(recipe, source, found.train)
-    settings = _settings(given, choice.strategy)
-    measure_rate = "lr" not in given and choice.strategy != "scratch"
-    with run_folder(folder) as place:
+    if source.headless and recipe.hidden is None:
+        recipe = replace(recipe, hidden=())  # all fully connected layers are new
+    with traced_at(size_of(recipe, source.native)), run_folder(folder) as place:
+        choice = choose_strategy(recipe, source, found.train)
+        recipe = with_augment(recipe, choice.strategy, source)
+        settings = _settings(given, choice.strategy, len(found.train))
+        measure_rate = "lr" not in given and choice.strategy != "scratch"
         job = Job(source, recipe, choice, settings, measure_rate, found, place, resume, progress)
-        result = _evaluate(job, *train(job), began)
+        result = _evaluate(job, train(job), began)
         if is_main_process():
             result.net.save(result.model_path)
             write_report(result)
     return result
 
 
-def _evaluate(
-    job: Job, model: nn.Module, settings: Settings, run: TrainingRun | None, began: float
-) -> FineTuned:
+def _evaluate(job: Job, trained: Trained, began: float) -> FineTuned:
     """Convert and verify a trained classifier, and try it on the held-out images."""
     from fcvgg.finetuning.outputs import probabilities_of
 
+    model = trained.model
     net = job.convert(model, verify=True)
     probabilities = probabilities_of(model, job.valid, net.activation, **job.execution)
     return FineTuned(
@@ -112,13 +125,14 @@ def _evaluate(
         source=job.source.name,
         choice=job.choice,
         recipe=job.recipe,
-        settings=settings,
+        settings=trained.settings,
         classes=job.found.classes,
         counts=job.found.counts,
         skipped=job.found.skipped,
         origin=job.found.origin,
         size=job.size,
-        training=run,
+        training=trained.run,
+        frozen=trained.frozen,
         valid=job.found.valid,
         probabilities=probabilities.numpy(),
         trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
@@ -139,11 +153,11 @@ def _options(options: dict[str, Any]) -> tuple[Recipe, dict[str, Any]]:
     return Recipe(**recipe), given
 
 
-def _settings(given: dict[str, Any], strategy: str) -> Settings:
-    """Those that are given, and defaults by strategy."""
+def _settings(given: dict[str, Any], strategy: str, images: int) -> Settings:
+    """Those that are given, and defaults by strategy and number of training images."""
     defaults = dict(_DEFAULTS)
-    if strategy in EPOCHS:
-        defaults["epochs"] = EPOCHS[strategy]
+    steps = -(-images // given.get("batch_size", Settings.batch_size))
+    defaults["epochs"] = max(EPOCHS.get(strategy, Settings.epochs), -(-LEAST_STEPS // steps))
     if strategy == "scratch":
         defaults["lr"] = SCRATCH_RATES[given.get("optimizer", defaults["optimizer"])]
     return Settings(**{**defaults, **given})

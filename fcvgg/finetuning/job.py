@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -11,14 +12,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset, TensorDataset
 
 from fcvgg.conversion import convert
 from fcvgg.errors import ArgumentError, ConversionError
 from fcvgg.finetuning.classification import Classification
+from fcvgg.finetuning.frozen_trunk import FrozenTrunk, find_trunk
 from fcvgg.finetuning.images import ImageRows
-from fcvgg.finetuning.outputs import frozen_features
+from fcvgg.finetuning.outputs import InputOf, stored_outputs
 from fcvgg.finetuning.pretrained import Pretrained
 from fcvgg.finetuning.strategies import (
     Choice,
@@ -35,6 +37,7 @@ from fcvgg.geometry import Pair
 from fcvgg.images.datasets import LabelledFiles, SplitFolders
 from fcvgg.network import FullyConvolutional
 from fcvgg.probability import UNKNOWN
+from fcvgg.support.memory_text import parsed_memory
 from fcvgg.training.checkpoints import LAST, RUN_KEY, describe_run, read_run, write_checkpoint
 from fcvgg.training.loop import TrainingRun, fit, is_main_process
 from fcvgg.training.normalization import check_batches
@@ -81,11 +84,6 @@ class Job:
         return self.choice.strategy
 
     @property
-    def augmented(self) -> bool:
-        """Whether the training images are varied."""
-        return self.recipe.augmented(self.strategy)
-
-    @property
     def size(self) -> Pair:
         """``(h, w)`` of the network's input."""
         return size_of(self.recipe, self.source.native)
@@ -100,7 +98,7 @@ class Job:
     @property
     def train(self) -> ImageRows:
         """The images to train on."""
-        return self._images(self.found.train, self.augmented)
+        return self._images(self.found.train, bool(self.recipe.augment))
 
     @property
     def valid(self) -> ImageRows:
@@ -120,7 +118,7 @@ class Job:
             "freeze_upto": recipe.freeze_upto,
             "hidden": recipe.hidden,
             "resize": recipe.resize.replace("center", "centre"),  # as in earlier checkpoints
-            "augment": self.augmented,
+            "augment": bool(recipe.augment),
             "class_weights": recipe.class_weights,
             "training_images": len(self.found.train),
             "held_out_images": len(self.found.valid),
@@ -142,20 +140,33 @@ class Job:
         self, model: nn.Module, layer: nn.Module, images: Dataset[Any], what: str
     ) -> TensorDataset:
         """The inputs ``(N, D)`` of a fully connected layer for every image, with the labels."""
-        return frozen_features(model, layer, images, what, **self.execution)
+        return stored_outputs(InputOf(model, layer), images, what, **self.execution)
 
     def _images(self, files: LabelledFiles, augment: bool = False) -> ImageRows:
         return ImageRows(files, self.source.preprocess, self.size, self.recipe.resize, augment)
 
 
-def train(job: Job) -> tuple[nn.Module, Settings, TrainingRun | None]:
-    """Train the classifier of a run.
+@dataclass(frozen=True)
+class Trained:
+    """The trained classifier of a run.
 
-    Returns:
-        The classifier, how it was trained, and its epochs; ``"svm"`` has none.
+    Attributes:
+        model: the classifier, in evaluation mode.
+        settings: how it was trained.
+        run: its epochs; None for ``"svm"``.
+        frozen: what was done with the frozen layers, in one phrase; ``""`` where all are trained.
     """
+
+    model: nn.Module
+    settings: Settings
+    run: TrainingRun | None
+    frozen: str
+
+
+def train(job: Job) -> Trained:
+    """Train the classifier of a run."""
     if job.strategy == "svm":
-        return _train_svm(job), job.settings, None
+        return Trained(_train_svm(job), job.settings, None, "")
     classes, seed = len(job.found.classes), job.settings.seed
     model = prepare_model(job.source, job.strategy, job.recipe, classes, seed)
     _check_scores(job.convert(model, verify=False))  # refused before any time is spent
@@ -165,9 +176,9 @@ def train(job: Job) -> tuple[nn.Module, Settings, TrainingRun | None]:
     if job.measure_rate:
         job = replace(job, settings=replace(job.settings, lr=_measured_rate(model, job)))
     # the features of images that never vary are computed once, not in every epoch
-    last_only = job.strategy == "linear" and not job.augmented
-    run = _train_last(model, job) if last_only else _train_all(model, job)
-    return model.eval(), job.settings, run
+    last_only = job.strategy == "linear" and not job.recipe.augment
+    run, frozen = (_train_last if last_only else _train_all)(model, job)
+    return Trained(model.eval(), job.settings, run, frozen)
 
 
 def _check_scores(net: FullyConvolutional) -> None:
@@ -205,22 +216,49 @@ def _train_svm(job: Job) -> nn.Module:
     return model
 
 
-def _train_last(model: nn.Module, job: Job) -> TrainingRun:
+def _train_last(model: nn.Module, job: Job) -> tuple[TrainingRun, str]:
     """Train the last layer of a model in place, on features that are computed once."""
     last = _new_layers(model, job.recipe)[-1]
     train = job.features(model, last, job.train, "to train on")
     valid = job.features(model, last, job.valid, "held out")
     # the last layer gives logits, also where the model ends in a softmax
-    return _fit(last, nn.CrossEntropyLoss(), train, valid, job)
+    run = _fit(last, nn.CrossEntropyLoss(), train, valid, job)
+    return run, "the frozen layers were computed once for each image"
 
 
-def _train_all(model: nn.Module, job: Job) -> TrainingRun:
-    """Train what is not frozen of a model in place, on images."""
+def _train_all(model: nn.Module, job: Job) -> tuple[TrainingRun, str]:
+    """Train what is not frozen of a model in place."""
+    loss = loss_for(model)
+    groups = rates(model, job.strategy, job.settings.lr, job.recipe.hidden)
+    trunk = find_trunk(model, job.size, job.source.preprocess.channels)
+    if trunk is None:
+        return _fit(model, loss, job.train, job.valid, job, groups), ""
+    folder, said = _place_for_features(trunk, job)
+    if said.startswith(_AGAIN):
+        return _fit(model, loss, job.train, job.valid, job, groups), said
+    train, valid = (
+        trunk.features(images, what, folder, **job.execution)
+        for images, what in ((job.train, "to train on"), (job.valid, "held out"))
+    )
+    with trunk.skipped() as run:
+        return _fit(model, loss, train, valid, job, groups, run), said
 
-    def groups(lr: float) -> list[dict[str, Any]]:
-        return rates(model, job.strategy, lr, job.recipe.hidden)
 
-    return _fit(model, loss_for(model), job.train, job.valid, job, groups)
+_AGAIN = "the frozen layers were computed in every epoch"
+
+
+def _place_for_features(trunk: FrozenTrunk, job: Job) -> tuple[Path | None, str]:
+    """The folder for features that memory does not hold, and what is done with them, in words."""
+    if job.recipe.augment:
+        return None, f"{_AGAIN}, since the training images vary"
+    size = trunk.bytes_per_image() * (len(job.found.train) + len(job.found.valid))
+    amount = f"{size / 2**20:,.1f} MiB"
+    limit = parsed_memory(job.recipe.cache) if job.recipe.cache not in (None, 0, "0") else 0
+    if size <= limit:
+        return None, f"the frozen layers were computed once for each image ({amount} in memory)"
+    if limit and shutil.disk_usage(job.folder).free > 2 * size:
+        return job.folder, f"the frozen layers were computed once for each image ({amount} on disk)"
+    return None, f"{_AGAIN}, " + (f"since their features take {amount}" if limit else "as asked")
 
 
 def _fit(
@@ -229,7 +267,8 @@ def _fit(
     train: Any,
     valid: Any,
     job: Job,
-    groups: Callable[[float], list[dict[str, Any]]] | None = None,
+    groups: list[dict[str, Any]] | None = None,
+    run: Callable[[Tensor], Any] | None = None,
 ) -> TrainingRun:
     counts = [count for count, _ in job.found.counts.values()]
     module = Classification(
@@ -239,6 +278,7 @@ def _fit(
         weights=balanced_weights(counts) if job.recipe.class_weights == "balanced" else None,
         groups=groups,
         frozen=job.strategy == "linear",
+        run=run,
     )
     return fit(
         module,

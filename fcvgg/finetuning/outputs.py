@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from itertools import count
+from math import prod
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -39,27 +44,68 @@ def outputs_of(
         model.cpu()
 
 
-def frozen_features(
-    model: nn.Module, layer: nn.Module, images: Dataset[Any], what: str, **execution: Any
+class InputOf(nn.Module):
+    """A model up to the input of one of its layers, or of a later call of it."""
+
+    def __init__(self, model: nn.Module, layer: nn.Module, call: int = 0):
+        super().__init__()
+        self.model = model
+        self.layer = layer
+        self.call = call
+
+    def forward(self, images: Tensor) -> Tensor:
+        calls = count()
+
+        def stop(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            if next(calls) == self.call:
+                raise _ReachedError(inputs[0])
+
+        handle = self.layer.register_forward_pre_hook(stop)
+        try:
+            self.model(images)
+        except _ReachedError as reached:
+            return reached.args[0]  # type: ignore[no-any-return]
+        finally:
+            handle.remove()
+        raise AssertionError("the layer is not called")
+
+
+class _ReachedError(Exception):
+    """Ends a pass through a model, with what has come to the layer."""
+
+
+def on_disk(folder: Path, shape: tuple[int, ...]) -> Tensor:
+    """A float32 tensor in a file of a folder, which goes when the tensor does."""
+    with tempfile.NamedTemporaryFile(dir=folder, prefix=".features-") as file:
+        if hasattr(os, "posix_fallocate"):  # else a full disk ends the process at a write
+            os.posix_fallocate(file.fileno(), 0, 4 * prod(shape))
+        values = torch.from_file(file.name, shared=True, size=prod(shape))
+    return values.view(shape)
+
+
+def stored_outputs(
+    model: nn.Module,
+    images: Dataset[Any],
+    what: str,
+    store: Callable[[tuple[int, ...]], Tensor] = torch.empty,
+    **execution: Any,
 ) -> TensorDataset:
-    """The inputs ``(N, D)`` of a fully connected layer for every image, with the labels.
+    """A model's outputs ``(N, ...)`` in float32 for every image, with the labels.
 
-    In evaluation mode, so that dropout has no effect. `execution` is as for `outputs_of`.
+    In evaluation mode, so that dropout has no effect. `store` makes the tensor of a shape that
+    holds them; `execution` is as for `outputs_of`.
     """
-    rows: list[Tensor] = []
+    values: Tensor | None = None
     labels: list[Tensor] = []
-
-    def keep(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        rows.append(inputs[0].float().cpu())
-
-    handle = layer.register_forward_pre_hook(keep)
-    try:
-        labels.extend(
-            truth for _, truth in outputs_of(model, images, f"features, {what}", **execution)
-        )
-    finally:
-        handle.remove()
-    return TensorDataset(torch.cat(rows), torch.cat(labels))
+    done = 0
+    for rows, truth in outputs_of(model, images, f"features, {what}", **execution):
+        if values is None:
+            values = store((len(images), *rows.shape[1:]))  # type: ignore[arg-type]
+        values[done : done + len(rows)] = rows.cpu()
+        done += len(rows)
+        labels.append(truth)
+    assert values is not None
+    return TensorDataset(values, torch.cat(labels))
 
 
 def probabilities_of(

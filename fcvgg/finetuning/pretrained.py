@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from contextlib import suppress
 from dataclasses import dataclass
 from inspect import signature
@@ -10,19 +11,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from fcvgg.conversion import unwrapped
+from fcvgg import demo
 from fcvgg.errors import ArgumentError, ConversionError, InputSizeError, PreprocessError
 from fcvgg.geometry import Pair, checked_size
 from fcvgg.images.pipelines import check_preprocess, given_preprocess, is_pipeline
 from fcvgg.images.preprocessing import Preprocess, PreprocessLike
-from fcvgg.loading import read_source
+from fcvgg.loading import load, read_source
+from fcvgg.network import FullyConvolutional
 from fcvgg.rewriting.capture import capture, input_channels
 from fcvgg.rewriting.native_size import infer_input_size
 from fcvgg.rewriting.rules import is_known
+from fcvgg.serialization import hub
 from fcvgg.sources import torchvision_model
 from fcvgg.support.module_state import dtype_of
+from fcvgg.transfer.sources import source_of
 
 
 @dataclass(frozen=True)
@@ -34,12 +38,14 @@ class Pretrained:
         name: the name or path that it was loaded by, or its class.
         preprocess: how images become its input.
         native: its native size ``(h, w)``.
+        headless: whether its fully connected layers are random, since the source has none.
     """
 
     model: nn.Module
     name: str
     preprocess: Preprocess
     native: Pair
+    headless: bool = False
 
 
 def load_pretrained(
@@ -51,14 +57,13 @@ def load_pretrained(
     """The classifier of a name, a file or a module.
 
     Args:
-        model: a classifier, or a name or file as for `fcvgg.load`.
+        model: a classifier or converted network, or a name, file or bundle as for `fcvgg.load`.
         weights: as for `fcvgg.load`.
         preprocess: how images become input, or a function that gives it for a number of channels
             and, if it takes a second argument, the source's preprocessing; the source's when None.
         size: the native size of a classifier whose native size cannot be inferred.
 
     Raises:
-        ArgumentError: if `model` is a bundle.
         PreprocessError: if the preprocessing is unknown.
         InputSizeError: if the native size cannot be inferred and `size` is None.
     """
@@ -66,17 +71,16 @@ def load_pretrained(
     if by_channels is None:
         check_preprocess(preprocess)
     known: dict[str, Any] = {}
+    name = str(model) if isinstance(model, (str, Path)) else type(model).__name__
+    if isinstance(model, (str, Path)) and _is_bundle(name):
+        model = load(model)
+    if isinstance(model, FullyConvolutional):
+        known = {"preprocess": model.preprocess, "input_size": model.input_size}
+        name = model.source if name == "FullyConvolutional" else name
     if isinstance(model, (str, Path)):
-        name = str(model)
-        if name not in ("demo", *torchvision_model.names()) and Path(name).is_dir():
-            raise ArgumentError(
-                f"model must be a classifier, got {name}, a converted network; its head cannot be "
-                "replaced, so pass its source model, or its name and weights"
-            )
-        classifier, known = read_source(name, None, weights)
+        classifier, known = read_source(name, None, weights, headless=True)
     else:
-        classifier = unwrapped(model)
-        name = type(classifier).__name__
+        classifier = source_of(model)
     channels = input_channels(classifier)
     if by_channels is not None:
         arguments = channels, known.get("preprocess")
@@ -89,9 +93,34 @@ def load_pretrained(
         )
     if dtype_of(classifier) != torch.float32:  # as images and new layers are
         classifier = copy.deepcopy(classifier).float()
-    native = _native(classifier, known.get("input_size"), size)
-    _check_output(classifier, native)
-    return Pretrained(classifier, name, used, native)
+    with_head, native = _with_head(classifier, known.get("input_size"), size)
+    headless = with_head is not classifier or "headless" in known
+    _check_output(with_head, native)
+    return Pretrained(with_head, name, used, native, headless)
+
+
+def _is_bundle(name: str) -> bool:
+    named = name in (*demo.MODELS, *torchvision_model.names())
+    return name.startswith(hub.PREFIX) or (not named and Path(name).is_dir())
+
+
+_USUAL_SIZE = 224
+
+
+def _with_head(
+    model: nn.Module, known: int | Pair | None, size: int | Pair | None
+) -> tuple[nn.Module, Pair]:
+    """A classifier and its native size; features that end in a map get a linear layer on them."""
+    at = checked_size(size or known or _USUAL_SIZE)
+    with suppress(ConversionError):  # what cannot be traced is reported in its own words
+        captured = capture(model, at, is_known)
+        results = next(n for n in captured.graph.nodes if n.op == "output").all_input_nodes
+        value = results[0].meta.get("value") if captured.outputs.is_tensor else None
+        if isinstance(value, Tensor) and value.ndim == 4 and value[0, 0].numel() > 1:
+            head = nn.Linear(value[0].numel(), 1)
+            parts = {"features": model, "flatten": nn.Flatten(), "classifier": nn.Sequential(head)}
+            return nn.Sequential(OrderedDict(parts)).eval(), at
+    return model, _native(model, known, size)
 
 
 def _check_output(model: nn.Module, size: Pair) -> None:

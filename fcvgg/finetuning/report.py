@@ -18,7 +18,6 @@ from fcvgg.images.reading import read_picture
 from fcvgg.names import readable
 from fcvgg.network import FullyConvolutional
 from fcvgg.results.figures import save_figure
-from fcvgg.results.heatmap import colour_bar
 from fcvgg.support.atomic import atomic_file
 
 if TYPE_CHECKING:
@@ -141,13 +140,14 @@ def _mistakes(result: FineTuned, places: list[int]) -> Figure:
         axes[0].imshow(picture.image, cmap="gray")
         axes[0].set_title(readable(result.valid.paths[place].name), fontsize=9, parse_math=False)
         for ax, index in zip(axes[1:], (predicted, other)):
-            ax.imshow(score_map.heatmap(index).overlay())
+            heatmap = score_map.heatmap(index)
+            ax.imshow(heatmap.overlay())
             role = "true" if index == truth else "predicted" if index == predicted else "second"
             title = f"{role}: {result.classes[index]}, {probabilities[index]:.2f}"
             ax.set_title(title, fontsize=9, parse_math=False)
         for ax in axes:
             ax.set_axis_off()
-    colour_bar(figure, grid[:, 2].tolist())
+    heatmap.draw_bar(grid[:, 2], ())
     return figure
 
 
@@ -218,12 +218,10 @@ def _mistake(result: FineTuned, place: int) -> tuple[Any, ...]:
 
 
 def _settings(result: FineTuned) -> dict[str, Any]:
-    strategy = result.choice.strategy
     return {
         **asdict(result.recipe),
-        "strategy": strategy,
+        "strategy": result.choice.strategy,
         "size": result.size,
-        "augment": result.recipe.augmented(strategy),
         **(asdict(result.settings) if result.training is not None else {}),
     }
 

@@ -49,6 +49,7 @@ class FineTuned:
         origin: how the held-out images were chosen.
         size: ``(h, w)`` at which it was trained.
         training: epochs and checkpoints; None for ``"svm"``, which has none.
+        frozen: what was done with the frozen layers, in one phrase; ``""`` where all are trained.
         valid: the held-out images.
         probabilities: of the classes ``(N, K)`` for every held-out image.
         trained: the number of parameters that were trained.
@@ -69,6 +70,7 @@ class FineTuned:
     origin: str
     size: Pair
     training: TrainingRun | None
+    frozen: str
     valid: LabelledFiles
     probabilities: NDArray[Any]
     trained: int
@@ -126,11 +128,17 @@ class FineTuned:
         lines = [
             f"{self.source}, strategy {self.choice.strategy}: {self.choice.reason}",
             f"{self.trained:,} of {self.parameters:,} parameters trained at "
-            f"{self.size[0]}x{self.size[1]} pixels in {self.seconds:.0f} s{self._epochs()}",
+            f"{self.size[0]}x{self.size[1]} pixels in {self.seconds:.0f} s{self._epochs()}"
+            + (self.frozen and f"; {self.frozen}"),
             f"held out: {right} of {held_out} images right ({self.accuracy:.1%}), "
             + self._by_class(),
             str(self.net.equivalence),
         ]
+        if self.training is not None and self.training.still_improving and self.accuracy < 1:
+            lines.append(
+                "still improving at the last epoch; more epochs or a larger rate may do better "
+                "(epochs and lr, --epochs and --lr)"
+            )
         predicted = set(self.probabilities.argmax(1).tolist())
         if len(predicted) == 1 < len(set(self.valid.labels)):
             lines.insert(

@@ -77,7 +77,12 @@ class PreparedImage:
         return preprocess.normalized(values.pixels)
 
 
-def prepare(image: Any, preprocess: Preprocess | None, channels: int) -> PreparedImage:
+def prepare(
+    image: Any,
+    preprocess: Preprocess | None,
+    channels: int,
+    nodata: float | str | None = None,
+) -> PreparedImage:
     """Read an image for a network of `channels` input channels.
 
     Args:
@@ -85,15 +90,17 @@ def prepare(image: Any, preprocess: Preprocess | None, channels: int) -> Prepare
             `fcvgg.images.lazy.opening.strip_source` takes, which is read whole.
         preprocess: the network's; None if it is unknown.
         channels: of the network.
+        nodata: as for `fcvgg.open_image`.
 
     Raises:
         ImageError: if it cannot be used as an image.
         PreprocessError: if it needs preprocessing and the network's is unknown.
+        ArgumentError: if `nodata` is given for what is open already, or preprocessed.
     """
     how = "bilinear" if preprocess is None else preprocess.interpolation
     if isinstance(image, Tensor) and image.is_floating_point():
         # it stays on its device and in its graph
-        check_preprocessed(strip_source(image, channels), channels)
+        check_preprocessed(strip_source(image, channels, nodata), channels)
         pixels = image if image.ndim == 4 else image[None]
         return PreparedImage(_size(pixels), pixels=pixels, interpolation=how)
     if isinstance(image, Picture):
@@ -108,7 +115,7 @@ def prepare(image: Any, preprocess: Preprocess | None, channels: int) -> Prepare
     if isinstance(image, (str, os.PathLike, Image.Image)) or is_file(image):
         # known to be pixels before it is opened
         checked_preprocess(preprocess, channels)
-    source = strip_source(image, channels)
+    source = strip_source(image, channels, nodata)
     if source.preprocessed:
         check_preprocessed(source, channels)
         pixels = torch.from_numpy(np.array(source.whole()))[None]
@@ -171,7 +178,7 @@ def smaller_sides(scales: Iterable[int] | int) -> tuple[int, ...]:
             "scales must be smaller sides in pixels, or None to keep the image's size, got "
             f"{scales!r}"
         )
-    return tuple(_checked_side(side) for side in sides)
+    return tuple(_checked_side(side, "scales") for side in sides)
 
 
 def checked_flip(flip: Any) -> bool:
@@ -186,12 +193,13 @@ def with_smallest_side(image: PreparedImage, side: int) -> PreparedImage:
 
     Results then refer to the new pixels, and preprocessing does not resize it again.
     """
-    return with_size(image, size_of_side(image.size, _checked_side(side)))
+    return with_size(image, size_of_side(image.size, _checked_side(side, "scale")))
 
 
-def _checked_side(side: Any) -> int:
+def _checked_side(side: Any, name: str) -> int:
     if not isinstance(side, (int, np.integer)) or isinstance(side, bool) or side < 1:
-        raise ImageError(f"scales must be positive integers, in pixels, got {side!r}")
+        must = "a positive integer" if name == "scale" else "positive integers"
+        raise ImageError(f"{name} must be {must}, in pixels, got {side!r}")
     return int(side)
 
 

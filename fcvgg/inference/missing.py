@@ -20,7 +20,7 @@ from fcvgg.errors import UnsupportedLayerError
 from fcvgg.geometry import Geometry, KernelGeometry, KernelPair
 from fcvgg.inference.stages import Stage, stages_of
 from fcvgg.rewriting.modules import cut_to
-from fcvgg.rewriting.sliding import Sliding
+from fcvgg.rewriting.sliding import Part, Sliding
 
 
 @dataclass(frozen=True)
@@ -50,10 +50,13 @@ class Reader:
         """The same as a stage, for strips of the image that come with their border."""
         if self.windows == (KernelGeometry(), KernelGeometry()):
             return Stage("missing", self.inputs, 1, call=self.seen)
-        height, width = (KernelGeometry(w.kernel, w.stride, w.dilation) for w in self.windows)
-        inner = Reader(self.inputs, (height, width))
-        sliding = Sliding(self.windows, lambda mask, part: inner.seen([mask]), border=self.border)
-        return Stage("missing", self.inputs, 1, sliding)
+
+        def run(mask: Tensor, part: Part) -> Tensor:
+            height, width = self.windows
+            inner = height.within(*part.rows), width.within(*part.cols)
+            return Reader(self.inputs, inner).seen([mask])
+
+        return Stage("missing", self.inputs, 1, Sliding(self.windows, run, border=self.border))
 
 
 def _seen_along(mask: Tensor, dim: int, window: KernelGeometry, border: str) -> Tensor:
@@ -65,7 +68,7 @@ def _seen_along(mask: Tensor, dim: int, window: KernelGeometry, border: str) -> 
     first = first * window.stride - window.before
     result: Tensor | None = None
     for tap in range(window.kernel):
-        places = first + tap * window.dilation
+        places = (first + tap * window.dilation) // window.repeats
         outside = (places < 0) | (places >= size)
         hit = mask.index_select(dim, places_within(places, size, border))
         if border == "constant" and bool(outside.any()):

@@ -85,7 +85,8 @@ class ImagePrediction(TakesPreprocess):
         if type(output) is int and 0 <= output < count:
             return output
         names = f" or one of {', '.join(map(repr, self.outputs))}" if any(self.outputs) else ""
-        raise ArgumentError(f"output must be from 0 to {count - 1}{names}, got {output!r}")
+        numbers = "0, the only one" if count == 1 else f"from 0 to {count - 1}"
+        raise ArgumentError(f"output must be {numbers}{names}, got {output!r}")
 
     def activation_of(self, output: int | str = 0) -> str:
         """What the scores of one output are.
@@ -263,6 +264,7 @@ class ImagePrediction(TakesPreprocess):
             categories=self.categories if output == 0 else None,
             activation=activation,
             image=image.picture,
+            could_have_positions=self.program.could_have_positions,
         )
 
     def _score_map_at(self, image: PreparedImage, scale: int, output: int) -> ScoreMap:

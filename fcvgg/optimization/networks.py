@@ -113,6 +113,10 @@ class OptimizedNetwork(FullyConvolutional):
             )
         return self._plain[0]
 
+    def classifier(self) -> nn.Module:
+        """That of the plain network."""
+        return self.plain.classifier()
+
     def release(self) -> None:
         """Let go of the plain network; its weights are freed if nobody else holds them."""
         self._plain = ()
@@ -193,9 +197,9 @@ class OptimizedNetwork(FullyConvolutional):
             raise FcvggError(_FIXED.format("move or cast"))
         return self
 
-    def save(self, path: str | Path) -> Path:
+    def save(self, path: str | Path, **options: Any) -> Path:
         """Write the plain network's bundle; call `fcvgg.optimize` again after loading it."""
-        return self.plain.save(path)
+        return self.plain.save(path, **options)
 
     def export(self, path: str | Path) -> ExportedFile:
         """Write the plain network for other runtimes."""
@@ -346,9 +350,7 @@ class _CentreScores(nn.Module):
 
     def forward(self, images: Tensor) -> Any:
         maps = self.net(images.to(dtype_of(self.net)))
-        row, col = self.net.native_cell
-        tensors, form = flattened(maps)
-        return form.filled([m[:, :, row, col] for m in tensors])
+        return flattened(maps)[1].filled(self.net.native_scores(maps))
 
 
 def _check_network(net: Any) -> None:

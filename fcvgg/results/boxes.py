@@ -1,4 +1,4 @@
-"""The windows of cells as boxes on the image, and the best of those that overlap."""
+"""Boxes on the image: the best windows of cells, and the regions above a threshold."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
 from torchvision.ops import nms
 
 from fcvgg.errors import check_share
 from fcvgg.geometry import Geometry, Pair
 
-OVERLAP = 0.3
+IOU_THRESHOLD = 0.3
 """Intersection over union: neighbouring windows have more at common strides, and windows on two
 objects that stand apart have less."""
 
@@ -51,10 +52,10 @@ class CellWindows:
             np.concatenate([part.scores for part in parts]),
         )
 
-    def best(self, threshold: float, overlap: float, image_size: Pair) -> list[ScoredBox]:
+    def best(self, threshold: float, iou_threshold: float, image_size: Pair) -> list[ScoredBox]:
         """Boxes within the image by non-maximum suppression, the most probable first."""
         check_share("threshold", threshold)
-        check_share("overlap", overlap)
+        check_share("iou_threshold", iou_threshold)
         chosen = self.scores >= threshold
         limits = np.array(image_size * 2)
         boxes = np.round(self.boxes[chosen]).clip(0, limits)  # (n, 4): top, left, bottom, right
@@ -62,12 +63,9 @@ class CellWindows:
         # a window that lies wholly outside the image is empty once it is clipped
         inside = (boxes[:, 2:] > boxes[:, :2]).all(1)
         boxes, scores = boxes[inside], scores[inside]
-        kept = nms(torch.from_numpy(boxes[:, [1, 0, 3, 2]]), torch.from_numpy(scores), overlap)
-        edges, scores = boxes[kept.numpy()].astype(int), scores[kept.numpy()]
-        return [
-            ScoredBox(top, left, bottom, right, score)
-            for (top, left, bottom, right), score in zip(edges.tolist(), scores.tolist())
-        ]
+        corners = torch.from_numpy(boxes[:, [1, 0, 3, 2]])
+        kept = nms(corners, torch.from_numpy(scores), iou_threshold).numpy()
+        return _scored(boxes[kept].astype(int), scores[kept])
 
 
 def cell_windows(
@@ -86,3 +84,124 @@ def cell_windows(
     boxes = np.empty((*probabilities.shape, 4))
     boxes[..., 0::2], boxes[..., 1::2] = rows[:, None], cols[None]
     return CellWindows(boxes.reshape(-1, 4), probabilities.reshape(-1).astype(np.float64))
+
+
+def _scored(edges: NDArray[np.int_], scores: NDArray[np.float64]) -> list[ScoredBox]:
+    return [
+        ScoredBox(top, left, bottom, right, score)
+        for (top, left, bottom, right), score in zip(edges.tolist(), scores.tolist())
+    ]
+
+
+# -- connected regions ----------------------------------------------------------------------------
+
+
+def region_boxes(values: NDArray[np.float32], chosen: NDArray[np.bool_]) -> list[ScoredBox]:
+    """The boxes of connected regions, with their highest value, the highest first.
+
+    Pixels are neighbours across an edge, not across a corner.
+
+    Args:
+        values: ``(H, W)``, known where `chosen` is.
+        chosen: bool ``(H, W)``.
+    """
+    steps = np.diff(np.pad(chosen, ((0, 0), (1, 1))).astype(np.int8), axis=1)
+    rows, first = np.nonzero(steps == 1)  # runs of chosen pixels, in reading order
+    end = np.nonzero(steps == -1)[1]
+    if not len(rows):
+        return []
+    # a gap of one pixel keeps the runs of a row apart from those of the next
+    width = chosen.shape[1] + 1
+    starts, ends = rows * width + first, rows * width + end
+    region = _joined(*_touching(starts, ends, width), len(rows))
+    gapped = np.pad(values, ((0, 0), (0, 1))).ravel()
+    highest = np.maximum.reduceat(gapped, np.stack([starts, ends], 1).ravel())[::2]
+    order = np.argsort(region, kind="stable")
+    begin = np.flatnonzero(np.diff(region[order], prepend=-1))
+    low, high = np.minimum, np.maximum
+    found = ((low, rows), (low, first), (high, rows + 1), (high, end), (high, highest))
+    *edges, scores = (reduce.reduceat(each[order], begin) for reduce, each in found)
+    best = np.argsort(-scores, kind="stable")
+    return _scored(np.stack(edges, 1)[best], scores[best])
+
+
+def _touching(
+    starts: NDArray[np.int64], ends: NDArray[np.int64], width: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Pairs of runs, a row of `width` apart, that have a column in common."""
+    low = np.searchsorted(ends, starts - width, "right")
+    count = np.searchsorted(starts, ends - width, "left") - low
+    below = np.repeat(np.arange(len(starts)), count)
+    before = np.cumsum(count) - count
+    return low[below] + np.arange(len(below)) - before[below], below
+
+
+def _joined(one: NDArray[np.int64], other: NDArray[np.int64], count: int) -> NDArray[np.int64]:
+    """The smallest member of the component of each of `count` nodes, which pairs connect."""
+    least = np.arange(count)
+    while True:
+        a, b = least[one], least[other]
+        if (a == b).all():
+            return least
+        np.minimum.at(least, np.maximum(a, b), np.minimum(a, b))
+        while (least[least] != least).any():
+            least = least[least]
+
+
+# -- drawing --------------------------------------------------------------------------------------
+
+_LINE, _HALO = "white", "black"
+
+
+def draw_boxes(image: Image.Image, boxes: Iterable[ScoredBox]) -> Image.Image:
+    """The image with every box's outline and score; the pixels of a box are inside its line.
+
+    A score stands where it is whole and covers no other, those of the best boxes first, and is
+    left out where there is no such place.
+    """
+    draw = ImageDraw.Draw(image)
+    wide = max(round(min(image.size) / 200), 1)
+    font = ImageFont.load_default(max(min(image.size) / 32, 9))
+    ordered = sorted(boxes, key=lambda box: box[4])
+    for top, left, bottom, right, _ in ordered:
+        edges = (left, top, right - 1, bottom - 1)
+        inner = tuple(e + d * wide for e, d in zip(edges, (1, 1, -1, -1)))
+        if inner[2] > inner[0] and inner[3] > inner[1]:
+            draw.rectangle(inner, outline=_HALO, width=wide)
+        draw.rectangle(edges, outline=_LINE, width=wide)
+    written: list[tuple[float, ...]] = []
+    for box in reversed(ordered):
+        text = f"{box[4]:.2f}"
+        size = draw.textbbox((0, 0), text, font, anchor="lt", stroke_width=wide)[2:]
+        place = _free_place(box, (size[0] + wide, size[1] + wide), 2 * wide, image.size, written)
+        if place is not None:
+            written.append(place)
+            at = (place[0] + wide, place[1] + wide)
+            draw.text(at, text, _LINE, font, "lt", stroke_width=wide, stroke_fill=_HALO)
+    return image
+
+
+def _free_place(
+    box: ScoredBox,
+    size: tuple[float, float],
+    gap: int,
+    limits: tuple[int, int],
+    taken: list[tuple[float, ...]],
+) -> tuple[float, ...] | None:
+    """Left, top, right and bottom of a text at one of a box's corners, inside or outside."""
+    top, left, bottom, right, _ = box
+    wide, high = size
+    inside = (left + gap, right - gap - wide), (top + gap, bottom - gap - high)
+    outside = (left, right - wide), (top - high, bottom)
+    for xs, ys in (outside, inside):  # outside, a text hides nothing that was found
+        for y in ys:
+            for x in xs:
+                place = (x, y, x + wide, y + high)
+                within = x >= 0 and y >= 0 and place[2] <= limits[0] and place[3] <= limits[1]
+                if within and not any(_overlap(place, other) for other in taken):
+                    return place
+    return None
+
+
+def _overlap(one: tuple[float, ...], other: tuple[float, ...]) -> bool:
+    return all(one[i] < other[i + 2] and other[i] < one[i + 2] for i in (0, 1))

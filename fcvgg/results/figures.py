@@ -7,13 +7,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fcvgg.categories import class_name
 from fcvgg.errors import ArgumentError, ImageError
 from fcvgg.geometry import Pair
 from fcvgg.results.colours import class_colours
-from fcvgg.results.drawing import DRAWN, draw_legend, extent_of, frame, reduction, resized
-from fcvgg.results.heatmap import ALPHA, COLOUR_MAP, CONTOURS, Heatmap, colour_bar
+from fcvgg.results.drawing import (
+    DRAWN,
+    draw_legend,
+    extent_of,
+    frame,
+    on_middle_grey,
+    reduction,
+    resized,
+    saved_by_figure,
+)
+from fcvgg.results.heatmap import Heatmap, OverlayOptions
 from fcvgg.support.atomic import FIGURE_ENDINGS, atomic_file, checked_file
 
 if TYPE_CHECKING:
@@ -21,6 +31,7 @@ if TYPE_CHECKING:
 
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from typing_extensions import Unpack
 
     from fcvgg.results.score_map import ScoreMap
 
@@ -29,6 +40,9 @@ CELL_COLOUR_MAP = "viridis"
 
 _PANEL, _BARS, _TITLE = 4.0, 1.9, 0.35
 """Inches: a panel's width, both colour bars' width with their labels, the titles' height."""
+
+_GALLERY = 2.4
+"""Inches: the height of a gallery's photographs."""
 
 _FADED = 0.35
 
@@ -62,10 +76,34 @@ def side_by_side(score_map: ScoreMap, target: int | str | None = None) -> Figure
     show_image(photograph, score_map, "RGB")
     photograph.set_title(f"photograph: {image.height} x {image.width} pixels")
     _plot_cells(cells, score_map, index)
-    draw_heatmap(heatmap, score_map, index, contours=())
-    colour_bar(figure, heatmap)
+    draw_heatmap(heatmap, score_map, index, contours=()).draw_bar(heatmap, ())
     name = class_name(index, score_map.categories)
     heatmap.set_title(f"heatmap: probability of {name!r}")
+    return figure
+
+
+def gallery(score_maps: Sequence[ScoreMap], targets: Sequence[int | str | None]) -> Figure:
+    """Photographs in a row, and below each the heatmap of one class, with one colour bar.
+
+    Args:
+        score_maps: of one network, of images that are known (`ScoreMap.image`).
+        targets: a class index or category name for each; None for the top class of the average.
+    """
+    from matplotlib.figure import Figure
+
+    widths = [one.image_size[1] / one.image_size[0] for one in score_maps]  # at one height
+    figure = Figure(
+        figsize=(_GALLERY * sum(widths) + _BARS / 2, 2 * (_GALLERY + _TITLE)),
+        dpi=110,
+        layout="constrained",
+    )
+    columns = figure.subplots(2, len(widths), width_ratios=widths, squeeze=False).T
+    for (photograph, map_), one, target in zip(columns, score_maps, targets):
+        show_image(photograph, one, "RGB")
+        heatmap = draw_heatmap(map_, one, one.index_of(target), contours=())
+        y, x = heatmap.peak
+        map_.set_title(f"{heatmap.label}: {heatmap.values[y, x]:.2f}", parse_math=False)
+    heatmap.draw_bar(columns[:, 1], ())
     return figure
 
 
@@ -160,7 +198,7 @@ TOP = 5
 MOST_COLOURED = 7
 """Classes that a figure can tell apart by colour."""
 
-_OTHERS = "#777777"
+_OTHERS = np.full(3, 0.47)
 _OPACITY = 0.6
 _CLASS_PANEL, _CLASS_TITLE, _CLASS_BAR, _CAPTION = 3.2, 0.8, 0.9, 2.8
 """Inches: a panel's longer side, the titles' height, the colour bar's width, the titles' width."""
@@ -173,9 +211,8 @@ def class_grid(
     score_map: ScoreMap,
     k: int = TOP,
     *,
-    alpha: float = ALPHA,
-    cmap: str = COLOUR_MAP,
-    contours: Sequence[float] = CONTOURS,
+    contours: Sequence[float] | None = None,
+    **options: Unpack[OverlayOptions],
 ) -> Figure:
     """The k most probable classes as aligned heatmaps, with one absolute colour scale.
 
@@ -185,9 +222,8 @@ def class_grid(
     Args:
         score_map: of one image.
         k: how many classes; all of them if there are fewer.
-        alpha: as for `Heatmap.overlay`.
-        cmap: as for `Heatmap.overlay`.
         contours: as for `Heatmap.plot`.
+        options: of `Heatmap.overlay`.
 
     Raises:
         ArgumentError: if `k` is not positive.
@@ -226,20 +262,27 @@ def class_grid(
     found_at = score_map.label_map() if compared else score_map.probabilities() > 0.5
     known = score_map.has_data.sum()
     for index, ax in zip(order, unused):
-        heatmap = draw_heatmap(
-            ax, score_map, index, _PANEL_PIXELS, alpha=alpha, cmap=cmap, contours=contours
-        )
+        heatmap = draw_heatmap(ax, score_map, index, _PANEL_PIXELS, contours=contours, **options)
         cells = found_at == index if compared else found_at[index]
         share = f"{float(cells.sum() / known):.0%} of cells"
         share = f"top class of {share}" if compared else f"above 50% in {share}"
-        found = f"{heatmap.values[heatmap.peak]:.1%} at +" if heatmap.coverage.any() else "no peak"
+        peak = heatmap.values[heatmap.peak] if heatmap.coverage.any() else None
+        found = "no peak" if peak is None else f"peak {_percent(peak)} (○)"
         ax.set_title(
-            f"{heatmap.label}\n{float(prediction[index]):.1%} averaged over the image\n"
-            f"{share}, {found}",
+            f"{heatmap.label}\n{found}, whole image {_percent(prediction[index])}\n{share}",
             fontsize="medium",
+            parse_math=False,
         )
-    colour_bar(figure, axes, alpha=alpha, cmap=cmap, blended=photograph, contours=contours)
+    heatmap.draw_bar(axes, contours, **options)
     return figure
+
+
+def _percent(probability: Any) -> str:
+    """A probability in per cent, which is 0 or 100 only where it is."""
+    value = float(probability)
+    if 0 < value < 0.0005:
+        return "<0.1%"
+    return ">99.9%" if 0.9995 <= value < 1 else f"{value:.1%}"
 
 
 def label_figure(score_map: ScoreMap, ax: Axes | None = None, most: int = 6) -> Axes:
@@ -259,7 +302,6 @@ def label_figure(score_map: ScoreMap, ax: Axes | None = None, most: int = 6) -> 
         ArgumentError: if `most` is not from 1 to 7.
     """
     from matplotlib import pyplot as plt
-    from matplotlib.colors import to_rgba
     from matplotlib.patches import Patch
 
     if not 1 <= most <= MOST_COLOURED:
@@ -274,7 +316,7 @@ def label_figure(score_map: ScoreMap, ax: Axes | None = None, most: int = 6) -> 
     order = np.argsort(-counts, kind="stable")
     coloured, others = present[order[:most]], present[order[most:]]
     palette = class_colours(len(score_map.scores)) / 255
-    groups: list[tuple[str, Any, Any]] = [
+    groups: list[tuple[str, NDArray[Any], Any]] = [
         (class_name(int(index), score_map.categories), palette[index], [index])
         for index in coloured
     ]
@@ -285,16 +327,37 @@ def label_figure(score_map: ScoreMap, ax: Axes | None = None, most: int = 6) -> 
     cells = np.zeros((*drawn.shape, 4))
     patches = []
     for name, colour, indices in groups:
-        cells[np.isin(drawn, indices)] = to_rgba(colour, _OPACITY)
+        cells[np.isin(drawn, indices)] = (*colour, _OPACITY)
         share = np.isin(labels, indices).sum() / known
-        patches.append(Patch(color=colour, alpha=_OPACITY, label=f"{name} ({share:.0%})"))
-    show_image(ax, score_map, "L", cmap="gray", vmin=0, vmax=255)
-    ax.imshow(cells, interpolation="nearest", extent=extent_of_cells(score_map))
+        shown = on_middle_grey(colour, _OPACITY)
+        patches.append(Patch(color=shown, label=f"{name} ({share:.0%})"))
+    # half of the contrast, so that a colour is the same on dark and on bright parts
+    show_image(ax, score_map, "L", cmap="gray", vmin=-127, vmax=383)
+    extent = extent_of_cells(score_map)
+    ax.imshow(cells, interpolation="nearest", extent=extent)
+    _draw_borders(ax, drawn, extent)
     frame(ax, score_map.image_size)
     ax.set_title(f"most probable class of {labels.shape[0]} x {labels.shape[1]} cells")
     if patches:
         draw_legend(ax, patches, "class (share of cells)", own_figure)
-    return ax
+    return saved_by_figure(ax)
+
+
+def _draw_borders(
+    ax: Axes, labels: NDArray[Any], extent: tuple[float, float, float, float]
+) -> None:
+    """Draw lines between cells of different classes, on axes that show them at `extent`."""
+    from matplotlib.collections import LineCollection
+
+    left, right, bottom, top = extent
+    rows, cols = labels.shape
+    y, x = np.linspace(top, bottom, rows + 1), np.linspace(left, right, cols + 1)
+    row, col = np.nonzero(labels[:, 1:] != labels[:, :-1])
+    upright = np.stack([x[col + 1], y[row], x[col + 1], y[row + 1]], 1)
+    row, col = np.nonzero(labels[1:] != labels[:-1])
+    level = np.stack([x[col], y[row + 1], x[col + 1], y[row + 1]], 1)
+    lines = np.concatenate([upright, level]).reshape(-1, 2, 2)  # of two points (x, y)
+    ax.add_collection(LineCollection(list(lines), colors="#202020", linewidths=0.8))
 
 
 def _class_panel(size: tuple[int, int]) -> tuple[float, float]:

@@ -6,39 +6,69 @@ matplotlib is imported where it is used, so that importing fcvgg stays light.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict, get_args
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
-from fcvgg.errors import ArgumentError, ImageError, check_share
-from fcvgg.results.boxes import OVERLAP, CellWindows, ScoredBox
-from fcvgg.results.drawing import extent_of, frame, in_colours, png_bytes, reduction
+from fcvgg.choices import BoxKind
+from fcvgg.errors import ArgumentError, ImageError, check_choice, check_share
+from fcvgg.results.boxes import (
+    IOU_THRESHOLD,
+    CellWindows,
+    ScoredBox,
+    draw_boxes,
+    region_boxes,
+)
+from fcvgg.results.colours import (
+    ALPHA,
+    COLOUR_MAP,
+    HELD,
+    LEVELS,
+    colour_table,
+    evidence,
+    opacity_table,
+    probability_ticks,
+)
+from fcvgg.results.drawing import (
+    MIDDLE_GREY,
+    bar_axes,
+    extent_of,
+    figure_options,
+    frame,
+    in_colours,
+    in_grey,
+    on_middle_grey,
+    picture_of,
+    png_bytes,
+    reduction,
+    saved_by_figure,
+)
 from fcvgg.support.atomic import HEATMAP_ENDINGS, atomic_file, checked_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from typing_extensions import Unpack
 
-ALPHA = 0.75
-COLOUR_MAP = "inferno"
-"""Perceptually uniform."""
 
-_LEVELS = 256
-_OPAQUE_FROM = 0.5
-"""The probability from which colours have their full opacity."""
-
-_MIDDLE_GREY = 0.5
-
-_ROWS = 1 << 20
+_ROWS = 1 << 18
 """Pixels that are coloured at a time."""
 
-CONTOURS = (0.25, 0.5, 0.75)
-"""The probabilities along which a plot draws lines."""
+_STRIPES = 80
+"""Stripes that the smaller side is wide, where values are held."""
 
-_BOX_COLOUR, _BOX_HALO = "white", "black"
+
+class OverlayOptions(TypedDict, total=False):
+    """Options of `Heatmap.overlay`, which `plot`, `figure`, `draw` and `save` take too."""
+
+    alpha: float
+    cmap: str
+    boxes: Iterable[ScoredBox]
+    grey: bool
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,6 +86,8 @@ class Heatmap:
         label: the class.
         image: the image that the map speaks about, if it is known.
         windows: the windows of the cells, with their probabilities, for `boxes`.
+        chance: the probability that says nothing, from which colours rise; see
+            `fcvgg.probability.chance_level`.
     """
 
     values: NDArray[np.float32]
@@ -63,6 +95,7 @@ class Heatmap:
     label: str = ""
     image: Image.Image | None = None
     windows: CellWindows | None = None
+    chance: float = 0.5
 
     @property
     def peak(self) -> tuple[int, int]:
@@ -80,122 +113,159 @@ class Heatmap:
         y, x = np.unravel_index(int(inside.argmax()), inside.shape)
         return int(y), int(x)
 
-    def boxes(self, threshold: float = 0.5, overlap: float = OVERLAP) -> list[ScoredBox]:
-        """Windows of cells that see the class, the most probable of those that overlap.
+    def boxes(
+        self,
+        threshold: float = 0.5,
+        iou_threshold: float = IOU_THRESHOLD,
+        *,
+        kind: BoxKind = "windows",
+        overlap: float | None = None,
+    ) -> list[ScoredBox]:
+        """Boxes around what has at least a probability, the most probable first.
 
         Args:
             threshold: the least probability.
-            overlap: the largest intersection over union with a better box (torchvision's ``nms``).
+            iou_threshold: the largest intersection over union of a window with a better one, as of
+                torchvision's ``nms``; regions never overlap.
+            kind: ``"windows"`` of cells that see the class, the most probable of those that
+                overlap; or ``"regions"``, the extents of connected pixels that `coverage` holds.
+            overlap: the former name of `iou_threshold`.
 
         Returns:
-            boxes ``(top, left, bottom, right, score)``, half-open and clipped to the image, the
-            most probable first.
+            boxes ``(top, left, bottom, right, score)``, half-open and clipped to the image; the
+            score is the window's or the region's highest probability.
 
         Raises:
-            ArgumentError: if the heatmap was made without cells, or a value is outside [0, 1].
+            ArgumentError: if windows are wanted and the heatmap was made without cells, or a value
+                is outside [0, 1] or unknown.
         """
+        check_choice("kind", kind, get_args(BoxKind))
+        if kind == "regions":
+            check_share("threshold", threshold)
+            return region_boxes(self.values, self.coverage & (self.values >= threshold))
         if self.windows is None:
             raise ArgumentError(
-                "the heatmap must hold windows of cells to have boxes, got none; make it with "
-                "net.heatmap"
+                "the heatmap must hold windows of cells to have boxes of them, got none; make it "
+                "with net.heatmap, or pass kind='regions'"
             )
+        limit = iou_threshold if overlap is None else overlap
         height, width = self.values.shape
-        return self.windows.best(threshold, overlap, (height, width))
+        return self.windows.best(threshold, limit, (height, width))
 
     def overlay(
-        self, alpha: float = ALPHA, cmap: str = COLOUR_MAP, boxes: Iterable[ScoredBox] = ()
+        self,
+        alpha: float = ALPHA,
+        cmap: str = COLOUR_MAP,
+        boxes: Iterable[ScoredBox] = (),
+        *,
+        grey: bool = True,
     ) -> Image.Image:
         """The heatmap laid on its image, of the image's size.
 
-        The image is shown in grey, so that colour always means probability. Where there is nothing
-        to show, or no data, it stays untouched; the colours' opacity grows with the probability and
-        reaches `alpha` at one half. Without an image the colours stand alone, and grey means that
-        there is no data.
+        Colour and opacity grow with how far the probability is above chance, as
+        `fcvgg.results.colours.evidence` counts it; at chance, below it and where there is no data
+        the image stays untouched. Values that are held and not measured are hatched. Without an
+        image the colours stand alone, and grey means that there is no data.
 
         Args:
             alpha: the largest opacity, in [0, 1].
             cmap: the name of a matplotlib colour map.
             boxes: drawn on top with their scores; see `boxes`.
+            grey: show the image in grey, so that colour always means probability; its own colours
+                if False.
 
         Raises:
             ArgumentError: if `alpha` is outside [0, 1], or there is no such colour map.
         """
         height, width = self.values.shape
-        grey = None if self.image is None else self.image.convert("RGB").convert("L")
-        tint = _Tint(alpha, cmap)
+        colours, opacity = colour_table(cmap), opacity_table(alpha)
+        image = self.image and (in_grey(self.image) if grey else self.image.convert("RGB"))
+        if image is None:
+            opacity = np.ones_like(opacity)
         # in strips: colours in float32 take twelve times the memory of the levels
         pixels = np.empty((height, width, 3), np.uint8)
         step = max(_ROWS // width, 1)
         for top in range(0, height, step):
-            values = self.values[top : top + step]
-            known = ~np.isnan(values)
-            levels = np.where(known, values, 0) * _LEVELS  # as matplotlib
-            levels = levels.clip(max=_LEVELS - 1).astype(np.uint8)
-            if grey is None:
-                colours = np.where(known[..., None], tint.colours[levels], _MIDDLE_GREY)
-            else:
-                under = grey.crop((0, top, width, top + len(values)))
-                colours = tint(np.asarray(under, np.float32) / np.float32(255), levels)
-            pixels[top : top + step] = np.round(colours * 255).clip(0, 255)
-        return _with_boxes(Image.fromarray(pixels), boxes)
+            rows = slice(top, top + step)
+            levels = _levels(self.values[rows], self.chance)  # (rows, W)
+            share = np.where(self.coverage[rows], 1, self._stripes(rows))
+            strength = (opacity[levels] * share)[..., None]  # (rows, W, 1)
+            under = MIDDLE_GREY if image is None else _crop(image, rows)
+            mixed = under * (1 - strength) + colours[levels] * strength
+            pixels[rows] = np.round(mixed * 255).clip(0, 255)
+        return draw_boxes(Image.fromarray(pixels), boxes)
+
+    def _stripes(self, rows: slice) -> NDArray[np.float32]:
+        """The share of the opacity that held values have: diagonal stripes; 0 without data."""
+        height, width = self.values.shape
+        wide = max(min(height, width) // _STRIPES, 1)
+        y, x = np.ogrid[rows.start : min(rows.stop, height), :width]
+        striped = (y + x) // wide % 3 == 0
+        return np.where(striped & ~np.isnan(self.values[rows]), np.float32(HELD), np.float32(0))
 
     def plot(
         self,
         ax: Axes | None = None,
         *,
-        alpha: float = ALPHA,
-        cmap: str = COLOUR_MAP,
-        contours: Sequence[float] = CONTOURS,
-        boxes: Iterable[ScoredBox] = (),
+        contours: Sequence[float] | None = None,
         bar: bool = True,
+        **options: Unpack[OverlayOptions],
     ) -> Axes:
-        """Draw the overlay with lines of equal probability, a colour bar and a mark at the peak.
+        """Draw the overlay with lines of equal probability, a colour bar and a ring at the peak.
 
         The dashed frame is the hull of the cells' centres; outside it values are held. The colour
         bar shows the colours as they look on middle grey. Large images are drawn reduced.
 
         Args:
             ax: where to draw; a new figure when None.
-            alpha: as for `overlay`.
-            cmap: as for `overlay`.
-            contours: probabilities along which lines are drawn, within the frame.
-            boxes: as for `overlay`.
+            contours: probabilities along which lines are drawn, within the frame; those that label
+                the colour bar when None.
             bar: draw the colour bar.
+            options: of `overlay`.
+
+        Returns:
+            the axes; their figure's `savefig` is theirs too.
         """
         if ax is None:
             from matplotlib import pyplot as plt
 
-            _, ax = plt.subplots(layout="constrained")
+            ax = plt.figure(**figure_options(self.values.shape, dpi=110)).subplots()
         # reduced before it is drawn, since matplotlib holds RGBA of the full size in memory
         step = reduction(self.values.shape)
-        drawn = self._reduced(step)
-        drawn.draw(ax, (step, step), alpha=alpha, cmap=cmap, contours=contours, boxes=boxes)
+        self._reduced(step).draw(ax, (step, step), contours=contours, **options)
         frame(ax, self.values.shape)
-        ax.set_title(f"{self.label}: {self._found(2)}".removeprefix(": "))
+        ax.set_title(f"{self.label}: {self._found(2)}".removeprefix(": "), parse_math=False)
         if bar:
-            blended = self.image is not None
-            colour_bar(ax.figure, ax, alpha=alpha, cmap=cmap, blended=blended, contours=contours)
-        return ax
+            self.draw_bar(ax, contours, **options)
+        return saved_by_figure(ax)
+
+    def figure(self, **options: Unpack[OverlayOptions]) -> Figure:
+        """What `plot` draws, as a figure in the image's proportions; no pixel is lost up to 1600.
+
+        Args:
+            options: of `overlay`.
+        """
+        from matplotlib.figure import Figure
+
+        figure = Figure(**figure_options(self.values.shape))
+        self.plot(figure.subplots(), **options)
+        return figure
 
     def draw(
         self,
         ax: Axes,
         pixel: tuple[float, float],
         *,
-        alpha: float = ALPHA,
-        cmap: str = COLOUR_MAP,
-        contours: Sequence[float] = CONTOURS,
-        boxes: Iterable[ScoredBox] = (),
+        contours: Sequence[float] | None = None,
+        **options: Unpack[OverlayOptions],
     ) -> None:
         """Draw overlay, lines, frame and peak, without a title, where an image has its pixels.
 
         Args:
             ax: where to draw.
             pixel: height and width of a pixel of this heatmap, in pixels of that image.
-            alpha: as for `overlay`.
-            cmap: as for `overlay`.
             contours: as for `plot`.
-            boxes: as for `overlay`, in pixels of that image.
+            options: of `overlay`; boxes are in pixels of that image.
         """
         from matplotlib.patches import Rectangle
         from matplotlib.patheffects import withStroke
@@ -203,15 +273,15 @@ class Heatmap:
         down, across = pixel
         height, width = self.values.shape
         drawn = []
-        for box in boxes:
+        for box in options.get("boxes", ()):
             top, left, bottom, right = (round(n / p) for n, p in zip(box, (down, across) * 2))
             drawn.append(ScoredBox(top, left, bottom, right, box[4]))
-        extent = extent_of((height * down, width * across))
-        ax.imshow(self.overlay(alpha, cmap, drawn), extent=extent)
+        options["boxes"] = drawn
+        ax.imshow(self.overlay(**options), extent=extent_of((height * down, width * across)))
         ax.set_axis_off()
         if not self.coverage.any():
             return
-        self._draw_contours(ax, contours, pixel)
+        self._draw_contours(ax, pixel, self._contours(contours))
         (top, bottom), (left, right) = (
             np.flatnonzero(self.coverage.any(axis))[[0, -1]] for axis in (1, 0)
         )
@@ -223,7 +293,41 @@ class Heatmap:
         ax.add_patch(hull)
         y, x = ((n + 0.5) * p - 0.5 for n, p in zip(self.peak, pixel))
         outlined = [withStroke(linewidth=3, foreground="black")]
-        ax.plot(x, y, "+", color="white", ms=11, mew=1.5, path_effects=outlined)
+        # a ring, which does not cover what it marks
+        ax.plot(x, y, "o", mfc="none", color="white", ms=11, mew=1.5, path_effects=outlined)
+
+    def draw_bar(
+        self,
+        axes: Any,
+        contours: Sequence[float] | None = None,
+        **options: Unpack[OverlayOptions],
+    ) -> None:
+        """Draw the colours of probabilities from chance to 1 to the right of axes, as high as them.
+
+        Args:
+            axes: one, or several of one figure.
+            contours: as for `plot`; marked on the bar.
+            options: of `overlay`.
+        """
+        from matplotlib.cm import ScalarMappable
+        from matplotlib.colors import ListedColormap
+
+        alpha, cmap = options.get("alpha", ALPHA), options.get("cmap", COLOUR_MAP)
+        colours = colour_table(cmap)
+        if self.image is not None:
+            colours = on_middle_grey(colours, opacity_table(alpha)[:, None])
+        ticks = probability_ticks(self.chance)
+        ax = bar_axes(axes)
+        bar = ax.figure.colorbar(ScalarMappable(cmap=ListedColormap(colours)), cax=ax)
+        places = evidence(ticks, self.chance).tolist()
+        bar.set_ticks(places, labels=[f"≤ {ticks[0]:.2g}", *map("{:g}".format, ticks[1:])])
+        bar.set_label("probability")
+        for level in evidence(self._contours(contours), self.chance):
+            ax.axhline(level, color="black", linewidth=1.8)
+            ax.axhline(level, color="white", linewidth=0.8)
+
+    def _contours(self, given: Sequence[float] | None) -> Sequence[float]:
+        return probability_ticks(self.chance)[1:-1] if given is None else given
 
     def _reduced(self, step: int) -> Heatmap:
         """The highest value of every `step` by `step` pixels, on the image averaged over them."""
@@ -236,10 +340,10 @@ class Heatmap:
             values = np.fmax.reduceat(values, first, axis)
             coverage = np.logical_or.reduceat(coverage, first, axis)
         image = self.image and in_colours(self.image).reduce(step)
-        return Heatmap(values, coverage, self.label, image)
+        return replace(self, values=values, coverage=coverage, image=image, windows=None)
 
     def _draw_contours(
-        self, ax: Axes, contours: Sequence[float], pixel: tuple[float, float]
+        self, ax: Axes, pixel: tuple[float, float], contours: Sequence[float]
     ) -> None:
         from matplotlib.patheffects import withStroke
 
@@ -252,20 +356,15 @@ class Heatmap:
         lines.set(path_effects=[withStroke(linewidth=1.8, foreground="black")])
 
     def save(
-        self,
-        path: str | Path,
-        *,
-        alpha: float = ALPHA,
-        cmap: str = COLOUR_MAP,
-        boxes: Iterable[ScoredBox] = (),
+        self, path: str | Path, *, legend: bool = False, **options: Unpack[OverlayOptions]
     ) -> Path:
         """Write the overlay as an image, or the values where the name ends in ``.npy``.
 
         Args:
             path: whose ending is the format.
-            alpha: as for `overlay`.
-            cmap: as for `overlay`.
-            boxes: as for `overlay`.
+            legend: write what `plot` draws: the class, the peak and a colour bar too. The image
+                then has another size.
+            options: of `overlay`.
 
         Raises:
             ImageError: if the name ends in none of `fcvgg.support.atomic.HEATMAP_ENDINGS`.
@@ -278,7 +377,8 @@ class Heatmap:
             else:
                 Image.init()
                 kind = Image.EXTENSION[path.suffix.lower()]
-                self.overlay(alpha, cmap, boxes).save(file, kind)
+                drawn = picture_of(self.figure(**options)) if legend else self.overlay(**options)
+                drawn.save(file, kind)
         return path
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
@@ -304,82 +404,12 @@ class Heatmap:
         return f"{name}{self.values[y, x]:.{digits}f} at ({y}, {x})"
 
 
-def colour_bar(
-    figure: Any,
-    axes: Any,
-    *,
-    alpha: float = ALPHA,
-    cmap: str = COLOUR_MAP,
-    blended: bool = True,
-    contours: Sequence[float] = (),
-) -> None:
-    """Draw the colours of probabilities from 0 to 1 to the right of axes.
-
-    Args:
-        figure: what the axes belong to.
-        axes: one, or an array of them.
-        alpha: as for `Heatmap.overlay`.
-        cmap: as for `Heatmap.overlay`.
-        blended: show the colours as they look on middle grey, not alone.
-        contours: the probabilities along which lines are drawn, to be marked.
-    """
-    from matplotlib.cm import ScalarMappable
-    from matplotlib.colors import ListedColormap
-
-    grey = np.full(_LEVELS, _MIDDLE_GREY, np.float32)
-    tint = _Tint(alpha, cmap)
-    shown = tint(grey, np.arange(_LEVELS)) if blended else tint.colours
-    where = {"fraction": 0.046, "pad": 0.03}
-    bar = figure.colorbar(ScalarMappable(cmap=ListedColormap(shown)), ax=axes, **where)
-    bar.set_label("probability")
-    for level in contours:
-        bar.ax.axhline(level, color="black", linewidth=1.8)
-        bar.ax.axhline(level, color="white", linewidth=0.8)
+def _levels(values: NDArray[Any], chance: float) -> NDArray[np.uint8]:
+    """The places of probabilities in the tables of colours and opacities."""
+    return np.rint(evidence(values, chance) * (LEVELS - 1)).astype(np.uint8)
 
 
-def _with_boxes(image: Image.Image, boxes: Iterable[ScoredBox]) -> Image.Image:
-    """The image with every box's outline and score; the pixels of a box are inside its line."""
-    draw = ImageDraw.Draw(image)
-    width = max(round(min(image.size) / 200), 1)
-    font = ImageFont.load_default(max(min(image.size) / 32, 9))
-    for top, left, bottom, right, score in sorted(boxes, key=lambda box: box[4]):
-        edges = (left, top, right - 1, bottom - 1)
-        inner = tuple(e + d * width for e, d in zip(edges, (1, 1, -1, -1)))
-        if inner[2] > inner[0] and inner[3] > inner[1]:
-            draw.rectangle(inner, outline=_BOX_HALO, width=width)
-        draw.rectangle(edges, outline=_BOX_COLOUR, width=width)
-        draw.text(
-            (left + 3 * width, top + 2 * width),
-            f"{score:.2f}",
-            fill=_BOX_COLOUR,
-            font=font,
-            stroke_width=width,
-            stroke_fill=_BOX_HALO,
-        )
-    return image
-
-
-def _colours(cmap: str) -> NDArray[np.float32]:
-    """The colours ``(256, 3)`` of the probabilities from 0 to 1."""
-    from matplotlib import colormaps
-
-    if cmap not in colormaps:
-        raise ArgumentError(
-            f"cmap must be the name of a matplotlib colour map, such as 'viridis', got {cmap!r}"
-        )
-    return colormaps[cmap](np.linspace(0, 1, _LEVELS))[:, :3].astype(np.float32)
-
-
-class _Tint:
-    """The colours of probabilities, laid on grey with an opacity that grows up to `alpha`."""
-
-    def __init__(self, alpha: float, cmap: str):
-        check_share("alpha", alpha)
-        self.colours = _colours(cmap)  # (256, 3)
-        rising = np.linspace(0, 1 / _OPAQUE_FROM, _LEVELS, dtype=np.float32)
-        opacity = np.float32(alpha) * rising.clip(max=1)
-        self._kept, self._added = 1 - opacity, opacity[:, None] * self.colours
-
-    def __call__(self, grey: NDArray[np.float32], levels: NDArray[Any]) -> NDArray[np.float32]:
-        """Colours ``(..., 3)`` of probability `levels` (0 to 255) on a picture in [0, 1]."""
-        return (grey * self._kept[levels])[..., None] + self._added[levels]
+def _crop(image: Image.Image, rows: slice) -> NDArray[np.float32]:
+    """Rows of an RGB image in [0, 1]."""
+    part = image.crop((0, rows.start, image.width, min(rows.stop, image.height)))
+    return np.asarray(part, np.float32) / np.float32(255)

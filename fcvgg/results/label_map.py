@@ -15,7 +15,18 @@ from PIL import Image
 
 from fcvgg.errors import ImageError, check_share
 from fcvgg.results.colours import class_colours
-from fcvgg.results.drawing import DRAWN, draw_legend, extent_of, png_bytes, reduction, resized
+from fcvgg.results.drawing import (
+    DRAWN,
+    draw_legend,
+    extent_of,
+    in_grey,
+    muted,
+    on_middle_grey,
+    png_bytes,
+    reduction,
+    resized,
+    saved_by_figure,
+)
 from fcvgg.support.atomic import atomic_file, checked_file
 
 if TYPE_CHECKING:
@@ -26,6 +37,10 @@ IGNORE_INDEX = 255
 """The label of pixels that are of no class, neither trained on nor counted."""
 
 ALPHA = 0.55
+
+_LINE = (32, 32, 32)
+_BORDERS = 400
+"""Lines between classes that the smaller side is wide."""
 
 _IMAGE_INCHES, _LEGEND_INCHES = 6.0, 2.0
 
@@ -56,8 +71,12 @@ class LabelMap:
         """The labels alone, each class in its colour, what is ignored in black."""
         return Image.fromarray(self._palette()[self.labels.astype(np.uint8)])
 
-    def overlay(self, alpha: float = ALPHA) -> Image.Image:
-        """The colours laid on the image, which is shown in grey; alone where there is none.
+    def overlay(self, alpha: float = ALPHA, *, grey: bool = True) -> Image.Image:
+        """The colours laid on the image, with lines between the classes; alone without an image.
+
+        Args:
+            alpha: the colours' opacity, in [0, 1].
+            grey: show the image in grey, so that colour always means a class.
 
         Raises:
             ArgumentError: if `alpha` is not in [0, 1].
@@ -66,26 +85,46 @@ class LabelMap:
         colours = self.coloured()
         if self.image is None:
             return colours
-        grey = self.image.convert("RGB").convert("L").convert("RGB")
-        known = Image.fromarray((self.labels != IGNORE_INDEX).astype(np.uint8) * 255)
-        return Image.composite(Image.blend(grey, colours, alpha), grey, known)
+        image = in_grey(self.image) if grey else self.image.convert("RGB")
+        blended = Image.blend(muted(image), colours, alpha)
+        blended.paste(_LINE, mask=_mask(self._borders()))
+        return Image.composite(blended, image, _mask(self.labels != IGNORE_INDEX))
 
-    def plot(self, ax: Axes | None = None, *, alpha: float = ALPHA, legend: bool = True) -> Axes:
+    def _borders(self) -> NDArray[np.bool_]:
+        """The pixels below or to the right of those of another class."""
+        wide = max(min(self.labels.shape) // _BORDERS, 1)
+        found = np.zeros(self.labels.shape, bool)
+        found[wide:] |= self.labels[wide:] != self.labels[:-wide]
+        found[:, wide:] |= self.labels[:, wide:] != self.labels[:, :-wide]
+        return found
+
+    def plot(
+        self,
+        ax: Axes | None = None,
+        *,
+        alpha: float = ALPHA,
+        legend: bool = True,
+        grey: bool = True,
+    ) -> Axes:
         """Draw the overlay, with a legend of the classes that are there.
 
         Args:
             ax: where to draw; a new figure when None.
             alpha: as for `overlay`.
             legend: name the classes and their shares, to the right of the image.
+            grey: as for `overlay`.
+
+        Returns:
+            the axes; their figure's `savefig` is theirs too.
         """
+        own_figure = ax is None
         if ax is None:
             from matplotlib import pyplot as plt
 
             ax = plt.figure(layout="constrained").subplots()
-            return self._drawn(ax, alpha, legend, own_figure=True)
-        return self._drawn(ax, alpha, legend, own_figure=False)
+        return saved_by_figure(self._drawn(ax, alpha, grey, legend, own_figure))
 
-    def figure(self, *, alpha: float = ALPHA) -> Figure:
+    def figure(self, *, alpha: float = ALPHA, grey: bool = True) -> Figure:
         """The overlay with a legend of the classes that are there, in the image's proportions.
 
         Large images are drawn reduced.
@@ -99,14 +138,16 @@ class LabelMap:
             dpi=max(110, min(width, DRAWN) / _IMAGE_INCHES),  # no pixel is lost up to there
             layout="constrained",
         )
-        self._drawn(figure.subplots(), alpha, legend=True, own_figure=True)
+        self._drawn(figure.subplots(), alpha, grey, legend=True, own_figure=True)
         return figure
 
-    def _drawn(self, ax: Axes, alpha: float, legend: bool, own_figure: bool) -> Axes:
-        ax.imshow(self._reduced().overlay(alpha), extent=extent_of(self.labels.shape))
+    def _drawn(self, ax: Axes, alpha: float, grey: bool, legend: bool, own_figure: bool) -> Axes:
+        shown = self._reduced().overlay(alpha, grey=grey)
+        ax.imshow(shown, extent=extent_of(self.labels.shape))
         ax.set_axis_off()
         if legend:
-            draw_legend(ax, self._patches(), "class (share of pixels)", own_figure)
+            patches = self._patches(1 if self.image is None else alpha)
+            draw_legend(ax, patches, "class (share of pixels)", own_figure)
         return ax
 
     def _reduced(self) -> LabelMap:
@@ -125,10 +166,10 @@ class LabelMap:
         table[: len(self.categories)] = class_colours(len(self.categories))
         return table
 
-    def _patches(self) -> list[Any]:
+    def _patches(self, alpha: float) -> list[Any]:
         from matplotlib.patches import Patch
 
-        colours = class_colours(len(self.categories)) / 255
+        colours = on_middle_grey(class_colours(len(self.categories)) / 255, alpha)
         return [
             Patch(color=colour, label=f"{name} ({share:.0%})")
             for (name, share), colour in zip(self.shares.items(), colours)
@@ -162,3 +203,7 @@ class LabelMap:
         most = sorted(self.shares.items(), key=lambda item: -item[1])[:3]
         shown = ", ".join(f"{name} {share:.0%}" for name, share in most if share)
         return f"LabelMap({height}x{width} pixels, {len(self.categories)} classes: {shown})"
+
+
+def _mask(chosen: NDArray[np.bool_]) -> Image.Image:
+    return Image.fromarray(chosen.astype(np.uint8) * 255)

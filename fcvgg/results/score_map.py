@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,6 +22,7 @@ from fcvgg.probability import (
     average_of_cells,
     average_over_space,
     cells_with_data,
+    chance_level,
     require_classes,
     to_probabilities,
     upcast,
@@ -26,11 +31,14 @@ from fcvgg.results.boxes import CellWindows, cell_windows
 from fcvgg.results.drawing import resized
 from fcvgg.results.heatmap import Heatmap
 from fcvgg.results.interpolation import check_pixels, interpolated, pixel_points, shown, within
+from fcvgg.support.atomic import PAGE_ENDINGS, atomic_file, checked_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from PIL import Image
+
+    from fcvgg.results.web_page import Page
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,6 +56,8 @@ class ScoreMap:
         categories: the class names, or None.
         activation: what the scores are.
         image: the image itself, to lay results on; None for a tensor.
+        could_have_positions: whether ``head="position"`` would give the network a map of positions
+            where this one has a cell for each window.
     """
 
     scores: Tensor
@@ -57,6 +67,7 @@ class ScoreMap:
     categories: tuple[str, ...] | None = None
     activation: str = "logits"
     image: Image.Image | None = None
+    could_have_positions: bool = False
 
     def __repr__(self) -> str:
         classes, height, width = self.scores.shape
@@ -66,9 +77,19 @@ class ScoreMap:
         )
 
     @property
+    def is_flat(self) -> bool:
+        """Whether there is one cell, so that heatmaps show nothing, where positions would show."""
+        return self.could_have_positions and self.scores[0].numel() == 1
+
+    @property
     def has_data(self) -> Tensor:
         """The cells, bool ``(h, w)``, whose scores say something: none NaN or plus infinity."""
         return cells_with_data(self.scores)
+
+    @property
+    def chance(self) -> float:
+        """The probability of a class that says nothing: ``1 / K``, or one half of a sigmoid."""
+        return chance_level(len(self.scores), self.activation)
 
     def average(self) -> Tensor:
         """The raw scores averaged over the cells with data, ``(K,)``; NaN where there is none."""
@@ -152,6 +173,8 @@ class ScoreMap:
             "pass a smaller one to score_map.heatmap(target, size=(h, w)), or stream to disk with "
             "out= and use ScoreStore.heatmap",
         )
+        if self.is_flat:
+            warn_of_one_cell()
         index = self.index_of(target)
         cells = self.probabilities()[index].clamp(0, 1).float().cpu()  # (h, w)
         points = self._points(size)
@@ -169,6 +192,7 @@ class ScoreMap:
             label=class_name(index, self.categories),
             image=self.image if self.image is None else resized(self.image, size),
             windows=cell_windows(self.geometry, cells.double().numpy(), self.input_size, size),
+            chance=self.chance,
         )
 
     def index_of(self, target: int | str | None) -> int:
@@ -214,10 +238,58 @@ class ScoreMap:
 
         return label_figure(self, ax, most)
 
+    def save(
+        self, path: str | os.PathLike[str], classes: Iterable[int | str] | None = None
+    ) -> Path:
+        """Write a page on which the map is explored in a browser: one HTML file, without a network.
+
+        It holds the image and every cell's probabilities and boxes, and loads nothing.
+
+        Args:
+            path: a name in ``.html``.
+            classes: indices or names of the classes it holds; as many of the most probable as keep
+                the file below 1 MB when None (all 1000 of ImageNet at 16x16 cells).
+
+        Raises:
+            ArgumentError: if the name ends otherwise, or the classes do not fit.
+            ImageError: if no cell has data.
+            FcvggError: if the file cannot be written.
+        """
+        from fcvgg.results.web_page import page_of
+
+        path = checked_file(path, "path", PAGE_ENDINGS)
+        text = page_of(self, classes)
+        with atomic_file(path) as temporary:
+            temporary.write_text(text, "utf-8")
+        return path
+
+    def show(self, classes: Iterable[int | str] | None = None, height: int = 720) -> Page:
+        """The page of `save` in a notebook.
+
+        Args:
+            classes: as for `save`.
+            height: of the frame, in pixels of the screen.
+        """
+        from fcvgg.results.web_page import Page, page_of
+
+        return Page(page_of(self, classes), height)
+
     def _points(self, size: Pair) -> tuple[Tensor, Tensor]:
         """The pixels of a picture of the image, in pixels of the network's input."""
         rows, cols = (pixel_points(n, pixels) for n, pixels in zip(size, self.input_size))
         return rows, cols
+
+
+ONE_CELL = (
+    "the score map has one cell, the whole window, so its heatmap shows one value everywhere; "
+    "head='position' of fcvgg.convert and fcvgg.load (--head position) gives a map of positions"
+)
+
+
+@cache
+def warn_of_one_cell() -> None:
+    """Warn once in a process: what holds for one image holds for all of its size."""
+    warnings.warn(ONE_CELL, stacklevel=3)
 
 
 def best_classes(scores: Tensor) -> Tensor:
@@ -261,6 +333,8 @@ def pyramid_heatmap(
         index = int(torch.stack([one.predict() for one in useful]).mean(0).argmax())
     else:
         index = class_index(target, maps[0].categories, len(maps[0].scores))
+    if not all(one.is_flat for one in useful):
+        useful = [replace(one, could_have_positions=False) for one in useful]
     # one scale at a time in place, so that no more than two heatmaps are held
     first, *others = useful
     heatmap = first.heatmap(index)

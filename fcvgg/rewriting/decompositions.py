@@ -117,7 +117,12 @@ def _pools(name: str) -> Callable[..., Any]:
 
 
 def _softmin(input: Any, dim: Any = None, _stacklevel: int = 3, dtype: Any = None) -> Any:
-    return torch.softmax(-input, dim)
+    return torch.softmax(-input, dim, dtype)
+
+
+def _bilinear(input1: Any, input2: Any, weight: Any, bias: Any = None) -> Any:
+    products = (input1.unsqueeze(-1) * input2.unsqueeze(-2)).flatten(-2)  # (N, I * J)
+    return F.linear(products, weight.flatten(1), bias)
 
 
 def _min(input: Any, dim: Any = None, keepdim: bool = False) -> Any:
@@ -137,6 +142,12 @@ WRITTEN_OUT: dict[str, Callable[..., Any]] = {
             "sub": "subtract",
             "div": "divide true_divide",
             "neg": "negative",
+            "acos": "arccos",
+            "asin": "arcsin",
+            "atan": "arctan",
+            "atan2": "arctan2",
+            "asinh": "arcsinh",
+            "atanh": "arctanh",
             "abs": "absolute",
             "clamp": "clip",
             "matmul": "mm bmm mv linalg_matmul",
@@ -153,6 +164,7 @@ WRITTEN_OUT: dict[str, Callable[..., Any]] = {
     "addmm": _addmm,
     "addmv": _addmm,
     "baddbmm": _addmm,
+    "bilinear": _bilinear,
     "addcmul": _addcmul,
     "addcdiv": _addcdiv,
     "cdist": _cdist,

@@ -352,6 +352,6 @@ def refuse_product(call: Call) -> NoReturn:
         RefusedLayerError: always.
     """
     raise RefusedLayerError(
-        f"{call} is refused: products of values (attention) mix positions; a fully connected layer "
-        "must be nn.Linear, F.linear, or a product with a parameter"
+        f"{call} is refused: products of values (attention) mix positions, so a cell would change "
+        "with the rest of the image"
     )

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fcvgg.geometry import Pair
+from fcvgg.geometry import KernelGeometry, KernelPair, Pair
 from fcvgg.probability import UNKNOWN
 from fcvgg.rewriting.capture import BATCH
 
@@ -38,6 +38,11 @@ class Cells:
         margin: pixels ``(y, x)`` by which padding of the head (``padding="same"``) put the window
             of cell 0 before the image; None where the head has not been padded.
         unseen: pixels ``(y, x)`` at the end of the native image that strides leave out.
+        average: the positions, counted on the map, whose mean is still to be taken of values that
+            are affine in those of a global average; it commutes with what made them. None of other
+            values.
+        final: the function of `fcvgg.rewriting.rules.registry.LayerKind.final` that the source
+            computes of that mean.
         batch: the axis of the source's value along which its images lie: 1 of stacked heads
             ``(heads, N, K)``. The layout has no such axis.
     """
@@ -51,6 +56,8 @@ class Cells:
     share: float = 1.0
     margin: Pair | None = None
     unseen: Pair = (0, 0)
+    average: KernelPair | None = None
+    final: str = ""
     batch: int = 0
 
     @property
@@ -135,6 +142,14 @@ class Cells:
         within = kind in ("avg", "max") and divisor is None and x.activation == "sigmoid"
         return self.alike(x) if averages or within else self.computed_from([x])
 
+    def averaged_over(self, positions: Pair, dilation: Pair) -> Cells:
+        """The same values, said to be averaged over neighbours, or to be so later."""
+        height, width = (
+            KernelGeometry(n, dilation=d) if n > 1 else before
+            for n, d, before in zip(positions, dilation, self.average or _ALONE)
+        )
+        return replace(self, average=(height, width))
+
     def joined_with(self, others: Iterable[Cells]) -> Cells:
         """The same values, said to be computed from others too, which may see more."""
         unseen = [cells.unseen for cells in (self, *others)]
@@ -147,6 +162,9 @@ class Cells:
             and self.dilation == other.dilation
             and (self.moved is other.moved or torch.equal(self.layout, other.layout))
         )
+
+
+_ALONE: KernelPair = (KernelGeometry(), KernelGeometry())
 
 
 @dataclass(frozen=True)

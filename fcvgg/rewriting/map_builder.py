@@ -41,6 +41,7 @@ class MapBuilder(Emitter):
         modules: the tree of modules that the new graph calls, and that holds the parameters.
         output_stride: input pixels between cells that strides beyond are turned into dilation for.
         same: pad the head's first window so that the map keeps the size of the features.
+        positions: leave global averages out, so that the map holds scores of single positions.
     """
 
     def __init__(
@@ -49,15 +50,19 @@ class MapBuilder(Emitter):
         modules: nn.Module,
         output_stride: int | None = None,
         same: bool = False,
+        positions: bool = False,
     ):
         super().__init__(captured, modules)
         self.boundary: Boundary | None = None
         self.records: list[LayerRecord] = []
         self.steps = Steps()
+        self.positions = positions
+        self.mode_dependent: list[str] = []
         self.kernels: set[tuple[str, Pair]] = set()
         self._output_stride = output_stride
         self._same = same
         self._gathered: Cells | None = None
+        self._tells_apart = ""  # the layer that made the window's elements one cell's
         self._joins: dict[int, tuple[fx.Node, tuple[fx.Node, ...]]] = {}
 
     # -- layouts ----------------------------------------------------------------------------------
@@ -72,6 +77,7 @@ class MapBuilder(Emitter):
             settled = self.features(call, cells, 0)
             if settled.is_map:
                 return settled
+        self._refuse_cells(cells, call)
         raise UnsupportedLayerError(
             f"{call} needs a map (N, C, H, W), but got a value of shape "
             f"{cells.shape} whose elements were moved; "
@@ -85,6 +91,7 @@ class MapBuilder(Emitter):
             raise UnsupportedLayerError(f"{call} works on axis {axis}, which mixes images")
         channels = channels_along(cells, axis)
         if channels is None:
+            self._refuse_cells(cells, call)
             raise UnsupportedLayerError(
                 f"{call} mixes positions: along its axis the value {cells.shape} "
                 "does not run over channels; a cell of the map would not stay a cell"
@@ -93,6 +100,19 @@ class MapBuilder(Emitter):
             return cells
         # From here on the map itself has the order that only the layout had.
         return with_channels(cells, axis, len(channels), node=self.chosen(cells.node, channels))
+
+    def _refuse_cells(self, cells: Cells, call: Any) -> None:
+        """Refuse to treat a cell's elements as a map, naming the layer that took it apart."""
+        if self._tells_apart and cells.positions == 1:
+            raise UnsupportedLayerError(
+                f"{self._tells_apart} mixes positions or tells them apart, so that all of "
+                f"{cells.shape} is one cell's, and {call} works on a map of them; a cell of the "
+                "map would not stay a cell"
+            )
+
+    def one_cell(self, place: Any) -> None:
+        """Note a layer after which the window's elements are one cell's."""
+        self._tells_apart = self._tells_apart or str(place)
 
     def whole(self, cells: Cells) -> Cells:
         """The value on a map of the channels that it holds, where it holds them at all positions.
@@ -153,15 +173,27 @@ class MapBuilder(Emitter):
             divides = (y * skip[0], x * skip[1]) == coarse
             if skip != (1, 1) and divides and branch.positions == 1:
                 with self.graph.inserting_before(node):
-                    taken = self.graph.call_function(
-                        torch.max_pool2d, (branch.node, (1, 1)), {"stride": skip}
-                    )
-                node.replace_input_with(branch.node, taken)
-                windows = KernelGeometry(stride=skip[0]), KernelGeometry(stride=skip[1])
-                step = self.steps.add(windows, (branch.step,), node.name)
-                branch = replace(branch, node=taken, step=step)
+                    taken = self._skipping(branch, skip, node.name)
+                node.replace_input_with(branch.node, taken.node)
+                branch = taken
             made.append(branch)
         return made
+
+    def whole_periods(self, cells: Cells) -> Cells:
+        """The cells that stand where the whole network moves with the image.
+
+        An enlarged map has further positions, whose values depend on where they lie between those
+        of the coarser map, so that a crop's would differ.
+        """
+        stride, period = self.steps.stride_at(cells.step), self.steps.period_at(cells.step)
+        if stride == period:
+            return cells
+        return self._skipping(cells, (period[0] // stride[0], period[1] // stride[1]), "outputs")
+
+    def _skipping(self, cells: Cells, skip: Pair, place: str) -> Cells:
+        node = self.graph.call_function(torch.max_pool2d, (cells.node, (1, 1)), {"stride": skip})
+        windows = KernelGeometry(stride=skip[0]), KernelGeometry(stride=skip[1])
+        return replace(cells, node=node, step=self.steps.add(windows, (cells.step,), place))
 
     def cut_branches(self, geometry: Geometry) -> None:
         """Cut branches to one size before they join, where some input gives them different ones.
@@ -241,9 +273,9 @@ class MapBuilder(Emitter):
         unseen = []
         for axis, (window, size, cells) in enumerate(zip(windows, x.extent[1:], outputs)):
             # the positions after the last window's end, in units of this layer's input
-            rest = size + window.before - window.span - (cells - 1) * window.stride
+            rest = size * window.repeats + window.before - window.span - (cells - 1) * window.stride
             pixels = self.steps.stride_at(x.step)[axis] * x.dilation[axis]
-            unseen.append(x.unseen[axis] + max(rest, 0) * pixels)
+            unseen.append(x.unseen[axis] + max(rest, 0) * pixels // window.repeats)
         return unseen[0], unseen[1]
 
     def _densified(self, call: Call, x: Cells, windows: KernelPair) -> tuple[KernelPair, Pair]:
@@ -259,6 +291,11 @@ class MapBuilder(Emitter):
                 raise ConversionError(
                     f"output_stride={self._output_stride} cannot be exact at {call}: ceil_mode "
                     "rounds the size up, which a dilated pool does not; use a larger output_stride"
+                )
+            if window.repeats > 1 and spread > 1:
+                raise ConversionError(
+                    f"output_stride={self._output_stride} cannot be exact at {call}, which "
+                    f"enlarges a map of stride {stride * spread}; use at least that"
                 )
             dense.append(
                 replace(
@@ -291,6 +328,7 @@ class MapBuilder(Emitter):
         x = self.whole(cells)
         if x.positions == 1:
             return x
+        self.one_cell(place)
         if self._gathered is None:
             self._gathered = x
         x, windows = self.head_window(place, x, x.extent[1:])

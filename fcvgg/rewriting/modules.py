@@ -345,13 +345,29 @@ def _avg_pool(
     return pooled[:, 0].unflatten(0, others).movedim(-3, dims[0])
 
 
+def _group_norm(x: Tensor, dims: tuple[int, ...], groups: int, eps: float) -> Tensor:
+    cells = x.movedim(1, -1)  # (N, h, w, C)
+    return F.group_norm(cells.flatten(0, 2), groups, eps=eps).view(cells.shape).movedim(-1, 1)
+
+
+def _quantile(
+    function: Callable[..., Tensor], x: Tensor, dims: tuple[int, ...], q: float, kind: str
+) -> Tensor:
+    return function(x, q, dims[0], True, interpolation=kind)
+
+
 REDUCTIONS: dict[str, Callable[..., Tensor]] = {
     "mean": lambda x, dims: x.mean(dims, keepdim=True),
     "sum": lambda x, dims: x.sum(dims, keepdim=True),
     "amax": lambda x, dims: x.amax(dims, keepdim=True),
     "amin": lambda x, dims: x.amin(dims, keepdim=True),
     "prod": lambda x, dims: x.prod(dims[0], keepdim=True),
+    "nanmean": lambda x, dims: x.nanmean(dims, keepdim=True),
+    "nansum": lambda x, dims: x.nansum(dims, keepdim=True),
     "median": lambda x, dims: x.median(dims[0], keepdim=True).values,
+    "nanmedian": lambda x, dims: x.nanmedian(dims[0], keepdim=True).values,
+    "quantile": lambda x, dims, q, kind: _quantile(torch.quantile, x, dims, q, kind),
+    "nanquantile": lambda x, dims, q, kind: _quantile(torch.nanquantile, x, dims, q, kind),
     "var": lambda x, dims, correction: x.var(dims, correction=correction, keepdim=True),
     "std": lambda x, dims, correction: x.std(dims, correction=correction, keepdim=True),
     "norm": lambda x, dims, order: torch.linalg.vector_norm(x, order, dims, keepdim=True),
@@ -362,6 +378,7 @@ REDUCTIONS: dict[str, Callable[..., Tensor]] = {
 
 ALONG_CHANNELS: dict[str, Callable[..., Tensor]] = {
     **REDUCTIONS,
+    "group_norm": _group_norm,
     "softmax": lambda x, dims: x.softmax(dims[0]),
     "softmin": lambda x, dims: F.softmin(x, dims[0]),
     "log_softmax": lambda x, dims: x.log_softmax(dims[0]),

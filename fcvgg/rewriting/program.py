@@ -6,11 +6,12 @@ import copy
 import keyword
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from math import lcm
 from typing import Any
 
 from torch import fx, nn
 
-from fcvgg.errors import ConversionError, UnsupportedLayerError
+from fcvgg.errors import ConversionError, RefusedLayerError, UnsupportedLayerError
 from fcvgg.geometry import IMAGE, Axis, Geometry, KernelGeometry, KernelPair, Pair, Step
 from fcvgg.rewriting.outputs import TENSOR, Form
 
@@ -54,6 +55,10 @@ class Program:
 
     `outputs` is the form in which the source returns its outputs; the graph gives them as a tuple,
     or as one map where the source returns one tensor.
+
+    `head` is what a cell is: ``"window"`` a whole native window, ``"position"`` one position of the
+    features, of whose scores the source averages those of `average` before it computes `finals`, a
+    function for each output or ``""``. Of windows, `average` says that they could be positions.
     """
 
     network: fx.GraphModule
@@ -65,6 +70,14 @@ class Program:
     aliases: frozenset[str]
     outputs: Form = TENSOR
     training_mode: TrainingMode = field(default=TrainingMode())
+    head: str = "window"
+    average: KernelPair | None = None
+    finals: tuple[str, ...] = ()
+
+    @property
+    def could_have_positions(self) -> bool:
+        """Whether the source, converted to windows, could be converted to positions."""
+        return self.head == "window" and self.average is not None
 
 
 # -- geometry, collected while the network is written ---------------------------------------------
@@ -76,6 +89,7 @@ class Steps:
     def __init__(self) -> None:
         self._axes: tuple[list[Step], list[Step]] = ([], [])
         self._strides: list[Pair] = []
+        self._periods: list[Pair] = []
         self._places: list[str] = []
 
     def add(self, windows: KernelPair, inputs: Iterable[int], place: str) -> int:
@@ -87,8 +101,17 @@ class Steps:
         for steps, window in zip(self._axes, windows):
             steps.append(Step(window, inputs))
         # Branches that join have one stride, so the first input's is that of all.
-        stride = self.stride_at(inputs[0])
-        self._strides.append((stride[0] * windows[0].stride, stride[1] * windows[1].stride))
+        before = self.stride_at(inputs[0])
+        stride = tuple(n * w.stride // w.repeats for n, w in zip(before, windows))
+        for n, window in zip(before, windows):
+            if n % window.repeats:
+                raise RefusedLayerError(
+                    f"{place} is refused: it enlarges a map of stride {n} by {window.repeats}, so "
+                    "that positions lie between the image's pixels; resize the image instead"
+                )
+        periods = [stride, *map(self.period_at, inputs)]
+        self._strides.append((stride[0], stride[1]))
+        self._periods.append((lcm(*(y for y, _ in periods)), lcm(*(x for _, x in periods))))
         self._places.append(place)
         return len(self._places) - 1
 
@@ -106,6 +129,10 @@ class Steps:
     def stride_at(self, step: int) -> Pair:
         """Image pixels between neighbours after a step."""
         return (1, 1) if step == IMAGE else self._strides[step]
+
+    def period_at(self, step: int) -> Pair:
+        """Image pixels by which an image must move for the map after a step to move as a whole."""
+        return (1, 1) if step == IMAGE else self._periods[step]
 
     def geometry_at(self, step: int) -> Geometry:
         """The geometry of the network up to a step."""

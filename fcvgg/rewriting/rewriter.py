@@ -11,7 +11,7 @@ import inspect
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from torch import Tensor, fx, nn
 
@@ -23,11 +23,12 @@ from fcvgg.errors import (
     UnsupportedLayerError,
     one_line,
 )
-from fcvgg.geometry import IMAGE
+from fcvgg.geometry import IMAGE, Pair
 from fcvgg.rewriting.aliasing import InPlaceChanges
+from fcvgg.rewriting.averages import commuted, drop_unused
 from fcvgg.rewriting.capture import BATCH, Captured, storages_of
 from fcvgg.rewriting.emission import Call, refuse_pooled, refuse_product
-from fcvgg.rewriting.layouts import Cells, Constant, Unusable
+from fcvgg.rewriting.layouts import Cells, Constant, Unusable, channels_along
 from fcvgg.rewriting.map_builder import MapBuilder
 from fcvgg.rewriting.program import Program, graph_module, same_grid
 from fcvgg.rewriting.tracing import describe, operation_name
@@ -42,10 +43,14 @@ class Rewriter:
     Args:
         captured: the source's graph at its native size.
         build: puts the maps into a new graph.
+
+    Attributes:
+        crop: the extent ``(h, w)`` of the native image that the native scores depend on.
     """
 
     def __init__(self, captured: Captured, build: MapBuilder):
         self.build = build
+        self.crop: Pair = captured.size
         self._captured = captured
         self._values: dict[fx.Node, Any] = {}
         self._in_place = InPlaceChanges(build.graph, self._values)
@@ -153,6 +158,7 @@ class Rewriter:
                 "see fcvgg.rewriting.rules for what is supported and how to register a rule"
             ) from error
         self._check_batch(call, result)
+        result = commuted(self.build, call, kind, result)
         if changed is not None and isinstance(result, Cells):
             self._in_place.follow(node, changed, result)
         return result
@@ -171,6 +177,10 @@ class Rewriter:
         )
         features = _features_wanted(node, self._captured)
         if x is not None and features is not None:
+            if (
+                len(x.dims) == 2 and channels_along(x, -1) is None
+            ):  # over positions: of each channel
+                features *= x.extent[0]
             self.build.begin_head(x, features, describe(node))
 
     def _operand(self, argument: Any) -> Any:
@@ -206,6 +216,8 @@ class Rewriter:
                     f"the model's output{place} has the shape {cells.shape}; expected the images "
                     "first, (N, K)"
                 )
+            if self.build.positions and cells.average is None:
+                self._refuse_positions()
             if len(cells.dims) < 2:  # flattened features, or those of one place: of every cell
                 cells = self.build.gathered(cells, f"output{place}")
             if cells.positions > 1:
@@ -214,12 +226,21 @@ class Rewriter:
                 raise ConversionError(
                     f"{why}{whose} output{place} is {cells.shape}, a map; expected scores (N, K)"
                 )
+            cells = self.build.whole_periods(cells)
             vectors.append(
                 self.build.features(cells, replace(cells, moved=cells.layout.flatten()), 0)
             )
         nodes = tuple(v.node for v in vectors)
         self.build.graph.output(nodes[0] if form.is_tensor else nodes)
         return vectors
+
+    def _refuse_positions(self) -> NoReturn:
+        boundary = self.build.boundary
+        found = "" if boundary is None else f", and {boundary.place} takes its window as a whole"
+        raise ConversionError(
+            f"head='position' must have a global average pool before its last layers{found}; use "
+            "head='window', with a smaller output_stride or padding='same' for more cells"
+        )
 
     def _program(self, outputs: Sequence[Cells]) -> Program:
         # One geometry stands for all outputs, so their cells must lie in the same places.
@@ -234,7 +255,16 @@ class Rewriter:
             n - unseen if n - unseen >= window else n
             for n, unseen, window in zip(self._captured.size, outputs[0].unseen, first.window)
         )
-        geometry = first.standing_for((height, width), outputs[0].margin)
+        self.crop = height, width
+        average = outputs[0].average
+        if any(cells.average != average for cells in outputs):
+            average = None
+        if self.build.positions:
+            geometry = first.of_tiles()
+        else:
+            geometry = first.standing_for(self.crop, outputs[0].margin)
+        if self.build.positions:
+            drop_unused(self.build.graph)
         self.build.restore_weights()
         self.build.graph.lint()
         return Program(
@@ -246,6 +276,9 @@ class Rewriter:
             records=tuple(self.build.records),
             aliases=frozenset(self.build.aliases),
             outputs=self._captured.outputs,
+            head="position" if self.build.positions else "window",
+            average=average,
+            finals=tuple(cells.final for cells in outputs),
         )
 
 

@@ -150,8 +150,9 @@ class Recorder(TorchFunctionMode):
         forward = module.forward
         if "_orig_mod" in module._modules:  # what torch.compile makes of a module
             forward = module.get_submodule("_orig_mod").__call__
+        looked_into = runs_own_forward(module) or module._forward_pre_hooks  # compute its weights
         whole = path != "" and (
-            path in self.training_only or (self._is_known(module) and not runs_own_forward(module))
+            path in self.training_only or (self._is_known(module) and not looked_into)
         )
 
         def call(*args: Any, **kwargs: Any) -> Any:

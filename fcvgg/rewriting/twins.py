@@ -42,15 +42,17 @@ def has_hooks(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
-def twin_of(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
+def twin_of(model: nn.Module, memo: dict[int, Any], computes_weights: bool = False) -> nn.Module:
     """A copy of the modules without their hooks, which belong to whoever watches the source.
 
     Args:
         memo: by `id`, what stands in the copy for the parameters and buffers.
+        computes_weights: keep the hooks of torch's that compute weights (weight norm, pruning).
 
     Raises:
-        ConversionError: if hooks compute weights, or the modules cannot be copied.
+        ConversionError: if other hooks compute weights, or the modules cannot be copied.
     """
+    computed: dict[str, list[str]] = {}
     for name, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
             raise ConversionError(
@@ -65,13 +67,17 @@ def twin_of(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
         for attribute, value in vars(module).items():
             parts = any(part.startswith(f"{attribute}_") for part in module._parameters)
             if isinstance(value, Tensor) and parts and module._forward_pre_hooks:
-                raise ConversionError(
-                    f"{name} ({type(module).__name__}) has a {attribute} that a hook computes; make"
-                    " it a parameter first with torch.nn.utils.remove_weight_norm, "
-                    "remove_spectral_norm or prune.remove"
-                )
+                if not all(map(_is_of_torch, module._forward_pre_hooks.values())):
+                    raise ConversionError(
+                        f"{name} ({type(module).__name__}) has a {attribute} that a hook computes; "
+                        "expected a hook of torch.nn.utils, or a parametrization"
+                    )
+                computed.setdefault(name, []).append(attribute)
     hooks: dict[int, Any] = {
-        id(getattr(module, hook)): OrderedDict() for module in model.modules() for hook in _HOOKS
+        id(getattr(module, hook)): OrderedDict()
+        for name, module in model.named_modules()
+        for hook in _HOOKS
+        if not (hook == "_forward_pre_hooks" and name in computed and computes_weights)
     }
     copies = {**memo, **hooks, **_kept_values(model, memo)}
     try:
@@ -88,7 +94,15 @@ def twin_of(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
             f"{type(twin).__name__}; expected a module"
         )
     _align(model, twin, copies)
+    for name, attributes in computed.items():
+        for attribute in attributes:  # the value of an earlier run
+            vars(twin.get_submodule(name)).pop(attribute)
     return twin
+
+
+def _is_of_torch(hook: Any) -> bool:
+    """Whether a hook is weight norm, spectral norm or a pruning of torch's."""
+    return type(hook).__module__.startswith("torch.nn.utils.")
 
 
 def _kept_values(model: nn.Module, memo: dict[int, Any]) -> dict[int, Any]:
@@ -189,4 +203,4 @@ def bare_twin(model: nn.Module) -> nn.Module:
         meta = tensor.detach().to("meta" if tensor.is_floating_point() else tensor.device)
         is_parameter = isinstance(tensor, nn.Parameter)
         memo[id(tensor)] = nn.Parameter(meta, tensor.requires_grad) if is_parameter else meta
-    return twin_of(model, memo)
+    return twin_of(model, memo, computes_weights=True)

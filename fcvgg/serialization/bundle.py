@@ -1,7 +1,8 @@
 """Saving a converted network as data, and reading it back without running code from the file.
 
 A bundle is a folder in the convention of the Hugging Face hub: ``model.safetensors`` holds every
-tensor and ``config.json`` everything else, the rewritten graph included. The graph is a list of
+tensor and ``config.json`` everything else, the rewritten graph included; ``README.md`` is the model
+card, which is not read. The graph is a list of
 calls (`fcvgg.serialization.graph_data`); what they may call is looked up in a fixed list of
 functions and among the layers of torch and fcvgg, so a file can name operations but bring none.
 Module classes of the user's own are loaded only where the user registered their rule in this
@@ -20,6 +21,7 @@ from fcvgg.geometry import Pair, checked_size
 from fcvgg.images.preprocessing import Preprocess, decoded_preprocess
 from fcvgg.results.equivalence import Equivalence
 from fcvgg.rewriting.program import Program
+from fcvgg.serialization.model_card import CARD, UNKNOWN_LICENSE, is_own_card, model_card
 from fcvgg.serialization.program_data import (
     checked_activation,
     describe_program,
@@ -118,9 +120,15 @@ def _equivalence(data: Any) -> Equivalence | None:
 
 
 def write_bundle(
-    path: Path, program: Program, settings: Mapping[str, Any], replaceable: bool = True
+    path: Path,
+    program: Program,
+    settings: Mapping[str, Any],
+    replaceable: bool = True,
+    license: str = UNKNOWN_LICENSE,
 ) -> None:
     """Write a bundle to a new folder; a bundle already there is replaced when the new one is whole.
+
+    A model card of the user's own, that lies in it, stays.
 
     Raises:
         FcvggError: if `path` is something else than a bundle, has the ending of another format, or
@@ -134,9 +142,12 @@ def write_bundle(
     for name in (*config["layers"], *table):
         check_path(name, FcvggError)
     config["tensors"] = {name: entry.to_dict() for name, entry in table.items()}
-    with saved_folder(path, (CONFIG, TENSORS)) as folder:
+    own = (CONFIG, TENSORS, *([CARD] if is_own_card(path / CARD) else []))
+    with saved_folder(path, own) as folder:
         write_tensors(folder / TENSORS, tensors)
         write_description(folder / CONFIG, config)
+        card = model_card(program.geometry, program.classes[0], settings, license)
+        (folder / CARD).write_text(card)
 
 
 def read_bundle(path: Path) -> tuple[Program, Settings]:

@@ -48,6 +48,9 @@ def describe_program(program: Program) -> dict[str, Any]:
         "activations": list(program.activations),
         "classes": list(program.classes),
         "outputs": program.outputs.to_data(),
+        "head": program.head,
+        "average": program.average and [asdict(w) for w in program.average],
+        "finals": list(program.finals),
         "in_channels": program.in_channels,
         "records": [asdict(record) for record in program.records],
     }
@@ -122,6 +125,7 @@ def rebuild_program(
         aliases=aliases,
         outputs=_outputs(description),
         training_mode=_training_mode(description.get("training_mode", {})),
+        **_head(description),
     )
     outputs = len(program.outputs.names())
     if not len(program.classes) == len(program.activations) == outputs > 0:
@@ -149,6 +153,21 @@ def _outputs(description: Mapping[str, Any]) -> Form:
 def _is_several(result: Any) -> bool:
     """Whether the output of an encoded graph is a tuple or list of nodes."""
     return isinstance(result, list) or (isinstance(result, dict) and "tuple" in result)
+
+
+def _head(description: Mapping[str, Any]) -> dict[str, Any]:
+    """What the cells are; windows in bundles of before, which do not say."""
+    head, finals = description.get("head", "window"), description.get("finals", [])
+    average = description.get("average")
+    if head not in ("window", "position") or (head == "position" and average is None):
+        raise LoadError(f"the bundle's head must be 'window' or 'position', got {head!r}")
+    known = ("", "softmax", "log_softmax", "sigmoid")
+    if not isinstance(finals, list) or not all(final in known for final in finals):
+        raise LoadError(f"the bundle's finals must be among {known}, got {finals!r}")
+    if average is not None:
+        height, width = map(KernelGeometry.from_dict, average)
+        average = height, width
+    return {"head": head, "average": average, "finals": tuple(finals)}
 
 
 def _geometry(data: Any) -> Geometry:

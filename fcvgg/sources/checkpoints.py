@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import argparse
+import logging
 import pickle
 import re
 import warnings
@@ -11,22 +11,18 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fcvgg.errors import LoadError, one_line
+from fcvgg.sources import inert, states
 from fcvgg.support import untrusted
+
+_log = logging.getLogger(__name__)
 
 SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".pth.tar", ".safetensors")
 
-_NESTED = ("state_dict", "model_state_dict", "model", "net", "ema_state_dict")
-_DEPTH = 8
-"""How many entries are opened one within the other; a dictionary may hold itself."""
-
-_PREFIXES = ("module.", "_orig_mod.", "model.")
-_LISTED = 4
 _REASON = 200
 
 _FORBIDDEN = re.compile(r"GLOBAL ([\w.]+)")
@@ -34,21 +30,54 @@ _FORBIDDEN = re.compile(r"GLOBAL ([\w.]+)")
 
 
 def read_state(path: str | Path) -> dict[str, Tensor]:
-    """The tensors of a file of torch.save or safetensors, by name.
+    """The tensors of a file of torch.save or safetensors, by the names that it gives them.
 
-    Entries that hold the state among other things (``state_dict``, ``model``) are opened, prefixes
-    of wrappers (``module.``) removed. Pickled code is never run.
+    They are those of the largest entry that holds tensors. Pickled code is never run.
 
     Raises:
         LoadError: if the file is absent, broken, holds code, or holds no tensors.
     """
     path = Path(path)
+    state = max(_entries(path).values(), key=len)
+    _check_tensors(state, path)
+    return state
+
+
+def state_of(
+    path: str | Path, bare: nn.Module, head: str, weights: str | Path | None = states.DEFAULT
+) -> states.Place:
+    """The state in a file that is an architecture's, without prefix; where it was found is said.
+
+    Args:
+        path: of a file of torch.save or safetensors; pickled code is never run.
+        bare: the architecture, which may be without values.
+        head: its last layer, of which any number of classes fits.
+        weights: ``"ema"`` for averaged weights, or the name of one of several states.
+
+    Raises:
+        LoadError: as `read_state`, or if several states fit, or none that was asked for. A state
+            that is near is given, and whoever loads it says what is missing.
+    """
+    path = Path(path)
+    choice = states.DEFAULT if weights is None else str(weights)
+    place = states.find_state(_entries(path), bare.state_dict(), head, choice, str(path))
+    _check_tensors(place.state, path)
+    if place.described():
+        _log.info("%s: the state is %s", path, place.described())
+    return place
+
+
+def _entries(path: Path) -> dict[str, dict[str, Tensor]]:
     if not path.is_file():
         raise LoadError(f"there is no checkpoint {path}; expected a file in {', '.join(SUFFIXES)}")
     content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
-    state = _without_prefixes(_state_within(content, path))
-    _check_tensors(state, path)
-    return state
+    entries = states.entries_of(content)
+    if not entries:
+        raise LoadError(
+            f"{path} must hold tensors by name, or an entry 'state_dict' or 'model_state_dict' or "
+            f"'model' of them, got {type(content).__name__}"
+        )
+    return entries
 
 
 def classes_in(state: Mapping[str, Tensor], layer: str, own: Tensor, arch: str) -> int:
@@ -67,9 +96,13 @@ def classes_in(state: Mapping[str, Tensor], layer: str, own: Tensor, arch: str) 
     if weight is None:
         raise LoadError(
             f"the checkpoint does not fit {arch}: it must hold {layer}.weight, of the last layer, "
-            f"got {_listed(list(state))}"
+            f"got {states.listed(list(state))}; fcvgg.finetune gives features alone a new head"
         )
-    if weight.ndim < 2 or not len(weight) or _as_linear(weight, own).shape[1:] != own.shape[1:]:
+    if (
+        weight.ndim < 2
+        or not len(weight)
+        or states.as_linear(weight, own).shape[1:] != own.shape[1:]
+    ):
         wanted = ("classes", *own.shape[1:])
         raise LoadError(
             f"the checkpoint does not fit {arch}: {layer}.weight must have the shape "
@@ -120,7 +153,7 @@ def fitting(model: nn.Module, state: Mapping[str, Tensor], origin: str) -> dict[
         LoadError: naming what is missing, unexpected, of another shape or of another kind.
     """
     own = model.state_dict()
-    state = {name: _as_linear(tensor, own.get(name)) for name, tensor in state.items()}
+    state = {name: states.as_linear(tensor, own.get(name)) for name, tensor in state.items()}
     missing = [name for name in own if name not in state and not name.endswith("batches_tracked")]
     unexpected = [name for name in state if name not in own]
     misshapen = [
@@ -134,7 +167,7 @@ def fitting(model: nn.Module, state: Mapping[str, Tensor], origin: str) -> dict[
         if name in state and own[name].is_floating_point() and not state[name].is_floating_point()
     ]
     problems = [
-        f"{len(names)} {what}: {_listed(names)}"
+        f"{len(names)} {what}: {states.listed(names)}"
         for what, names in (
             ("missing", missing),
             ("unexpected", unexpected),
@@ -173,16 +206,6 @@ def _check_tensors(state: Mapping[str, Tensor], path: Path) -> None:
     untrusted.check_claim(claimed, path, "tensors")
 
 
-def _as_linear(tensor: Tensor, own: Tensor | None) -> Tensor:
-    """A convolution's weight as the fully connected one that it was, if that is what fits."""
-    fits = own is not None and own.ndim == 2 and tensor.ndim == 4
-    return tensor.flatten(1) if fits else tensor
-
-
-def _listed(names: list[str]) -> str:
-    return ", ".join(names[:_LISTED]) + (", ..." if len(names) > _LISTED else "")
-
-
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
@@ -202,7 +225,7 @@ def _read_pickle(path: Path) -> Any:
                 untrusted.check_members(archive, path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about pickle protocols, which broken files show
-            with torch.serialization.safe_globals(_inert()):
+            with torch.serialization.safe_globals([*inert.SAFE_GLOBALS]):
                 return torch.load(path, map_location="cpu", weights_only=True)
     except LoadError:
         raise
@@ -210,19 +233,13 @@ def _read_pickle(path: Path) -> Any:
         raise LoadError(f"{path} {_complaint(error)}") from error
 
 
-def _inert() -> list[Any]:
-    """What training scripts keep besides the state and is plain data: numbers, options."""
-    scalar = np.float64(0).__reduce__()[0]  # type: ignore[index]  # what unpickles a number
-    kinds = [type(np.dtype(name)) for name in ("float64", "float32", "int64", "int32", "bool")]
-    return [scalar, np.dtype, *kinds, argparse.Namespace]
-
-
 def _complaint(error: Exception) -> str:
     found = _FORBIDDEN.search(str(error))
     if found is not None:
         return (
             f"holds a Python object ({found[1]}) as well as tensors; opening it could run code, so "
-            "it is refused; save model.state_dict() instead"
+            "it is refused; save model.state_dict() instead, and pass arch=, a torchvision name, "
+            "your own nn.Module or a function that makes it"
         )
     if "TorchScript" in str(error):
         return "holds a scripted model; save model.state_dict() instead"
@@ -230,28 +247,3 @@ def _complaint(error: Exception) -> str:
         return "is broken, or a pickle that torch.save did not write; save model.state_dict() again"
     reason = one_line(error).split(". ")[0].strip(" .")[:_REASON]
     return f"is a broken checkpoint: {type(error).__name__} ({reason})"
-
-
-def _state_within(content: Any, path: Path) -> dict[str, Tensor]:
-    for _ in range(_DEPTH):
-        if not isinstance(content, Mapping):
-            break
-        tensors = {str(k): v for k, v in content.items() if isinstance(v, Tensor)}
-        inner = next((content[k] for k in _NESTED if isinstance(content.get(k), Mapping)), None)
-        if inner is None:
-            if tensors:
-                return tensors
-            break
-        content = inner
-    raise LoadError(
-        f"{path} must hold tensors by name, or an entry "
-        f"{' or '.join(repr(name) for name in _NESTED[:3])} of them, got {type(content).__name__}"
-    )
-
-
-def _without_prefixes(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    # twice, since wrappers lie in each other in any order: module._orig_mod.
-    for prefix in _PREFIXES * 2:
-        if state and all(name.startswith(prefix) for name in state):
-            state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
-    return state

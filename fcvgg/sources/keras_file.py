@@ -15,6 +15,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torchvision
 
 from fcvgg.errors import LoadError
@@ -22,8 +23,8 @@ from fcvgg.geometry import checked_size
 from fcvgg.images.preprocessing import Preprocess
 from fcvgg.sources import hdf5_file
 from fcvgg.sources.assembly import scores_of
-from fcvgg.sources.keras_layers import LAYERS
-from fcvgg.sources.keras_model import Builder, KerasModel, Layer, Value, Weights, text_of
+from fcvgg.sources.keras_layers import LAYERS, OPERATIONS
+from fcvgg.sources.keras_model import Builder, KerasModel, Layer, Result, Value, Weights, text_of
 from fcvgg.support import untrusted
 from fcvgg.support.extras import imported
 
@@ -41,38 +42,45 @@ _IMAGENET_CLASSES = 1000
 _MODELS = ("Sequential", "Functional", "Model")
 
 
-def read(path: str | Path, arch: str | None = None) -> tuple[KerasModel, dict[str, Any]]:
+def read(
+    path: str | Path, arch: str | None = None, headless: bool = False
+) -> tuple[KerasModel, dict[str, Any]]:
     """The classifier in a Keras file, and what is known of its input.
 
     Args:
         arch: ``"vgg16"`` or ``"vgg19"`` for a file of weights alone whose layers do not have the
             names of keras.applications.
+        headless: take VGG's weights without the fully connected layers; the model gives a map.
 
     Raises:
         LoadError: if the file is absent, broken, holds no weights, or a layer is not supported.
         MissingExtraError: if h5py is not installed.
     """
     path = Path(path)
-    with untrusted.reading(path, "a Keras file"), _opened(path) as (config, file):
+    with untrusted.reading(path, "a Keras file"), _opened(path) as (config, file, version):
         weights = Weights(_weights_within(file, path), str(path))
         if config is None:
-            config = _application(_recognised(weights, arch, path), weights)
-        return _assemble(config, weights, path)
+            config = _application(_recognised(weights, arch, path, headless), weights)
+        return _assemble(config, weights, path, version)
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[tuple[dict[str, Any] | None, Any]]:
-    """The architecture, if the file has one, and the HDF5 file that holds the weights."""
+def _opened(path: Path) -> Iterator[tuple[dict[str, Any] | None, Any, int]]:
+    """The architecture, if the file has one, the HDF5 file of the weights, and Keras's version."""
     h5py = imported("h5py", EXTRA)
     if not path.is_file():
         raise LoadError(f"{path} must be a Keras file, got none of that name")
     config = None
+    version = "3"
     content: Any = path
     allowed = untrusted.allowed_bytes(path)
     if path.suffix == ".keras":
         with zipfile.ZipFile(path) as archive:
             untrusted.check_members(archive, path)
             described = untrusted.read_member(archive, "config.json", untrusted.CONFIG_BYTES)
+            if "metadata.json" in archive.namelist():
+                about = untrusted.read_member(archive, "metadata.json", untrusted.CONFIG_BYTES)
+                version = str(untrusted.parsed_json(about).get("keras_version", version))
             content = io.BytesIO(untrusted.read_member(archive, "model.weights.h5", allowed))
         config = untrusted.parsed_json(described)
     problem = hdf5_file.check(path, allowed)
@@ -81,7 +89,8 @@ def _opened(path: Path) -> Iterator[tuple[dict[str, Any] | None, Any]]:
     with h5py.File(content, "r") as file:
         if "model_config" in file.attrs:
             config = untrusted.parsed_json(text_of(file.attrs["model_config"]))
-        yield config, file
+            version = text_of(file.attrs.get("keras_version", version))
+        yield config, file, 2 if version.startswith(("1.", "2.")) else 3
 
 
 def _weights_within(file: Any, path: Path) -> Any:
@@ -95,11 +104,11 @@ def _weights_within(file: Any, path: Path) -> Any:
 
 
 def _assemble(
-    config: Mapping[str, Any], weights: Weights, path: Path
+    config: Mapping[str, Any], weights: Weights, path: Path, version: int
 ) -> tuple[KerasModel, dict[str, Any]]:
     layers = list(islice(_layers_of(config, ()), untrusted.MOST_NODES + 1))
     untrusted.check_count(len(layers), f"{path}: the number of layers")
-    builder = Builder(str(path), weights, layers)
+    builder = Builder(str(path), weights, layers, version)
     for layer in layers:
         if layer.kind not in LAYERS and layer.kind not in _MODELS:
             raise LoadError(
@@ -127,39 +136,50 @@ def _layers_of(config: Mapping[str, Any], path: tuple[str, ...]) -> Iterator[Lay
         )
     inner = config["config"]
     described = inner if isinstance(inner, list) else inner["layers"]  # a list before Keras 2.2.3
-    previous: tuple[str, ...] = ()
+    previous: tuple[Any, ...] = ()
     for entry in described:
         settings = entry["config"]
         own = settings.get("name") if isinstance(settings, dict) else None
         name = str(entry.get("name") or own)
-        nodes = entry.get("inbound_nodes")
-        inputs = previous if kind == "Sequential" else tuple(_sources(nodes))
-        if isinstance(nodes, list) and len(nodes) > 1:
-            raise LoadError(
-                f"the layer {name} is called at {len(nodes)} places, which is not supported"
-            )
+        nodes = entry.get("inbound_nodes") or [[]]
+        calls = (previous,) if kind == "Sequential" else tuple(map(_arguments, nodes))
         within = settings if isinstance(settings, dict) else {}
-        yield Layer((*path, name), entry["class_name"], within, inputs)
-        previous = (name,)
+        yield Layer((*path, name), entry["class_name"], within, calls)
+        previous = (Result(name, 0),)
         if entry["class_name"] in _MODELS:
             yield from _layers_of(entry, (*path, name))
 
 
-def _sources(nodes: Any) -> Iterator[str]:
-    """The layers named in an inbound node, as Keras 2 or 3 writes it."""
-    if isinstance(nodes, Mapping):
-        history = nodes.get("keras_history")
-        if history is not None:
-            yield str(history[0])
-        else:
-            for inner in nodes.values():
-                yield from _sources(inner)
-    elif isinstance(nodes, list):
+def _arguments(node: Any) -> tuple[Any, ...]:
+    """What a layer is called on: results of layers, and in Keras 3 numbers, slices and the like."""
+    if isinstance(node, Mapping) and "args" in node:  # Keras 3
+        return tuple(_argument(value) for value in (*node["args"], *node["kwargs"].values()))
+    return tuple(_results(node))
+
+
+def _argument(value: Any) -> Any:
+    if isinstance(value, list):
+        return tuple(map(_argument, value))
+    kind = value.get("class_name") if isinstance(value, Mapping) else None
+    if kind == "__keras_tensor__":
+        name, place, *_ = value["config"]["keras_history"]
+        return Result(str(name), int(place))
+    if kind == "__tensor__":
+        return np.asarray(value["config"]["value"], dtype=np.float32)
+    if kind == "__slice__":
+        limits = (value["config"].get(name) for name in ("start", "stop", "step"))
+        return slice(*(None if n is None else int(n) for n in limits))
+    return ... if kind == "__ellipsis__" else value
+
+
+def _results(nodes: Any) -> Iterator[Result]:
+    """The results of layers named in a node, as Keras 2 writes it, or among a model's outputs."""
+    if isinstance(nodes, list):
         if len(nodes) >= 3 and isinstance(nodes[0], str) and isinstance(nodes[1], int):
-            yield nodes[0]
+            yield Result(nodes[0], nodes[1])
         else:
             for inner in nodes:
-                yield from _sources(inner)
+                yield from _results(inner)
 
 
 def _run(
@@ -172,40 +192,74 @@ def _run(
     """Add a model's layers in order; models within it likewise."""
     entries = config["config"] if isinstance(config["config"], list) else config["config"]["layers"]
     inside = [x for x in builder.layers if x.path[:-1] == path]
-    sequential = config["class_name"] == "Sequential"
-    values: dict[str, Value] = {}
+    values: dict[Result, Value] = {}
+    # Keras 2 counts the places of a model from one, of which there is only one mostly
+    only = {x.name: Result(x.name, 0) for x in inside if len(x.calls) == 1}
     entered = 0
-    waiting = list(zip(inside, entries))
+    waiting = [
+        (x, entry, place, _named(call, only))
+        for x, entry in zip(inside, entries)
+        for place, call in enumerate(x.calls)
+    ]
     # a file lists the layers of a functional model in any order that Keras made them in
     while waiting:
         ready = next(
-            (i for i, (x, _) in enumerate(waiting) if values.keys() >= set(x.inputs)), None
+            (i for i, (*_, call) in enumerate(waiting) if values.keys() >= set(_flat(call))), None
         )
         if ready is None:
-            layer, missing = waiting[0][0], set(waiting[0][0].inputs) - values.keys()
+            layer, *_, call = waiting[0]
+            missing = {result.layer for result in _flat(call) if result not in values}
             raise LoadError(
                 f"{builder.origin}: the inputs of {layer} must be layers before it, got "
                 f"{', '.join(sorted(missing))}"
             )
-        layer, entry = waiting.pop(ready)
-        inputs = [values[name] for name in layer.inputs]
+        layer, entry, place, call = waiting.pop(ready)
+        inputs = [values[result] for result in _flat(call)]
         # the first layer of a Sequential model takes the images without an InputLayer
         if layer.kind == "InputLayer" or not inputs:
             if entered >= len(images):
                 raise builder.refuse(layer, "is a second input")
-            image = images[entered]
+            inputs = [images[entered]]
+            call = (Result(layer.name, place),)
+            values[call[0]] = inputs[0]
             entered += 1
-            inputs = [image]
+        builder.begin(layer)
         if layer.kind in _MODELS:
             results = _run(builder, entry, layer.path, inputs, table)
             if len(results) != 1:
                 raise builder.refuse(layer, "has several outputs")
-            values[layer.name] = results[0]
+            result = results[0]
+        elif layer.kind in OPERATIONS:
+            result = table[layer.kind](builder, layer, *_filled(call, values))
         else:
-            values[layer.name] = table[layer.kind](builder, layer, *inputs)
-    if sequential:
-        return [values[inside[-1].name]]
-    return [values[name] for name in _sources(config["config"]["output_layers"])]
+            result = table[layer.kind](builder, layer, *inputs)
+        values[Result(layer.name, place)] = result
+    if config["class_name"] == "Sequential":
+        return [values[Result(inside[-1].name, 0)]]
+    return [values[only.get(r.layer, r)] for r in _results(config["config"]["output_layers"])]
+
+
+def _flat(call: Any) -> Iterator[Result]:
+    """The results of layers among arguments."""
+    if isinstance(call, Result):
+        yield call
+    elif isinstance(call, tuple):
+        for inner in call:
+            yield from _flat(inner)
+
+
+def _named(call: Any, only: Mapping[str, Result]) -> Any:
+    """Arguments in which each result is the one that there is of a layer called once."""
+    if isinstance(call, tuple):
+        return tuple(_named(inner, only) for inner in call)
+    return only.get(call.layer, call) if isinstance(call, Result) else call
+
+
+def _filled(call: Any, values: Mapping[Result, Value]) -> Any:
+    """Arguments with values in place of results."""
+    if isinstance(call, tuple):
+        return tuple(_filled(inner, values) for inner in call)
+    return values[call] if isinstance(call, Result) else call
 
 
 def _settings(
@@ -220,8 +274,9 @@ def _settings(
             )
         if shape[1] and shape[2]:
             settings["input_size"] = checked_size(shape[1:3])
-    if _is_application(layers):
+    if _is_application(layers) or _is_application(layers, headless=True):
         settings["preprocess"] = CAFFE
+    if _is_application(layers):
         weights = torchvision.models.VGG16_Weights.IMAGENET1K_V1
         settings["categories"] = tuple(weights.meta["categories"])
     return settings
@@ -247,14 +302,16 @@ def _names(blocks: Sequence[int]) -> list[str]:
     return [*convolutions, *_HEAD]
 
 
-def _is_application(layers: Sequence[Layer]) -> bool:
-    """Whether these are the layers of VGG16 or VGG19 with ImageNet's classes."""
+def _is_application(layers: Sequence[Layer], headless: bool = False) -> bool:
+    """Whether these are the layers of VGG16 or VGG19 with ImageNet's classes, or without a head."""
     weighted = [x.name for x in layers if x.kind in ("Conv2D", "Dense")]
+    if headless:
+        return any([*weighted, *_HEAD] == _names(blocks) for blocks in _APPLICATIONS.values())
     known = any(weighted == _names(blocks) for blocks in _APPLICATIONS.values())
     return known and layers[-1].get("units") == _IMAGENET_CLASSES
 
 
-def _recognised(weights: Weights, arch: str | None, path: Path) -> str:
+def _recognised(weights: Weights, arch: str | None, path: Path, headless: bool) -> str:
     """The architecture of a file of weights alone."""
     found = set(weights.layer_names())
     if not found:
@@ -263,9 +320,11 @@ def _recognised(weights: Weights, arch: str | None, path: Path) -> str:
         if found == set(_names(blocks)):
             return name
         if found == set(_names(blocks)) - set(_HEAD):
+            if headless:
+                return name
             raise LoadError(
                 f"{path} must hold the weights of the whole classifier, got {name} without its "
-                "fully connected layers (include_top=False)"
+                "fully connected layers (include_top=False); fcvgg.finetune gives it a new head"
             )
     if arch in _APPLICATIONS:
         names, expected = weights.layer_names(), _names(_APPLICATIONS[arch])
@@ -295,11 +354,13 @@ def _application(arch: str, weights: Weights) -> dict[str, Any]:
             settings = {"kernel_size": [3, 3], "padding": "same", "activation": "relu"}
             add("Conv2D", f"block{block}_conv{i}", **settings)
         add("MaxPooling2D", f"block{block}_pool", pool_size=[2, 2], strides=[2, 2])
-    add("Flatten", "flatten")
-    for name in _HEAD:
+    head = _HEAD if set(_HEAD) & set(weights.layer_names()) or weights.aliases else ()
+    if head:
+        add("Flatten", "flatten")
+    for name in head:
         add("Dense", name, activation="softmax" if name == "predictions" else "relu")
     model = {"class_name": "Sequential", "config": {"name": arch, "layers": entries}}
-    arrays = weights.of(("predictions",), list(_layers_of(model, ())))
+    arrays = head and weights.of(("predictions",), list(_layers_of(model, ())))
     if arrays:
         entries[-1]["config"]["units"] = int(arrays[0].shape[-1])
     return model

@@ -27,6 +27,14 @@ class KerasModel(Assembled):
 
 
 @dataclass(frozen=True)
+class Result:
+    """What a layer gives at one of its places, as the file's architecture refers to it."""
+
+    layer: str
+    place: int
+
+
+@dataclass(frozen=True)
 class Layer:
     """A layer as the file's architecture describes it.
 
@@ -34,13 +42,13 @@ class Layer:
         path: its name, after those of the models that it lies in.
         kind: Keras's class.
         config: its settings.
-        inputs: the names of the layers it takes its values from, within its model.
+        calls: what it is called on, at each of its places in its model.
     """
 
     path: tuple[str, ...]
     kind: str
     config: Mapping[str, Any]
-    inputs: tuple[str, ...]
+    calls: tuple[tuple[Any, ...], ...]
 
     @property
     def name(self) -> str:
@@ -104,7 +112,10 @@ class Weights:
         if len(path) > 1:
             # an inner model lists the weights of all its layers, trainable ones first; a layer's
             # own are picked by its name and put in the order of a layer that stands alone
-            order = ("kernel", "gamma", "bias", "beta", "moving_mean", "moving_variance")
+            order = (
+                *("depthwise_kernel", "pointwise_kernel", "kernel", "gamma", "alpha", "bias"),
+                *("beta", "moving_mean", "moving_variance"),
+            )
             names = [n for n in names if n.split("/")[-2:-1] == [path[-1]]]
             kinds = [n.split("/")[-1].partition(":")[0] for n in names]
             ranks = [order.index(k) if k in order else len(order) for k in kinds]
@@ -148,13 +159,20 @@ class Weights:
 class Builder:
     """A Keras architecture on its way to a torch model; layers add their steps through it."""
 
-    def __init__(self, origin: str, weights: Weights, layers: Sequence[Layer]):
+    def __init__(self, origin: str, weights: Weights, layers: Sequence[Layer], version: int = 3):
         self.origin = origin
         self.layers = layers
+        self.version = version  # of Keras, which changed what some activations compute
         self.model = KerasModel("images")
         self._weights = weights
         self._taken = 0
         self._steps: Counter[str] = Counter()
+        self._modules: dict[tuple[str, int], str] = {}
+        self._called: Counter[str] = Counter()
+
+    def begin(self, layer: Layer) -> None:
+        """Before each call of a layer: it finds the modules that an earlier one has made."""
+        self._called[".".join(layer.path)] = 0
 
     def weights(self, layer: Layer, shapes: Mapping[str, tuple[int | None, ...]]) -> list[Any]:
         """The layer's arrays by the shapes expected (None for any size), or an error."""
@@ -197,9 +215,22 @@ class Builder:
         self.model.add_constant(full, value)
         return Value(full, value.ndim)
 
-    def layer(self, layer: Layer, module: Any, x: Value, rank: int | None = None) -> Value:
-        name = self.model.add_layer(".".join(layer.path), module)
-        return self.step(layer, name, x, rank=rank)
+    def number(self, layer: Layer, value: float) -> Value:
+        """A number that a step takes."""
+        name = f"{'/'.join(layer.path)}/number#{value!r}"
+        self.model.add_constant(name, value)
+        return Value(name, 0)
+
+    def layer(
+        self, layer: Layer, module: Any, x: Value, rank: int | None = None, part: str = ""
+    ) -> Value:
+        """A step that calls the layer's module; one that is called at several places is shared."""
+        base = ".".join(layer.path)
+        key = base, self._called[base]
+        self._called[base] += 1
+        if key not in self._modules:
+            self._modules[key] = self.model.add_layer(f"{base}.{part}" if part else base, module)
+        return self.step(layer, self._modules[key], x, rank=rank)
 
 
 def _unique_at(layers: Sequence[Layer], depth: int) -> dict[str, str]:

@@ -5,6 +5,7 @@ The layers are made on the meta device: their own random values would be compute
 
 from __future__ import annotations
 
+import operator as python
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -107,3 +108,18 @@ def folded(*values: Any, function: Callable[..., Any]) -> Any:
     for value in rest:
         result = function(result, value)
     return result
+
+
+def subtracted_from(x: Tensor, value: Any) -> Tensor:
+    """``value - x``, where the image's value leads, so that torch.fx sees the call."""
+    return python.add(python.neg(x), value)
+
+
+def divided_into(x: Tensor, value: Any) -> Tensor:
+    """``value / x``."""
+    return python.mul(python.pow(x, -1), value)
+
+
+def hard_sigmoid(x: Tensor, alpha: float, beta: float) -> Tensor:
+    """``alpha * x + beta``, limited to 0 and 1."""
+    return torch.clamp(x * alpha + beta, 0.0, 1.0)

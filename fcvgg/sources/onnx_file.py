@@ -28,6 +28,7 @@ from fcvgg.sources.onnx_graph import Graph, OnnxModel
 from fcvgg.sources.onnx_operators import OPERATORS
 from fcvgg.support import untrusted
 from fcvgg.support.extras import imported
+from fcvgg.support.memory_text import size_text
 
 SUFFIX = ".onnx"
 
@@ -112,8 +113,8 @@ def _load_external_data(proto: Any, path: Path) -> None:
     allowed = _EXTERNAL_TWICE * sum(sizes.values())
     if claimed > allowed:
         raise LoadError(
-            f"{path} must take at most {untrusted.size_text(allowed)} from the files of its "
-            f"weights, got {untrusted.size_text(claimed)}"
+            f"{path} must take at most {size_text(allowed)} from the files of its "
+            f"weights, got {size_text(claimed)}"
         )
     helper.load_external_data_for_model(proto, str(path.parent))
 
@@ -242,4 +243,7 @@ def _without_others(proto: Any, graph: Graph) -> Any:
     reduced.CopyFrom(proto)
     del reduced.graph.node[:]
     reduced.graph.node.extend(kept)
+    outputs = [output for output in proto.graph.output if output.name in graph.outputs]
+    del reduced.graph.output[:]
+    reduced.graph.output.extend(outputs)
     return reduced

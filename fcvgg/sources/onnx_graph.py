@@ -6,6 +6,7 @@ node becomes a step of an `Assembled` model by the table in `fcvgg.sources.onnx_
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,11 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from fcvgg.errors import LoadError, one_line
+from fcvgg.names import readable
 from fcvgg.sources.assembly import Assembled, scores_of
 from fcvgg.sources.layers import as_tensor
 from fcvgg.sources.onnx_constants import EXTRA, claimed_bytes, compute, evaluate, is_foldable
-from fcvgg.support import untrusted
 from fcvgg.support.extras import imported
+from fcvgg.support.memory_text import size_text
 
 _IMAGE_CHANNELS = (1, 3, 4)
 _CONSTANTS = 640 << 20
@@ -32,6 +34,9 @@ _EXPANSION = 8
 
 _SHAPE_OPERATORS = ("Shape", "Size")
 _DOMAINS = ("", "ai.onnx")
+
+_INDEXING = ("ArgMax", "ArgMin", "TopK")
+_PASSING = ("Cast", "Flatten", "Identity", "Reshape", "Squeeze", "Unsqueeze")
 
 
 class OnnxModel(Assembled):
@@ -70,12 +75,14 @@ class Graph:
         self.path = path
         self.proto = proto.graph
         self.opset = next((o.version for o in proto.opset_import if o.domain in _DOMAINS), 1)
-        self.nodes = _needed([Node(node) for node in self.proto.node], self.proto.output)
+        nodes = [Node(node) for node in self.proto.node]
+        self.outputs = _scores(nodes, [output.name for output in self.proto.output], path)
+        self.nodes = _needed(nodes, self.outputs)
         self.constants = self._stored()
         self.image = self._image_input()
         self.size, self.batch, self.channels_last = self._image_layout()
         self.uses = Counter(name for node in self.nodes for name in node.inputs)
-        self.uses.update(output.name for output in self.proto.output)
+        self.uses.update(self.outputs)
         self.ranks = _ranks(proto)
         self.model = OnnxModel("images")
         self._folded = 0
@@ -109,14 +116,14 @@ class Graph:
             else:
                 self._fold(node)
         outputs = []
-        for output in self.proto.output:
-            if output.name not in self._traced:
+        for output in self.outputs:
+            if output not in self._traced:
                 raise LoadError(
-                    f"{self.path}: the output {output.name!r} must be class scores, got values "
+                    f"{self.path}: the output {output!r} must be class scores, got values "
                     "that do not depend on the image"
                 )
-            name = f"{output.name}/scores"
-            self.model.add_step(scores_of, (output.name,), name)
+            name = f"{output}/scores"
+            self.model.add_step(scores_of, (output,), name)
             outputs.append(name)
         self.model.finish(outputs)
         return self.model
@@ -202,7 +209,7 @@ class Graph:
         if self._folded > self._allowed:
             raise LoadError(
                 f"{self.path}: {node} must give values that fit the file, whose constants would "
-                f"take {untrusted.size_text(self._folded)} of {untrusted.size_text(self._allowed)}"
+                f"take {size_text(self._folded)} of {size_text(self._allowed)}"
             )
         with self._explained(f"{node} cannot be computed"):
             results = compute(known, node.proto.SerializeToString(), self.opset)
@@ -369,9 +376,31 @@ def _copy_without_weights(proto: Any, slim: Any) -> None:
             )
 
 
-def _needed(nodes: Sequence[Node], outputs: Iterable[Any]) -> list[Node]:
+def _scores(nodes: Sequence[Node], outputs: list[str], path: Path) -> list[str]:
+    """The outputs without those that say which class scores most, where there are others."""
+    makers = {name: node for node in nodes for name in node.outputs}
+
+    def is_index(name: str) -> bool:
+        node = makers.get(name)
+        while node is not None and node.operator in _PASSING and node.inputs:
+            node = makers.get(node.inputs[0])
+        return node is not None and node.operator in _INDEXING
+
+    indices = [name for name in outputs if is_index(name)]
+    scores = [name for name in outputs if name not in indices]
+    if not scores or not indices:
+        return outputs
+    warnings.warn(
+        f"{readable(path)}: the outputs {', '.join(map(readable, indices))} are left out, since "
+        "they choose among classes; the scores are read",
+        stacklevel=2,
+    )
+    return scores
+
+
+def _needed(nodes: Sequence[Node], outputs: Iterable[str]) -> list[Node]:
     """The nodes that the outputs depend on, in order."""
-    wanted = {output.name for output in outputs}
+    wanted = set(outputs)
     needed: list[Node] = []
     for node in reversed(nodes):
         if wanted.intersection(node.outputs):

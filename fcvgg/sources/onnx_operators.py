@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import operator as python
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,14 @@ from torch import Tensor, nn
 
 from fcvgg.geometry import Pair
 from fcvgg.sources import layers, padding
-from fcvgg.sources.layers import as_tensor, folded, joined
+from fcvgg.sources.layers import (
+    as_tensor,
+    divided_into,
+    folded,
+    hard_sigmoid,
+    joined,
+    subtracted_from,
+)
 from fcvgg.sources.onnx_graph import Graph, Node
 from fcvgg.support import untrusted
 
@@ -136,6 +144,12 @@ def global_pool(graph: Graph, node: Node) -> None:
     graph.layer(node, kind(1))
 
 
+@reads("GlobalLpPool")
+def global_lp_pool(graph: Graph, node: Node) -> None:
+    order = float(node.get("p", 2))
+    graph.step(node, torch.linalg.vector_norm, ord=order, dim=(2, 3), keepdim=True)
+
+
 @reads("LRN")
 def lrn(graph: Graph, node: Node) -> None:
     size = node.get("size")
@@ -217,29 +231,35 @@ def _padded(
     return (0, 0), padded
 
 
+_PAD_MODES = {"constant": "constant", "reflect": "reflect", "edge": "replicate"}
+
+
 @reads("Pad")
 def pad(graph: Graph, node: Node) -> None:
     pads = graph.numbers(node, 1, "pads")
-    if node.get("mode", "constant") != "constant" or pads is None or len(pads) != 8:
+    mode = _PAD_MODES.get(node.get("mode", "constant"))
+    if mode is None or pads is None or len(pads) != 8:
         graph.refuse(node, f"pads by {node.get('mode')!r} or a value other than a map")
         return
     if node.has_input(3):
         graph.refuse(node, "pads chosen axes")
-    value = float(np.ravel(graph.constant(node, 2, node.get("value", 0.0)))[0])
+    settings: dict[str, Any] = {"mode": mode}
+    if mode == "constant":
+        settings["value"] = float(np.ravel(graph.constant(node, 2, node.get("value", 0.0)))[0])
     before, after = pads[:4], pads[4:]
     if before[0] == after[0] == before[1] == after[1] == 0:
         amounts = (before[3], after[3], before[2], after[2])
-        graph.step(node, F.pad, pad=amounts, mode="constant", value=value)
+        graph.step(node, F.pad, pad=amounts, **settings)
     elif before[0] == after[0] == before[3] == after[3] == 0:
         amounts = (before[2], after[2], before[1], after[1])
-        graph.step(node, pad_channels_last, pads=amounts, value=value)
+        graph.step(node, pad_channels_last, pad=amounts, **settings)
     else:
         graph.refuse(node, f"pads {pads}, more than rows and columns")
 
 
-def pad_channels_last(x: Tensor, pads: tuple[int, ...], value: float) -> Tensor:
+def pad_channels_last(x: Tensor, **settings: Any) -> Tensor:
     """Rows and columns of ``(N, H, W, C)`` padded."""
-    return F.pad(x.permute(0, 3, 1, 2), pads, "constant", value).permute(0, 2, 3, 1)
+    return F.pad(x.permute(0, 3, 1, 2), **settings).permute(0, 2, 3, 1)
 
 
 # -- shapes -------------------------------------------------------------------------------------
@@ -328,6 +348,47 @@ def sliced(x: Tensor, parts: tuple[tuple[int, int, int, int], ...]) -> Tensor:
     return x
 
 
+@reads("Gather")
+def gather(graph: Graph, node: Node) -> None:
+    indices, axis = graph.constant(node, 1), node.get("axis", 0)
+    if not graph.is_traced(node, 0) or axis == 0:
+        graph.refuse(node, "chooses among images, or rows of a table")
+    if indices.ndim != 1:
+        graph.refuse(node, f"takes indices of shape {indices.shape}")
+    graph.step(node, gathered, indices=[int(n) for n in indices], axis=axis)
+
+
+def gathered(x: Tensor, indices: list[int], axis: int) -> Tensor:
+    """The entries of these indices along an axis, such as channels in another order."""
+    return x[(slice(None),) * (axis % x.ndim) + (indices,)]
+
+
+@reads("SpaceToDepth")
+def space_to_depth(graph: Graph, node: Node) -> None:
+    graph.step(node, unshuffled, block=node.get("blocksize"))
+
+
+def unshuffled(x: Tensor, block: int) -> Tensor:
+    """Blocks of pixels as channels; ONNX orders them by their place first, torch by channel."""
+    channels = x.shape[1]
+    order = [c * block**2 + place for place in range(block**2) for c in range(channels)]
+    return F.pixel_unshuffle(x, block)[:, order]
+
+
+@reads("DepthToSpace")
+def depth_to_space(graph: Graph, node: Node) -> None:
+    by_channel = node.get("mode", "DCR") == "CRD"
+    graph.step(node, shuffled, block=node.get("blocksize"), by_channel=by_channel)
+
+
+def shuffled(x: Tensor, block: int, by_channel: bool) -> Tensor:
+    """Channels as blocks of pixels, ordered by channel first as in torch, or by place."""
+    if not by_channel:
+        channels = x.shape[1] // block**2
+        x = x[:, [place * channels + c for c in range(channels) for place in range(block**2)]]
+    return F.pixel_shuffle(x, block)
+
+
 @reads("Split")
 def split(graph: Graph, node: Node) -> None:
     sizes = graph.numbers(node, 1, "split")
@@ -361,22 +422,27 @@ def _arithmetic(function: Callable[..., Any], reverse: Callable[..., Any]) -> Op
     return add
 
 
-def subtracted_from(x: Tensor, value: Any) -> Tensor:
-    """``value - x``."""
-    return python.add(python.neg(x), value)
-
-
-def divided_into(x: Tensor, value: Any) -> Tensor:
-    """``value / x``."""
-    return python.mul(python.pow(x, -1), value)
-
-
 OPERATORS.update(
     Add=_arithmetic(python.add, python.add),
     Sub=_arithmetic(python.sub, subtracted_from),
     Mul=_arithmetic(python.mul, python.mul),
     Div=_arithmetic(python.truediv, divided_into),
 )
+
+
+OPERATORS.update(
+    Greater=_arithmetic(python.gt, python.lt),
+    GreaterOrEqual=_arithmetic(python.ge, python.le),
+    Less=_arithmetic(python.lt, python.gt),
+    LessOrEqual=_arithmetic(python.le, python.ge),
+)
+
+
+@reads("Where")
+def where(graph: Graph, node: Node) -> None:
+    if not graph.is_traced(node, 0):
+        graph.refuse(node, "chooses by a constant")
+    graph.step(node, torch.where, node.inputs[0], graph.operand(node, 1), graph.operand(node, 2))
 
 
 @reads("Sum", "Max", "Min")
@@ -396,14 +462,29 @@ def power(graph: Graph, node: Node) -> None:
     graph.step(node, torch.pow, exponent=float(exponent))
 
 
-@reads("ReduceMean", "ReduceSum", "ReduceMax")
+_REDUCTIONS: dict[str, Any] = {
+    "ReduceMean": torch.mean,
+    "ReduceSum": torch.sum,
+    "ReduceMax": torch.amax,
+    "ReduceMin": torch.amin,
+    "ReduceLogSumExp": torch.logsumexp,
+    "ReduceL1": partial(torch.linalg.vector_norm, ord=1),
+    "ReduceL2": partial(torch.linalg.vector_norm, ord=2),
+}
+
+
+@reads(*_REDUCTIONS)
 def reduce(graph: Graph, node: Node) -> None:
     axes = graph.numbers(node, 1, "axes")
     if axes is None:
         graph.refuse(node, "reduces all dimensions, images included")
-    functions = {"ReduceMean": torch.mean, "ReduceSum": torch.sum, "ReduceMax": torch.amax}
     keepdim = bool(node.get("keepdims", 1))
-    graph.step(node, functions[node.operator], dim=axes, keepdim=keepdim)
+    graph.step(node, _REDUCTIONS[node.operator], dim=axes, keepdim=keepdim)
+
+
+@reads("LpNormalization")
+def lp_normalization(graph: Graph, node: Node) -> None:
+    graph.step(node, F.normalize, p=float(node.get("p", 2)), dim=node.get("axis", -1))
 
 
 @reads("Clip")
@@ -439,11 +520,6 @@ def _activation(function: Callable[..., Any], **names: tuple[str, Any]) -> Opera
         graph.step(node, function, **{k: node.get(a, d) for k, (a, d) in names.items()})
 
     return add
-
-
-def hard_sigmoid(x: Tensor, alpha: float, beta: float) -> Tensor:
-    """``alpha * x + beta``, limited to 0 and 1."""
-    return torch.clamp(x * alpha + beta, 0.0, 1.0)
 
 
 OPERATORS.update(

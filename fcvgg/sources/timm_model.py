@@ -13,10 +13,14 @@ from fcvgg.conversion import check_convertible
 from fcvgg.errors import LoadError, one_line
 from fcvgg.images.pipelines import given_preprocess
 from fcvgg.images.preprocessing import INTERPOLATIONS
+from fcvgg.serialization import hub
 from fcvgg.sources import checkpoints
 from fcvgg.support.extras import imported
 
 PREFIX = "timm:"
+HUB_PREFIXES = ("hf-hub:", "hf_hub:")
+"""Before the names of models in repositories of the Hugging Face hub."""
+
 EXTRA = "timm"
 DEFAULT_WEIGHTS = "DEFAULT"
 
@@ -27,7 +31,8 @@ def read(name: str, weights: str | Path | None) -> tuple[nn.Module, dict[str, An
     """A timm model and its data config.
 
     Args:
-        name: as in ``timm.list_models()``, with or without a pretrained tag (``vgg16.tv_in1k``).
+        name: as in ``timm.list_models()``, with or without a pretrained tag (``vgg16.tv_in1k``), or
+            ``"hf-hub:user/name"``.
         weights: ``"DEFAULT"`` for timm's own, which timm downloads, the path of a checkpoint, or
             None for random weights.
 
@@ -37,7 +42,15 @@ def read(name: str, weights: str | Path | None) -> tuple[nn.Module, dict[str, An
         MissingExtraError: if timm is not installed.
     """
     timm = imported("timm", EXTRA)
+    if name.startswith(HUB_PREFIXES):
+        what = "a model of timm, which timm.models.push_to_hf_hub writes"
+        with hub.explained(PREFIX + name, LoadError, what):
+            return _read(name, weights, timm)
     _check_name(name, timm)
+    return _read(name, weights, timm)
+
+
+def _read(name: str, weights: str | Path | None, timm: Any) -> tuple[nn.Module, dict[str, Any]]:
     if weights is None:
         model = timm.create_model(name, pretrained=False)
     elif Path(str(weights)).suffix in checkpoints.SUFFIXES:
@@ -58,6 +71,8 @@ def _pretrained(name: str, timm: Any) -> nn.Module:
     try:
         return timm.create_model(name, pretrained=True)
     except Exception as error:  # of timm, of the hub or of the network: many classes
+        if name.startswith(HUB_PREFIXES):
+            raise  # to be explained as an error of the hub
         raise LoadError(
             f"the weights of timm's {name} could not be downloaded ({one_line(error)}); pass "
             "weights=PATH (--weights PATH) of a checkpoint, or weights=None for random ones"
@@ -73,13 +88,14 @@ def _check_architecture(name: str, timm: Any) -> None:
 
 
 def _from_checkpoint(name: str, path: Path, timm: Any) -> nn.Module:
-    state = checkpoints.read_state(path)
-    classifier = timm.get_pretrained_cfg_value(name, "classifier")
     build, options = partial(timm.create_model, name), dict[str, Any]()
-    if isinstance(classifier, str) and f"{classifier}.weight" in state:
-        bare = checkpoints.without_values(build)
-        own = bare.get_parameter(f"{classifier}.weight")
-        options["num_classes"] = checkpoints.classes_in(state, classifier, own, name)
+    bare: Any = checkpoints.without_values(build)
+    classifier = bare.pretrained_cfg.get("classifier")
+    head = classifier if isinstance(classifier, str) else ""
+    state = checkpoints.state_of(path, bare, head).state
+    if f"{head}.weight" in state:
+        own = bare.get_parameter(f"{head}.weight")
+        options["num_classes"] = checkpoints.classes_in(state, head, own, name)
     return checkpoints.built_with(state, build, str(path), **options)
 
 
@@ -92,8 +108,13 @@ def _settings(model: nn.Module, timm: Any) -> dict[str, Any]:
         "preprocess": given_preprocess(config, len(config["mean"])),
         "input_size": tuple(config["input_size"][1:]),
     }
+    published: Any = model.pretrained_cfg
+    names = published.get("label_names")
     subset = timm.data.infer_imagenet_subset(model)
-    if subset:
+    if names and len(names) == model.num_classes:
+        described = published.get("label_descriptions") or {}
+        settings["categories"] = tuple(str(described.get(label, label)) for label in names)
+    elif subset:
         settings["categories"] = tuple(timm.data.ImageNetInfo(subset).label_descriptions())
     return settings
 

@@ -16,8 +16,10 @@ from fcvgg.images.pipelines import given_preprocess
 from fcvgg.sources import checkpoints
 
 
-def read(name: str, weights: Any) -> tuple[nn.Module, dict[str, Any]]:
+def read(name: str, weights: Any, headless: bool = False) -> tuple[nn.Module, dict[str, Any]]:
     """A torchvision classifier with downloaded weights, those of a checkpoint, or random ones.
+
+    `headless` is as for `read_checkpoint`.
 
     Raises:
         LoadError: if there is no such model, or its weights cannot be had.
@@ -25,7 +27,7 @@ def read(name: str, weights: Any) -> tuple[nn.Module, dict[str, Any]]:
     """
     check_name(name)
     if str(weights).endswith(checkpoints.SUFFIXES):
-        return read_checkpoint(Path(weights), name)
+        return read_checkpoint(Path(weights), name, headless=headless)
     if weights is None:
         return _built(name), _settings_of(_published_weights(name))
     try:
@@ -50,25 +52,62 @@ def read(name: str, weights: Any) -> tuple[nn.Module, dict[str, Any]]:
     return model.eval(), _settings_of(entry)
 
 
-def read_checkpoint(path: Path, arch: str | None) -> tuple[nn.Module, dict[str, Any]]:
+def read_checkpoint(
+    path: Path, arch: str | None, weights: str | Path | None = None, headless: bool = False
+) -> tuple[nn.Module, dict[str, Any]]:
     """A torchvision classifier with the parameters of a file, which tells its number of classes.
+
+    Args:
+        path: the file.
+        arch: the architecture's name.
+        weights: which of several states, as for `checkpoints.state_of`.
+        headless: take a file without fully connected layers, which then are random.
 
     Raises:
         LoadError: if the file is absent or broken, or does not fit the architecture.
     """
-    state = checkpoints.read_state(path)
     if arch is None:
+        checkpoints.read_state(path)
         raise LoadError(
-            f"{path} holds parameters only; pass arch=, its architecture's name such as 'vgg16', "
-            "or load them into your own model in Python and use fcvgg.convert"
+            f"{path} holds parameters only; pass arch=, a torchvision name such as 'vgg16', your "
+            "own nn.Module or a function that makes it"
         )
     check_name(arch)
-    classes = _classes_in(state, arch)
-    model = checkpoints.built_with(state, _built, str(path), name=arch, num_classes=classes)
+    bare = checkpoints.without_values(_built, name=arch)
+    head, layer = [
+        (name, module)
+        for name, module in bare.named_modules()
+        if isinstance(module, (nn.Linear, nn.Conv2d))
+    ][-1]
+    if headless:
+        state = checkpoints.read_state(path)
+        if not any(name.endswith(f"{layer}.weight") for name in state for layer in _linear(bare)):
+            return _with_random_head(state, arch, str(path))
+    place = checkpoints.state_of(path, bare, head, weights)
+    classes = checkpoints.classes_in(place.state, head, layer.weight, arch)
+    model = checkpoints.built_with(place.state, _built, str(path), name=arch, num_classes=classes)
     settings = _settings_of(_published_weights(arch))
     if settings.get("categories") and len(settings["categories"]) != classes:
         del settings["categories"]
-    return model, settings
+    return model, {**settings, "found": place.described()}
+
+
+def _linear(model: nn.Module) -> list[str]:
+    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+
+
+def _with_random_head(
+    state: dict[str, Tensor], arch: str, origin: str
+) -> tuple[nn.Module, dict[str, Any]]:
+    """A classifier with the features of a file, also of one that holds ``model.features`` alone."""
+    model = _built(arch)
+    own = model.state_dict()
+    if not state.keys() & own.keys():
+        state = {f"features.{name}": tensor for name, tensor in state.items()}
+    layers = [f"{name}.{kind}" for name in _linear(model) for kind in ("weight", "bias")]
+    checkpoints.load_into(model, {**{name: own[name] for name in layers}, **state}, origin)
+    settings = _settings_of(_published_weights(arch))
+    return model, {**settings, "categories": None, "headless": True}
 
 
 def _built(name: str, **options: Any) -> nn.Module:
@@ -80,16 +119,6 @@ def _built(name: str, **options: Any) -> nn.Module:
 def _is_downloaded(url: str) -> bool:
     """Whether torch.hub has a file already, in its cache."""
     return (Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]).is_file()
-
-
-def _classes_in(state: dict[str, Tensor], arch: str) -> int:
-    """The number of classes: the outputs of the architecture's last layer, in this checkpoint."""
-    name, layer = [
-        (name, module)
-        for name, module in checkpoints.without_values(_built, name=arch).named_modules()
-        if isinstance(module, (nn.Linear, nn.Conv2d))
-    ][-1]
-    return checkpoints.classes_in(state, name, layer.weight, arch)
 
 
 def _published_weights(name: str) -> Any:

@@ -1,7 +1,7 @@
 """Exact score maps of images of any size, in bounded memory.
 
 `stream` reads an image strip by strip, runs the network over the strips with line buffers
-(`fcvgg.streaming.line_buffers`), and keeps the scores or writes them to disk row by row.
+(`fcvgg.inference.line_buffers`), and keeps the scores or writes them to disk row by row.
 """
 
 from __future__ import annotations
@@ -16,15 +16,16 @@ import torch
 from torch import Tensor
 
 from fcvgg.geometry import Pair
+from fcvgg.inference.line_buffers import LineBuffers, MissingCells
 from fcvgg.inference.memory import trimmer
 from fcvgg.network import FullyConvolutional
 from fcvgg.streaming.job import StreamJob, as_result, plan_in_memory
-from fcvgg.streaming.line_buffers import LineBuffers, MissingCells
 from fcvgg.streaming.resumption import open_or_create_store
 from fcvgg.streaming.score_store import ScoreStore
-from fcvgg.streaming.strip_plan import StripPlan, parsed_memory
+from fcvgg.streaming.strip_plan import StripPlan
 from fcvgg.support.atomic import STORE_ENDINGS, checked_folder
 from fcvgg.support.locking import locked
+from fcvgg.support.memory_text import parsed_memory
 from fcvgg.support.module_state import device_of, dtype_of, evaluating
 from fcvgg.support.progress import progress_bar
 
@@ -120,7 +121,7 @@ def bands(
     while left:
         first, end = buffers.image_rows
         left_col, right_col = buffers.image_cols
-        *strip, pixels = job.strip((first, end), (left_col, right_col))
+        *strip, pixels = job.input.strip((first, end), (left_col, right_col))
         cells = buffers.push(strip.pop())  # held nowhere else, so that it can be freed
         unknown = missing.push(pixels)
         advance((end - first) * (right_col - left_col) / _MEGA)

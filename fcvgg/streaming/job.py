@@ -3,28 +3,25 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fcvgg.errors import ArgumentError
 from fcvgg.geometry import Geometry, Pair
-from fcvgg.images.lazy.input import strip_reader
 from fcvgg.images.lazy.opening import strip_source
 from fcvgg.images.lazy.source import StripSource
-from fcvgg.inference.missing import missing_pixels
 from fcvgg.inference.stages import stages_of
+from fcvgg.inference.strip_input import StripInput
 from fcvgg.network import FullyConvolutional
 from fcvgg.results.score_map import ScoreMap
 from fcvgg.streaming.selection import ScoreMapOfSomeClasses, Selection
 from fcvgg.streaming.strip_plan import StripPlan, Workload, estimated_peak, plan_strips
+from fcvgg.support.memory_text import size_text
 from fcvgg.support.module_state import device_of, dtype_of
-from fcvgg.support.untrusted import size_text
 
 
 @dataclass(frozen=True)
@@ -32,8 +29,7 @@ class StreamJob:
     """What a stream computes, before it is cut into strips."""
 
     net: FullyConvolutional
-    source: StripSource
-    read: Callable[[Pair, Pair], Tensor]
+    input: StripInput
     selection: Selection
     workload: Workload
     output: int
@@ -62,18 +58,29 @@ class StreamJob:
         output = net.output_index(output)
         image = strip_source(source, net.in_channels, nodata)
         selection = Selection.of(classes, net, output)
-        input_size = tuple(max(n, axis.window) for n, axis in zip(image.size, net.geometry.axes))
+        strips = StripInput.of(net, image)
+        selection = Selection.of(classes, net, output)
+        strips = StripInput(
+            image,
+            net.preprocess,
+            net.geometry,
+            net.in_channels,
+            device_of(net),
+            net.compute_dtype,
+        )
         height, width = net.output_size(image.size)
         workload = Workload(
             stages_of(net.layers, net.in_channels, output),
-            (input_size[0], input_size[1]),
+            strips.size,
             _checked_rows(rows, height),
             (0, width),
             net.compute_dtype.itemsize,
         )
-        # reads rows and columns as preprocessed floats
-        read = strip_reader(image, net.preprocess, net.in_channels)
-        return cls(net, image, read, selection, workload, output)
+        return cls(net, strips, selection, workload, output)
+
+    @property
+    def source(self) -> StripSource:
+        return self.input.source
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -115,37 +122,6 @@ class StreamJob:
         """The bytes that strips and blocks of columns of these sizes need, with those `taken`."""
         taken += self.source.resident
         return taken + estimated_peak(self.workload, strip_bytes, block, self.source.column_bytes)
-
-    def strip(self, rows: Pair, cols: Pair) -> tuple[Tensor, Tensor | None]:
-        """Rows and columns of the network's input, which is padded below the window.
-
-        Returns:
-            the input ``(1, C, h, w)``, and bool ``(1, 1, h, w)`` of the pixels that are not finite,
-            for which the input holds zeros; None if all are finite.
-        """
-        (top, _), (left, _) = self.net.geometry.padding_for(self.source.size)
-        # pixels of the image in the strip, whose coordinates start at the padding
-        y, x = (
-            (min(max(first - before, 0), size), min(max(end - before, 0), size))
-            for (first, end), before, size in zip((rows, cols), (top, left), self.source.size)
-        )
-        device, dtype = device_of(self.net), self.net.compute_dtype
-        if y[0] == y[1] or x[0] == x[1]:
-            shape = (1, self.net.in_channels, rows[1] - rows[0], cols[1] - cols[0])
-            return torch.zeros(shape, device=device, dtype=dtype), None  # padding only
-        pixels = self.read(y, x).to(device, dtype)
-        missing = missing_pixels(pixels)
-        if missing is not None:  # zeros, since layers treat NaN differently
-            pixels = pixels.masked_fill(missing, 0)
-        # with the channels last oneDNN is faster, and a row of a map is one piece of memory
-        last = device.type == "cpu" and pixels.element_size() <= 4
-        order = torch.channels_last if last else torch.contiguous_format
-        pixels = pixels.contiguous(memory_format=order)
-        across = x[0] + left - cols[0], cols[1] - x[1] - left
-        padding = (*across, y[0] + top - rows[0], rows[1] - y[1] - top)
-        if not any(padding):
-            return pixels, missing
-        return F.pad(pixels, padding), None if missing is None else F.pad(missing, padding)
 
 
 def plan_in_memory(job: StreamJob, memory: int) -> StripPlan:

@@ -14,9 +14,9 @@ from fcvgg.network import FullyConvolutional
 from fcvgg.streaming.job import StreamJob
 from fcvgg.streaming.score_store import ScoreStore, check_same, create_store, open_store
 from fcvgg.streaming.store_description import FORMAT
-from fcvgg.streaming.strip_plan import StripPlan, rounded_up
+from fcvgg.streaming.strip_plan import StripPlan
+from fcvgg.support.memory_text import rounded_up, size_text
 from fcvgg.support.module_state import dtype_of
-from fcvgg.support.untrusted import size_text
 
 _CHUNK_BYTES = 8 << 20
 """Bytes of the rows of cells that wait until they make a whole chunk."""
@@ -110,7 +110,7 @@ def _image_checksum(job: StreamJob) -> str:
     for row in dict.fromkeys((first, (first + end) // 2, end - 1)):
         for col in range(left, right, _CHECKED_COLS):
             cols = (col, min(col + _CHECKED_COLS, right))
-            values, missing = job.strip((row, row + 1), cols)
+            values, missing = job.input.strip((row, row + 1), cols)
             values = values.double().cpu().contiguous()
             if missing is not None:  # the strip holds zeros there
                 values = values.masked_fill(missing.cpu(), torch.nan)

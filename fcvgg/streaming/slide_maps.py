@@ -20,7 +20,7 @@ from fcvgg.images.lazy.georeference import Georeference
 from fcvgg.images.lazy.opening import open_image
 from fcvgg.images.lazy.source import StripSource, nodata_of
 from fcvgg.images.pictures import Picture
-from fcvgg.probability import cells_with_data, normalized, to_probabilities
+from fcvgg.probability import cells_with_data, chance_level, normalized, to_probabilities
 from fcvgg.results.heatmap import Heatmap
 from fcvgg.results.interpolation import interpolated, pixel_points, shown, within
 from fcvgg.support.atomic import atomic_file, checked_file
@@ -71,6 +71,13 @@ class SlideMap:
         kept = store.description["classes"] if store.description["kind"] == "scores" else None
         self.index = place if kept is None else kept[place]
         self.label = class_name(self.index, None) if names is None else names[place]
+
+    @property
+    def chance(self) -> float:
+        """The probability of the class that says nothing."""
+        kept = self._description["classes"] if self._description["all_classes"] else ()
+        count = self._description.get("num_classes", len(kept))
+        return chance_level(count, self._description["activation"])
 
     def shown(self, ys: NDArray[Any], xs: NDArray[Any], size: Pair) -> NDArray[np.float32]:
         """The probability at points `ys`, `xs` of the image, for a picture of it of some size.
@@ -127,7 +134,7 @@ class SlideMap:
         picture = None if source is None else _thumbnail(source, ys.numpy(), xs.numpy())
         values = self.shown(ys.numpy(), xs.numpy(), size).clip(0, 1)  # (H, W)
         coverage = (rows[:, None] & cols).numpy() & ~np.isnan(values)
-        return Heatmap(values, coverage, self.label, picture)
+        return Heatmap(values, coverage, self.label, picture, chance=self.chance)
 
     def save_pyramid(self, path: str | Path) -> Path:
         """Write the probability at every pixel as a pyramidal OME-TIFF, 0 to 255 for 0 to 1.

@@ -1,12 +1,11 @@
 """How a network is streamed within a memory bound: the height of strips, the width of blocks.
 
-The estimate walks the `fcvgg.streaming.schedule.Schedule` and adds up, for every operation at every
+The estimate walks the `fcvgg.inference.schedule.Schedule` and adds up, for every operation at every
 strip, the rows that wait, the operation's input and output, and the library's workspace.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,13 +15,10 @@ import torch
 
 from fcvgg.errors import ArgumentError
 from fcvgg.geometry import Pair
+from fcvgg.inference.schedule import AxisRanges, Schedule
 from fcvgg.inference.stages import Stage
 from fcvgg.rewriting.modules import _GEMM_CELLS
-from fcvgg.streaming.schedule import AxisRanges, Schedule
-from fcvgg.support.untrusted import size_text
-
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
-_UNITS.update({f"{unit}I": 1 << 10 * i for i, unit in enumerate("KMGT", 1)})
+from fcvgg.support.memory_text import rounded_up, size_text
 
 _SAFETY = 1.1
 _FIXED = 24 << 20
@@ -48,29 +44,6 @@ _BLOCK = 64
 
 _PIXEL = 1 + 3 * 4
 """Bytes of one channel of a pixel on its way to the network: uint8, and three times float32."""
-
-
-def parsed_memory(memory: int | str) -> int:
-    """Bytes, from a number of them or text such as ``"512MiB"`` or ``"2GB"``.
-
-    Raises:
-        ArgumentError: if it is neither.
-    """
-    if isinstance(memory, (int, np.integer)) and not isinstance(memory, bool) and memory > 0:
-        return int(memory)
-    if isinstance(memory, str):
-        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?\s*", memory.upper())
-        if match and match[2] in _UNITS and float(match[1]) > 0:
-            return round(float(match[1]) * _UNITS[match[2]])
-    raise ArgumentError(
-        f"memory must be a number of bytes or text such as '512MiB' or '2GB', got {memory!r}"
-    )
-
-
-def rounded_up(size: int) -> int:
-    """Bytes, rounded up to two digits, so that the text of a message is enough."""
-    step = 10 ** max(len(str(size)) - 2, 0)
-    return -(-size // step) * step
 
 
 @dataclass(frozen=True)

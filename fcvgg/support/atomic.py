@@ -40,6 +40,8 @@ FIGURE_ENDINGS = (
 """What matplotlib writes without other programs."""
 
 EXPORT_ENDINGS = (".onnx", ".pt2")
+CSV_ENDINGS = (".csv", ".txt")
+PAGE_ENDINGS = (".html", ".htm")
 JSON_ENDINGS = (".json", ".txt")
 STORE_ENDINGS = (".zarr",)
 TABLE_ENDINGS = (".parquet",)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from fcvgg.errors import FcvggError, LoadError, MissingExtraError, one_line
+from fcvgg.support.memory_text import size_text
 
 CONFIG_BYTES = 8 << 20
 """Bytes of a description in JSON; that of a ResNet-152 takes 0.3 MB."""
@@ -36,15 +37,6 @@ _ALWAYS_ALLOWED = 64 << 20
 def allowed_bytes(path: str | Path) -> int:
     """Bytes that the contents of a file may take, by its size on disk."""
     return _EXPANSION * os.stat(path).st_size + _ALWAYS_ALLOWED
-
-
-def size_text(size: float) -> str:
-    """A number of bytes for a message: ``3.0 TB``."""
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.0f} {unit}" if unit == "bytes" else f"{size:.1f} {unit}"
-        size /= 1000
-    return f"{size:,.1f} TB"
 
 
 def check_claim(claimed: int, path: str | Path, what: str) -> None:
@@ -94,7 +86,8 @@ def reading(path: Path, kind: str) -> Iterator[None]:
 def check_regular(path: Path, within: Path | None = None) -> None:
     """Refuse devices and pipes, and links that lead out of a folder.
 
-    The links of the Hugging Face hub's cache, from a snapshot to its blobs, stay within it.
+    The links of the Hugging Face hub's cache, from a snapshot to the blobs of its repository or of
+    all repositories, stay within it.
 
     Raises:
         LoadError: if so.
@@ -105,10 +98,8 @@ def check_regular(path: Path, within: Path | None = None) -> None:
     if within is None:
         return
     real, folder = path.resolve(), within.resolve()
-    homes = [
-        folder,
-        *(folder.parents[1] / "blobs" for _ in [0] if folder.parent.name == "snapshots"),
-    ]
+    caches = folder.parents[1:3] if folder.parent.name == "snapshots" else ()
+    homes = [folder, *(cache / "blobs" for cache in caches)]
     if not any(real.is_relative_to(home) for home in homes):
         raise LoadError(
             f"{path} must be a file in {within}, got a link out of it; put the file there itself"

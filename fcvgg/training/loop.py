@@ -76,6 +76,17 @@ class TrainingRun:
     resumed_after: int = 0
 
     @property
+    def still_improving(self) -> bool:
+        """Whether the monitored value was still getting better when the epochs were over.
+
+        Its best is then among the last tenth of the epochs, and a tenth better than halfway.
+        """
+        if self.stopped_early or self.best_epoch <= 0.9 * len(self.history):
+            return False
+        halfway = self.history[(len(self.history) - 1) // 2][self.monitor]
+        return abs(halfway - self.best_value) > 0.1 * abs(halfway)
+
+    @property
     def best_path(self) -> Path:
         """The checkpoint with the best weights, under ``"state_dict"``."""
         return self.folder / BEST

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -14,10 +14,10 @@ from fcvgg.errors import ConversionError, UnsupportedLayerError
 from fcvgg.geometry import Geometry, Pair
 from fcvgg.network import FullyConvolutional
 from fcvgg.rewriting.capture import BATCH, capture
-from fcvgg.rewriting.marks import FollowsTraining
 from fcvgg.rewriting.rules import is_known
 from fcvgg.rewriting.tracing import describe, operation_name
 from fcvgg.transfer.naming import LayerNames, NamedLayer, layer_names
+from fcvgg.transfer.operations import Operation
 
 _TRIAL_SIZES = (32, 64, 128, 224, 512, 1024)
 
@@ -57,31 +57,6 @@ class Features(nn.Sequential):
                 # a copy, since activations after it may work in place
                 found[name] = x.clone()
         return found
-
-
-class Operation(nn.Module):
-    """A function that a model's `forward` calls, as a layer."""
-
-    def __init__(self, target: Callable[..., Any] | str, args: Any, kwargs: Any):
-        super().__init__()
-        self.target = target
-        self.args = args
-        self.kwargs = kwargs
-
-    def forward(self, x: Tensor) -> Any:
-        follow = self._following
-        args = [follow(a) for a in self.args]
-        kwargs = {k: follow(a) for k, a in self.kwargs.items()}
-        if isinstance(self.target, str):
-            return getattr(x, self.target)(*args, **kwargs)
-        return self.target(x, *args, **kwargs)
-
-    def _following(self, argument: Any) -> Any:
-        return self.training if isinstance(argument, FollowsTraining) else argument
-
-    def extra_repr(self) -> str:
-        name = self.target if isinstance(self.target, str) else self.target.__name__
-        return ", ".join(map(str, [name, *self.args, *self.kwargs.items()]))
 
 
 def features_upto(model: nn.Module, layer: str) -> Features:
@@ -181,10 +156,10 @@ def _geometry(features: Features) -> Geometry:
             f"{operation_name(last)} gives {tuple(value.shape[1:])} per image, not a map; geometry "
             "is known up to the last map, or for the layers of a converted network"
         )
-    geometry = _under_pool(features, size).geometry
-    # a pool over a single position is dropped by the conversion and adds no step
-    pooled = tuple(value.shape[2:]) != (1, 1)
-    return geometry.upto(len(geometry.height.steps) - 1 - pooled)
+    program = _under_pool(features, size).program
+    if tuple(value.shape[2:]) == (1, 1):  # a pool over a single position is dropped
+        return program.geometry
+    return program.geometry.upto(program.records[-1].step - 1)
 
 
 def _under_pool(features: Features, size: Pair) -> FullyConvolutional:

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from fcvgg.conversion import unwrapped
 from fcvgg.errors import ArgumentError, ConversionError, check_integer
 from fcvgg.support.module_state import device_of, dtype_of
 from fcvgg.transfer.naming import LayerNames, NamedLayer, layer_names
+from fcvgg.transfer.sources import source_of
 
 WEIGHT_STD = 0.01
 """Standard deviation of new FC weights, whose biases are 0 (VGG paper, section 3.1)."""
@@ -33,7 +33,7 @@ def replace_head(
     The features keep their weights. New weights are drawn from N(0, 0.01), new biases are 0.
 
     Args:
-        model: a classifier. It is not changed.
+        model: a classifier or converted network. It is not changed.
         num_classes: how many scores the new head gives.
         hidden: features of the FC layers before the last, each followed by ReLU and dropout; ``()``
             for one linear layer; None replaces the last layer only and keeps the others' weights.
@@ -46,7 +46,7 @@ def replace_head(
         ConversionError: if the model has no head that can be replaced.
     """
     _check(num_classes, hidden, dropout)
-    names = layer_names(unwrapped(model))
+    names = layer_names(source_of(model))
     layers = fully_connected(names)
     replaced = layers if hidden is not None else layers[-1:]
     model = copied_without(names.root, [x.path for x in replaced])

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from fcvgg.conversion import convert, unwrapped
+from fcvgg.conversion import convert
 from fcvgg.errors import (
     ConversionError,
     InputSizeError,
@@ -25,6 +25,7 @@ from fcvgg.rewriting.rules import is_known
 from fcvgg.transfer.extraction import map_geometries
 from fcvgg.transfer.heads import copied_without, fully_connected, new_linear
 from fcvgg.transfer.naming import LayerNames, NamedLayer, layer_names
+from fcvgg.transfer.sources import source_of
 
 _ADAPTIVE = (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
 
@@ -43,8 +44,8 @@ def for_input_size(
     ``input_size=size``.
 
     Args:
-        model: a classifier that `fcvgg.convert` takes. It is not changed, and shares nothing with
-            the result.
+        model: a classifier that `fcvgg.convert` takes, or a converted network. It is not changed,
+            and shares nothing with the result.
         size: the new native size, an int or ``(h, w)``.
         num_classes: as many scores in the new last layer; None keeps the source's number.
         init: where the FC layers start. ``"random"``: weights from N(0, 0.01), biases 0.
@@ -60,7 +61,7 @@ def for_input_size(
     check_choice("init", init, ("random", "resample"))
     if num_classes is not None:
         check_integer("num_classes", num_classes, 1)
-    model = unwrapped(model)
+    model = source_of(model)
     names = layer_names(model)
     layers = fully_connected(names)
     _check_features(model, (height, width))

@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import overload
 
 from torch import Tensor, fx, nn
 
 from fcvgg.conversion import unwrapped
-from fcvgg.errors import ArgumentError, ConversionError
+from fcvgg.errors import ArgumentError, ConversionError, InputSizeError
 from fcvgg.geometry import Pair
 from fcvgg.network import FullyConvolutional
 from fcvgg.rewriting.capture import capture
@@ -29,7 +31,20 @@ from fcvgg.support.tables import text_table
 FIRST_FC = 6
 """The number of the first fully connected layer; VGG has five blocks before it."""
 
-_USUAL_SIZE = 224
+_TRIAL_SIZES = (224, 32, 64, 96, 128, 160, 192, 256, 299, 320, 384, 448, 512)
+"""Sizes at which a model without a native size is traced; one that asserts its size takes one."""
+
+_GIVEN: ContextVar[Pair | None] = ContextVar("size", default=None)
+
+
+@contextmanager
+def traced_at(size: Pair) -> Iterator[None]:
+    """Within it, the names of a model whose native size cannot be inferred are read at a size."""
+    token = _GIVEN.set(size)
+    try:
+        yield
+    finally:
+        _GIVEN.reset(token)
 
 
 @dataclass(frozen=True)
@@ -170,10 +185,23 @@ def layer_names(model: nn.Module) -> LayerNames:
     model = unwrapped(model)
     try:
         size, native = infer_input_size(model), True
+        graph = capture(model, size, is_known).graph
     except ConversionError:
-        size, native = (_USUAL_SIZE, _USUAL_SIZE), False
-    graph = capture(model, size, is_known).graph
+        (size, graph), native = _first_trace(model), False
     return LayerNames(_named(graph, model), model, graph, size, native)
+
+
+def _first_trace(model: nn.Module) -> tuple[Pair, fx.Graph]:
+    """The graph of a model at the first size that it does not refuse."""
+    given = _GIVEN.get()
+    refused: InputSizeError | None = None
+    for size in [*([given] if given else []), *((n, n) for n in _TRIAL_SIZES)]:
+        try:
+            return size, capture(model, size, is_known).graph
+        except InputSizeError as error:
+            refused = refused or error
+    assert refused is not None
+    raise refused
 
 
 def _named(graph: fx.Graph, root: nn.Module) -> list[NamedLayer]:

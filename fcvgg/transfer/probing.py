@@ -95,7 +95,7 @@ class Probe:
             ],
             marker="o",
             capsize=4,
-            label=f"linear classifier, mean and spread of {len(self.rows[0].folds)} folds",
+            label=f"mean and spread of {len(self.rows[0].folds)} folds",
         )
         ax.axhline(self.chance, color="grey", linestyle="--", label="most frequent class")
         ax.set_xticks(places, [f"{row.layer}\n{row.features}" for row in self.rows])
@@ -103,7 +103,8 @@ class Probe:
         ax.set_ylabel("accuracy on held-out images")
         ax.set_ylim(0, 1.02)
         ax.grid(alpha=0.3)
-        ax.legend(loc="best")
+        # below the axes, where no accuracy is: they are often all at the top
+        ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.24), ncols=2, frameon=False)
         ax.set_title(f"{self.images} images: best at {self.best.layer}, {self.best.mean:.1%}")
         return ax
 

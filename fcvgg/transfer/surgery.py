@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx, nn
 
-from fcvgg.conversion import unwrapped
 from fcvgg.errors import ArgumentError, ConversionError, FcvggError, one_line
 from fcvgg.evaluation.layer_table import short
 from fcvgg.geometry import Pair
@@ -21,6 +20,7 @@ from fcvgg.support.module_state import device_of, dtype_of
 from fcvgg.support.tables import text_table
 from fcvgg.transfer.extraction import map_geometries
 from fcvgg.transfer.naming import LayerNames, NamedLayer, layer_names
+from fcvgg.transfer.sources import source_of
 
 _LOG = logging.getLogger("fcvgg")
 
@@ -39,7 +39,8 @@ def replace_layers(model: nn.Module, first: str, last: str, new: nn.Module) -> n
     "fcvgg", INFO).
 
     Args:
-        model: a model whose named layers stand in one `nn.Sequential`. It is not changed.
+        model: a model whose named layers stand in one `nn.Sequential`, or a converted network. It
+            is not changed.
         first: a canonical name, Keras name or module path.
         last: likewise; may be the same layer.
         new: the module to put there, as it is (not copied).
@@ -50,7 +51,7 @@ def replace_layers(model: nn.Module, first: str, last: str, new: nn.Module) -> n
             what it takes.
     """
     _check_module(new)
-    names = layer_names(unwrapped(model))
+    names = layer_names(source_of(model))
     start, end = names.find(first), names.find(last)
     if names.layers.index(start) > names.layers.index(end):
         raise ArgumentError(
@@ -69,13 +70,14 @@ def insert_after(model: nn.Module, layer: str, new: nn.Module) -> nn.Module:
     `replace_layers` for what is checked.
 
     Args:
-        model: a model whose named layer stands in an `nn.Sequential`. It is not changed.
+        model: a model whose named layer stands in an `nn.Sequential`, or a converted network. It is
+            not changed.
         layer: a canonical name, Keras name or module path; Keras's convolutions hold their
             activation, so that `new` comes after it.
         new: the module to put there, as it is (not copied).
     """
     _check_module(new)
-    names = layer_names(unwrapped(model))
+    names = layer_names(source_of(model))
     end = names.end_of(layer)
     place = _Place.of(names, end, end)
     _check_fit(names, end.node, end, new)

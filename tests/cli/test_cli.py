@@ -20,10 +20,10 @@ from typer.main import get_command
 import fcvgg
 from fcvgg.cli import app
 from fcvgg.cli.reports import count
-from fcvgg.demo import SCALES, demo_model, demo_photograph
+from fcvgg.demo import SCALES, SHOWN, demo_model, demo_photograph
 
 COMMANDS = ("demo", "heatmap", "classify", "evaluate", "info", "convert", "probe", "stream")
-COMMANDS += ("bench", "finetune", "segment-train", "segment")
+COMMANDS += ("bench", "finetune", "segment-train", "segment", "serve", "page")
 
 
 @dataclass
@@ -182,6 +182,27 @@ def test_demo_points_at_the_face(demo):
     assert 170 <= x <= 275
 
 
+def test_demo_shows_classes_of_imagenet(demo):
+    ran, output = demo
+    for name in SHOWN:
+        assert name in ran.out
+    with Image.open(output / "fcvgg-demo-imagenet.jpg") as figure:
+        assert figure.width > 1000
+
+
+def test_demo_without_its_extra_says_what_brings_it(tmp_path, monkeypatch):
+    from fcvgg import demo as demo_module
+
+    def absent():
+        raise fcvgg.MissingExtraError("the package 'skimage' is needed")
+
+    monkeypatch.setattr(demo_module, "imagenet_photographs", absent)
+    ran = run("demo", "--output", tmp_path)
+    assert ran.status == 0
+    assert "pip install 'fcvgg[demo]' adds" in ran.err
+    assert not (tmp_path / "fcvgg-demo-imagenet.jpg").exists()
+
+
 def test_demo_writes_the_overlay_and_the_figure_and_says_where(demo):
     ran, output = demo
     for name in ("fcvgg-demo-overlay.png", "fcvgg-demo.png"):
@@ -190,7 +211,7 @@ def test_demo_writes_the_overlay_and_the_figure_and_says_where(demo):
         assert overlay.size == demo_photograph().size
     with Image.open(output / "fcvgg-demo.png") as figure:
         assert figure.width > 2.5 * figure.height
-    assert len(list(output.iterdir())) == 2
+    assert len(list(output.iterdir())) == 3
 
 
 def test_demo_refuses_a_file_as_folder(images):
@@ -394,7 +415,7 @@ def test_a_checkpoint_with_its_architecture(images, folder):
         arguments = (*options, "own.pt") if options[-1] == "-w" else options
         ran = run("classify", "one.png", *arguments, "--json")
         assert ran.status == 0, ran.err
-        predictions = json.loads(ran.out)[0]["predictions"]
+        predictions = json.loads(ran.out.splitlines()[0])["predictions"]
         assert sorted(p["index"] for p in predictions) == [0, 1, 2]
         assert {p["category"] for p in predictions} == {None}
 
@@ -410,7 +431,7 @@ def test_classify_as_json_is_what_the_library_says(images):
     expected = net.classify(
         list(images), scales=[40, 64], flip=True, average="probabilities"
     ).tolist()
-    results = json.loads(ran.out)
+    results = [json.loads(line) for line in ran.out.splitlines()]
     assert [r["image"] for r in results] == [str(i) for i in images]
     for result, row in zip(results, expected, strict=True):
         assert {p["index"]: p["probability"] for p in result["predictions"]} == dict(enumerate(row))
@@ -436,7 +457,7 @@ def test_classify_prints_the_top_classes(images):
 
 def probabilities(ran):
     """By class, of the first image that ``--json`` shows."""
-    (result, *_) = json.loads(ran.out)
+    result = json.loads(ran.out.splitlines()[0])
     return [p["probability"] for p in sorted(result["predictions"], key=lambda p: p["index"])]
 
 
@@ -448,7 +469,9 @@ def test_classify_sees_a_large_image_whole_unless_told_otherwise(folder):
         ran = run("classify", "large.png", "-m", "demo", "--json", *options)
         expected = net.classify("large.png", scales=scales)[0].tolist()
         assert probabilities(ran) == expected
-        assert json.loads(ran.out)[0]["scales"] == (None if scales is None else [scales])
+        assert json.loads(ran.out.splitlines()[0])["scales"] == (
+            None if scales is None else [scales]
+        )
     assert fails("classify", "large.png", "-m", "demo", "--full-size", "--scales", "64") == (
         "--scales and --full-size exclude each other; give one of the two"
     )
@@ -478,7 +501,7 @@ def test_heatmap_notes_once_that_images_are_many_windows_large(folder):
 def test_classify_as_json_leaves_bad_images_out(images):
     ran = run("classify", "absent.png", "one.png", "-m", "demo", "--json")
     assert ran.status == 2
-    assert [r["image"] for r in json.loads(ran.out)] == ["one.png"]
+    assert [r["image"] for r in map(json.loads, ran.out.splitlines())] == ["one.png"]
     assert ran.err.splitlines()[0] == "fcvgg: error: there is no image file absent.png"
 
 
@@ -547,6 +570,20 @@ def test_info_at_another_size():
     assert re.search(rf"cells at 48x64 +{rows}x{cols}\s", out)
     assert f"2x{rows}x{cols}" in out
     assert f"{fcvgg.receptive_fields(net, input_size=(48, 64)).multiply_adds:,}" in out
+
+
+def test_info_as_json_is_what_the_library_says():
+    found = json.loads(run("info", "demo", "--size", "48x64", "--json").out)
+    net = fcvgg.load("demo")
+    table = fcvgg.receptive_fields(net, input_size=(48, 64))
+    assert [row["name"] for row in found["layers"]] == [row.name for row in table]
+    assert [row["multiply_adds"] for row in found["layers"]] == [r.multiply_adds for r in table]
+    assert all(row["trainable"] for row in found["layers"] if row["parameters"])
+    assert found["multiply_adds"] == table.multiply_adds
+    assert found["size"] == [48, 64]
+    assert found["geometry"]["output_size"] == list(net.output_size((48, 64)))
+    assert found["geometry"]["centre"] == list(net.geometry.centre_of(0, 0))
+    assert found["geometry"]["stride"] == list(net.geometry.stride)
 
 
 def test_info_below_the_window_says_that_the_image_is_padded():

@@ -7,6 +7,7 @@ import os
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 from command_line import run
 from PIL import Image
@@ -111,6 +112,27 @@ def test_it_is_headed_by_the_model_that_was_named(data: Path) -> None:
     ran = run("evaluate", "data", "--model", "run/model", "-p", "dense")
     assert ran.stdout.startswith("run/model on data\n")
     assert "\n1 image\n" in ran.stdout
+
+
+def test_pixels_without_data_enter_no_score(data: Path, tmp_path: Path) -> None:
+    net = fcvgg.load("demo")
+    for path in data.rglob("*.png"):
+        with Image.open(path) as image:
+            pixels = np.maximum(np.asarray(image), 1)  # (H, W, 3)
+        pixels[:, : pixels.shape[1] // 3] = 0
+        Image.fromarray(pixels).save(path)
+    sources = [fcvgg.open_image(path, nodata=0) for path in data.rglob("*.png")]
+    expected = [net.classify(source, scales=64).isfinite().all() for source in sources]
+    assert 0 < sum(expected) < 3  # of the wide image some windows have data
+    options = ("-m", "demo", "-p", "dense", "-s", "64")
+    for nodata, count in (((), 3), (("--nodata", "0"), sum(expected))):
+        ran = run("evaluate", data, *options, *nodata, "-o", tmp_path / "out.json")
+        assert ran.exit_code == 0, ran.stderr
+        assert json.loads((tmp_path / "out.json").read_text())["images"] == count
+    assert "no cell or no crop has data" in ran.stderr
+    ran = run("evaluate", data, *options, "--nodata", "file")
+    assert ran.exit_code == 2
+    assert "must declare a nodata value" in ran.stderr
 
 
 def test_folders_that_do_not_fit_the_classes(data: Path) -> None:

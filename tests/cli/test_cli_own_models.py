@@ -13,6 +13,7 @@ import torchvision
 from command_line import run
 
 import fcvgg
+from fcvgg import demo
 from fcvgg.categories import read_categories
 from fcvgg.cli.console import in_option_words
 from fcvgg.cli.options import OwnModel
@@ -70,7 +71,7 @@ def test_names_and_preprocessing(
         preprocess=preprocess,
     )
     expected = net.classify("one.png", scales=net.usual_scale)[0]
-    got = {p["category"]: p["probability"] for p in json.loads(ran.stdout)[0]["predictions"]}
+    got = {p["category"]: p["probability"] for p in json.loads(ran.stdout)["predictions"]}
     assert got == pytest.approx(dict(zip(net.categories, expected.tolist())), abs=1e-6)
 
 
@@ -90,7 +91,7 @@ def test_convert_keeps_them_in_the_bundle(own: list[str]) -> None:
 def test_what_the_scores_are(own: list[str]) -> None:
     options = [*own, "--preprocess", "unit", "--json"]
     plain, single = (
-        json.loads(run("classify", "one.png", *options, *more).stdout)[0]["predictions"]
+        json.loads(run("classify", "one.png", *options, *more).stdout)["predictions"]
         for more in ([], ["--activation", "multi_label_classification"])
     )
     assert sum(p["probability"] for p in plain) == pytest.approx(1, abs=1e-5)
@@ -185,7 +186,27 @@ def test_a_bundle_keeps_its_native_size(tmp_path: Path, monkeypatch: pytest.Monk
     fcvgg.load("demo").save("made")
     ran = run("info", "made", "--input-size", "64")
     assert ran.exit_code == 2
-    assert "to which --input-size cannot be applied" in ran.stderr
+    assert "--input-size must be left out for a converted network" in ran.stderr
+
+
+def test_code_of_the_users_makes_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("own_nets.py").write_text(
+        "from fcvgg.demo import demo_model\nclass Nets:\n    build = staticmethod(demo_model)\n"
+    )
+    torch.save(demo.demo_model().state_dict(), "own.pth")
+    ran = run("convert", "own.pth", "--arch", "own_nets:Nets.build", "-o", "made")
+    assert ran.exit_code == 0, ran.stderr
+    assert fcvgg.load("made").equivalence.passed
+    ran = run("convert", "own.pth", "-o", "other")
+    assert (
+        "own.pth holds parameters only; pass --arch, a torchvision name such as 'vgg16' or "
+        "package.module:callable\n"
+    ) in ran.stderr
+    for name, reason in (("none:Net", "ModuleNotFoundError"), ("own_nets:Net", "AttributeError")):
+        ran = run("convert", "own.pth", "--arch", name, "-o", "other")
+        assert ran.exit_code == 2
+        assert f"got '{name}', which cannot be imported ({reason}: " in ran.stderr
 
 
 def test_preprocessing_for_other_channels() -> None:

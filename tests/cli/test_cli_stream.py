@@ -362,12 +362,12 @@ def test_options_that_a_score_map_does_not_take_are_named(slide):
     assert "without" not in fcvgg_command(*shown).stderr
 
 
-def test_a_folder_says_how_its_images_are_given(slide):
+def test_a_folder_without_images_is_refused(slide):
     (slide.parent / "photos").mkdir()
     for command in ("classify", "heatmap"):
         ran = fcvgg_command(command, "photos", "--model", "demo")
         assert ran.exit_code == 2
-        assert "pass one of photos/*" in " ".join(ran.stderr.split())
+        assert "the folder photos has no images; --recursive also" in " ".join(ran.stderr.split())
 
 
 def test_a_broken_nodata_of_a_store_is_refused(slide):

@@ -15,6 +15,8 @@ import matplotlib as mpl
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+import torchvision
 from filelock import FileLock
 from hypothesis import given
 from hypothesis import strategies as st
@@ -37,8 +39,9 @@ from fcvgg.errors import (
 )
 from fcvgg.finetuning import strategies
 from fcvgg.finetuning.classification import Classification
+from fcvgg.finetuning.frozen_trunk import find_trunk
 from fcvgg.finetuning.images import ImageRows
-from fcvgg.finetuning.outputs import frozen_features
+from fcvgg.finetuning.outputs import InputOf, stored_outputs
 from fcvgg.finetuning.pretrained import Pretrained
 from fcvgg.finetuning.strategies import (
     Choice,
@@ -415,27 +418,155 @@ def test_rates_fall_towards_the_image() -> None:
     )
 
 
-def test_the_rate_of_a_new_layer_moves_scores_as_far_whatever_the_features_scale() -> None:
+def test_the_rate_of_new_layers() -> None:
+    """SGD's moves scores as far whatever the features' scale; AdamW's is larger for small ones."""
     rows = torch.rand(8, 100, generator=torch.Generator().manual_seed(0))
-    for optimizer, steps in (("adamw", 0.3), ("sgd", 1.0)):
-        for scale in (10.0, 1000.0):
-            lr = new_layer_rate(rows * scale, optimizer)
-            size = (rows * scale).abs().pow(1 if optimizer == "adamw" else 2).sum(1).mean()
-            assert float(lr * size) == pytest.approx(steps, rel=0.05)
+    for scale in (10.0, 1000.0):
+        lr = new_layer_rate(rows * scale, "sgd")
+        assert float(lr * (rows * scale).square().sum(1).mean()) == pytest.approx(1.0, rel=0.05)
+        assert new_layer_rate(rows * scale, "adamw") == 1e-3
+    small = new_layer_rate(rows, "adamw")
+    assert float(small * rows.abs().sum(1).mean()) == pytest.approx(0.3, rel=0.05)
     assert new_layer_rate(rows * 1e-6, "adamw") == 1e-2
+
+
+def test_few_images_get_more_epochs_unless_told(
+    textures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fcvgg.finetuning.finetuning.LEAST_STEPS", 100)
+    options: dict[str, Any] = {"strategy": "partial", "freeze_upto": "pool3", "hidden": ()}
+    result = fcvgg.finetune(textures, "demo", tmp_path / "run", patience=1, **options)
+    assert result.settings.epochs == 50  # of 2 steps each
+
+
+def test_training_that_still_improves_says_so(linear: fcvgg.FineTuned) -> None:
+    assert linear.training is not None
+    said = "still improving at the last epoch; more epochs or a larger rate may do better"
+
+    def text(*losses: float, right: bool = False) -> str:
+        history = tuple({"epoch": i + 1, "valid_loss": x} for i, x in enumerate(losses))
+        best = min(losses)
+        assert linear.training is not None
+        run = replace(
+            linear.training,
+            history=history,
+            best_epoch=losses.index(best) + 1,
+            best_value=best,
+            stopped_early=False,
+        )
+        perfect = np.eye(3)[list(linear.valid.labels)]
+        probabilities = perfect if right else np.roll(perfect, 1, 1)
+        return str(replace(linear, training=run, probabilities=probabilities))
+
+    assert said in text(1.3, 1.1, 1.0, 0.8)
+    assert said not in text(1.3, 1.1, 1.0, 0.8, right=True)
+    assert said not in text(1.3, 0.8, 0.79, 0.78)
+    assert said not in text(1.3, 1.1, 0.8, 0.9)
 
 
 def test_cached_features_give_what_the_whole_model_gives(files: LabelledFiles) -> None:
     model = prepare_model(demo_source(), "linear", Recipe(), 3, 0).train()
     last = model.classifier[6]
     images = ImageRows(files, PREPROCESS, SIZE)
-    cached = frozen_features(model, last, images, "", batch_size=7, device=torch.device("cpu"))
+    upto = InputOf(model, last)
+    cached = stored_outputs(upto, images, "", batch_size=7, device=torch.device("cpu"))
     assert model.training
     rows, labels = cached.tensors
     assert labels.tolist() == list(files.labels)
     with torch.no_grad():
         expected = model.eval()(torch.stack([image for image, _ in images]))
         torch.testing.assert_close(last(rows), expected)
+
+
+class Residual(nn.Module):
+    """A shared activation, a sum, and functions and constants between layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.full((1, 3, 1, 1), 0.1))
+        self.convs = nn.ModuleList(nn.Conv2d(n, 8, 3, padding=1) for n in (3, 8, 8, 8))
+        self.relu = nn.ReLU(inplace=True)
+        self.drop = nn.Dropout(0.3)
+        self.fc = nn.Linear(8 * 8 * 8, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        first, second, third, fourth = self.convs
+        x = self.relu(first((x - self.mean) * 2))
+        y = self.relu(second(x))
+        y += x
+        y = F.max_pool2d(y, 2)
+        y = self.relu(fourth(self.relu(third(y)) + y))
+        return self.fc(self.drop(F.max_pool2d(y, 2).flatten(1)))
+
+
+FROZEN: dict[str, tuple[Any, dict[str, Any]]] = {
+    "vgg": ("demo", {"freeze_upto": "pool3", "hidden": (8,)}),
+    "within a block": ("demo", {"freeze_upto": "relu2_1"}),
+    "before dropout": ("demo", {"freeze_upto": "fc6"}),
+    "batch norm": (seeded(SmallVGG, dtype=torch.float32, bn=True), {"freeze_upto": "pool1"}),
+    "residual": (seeded(Residual, dtype=torch.float32), {"freeze_upto": "convs.1", "size": 32}),
+}
+
+
+@pytest.mark.parametrize("case", FROZEN)
+def test_frozen_layers_computed_once_train_the_same_weights(
+    textures: Path, tmp_path: Path, case: str
+) -> None:
+    model, options = FROZEN[case]
+    given = {"model": model, "augment": False, "strategy": "partial", "hidden": None, **options}
+    if model != "demo":
+        given["preprocess"] = PREPROCESS
+    kept, on_disk, again = (
+        tuned(textures, tmp_path / f"{n}", cache=cache, **given)
+        for n, cache in enumerate(("1GiB", 1, 0))
+    )
+    assert "the frozen layers were computed once for each image (" in kept.frozen
+    assert kept.frozen.endswith("MiB in memory)")
+    assert on_disk.frozen.endswith("MiB on disk)")
+    assert not list((tmp_path / "1").glob(".features*"))
+    assert again.frozen == "the frozen layers were computed in every epoch, as asked"
+    assert again.frozen in str(again)
+    for other in (kept, on_disk):
+        for name, value in again.model.state_dict().items():
+            torch.testing.assert_close(other.model.state_dict()[name], value, rtol=0, atol=1e-6)
+        assert not any("forward" in vars(m) for m in other.model.modules())
+
+
+def test_the_trunk_ends_before_what_trains_or_varies() -> None:
+    net = seeded(Residual, dtype=torch.float32)
+    fcvgg.freeze_(net, "convs.1")
+    trunk = find_trunk(net, SIZE, 3)
+    assert trunk is not None
+    assert (trunk.layer, trunk.calls) == ("relu", {"convs.0": [(8, 32, 32)]})  # the sum needs it
+    fcvgg.freeze_(net, "convs.3")
+    trunk = find_trunk(net, SIZE, 3)
+    assert trunk is not None
+    assert trunk.layer == "drop"
+    images = torch.rand(2, 3, *SIZE, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad(), trunk.skipped() as after:
+        torch.testing.assert_close(after(trunk.upto(images)), net.eval()(images))
+    assert find_trunk(fcvgg.unfreeze_(net), SIZE, 3) is None
+
+
+def test_features_that_the_disk_does_not_hold_are_computed_again(
+    textures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = type("usage", (), {"free": 1000})
+    monkeypatch.setattr("shutil.disk_usage", lambda _: full)
+    options: dict[str, Any] = {"strategy": "partial", "augment": False, "epochs": 1, "cache": 1}
+    result = tuned(textures, tmp_path, **options)
+    assert result.frozen.startswith(
+        "the frozen layers were computed in every epoch, since their features take 0."
+    )
+
+
+def test_images_vary_by_default_where_convolutions_train(textures: Path, tmp_path: Path) -> None:
+    head = tuned(textures, tmp_path / "head", strategy="partial", freeze_upto="pool3")
+    assert head.recipe.augment is False
+    assert "in memory" in head.frozen
+    more = tuned(textures, tmp_path / "more", strategy="partial", freeze_upto="pool2", epochs=1)
+    assert more.recipe.augment is True
+    assert more.frozen.endswith("in every epoch, since the training images vary")
 
 
 def test_frozen_batch_norm_keeps_its_statistics(textures: Path, tmp_path: Path) -> None:
@@ -795,11 +926,6 @@ class Described(nn.Module):
             "model must return one tensor of scores to be trained, got a dict from Described; wrap",
         ),
         (
-            {"model": fcvgg.convert(demo_model())},
-            ConversionError,
-            "the model is fully convolutional already; pass its source model",
-        ),
-        (
             {"strategy": "all", "optimizer": "sgd", "lr": 1e12},
             TrainingError,
             "the loss is not finite at step . of epoch 1, with the learning rate 2.33e[+]10 to 9",
@@ -815,11 +941,86 @@ def test_what_cannot_be_done(
     assert not list(tmp_path.glob("run/*"))
 
 
-def test_a_bundle_is_no_source(linear: fcvgg.FineTuned, textures: Path, tmp_path: Path) -> None:
-    with pytest.raises(
-        ArgumentError, match=r"model must be a classifier, got .*model, a converted network; its"
-    ):
-        tuned(textures, tmp_path, model=str(linear.model_path))
+class Sized(nn.Module):
+    """A network that takes one size, which its message does not name."""
+
+    def __init__(self, size: int, pooled: bool):
+        super().__init__()
+        self.size = size
+        self.net = GlobalPooled() if pooled else SmallVGG(classes=3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        assert x.shape[2:] == (self.size, self.size)
+        return self.net(x)
+
+
+@pytest.mark.parametrize(("size", "pooled"), [(32, False), (40, True), (96, True)])
+def test_a_model_that_asserts_its_size(
+    textures: Path, tmp_path: Path, size: int, pooled: bool
+) -> None:
+    model = seeded(lambda: Sized(size, pooled), dtype=torch.float32)
+    options = {"model": model, "preprocess": PREPROCESS, "hidden": None, "epochs": 1}
+    result = tuned(
+        textures, tmp_path, size=size, strategy="partial", freeze_upto="conv1_1", **options
+    )
+    assert result.net.input_size == (size, size)
+    if size != 40:  # which is not among the usual ones that are tried
+        assert "conv1_1" in fcvgg.layer_names(model).names
+
+
+@pytest.mark.parametrize("part", ["model", "features"])
+def test_a_checkpoint_without_its_classifier_gets_a_new_head(
+    textures: Path, tmp_path: Path, part: str
+) -> None:
+    source = torchvision.models.vgg11()
+    kept = source if part == "model" else source.features
+    state = {k: v for k, v in kept.state_dict().items() if "classifier" not in k}
+    torch.save(state, tmp_path / "no-top.pth")
+    options: dict[str, Any] = {"weights": tmp_path / "no-top.pth", "size": 64, "epochs": 1}
+    result = tuned(
+        textures, tmp_path / "run", model="vgg11", strategy="linear", hidden=None, **options
+    )
+    assert torch.equal(result.model.features[0].weight, source.features[0].weight)
+    assert [x.name for x in fcvgg.layer_names(result.model) if x.role == "fc"] == ["fc6"]
+    assert result.net.input_size == (64, 64)
+    with pytest.raises(LoadError, match=r"the last layer, got .*; fcvgg.finetune gives features"):
+        fcvgg.load(tmp_path / "no-top.pth", arch="vgg11")
+    del state[next(iter(state))]
+    torch.save(state, tmp_path / "no-top.pth")
+    with pytest.raises(LoadError, match=r"1 missing: features.0.weight"):
+        tuned(textures, tmp_path / "broken", model="vgg11", **options)
+
+
+def test_features_alone_get_a_head_for_the_size(textures: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"model": demo_model().features, "preprocess": PREPROCESS}
+    result = tuned(
+        textures, tmp_path, size=48, hidden=(8,), strategy="partial", epochs=1, **options
+    )
+    assert result.net.input_size == (48, 48)
+    assert result.model.classifier[0].weight.shape == (8, 64 * 6 * 6)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"strategy": "partial", "freeze_upto": "pool2", "hidden": (8,)},
+        {"strategy": "all", "hidden": None},
+        {"strategy": "partial", "size": 40, "hidden": None},
+    ],
+)
+def test_a_bundle_trains_as_its_source_does(
+    textures: Path, tmp_path: Path, options: dict[str, Any]
+) -> None:
+    net = fcvgg.convert(demo_model(), preprocess=PREPROCESS)
+    net.save(tmp_path / "bundle")
+    source = tuned(textures, tmp_path / "source", epochs=1, **options)
+    for name, model in (("file", tmp_path / "bundle"), ("network", net)):
+        result = tuned(textures, tmp_path / name, model=model, epochs=1, **options)
+        found, expected = result.model.state_dict(), source.model.state_dict()
+        assert found.keys() == expected.keys()
+        for key, value in expected.items():
+            torch.testing.assert_close(found[key], value)
+        np.testing.assert_allclose(result.probabilities, source.probabilities, atol=1e-5)
 
 
 def test_resuming_another_run(linear: fcvgg.FineTuned, textures: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
@@ -158,8 +159,8 @@ def test_sixteen_bit_arrays_are_scaled_and_not_rounded() -> None:
 
 @pytest.mark.parametrize(
     "image",
-    [Image.fromarray(np.array([[0, 70000]], np.int32)), Image.new("F", (3, 3))],
-    ids=["int32", "float"],
+    [Image.fromarray(np.array([[0, 70000]], np.int32))],
+    ids=["int32"],
 )
 def test_values_of_unknown_range_are_refused(image: Any) -> None:
     dtype = np.asarray(image).dtype
@@ -249,11 +250,56 @@ def test_tensors_of_the_wrong_shape(
         net.score_map(torch.zeros(shape))
 
 
-def test_a_tensor_of_bytes_is_not_preprocessed(net: fcvgg.FullyConvolutional) -> None:
-    with pytest.raises(
-        fcvgg.ImageError, match=r"must hold floats, got torch\.uint8; pass uint8 pi"
+def test_a_tensor_of_bytes_holds_pixels(net: fcvgg.FullyConvolutional) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (9, 12, 3), dtype=np.uint8)
+    expected = net.score_map(pixels).scores
+    for tensor in (torch.from_numpy(pixels), torch.from_numpy(pixels.transpose(2, 0, 1))):
+        torch.testing.assert_close(net.score_map(tensor).scores, expected)
+    torch.testing.assert_close(net.score_map(pixels.transpose(2, 0, 1)).scores, expected)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_floats_from_0_to_1_are_pixels_and_it_is_said(
+    net: fcvgg.FullyConvolutional, dtype: Any
+) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (9, 12, 3), dtype=np.uint8)
+    with pytest.warns(UserWarning, match=r"holds floats, which are taken for the range from 0 to"):
+        found = net.score_map((pixels / 255).astype(dtype)).scores
+    torch.testing.assert_close(found, net.score_map(pixels).scores, rtol=1e-5, atol=1e-5)
+
+
+def test_encoded_bytes_and_files_are_images(net: fcvgg.FullyConvolutional, tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (9, 12, 3), dtype=np.uint8)
+    path = tmp_path / "a.png"
+    Image.fromarray(pixels).save(path)
+    expected = net.score_map(pixels).scores
+    data = path.read_bytes()
+    with path.open("rb") as file:
+        for image in (data, bytearray(data), io.BytesIO(data), file):
+            torch.testing.assert_close(net.score_map(image).scores, expected)
+            torch.testing.assert_close(fcvgg.stream(net, image).scores, expected[...])
+            assert net.classify([image]).shape == (1, 2)
+    with path.open("rb") as file:
+        file.close()
+        with pytest.raises(fcvgg.ImageError, match=r"must be open for reading, got: "):
+            net.score_map(file)
+    with (
+        path.open("r", encoding="latin-1") as text,
+        pytest.raises(
+            fcvgg.ImageError, match=r"must be open for bytes, got text; open it with 'rb'"
+        ),
     ):
-        net.score_map(torch.zeros(3, 9, 12, dtype=torch.uint8))
+        net.score_map(text)
+
+
+def test_the_first_of_several_frames_is_taken_and_it_is_said(
+    net: fcvgg.FullyConvolutional, tmp_path: Path
+) -> None:
+    frames = [Image.new("L", (12, 9), value) for value in (40, 200)]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
+    with pytest.warns(UserWarning, match=r"a\.gif has several pages or frames, of which the first"):
+        found = net.score_map(tmp_path / "a.gif").scores
+    torch.testing.assert_close(found, net.score_map(frames[0]).scores)
 
 
 @pytest.mark.parametrize(
@@ -283,22 +329,10 @@ def test_what_the_network_itself_refuses(
     ("image", "message"),
     [
         (
-            np.zeros((9, 9, 3)),
-            r"the array \(9, 9, 3\) holds float64, which has no known range; pass uint8 \(H, W",
-        ),
-        (
-            np.zeros((9, 9, 3), np.float32),
-            r"the array \(9, 9, 3\) holds float32, which has no know",
-        ),
-        (
             np.zeros((9, 9), bool),
             r"the array \(9, 9\) holds bool, which has no known range; pass ui",
         ),
         (np.zeros((9, 9), np.int64), r"the array \(9, 9\) holds int64, which has no known range; "),
-        (
-            np.zeros((3, 9, 9), np.uint8),
-            r"the array \(3, 9, 9\) must be \(H, W, C\) with 3 .*np\.moveaxis\(array, 0, -1\)",
-        ),
         (
             np.zeros((9, 9, 2), np.uint8),
             r"the array \(9, 9, 2\) must have 1, 3 or 4 channels, .*, got 2",
@@ -500,7 +534,7 @@ def test_a_scale_takes_the_place_of_the_preprocessings_resize(resize: Any) -> No
 def test_a_scaled_score_map_of_a_tensor_keeps_its_pixels(net: fcvgg.FullyConvolutional) -> None:
     made = net.score_map(torch.rand(3, 20, 30), scale=40)
     assert (made.input_size, made.image_size, made.image) == ((40, 60), (20, 30), None)
-    with pytest.raises(fcvgg.ImageError, match=r"scales must be positive .*, got 0"):
+    with pytest.raises(fcvgg.ImageError, match=r"^scale must be a positive integer, in .*, got 0"):
         net.score_map(torch.rand(3, 20, 30), scale=0)
 
 

@@ -105,8 +105,9 @@ def test_the_overlay_draws_boxes_on_their_own_pixels() -> None:
     heatmap = fcvgg.Heatmap(values, values == 0, image=Image.new("RGB", (80, 60), (90, 90, 90)))
     plain, drawn = heatmap.overlay(), heatmap.overlay(boxes=[ScoredBox(20, 10, 50, 70, 0.75)])
     changed = (np.asarray(plain) != np.asarray(drawn)).any(-1)
-    rows, cols = (np.flatnonzero(changed.any(axis)) for axis in (1, 0))
-    assert (rows[0], rows[-1], cols[0], cols[-1]) == (20, 49, 10, 69)  # half-open
+    rows, cols = (np.flatnonzero(changed[20:].any(axis)) for axis in (1, 0))
+    assert (rows[0], rows[-1], cols[0], cols[-1]) == (0, 29, 10, 69)  # half-open
+    assert changed[:20, 10:].any()  # the score, above the box
     white = (np.asarray(drawn) == 255).all(-1)
     assert white[20, 10:70].all()
     assert white[49, 10:70].all()
@@ -127,8 +128,101 @@ def test_errors(net, value) -> None:
     heatmap = net.heatmap(images(3, 40, 40), 0)
     with pytest.raises(fcvgg.ArgumentError, match=r"^threshold must be in \[0, 1\], got"):
         heatmap.boxes(value)
-    with pytest.raises(fcvgg.ArgumentError, match=r"^overlap must be in \[0, 1\], got"):
+    with pytest.raises(fcvgg.ArgumentError, match=r"^iou_threshold must be in \[0, 1\], got"):
         heatmap.boxes(0.5, value)
     bare = fcvgg.Heatmap(heatmap.values, heatmap.coverage)
-    with pytest.raises(fcvgg.ArgumentError, match=r"must hold windows.*make it with net\.heatmap"):
+    with pytest.raises(fcvgg.ArgumentError, match=r"must hold windows.*or pass kind='regions'"):
         bare.boxes()
+    with pytest.raises(fcvgg.ArgumentError, match=r"^kind must be 'windows' or 'regions', got 'a'"):
+        bare.boxes(kind="a")
+
+
+def test_the_former_name_of_the_threshold_still_works(net) -> None:
+    heatmap = net.heatmap(picture(57, 82), 2)
+    named = heatmap.boxes(0, iou_threshold=0.6)
+    assert named == heatmap.boxes(0, overlap=0.6) == heatmap.boxes(0, 0.6)
+    assert len(named) > len(heatmap.boxes(0))
+
+
+# -- regions --------------------------------------------------------------------------------------
+
+
+def flooded(values: np.ndarray, chosen: np.ndarray) -> list:
+    """The boxes of connected pixels, one flood at a time."""
+    left = {tuple(place) for place in np.argwhere(chosen).tolist()}
+    found = []
+    while left:
+        region, edge = set(), {left.pop()}
+        while edge:
+            region |= edge
+            near = {
+                (y + dy, x + dx) for y, x in edge for dy, dx in ((0, 1), (1, 0), (0, -1), (-1, 0))
+            }
+            edge = near & left
+            left -= edge
+        ys, xs = zip(*region)
+        score = max(values[place] for place in region)
+        found.append((min(ys), min(xs), max(ys) + 1, max(xs) + 1, score))
+    return sorted(found, key=lambda box: (-box[4], box[:4]))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.02, 0.4, 0.59, 0.7, 1.0])
+@pytest.mark.parametrize("shape", [(1, 1), (1, 40), (40, 1), (37, 53)])
+def test_regions_equal_the_flood(share: float, shape: tuple[int, int]) -> None:
+    rng = np.random.default_rng(1)
+    values = rng.permutation(shape[0] * shape[1]).reshape(shape).astype(np.float32)
+    values /= values.size
+    chosen = rng.random(shape) < share
+    heatmap = fcvgg.Heatmap(np.where(chosen, values / 2 + 0.5, values / 4), np.ones(shape, bool))
+    got = heatmap.boxes(0.5, kind="regions")
+    assert got == flooded(heatmap.values, chosen)
+    assert all(isinstance(value, int) for box in got for value in box[:4])
+
+
+def test_regions_of_a_spiral_and_of_a_comb_are_one() -> None:
+    """Runs that meet only far below join late."""
+    spiral = np.zeros((41, 41), bool)
+    for ring in range(0, 20, 2):
+        spiral[ring, ring : 41 - ring] = spiral[ring : 41 - ring, 40 - ring] = True
+        spiral[40 - ring, ring : 41 - ring] = spiral[ring + 2 : 41 - ring, ring] = True
+        spiral[ring + 2, ring : ring + 3] = True
+    comb = np.zeros((30, 41), bool)
+    comb[:, ::2] = comb[-1] = True
+    for mask in (spiral, comb):
+        values = mask.astype(np.float32)
+        heatmap = fcvgg.Heatmap(values, np.ones(mask.shape, bool))
+        assert heatmap.boxes(kind="regions") == [(0, 0, *mask.shape, 1.0)]
+
+
+def test_regions_hold_measured_pixels_only() -> None:
+    values = np.full((20, 30), 0.9, np.float32)
+    values[:, 12:15] = 0.2
+    values[8, 20] = np.nan
+    coverage = np.zeros((20, 30), bool)
+    coverage[5:15, 4:26] = True
+    coverage[8, 20] = False
+    got = fcvgg.Heatmap(values, coverage).boxes(0.5, kind="regions")
+    assert [box[:4] for box in got] == [(5, 4, 15, 12), (5, 15, 15, 26)]
+
+
+def test_scores_of_boxes_are_whole_and_apart() -> None:
+    """Every text lies within the picture, and no two share a pixel."""
+    from fcvgg.results.boxes import _free_place
+
+    boxes = [
+        ScoredBox(0, 0, 20, 20, 0.9),
+        ScoredBox(2, 1, 30, 25, 0.8),
+        ScoredBox(70, 95, 80, 100, 0.7),
+    ]
+    taken: list = []
+    for box in boxes:
+        place = _free_place(box, (24, 10), 2, (100, 80), taken)
+        assert place is not None
+        assert 0 <= place[0] < place[2] <= 100
+        assert 0 <= place[1] < place[3] <= 80
+        assert all(
+            place[2] <= o[0] or o[2] <= place[0] or place[3] <= o[1] or o[3] <= place[1]
+            for o in taken
+        )
+        taken.append(place)
+    assert _free_place(boxes[0], (200, 10), 2, (100, 80), []) is None

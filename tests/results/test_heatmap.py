@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from matplotlib import pyplot as plt
 from PIL import Image
 
 import fcvgg
-from fcvgg.results.heatmap import ALPHA, COLOUR_MAP, Heatmap
+from fcvgg.results.colours import ALPHA, COLOUR_MAP, HELD, OPAQUE_FROM, colour_table, evidence
+from fcvgg.results.heatmap import Heatmap
 
 mpl.use("Agg")
 
@@ -56,26 +58,53 @@ def test_the_overlay_leaves_the_photograph_where_there_is_nothing() -> None:
     assert np.array_equal(overlay, heatmap(noise()).overlay(alpha=0))
 
 
-def test_the_overlay_grows_opaque_up_to_one_half() -> None:
+def test_the_overlay_grows_opaque_with_the_evidence() -> None:
     white, black = (
-        np.asarray(heatmap(photo(colour)).overlay(alpha=0.6), np.float64)[0, :, 0]
+        np.asarray(heatmap(photo(colour)).overlay(alpha=0.6), np.float64)[10, 10:41, 0]
         for colour in ("white", "black")
     )
     opacity = 1 - (white - black) / 255  # how much of the photograph is hidden
-    probability = np.linspace(0, 1, 51)
-    np.testing.assert_allclose(opacity, 0.6 * np.minimum(2 * probability, 1), atol=0.01)
+    rising = evidence(np.linspace(0, 1, 51)[10:41], 0.5) / OPAQUE_FROM
+    np.testing.assert_allclose(opacity, 0.6 * np.minimum(rising, 1), atol=0.01)
+
+
+def test_chance_and_less_show_the_photograph() -> None:
+    shown = replace(heatmap(noise()), coverage=np.ones((30, 51), bool))
+    overlay, grey = np.asarray(shown.overlay()), np.asarray(noise().convert("L"))
+    assert np.array_equal(overlay[:, :26], np.repeat(grey[:, :26, None], 3, 2))  # up to 0.5
+    assert (overlay[:, 27:] != grey[:, 27:, None]).any(-1).mean() > 0.99
+    many = replace(shown, chance=0.001, values=np.full((30, 51), 0.001, np.float32))
+    assert np.array_equal(many.overlay(), overlay[:, :1] * 0 + np.repeat(grey[..., None], 3, 2))
+
+
+def test_held_values_are_hatched_and_fainter() -> None:
+    """Outside the hull most pixels are the photograph's, none has more than half the opacity."""
+    certain = replace(heatmap(photo("black"), top=1), values=np.ones((30, 51), np.float32))
+    overlay = np.asarray(certain.overlay(), np.float64)[..., 0]
+    inside = overlay[certain.coverage]
+    assert inside.min() == inside.max() > 100
+    outside = overlay[~certain.coverage]
+    assert outside.max() <= inside[0] * HELD + 1
+    assert 0.3 < (outside > 0).mean() < 0.36
+
+
+def test_the_photographs_own_colours() -> None:
+    shown = heatmap(noise(), top=0)
+    assert np.array_equal(shown.overlay(grey=False), noise())
+    one, other = (np.asarray(heatmap(photo()).overlay(grey=grey)) for grey in (False, True))
+    assert (one[10, 30] != other[10, 30]).any()
 
 
 def test_the_overlay_at_full_opacity_shows_the_colours() -> None:
-    overlay = np.asarray(heatmap(noise()).overlay(alpha=1, cmap="viridis"))
-    colours = colormaps["viridis"](np.linspace(0, 1, 51))[25:, :3] * 255
-    np.testing.assert_allclose(overlay[3, 25:], colours, atol=1)
+    certain = replace(heatmap(noise()), values=np.ones((30, 51), np.float32))
+    overlay = np.asarray(certain.overlay(alpha=1, cmap="viridis"))
+    assert np.array_equal(overlay[10, 20], np.round(colour_table("viridis")[-1] * 255))
 
 
 def test_without_an_image_the_colours_stand_alone() -> None:
-    overlay = np.asarray(heatmap().overlay())
-    colours = colormaps[COLOUR_MAP](np.linspace(0, 1, 51))[:, :3] * 255
-    np.testing.assert_allclose(overlay[3], colours, atol=1)
+    overlay = np.asarray(heatmap().overlay())[10, 10:41]
+    levels = np.rint(evidence(np.linspace(0, 1, 51)[10:41], 0.5) * 255).astype(int)
+    np.testing.assert_allclose(overlay, colour_table()[levels] * 255, atol=1)
 
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "CMYK"])
@@ -101,16 +130,25 @@ def test_the_colour_bar_shows_the_colours_of_the_plot(shown: Image.Image | None)
     bar = axes.figure.axes[1]
     assert bar.get_ylim() == (0, 1)
     assert bar.get_ylabel() == "probability"
+    labels = {t.get_text(): t.get_position()[1] for t in bar.get_yticklabels()}
+    assert labels == {
+        "≤ 0.5": 0,
+        "0.75": pytest.approx(np.log2(1.5)),
+        "0.9": pytest.approx(np.log2(1.8)),
+        "1": 1,
+    }
     (mesh,) = (c for c in bar.collections if c.get_array() is not None)
-    of_bar = mesh.to_rgba(np.linspace(0, 1, 51))[:, :3] * 255
-    of_plot = np.asarray(axes.images[0].get_array())[3]
-    np.testing.assert_allclose(of_plot, of_bar, atol=1)
+    of_bar = mesh.to_rgba(evidence(np.linspace(0, 1, 51), 0.5))[10:41, :3] * 255
+    of_plot = np.asarray(axes.images[0].get_array())[10, 10:41]
+    np.testing.assert_allclose(of_plot, of_bar, atol=3)  # neighbouring levels
 
 
 def test_the_scale_is_the_same_for_every_heatmap() -> None:
-    faint, strong = heatmap(top=0.1).plot(), heatmap(top=1).plot()
-    assert faint.figure.axes[1].get_ylim() == strong.figure.axes[1].get_ylim() == (0, 1)
-    assert np.asarray(faint.images[0].get_array()).max() <= 60
+    faint, strong = (replace(heatmap(photo(), top=top), chance=0.01) for top in (0.1, 1))
+    assert faint.plot().figure.axes[1].get_ylim() == strong.plot().figure.axes[1].get_ylim()
+    faint.values[15, 20], strong.values[15, 20] = 0.05, 0.05
+    of_faint, of_strong = (np.asarray(shown.overlay())[15, 20] for shown in (faint, strong))
+    assert np.array_equal(of_faint, of_strong)
 
 
 def test_a_plot_says_what_it_shows_and_marks_hull_and_peak() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from einops.layers.torch import Rearrange, Reduce
 from idioms import GREY, HEADS, NATIVE, STEMS, IdiomNet, Trunk, flat
 from nets import EXACT, images, native_error, relative_error, seeded, sliding_window
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 import fcvgg
 
@@ -74,6 +76,13 @@ def test_colours_to_grey() -> None:
         assert_exact(model, fcvgg.convert(model, input_size=NATIVE, in_channels=3))
 
 
+def hooked(wrap: Callable[[nn.Module], nn.Module]) -> nn.Module:
+    """A layer whose weight a hook of torch's computes before each call."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        return wrap(nn.Conv2d(8, 8, 1))
+
+
 LAYERS: dict[str, Callable[[], nn.Module]] = {
     "Dropout1d": lambda: nn.Sequential(nn.Flatten(2), nn.Dropout1d(0.3), nn.Flatten()),
     "Dropout3d": lambda: nn.Sequential(nn.Dropout3d(0.3), nn.Flatten()),
@@ -96,6 +105,18 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
         Rearrange("n c h w -> n h w c"), Rearrange("n h w c -> n (w c h)")
     ),
     "Reduce": lambda: nn.Sequential(Reduce("n c h w -> n c", "mean"), nn.Linear(8, 128)),
+    "GroupNorm of the window": lambda: nn.Sequential(nn.Flatten(), nn.GroupNorm(4, 128)),
+    "GroupNorm of vectors": lambda: nn.Sequential(
+        *(nn.AdaptiveAvgPool2d(1), nn.GroupNorm(2, 8), nn.Flatten(), nn.Linear(8, 128))
+    ),
+    "Linear over the positions": lambda: nn.Sequential(
+        *(nn.Flatten(2), nn.Linear(16, 16), nn.ReLU(), nn.Flatten())
+    ),
+    "weight norm by a hook": lambda: nn.Sequential(hooked(nn.utils.weight_norm), nn.Flatten()),
+    "spectral norm by a hook": lambda: nn.Sequential(hooked(nn.utils.spectral_norm), nn.Flatten()),
+    "pruned": lambda: nn.Sequential(
+        hooked(lambda layer: prune.l1_unstructured(layer, "weight", 0.5)), nn.Flatten()
+    ),
     "compiled": lambda: torch.compile(
         nn.Sequential(nn.ReLU(), nn.Conv2d(8, 8, 1), nn.Flatten()), backend="eager"
     ),
@@ -110,6 +131,24 @@ def test_a_layer_converts(name: str, tmp_path: Path) -> None:
     assert net.state_dict().keys() == model.state_dict().keys()
     loaded = fcvgg.load(net.save(tmp_path / "bundle"))
     torch.testing.assert_close(loaded(images(2, 3, *WINDOWS)), got, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("name", ["weight norm by a hook", "pruned"])
+def test_weights_that_a_hook_computes_follow_their_parameters(name: str) -> None:
+    model = seeded(lambda: IdiomNet(lambda m, f: m.fc(m.layer(f)), layer=LAYERS[name]()))
+    net = fcvgg.convert(model, input_size=NATIVE)
+    batch = images(2, 3, NATIVE, NATIVE)
+    before = net(batch).detach()
+    parameter = next(p for n, p in model.named_parameters() if n.startswith("layer.0.weight_"))
+    with torch.no_grad():
+        parameter.mul_(1.5)  # shared with the network
+    assert not torch.allclose(net(batch), before)
+    torch.testing.assert_close(net(batch).flatten(1), model(batch), rtol=1e-11, atol=1e-11)
+    net(batch).sum().backward()
+    ours = dict(net.named_parameters())
+    assert all(
+        p.grad is not None for n, p in ours.items() if n.endswith(("weight_g", "weight_orig"))
+    )
 
 
 def test_einops_functions_convert() -> None:
@@ -316,8 +355,25 @@ def test_a_lambda_over_the_module() -> None:
             r"is refused: products of values \(attention\) mix positions",
         ),
         (
-            lambda m, f: m.fc(flat(f * m.matrix.view(4, 8, 4, 4)[0])),
-            r"uses a parameter of shape \(8, 4, 4\) that is shaped by position",
+            lambda m, f: m.fc(flat(F.max_pool2d(f * m.matrix.view(4, 8, 4, 4)[0], 3, 1, 1))),
+            r"mul \(mul.*\) mixes positions or tells them apart, so that all of \(N, 8, "
+            r"4, 4\) is one cell's, and max_pool2d.* works on a map of them",
+        ),
+        (
+            lambda m, f: m.fc(flat(torch.fft.fft2(f).abs())),
+            r"is refused: a Fourier transform mixes all positions",
+        ),
+        (
+            lambda m, f: F.conv2d(
+                f.reshape(1, -1, 4, 4), f.mean((2, 3)).view(-1, 1, 1, 1), groups=len(f) * 8
+            ).view(-1, 128),
+            r"reshape .* puts the images of the batch into channels, .*\(dynamic convolution\)",
+        ),
+        (
+            lambda m, f: m.classify(
+                flat(torch.cat([f, torch.ones(4, 4, dtype=f.dtype).expand(len(f), 1, 4, 4)], 1))
+            ),
+            r"cat .* joins a map \(N, 8, 4, 4\) with a constant .* that is shaped by position",
         ),
         (
             lambda m, f: m.fc(flat(f) / flat(f).norm()),
@@ -332,12 +388,12 @@ def test_a_lambda_over_the_module() -> None:
             r"output has the shape \(3, N, 4\); expected the images first",
         ),
         (
-            lambda m, f: torch.einsum("b...,...k->bk", flat(f), m.matrix),
-            r"einsum \(einsum\) computes 'b\.\.\.,\.\.\.k->bk'; expected one or two terms",
+            lambda m, f: torch.einsum("bd,dk,k->bk", flat(f), m.matrix, m.bias),
+            r"einsum \(einsum.*\) computes 'bd,dk,k->bk'; expected one or two terms",
         ),
         (
             lambda m, f: F.conv2d(F.layer_norm(f, (8, 4, 4)), m.prototypes[:, :, None, None]),
-            r"conv2d \(conv2d\) mixes positions: along its axis the value \(N, 8, 4, 4\)",
+            r"layer_norm \(layer_norm\) mixes positions or tells .*, and conv2d \(conv2d",
         ),
     ],
 )

@@ -34,6 +34,9 @@ class Strided(nn.Module):
 
 TRUNKS: dict[str, Callable[[int], nn.Module]] = {"pools": Trunk, "strides": Strided}
 
+OF_WINDOWS = ("window", "of every position", "positions", "differences", "coordinates")
+"""In the names of idioms after which a value is the elements of one window, and no map."""
+
 KEEPING = {
     name: idiom
     for name, idiom in FEATURES.items()
@@ -46,7 +49,7 @@ KEEPING = {
         "the mean channel",
         "channels padded",
     )
-    and not any(word in name for word in ("window", "rows", "groups", "twice", "map"))
+    and not any(word in name for word in (*OF_WINDOWS, "rows", "groups", "twice", "map"))
 }
 """The idioms that give a map of the same shape, so that any other may follow."""
 

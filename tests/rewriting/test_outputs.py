@@ -128,7 +128,7 @@ def test_an_output_that_does_not_exist() -> None:
         ):
             named.classify(images(1, 3, 30, 30), output=output)
     single = fcvgg.convert(heads(lambda a, b: a), input_size=22)
-    with pytest.raises(fcvgg.ArgumentError, match=r"^output must be from 0 to 0, got 1$"):
+    with pytest.raises(fcvgg.ArgumentError, match=r"^output must be 0, the only one, got 1$"):
         fcvgg.stream(single, images(1, 3, 30, 30), output=1)
 
 

@@ -259,10 +259,10 @@ def test_a_dtype_that_the_format_lacks_is_refused(tmp_path):
         saved_files.write_tensors(tmp_path / "a", {"z": torch.ones(1, dtype=torch.complex64)})
 
 
-def test_options_of_conversion_are_refused(bundle):
-    with pytest.raises(fcvgg.LoadError, match="to which output_stride cannot be applied"):
-        fcvgg.load(bundle, output_stride=2)
-    assert fcvgg.load(bundle, verify=False).equivalence.passed  # nothing to verify anew
+def test_the_native_size_of_a_bundle_is_decided(bundle):
+    with pytest.raises(fcvgg.ArgumentError, match="input_size must be left out for a converted"):
+        fcvgg.load(bundle, input_size=64)
+    assert fcvgg.load(bundle, verify=False).equivalence.passed  # nothing to verify again
 
 
 def test_weights_and_arch_are_refused(bundle):

@@ -14,6 +14,7 @@ from torch.testing import assert_close
 
 import fcvgg
 from fcvgg.sources import keras_file
+from fcvgg.sources.keras_layers import channels_of
 
 TOLERANCE = {"atol": 1e-5, "rtol": 0}
 
@@ -48,7 +49,14 @@ def assert_predicts_as_keras(net, images, expected):
 
 
 @pytest.mark.parametrize("suffix", [".keras", ".h5"])
-@pytest.mark.parametrize("name", ["sequential", "functional", "strided", "nested", "grey", "vgg16"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("sequential", "functional", "strided", "nested", "grey", "vgg16"),
+        *("operations", "shared", "emotion", "scaled"),
+        *("convnext", "densenet", "mobilenet", "mobilenetv2"),
+    ],
+)
 def test_whole_model_predicts_as_keras(folder, name, suffix):
     images, expected = predictions(folder, name)
     net = fcvgg.load(folder / f"{name}{suffix}")
@@ -113,6 +121,13 @@ def test_other_models_have_no_preprocessing(folder):
     net = fcvgg.load(folder / "sequential.keras")
     assert net.preprocess is None
     assert net.categories is None
+
+
+@pytest.mark.parametrize("part", [slice(None, None, -1), slice(1, None), slice(-1, 0, -2)])
+def test_channels_are_sliced_as_by_numpy(part):
+    images = torch.arange(24.0).reshape(1, 4, 2, 3)
+    expected = torch.from_numpy(images.numpy()[:, part].copy())
+    assert_close(channels_of(images, part.start, part.stop, part.step), expected)
 
 
 def test_layers_keep_their_names(folder):

@@ -13,11 +13,13 @@ import pytest
 import skimage.data
 import torch
 from onnx import TensorProto, helper, numpy_helper
+from onnx.reference import ReferenceEvaluator
 from PIL import Image
 from torch.testing import assert_close
 
 import fcvgg
 from fcvgg.sources import onnx_file
+from fcvgg.sources.onnx_operators import shuffled
 
 TOLERANCE = {"atol": 1e-5, "rtol": 0}
 LIGHT = Path(onnx.__file__).parent / "backend" / "test" / "data" / "light"
@@ -31,6 +33,7 @@ class File:
         self.opset = opset
         self.outputs = outputs
         self.metadata = {}
+        self.kinds = {}  # of outputs that are not floats
         self.nodes = []
         self.stored = {}
         self.last = "images"
@@ -80,7 +83,10 @@ class File:
             self.nodes,
             "net",
             [helper.make_tensor_value_info("images", TensorProto.FLOAT, self.shape)],
-            [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in outputs],
+            [
+                helper.make_tensor_value_info(name, self.kinds.get(name, TensorProto.FLOAT), None)
+                for name in outputs
+            ],
             [numpy_helper.from_array(value, name) for name, value in self.stored.items()],
         )
         model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", self.opset)])
@@ -595,3 +601,160 @@ def assert_one_line(path, match):
     with pytest.raises(fcvgg.FcvggError, match=match) as caught:
         fcvgg.load(path)
     assert "\n" not in str(caught.value)
+
+
+# -- operators of stems, heads and outputs --------------------------------------------------------
+
+
+def small(*shape, **options):
+    file = File(*(shape or ("N", 3, 12, 12)), **options)
+    file.conv(4, 3, strides=[2, 2])
+    return file
+
+
+def reflected(mode):
+    def build():
+        file = File("N", 3, 12, 12)
+        file.add("Pad", np.array([0, 0, 1, 2, 0, 0, 2, 1]), mode=mode)
+        file.conv(4, 3, strides=[3, 3])
+        return file.head(100)
+
+    return build
+
+
+def reduced(operator, **attributes):
+    def build():
+        file = small(opset=13)
+        axes = {"axes": [1]} if operator != "ReduceSum" else {}
+        file.add(operator, **axes, keepdims=1, **attributes)
+        return file.head(25)
+
+    return build
+
+
+def divided_by_norm():
+    file = small(opset=13)
+    file.add("Flatten")
+    flat = file.last
+    norm = file.add("ReduceL2", axes=[1], keepdims=1)
+    file.add("Div", norm, source=flat)
+    file.add("Gemm", file.weights(4, 100), transB=1)
+    return file
+
+
+def normalised():
+    file = small()
+    file.add("LpNormalization", axis=1, p=2)
+    return file.head(100)
+
+
+def lp_pooled():
+    file = small()
+    file.add("GlobalLpPool", p=3)
+    return file.head(4)
+
+
+def space_to_depth():
+    file = File("N", 3, 12, 12)
+    file.add("SpaceToDepth", blocksize=2)
+    file.conv(4, 12)
+    return file.head(4 * 16)
+
+
+def blue_green_red():
+    file = File("N", 3, 12, 12)
+    file.add("Gather", np.array([2, 1, 0]), axis=1)
+    file.conv(4, 3, strides=[2, 2])
+    return file.head(100)
+
+
+def blue_green_red_last():
+    file = File("N", 12, 12, 3)
+    file.add("Gather", np.array([2, 1, 0]), axis=-1)
+    file.add("Transpose", perm=[0, 3, 1, 2])
+    file.conv(4, 3, strides=[2, 2])
+    return file.head(100)
+
+
+def chosen():
+    """A leaky unit as Where writes it."""
+    file = File("N", 3, 12, 12)
+    file.add("Conv", file.weights(4, 3, 3, 3), strides=[2, 2])
+    x = file.last
+    low = file.add("Mul", np.float32(0.1))
+    more = file.add("Greater", np.float32(0.2), source=x)
+    file.add("Where", x, low, source=more)
+    return file.head(100)
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        *(reflected("reflect"), reflected("edge"), divided_by_norm, normalised, lp_pooled),
+        *(space_to_depth, blue_green_red, blue_green_red_last, chosen),
+        *(reduced(f"Reduce{name}") for name in ("L1", "L2", "Min", "Max", "Mean", "LogSumExp")),
+    ],
+)
+def test_operators_of_stems_and_heads(tmp_path, build):
+    path = build().write(tmp_path)
+    last = build is blue_green_red_last
+    assert_equals_runtime(path, channels_last=last)
+
+
+def test_depth_to_space_equals_onnx():
+    images = torch.rand(1, 8, 3, 3)
+    for mode in ("DCR", "CRD"):
+        node = helper.make_node("DepthToSpace", ["x"], ["y"], blocksize=2, mode=mode)
+        (expected,) = ReferenceEvaluator(node).run(None, {"x": images.numpy()})
+        assert_close(shuffled(images, 2, mode == "CRD"), torch.from_numpy(expected))
+
+
+def test_upsampling_is_refused(tmp_path):
+    file = small()
+    file.add("Upsample", np.array([1, 1, 2, 2], np.float32))
+    with pytest.raises(fcvgg.LoadError, match=r"the operator Upsample .* is not supported"):
+        fcvgg.load(file.head(400).write(tmp_path))
+
+
+@pytest.mark.parametrize("cast", [False, True])
+def test_the_chosen_class_beside_the_scores_is_left_out(tmp_path, cast):
+    file = small().head(100)
+    scores = file.last
+    label = file.add("ArgMax", source=scores, axis=1, keepdims=0)
+    if cast:
+        label = file.add("Cast", to=TensorProto.INT32)
+    file.outputs, file.kinds[label] = (scores, label), TensorProto.INT32
+    if not cast:
+        file.kinds[label] = TensorProto.INT64
+    path = file.write(tmp_path)
+    with pytest.warns(UserWarning, match=f"net.onnx: the outputs {label} are left out, since they"):
+        net = fcvgg.load(path)
+    images = torch.rand(1, 3, 12, 12)
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    expected = session.run([scores], {"images": images.numpy()})[0]
+    with torch.no_grad():
+        assert_close(net(images).flatten(1), torch.from_numpy(expected), **TOLERANCE)
+
+
+class Reordered(torch.nn.Module):
+    """Channels in another order, as models that were trained with OpenCV have them."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = torch.nn.Conv2d(3, 4, 3, stride=2)
+        self.head = torch.nn.Linear(100, 3)
+        self.register_buffer("kept", torch.tensor([2, 0]))
+
+    def forward(self, x):
+        x = self.conv(x[:, [2, 1, 0]]).relu()
+        return self.head(x.flatten(1))[:, self.kept]
+
+
+def test_networks_that_choose_channels_come_back_from_their_export(tmp_path):
+    torch.manual_seed(0)
+    net = fcvgg.convert(Reordered().eval(), input_size=12)
+    net.export(tmp_path / "net.onnx")
+    back = fcvgg.load(tmp_path / "net.onnx")
+    images = torch.rand(2, 3, 20, 24)
+    with torch.no_grad():
+        assert_close(back(images), net(images), **TOLERANCE)

@@ -33,14 +33,14 @@ from torch import Tensor, nn
 
 import fcvgg
 from fcvgg.errors import FcvggError
+from fcvgg.inference.line_buffers import LineBuffers
+from fcvgg.inference.schedule import AxisRanges, Schedule
 from fcvgg.inference.stages import stages_of
 from fcvgg.streaming import resumption, strip_plan
 from fcvgg.streaming.job import StreamJob
-from fcvgg.streaming.line_buffers import LineBuffers
-from fcvgg.streaming.schedule import AxisRanges, Schedule
 from fcvgg.streaming.score_store import is_store, open_store
-from fcvgg.streaming.strip_plan import Workload, parsed_memory, rounded_up
-from fcvgg.support.untrusted import size_text
+from fcvgg.streaming.strip_plan import Workload
+from fcvgg.support.memory_text import parsed_memory, rounded_up, size_text
 
 pytest.importorskip("zarr")
 
@@ -471,7 +471,7 @@ def _least(net: Any, image: np.ndarray[Any, Any]) -> str:
         ),
         ({"classes": ["dog"]}, "dog"),
         ({"classes": [9]}, "9"),
-        ({"output": 1}, "output must be from 0 to 0, got 1"),
+        ({"output": 1}, "output must be 0, the only one, got 1"),
     ],
 )
 def test_unusable_options(net: Any, options: dict[str, Any], message: str) -> None:
@@ -769,7 +769,7 @@ _PEAK = """
 import sys
 import numpy as np, torch
 import fcvgg
-from fcvgg.streaming.line_buffers import LineBuffers
+from fcvgg.inference.line_buffers import LineBuffers
 torch.set_num_threads(1)
 
 def status(key):

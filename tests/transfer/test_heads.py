@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import pickle
 import re
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -307,3 +309,74 @@ def test_parameters_of_no_named_layer_are_not_lost() -> None:
 def test_groups_that_cannot_be(rates, message) -> None:
     with pytest.raises(fcvgg.ArgumentError, match=f"^{re.escape(message)}"):
         fcvgg.parameter_groups(SmallVGG(), rates, lr=1e-3)
+
+
+class Normed(nn.Module):
+    """Batch norm of vectors, and functions between layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3, padding=1)
+        self.head = nn.Sequential(
+            nn.Linear(64, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.LayerNorm(8), nn.Linear(8, 3)
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.max_pool2d(torch.relu(self.conv(x)), 4)
+        return self.head(x.flatten(1))
+
+
+@pytest.mark.parametrize("hidden", [(7,), None])
+def test_a_networks_head_is_replaced_as_its_sources(hidden: Any, tmp_path: Path) -> None:
+    source = seeded(Normed, dtype=torch.float32)
+    net = fcvgg.convert(source, input_size=16)
+    net.save(tmp_path / "bundle")
+    images = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    results = []
+    for model in (source, net, fcvgg.load(tmp_path / "bundle")):
+        torch.manual_seed(0)
+        new = fcvgg.replace_head(model, 5, hidden).eval()
+        fcvgg.freeze_(new, "conv1_1")
+        assert not new.get_submodule("conv").weight.requires_grad
+        results.append((new(images), list(new.state_dict())))
+    for scores, keys in results[1:]:
+        torch.testing.assert_close(scores, results[0][0])
+        assert keys == results[0][1]
+    assert fcvgg.convert(new, input_size=16).output_size((32, 32)) == (5, 5)
+
+
+def test_layers_of_a_network_are_replaced_as_its_sources() -> None:
+    source = fcvgg.demo.demo_model()
+    net = fcvgg.convert(source, padding="same", output_stride=2)
+    wide = nn.Conv2d(3, 16, 5, padding=2)
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    made = []
+    for model in (source, net):
+        new = fcvgg.replace_layers(model, "conv1_1", "conv1_2", wide)
+        new = fcvgg.insert_after(new, "relu2_1", nn.Dropout2d(0.2)).eval()
+        made.append(new)
+    assert made[0].state_dict().keys() == made[1].state_dict().keys()
+    with torch.no_grad():
+        torch.testing.assert_close(made[0](images), made[1](images))
+    smaller = fcvgg.for_input_size(net, 48, num_classes=4, init="resample")
+    assert fcvgg.convert(smaller, input_size=48).geometry.window == (48, 48)
+
+
+class Residual(nn.Module):
+    """A sum of two maps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3, padding=1)
+        self.other = nn.Conv2d(4, 4, 3, padding=1)
+        self.fc = nn.Linear(4 * 16, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.conv(x)
+        return self.fc(torch.max_pool2d(self.other(x) + x, 8).flatten(1))
+
+
+def test_a_network_that_is_no_chain_gets_another_last_layer() -> None:
+    net = fcvgg.convert(seeded(Residual, dtype=torch.float32), input_size=32)
+    new = fcvgg.replace_head(net, 5, None)
+    assert new.eval()(torch.zeros(1, 3, 32, 32)).shape == (1, 5)

@@ -268,7 +268,7 @@ NOISE = np.zeros((2, 16, 16, 3), np.uint8)
         ({"layer": "pool9"}, NOISE, "the model has no layer 'pool9' (near: "),
         ({"size": (3, 9)}, NOISE, "an image of (3, 9) pixels is too small for pool2, which needs"),
         ({"preprocess": None}, NOISE, "the network's preprocessing is unknown, so an image file"),
-        ({}, NOISE / 255, "the array (16, 16, 3) holds float64, which has no known range; pass "),
+        ({}, NOISE + 300.0, "the array (16, 16, 3) must hold floats from 0 to 1, got float64"),
         (
             {},
             np.zeros((2, 48)),

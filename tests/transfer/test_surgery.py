@@ -441,11 +441,6 @@ def test_a_head_that_no_longer_fits_is_named() -> None:
     assert str(caught.value).endswith("or rebuild the head with fcvgg.for_input_size")
 
 
-def test_a_converted_network_is_refused() -> None:
-    with pytest.raises(fcvgg.ConversionError, match="fully convolutional already; pass its source"):
-        fcvgg.insert_after(fcvgg.convert(SmallVGG()), "pool1", nn.ReLU())
-
-
 def test_the_example_runs(tmp_path: Path) -> None:
     example = Path(__file__).parents[2] / "examples" / "surgery.py"
     done = subprocess.run(

@@ -266,12 +266,6 @@ def fixed_view() -> nn.Module:
             "view before fc6 does not give one row per image at input size (32, 32)",
         ),
         (
-            lambda: fcvgg.convert(SmallVGG()),
-            {"size": 64},
-            fcvgg.ConversionError,
-            "the model is fully convolutional already; pass its source model",
-        ),
-        (
             GlobalPooled,
             {"size": 64, "init": "resample"},
             fcvgg.ConversionError,

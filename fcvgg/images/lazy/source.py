@@ -375,7 +375,7 @@ class ArraySource(StripSource):
 
     def _masked(self, stored: NDArray[Any], rows: Pair, cols: Pair) -> NDArray[np.bool_]:
         hidden = ArraySource(np.ma.getmaskarray(self._array), self._axes, self.name, True)
-        return hidden._read(rows, cols).any(2)
+        return np.asarray(hidden._read(rows, cols).any(2))
 
     def _check_file(self) -> None:
         """A memory map of a file that has shrunk would end the process."""

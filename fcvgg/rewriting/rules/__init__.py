@@ -24,7 +24,8 @@ The package's own kinds stand in one file a family: `elementwise`, `channels` (n
 softmax), `reductions` (means, norms and ranks of channels or of a window), `joining`
 (concatenation, stacks), `convolution`, `pooling`, `fully_connected` and `products` (with
 parameters), `reshaping` (what only moves elements), `patches` (blocks of positions that become
-channels), and `refused` (what would not stay exact, and why). What is in none is refused by name.
+channels), `resizing` (what enlarges or shrinks a map), and `refused` (what would not stay exact,
+and why). What is in none is refused by name.
 """
 
 from fcvgg.rewriting.modules import TrainingFlag, cut_to
@@ -40,6 +41,7 @@ from fcvgg.rewriting.rules import (
     reductions,
     refused,
     reshaping,
+    resizing,
 )
 from fcvgg.rewriting.rules.elementwise import pointwise
 from fcvgg.rewriting.rules.registry import KINDS, attributes, is_known, kind_for, register, rule
@@ -60,7 +62,7 @@ __all__ = [
 
 _RULES_LOADED = (
     *(channels, convolution, elementwise, fully_connected, joining, patches, pooling),
-    *(products, reductions, refused, reshaping),
+    *(products, reductions, refused, reshaping, resizing),
 )
 
 register(TrainingFlag)

@@ -132,18 +132,18 @@ def _in_one_order(
         own = ndim - len(cells.dims)
         others = [own + axis for axis in range(len(cells.dims)) if axis not in view.axes]
         alike = others == over_places and torch.equal(view.places, views[widest].places)
+        if not alike and cells.positions > 1:
+            return _of_windows(build, call, operands, constants)
         if not alike or cells.batch - len(cells.dims) != operands[0].batch - len(operands[0].dims):
             raise UnsupportedLayerError(
                 f"{call} combines values of shapes {', '.join(c.shape for c in operands)} whose "
                 "elements were moved differently"
             )
         shapes.append((1,) * own + tuple(view.inserted(view.sizes)))
-    for constant, shape in constants:
+    for _, shape in constants:
         padded = (1,) * (ndim - len(shape)) + shape
         if any(padded[axis] != 1 for axis in over_places):
-            raise UnsupportedLayerError(
-                f"{call} {_BY_POSITION.format(tuple(constant.value.shape))}"
-            )
+            return _of_windows(build, call, operands, constants)
         shapes.append(padded)
     # as in the source, a dimension of length 1 meets every index of another one; on the map that is
     # a repetition of channels, or of none where the operand has a single one
@@ -166,6 +166,18 @@ def _in_one_order(
     common = ChannelView(torch.arange(0), axes, views[widest].places)
     batch = operands[0].batch + ndim - len(operands[0].dims)
     return maps, made, common.laid_out(operands[widest], sizes, batch=batch)
+
+
+def _of_windows(
+    build: MapBuilder,
+    call: Call,
+    operands: Sequence[Cells],
+    constants: Sequence[tuple[Constant, tuple[int, ...]]],
+) -> tuple[list[Cells], list[Constant], Cells]:
+    """Operands whose positions differ, or meet a parameter for each of them: of every window."""
+    gathered = [build.gathered(cells, call) for cells in operands]
+    views = [_view(build, call, cells) for cells in gathered]
+    return _in_one_order(build, call, gathered, views, constants)
 
 
 def _ordered(build: MapBuilder, cells: Cells, channels: Tensor, full: Sequence[int]) -> Cells:

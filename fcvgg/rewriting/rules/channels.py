@@ -21,8 +21,8 @@ from fcvgg.rewriting.modules import ChannelLayerNorm, ChannelRMSNorm
 from fcvgg.rewriting.rules.convolution import values_of
 from fcvgg.rewriting.rules.elementwise import act_elementwise
 from fcvgg.rewriting.rules.pooling import features_of
-from fcvgg.rewriting.rules.reductions import along_channels, axis_of
-from fcvgg.rewriting.rules.registry import attributes, calling, register, rule
+from fcvgg.rewriting.rules.reductions import along_channels, axis_of, in_dtype
+from fcvgg.rewriting.rules.registry import STATISTICS, always, attributes, calling, register, rule
 
 
 def _check_plain(call: Call) -> None:
@@ -38,6 +38,7 @@ def _check_plain(call: Call) -> None:
     arguments=attributes("running_mean", "running_var"),
     positional=True,
     role="bn",
+    affine=always,
 )
 def batch_norm(
     build: MapBuilder,
@@ -206,6 +207,36 @@ def _features_in_order(
     return flat, (height, width), flat.layout.reshape(x.dims)
 
 
+@rule(
+    *(nn.GroupNorm, *calling("group_norm")),
+    arguments=attributes("num_groups", "weight", "bias", "eps"),
+    refused_on_maps=STATISTICS,
+)
+def group_norm(
+    build: MapBuilder,
+    call: Call,
+    input: Any,
+    num_groups: int,
+    weight: Any = None,
+    bias: Any = None,
+    eps: float = 1e-5,
+) -> Cells:
+    """A norm of groups of the features of each cell: of vectors, and not of maps."""
+    x, windows = features_of(build, call, input, 0)
+    if call.module is not None:
+        _check_plain(call)
+        weight, bias = (build.parameter(call, name) for name in ("weight", "bias"))
+    result = along_channels(build, call, x, (0,), "group_norm", num_groups, eps)
+    for function, affine in ((torch.mul, weight), (torch.add, bias)):
+        if affine is not None:
+            column = build.graph.call_method("reshape", (affine.node, (-1, 1, 1)))  # (C, 1, 1)
+            node = build.graph.call_function(function, (result.node, column))
+            result = replace(result, node=node)
+    result = result.meaning_of("logits")
+    build.record(call, "GroupNorm", windows, result)
+    return result
+
+
 @rule(nn.LocalResponseNorm, *calling("local_response_norm"), positional=True)
 def local_response_norm(build: MapBuilder, call: Call, x: Any, *args: Any, **kwargs: Any) -> Cells:
     x = build.as_map(x, call)
@@ -230,15 +261,19 @@ def normalize(
     return replace(x, node=node).meaning_of("logits")
 
 
-@rule(nn.Softmax, *calling("softmax"), arguments=attributes("dim"), positional=True, role="prob")
+_SOFTMAX: dict[str, Any] = {"positional": True, "role": "prob"}
+
+
+@rule(nn.Softmax, *calling("softmax"), arguments=attributes("dim"), final="softmax", **_SOFTMAX)
 def softmax(
-    build: MapBuilder, call: Call, input: Any, dim: int | None = None, *_: Any, **__: Any
+    build: MapBuilder, call: Call, input: Any, dim: int | None = None, *rest: Any, **names: Any
 ) -> Cells:
+    input = in_dtype(build, input, *rest, *names.values())
     return _softmax(build, call, input, dim, torch.softmax, "probabilities")
 
 
 register(
-    nn.Softmax2d, rewrite=softmax, arguments=lambda _: {"dim": -3}, positional=True, role="prob"
+    nn.Softmax2d, rewrite=softmax, arguments=lambda _: {"dim": -3}, final="softmax", **_SOFTMAX
 )
 
 
@@ -246,12 +281,13 @@ register(
     nn.LogSoftmax,
     *calling("log_softmax"),
     arguments=attributes("dim"),
-    positional=True,
-    role="prob",
+    final="log_softmax",
+    **_SOFTMAX,
 )
 def log_softmax(
-    build: MapBuilder, call: Call, input: Any, dim: int | None = None, *_: Any, **__: Any
+    build: MapBuilder, call: Call, input: Any, dim: int | None = None, *rest: Any, **names: Any
 ) -> Cells:
+    input = in_dtype(build, input, *rest, *names.values())
     return _softmax(build, call, input, dim, torch.log_softmax, "log_probabilities")
 
 

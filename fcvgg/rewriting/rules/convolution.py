@@ -15,7 +15,7 @@ from fcvgg.rewriting.emission import Call
 from fcvgg.rewriting.layouts import Cells, Constant, with_channels
 from fcvgg.rewriting.map_builder import MapBuilder
 from fcvgg.rewriting.modules import over_channels
-from fcvgg.rewriting.rules.registry import attributes, calling, rule
+from fcvgg.rewriting.rules.registry import attributes, calling, of_one_value, rule
 from fcvgg.rewriting.sliding import Part, Sliding, windows_of
 
 
@@ -53,7 +53,10 @@ def values_of(call: Call, weight: Any) -> Tensor:
         return weight.value
     if isinstance(weight, Tensor):
         return weight
-    raise UnsupportedLayerError(f"{call} has weights computed from the image; expected a parameter")
+    raise UnsupportedLayerError(
+        f"{call} has weights computed from the image, as dynamic convolutions have; a cell would "
+        "depend on all that they are computed from; expected a parameter"
+    )
 
 
 def _slide_conv2d(
@@ -96,6 +99,7 @@ def _slide_conv2d(
     ),
     slides=_slide_conv2d,
     role="conv",
+    affine=of_one_value,
 )
 def conv2d(
     build: MapBuilder,

@@ -19,7 +19,7 @@ from fcvgg.rewriting.layouts import Cells, Constant
 from fcvgg.rewriting.map_builder import MapBuilder
 from fcvgg.rewriting.modules import TrainingOnly
 from fcvgg.rewriting.rules.alignment import aligned
-from fcvgg.rewriting.rules.registry import attributes, calling, register, rule
+from fcvgg.rewriting.rules.registry import always, attributes, calling, of_one_value, register, rule
 
 _ELEMENTWISE = {"elementwise": True, "positional": True}
 
@@ -63,23 +63,28 @@ pointwise(nn.ReLU, *calling("relu", "relu_"), role="relu")
 pointwise(
     *(nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish, nn.Hardswish),
     *(nn.Tanh, nn.Softplus, nn.Softsign, nn.RReLU, nn.Softshrink, nn.Hardshrink, nn.Tanhshrink),
-    *(nn.Threshold, *calling("relu6", "leaky_relu", "leaky_relu_", "elu", "elu_", "selu", "celu")),
+    *(nn.Threshold, *calling("relu6", "leaky_relu", "leaky_relu_", "elu", "selu", "celu")),
+    *calling("rrelu_", "threshold_", "elu_", "selu_", "celu_"),
     *calling("gelu", "silu", "mish", "hardswish", "tanh", "tanh_", "softplus", "softsign"),
     *calling("threshold", "rrelu", "hardshrink", "softshrink"),
     role="activation",
 )
 pointwise(
-    *calling("sub", "sub_", "isub", "neg", "pow", "square", "sqrt", "rsqrt"),
+    *calling("pow", "square", "sqrt", "rsqrt"),
     *calling("log1p", "abs", "maximum", "minimum", "erf", "sign"),
     *calling("where", "masked_fill", "gt", "ge", "lt", "le"),
     *calling("sin", "cos", "reciprocal", "nan_to_num", "zeros_like", "ones_like", "full_like"),
-    *calling("positive"),
     *calling("expm1", "exp2", "atan", "atan2", "asinh", "atanh", "sinh", "cosh", "tan", "sinc"),
     *calling("erfc", "trunc", "frac", "sgn", "ceil", "floor", "round", "remainder", "floordiv"),
     *calling("floor_divide", "mod", "fmod", "fmax", "fmin", "float_power", "heaviside", "eq", "ne"),
     *calling("isnan", "isinf", "isfinite", "invert", "and_", "or_", "xor", "logical_not"),
     *calling("logical_and", "logical_or", "logical_xor", "bitwise_not", "logit"),
+    *calling("acos", "asin"),
+    *(f"{name}_" for name in ("sqrt", "rsqrt", "square", "pow", "abs", "neg", "reciprocal", "sin")),
+    *(f"{name}_" for name in ("cos", "erf", "log1p", "expm1", "floor", "ceil", "round", "sign")),
+    *("masked_fill_", "nan_to_num_"),
 )
+pointwise(*calling("sub", "sub_", "isub", "neg", "positive"), affine=always)
 
 
 def keep(build: MapBuilder, call: Call, x: Any, *rest: Any, **names: Any) -> Any:
@@ -88,7 +93,7 @@ def keep(build: MapBuilder, call: Call, x: Any, *rest: Any, **names: Any) -> Any
     return result.alike(x) if isinstance(x, Cells) else result
 
 
-_keeps = partial(register, rewrite=keep, **_ELEMENTWISE)
+_keeps = partial(register, rewrite=keep, affine=always, **_ELEMENTWISE)
 _keeps(
     *("float", "half", "double", "bfloat16", "to", "type", "type_as"),
     *calling("clone", "pos"),  # emitted, since a layer that works in place may follow
@@ -106,13 +111,13 @@ _keeps(
 _keeps(TrainingOnly, inert=True)
 
 
-@elementwise_rule(*calling("exp"))
+@elementwise_rule(*calling("exp", "exp_"))
 def exp(build: MapBuilder, call: Call, x: Any) -> Any:
     result = act_elementwise(build, call, x)
     return result.meaning_of("probabilities") if _is(x, "log_probabilities") else result
 
 
-@elementwise_rule(*calling("log"))
+@elementwise_rule(*calling("log", "log_"))
 def log(build: MapBuilder, call: Call, x: Any) -> Any:
     result = act_elementwise(build, call, x)
     return result.meaning_of("log_probabilities") if _is(x, *_PROBABILITIES) else result
@@ -125,7 +130,7 @@ def _is(x: Any, *meanings: str) -> bool:
     return isinstance(x, Cells) and x.meaning in meanings
 
 
-@elementwise_rule(*calling("add", "add_", "iadd"))
+@elementwise_rule(*calling("add", "add_", "iadd"), affine=always)
 def add(build: MapBuilder, call: Call, *args: Any, **kwargs: Any) -> Any:
     result = act_elementwise(build, call, *args, **kwargs)
     first, *others = (*args, *kwargs.values())
@@ -142,7 +147,7 @@ def _is_zero(x: Any) -> bool:
     return isinstance(x, (int, float)) and x == 0
 
 
-@elementwise_rule(*calling("mul", "mul_", "imul"))
+@elementwise_rule(*calling("mul", "mul_", "imul"), affine=of_one_value)
 def mul(build: MapBuilder, call: Call, *args: Any, **kwargs: Any) -> Any:
     result = act_elementwise(build, call, *args, **kwargs)
     first, *others = (*args, *kwargs.values())
@@ -151,7 +156,11 @@ def mul(build: MapBuilder, call: Call, *args: Any, **kwargs: Any) -> Any:
     return _scaled(result, first, others[0]) if len(others) == 1 else result
 
 
-@elementwise_rule(*calling("div", "div_", "truediv", "itruediv"))
+def _divides_by_number(x: Any, other: Any, rounding_mode: str | None = None) -> bool:
+    return isinstance(x, Cells) and not isinstance(other, Cells) and rounding_mode is None
+
+
+@elementwise_rule(*calling("div", "div_", "truediv", "itruediv"), affine=_divides_by_number)
 def div(build: MapBuilder, call: Call, *args: Any, **kwargs: Any) -> Any:
     result = act_elementwise(build, call, *args, **kwargs)
     first, *others = (*args, *kwargs.values())
@@ -215,7 +224,7 @@ def _check_mode(call: Call, p: float, training: Any) -> None:
         )
 
 
-@elementwise_rule(F.alpha_dropout, F.feature_alpha_dropout, role="drop")
+@elementwise_rule(F.alpha_dropout, F.feature_alpha_dropout, role="drop", affine=always)
 def alpha_dropout(
     build: MapBuilder,
     call: Call,
@@ -227,7 +236,7 @@ def alpha_dropout(
     return dropout(build, call, x, p, training, inplace)
 
 
-@elementwise_rule(F.dropout, F.dropout2d, F.dropout3d, role="drop")
+@elementwise_rule(F.dropout, F.dropout2d, F.dropout3d, role="drop", affine=always)
 def dropout(
     build: MapBuilder,
     call: Call,
@@ -240,7 +249,7 @@ def dropout(
     return keep(build, call, x, p, training, inplace)
 
 
-@rule(nn.Dropout1d, role="drop", inert=True)
+@rule(nn.Dropout1d, role="drop", inert=True, affine=always)
 def dropout1d_module(build: MapBuilder, call: Call, x: Any) -> Any:
     """Whole channels of a row of positions, or of no positions: all features of an image."""
     layer: Any = call.module
@@ -248,7 +257,7 @@ def dropout1d_module(build: MapBuilder, call: Call, x: Any) -> Any:
     return replace(x, node=build.emit_module(call, twin(layer.p, layer.inplace), x, twin))
 
 
-@rule(F.dropout1d, role="drop")
+@rule(F.dropout1d, role="drop", affine=always)
 def dropout1d(
     build: MapBuilder,
     call: Call,
@@ -269,6 +278,9 @@ def dropout1d(
 )
 def sigmoid(build: MapBuilder, call: Call, x: Any, *rest: Any, **names: Any) -> Any:
     return act_elementwise(build, call, x, *rest, **names).meaning_of("sigmoid")
+
+
+register(nn.Sigmoid, *calling("sigmoid", "sigmoid_"), final="sigmoid")
 
 
 @elementwise_rule(nn.LogSigmoid, *calling("logsigmoid"), role="activation")

@@ -11,21 +11,27 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from fcvgg.errors import UnsupportedLayerError
 from fcvgg.geometry import KernelGeometry, Pair
-from fcvgg.rewriting.channel_view import is_flattened
+from fcvgg.rewriting.channel_view import channel_view, is_flattened
 from fcvgg.rewriting.emission import Call, WindowWeight
 from fcvgg.rewriting.layouts import Cells, Constant, with_channels
 from fcvgg.rewriting.map_builder import MapBuilder
 from fcvgg.rewriting.modules import _GEMM_CELLS, WindowLinear, window_linear
 from fcvgg.rewriting.rules.convolution import values_of
-from fcvgg.rewriting.rules.registry import attributes, calling, register, rule
+from fcvgg.rewriting.rules.registry import attributes, calling, of_one_value, register, rule
 from fcvgg.rewriting.sliding import Part, Sliding, windows_of
 
 
-@rule(nn.Linear, *calling("linear"), arguments=attributes("weight", "bias"), role="fc")
+@rule(
+    *(nn.Linear, *calling("linear")),
+    arguments=attributes("weight", "bias"),
+    role="fc",
+    affine=of_one_value,
+)
 def linear(build: MapBuilder, call: Call, input: Any, weight: Any, bias: Any = None) -> Cells:
     values_of(call, weight)
     if call.module is not None and nn.utils.parametrize.is_parametrized(call.module):
@@ -45,6 +51,8 @@ def fully_connected(build: MapBuilder, call: Call, x: Any, weight: Any, bias: An
     if not whole and len(x.dims) == 1 and is_flattened(x):  # a part of the window
         x = build.gathered(x, call)
     features, inputs = values_of(call, weight).shape[0], x.dims[-1]
+    if not whole and (places := _places_along(x)) is not None:
+        return _over_positions(build, call, x, places, weight, bias)
     if whole or x.positions == 1:
         build.begin_head(x, inputs, call)
     if whole:
@@ -78,6 +86,46 @@ def fully_connected(build: MapBuilder, call: Call, x: Any, weight: Any, bias: An
     step = build.steps.add(windows, (x.step,), str(call))
     result = replace(target, node=node, step=step).meaning_of("logits")
     build.record(call, "Linear", windows, result, features * inputs)
+    return result
+
+
+def _places_along(x: Cells) -> Tensor | None:
+    """The positions along the last axis, if all of a channel's lie there."""
+    view = channel_view(x) if x.positions > 1 else None
+    if view is None or view.places.ndim != 1 or len(x.dims) - 1 in view.axes:
+        return None
+    return view.places if len(view.places.unique()) == x.positions else None
+
+
+def _over_positions(
+    build: MapBuilder, call: Call, x: Cells, places: Tensor, weight: Any, bias: Any
+) -> Cells:
+    """A layer over the positions of each channel, ``(N, C, h * w) -> (N, C, O)``, as a window."""
+    if call.module is not None:
+        weight, bias = (build.parameter(call, name) for name in ("weight", "bias"))
+    view = channel_view(x)
+    assert view is not None
+    build.begin_head(x, x.elements, call)
+    build.one_cell(call)
+    x, windows = build.head_window(call, x, x.extent[1:])
+    channels, features = x.extent[0], weight.value.shape[0]
+    columns = weight.node
+    if not torch.equal(places, torch.arange(x.positions)):
+        columns = build.select(columns, places.argsort())
+    kernel = build.graph.call_method("reshape", (columns, features, 1, *x.extent[1:]))
+    kernels = build.graph.call_method("repeat", (kernel, channels, 1, 1, 1))  # (C * O, 1, h, w)
+    shaped = Constant(kernels, weight.value)
+    if bias is not None:
+        bias = Constant(build.graph.call_method("repeat", (bias.node, channels)), bias.value)
+    node = build.emit_function(
+        call, F.conv2d, x, shaped, bias, dilation=x.dilation, groups=channels
+    )
+    step = build.steps.add(windows, (x.step,), str(call))
+    layout = view.channels[..., None] * features + torch.arange(features)
+    extent = (channels * features, 1, 1)
+    result = replace(x, node=node, step=step, extent=extent, moved=layout, dilation=(1, 1))
+    result = result.meaning_of("logits")
+    build.record(call, "Linear", windows, result, channels * weight.value.numel())
     return result
 
 
@@ -152,6 +200,7 @@ def _slide_window_linear(weight: Tensor, bias: Tensor | None, dilation: Any) -> 
     )
 
 
+register(torch._weight_norm)  # what the hook of torch's weight norm computes weights by
 register(
     *(WindowLinear, window_linear),
     arguments=attributes("weight", "bias", "dilation"),

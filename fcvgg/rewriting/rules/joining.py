@@ -12,13 +12,15 @@ from torch import Tensor, fx
 
 from fcvgg.errors import UnsupportedLayerError
 from fcvgg.rewriting.capture import BATCH
+from fcvgg.rewriting.channel_view import is_flattened
 from fcvgg.rewriting.emission import Call
 from fcvgg.rewriting.layouts import Cells, Constant, channels_along, with_channels
 from fcvgg.rewriting.map_builder import MapBuilder
-from fcvgg.rewriting.rules.registry import calling, rule
+from fcvgg.rewriting.rules.elementwise import act_elementwise
+from fcvgg.rewriting.rules.registry import always, calling, rule
 
 
-@rule(*calling("cat", "concat", "concatenate"), positional=True)
+@rule(*calling("cat", "concat", "concatenate"), positional=True, affine=always)
 def cat(build: MapBuilder, call: Call, tensors: Sequence[Any], dim: int = 0, **names: Any) -> Cells:
     dim = names.get("axis", dim)
     parts = _cells_of(build, call, tensors)
@@ -26,7 +28,7 @@ def cat(build: MapBuilder, call: Call, tensors: Sequence[Any], dim: int = 0, **n
     if axis is None:
         raise UnsupportedLayerError(f"{call} joins along dimension {dim}, the images of the batch")
     parts = _on_one_window(build, call, parts)
-    plain = all(channels_along(x, axis) is not None for x in parts)
+    plain = all(channels_along(x, axis) is not None for x in parts) and _at_same_places(parts, axis)
     if not plain or len({x.node for x in parts}) == 1:
         return _joined(build, call, parts, axis)
     # every part holds its channels along the axis: those of the result are in order
@@ -38,7 +40,15 @@ def cat(build: MapBuilder, call: Call, tensors: Sequence[Any], dim: int = 0, **n
     return _meaning(result, parts)
 
 
-@rule(*calling("stack"))
+def _at_same_places(parts: Sequence[Cells], axis: int) -> bool:
+    """Whether parts hold the same positions at each index of the other axes."""
+    if all(x.moved is None for x in parts):
+        return True
+    places = [x.layout.movedim(axis, 0)[0] % x.positions for x in parts]
+    return all(torch.equal(places[0], other) for other in places[1:])
+
+
+@rule(*calling("stack"), affine=always)
 def stack(
     build: MapBuilder, call: Call, tensors: Sequence[Any], dim: int = 0, **names: Any
 ) -> Cells:
@@ -53,9 +63,15 @@ def stack(
     return _joined(build, call, raised, axis)
 
 
-@rule(operator.setitem)
+@rule(operator.setitem, affine=always)
 def setitem(build: MapBuilder, call: Call, x: Any, index: Any, value: Any) -> Cells:
     """``x[:, 0] = value``: the value's elements take their places in the layout."""
+    if isinstance(x, Cells) and isinstance(value, (int, float)):
+        if isinstance(index, Cells):  # a mask, as in x[x < 0] = 0
+            return act_elementwise(  # type: ignore[no-any-return]
+                build, call, x, index, float(value), as_function=torch.masked_fill
+            )
+        return _set_number(build, call, x, index, float(value))
     if not isinstance(x, Cells) or not isinstance(value, Cells):
         raise UnsupportedLayerError(
             f"{call} sets a part of a value to something that is not computed from the image"
@@ -70,6 +86,19 @@ def setitem(build: MapBuilder, call: Call, x: Any, index: Any, value: Any) -> Ce
     batch = torch.stack([old] * BATCH, x.batch)
     batch[index] = torch.stack([new] * BATCH, value.batch)
     return replace(both, moved=batch.select(x.batch, 0), batch=x.batch)
+
+
+def _set_number(build: MapBuilder, call: Call, x: Cells, index: Any, value: float) -> Cells:
+    """``x[:, 0] = 0``: elements are taken from a further channel of the number."""
+    one = build.graph.call_method("narrow", (x.node, 1, 0, 1))
+    number = build.graph.call_function(torch.full_like, (one, value))  # (N, 1, h, w)
+    node = build.graph.call_function(torch.cat, ((x.node, number), 1))
+    batch = torch.stack([x.layout] * BATCH, x.batch)
+    # the further channel comes last, and its elements stand at the places of those that are set
+    batch[index] = x.elements + batch[index] % x.positions
+    extent = (x.extent[0] + 1, *x.extent[1:])
+    layout = batch.select(x.batch, 0)
+    return replace(x, node=node, extent=extent, moved=layout).computed_from([x])
 
 
 def _joined(build: MapBuilder, call: Call, parts: Sequence[Cells], axis: int) -> Cells:
@@ -103,6 +132,9 @@ def _meaning(result: Cells, parts: Sequence[Cells]) -> Cells:
 def _cells_of(build: MapBuilder, call: Call, tensors: Sequence[Any]) -> list[Cells]:
     """The parts as maps; a tensor that forward made becomes one of its numbers at every cell."""
     like = next((x for x in tensors if isinstance(x, Cells)), None)
+    if like is not None and is_flattened(like) and any(isinstance(x, Constant) for x in tensors):
+        tensors = [build.gathered(x, call) if isinstance(x, Cells) else x for x in tensors]
+        like = next(x for x in tensors if isinstance(x, Cells))
     parts = []
     for x in tensors:
         if isinstance(x, Constant) and like is not None:
@@ -116,7 +148,12 @@ def _cells_of(build: MapBuilder, call: Call, tensors: Sequence[Any]) -> list[Cel
 def _constant_map(build: MapBuilder, call: Call, constant: Constant, like: Cells) -> Cells:
     """A constant with a row for every image as channels that are the same at every cell."""
     values = constant.value
-    if values.ndim != len(like.dims) + 1 or like.positions > 1:
+    if like.positions > 1:
+        raise UnsupportedLayerError(
+            f"{call} joins a map {like.shape} with a constant of shape {tuple(values.shape)} that "
+            "is shaped by position; a cell would depend on where it is"
+        )
+    if values.ndim != len(like.dims) + 1:
         raise UnsupportedLayerError(
             f"{call} joins a constant of shape {tuple(values.shape)} with a value {like.shape}; "
             "expected one row for every image, beside scores"

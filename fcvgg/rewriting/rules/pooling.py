@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from math import prod
 from typing import Any
 
 import torch
@@ -47,12 +48,15 @@ def pool_window(
     extent = x.extent[1:]
     build.begin_head(x, wants, call)
     if extent == bins:
-        return x
+        return x.averaged_over((1, 1), x.dilation) if bins == (1, 1) else x
     # Where the bins divide the features, each is a plain pool of the same kernel, and the layers
     # that follow read them `covers` apart. Other bins overlap or differ, and become channels of a
     # cell.
     divides = all(n % o == 0 for n, o in zip(extent, bins))
     covers = extent if not divides else (extent[0] // bins[0], extent[1] // bins[1])
+    averages = kind == "avg" and all(o in (1, n) for n, o in zip(extent, bins))
+    if averages and build.positions:
+        return _left_out(build, x, bins, covers, divisor)
     x, windows = build.head_window(call, x, covers)
     step = build.steps.add(windows, (x.step,), str(call))
     settings: dict[str, Any] = {"stride": (1, 1), "padding": (0, 0)}
@@ -80,8 +84,19 @@ def pool_window(
         layout = torch.arange(channels).reshape(x.extent[0], *bins)
         result = replace(x, node=node, step=step, extent=(channels, 1, 1), moved=layout)
     result = result.pooled_from(x, kind, divisor)
+    if averages:
+        result = result.averaged_over(covers, x.dilation)
     build.record(call, type(pool).__name__, windows, result)
     return result
+
+
+def _left_out(build: MapBuilder, x: Cells, bins: Pair, covers: Pair, divisor: int | None) -> Cells:
+    """An average that is to be taken of the scores instead; `divisor` makes another sum of it."""
+    node = x.node
+    if divisor is not None:
+        node = build.graph.call_function(torch.mul, (node, prod(covers) / divisor))
+    pooled = with_channels(_spread_over(x, bins), 0, x.extent[0]).pooled_from(x, "avg", divisor)
+    return replace(pooled, node=node).averaged_over(covers, x.dilation)
 
 
 def _spread_over(x: Cells, bins: Pair) -> Cells:
@@ -333,12 +348,13 @@ def avg_pool2d(
     ceil_mode: bool = False,
     count_include_pad: bool = True,
     divisor_override: int | None = None,
+    dilation: Any = 1,
 ) -> Cells:
     x = build.as_map(input, call)
     kernel = pair_of(kernel_size)
     if _is_global(build, call, x, kernel_size, padding, "AvgPool2d"):
         return pool_window(build, call, x, "avg", (1, 1), divisor_override)
-    windows = windows_of(kernel, stride, padding, 1, ceil_mode)
+    windows = windows_of(kernel, stride, padding, dilation, ceil_mode)
 
     def emit(dense: KernelPair, changed: bool) -> fx.Node:
         if not changed:
@@ -363,10 +379,10 @@ def _slide_bins(pool: BinnedPool2d) -> Sliding:
     return Sliding(windows, lambda x, part: pool(x), multiplies=bins)
 
 
-register(
+rule(
     DilatedAvgPool2d,
     arguments=attributes(*_AVG_POOL, "dilation"),
     slides=_slide_avg_pool2d,
     role="pool",
-)
+)(avg_pool2d)
 register(BinnedPool2d, slides=_slide_bins)

@@ -18,10 +18,10 @@ from fcvgg.rewriting.map_builder import MapBuilder
 from fcvgg.rewriting.rules.elementwise import act_elementwise
 from fcvgg.rewriting.rules.fully_connected import fully_connected
 from fcvgg.rewriting.rules.reductions import reduced
-from fcvgg.rewriting.rules.registry import attributes, calling, rule
+from fcvgg.rewriting.rules.registry import attributes, calling, of_one_value, rule
 
 
-@rule(*calling("matmul"), has_extent=True)
+@rule(*calling("matmul"), has_extent=True, affine=of_one_value)
 def matmul(build: MapBuilder, call: Call, a: Any, b: Any) -> Cells:
     """``x @ W``, ``W @ x`` with any number of leading dimensions."""
     left, right = _ndim(a), _ndim(b)
@@ -37,13 +37,13 @@ def matmul(build: MapBuilder, call: Call, a: Any, b: Any) -> Cells:
     return _contracted(build, call, (a, b), (first, second), letters + kept)
 
 
-@rule(*calling("einsum"), has_extent=True)
+@rule(*calling("einsum"), has_extent=True, affine=of_one_value)
 def einsum(build: MapBuilder, call: Call, equation: str, *operands: Any) -> Cells:
-    equation = equation.replace(" ", "")
-    given, arrow, result = equation.partition("->")
-    terms = given.split(",")
     values = operands[0] if isinstance(operands[0], (list, tuple)) else operands
-    if "." in equation or not arrow or len(terms) != len(values) or len(terms) > 2:
+    equation = _written_out(equation.replace(" ", ""), values)
+    given, _, result = equation.partition("->")
+    terms = given.split(",")
+    if len(terms) != len(values) or len(terms) > 2:
         raise UnsupportedLayerError(
             f"{call} computes {equation!r}; expected one or two terms written out, such as "
             "'bd,dk->bk'"
@@ -53,10 +53,25 @@ def einsum(build: MapBuilder, call: Call, equation: str, *operands: Any) -> Cell
     return _contracted(build, call, (values[0], values[1]), (terms[0], terms[1]), result)
 
 
+def _written_out(equation: str, values: Sequence[Any]) -> str:
+    """The equation with letters for an ellipsis, and with its result."""
+    given, arrow, result = equation.partition("->")
+    terms = given.split(",")
+    hidden = [_ndim(x) - len(term) + 3 if "..." in term else 0 for x, term in zip(values, terms)]
+    letters = [c for c in "ABCDEFGHIJKLMNOPQRSTUVWXYZ" if c not in equation][: max(hidden)]
+    for i, count in enumerate(hidden):  # aligned from the right, as torch broadcasts
+        terms[i] = terms[i].replace("...", "".join(letters[len(letters) - count :]))
+    if not arrow:
+        single = sorted(c for c in set(given) if c.isalpha() and given.count(c) == 1)
+        result = "...".join(["", "".join(single)]) if letters else "".join(single)
+    return f"{','.join(terms)}->{result.replace('...', ''.join(letters))}"
+
+
 @rule(
     *(nn.Conv1d, *calling("conv1d")),
     arguments=attributes("weight", "bias", "stride", "padding", "dilation", "groups"),
     role="conv",
+    affine=of_one_value,
 )
 def conv1d(
     build: MapBuilder,

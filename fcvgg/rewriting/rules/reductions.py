@@ -19,8 +19,9 @@ from fcvgg.rewriting.layouts import Cells, Constant, Unusable, channels_along, p
 from fcvgg.rewriting.map_builder import MapBuilder
 from fcvgg.rewriting.modules import ALONG_CHANNELS, REDUCTIONS, over_channels
 from fcvgg.rewriting.rules.elementwise import act_elementwise
+from fcvgg.rewriting.rules.joining import stack
 from fcvgg.rewriting.rules.pooling import pool_window, refuse_indices
-from fcvgg.rewriting.rules.registry import attributes, calling, register, rule
+from fcvgg.rewriting.rules.registry import always, attributes, calling, register, rule
 from fcvgg.rewriting.sliding import Part, Sliding
 
 
@@ -40,13 +41,28 @@ def maximum(
     return reduced(build, call, input, dim, keepdim, "amax"), indices
 
 
-@rule(*calling("mean", "sum", "amax", "amin", "prod", "logsumexp"), has_extent=True)
+@rule(
+    *calling("mean", "sum", "amax", "amin", "prod", "logsumexp", "nanmean", "nansum"),
+    has_extent=True,
+)
 def reduce_values(
     build: MapBuilder, call: Call, input: Any, dim: Any = None, keepdim: bool = False, **names: Any
 ) -> Any:
     """A mean, sum or the like over rows and columns of each channel, or over channels."""
     dim = names.get("axis", dim)
+    input = in_dtype(build, input, *names.values())
     return reduced(build, call, input, dim, keepdim, call.kind.removeprefix("Tensor."))
+
+
+register(*calling("mean", "sum"), affine=always)
+
+
+def in_dtype(build: MapBuilder, x: Any, *settings: Any) -> Any:
+    """A value in the dtype that is among a function's settings."""
+    dtype = next((value for value in settings if isinstance(value, torch.dtype)), None)
+    if dtype is None or not isinstance(x, Cells):
+        return x
+    return replace(x, node=build.graph.call_method("to", (x.node, dtype)))
 
 
 def reduced(
@@ -182,15 +198,39 @@ def variance(
     return reduced(build, call, input, dim, keepdim, "var", divisor)
 
 
-@rule(*calling("median"), has_extent=True)
+@rule(*calling("median", "nanmedian"), has_extent=True)
 def median(build: MapBuilder, call: Call, input: Any, dim: Any, keepdim: bool = False) -> Any:
     indices = Unusable("the indices of a median, which depend on the map's size")
-    return reduced(build, call, input, dim, keepdim, "median"), indices
+    name = call.kind.removeprefix("Tensor.")
+    return reduced(build, call, input, dim, keepdim, name), indices
+
+
+@rule(*calling("quantile", "nanquantile"), has_extent=True)
+def quantile(
+    build: MapBuilder,
+    call: Call,
+    input: Any,
+    q: Any,
+    dim: Any = None,
+    keepdim: bool = False,
+    interpolation: str = "linear",
+) -> Cells:
+    """Quantiles; several of them come along a new first dimension, before the images."""
+    levels = build.literal(q) if isinstance(q, Constant) else torch.tensor(q)
+    if levels is None or not isinstance(input, Cells):
+        raise UnsupportedLayerError(f"{call} takes quantiles by a parameter; expected numbers")
+    name = call.kind.removeprefix("Tensor.")
+    made = [
+        reduced(build, call, input, dim, keepdim, name, level, interpolation)
+        for level in levels.flatten().tolist()
+    ]
+    return stack(build, call, made) if levels.ndim else made[0]
 
 
 @rule(*calling("cumsum", "cumprod", "logcumsumexp"), has_extent=True)
-def cumulate(build: MapBuilder, call: Call, input: Any, dim: int, **_: Any) -> Cells:
+def cumulate(build: MapBuilder, call: Call, input: Any, dim: int, **names: Any) -> Cells:
     name = call.kind.removeprefix("Tensor.")
+    input = in_dtype(build, input, *names.values())
     return along_channels(build, call, input, (axis_of(call, input, dim),), name)
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 from torchvision.ops import SqueezeExcitation
 
-from fcvgg.rewriting.rules.registry import ATTENTION, calling, refuse
+from fcvgg.rewriting.rules.registry import ATTENTION, STATISTICS, calling, refuse
 
 refuse(
-    "its statistics mix all positions, so a cell would change with the rest of the image",
+    STATISTICS,
     *(nn.GroupNorm, nn.InstanceNorm1d, nn.InstanceNorm2d),
     *calling("group_norm", "instance_norm"),
 )
@@ -23,10 +24,13 @@ refuse(
     SqueezeExcitation,
 )
 refuse(
-    "resizing to or from a fixed size ties a cell to the size of the image, and enlarging by a "
-    "factor puts positions between those that cells lie on",
-    *(nn.Upsample, nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d),
-    *calling("interpolate", "upsample", "grid_sample"),
+    "a grid of points that is computed from the image moves positions, so a cell would not stay in "
+    "its place",
+    *calling("grid_sample"),
+)
+refuse(
+    "a Fourier transform mixes all positions, so a cell would change with the rest of the image",
+    *(getattr(torch.fft, name) for name in ("fft", "fft2", "fftn", "rfft", "rfft2", "rfftn")),
 )
 refuse(
     "the scores of all classes must come out, not a choice among them",
@@ -35,7 +39,7 @@ refuse(
 refuse(
     "shuffling or rolling positions moves a cell away from its place in the image",
     *calling("roll"),
-    *(nn.PixelShuffle, nn.Fold),
+    nn.Fold,
 )
 refuse(
     "a recurrent layer runs over the positions, so a cell would change with the rest of the image",

@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from fcvgg.errors import RefusedLayerError, UnsupportedLayerError
 from fcvgg.rewriting.emission import Call
+from fcvgg.rewriting.layouts import Cells
 from fcvgg.rewriting.sliding import Sliding
 
 Rule = Callable[..., Any]
@@ -38,6 +39,11 @@ class LayerKind:
             ``"activation"`` (another one), ``"pool"``, ``"avgpool"`` and ``"maxpool"`` (adaptive),
             ``"drop"``, ``"flatten"``, ``"prob"``, or ``""``.
         inert: whether it returns its input in evaluation mode.
+        affine: tells from the arguments of a call on maps whether it computes every position by an
+            affine function of its values, which commutes with a mean over positions; None where
+            it never does. Layers that merely move values need none.
+        final: ``"softmax"``, ``"log_softmax"`` or ``"sigmoid"`` where that is what it computes.
+        refused_on_maps: why the layer is refused where it gets several positions, and not vectors.
         in_bundle: whether a bundle may hold calls of it. None says that of module classes with a
             rule alone: who registers a class lets files construct it with settings of theirs.
     """
@@ -50,6 +56,9 @@ class LayerKind:
     has_extent: bool = False
     role: str = ""
     inert: bool = False
+    affine: Callable[..., bool] | None = None
+    final: str = ""
+    refused_on_maps: str = ""
     in_bundle: bool | None = None
 
     def settings_of(self, module: nn.Module | None) -> Mapping[str, Any]:
@@ -66,6 +75,9 @@ REFUSED: dict[Any, str] = {}
 ATTENTION = "attention mixes all positions, so a cell would change with the rest of the image"
 
 
+STATISTICS = "its statistics mix all positions, so a cell would change with the rest of the image"
+
+
 def register(*targets: Any, **known: Any) -> None:
     """Record fields of `LayerKind` for module classes, functions and method names.
 
@@ -73,6 +85,8 @@ def register(*targets: Any, **known: Any) -> None:
     changes how a layer is rewritten, not how it streams.
     """
     # Targets whose records were one, or were none, share one record afterwards too.
+    if "rewrite" in known:
+        known = {"refused_on_maps": "", **known}
     before = {target: KINDS.get(target, LayerKind()) for target in targets}
     after = {kind: replace(kind, **known) for kind in before.values()}  # one for all the targets
     KINDS.update({target: after[kind] for target, kind in before.items()})
@@ -96,6 +110,16 @@ def rule(*targets: Any, **known: Any) -> Callable[[Rule], Rule]:
 def attributes(*names: str) -> Callable[[Any], Mapping[str, Any]]:
     """For `LayerKind.arguments`: the attributes of a module that the function form has by name."""
     return lambda module: {name: getattr(module, name) for name in names}
+
+
+def of_one_value(*args: Any, **kwargs: Any) -> bool:
+    """For `LayerKind.affine`: a sum, or products with parameters and numbers alone."""
+    return sum(isinstance(x, Cells) for x in (*args, *kwargs.values())) < 2
+
+
+def always(*_: Any, **__: Any) -> bool:
+    """For `LayerKind.affine`: of any arguments."""
+    return True
 
 
 def refuse(reason: str, *targets: Any) -> None:
@@ -163,9 +187,11 @@ def kind_for(node: fx.Node, module: nn.Module | None) -> LayerKind:
         UnsupportedLayerError: if there is no rule.
     """
     kind = kind_of(node, module)
-    if kind is not None and kind.rewrite is not None:
-        return kind
     call = Call(node, module)
+    if kind is not None and kind.rewrite is not None:
+        if kind.refused_on_maps and _has_positions(node):
+            raise RefusedLayerError(f"{call} is refused: {kind.refused_on_maps}")
+        return kind
     reason = _refusal(call)
     if reason is not None:
         raise RefusedLayerError(f"{call} is refused: {reason}")
@@ -174,6 +200,11 @@ def kind_for(node: fx.Node, module: nn.Module | None) -> LayerKind:
         f"{call} is a {what} without a rule; see fcvgg.rewriting.rules for what is supported and "
         "how to register a rule"
     )
+
+
+def _has_positions(node: fx.Node) -> bool:
+    fed = node.all_input_nodes[0].meta.get("value")
+    return isinstance(fed, Tensor) and fed.shape[2:].numel() > 1
 
 
 def _refusal(call: Call) -> str | None:
@@ -196,7 +227,7 @@ def is_known(target: Any) -> bool:
     # Torch's other layers are treated as a whole, so that a missing rule is named by the layer.
     containers = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
     return type(target).__module__.startswith("torch.nn.modules") and not isinstance(
-        target, containers
+        target, (*containers, nn.Bilinear)
     )
 
 

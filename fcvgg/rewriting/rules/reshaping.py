@@ -60,6 +60,13 @@ def _moves(build: MapBuilder, call: Call, x: Any, *args: Any, **kwargs: Any) -> 
     moved = rearranged(x, operation)
     if moved is None and call.node.target in _SELECTIONS:
         raise UnsupportedLayerError(f"{call} takes some images of the batch, or mixes them")
+    made = call.node.meta["value"]
+    if moved is None and isinstance(made, Tensor) and made.ndim == 4 and len(made) == 1:
+        raise UnsupportedLayerError(
+            f"{call} puts the images of the batch into channels, as for convolutions whose weights "
+            "are computed from each image (dynamic convolution); a cell would depend on all that "
+            "they are computed from"
+        )
     if moved is None:
         height, width = build.captured.size
         raise InputSizeError(
@@ -80,6 +87,7 @@ moves(
     *calling("select", "unbind", "flip", "fliplr", "flipud", "channel_shuffle"),
     *calling("contiguous", "detach", "repeat", "expand", "tile", "repeat_interleave", "t"),
     *calling("broadcast_to"),
+    "unfold",  # windows of one dimension
 )
 moves(nn.Identity, inert=True)
 moves(*calling("narrow", "index_select", "movedim"), positional=True)  # rules emit them too

@@ -46,16 +46,15 @@ class Reach:
 
         It is `size` where no output is left.
         """
-        low = first * self.window.stride - self.window.before
+        low, _ = self.window.reads(first, first + 1)
         if self.mirrors and self.window.reads(end - 1, end)[1] > self.size:
             low = np.minimum(low, self.size - 1 - self.window.after)
         return np.where(first < end, np.clip(low, 0, self.size), self.size)
 
     def finished(self, available: NDArray[np.int64], first: int, end: int) -> NDArray[np.int64]:
         """The end of those outputs of ``[first, end)`` that inputs up to `available` allow."""
-        window = self.window
-        done = (available + window.before - window.span) // window.stride + 1
-        least = min(self.size, window.before + 1) if self.mirrors else 1
+        done = self.window.finished(available)
+        least = min(self.size, self.window.before + 1) if self.mirrors else 1
         done = np.where(available >= least, np.clip(done, first, end), first)
         return np.where(available >= self.needs(first, end)[1], end, done)
 

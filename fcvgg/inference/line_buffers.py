@@ -1,6 +1,6 @@
 """Run a converted network over strips of rows: exact, and no position computed twice.
 
-By a `fcvgg.streaming.schedule.Schedule`, every operation keeps the last rows of its input that
+By a `fcvgg.inference.schedule.Schedule`, every operation keeps the last rows of its input that
 later outputs need, pads at the true borders of its map only, and hands on the rows that it could
 finish. Where branches join, the rows that came first wait.
 """
@@ -8,6 +8,7 @@ finish. Where branches join, the rows that came first wait.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -15,10 +16,10 @@ from torch import Tensor
 
 from fcvgg.geometry import Pair
 from fcvgg.inference.missing import places_within, readers_of_stages
+from fcvgg.inference.schedule import AxisRanges, Schedule
 from fcvgg.inference.stages import Stage
 from fcvgg.rewriting.modules import _GEMM_CELLS
 from fcvgg.rewriting.sliding import Part, Sliding
-from fcvgg.streaming.schedule import AxisRanges, Schedule
 
 
 class LineBuffers:
@@ -29,6 +30,8 @@ class LineBuffers:
         width: the sizes and ranges along the width.
         row: the first row of cells that is wanted.
         before: called before operations with the bytes that their gathered windows take.
+        reuses: whether the memory of rows that were read is written again, which `state` and
+            autograd do not allow.
     """
 
     def __init__(
@@ -37,8 +40,10 @@ class LineBuffers:
         width: AxisRanges,
         row: int,
         before: Callable[[int], None] = lambda needed: None,
+        reuses: bool = True,
     ):
         self._before = before
+        self._reuses = reuses
         self._schedule = schedule
         self._stages = schedule.stages
         self._height, self._width = schedule.height, width
@@ -47,7 +52,8 @@ class LineBuffers:
         self._readers: list[list[tuple[int, int]]] = [[] for _ in self._stages]
         self._waiting: list[list[WaitingRows]] = []  # for every operation and input
         for i, stage in enumerate(self._stages):
-            self._waiting.append([WaitingRows(self._done[fed]) for fed in stage.inputs])
+            waiting = [WaitingRows(self._done[fed], reuses) for fed in stage.inputs]
+            self._waiting.append(waiting)
             if self._height.ranges[i] == (0, 0):  # nothing needs the operation
                 continue
             for place, fed in enumerate(stage.inputs):
@@ -55,7 +61,20 @@ class LineBuffers:
 
     @property
     def finished(self) -> bool:
-        return self.strip == len(self._schedule.ends)
+        return self.strip == self.strips
+
+    @property
+    def stages(self) -> Sequence[Stage]:
+        return self._stages
+
+    @property
+    def strips(self) -> int:
+        return len(self._schedule.ends)
+
+    @property
+    def next_cells(self) -> Pair:
+        """The rows of cells that the next strip finishes."""
+        return self._done[-1], int(self._schedule.ends[self.strip, -1])
 
     @property
     def image_rows(self) -> Pair:
@@ -84,6 +103,29 @@ class LineBuffers:
                 cells = self._hand_on(i, self._compute(i, self._done[i], end), end)
         self.strip += 1
         return cells
+
+    def state(self) -> BufferState:
+        """All that the next strips need of the earlier ones."""
+        held = [
+            ((i, place), waiting.start, waiting.joined())
+            for i, inputs in enumerate(self._waiting)
+            for place, waiting in enumerate(inputs)
+        ]
+        return BufferState(
+            self.strip,
+            tuple(self._done),
+            {place: start for place, start, _ in held},
+            {place: rows for place, _, rows in held if rows is not None},
+        )
+
+    def restore(self, state: BufferState) -> None:
+        """Go on from a state of buffers with the same schedule."""
+        self.strip, self._done = state.strip, list(state.done)
+        for (i, place), start in state.starts.items():
+            waiting = self._waiting[i][place]
+            waiting.start = start
+            rows = state.rows.get((i, place))
+            waiting.pieces = [] if rows is None else [rows]
 
     def _gathered_bytes(self, i: int, end: int) -> int:
         """Bytes of the windows that an operation gathers for its next rows."""
@@ -147,7 +189,7 @@ class LineBuffers:
 
         That saves the copy by which the reader would join them; it must read them in this strip.
         """
-        if not self._stages[i].is_relu or len(self._readers[i]) != 1:
+        if not self._reuses or not self._stages[i].is_relu or len(self._readers[i]) != 1:
             return False
         (reader, _), fed = self._readers[i][0], self._stages[i].inputs[0]
         return (
@@ -178,16 +220,40 @@ class LineBuffers:
         return sliding.run(x, Part((first, end), out_cols, (height.size, width.size), pads_width))
 
 
+@dataclass(frozen=True)
+class BufferState:
+    """What line buffers hold between two strips.
+
+    Attributes:
+        strip: the number of the next one.
+        done: the end of every operation's rows.
+        starts: by operation and input, the first row that waits.
+        rows: the rows ``(1, C, rows, cols)`` that wait, where there are any.
+    """
+
+    strip: int
+    done: tuple[int, ...]
+    starts: dict[tuple[int, int], int]
+    rows: dict[tuple[int, int], Tensor]
+
+
 class WaitingRows:
     """Rows of a map that wait for one reader: consecutive pieces ``(N, C, rows, cols)``."""
 
-    def __init__(self, start: int):
+    def __init__(self, start: int, reuses: bool = True):
         self.start = start
+        self._reuses = reuses
         self.pieces: list[Tensor] = []
         self._kept: Tensor | None = None
 
     def append(self, rows: Tensor) -> None:
         self.pieces.append(rows)
+
+    def joined(self) -> Tensor | None:
+        """All rows that wait, if any."""
+        if len(self.pieces) > 1:
+            self.pieces = [_joined(self.pieces)]
+        return self.pieces[0] if self.pieces else None
 
     def extended(self, like: Tensor) -> Tensor:
         """Room for further rows, shaped as `like`, right after those that wait."""
@@ -221,6 +287,8 @@ class WaitingRows:
         Small blocks of memory that are held for long would be scattered among the large ones, and
         the gaps between them could not join.
         """
+        if not self._reuses:
+            return rows.clone()
         kept, memory = self._kept, rows.untyped_storage().data_ptr()
         if kept is None or kept.shape != rows.shape or kept.untyped_storage().data_ptr() == memory:
             kept = self._kept = _empty(rows, {})

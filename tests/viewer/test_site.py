@@ -1,0 +1,319 @@
+"""The static site, on which the network runs in the browser."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from command_line import run
+from nets import seeded
+from PIL import Image
+from playwright.sync_api import Page
+from torch import nn
+from web_browser import Open, check_cell, hover, rows, shown, text
+
+import fcvgg
+from fcvgg.demo import demo_photograph
+from fcvgg.images.preprocessing import INTERPOLATIONS, Preprocess
+
+
+class Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, *args: Any) -> None: ...
+
+
+@contextmanager
+def serving(folder: Path) -> Iterator[str]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(folder)))
+    thread = Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_address[1]}/"
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def npm() -> None:
+    if shutil.which("npm") is None:  # a skip would hide that the site is not tested
+        pytest.fail("the site's runtime comes from npm: apt-get install npm")
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    folder = tmp_path_factory.mktemp("demo") / "site"
+    result = run("page", "demo", "-o", folder)
+    assert result.exit_code == 0, result.output
+    with serving(folder) as url:
+        yield url
+
+
+def file_of(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def open_image(page: Page, data: bytes, name: str = "photo.png") -> None:
+    page.set_input_files("#file", {"name": name, "mimeType": "image/png", "buffer": data})
+
+
+COMPUTE = """async ([data, side]) => {
+  const file = new Blob([Uint8Array.from(atob(data), (c) => c.charCodeAt(0))]);
+  const network = JSON.parse(document.getElementById("data").textContent);
+  const worker = new Worker("worker.js", { type: "module" });
+  const found = await new Promise((resolve) => {
+    worker.onmessage = ({ data }) => data.progress || resolve(data);
+    worker.postMessage({ file, side, network });
+  });
+  worker.terminate();
+  return { ...found, scores: found.scores && [...found.scores] };
+}"""
+
+
+def computed(page: Page, data: bytes, side: int | None) -> dict[str, Any]:
+    """What the worker gives for a file."""
+    return page.evaluate(COMPUTE, [base64.b64encode(data).decode(), side])
+
+
+def scores_of(found: dict[str, Any]) -> torch.Tensor:
+    assert "error" not in found, found
+    return torch.tensor(found["scores"]).reshape(found["classes"], *found["cells"])
+
+
+# -- scores ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def photograph() -> Image.Image:
+    return demo_photograph().crop((150, 40, 310, 161))
+
+
+@pytest.mark.parametrize("side", [20, 32, 77, 121, 200])
+def test_logits_are_those_of_python_at_every_scale(
+    side: int, photograph: Image.Image, site: str, open_page: Open
+) -> None:
+    found = computed(open_page(site), file_of(photograph), side)
+    expected = fcvgg.load("demo").score_map(photograph, scale=side).scores
+    torch.testing.assert_close(scores_of(found), expected, rtol=1e-5, atol=1e-5)
+
+
+KINDS = {
+    "grey": lambda image: file_of(image.convert("L")),
+    "grey with alpha": lambda image: file_of(_faded(image).convert("LA")),
+    "alpha": lambda image: file_of(_faded(image)),
+    "palette": lambda image: file_of(image.quantize(64)),
+    "one bit": lambda image: file_of(image.convert("1")),
+    "lying on its side": lambda image: file_of(image, exif=_turned()),
+    "jpeg": lambda image: file_of(image, "JPEG", quality=95),
+    "webp": lambda image: file_of(image, "WEBP", lossless=True),
+}
+
+
+def _faded(image: Image.Image) -> Image.Image:
+    image = image.convert("RGBA")
+    alpha = np.full((image.height, image.width), 255, np.uint8)
+    alpha[:, :60], alpha[:, 60:90] = 0, 140
+    image.putalpha(Image.fromarray(alpha))
+    return image
+
+
+def _turned() -> Image.Exif:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    return exif
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_files_of_every_kind_are_read_as_in_python(
+    kind: str, photograph: Image.Image, site: str, open_page: Open, tmp_path: Path
+) -> None:
+    data = KINDS[kind](photograph)
+    found = computed(open_page(site), data, 64)
+    (tmp_path / "image").write_bytes(data)
+    expected = fcvgg.load("demo").score_map(tmp_path / "image", scale=64)
+    assert tuple(found["image_size"]) == expected.image_size
+    # partly transparent pixels are rounded otherwise, and decoders of JPEG differ by one level
+    exact = kind in ("grey", "palette", "one bit", "lying on its side", "webp")
+    tolerance = 1e-5 if exact else 0.1
+    torch.testing.assert_close(scores_of(found), expected.scores, rtol=tolerance, atol=tolerance)
+
+
+def grey_classifier() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.MaxPool2d(4), nn.Flatten(), nn.Linear(64, 3)
+    )
+
+
+@pytest.mark.parametrize(
+    ("model", "preprocess"),
+    [
+        (grey_classifier, Preprocess((0.4,), (0.3,), interpolation="bicubic")),
+        (
+            lambda: nn.Sequential(
+                nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(784, 3), nn.LogSoftmax(1)
+            ),
+            Preprocess((103.9, 116.8, 123.7), (1, 2, 3), 1.0, "BGR", interpolation="lanczos"),
+        ),
+        (
+            lambda: nn.Sequential(
+                nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(784, 3), nn.Sigmoid()
+            ),
+            Preprocess((0.5,) * 4, (0.5,) * 4, interpolation="nearest"),
+        ),
+    ],
+    ids=["grey", "BGR", "four channels"],
+)
+def test_other_channels_and_preprocessing(
+    model: Any, preprocess: Preprocess, tmp_path: Path, open_page: Open
+) -> None:
+    net = fcvgg.convert(
+        seeded(model, dtype=torch.float32), input_size=16, preprocess=preprocess, categories="abc"
+    )
+    net.save(tmp_path / "net")
+    assert run("page", tmp_path / "net", "-o", tmp_path / "site").exit_code == 0
+    image = demo_photograph().crop((200, 60, 260, 100))
+    with serving(tmp_path / "site") as url:
+        page = open_page(url)
+        found = computed(page, file_of(image), 25)
+        expected = net.score_map(image, scale=25)
+        torch.testing.assert_close(scores_of(found), expected.scores, rtol=2e-5, atol=2e-5)
+        open_image(page, file_of(image))
+        shown(page)
+        usual = net.score_map(image, scale=40)
+        averages = {name: f"{p:.3f}" for name, p in usual.top(3)}
+        assert rows(page, "classes") == averages
+
+
+@pytest.mark.parametrize("interpolation", INTERPOLATIONS)
+def test_resampling_is_pillows_to_the_last_bit(
+    interpolation: str, site: str, open_page: Open
+) -> None:
+    # no tall images, whose columns Pillow 13 may take first
+    page = open_page(site)
+    page.goto(f"{site}resampling.js")  # a document without the page's policy
+    generator = np.random.default_rng(0)
+    for (height, width), (h, w) in (
+        ((37, 53), (16, 23)),
+        ((37, 53), (37, 20)),
+        ((20, 30), (61, 91)),
+        ((97, 101), (96, 100)),
+    ):
+        pixels = generator.integers(0, 256, (height, width, 3), dtype=np.uint8)
+        pixels[: height // 2] = np.where(pixels[: height // 2] > 127, 255, 0)  # overshoots
+        found = page.evaluate(
+            "async ([pixels, from, to, how]) => [...(await import('./resampling.js'))"
+            ".resized(Uint8ClampedArray.from(pixels), from, to, 3, how)]",
+            [pixels.reshape(-1).tolist(), [height, width], [h, w], interpolation],
+        )
+        expected = Image.fromarray(pixels).resize((w, h), INTERPOLATIONS[interpolation])
+        np.testing.assert_array_equal(np.array(found).reshape(h, w, 3), np.asarray(expected))
+
+
+# -- the page -------------------------------------------------------------------------------------
+
+
+def test_an_image_is_computed_and_explored(
+    photograph: Image.Image, site: str, open_page: Open
+) -> None:
+    net = fcvgg.load("demo")
+    page = open_page(site)
+    open_image(page, file_of(photograph))
+    shown(page)
+    expected = net.score_map(photograph, scale=121)
+    assert rows(page, "classes") == {name: f"{p:.3f}" for name, p in expected.top(2)}
+    geometry = expected.geometry
+    for cell in ((0, 0), (6, 9)):
+        hover(page, *geometry.centre_of(*cell), photograph.size[::-1])
+        check_cell(page, geometry, cell, photograph.size[::-1])
+        found = rows(page, "cell-classes")
+        for i, name in enumerate(net.categories or ()):
+            assert found[name] == f"{float(expected.probabilities()[i][cell]):.3f}"
+    page.locator("#layer").fill("0")
+    assert text(page, "cell-layer") == "features.0: field 3, stride 1"
+
+
+def test_another_scale_is_computed(photograph: Image.Image, site: str, open_page: Open) -> None:
+    page = open_page(site)
+    open_image(page, file_of(photograph))
+    shown(page)
+    page.locator("#side").fill("64")
+    page.locator("#side").dispatch_event("change")
+    expected = fcvgg.load("demo").score_map(photograph, scale=64)
+    h, w = expected.scores.shape[1:]
+    page.get_by_text(f"{h} by {w} cells on").wait_for()
+    assert rows(page, "classes") == {name: f"{p:.3f}" for name, p in expected.top(2)}
+
+
+def test_a_broken_file_is_one_clear_line(
+    photograph: Image.Image, site: str, open_page: Open
+) -> None:
+    page = open_page(site)
+    open_image(page, file_of(photograph)[:300], "broken.png")
+    page.wait_for_selector("#error:not([hidden])")
+    assert text(page, "error") == "broken.png is not an image that this browser can read"
+    open_image(page, file_of(photograph))  # and the page goes on
+    shown(page)
+    assert not page.locator("#error").is_visible()
+
+
+# -- the command ----------------------------------------------------------------------------------
+
+
+def test_an_exported_file_becomes_a_site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fcvgg.load("demo").export(tmp_path / "demo.onnx")
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "CNAME").write_text("kept")
+    result = run("page", tmp_path / "demo.onnx", "-o", tmp_path / "site")
+    assert result.exit_code == 0, result.output
+    assert "model.onnx: checked at" in result.output
+    assert (tmp_path / "site" / "CNAME").read_text() == "kept"
+    page = (tmp_path / "site" / "index.html").read_text()
+    data = json.loads(page.split('type="application/json">')[1].split("</script>")[0])
+    assert data["names"] == ["background", "face"]
+
+
+def test_without_npm_or_network_one_line_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    result = run("page", "demo", "-o", tmp_path / "site")
+    assert result.exit_code == 2
+    assert "npm must be installed to fetch onnxruntime-web@" in result.stderr
+    assert result.stderr.count("\n") == 1
+
+    def offline(command: Any, **_: Any) -> None:
+        lines = "npm error code ENOTFOUND\nnpm error syscall getaddrinfo\n"
+        raise subprocess.CalledProcessError(1, command, stderr=lines)
+
+    monkeypatch.setattr(subprocess, "run", offline)
+    result = run("page", "demo", "-o", tmp_path / "site")
+    assert result.exit_code == 2
+    assert "got: error code ENOTFOUND; connect to the network" in result.stderr
+    assert not (tmp_path / "site").exists()
+
+
+def test_networks_that_cannot_be_shown_are_refused(tmp_path: Path) -> None:
+    model = seeded(grey_classifier, dtype=torch.float32)
+    fcvgg.convert(model, input_size=16).save(tmp_path / "bare")
+    result = run("page", tmp_path / "bare", "-o", tmp_path / "site")
+    assert result.exit_code == 2
+    assert "the network's preprocessing is unknown" in result.stderr
+    fcvgg.convert(model, input_size=16, activation="values", preprocess="unit").save(
+        tmp_path / "values"
+    )
+    result = run("page", tmp_path / "values", "-o", tmp_path / "site")
+    assert result.exit_code == 2
+    assert "the network's scores are values" in result.stderr
