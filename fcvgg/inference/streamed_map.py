@@ -30,13 +30,14 @@ from torch.utils.checkpoint import get_device_states, set_device_states
 from fcvgg.errors import ArgumentError, TrainingError
 from fcvgg.geometry import Pair
 from fcvgg.inference.line_buffers import BufferState, LineBuffers, MissingCells
+from fcvgg.inference.memory import trimmer
 from fcvgg.inference.schedule import AxisRanges, Schedule
 from fcvgg.inference.stages import Stage, stages_of
 from fcvgg.inference.strip_input import StripInput
 from fcvgg.support.memory_text import rounded_up, size_text
 from fcvgg.support.module_state import listed
 
-_GRAPH = 2.5
+_GRAPH = 3.5
 """Bytes that a strip's graph takes, in those of its maps: the maps themselves, the gradients of
 some, and the workspace of the largest layer."""
 
@@ -91,6 +92,7 @@ class StreamedMap:
         self._net, self._pixels, self._output = net, pixels, output
         self._size = net.output_size(pixels.source.size)  # (h, w) of the map
         self._plan = _plan(self._stages(), pixels, self._size, memory)
+        self._give_back = trimmer(self._plan.peak, memory)
         self._autocast = _autocast_of(pixels.device)
         self._held: dict[tuple[int, int], BufferState] = {}  # by block and strip
         self._random: dict[tuple[int, int], Any] = {}
@@ -124,6 +126,7 @@ class StreamedMap:
         for block, cols in enumerate(self._plan.blocks(self._size[1])):
             after: Gradients = {}
             for strip in self._backwards(block, cols):
+                self._give_back(0)
                 found, after = self._strip_gradients(
                     block, strip, cols, scores, after, parameters, trainable
                 )
@@ -186,7 +189,8 @@ class StreamedMap:
         """Line buffers for a block of columns, at its first strip."""
         stages = self._stages()
         schedule, width = _schedule(stages, self._pixels, self._size, cols, self._plan.strip)
-        return LineBuffers(schedule, width, 0, reuses=False), MissingCells(schedule, width, 0)
+        buffers = LineBuffers(schedule, width, 0, self._give_back, reuses=False)
+        return buffers, MissingCells(schedule, width, 0)
 
     def _read(self, buffers: LineBuffers) -> tuple[Pair, Tensor, Tensor | None]:
         """The rows of cells that the next strip finishes, its pixels, and which are missing."""
@@ -230,11 +234,13 @@ class GraphPlan:
         every: after how many strips a state of the buffers is kept; those between are computed
             once more.
         block: columns of cells in a block.
+        peak: the bytes that it takes at most, by estimate.
     """
 
     strip: int
     every: int
     block: int
+    peak: int
 
     def blocks(self, width: int) -> list[Pair]:
         """The blocks of a map's columns."""
@@ -255,7 +261,7 @@ def _plan(stages: list[Stage], pixels: StripInput, size: Pair, memory: int) -> G
             for every in (1, *range(2, isqrt(strips) + 2)):
                 least = _FIXED + _GRAPH * graph + state * (ceil(strips / every) + every)
                 if least <= memory:
-                    return GraphPlan(strip, every, block)
+                    return GraphPlan(strip, every, block, int(least))
             strip = strip // 2 if strip > 1 else 0
         if block == 1:
             break

@@ -78,7 +78,7 @@ def assert_equal_gradients(expected: list[Tensor | None], got: list[Tensor | Non
 
 
 def with_plan(monkeypatch: Any, strip: int, every: int, block: int) -> None:
-    plan = streamed_map.GraphPlan(strip, every, block)
+    plan = streamed_map.GraphPlan(strip, every, block, 1 << 30)
     monkeypatch.setattr(streamed_map, "_plan", lambda *args: plan)
 
 
