@@ -9,6 +9,7 @@ import json
 import os
 import re
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +21,7 @@ from rich.console import Console, RenderableType
 from rich.markup import escape
 from rich.text import Text
 
-from fcvgg.errors import DatasetError, FcvggError, ImageError
+from fcvgg.errors import DatasetError, FcvggError, FcvggWarning, ImageError
 from fcvgg.names import readable
 from fcvgg.support.atomic import atomic_file
 from fcvgg.support.progress import live_console, progress_bar
@@ -134,7 +135,8 @@ def reporting_errors(command: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(command)
     def reporting(*args: Any, **kwargs: Any) -> None:
         try:
-            command(*args, **kwargs)
+            with _warnings_as_notes():
+                command(*args, **kwargs)
         except FcvggError as error:
             complain(error)
             raise typer.Exit(BAD_INPUT) from error
@@ -143,6 +145,24 @@ def reporting_errors(command: Callable[..., None]) -> Callable[..., None]:
             raise typer.Exit(INTERRUPTED) from error
 
     return reporting
+
+
+@contextmanager
+def _warnings_as_notes() -> Iterator[None]:
+    """fcvgg's own warnings are notes, without the file and line that they come from."""
+    usual = warnings.showwarning
+
+    def show(message: Any, category: type[Warning], *place: Any, **rest: Any) -> None:
+        if issubclass(category, FcvggWarning):
+            note(message)
+        else:
+            usual(message, category, *place, **rest)
+
+    warnings.showwarning = show
+    try:
+        yield
+    finally:
+        warnings.showwarning = usual
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fcvgg.categories import class_index, class_name
 from fcvgg.choices import Average, Combine
-from fcvgg.errors import ArgumentError, ImageError, check_choice
+from fcvgg.errors import ArgumentError, FcvggWarning, ImageError, check_choice
 from fcvgg.geometry import Geometry, Pair, checked_size
 from fcvgg.probability import (
     average_of_cells,
@@ -289,7 +289,7 @@ ONE_CELL = (
 @cache
 def warn_of_one_cell() -> None:
     """Warn once in a process: what holds for one image holds for all of its size."""
-    warnings.warn(ONE_CELL, stacklevel=3)
+    warnings.warn(ONE_CELL, FcvggWarning, stacklevel=3)
 
 
 def best_classes(scores: Tensor) -> Tensor:

@@ -17,7 +17,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from fcvgg.errors import GeometryError, LoadError, MissingExtraError, one_line
+from fcvgg.errors import (
+    FcvggWarning,
+    GeometryError,
+    LoadError,
+    MissingExtraError,
+    one_line,
+)
 from fcvgg.geometry import checked_size
 from fcvgg.images.preprocessing import decoded_preprocess
 from fcvgg.names import readable
@@ -217,6 +223,7 @@ def _compare_with_runtime(proto: Any, graph: Graph, model: OnnxModel, size: Any)
         warnings.warn(
             f"{readable(path)} was read, but not compared with onnxruntime, which cannot run it: "
             f"{one_line(error)}",
+            FcvggWarning,
             stacklevel=2,
         )
         return

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fcvgg.errors import LoadError, one_line
+from fcvgg.errors import FcvggWarning, LoadError, one_line
 from fcvgg.names import readable
 from fcvgg.sources.assembly import Assembled, scores_of
 from fcvgg.sources.layers import as_tensor
@@ -393,6 +393,7 @@ def _scores(nodes: Sequence[Node], outputs: list[str], path: Path) -> list[str]:
     warnings.warn(
         f"{readable(path)}: the outputs {', '.join(map(readable, indices))} are left out, since "
         "they choose among classes; the scores are read",
+        FcvggWarning,
         stacklevel=2,
     )
     return scores

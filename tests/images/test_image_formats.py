@@ -897,9 +897,14 @@ def test_the_command_line_names_its_own_remedies(
     for command in (("classify",), ("stream", "-o", "a.zarr"), ("heatmap",)):
         name, *options = command
         warn_of_dark_values.cache_clear()
-        with pytest.warns(UserWarning, match=r"\(--range LOW,HIGH\)"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("default")
             ran = run(name, "scene.tif", *options, "-m", "net")
         assert ran.exit_code == 0
+        notes = " ".join(ran.stderr.split())
+        assert notes.count("fcvgg: an image has only 16-bit values below 16384") == 1
+        assert "(--range LOW,HIGH)" in notes
+        assert "FcvggWarning" not in notes  # no file and line
         options = ["-o", "b.zarr"] if options else []
         ran = run(name, "four.tif", *options, "-m", "net")
         assert ran.exit_code == 2
