@@ -649,9 +649,9 @@ def test_what_training_cannot_read_is_skipped_beforehand(
 ) -> None:
     folder = write_masked(tmp_path / "data", 4)
     (folder / "images" / "0.png").unlink()
-    Image.fromarray(np.zeros((40, 40), np.float32)).save(folder / "images" / "0.tiff")
+    Image.fromarray(np.full((40, 40), 9, np.float32)).save(folder / "images" / "0.tiff")
     found = fcvgg.mask_folder(folder, CLASSES)
-    assert "holds float32, which has no known range" in str(found.skipped[0])
+    assert "must hold floats from 0 to 1, got float32" in str(found.skipped[0])
     assert len(found) == 3
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     with pytest.raises(fcvgg.ImageError, match=r"masks.1.png must be smaller to be loaded whole"):
