@@ -101,15 +101,15 @@ def test_a_resnet_has_seven_by_seven_positions_at_its_native_size() -> None:
 def test_it_is_the_class_activation_map() -> None:
     """The weights of the last layer times the features, which torchcam computes by hooks."""
     methods = pytest.importorskip("torchcam.methods")
-    model = seeded(torchvision.models.resnet18, num_classes=5, dtype=torch.float32)
-    x = images(1, 3, 224, 224, dtype=torch.float32)
+    model = seeded(torchvision.models.resnet18, num_classes=5)
+    x = images(1, 3, 224, 224)
     with torch.no_grad():
         maps = positions_of(model, 224)(x)[0] - model.fc.bias[:, None, None]  # (5, 7, 7)
     with methods.CAM(model, "layer4", "fc", enable_hooks=True) as extractor:
         scores = model(x)
         for k in range(5):
             (expected,) = extractor(k, scores, normalized=False)
-            torch.testing.assert_close(expected[0], maps[k], rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(expected[0], maps[k], rtol=1e-10, atol=1e-10)
 
 
 # -- where the cells are --------------------------------------------------------------------------
