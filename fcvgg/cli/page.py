@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -19,10 +19,8 @@ from fcvgg.cli.options import (
     load_network,
     output_folder,
 )
+from fcvgg.cli.page_data import network_data
 from fcvgg.errors import FcvggError
-
-if TYPE_CHECKING:
-    from fcvgg.network import FullyConvolutional
 
 NAME = "page"
 EXAMPLES = (
@@ -33,9 +31,6 @@ EXAMPLES = (
 
 _LARGEST = 2 * 1024**3
 """Bytes that a browser holds in one piece."""
-
-_LEAST_SIDE = 256
-"""Pixels; networks with small windows are for parts of photographs."""
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP, show_default=False)]
 Output = Annotated[
@@ -91,34 +86,3 @@ def run(
     for path in sorted(output.iterdir()):
         say(f"  {path.name}: {path.stat().st_size:,} bytes")
     say_next(f"python -m http.server --bind 127.0.0.1 --directory {output}")
-
-
-def network_data(net: FullyConvolutional, title: str) -> dict[str, Any]:
-    """What the page knows of a network before it has a map.
-
-    Raises:
-        FcvggError: if the network has no probabilities or no preprocessing.
-    """
-    from fcvgg.images.lazy.input import checked_preprocess
-    from fcvgg.probability import require_probabilities
-    from fcvgg.results.web_page import geometry_data, scale_data
-
-    require_probabilities(net.activation)
-    checked_preprocess(net.preprocess, net.in_channels)
-    return {
-        "title": title,
-        "usual_side": usual_side(net),
-        **scale_data(net.num_classes, net.activation),
-        **geometry_data(net.geometry, layers_of(net)),
-    }
-
-
-def layers_of(net: FullyConvolutional) -> list[tuple[str, int]]:
-    """The layers that widen what a cell sees, by name, with their steps in the geometry."""
-    records = net.program.records
-    return [(r.name, r.step) for r in records if not all(w.is_identity for w in r.windows)]
-
-
-def usual_side(net: FullyConvolutional) -> int:
-    """The smaller side at which a larger image is first shown: two windows, to see its parts."""
-    return max(2 * min(net.input_size), _LEAST_SIDE)

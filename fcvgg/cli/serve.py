@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import webbrowser
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fcvgg.cli.console import note, say
+from fcvgg.cli.console import say
 from fcvgg.cli.options import (
     MODEL_HELP,
     Arch,
@@ -20,11 +19,10 @@ from fcvgg.cli.options import (
     head_option,
     load_network,
 )
-from fcvgg.cli.page import layers_of, network_data, usual_side
+from fcvgg.cli.page_data import Maps, network_data
 
 if TYPE_CHECKING:
     from fcvgg.network import FullyConvolutional
-    from fcvgg.results.score_map import ScoreMap
 
 NAME = "serve"
 EXAMPLES = (
@@ -32,14 +30,6 @@ EXAMPLES = (
     "fcvgg serve vgg16 --port 9000",
     "fcvgg serve flowers-fcn --no-open",
 )
-
-_BUDGET = 64 * 2**20
-"""Bytes of packed probabilities in an answer; of a finer map the classes with high peaks."""
-
-_FINER = 3
-"""Halvings of the output stride that the page offers."""
-
-_LARGEST_SIDE = 4096
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP, show_default=False)]
 HostName = Annotated[
@@ -95,93 +85,3 @@ def run(
         say("ended")
     finally:
         listener.close()
-
-
-class Maps:
-    """Computes the page's maps, at every output stride by a network of its own.
-
-    Args:
-        load: the network at an output stride, or at its own if None.
-    """
-
-    def __init__(self, load: Callable[[int | None], FullyConvolutional]):
-        self._load = load
-        self.net = load(None)
-        self.stride = max(self.net.geometry.stride)
-        self._fast = {self.stride: faster(self.net)}
-        self.strides = self._offered()
-
-    def _offered(self) -> list[int]:
-        """The output strides that the model has: the network's own, and halves of it if any."""
-        from fcvgg.errors import FcvggError
-
-        half = self.stride // 2
-        if self.stride % 2:
-            return [self.stride]
-        try:
-            self._fast[half] = self._load(half)
-        except FcvggError:  # a model whose strides cannot be replaced by dilation
-            return [self.stride]
-        return [self.stride >> i for i in range(_FINER + 1) if self.stride % (1 << i) == 0]
-
-    def answer(self, upload: bytes, side: int | None, stride: int | None) -> dict[str, Any]:
-        """The map's data of an image file.
-
-        Raises:
-            FcvggError: if it cannot be read or computed.
-        """
-        from fcvgg.results.web_page import map_data
-
-        net = self._network(stride or self.stride)
-        score_map, side = self._score_map(net, upload, side)
-        found = map_data(score_map, layers=layers_of(net), budget=_BUDGET)
-        largest = 2 * usual_side(net)
-        return {**found, "side": side, "largest_side": largest, "strides": self.strides}
-
-    def _network(self, stride: int) -> FullyConvolutional:
-        from fcvgg.errors import ArgumentError
-
-        if stride not in self.strides:
-            raise ArgumentError(
-                f"stride must be one of {', '.join(map(str, self.strides))}, got {stride}"
-            )
-        if stride not in self._fast:
-            self._fast[stride] = self._load(stride)
-        return self._fast[stride]
-
-    def _score_map(
-        self, net: FullyConvolutional, upload: bytes, side: int | None
-    ) -> tuple[ScoreMap, int]:
-        """The map at a smaller side, or at the usual one if None, and that side."""
-        import io
-
-        from fcvgg.errors import ArgumentError
-        from fcvgg.images.reading import read_picture
-
-        assert net.preprocess is not None
-        picture = read_picture(io.BytesIO(upload), net.preprocess)
-        side = side or min(usual_side(net), *picture.size)
-        if side > _LARGEST_SIDE:
-            raise ArgumentError(f"side must be at most {_LARGEST_SIDE} pixels, got {side}")
-        return net.score_map(picture, scale=side), side
-
-
-def faster(net: FullyConvolutional) -> FullyConvolutional:
-    """The optimised network where it is faster at the page's usual size, else the given one."""
-    from fcvgg.errors import FcvggError
-    from fcvgg.optimization.networks import optimize
-    from fcvgg.optimization.timing import time_in_turns
-
-    side = usual_side(net)
-    try:
-        fast = optimize(net)
-        plain, quick = time_in_turns({"plain": net, "optimized": fast}, net, side, repeat=2)
-    except FcvggError as error:
-        note(f"the network runs as it is: {error}")
-        return net
-    gains = quick.seconds < plain.seconds
-    say(
-        f"one map of {side}x{side} pixels: {plain.seconds:.2f} s, optimised "
-        f"{quick.seconds:.2f} s; {'the optimised' if gains else 'the plain'} network is used"
-    )
-    return fast if gains else net

@@ -161,6 +161,26 @@ class Schedule:
         first = np.array([[low for low, _ in self.height.ranges]])
         return np.concatenate([first, self.ends[:-1]])
 
+    def waiting_rows(
+        self, stage: int, done: NDArray[np.int64], arrived: NDArray[np.int64]
+    ) -> list[tuple[int, NDArray[np.int64]]]:
+        """How many rows of each of its inputs an operation still needs, by strip.
+
+        Args:
+            stage: the operation.
+            done: the end of its own rows that are computed, for each strip.
+            arrived: ``(strips, stages)``, the ends of the rows of all operations that came.
+
+        Returns:
+            the inputs and the numbers of their rows.
+        """
+        ranges = self.height.ranges
+        kept = self.height.reaches[stage].kept_from(done, ranges[stage][1])
+        return [
+            (fed, np.maximum(arrived[:, fed] - np.maximum(kept, ranges[fed][0]), 0))
+            for fed in self.stages[stage].inputs
+        ]
+
     def restart_at(self, row: int) -> tuple[int, list[int]]:
         """Where to begin so that `row` and all later ones come out with the same bits.
 

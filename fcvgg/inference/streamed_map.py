@@ -18,6 +18,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from math import ceil, isqrt
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -219,7 +220,8 @@ class StreamedMap:
                     self._held[block, strip] = buffers.state()
             for strip in reversed(range(first, end)):
                 yield strip
-                del self._held[block, strip]
+                if strip > first:  # the others serve further backward passes, by retain_graph
+                    del self._held[block, strip]
 
 
 # -- what fits into memory ------------------------------------------------------------------------
@@ -258,7 +260,7 @@ def _plan(stages: list[Stage], pixels: StripInput, size: Pair, memory: int) -> G
             schedule, width = _schedule(stages, pixels, size, cols, strip)
             graph, state = _graph_and_state(schedule, width, pixels.dtype.itemsize)
             strips = len(schedule.ends)
-            for every in (1, *range(2, isqrt(strips) + 2)):
+            for every in range(1, isqrt(strips) + 2):
                 least = _FIXED + _GRAPH * graph + state * (ceil(strips / every) + every)
                 if least <= memory:
                     return GraphPlan(strip, every, block, int(least))
@@ -284,18 +286,17 @@ def _schedule(
 
 def _graph_and_state(schedule: Schedule, width: AxisRanges, itemsize: int) -> Pair:
     """Bytes of all maps of the largest strip, and of what the buffers hold between strips."""
-    stages, height = schedule.stages, schedule.height
+    stages = schedule.stages
     row_bytes = [
         stage.channels * (high - low) * itemsize for stage, (low, high) in zip(stages, width.ranges)
     ]
     made = [0 if stage.in_place else size for stage, size in zip(stages, row_bytes)]
     graph = ((schedule.ends - schedule.starts) * np.array(made)).sum(1).max()
-    held = np.zeros(len(schedule.ends), np.int64)
-    for i, stage in enumerate(stages[1:], 1):
-        kept = height.reaches[i].kept_from(schedule.ends[:, i], height.ranges[i][1])
-        for fed in stage.inputs:
-            rows = np.maximum(schedule.ends[:, fed] - np.maximum(kept, height.ranges[fed][0]), 0)
-            held = held + rows * row_bytes[fed]
+    held = sum(
+        rows * row_bytes[fed]
+        for i in range(1, len(stages))
+        for fed, rows in schedule.waiting_rows(i, schedule.ends[:, i], schedule.ends)
+    )
     return int(graph), int(np.max(held))
 
 
@@ -311,16 +312,10 @@ def _trainable(layers: fx.GraphModule) -> set[str]:
         if node.op == "call_module":
             values = list(layers.get_submodule(str(node.target)).parameters())
         elif node.op == "get_attr":
-            values = [_attribute(layers, str(node.target))]
+            values = [attrgetter(str(node.target))(layers)]
         if any(id(v) in own for v in values) or any(n.name in found for n in node.all_input_nodes):
             found.add(node.name)
     return found
-
-
-def _attribute(root: Any, target: str) -> Any:
-    for name in target.split("."):
-        root = getattr(root, name)
-    return root
 
 
 def _check_norms(net: Any) -> None:

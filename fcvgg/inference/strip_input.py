@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,6 @@ from torch import Tensor
 from fcvgg.geometry import Geometry, Pair
 from fcvgg.images.lazy.input import strip_reader
 from fcvgg.images.lazy.source import StripSource
-from fcvgg.images.preprocessing import Preprocess
 from fcvgg.inference.missing import missing_pixels
 from fcvgg.support.module_state import device_of
 
@@ -22,13 +22,14 @@ class StripInput:
     """Reads rows and columns of an image, preprocessed and padded below the window.
 
     Attributes:
+        read: gives rows and columns of the image as preprocessed floats.
         geometry: of the network, whose window is the smallest input.
         channels: of the network's input.
         device, dtype: of its arithmetic.
     """
 
     source: StripSource
-    preprocess: Preprocess | None
+    read: Callable[[Pair, Pair], Tensor]
     geometry: Geometry
     channels: int
     device: torch.device
@@ -39,17 +40,12 @@ class StripInput:
         """For a converted network."""
         return cls(
             source,
-            net.preprocess,
+            strip_reader(source, net.preprocess, net.in_channels),
             net.geometry,
             net.in_channels,
             device_of(net),
             net.compute_dtype,
         )
-
-    def __post_init__(self) -> None:
-        # reads rows and columns as preprocessed floats
-        reader = strip_reader(self.source, self.preprocess, self.channels)
-        object.__setattr__(self, "_read", reader)
 
     @property
     def size(self) -> Pair:
@@ -75,7 +71,7 @@ class StripInput:
         if y[0] == y[1] or x[0] == x[1]:
             shape = (1, self.channels, rows[1] - rows[0], cols[1] - cols[0])
             return torch.zeros(shape, device=self.device, dtype=self.dtype), None  # padding only
-        pixels = self._read(y, x).to(self.device, self.dtype)  # type: ignore[attr-defined]
+        pixels = self.read(y, x).to(self.device, self.dtype)
         missing = missing_pixels(pixels)
         if missing is not None:  # zeros, since layers treat NaN differently
             pixels = pixels.masked_fill(missing, 0)

@@ -21,7 +21,7 @@ from fcvgg.results.score_map import ScoreMap
 from fcvgg.streaming.selection import ScoreMapOfSomeClasses, Selection
 from fcvgg.streaming.strip_plan import StripPlan, Workload, estimated_peak, plan_strips
 from fcvgg.support.memory_text import size_text
-from fcvgg.support.module_state import device_of, dtype_of
+from fcvgg.support.module_state import dtype_of
 
 
 @dataclass(frozen=True)
@@ -59,15 +59,6 @@ class StreamJob:
         image = strip_source(source, net.in_channels, nodata)
         selection = Selection.of(classes, net, output)
         strips = StripInput.of(net, image)
-        selection = Selection.of(classes, net, output)
-        strips = StripInput(
-            image,
-            net.preprocess,
-            net.geometry,
-            net.in_channels,
-            device_of(net),
-            net.compute_dtype,
-        )
         height, width = net.output_size(image.size)
         workload = Workload(
             stages_of(net.layers, net.in_channels, output),

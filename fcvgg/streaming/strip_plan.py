@@ -200,12 +200,8 @@ def _fullest(workload: Workload, schedule: Schedule, widths: Sequence[int]) -> f
 
     def waiting(i: int, done: Any, arrived: Any) -> Any:
         """Bytes of the inputs that stage i still needs once its rows up to `done` are computed."""
-        kept = height.reaches[i].kept_from(done, height.ranges[i][1])
-        first = [height.ranges[fed][0] for fed in stages[i].inputs]
-        return sum(
-            row_bytes[fed] * np.maximum(arrived[:, fed] - np.maximum(kept, low), 0)
-            for fed, low in zip(stages[i].inputs, first)
-        )
+        rows = schedule.waiting_rows(i, done, arrived)
+        return sum(row_bytes[fed] * count for fed, count in rows)
 
     readers = [sum(stage.inputs.count(i) for stage in stages) for i in range(len(stages))]
     image = row_bytes[0] * computed[:, 0]

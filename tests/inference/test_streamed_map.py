@@ -209,6 +209,17 @@ def test_an_optimiser_step_in_a_loop_lowers_the_loss() -> None:
     assert losses == sorted(losses, reverse=True)
 
 
+def test_a_retained_graph_serves_several_losses(monkeypatch) -> None:
+    net = converted("padded")
+    image = images(1, 3, 75, 58)
+    with_plan(monkeypatch, 8, 3, 100)
+    expected, got = net(image), net.streamed(image[0])
+    wanted = list(net.parameters())
+    first = torch.autograd.grad(got.sum(), wanted, retain_graph=True)
+    assert_equal_gradients(gradients(net, net(image).sum()), list(first))
+    assert_equal_gradients(gradients(net, loss_of(expected)), gradients(net, loss_of(got)))
+
+
 # -- memory ---------------------------------------------------------------------------------------
 
 

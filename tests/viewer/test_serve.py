@@ -16,9 +16,8 @@ from starlette.testclient import TestClient
 from web_browser import Open, check_cell, hover, numbers, rows, shown, text
 
 import fcvgg
-from fcvgg.cli import serve
-from fcvgg.cli.page import network_data
-from fcvgg.cli.serve import Maps, faster
+from fcvgg.cli import page_data
+from fcvgg.cli.page_data import Maps, faster, network_data
 from fcvgg.demo import demo_photograph
 from fcvgg.errors import ArgumentError, ImageError
 from fcvgg.viewer import server
@@ -171,7 +170,7 @@ def test_a_taken_port_and_the_end_by_ctrl_c_are_one_line(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(server, "run_server", interrupted)
-    monkeypatch.setattr(serve, "faster", lambda net: net)
+    monkeypatch.setattr(page_data, "faster", lambda net: net)
     result = run("serve", "demo", "--no-open", "--port", 0)
     assert result.exit_code == 0
     assert "serving demo at http://127.0.0.1:" in result.stdout
