@@ -22,7 +22,7 @@ from rich.markup import escape
 from rich.text import Text
 
 from fcvgg.errors import DatasetError, FcvggError, FcvggWarning, ImageError
-from fcvgg.names import readable
+from fcvgg.names import readable, web_address
 from fcvgg.support.atomic import atomic_file
 from fcvgg.support.progress import live_console, progress_bar
 from fcvgg.support.terminal import VisibleConsole
@@ -227,12 +227,12 @@ def check_any_exists(images: Sequence[Path]) -> None:
 
 
 def _absent(names: str) -> str:
-    address = re.match(r"(https?):/+(.*)", names)
+    address = web_address(names)
     if address is None:
         return f"there is no image file {names}"
     return (
-        f"the image must be a file, got the address {address[1]}://{address[2]}; download it, or "
-        "pipe it into this command with - as the image"
+        f"the image must be a file, got the address {address}; download it, or pipe it into this "
+        "command with - as the image"
     )
 
 
