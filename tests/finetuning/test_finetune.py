@@ -911,7 +911,7 @@ class Described(nn.Module):
         (
             {"size": 4, "strategy": "all"},
             ConversionError,
-            r"the features vanish at input size \(4, 4\): pool3 needs",
+            r"size must be at least \(8, 8\), of which pool3 gives one position, got \(4, 4\)",
         ),
         ({"epochs": 0}, ArgumentError, "epochs must be an integer of at least 1, got 0"),
         ({"model": "vgg61"}, LoadError, "there is no model 'vgg61'"),
