@@ -128,7 +128,7 @@ def run(
     say(_report(result, folds))
     say(f"best: {result.best.layer}, {result.best.mean:.1%} of held-out images right")
     axes = result.plot()
-    say_wrote(save_figure(axes.get_figure(root=True), output))  # type: ignore[arg-type]
+    say_wrote(save_figure(axes.figure.figure, output))
 
 
 def _report(result: Probe, folds: int) -> RenderableType:
