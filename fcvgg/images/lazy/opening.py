@@ -47,7 +47,7 @@ from fcvgg.support.extras import imported
 _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 """How TIFFs and BigTIFFs of both byte orders begin."""
 
-_ZARR = ("zarr.json", ".zarray", ".zgroup", ".zmetadata")
+_ZARR = ("zarr.json", ".zarray", ".zgroup", ".zmetadata", ".zattrs")
 """Files of which a folder of zarr has one, by version 3 or 2."""
 
 _PLAIN_TAGS = (258, 262, 277, 284)
@@ -403,8 +403,13 @@ def _channels_first(shape: Sequence[int], channels: int | None, tensor: bool) ->
     return shape[0] in counts and (tensor or shape[2] not in (*counts, 2))
 
 
+def is_zarr(folder: Path) -> bool:
+    """Whether a folder is a zarr array or group rather than a folder of files."""
+    return any((folder / name).is_file() for name in _ZARR)
+
+
 def _zarr_source(path: Path, level: int, bands: Bands, missing: str) -> StripSource:
-    if not any((path / name).exists() for name in _ZARR):
+    if not is_zarr(path):
         raise ImageError(
             f"{path} must be an image file or a zarr image, got a folder; pass one of {path}/*"
         )

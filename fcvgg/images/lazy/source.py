@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import os
+import re
 import stat
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -613,10 +614,21 @@ def is_folder(path: Path) -> bool:
     try:
         return stat.S_ISDIR(os.stat(path).st_mode)
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise ImageError(f"there is no image file {path}") from error
+        raise ImageError(absent(str(path))) from error
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or one_line(error)
         raise ImageError(f"{path} cannot be read: {reason}") from error
+
+
+def absent(name: str) -> str:
+    """What to say of a path that leads nowhere; an address has lost a slash as a path."""
+    address = re.match(r"(https?):/+(.*)", name)
+    if address is None:
+        return f"there is no image file {name}"
+    return (
+        f"the image must be a file, got the address {address[1]}://{address[2]}; download it and "
+        "pass its path"
+    )
 
 
 @contextmanager
