@@ -87,6 +87,7 @@ class StripSource:
         block_rows: rows that the file or array can only give together; they are held while needed.
         path: of the file, if it is one.
         level: of the pyramid in the file.
+        full_size: ``(H, W)`` of level 0, which viewers count pixels in.
         bands: the channels that were chosen, if some were.
         alpha: whether the last of two or four channels is said to be transparency.
         nodata: the value that the file declares for pixels without data, if it does.
@@ -123,6 +124,7 @@ class StripSource:
         self._held: tuple[int, Pair, Any] | None = None
         self._stored = 0  # channels, before some are chosen
         self._by_mask = False
+        self._full_size: Pair | None = None  # of a pyramid
 
     def __repr__(self) -> str:
         height, width = self.size
@@ -136,6 +138,10 @@ class StripSource:
 
     def __reduce__(self) -> Any:
         return (self.reopened, ()) if self.reopened is not None else super().__reduce__()
+
+    @property
+    def full_size(self) -> Pair:
+        return self._full_size or self.size
 
     @property
     def itemsize(self) -> int:
