@@ -42,6 +42,7 @@ from fcvgg.images.lazy.source import (
     usable_pixel_size,
 )
 from fcvgg.images.lazy.tiff import TiffSource
+from fcvgg.images.pictures import in_bytes
 from fcvgg.support.extras import imported
 
 _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
@@ -81,9 +82,11 @@ class RasterSource(StripSource):
         self.nodata = getattr(dataset, "nodata", None)
         tags: Callable[..., Any] = getattr(dataset, "tags", lambda *_, **__: {})
         self._white_is_zero = tags(ns="IMAGE_STRUCTURE").get("MINISWHITE") == "YES"
-        bits = tags(1, ns="IMAGE_STRUCTURE").get("NBITS")
-        self._step = {"1": 255, "2": 85, "4": 17}.get(str(bits), 1)  # from a grey to the next
         self.dtype = np.dtype(np.result_type(*dataset.dtypes))
+        bits = str(tags(1, ns="IMAGE_STRUCTURE").get("NBITS"))
+        self._bits = int(bits) if bits.isdigit() and 0 < int(bits) < 8 else None
+        if self.dtype == np.uint16 and bits.isdigit() and 8 < int(bits) < 16:
+            self.white = float((1 << int(bits)) - 1)
         self._colours: NDArray[np.uint8] | None = None
         if meanings[:1] == ["palette"] and not self._white_is_zero:
             colours = dataset.colormap(1)
@@ -109,8 +112,10 @@ class RasterSource(StripSource):
     def _coloured(self, stored: NDArray[Any]) -> NDArray[Any]:
         if self._colours is not None:
             return self._colours[stored[..., 0]]
-        grey = stored * stored.dtype.type(self._step) if self._step > 1 else stored
-        return np.iinfo(grey.dtype).max - grey if self._white_is_zero else grey
+        grey = stored if self._bits is None else in_bytes(stored, self._bits)
+        if not self._white_is_zero:
+            return grey
+        return grey.dtype.type(self.white or np.iinfo(grey.dtype).max) - grey
 
 
 def _overview(dataset: Any, level: int, name: str) -> Any:
