@@ -250,18 +250,10 @@ def check_any_exists(images: Sequence[Path]) -> None:
     Raises:
         ImageError: if no path exists.
     """
+    from fcvgg.images.lazy.source import absent
+
     if not any(image == STDIN or os.path.exists(image) for image in images):
-        raise ImageError(_absent(", ".join(map(str, images)) or "given"))
-
-
-def _absent(names: str) -> str:
-    address = re.match(r"(https?):/+(.*)", names)
-    if address is None:
-        return f"there is no image file {names}"
-    return (
-        f"the image must be a file, got the address {address[1]}://{address[2]}; download it, or "
-        "pipe it into this command with - as the image"
-    )
+        raise ImageError(absent(", ".join(map(str, images)) or "given"))
 
 
 def images_in(paths: Sequence[Path], recursive: bool, own: Sequence[str] = ()) -> dict[Path, Path]:
@@ -278,10 +270,11 @@ def images_in(paths: Sequence[Path], recursive: bool, own: Sequence[str] = ()) -
         ImageError: if a folder cannot be listed or has no images.
     """
     from fcvgg.images.files import contents, image_files
+    from fcvgg.images.lazy.opening import is_zarr
 
     found: dict[Path, Path] = {}
     for path in paths:
-        if not path.is_dir() or _is_zarr(path):
+        if not path.is_dir() or is_zarr(path):
             found.setdefault(path, path.parent)
             continue
         try:
@@ -295,11 +288,6 @@ def images_in(paths: Sequence[Path], recursive: bool, own: Sequence[str] = ()) -
         note_skipped(listed.skipped, len(inside))
         found.update({image: path for image in inside if image not in found})
     return found
-
-
-def _is_zarr(folder: Path) -> bool:
-    names = (".zarray", ".zgroup", ".zattrs", "zarr.json")
-    return any((folder / name).is_file() for name in names)
 
 
 def exit_if_any_failed(images: Sequence[Path], results: Sequence[object]) -> None:
@@ -433,6 +421,10 @@ _PHRASES = (
         "with fcvgg stream",
     ),
     ("choose a smaller lr", "choose a smaller --lr"),
+    (
+        "download it and pass its path",
+        "download it, or pipe it into this command with - as the image",
+    ),
     ("resume it, or", "pass --resume, or"),
 )
 """Phrases that only hold in Python, and what stands for them on the command line."""

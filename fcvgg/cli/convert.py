@@ -29,6 +29,7 @@ EXAMPLES = (
     "fcvgg convert vgg16 -o vgg16-fcn",
     "fcvgg convert flowers.pth --arch vgg11 --categories flowers.txt -o flowers-fcn",
     "fcvgg convert flowers-fcn -o flowers.onnx",
+    "fcvgg convert flowers-fcn -o flowers.onnx --pixels --probabilities",
     "fcvgg heatmap rose.jpg --model flowers-fcn",
 )
 
@@ -57,6 +58,18 @@ Output = Annotated[
     ),
 ]
 
+Pixels = Annotated[
+    bool,
+    typer.Option(
+        "--pixels",
+        help="The exported file takes pixels (N, H, W, C), uint8 in RGB, and preprocesses them.",
+    ),
+]
+Probabilities = Annotated[
+    bool,
+    typer.Option("--probabilities", help="The exported file gives probabilities, not scores."),
+]
+
 
 def run(
     source: Source,
@@ -65,18 +78,25 @@ def run(
     arch: Arch = None,
     output_stride: OutputStride = None,
     head: MapHead = None,
+    pixels: Pixels = False,
+    probabilities: Probabilities = False,
     own: OwnModel = OwnModel(),
 ) -> None:
     """Convert a classifier, verify the result and save it."""
     exports = out.suffix.lower() in EXPORT_ENDINGS
     if exports and out.exists() and out.resolve() == Path(source).resolve():
         raise FcvggError(f"{out} is the source, which would be lost; choose another --output")
+    if not exports and (pixels or probabilities):
+        raise FcvggError(
+            f"--pixels and --probabilities are for exported files, got the bundle {out}; choose an "
+            "--output in .onnx or .pt2"
+        )
     names: dict[str, Any] = {"weights": weights, "arch": arch, **head_option(head)}
     net = load_network(source, own, output_stride=output_stride, **names)
     folder(out.parent)
     checked = None
     if exports:
-        checked = net.export(out).check
+        checked = net.export(out, preprocess=pixels, probabilities=probabilities).check
     else:
         net.save(out)
     say(equivalence_report(net))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import os
+import re
 import stat
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -86,6 +87,7 @@ class StripSource:
         block_rows: rows that the file or array can only give together; they are held while needed.
         path: of the file, if it is one.
         level: of the pyramid in the file.
+        full_size: ``(H, W)`` of level 0, which viewers count pixels in.
         bands: the channels that were chosen, if some were.
         alpha: whether the last of two or four channels is said to be transparency.
         nodata: the value that the file declares for pixels without data, if it does.
@@ -122,6 +124,7 @@ class StripSource:
         self._held: tuple[int, Pair, Any] | None = None
         self._stored = 0  # channels, before some are chosen
         self._by_mask = False
+        self._full_size: Pair | None = None  # of a pyramid
 
     def __repr__(self) -> str:
         height, width = self.size
@@ -135,6 +138,10 @@ class StripSource:
 
     def __reduce__(self) -> Any:
         return (self.reopened, ()) if self.reopened is not None else super().__reduce__()
+
+    @property
+    def full_size(self) -> Pair:
+        return self._full_size or self.size
 
     @property
     def itemsize(self) -> int:
@@ -613,10 +620,21 @@ def is_folder(path: Path) -> bool:
     try:
         return stat.S_ISDIR(os.stat(path).st_mode)
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise ImageError(f"there is no image file {path}") from error
+        raise ImageError(absent(str(path))) from error
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or one_line(error)
         raise ImageError(f"{path} cannot be read: {reason}") from error
+
+
+def absent(name: str) -> str:
+    """What to say of a path that leads nowhere; an address has lost a slash as a path."""
+    address = re.match(r"(https?):/+(.*)", name)
+    if address is None:
+        return f"there is no image file {name}"
+    return (
+        f"the image must be a file, got the address {address[1]}://{address[2]}; download it and "
+        "pass its path"
+    )
 
 
 @contextmanager

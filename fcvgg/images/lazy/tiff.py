@@ -165,13 +165,15 @@ class TiffSource(StripSource):
         self._orientation = int(orientation) if orientation in range(1, 9) else 1
         self.stored_size = (page.imagelength, page.imagewidth)
         self.size = self.stored_size[::-1] if self._turned else self.stored_size
+        whole = (full.imagelength, full.imagewidth)
+        self._full_size = whole[::-1] if self._turned else whole
         self._describe_colours(page, self._samples * len(pages))
         self._mask_series = self._find_mask(file) if level == 0 else None
         self.georeferenced = any(code in first for code in _GEOREFERENCE)
         codes = (*_GEOREFERENCE, KEY_DOUBLES, KEY_TEXT)
         place = Georeference.of_tags({code: first.valueof(code) for code in codes if code in first})
         if place is not None:
-            place = place.scaled((full.imagelength, full.imagewidth), self.stored_size)
+            place = place.scaled(whole, self.stored_size)
             self.georeference = place.through(self._upright)
         self.nodata = _number(page.tags.valueof(_NODATA, first.valueof(_NODATA)))
         # rows that follow each other in the file, unchanged, are read without tifffile
