@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from fcvgg.cli.completion import complete_model
 from fcvgg.cli.console import folder, say, say_wrote
 from fcvgg.cli.options import (
     MODEL_HELP,
@@ -38,7 +39,12 @@ def _check_output(out: Path) -> None:
         checked_folder(out, "--output", remedy=", or a name in .onnx or .pt2 to export")
 
 
-Source = Annotated[str, typer.Argument(metavar="SOURCE", help=MODEL_HELP, show_default=False)]
+Source = Annotated[
+    str,
+    typer.Argument(
+        metavar="SOURCE", help=MODEL_HELP, autocompletion=complete_model, show_default=False
+    ),
+]
 Output = Annotated[
     Path,
     typer.Option(

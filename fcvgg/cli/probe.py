@@ -17,7 +17,7 @@ from fcvgg.cli.options import (
     output_name,
     side_or_size,
 )
-from fcvgg.cli.reports import table, titled
+from fcvgg.cli.reports import ReportTable, titled
 from fcvgg.names import counted
 from fcvgg.support.atomic import FIGURE_ENDINGS, checked_folder
 
@@ -132,5 +132,5 @@ def run(
 
 
 def _report(result: Probe, folds: int) -> RenderableType:
-    shown = table(result.headings, result.cells(), marked=result.rows.index(result.best))
+    shown = ReportTable(result.headings, result.cells(), marked=result.rows.index(result.best))
     return titled(f"A linear classifier on each layer's features, {folds} folds", shown)
