@@ -264,7 +264,9 @@ def _plan(stages: list[Stage], pixels: StripInput, size: Pair, memory: int) -> G
         while strip:
             schedule, width = _schedule(stages, pixels, size, cols, strip)
             graph, state = _graph_and_state(schedule, width, pixels.dtype.itemsize)
-            every, states = _states_kept(len(schedule.ends), _STATES * _GRAPH * graph / max(state, 1))
+            every, states = _states_kept(
+                len(schedule.ends), _STATES * _GRAPH * graph / max(state, 1)
+            )
             least = _FIXED + _GRAPH * graph + state * states
             if least <= memory:
                 return GraphPlan(strip, every, block, int(least))
