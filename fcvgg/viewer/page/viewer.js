@@ -17,6 +17,8 @@ class Axis {
   }
   span(cell) { return [this.offset + cell * this.stride, this.offset + cell * this.stride + this.field]; }
   windowOf(cell) { return [this.start + cell * this.stride, this.start + cell * this.stride + this.crop]; }
+  /** The pixels that are nearest to a cell's centre. */
+  around(cell) { const middle = this.centre(cell) + 0.5; return [middle - this.stride / 2, middle + this.stride / 2]; }
   centre(cell) { return this.offset + (this.field - 1) / 2 + cell * this.stride; }
   place(point) { return (point - this.centre(0)) / this.stride; }
   touchesPadding(cell) { const [first, end] = this.span(cell); return first < 0 || end > this.size; }
@@ -105,11 +107,15 @@ const hosts = {
   file: { first: () => viewOf(start) },
   serve: {
     async compute(file, { side, stride }) {
+      if (file.size > start.limit) throw new Error(start.refusal); // before it is sent
+      this.last?.abort(); // what is no longer waited for
+      this.last = new AbortController();
       const query = new URLSearchParams();
       if (side) query.set("side", side);
       if (stride) query.set("stride", stride);
       const headers = { "Content-Type": "application/octet-stream" };
-      const answer = await fetch(`map?${query}`, { method: "POST", body: file, headers }).catch(() => {
+      const request = { method: "POST", body: file, headers, signal: this.last.signal };
+      const answer = await fetch(`map?${query}`, request).catch(() => {
         throw new Error("the server does not answer; start fcvgg serve again");
       });
       const found = await answer.json();
@@ -120,17 +126,18 @@ const hosts = {
   page: {
     compute(file, { side }, progress) {
       this.worker ??= new Worker("worker.js", { type: "module" });
+      const { port1, port2 } = new MessageChannel(); // one for each request keeps answers apart
       return new Promise((resolve, reject) => {
         this.worker.onerror = (event) => {
           this.worker = undefined;
           reject(new Error(event.message || "worker.js cannot be loaded; open the page over http"));
         };
-        this.worker.onmessage = async ({ data }) => {
+        port1.onmessage = ({ data }) => {
           if (data.error) reject(new Error(data.error));
           else if (data.progress) progress(data);
-          else resolve(await this.view(file, data).catch(reject));
+          else resolve(this.view(file, data));
         };
-        this.worker.postMessage({ file, side, network: start });
+        this.worker.postMessage({ file, side, network: start }, [port2]);
       });
     },
     async view(file, { scores, classes, cells, input_size, image_size, side }) {
@@ -176,10 +183,7 @@ function show(next) {
   pinned = false;
   $("explorer").hidden = false;
   $("title").textContent = view.title ?? start.title;
-  const [h, w] = view.cells;
-  $("subtitle").textContent =
-    `${h} by ${w} cells on ${view.image_size.join(" by ")} pixels (height by width), ` +
-    `window ${view.axes[0].crop}, stride ${view.axes[0].stride}, receptive field ${view.axes[0].field}`;
+  $("subtitle").textContent = summary(view);
   $("layer").max = view.layers.length;
   $("layer").value = view.layers.length;
   if (host !== "file") offerSizes();
@@ -188,6 +192,15 @@ function show(next) {
   drawBar();
   listClasses();
   choose(chosen);
+}
+
+function summary({ cells, image_size, input_size, axes }) {
+  const rescaled = image_size.some((n, i) => n !== input_size[i]);
+  return (
+    `${cells.join(" by ")} cells on ${image_size.join(" by ")} pixels (height by width)` +
+    (rescaled ? `, rescaled to ${input_size.join(" by ")}` : "") +
+    `; window ${axes[0].crop}, stride ${axes[0].stride}, receptive field ${axes[0].field}`
+  );
 }
 
 function offerSizes() {
@@ -207,7 +220,7 @@ function fitStage() {
   const [height, width] = view.image_size;
   const stage = $("stage");
   stage.style.aspectRatio = `${width} / ${height}`;
-  stage.style.width = `min(100%, ${(66 * width) / height}vh)`; // controls stay on the screen
+  stage.style.setProperty("--ratio", width / height);
   $("boxes").setAttribute("viewBox", `0 0 ${width} ${height}`);
 }
 
@@ -308,6 +321,7 @@ function drawBoxes() {
   const rects = [];
   const layer = +$("layer").value;
   for (let i = 0; i < layer && layer < view.layers.length; i++) rects.push(unitOf(i, "earlier"));
+  rects.push(rectangle("own", y.around(cell[0]), x.around(cell[1])));
   for (const kind of ["halo", "field"]) rects.push(rectangle(kind, y.span(cell[0]), x.span(cell[1])));
   for (const kind of ["halo", "window"]) rects.push(rectangle(kind, y.windowOf(cell[0]), x.windowOf(cell[1])));
   if (layer < view.layers.length) rects.push(unitOf(layer, "layer"));
@@ -327,7 +341,10 @@ const LISTED = 60;
 function classRow(tag, name, p) {
   const row = document.createElement(tag);
   row.className = "class";
-  row.style.setProperty("--part", Number.isNaN(p) ? 0 : evidence(p, view.chance));
+  const share = Number.isNaN(p) ? 0 : evidence(p, view.chance);
+  const level = Math.round(share * 255) * 4;
+  row.style.setProperty("--part", share);
+  row.style.setProperty("--colour", `rgb(${view.colours.subarray(level, level + 3).join(" ")})`);
   const label = document.createElement("span");
   label.textContent = name;
   const value = document.createElement("b");
@@ -351,7 +368,7 @@ function listClasses() {
   const absent = view.total - view.classes.length;
   $("more").textContent = [
     found.length === 0 ? "No class has such a name." : hidden > 0 ? `${hidden} more; search to find them.` : "",
-    absent > 0 ? `The file holds ${view.classes.length} of ${view.total} classes.` : "",
+    absent > 0 ? `The page holds ${view.classes.length} of ${view.total} classes.` : "",
   ].join(" ").trim();
 }
 
@@ -380,7 +397,7 @@ function look(next, aloud) {
   cell = next;
   drawBoxes();
   layerText();
-  $("cell-facts").hidden = $("cell-detail").hidden = !cell;
+  $("cell-facts").hidden = $("cell-order").hidden = $("cell-detail").hidden = !cell;
   $("cell-hint").hidden = !!cell;
   $("crop").hidden = !(cell && pinned && view.image);
   $("cell-name").textContent = cell ? `Cell (${cell.join(", ")})${pinned ? ", pinned" : ""}` : "Cell";
@@ -530,11 +547,19 @@ async function recompute(change) {
     const next = await hosts[host].compute(source, wished, progress);
     if (turn === computing) show(next);
   } catch (error) {
-    if (turn === computing) complain(error.message.split("\n")[0]);
+    if (turn === computing) { complain(error.message.split("\n")[0]); takeBack(); }
   } finally {
     clearInterval(wait);
     if (turn === computing) $("busy").hidden = true;
   }
+}
+
+/** After an error, what is shown is what the controls say and what they change. */
+function takeBack() {
+  source = view?.source;
+  if (!view) return;
+  wished = { side: view.side, stride: view.axes[0].stride };
+  offerSizes();
 }
 
 function open(file) {
@@ -566,6 +591,8 @@ if (host === "file") {
   hosts.file.first().then(show, (error) => complain(`the map in this file cannot be read: ${error.message}`));
 } else {
   for (const part of document.querySelectorAll(".needs-host")) part.hidden = false;
+  if (host === "page") $("about").textContent =
+    `The network of ${Math.ceil(start.bytes / 2 ** 20)} MB is loaded with the first image and runs in this browser; images stay on this machine.`;
   listenToFiles();
 }
 document.documentElement.dataset.ready = "yes";
