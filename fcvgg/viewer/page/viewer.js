@@ -182,7 +182,6 @@ function show(next) {
   cell = null;
   pinned = false;
   $("explorer").hidden = false;
-  $("title").textContent = view.title ?? start.title;
   $("subtitle").textContent = summary(view);
   $("layer").max = view.layers.length;
   $("layer").value = view.layers.length;
@@ -194,12 +193,15 @@ function show(next) {
   choose(chosen);
 }
 
+/** A number for height and width, or both where they differ. */
+const both = (axes, name) => (axes[0][name] === axes[1][name] ? `${axes[0][name]}` : `${axes[0][name]}×${axes[1][name]}`);
+
 function summary({ cells, image_size, input_size, axes }) {
   const rescaled = image_size.some((n, i) => n !== input_size[i]);
   return (
     `${cells.join(" by ")} cells on ${image_size.join(" by ")} pixels (height by width)` +
     (rescaled ? `, rescaled to ${input_size.join(" by ")}` : "") +
-    `; window ${axes[0].crop}, stride ${axes[0].stride}, receptive field ${axes[0].field}`
+    `; window ${both(axes, "crop")}, stride ${both(axes, "stride")}, receptive field ${both(axes, "field")}`
   );
 }
 
@@ -250,10 +252,16 @@ function between(axis, pixels, smooth) {
   });
 }
 
+/** Small images are enlarged by odd numbers, which keep a pixel at the middle of the image's own. */
+function overlayScale(longest) {
+  const whole = Math.floor(640 / longest);
+  return whole < 1 ? 640 / longest : whole - 1 + (whole % 2);
+}
+
 function drawOverlay() {
   const smooth = $("drawn").value === "smooth";
   const canvas = $("overlay");
-  const factor = Math.min(640 / Math.max(...view.image_size), 1);
+  const factor = overlayScale(Math.max(...view.image_size));
   canvas.height = Math.max(Math.round(view.image_size[0] * factor), 1);
   canvas.width = Math.max(Math.round(view.image_size[1] * factor), 1);
   canvas.style.imageRendering = smooth ? "auto" : "pixelated";
@@ -264,7 +272,7 @@ function drawOverlay() {
   const map = view.probabilities.subarray(chosen * cellsCount(), (chosen + 1) * cellsCount());
   const opacity = $("opacity").value / 100;
   const width = view.cells[1];
-  const wide = Math.max(Math.floor(Math.min(canvas.width, canvas.height) / 80), 1);
+  const wide = Math.max(Math.floor(Math.max(canvas.width, canvas.height) / 120), 1);
   let at = 0, row = 0;
   for (const [above, below, down, heldRow] of rows) {
     let col = 0;
@@ -425,11 +433,10 @@ function topClasses() {
 
 function layerText() {
   const layer = view.layers[+$("layer").value];
-  const size = (axes, i) => (axes[0][i] === axes[1][i] ? `${axes[0][i]}` : `${axes[0][i]}×${axes[1][i]}`);
   const text = layer
-    ? `${layer.name}: field ${size(layer.axes, 2)}, stride ${size(layer.axes, 0)}`
-    : `the whole network: field ${view.axes[0].field}`;
-  $("layer-value").textContent = layer ? `field ${size(layer.axes, 2)}` : "all";
+    ? `${layer.name}: field ${both(layer.axes, 2)}, stride ${both(layer.axes, 0)}`
+    : `the whole network: field ${both(view.axes, "field")}`;
+  $("layer-value").textContent = layer ? `field ${both(layer.axes, 2)}` : "all";
   $("layer").setAttribute("aria-valuetext", text);
   $("cell-layer").textContent = text;
   $("cell-layer").hidden = $("layer-term").hidden = !layer;
