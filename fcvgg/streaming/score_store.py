@@ -35,6 +35,7 @@ _MAY_DIFFER = ("blocks", "strip_bytes", "source", "pixel_size", "num_classes", *
 """Fields that a resumed stream may change, and those that older stores lack."""
 
 _CHECKSUMS = {
+    "where": "where= or fill=",
     "network": "network",
     "weights": "weights",
     "image": "image, or the preprocessing or range of its values,",
