@@ -44,12 +44,13 @@ from fcvgg.images.lazy.source import (
     usable_pixel_size,
 )
 from fcvgg.images.lazy.tiff import TiffSource
+from fcvgg.images.pictures import in_bytes
 from fcvgg.support.extras import imported
 
 _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 """How TIFFs and BigTIFFs of both byte orders begin."""
 
-_ZARR = ("zarr.json", ".zarray", ".zgroup", ".zmetadata")
+_ZARR = ("zarr.json", ".zarray", ".zgroup", ".zmetadata", ".zattrs")
 """Files of which a folder of zarr has one, by version 3 or 2."""
 
 _PLAIN_TAGS = (258, 262, 277, 284)
@@ -89,9 +90,11 @@ class RasterSource(StripSource):
         self.nodata = getattr(dataset, "nodata", None)
         tags: Callable[..., Any] = getattr(dataset, "tags", lambda *_, **__: {})
         self._white_is_zero = tags(ns="IMAGE_STRUCTURE").get("MINISWHITE") == "YES"
-        bits = tags(1, ns="IMAGE_STRUCTURE").get("NBITS")
-        self._step = {"1": 255, "2": 85, "4": 17}.get(str(bits), 1)  # from a grey to the next
         self.dtype = np.dtype(np.result_type(*dataset.dtypes))
+        bits = str(tags(1, ns="IMAGE_STRUCTURE").get("NBITS"))
+        self._bits = int(bits) if bits.isdigit() and 0 < int(bits) < 8 else None
+        if self.dtype == np.uint16 and bits.isdigit() and 8 < int(bits) < 16:
+            self.white = float((1 << int(bits)) - 1)
         self._colours: NDArray[np.uint8] | None = None
         if meanings[:1] == ["palette"] and not self._white_is_zero:
             colours = dataset.colormap(1)
@@ -117,8 +120,10 @@ class RasterSource(StripSource):
     def _coloured(self, stored: NDArray[Any]) -> NDArray[Any]:
         if self._colours is not None:
             return self._colours[stored[..., 0]]
-        grey = stored * stored.dtype.type(self._step) if self._step > 1 else stored
-        return np.iinfo(grey.dtype).max - grey if self._white_is_zero else grey
+        grey = stored if self._bits is None else in_bytes(stored, self._bits)
+        if not self._white_is_zero:
+            return grey
+        return grey.dtype.type(self.white or np.iinfo(grey.dtype).max) - grey
 
 
 def _overview(dataset: Any, level: int, name: str) -> Any:
@@ -451,8 +456,13 @@ def _channels_first(shape: Sequence[int], channels: int | None, tensor: bool) ->
     return shape[0] in counts and (tensor or shape[2] not in (*counts, 2))
 
 
+def is_zarr(folder: Path) -> bool:
+    """Whether a folder is a zarr array or group rather than a folder of files."""
+    return any((folder / name).is_file() for name in _ZARR)
+
+
 def _zarr_source(path: Path, level: int, bands: Bands, missing: str) -> StripSource:
-    if not any((path / name).exists() for name in _ZARR):
+    if not is_zarr(path):
         raise ImageError(
             f"{path} must be an image file or a zarr image, got a folder; pass one of {path}/*"
         )
