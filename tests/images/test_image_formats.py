@@ -1048,7 +1048,7 @@ def test_a_range_on_the_command_line(
     ran = run("stream", "scene.tif", "-m", "net", "-o", "s.zarr", *options)
     assert ran.exit_code == 0, ran.output
     np.testing.assert_allclose(
-        zarr.open("s.zarr", mode="r")[:], net.score_map("scene.tif").scores, atol=1e-5
+        open_store("s.zarr").array[:], net.score_map("scene.tif").scores, atol=1e-5
     )
 
 
@@ -1071,7 +1071,7 @@ def test_missing_data_on_the_command_line(tmp_path: Path, monkeypatch: pytest.Mo
     for value in ("file", "0"):
         ran = run("stream", "a.tif", "-m", "net", "-o", f"{value}.zarr", "--nodata", value)
         assert ran.exit_code == 0, ran.output
-        scores = zarr.open(f"{value}.zarr", mode="r")[:]
+        scores = open_store(f"{value}.zarr").array[:]
         assert 0 < np.isnan(scores).mean() < 0.5
     ran = run("stream", "a.tif", "-m", "net", "-o", "c.zarr", "--nodata", "black")
     assert ran.exit_code == 2

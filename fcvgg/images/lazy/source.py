@@ -92,6 +92,7 @@ class StripSource:
         block_rows: rows that the file or array can only give together; they are held while needed.
         path: of the file, if it is one.
         level: of the pyramid in the file.
+        level_sizes: ``(H, W)`` of every level of the pyramid; empty where there is one.
         bands: the channels that were chosen, if some were.
         alpha: whether the last of two or four channels is said to be transparency.
         nodata: the value that the file declares for pixels without data, if it does.
@@ -106,6 +107,7 @@ class StripSource:
     name = "the image"
     path: Path | None = None
     level = 0
+    level_sizes: Sequence[Pair] = ()
     size: Pair
     channels: int
     dtype: np.dtype[Any]
@@ -121,6 +123,8 @@ class StripSource:
     georeference: Georeference | None = None
     reopened: Callable[[], StripSource] | None = None
     """Opens the same image once more, in another process too."""
+    at_level: Callable[[int], StripSource] | None = None
+    """Opens another level of the same pyramid."""
 
     def __init__(self, bands: Bands = None) -> None:
         if bands is not None and not isinstance(bands, Iterable):
@@ -144,6 +148,19 @@ class StripSource:
 
     def __reduce__(self) -> Any:
         return (self.reopened, ()) if self.reopened is not None else super().__reduce__()
+
+    @property
+    def full_size(self) -> Pair:
+        """``(H, W)`` of level 0, whose pixels viewers count in."""
+        return self.level_sizes[0] if self.level_sizes else self.size
+
+    @property
+    def mpp(self) -> float | None:
+        """Micrometres of a pixel, or of a georeferenced one by its metres; None if unknown."""
+        sizes = self.pixel_size
+        if sizes is None and self.georeference is not None:
+            sizes = self.georeference.pixel_size
+        return None if sizes is None else sum(sizes) / 2
 
     @property
     def itemsize(self) -> int:
@@ -662,16 +679,18 @@ def is_folder(path: Path) -> bool:
     try:
         return stat.S_ISDIR(os.stat(path).st_mode)
     except (FileNotFoundError, NotADirectoryError) as error:
-        address = web_address(str(path))
-        if address is not None:
-            raise ImageError(
-                f"the image must be a file, got the address {address}; download it, and pass its "
-                "path or its bytes"
-            ) from error
-        raise ImageError(f"there is no image file {path}") from error
+        raise ImageError(absent(str(path))) from error
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or one_line(error)
         raise ImageError(f"{path} cannot be read: {reason}") from error
+
+
+def absent(name: str) -> str:
+    """What to say of a path that leads nowhere."""
+    address = web_address(name)
+    if address is None:
+        return f"there is no image file {name}"
+    return f"the image must be a file, got the address {address}; download it and pass its path"
 
 
 @contextmanager
