@@ -105,7 +105,7 @@ def bar_axes(axes: Any) -> Axes:
 
 def saved_by_figure(ax: Axes) -> Axes:
     """The axes with their figure's `savefig`, so that axes and figures are written alike."""
-    ax.savefig = ax.get_figure(root=True).savefig  # type: ignore[attr-defined, union-attr]
+    ax.savefig = ax.figure.figure.savefig  # type: ignore[attr-defined]  # also in subfigures
     return ax
 
 
