@@ -64,7 +64,7 @@ def run(
     input_size: InputSize = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show every layer's receptive field and cost, or the levels of a slide; no download.
+    """Show every layer's receptive field and cost; no download.
 
     For each layer: kernel and stride, receptive field, output size, parameters and multiply-adds.
     For each level of a TIFF or OME-Zarr image: its size and that of its pixels.
