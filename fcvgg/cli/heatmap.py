@@ -250,6 +250,8 @@ def run(
     _check_scales(scale, scales, figure != "none" or scores or geojson is not None)
     check_any_exists(images)
     net = network.load(output_stride=output_stride)
+    if net.activation == "values" and (scales is not None or boxes is not None):
+        raise ArgumentError("--scales and --boxes are for probabilities; leave them out for values")
     maker = _Maker(net, _index(net, target), ImageOpener(bands, nodata), scale, scales, combine)
     look = {"cmap": cmap, "grey": not colour} | ({} if alpha is None else {"alpha": alpha})
     folder(output)
@@ -259,7 +261,7 @@ def run(
     def show(image: Path) -> dict[str, Any]:
         folder(overlays.path_for(image).parent)
         made = maker.heatmap_of(image)
-        if boxes is not None:
+        if boxes is not None and isinstance(made, _Shown):
             made = replace(made, boxes=boxes.of(made.heatmap, iou_threshold))
         files = pictures.save(made)
         result = {**made.as_data(), "files": list(map(str, files))}
@@ -273,7 +275,9 @@ def run(
 
     written = for_each_image(images, "heatmaps", show)
     if csv is not None:
-        names = ("image", "index", "category", "probability", "peak", "y", "x")
+        found = ("value", "lowest", "highest")
+        found = found if net.activation == "values" else ("probability", "peak")
+        names = ("image", "index", "category", *found, "y", "x")
         write_csv(csv, names, ([row[name] for name in names] for row in written))
     exit_if_any_failed([*slides, *images], [*shown, *written])
 
@@ -303,7 +307,7 @@ class _Maker:
         self.scale, self.scales, self.combine = scale, scales, combine
         self.size_note = SizeNote(net)
 
-    def heatmap_of(self, image: Path) -> _Shown:
+    def heatmap_of(self, image: Path) -> _Shown | _Values:
         source = self.opener.open(image)
         if self.scales is not None:
             prediction = self.net.classify(source, scales=self.scales)[0]  # (K,)
@@ -315,6 +319,9 @@ class _Maker:
             self.size_note.print_once(image, score_map.input_size)
         self.size_note.print_if_flat(score_map)
         score_map = replace(score_map, could_have_positions=False)  # which has been said
+        if score_map.activation == "values":
+            score_map.require_data()
+            return _Values(image, score_map, self.index)
         return _shown(image, score_map, self.index)
 
 
@@ -361,6 +368,52 @@ class _Shown:
         )
 
 
+@dataclass(frozen=True)
+class _Values:
+    """What a regression gives for an image; `index` is of one output, None for the first few."""
+
+    image: Path
+    score_map: ScoreMap
+    index: int | None
+
+    def figure(self) -> Any:
+        from fcvgg.results.figures import value_grid
+
+        one = self.index is not None
+        return value_grid(self.score_map, [self.index]) if one else self.score_map.plot()
+
+    def as_data(self) -> dict[str, Any]:
+        from fcvgg.results.figures import output_name
+
+        index = self.index or 0
+        known = self.score_map.has_data
+        cells = self.score_map.scores[index].float().cpu()  # (h, w)
+        place = int(cells.masked_fill(~known, float("-inf")).argmax())
+        row, col = divmod(place, cells.shape[1])
+        rows, cols = _centres(self.score_map)
+        return {
+            "image": str(self.image),
+            "index": index,
+            "category": output_name(self.score_map, index),
+            "value": float(self.score_map.average()[index]),
+            "lowest": float(cells[known].min()),
+            "highest": float(cells[known].max()),
+            "y": int(rows[row]),
+            "x": int(cols[col]),
+            "values": self.score_map.average().tolist(),
+        }
+
+    def in_words(self, _: _Boxes | None) -> str:
+        found = self.as_data()
+        more = len(found["values"]) - 1
+        others = f" ({more} more in the picture, or --target)" if more and not self.index else ""
+        return (
+            f"{self.image}: {found['category']} ({found['index']}), value {found['value']:.4g} "
+            f"averaged over the image, from {found['lowest']:.4g} to {found['highest']:.4g} at "
+            f"(y, x) = ({found['y']}, {found['x']}){others}"
+        )
+
+
 def _shown(image: Path, score_map: ScoreMap, index: int | None) -> _Shown:
     """The heatmap of a class, the top one if None, at a size that fits into memory."""
     from fcvgg.results.interpolation import MOST_PIXELS
@@ -393,10 +446,13 @@ class _Pictures:
     scores: bool
     geojson: dict[str, Any] | None
 
-    def save(self, made: _Shown) -> list[Path]:
+    def save(self, made: _Shown | _Values) -> list[Path]:
         from fcvgg.results.figures import save_figure
 
         overlay, figure, scores, polygons = (each.path_for(made.image) for each in self.files)
+        if isinstance(made, _Values):
+            written = [save_figure(made.figure(), overlay)]
+            return written + [_save_scores(made.score_map, scores)] * self.scores
         look = {**self.look, "boxes": made.boxes or ()}
         written = [made.heatmap.save(overlay, legend=self.legend, **look)]
         if self.scores and made.score_map is not None:
@@ -420,18 +476,24 @@ def _save_scores(score_map: ScoreMap, path: Path) -> Path:
     """Write scores ``(K, h, w)``, the cells' centres in the image's pixels, and the class names."""
     import numpy as np
 
-    rows, cols = score_map.scores.shape[1:]
-    ends = zip(score_map.image_size, score_map.input_size)
-    down, across = (pixels / run for pixels, run in ends)
-    geometry = score_map.geometry
-    y = [(geometry.centre_of(i, 0)[0] + 0.5) * down - 0.5 for i in range(rows)]
-    x = [(geometry.centre_of(0, j)[1] + 0.5) * across - 0.5 for j in range(cols)]
+    y, x = _centres(score_map)
     named: dict[str, Any] = (
         {} if score_map.categories is None else {"categories": list(score_map.categories)}
     )
     with atomic_file(path) as temporary, open(temporary, "wb") as file:
         np.savez(file, scores=score_map.scores.float().cpu().numpy(), y=y, x=x, **named)
     return path
+
+
+def _centres(score_map: ScoreMap) -> tuple[list[float], list[float]]:
+    """The rows and columns of the cells' centres, in the image's pixels."""
+    rows, cols = score_map.scores.shape[1:]
+    ends = zip(score_map.image_size, score_map.input_size)
+    down, across = (pixels / run for pixels, run in ends)
+    geometry = score_map.geometry
+    y = [(geometry.centre_of(i, 0)[0] + 0.5) * down - 0.5 for i in range(rows)]
+    x = [(geometry.centre_of(0, j)[1] + 0.5) * across - 0.5 for j in range(cols)]
+    return y, x
 
 
 class SizeNote:

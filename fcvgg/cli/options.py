@@ -424,8 +424,8 @@ class OwnModel(OwnPreprocess):
         _model_option(
             metavar="KIND",
             help="Kind of the scores: logits (softmax), independent_logits (a sigmoid for each "
-            "class), probabilities, log_probabilities, sigmoid (after one) or values (regression, "
-            "for 'fcvgg convert' and 'fcvgg stream' only).",
+            "class), probabilities, log_probabilities, sigmoid (after one) or values (of a "
+            "regression, which 'fcvgg heatmap' shows).",
             show_default="read off the model",
         ),
     ] = None

@@ -26,6 +26,7 @@ NAME = "stream"
 EXAMPLES = (
     "fcvgg stream slide.tif -o scores.zarr",
     "fcvgg stream slide.ome.tif -o tumour.zarr --level 1 --classes argmax --memory 2GiB",
+    "fcvgg stream slide.tif -o scores.zarr --where tissue",
     "fcvgg stream slide.svs -o tumour.zarr --mpp 0.5",
     "fcvgg heatmap scores.zarr --target tumour",
 )
@@ -62,6 +63,15 @@ Classes = Annotated[
 Memory = Annotated[
     str, typer.Option(metavar="SIZE", help="Upper limit of the memory used, such as 2GiB.")
 ]
+Where = Annotated[
+    str | None,
+    typer.Option(
+        metavar="tissue|MASK|GEOJSON",
+        help="Part of the image to score: 'tissue', a mask (.png, .npy) of any lower resolution, "
+        "or polygons (.geojson) in pixels, or in the coordinates of a georeferenced image.",
+        show_default="all",
+    ),
+]
 Level = Annotated[
     int | None,
     typer.Option(
@@ -92,6 +102,7 @@ def run(
     mpp: PixelSize = None,
     bands: Bands = None,
     nodata: Nodata = None,
+    where: Where = None,
     output_stride: OutputStride = None,
 ) -> None:
     """Write the score map of an image larger than memory."""
@@ -109,13 +120,16 @@ def run(
         note("--classes top5 keeps no class's map: 'fcvgg heatmap' cannot show it")
     before = open_store(output).share if is_store(output) else 0.0
     with resumed_by_the_same_call(output):
-        store = stream(net, source, out=output, classes=kept, memory=memory, progress=True)
+        store = stream(
+            net, source, out=output, classes=kept, memory=memory, progress=True, where=where
+        )
     height, width = source.size
     shape = "x".join(map(str, store.array.shape))
     bare = store.without_data
     say(
         f"{slide}: {height}x{width} pixels gave {shape} {store.description['kind']}"
-        + (f", {bare:.1%} of the cells without data" if bare else "")
+        + (f", {bare:.1%} of the cells without data" if bare and where is None else "")
+        + (f", {1 - bare:.1%} of the cells computed" if where is not None else "")
     )
     if before == 1:
         say(f"{output} was complete already")

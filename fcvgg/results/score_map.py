@@ -229,11 +229,14 @@ class ScoreMap:
     def plot(self, k: int = 5, **options: Any) -> Figure:
         """The k most probable classes as aligned heatmaps, with one absolute colour scale.
 
-        See `fcvgg.results.figures.class_grid` for the options; `fcvgg.results.figures.save_figure`
-        writes it.
+        Of a regression (activation ``"values"``), the first k values of every cell, without
+        options. See `fcvgg.results.figures.class_grid` for the options;
+        `fcvgg.results.figures.save_figure` writes it.
         """
-        from fcvgg.results.figures import class_grid
+        from fcvgg.results.figures import class_grid, value_grid
 
+        if self.activation == "values":
+            return value_grid(self, range(min(k, len(self.scores))), **options)
         return class_grid(self, k, **options)
 
     def plot_labels(self, ax: Axes | None = None, most: int = 6) -> Axes:

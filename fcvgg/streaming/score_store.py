@@ -42,6 +42,7 @@ _MAY_DIFFER = (
 """Fields that a resumed stream may change, and those that older stores lack."""
 
 _CHECKSUMS = {
+    "where": "where= or fill=",
     "network": "network",
     "weights": "weights",
     "image": "image, or the preprocessing or range of its values,",
