@@ -309,14 +309,14 @@ class ScoreMap:
         on_image = composed(
             scaling(self.input_size, self.image_size), transform_of_cells(self.geometry)
         )
-        place = self.georeference
+        place = self.georeference or Georeference(None, None, None)
         return ClassCells(
             self.probabilities()[index].double().cpu().numpy(),
             class_name(index, self.categories),
             index,
             composed(scaling(self.image_size, self.full_size or self.image_size), on_image),
-            place and place.transform and composed(place.transform, on_image),
-            place and place.crs,
+            None if place.transform is None else composed(place.transform, on_image),
+            place.crs,
         ).to_geojson(path, threshold, kind, pixels)
 
     def show(self, classes: Iterable[int | str] | None = None, height: int = 720) -> Page:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import warnings
 from pathlib import Path
@@ -370,6 +371,13 @@ def test_the_command_line_chooses_levels(tmp_path: Path, monkeypatch: pytest.Mon
     ran = run("stream", "slide.tif", "-o", "b.zarr", "-m", "net")
     assert "level 1 with 1 is taken" in " ".join(ran.stderr.split())
     assert "slide.tif: 200x180 pixels gave" in ran.stdout
+    ran = run("info", "slide.tif")
+    assert [line.split() for line in ran.stdout.splitlines()[2:]] == [
+        ["0", "800x720", "0.25"],
+        ["1", "200x180", "1"],
+    ]
+    ran = run("info", "slide.tif", "--json")
+    assert json.loads(ran.stdout)["levels"][1] == {"size": [200, 180], "mpp": 1.0}
     ran = run("stream", "slide.tif", "-o", "c.zarr", "-m", "demo", "--mpp", "0.5")
     assert ran.exit_code == 2
     assert "0.25 (level 0), 1 (level 1), got 0.5" in " ".join(ran.stderr.split())

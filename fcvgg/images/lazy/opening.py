@@ -30,7 +30,7 @@ from fcvgg.geometry import Pair
 from fcvgg.images.lazy.chunks import ZarrSource
 from fcvgg.images.lazy.georeference import Georeference
 from fcvgg.images.lazy.magnification import at_training_scale, checked_mpp, fitting_level
-from fcvgg.images.lazy.slide import VENDOR_ENDINGS, SlideSource, is_slide
+from fcvgg.images.lazy.slide import SlideSource, is_slide
 from fcvgg.images.lazy.source import (
     SAMPLES,
     ArraySource,
@@ -46,6 +46,7 @@ from fcvgg.images.lazy.source import (
 )
 from fcvgg.images.lazy.tiff import TiffSource
 from fcvgg.images.pictures import in_bytes
+from fcvgg.support.atomic import VENDOR_ENDINGS
 from fcvgg.support.extras import imported
 
 _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
