@@ -202,9 +202,18 @@ def open_image(
         return source if chosen == level else open_image(path, chosen, **options)
     if isinstance(source, (RasterSource, SlideSource)):
         source.path = _path_of(source)
+        if isinstance(source, SlideSource) and source.file is not None:
+            source.reopened = partial(_reopened_slide, type(path), source.file, level, options)
     elif source.path is not None:
         source.reopened = partial(open_image, source.path, level, **options)
     return source
+
+
+def _reopened_slide(
+    kind: Callable[[str], Any], file: str, level: int, options: dict[str, Any]
+) -> StripSource:
+    """The slide of a file once more, in another process."""
+    return open_image(kind(file), level, **options)
 
 
 def _path_of(source: RasterSource | SlideSource) -> Path | None:
