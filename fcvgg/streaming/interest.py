@@ -257,8 +257,8 @@ def _in_pixels(regions: Regions, source: StripSource) -> list[Polygon]:
                 f"where must be in pixels of {source.name}, which is not georeferenced, got "
                 f"coordinates of {regions.crs}"
             )
-        full = source.full_size
-        scale, origin = np.diag([source.size[1] / full[1], source.size[0] / full[0]]), np.zeros(2)
+        across, down = (n / full for n, full in zip(source.size[::-1], source.full_size[::-1]))
+        scale, origin = np.diag([across, down]), np.zeros(2)
         system = "pixels"
     else:
         system = place.crs or "the image's coordinates"

@@ -27,6 +27,7 @@ from fcvgg.errors import (
     one_line,
 )
 from fcvgg.geometry import Pair
+from fcvgg.images.lazy.chunks import ZarrSource
 from fcvgg.images.lazy.georeference import Georeference
 from fcvgg.images.lazy.magnification import at_training_scale, checked_mpp, fitting_level
 from fcvgg.images.lazy.slide import SlideSource, is_slide
@@ -512,7 +513,7 @@ def _zarr_source(path: Path, level: int, bands: Bands, missing: str) -> StripSou
             f"{path} must store all of its {node.nchunks} chunks, got {node.nchunks_initialized}; "
             "missing='fill' gives the others the fill value"
         )
-    source = ArraySource(node, letters, str(path), bands=bands)
+    source = ZarrSource(node, letters, path, bands)
     source.alpha = source.alpha and axes is None  # OME's channels are not colours
     source.pixel_size, source.level_sizes = pixel_size, sizes
     return source
