@@ -267,8 +267,8 @@ def _opened_source(path: Any, level: int, bands: Bands, missing: str) -> StripSo
         if path.suffix.lower() not in VENDOR_ENDINGS:
             raise
         raise ImageError(
-            f"{one_line(error)}; or pass openslide.OpenSlide(path) or tiffslide.TiffSlide(path), "
-            "which read scanners' formats, in place of the path"
+            f"{one_line(error)}; or in Python pass openslide.OpenSlide(path) or "
+            "tiffslide.TiffSlide(path), which read scanners' formats, in place of the path"
         ) from error
 
 
@@ -497,7 +497,7 @@ def _zarr_source(path: Path, level: int, bands: Bands, missing: str) -> StripSou
             axes = [a["name"] if isinstance(a, dict) else a for a in image[0].get("axes", [])]
             letters = _axes_of(node.shape, axes, path)
             y, x = letters.index("Y"), letters.index("X")
-            if all(levels):
+            if all(one is not None for one in levels):
                 sizes = [(one.shape[y], one.shape[x]) for one in levels]
         except (LookupError, TypeError, ValueError, AttributeError) as error:
             raise ImageError(
