@@ -203,9 +203,18 @@ def open_image(
         return source if chosen == level else open_image(path, chosen, **options)
     if isinstance(source, (RasterSource, SlideSource)):
         source.path = _path_of(source)
+        if isinstance(source, SlideSource) and source.file is not None:
+            source.reopened = partial(_reopened_slide, type(path), source.file, level, options)
     elif source.path is not None:
         source.reopened = partial(open_image, source.path, level, **options)
     return source
+
+
+def _reopened_slide(
+    kind: Callable[[str], Any], file: str, level: int, options: dict[str, Any]
+) -> StripSource:
+    """The slide of a file once more, in another process."""
+    return open_image(kind(file), level, **options)
 
 
 def _path_of(source: RasterSource | SlideSource) -> Path | None:
@@ -258,8 +267,8 @@ def _opened_source(path: Any, level: int, bands: Bands, missing: str) -> StripSo
         if path.suffix.lower() not in VENDOR_ENDINGS:
             raise
         raise ImageError(
-            f"{one_line(error)}; or pass openslide.OpenSlide(path) or tiffslide.TiffSlide(path), "
-            "which read scanners' formats, in place of the path"
+            f"{one_line(error)}; or in Python pass openslide.OpenSlide(path) or "
+            "tiffslide.TiffSlide(path), which read scanners' formats, in place of the path"
         ) from error
 
 
@@ -488,7 +497,7 @@ def _zarr_source(path: Path, level: int, bands: Bands, missing: str) -> StripSou
             axes = [a["name"] if isinstance(a, dict) else a for a in image[0].get("axes", [])]
             letters = _axes_of(node.shape, axes, path)
             y, x = letters.index("Y"), letters.index("X")
-            if all(levels):
+            if all(one is not None for one in levels):
                 sizes = [(one.shape[y], one.shape[x]) for one in levels]
         except (LookupError, TypeError, ValueError, AttributeError) as error:
             raise ImageError(
