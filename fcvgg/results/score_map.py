@@ -234,9 +234,9 @@ class ScoreMap:
 
         The `most` frequent classes have colours of their own, the others share grey.
         """
-        from fcvgg.results.figures import label_figure
+        from fcvgg.results.figures import CellLabels, label_figure
 
-        return label_figure(self, ax, most)
+        return label_figure(CellLabels.of(self), ax, most)
 
     def save(
         self, path: str | os.PathLike[str], classes: Iterable[int | str] | None = None
