@@ -97,6 +97,12 @@ def check_slides(folder: Path, printed: str) -> None:
     assert all(len(row["classes"]) == 1 and not row["error"] for row in table)
 
 
+def check_deployment(folder: Path, printed: str) -> None:
+    """What AOTInductor compiled gives the probabilities of `score_map`."""
+    difference = float(printed.partition("compiled: differs by ")[2])
+    assert difference <= 1e-5
+
+
 def check_refusals(folder: Path, printed: str) -> None:
     assert "GroupNorm" in printed
     assert printed.count("\n") == 1
@@ -115,6 +121,7 @@ def check_training(folder: Path, printed: str) -> None:
 RESULTS: dict[str, Callable[[Path, str], None]] = {
     "CONTRIBUTING.md": check_contributing,
     "README.md": check_readme,
+    "deployment.md": check_deployment,
     "refusals.md": check_refusals,
     "slides.md": check_slides,
     "training.md": check_training,

@@ -9,6 +9,7 @@ import typer
 from rich.console import RenderableType
 from rich.table import Table
 
+from fcvgg.cli.completion import complete_model
 from fcvgg.cli.console import output, say, say_json
 from fcvgg.cli.options import MODEL_HELP, Arch, InputSize, OwnModel, load_network, size
 from fcvgg.cli.reports import by, count, facts, geometry_report, titled
@@ -25,7 +26,12 @@ _LEAST_NAME = 12
 _UNLIMITED = 10_000
 
 
-ModelName = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP, show_default=False)]
+ModelName = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL", help=MODEL_HELP, autocompletion=complete_model, show_default=False
+    ),
+]
 ImageSize = Annotated[
     Any,
     typer.Option(

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
 import typer
 
+from fcvgg.cli.completion import complete_arch, complete_model
 from fcvgg.errors import ArgumentError
 from fcvgg.support.atomic import CSV_ENDINGS, checked_file, checked_folder
 
@@ -136,7 +137,7 @@ def csv_file(path: Path | None) -> Path | None:
 
 MODEL_HELP = (
     "Network: a torchvision name, timm:NAME, a checkpoint (with --arch), an .onnx or Keras file, a "
-    "folder written by 'fcvgg convert', hf:USER/NAME, 'demo', or 'demo:imagenet' (extra [demo])."
+    "folder written by 'fcvgg convert', hf:USER/NAME, 'demo', or 'demo:imagenet' (extra 'demo')."
 )
 
 Images = Annotated[
@@ -154,7 +155,10 @@ AsJson = Annotated[
     bool,
     typer.Option("--json", help="Print one JSON object a line for each image instead of text."),
 ]
-Model = Annotated[str, typer.Option("--model", "-m", metavar="MODEL", help=MODEL_HELP)]
+Model = Annotated[
+    str,
+    typer.Option("--model", "-m", metavar="MODEL", help=MODEL_HELP, autocompletion=complete_model),
+]
 Weights = Annotated[
     str,
     typer.Option(
@@ -169,6 +173,7 @@ Arch = Annotated[
     str | None,
     typer.Option(
         metavar="NAME",
+        autocompletion=complete_arch,
         help="A checkpoint's architecture: a torchvision name, or your own class or function that "
         "makes the model, such as mymodel:MyNet for the class MyNet in mymodel.py.",
         show_default=False,

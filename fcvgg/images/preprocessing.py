@@ -291,6 +291,11 @@ class Preprocess:
         return self.normalized(pixels if pixels.dtype == np.uint8 else self.units(pixels))
 
     def _check_mode(self, image: Image.Image) -> None:
+        if not isinstance(image, Image.Image):
+            raise PreprocessError(
+                f"the image must be a PIL image, got {type(image).__name__}; net.score_map and "
+                "net.classify take files, arrays and tensors"
+            )
         if len(image.getbands()) != self.channels:
             raise PreprocessError(
                 f"the image must have the preprocessing's {self.channels} channels, got mode "

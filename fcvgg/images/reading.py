@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, Union
@@ -14,15 +15,16 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from fcvgg.errors import ArgumentError, ImageError
+from fcvgg.errors import ArgumentError, FcvggWarning, ImageError
 from fcvgg.geometry import Pair
+from fcvgg.images.files import contents, left_out
 from fcvgg.images.lazy.input import (
     check_pixels,
     check_preprocessed,
     checked_preprocess,
     whole_picture,
 )
-from fcvgg.images.lazy.opening import as_file, is_file, strip_source
+from fcvgg.images.lazy.opening import as_file, is_file, is_zarr, strip_source
 from fcvgg.images.lazy.source import StripSource, is_folder, opened, upright
 from fcvgg.images.pictures import Picture, in_mode
 from fcvgg.images.preprocessing import Preprocess, size_of_side
@@ -169,6 +171,17 @@ def read_image(image: Any) -> Image.Image:
         return upright(file, str(path))
 
 
+def _images_in(folder: Path) -> Sequence[Path]:
+    if is_zarr(folder):
+        return [folder]
+    found = contents(folder)
+    if not found.images:
+        raise ImageError(f"the folder {folder} has no images; pass one that holds image files")
+    if found.skipped:
+        warnings.warn(left_out(found.skipped, len(found.images)), FcvggWarning, stacklevel=2)
+    return found.images
+
+
 def smaller_sides(scales: Iterable[int] | int) -> tuple[int, ...]:
     """Scales, several or one, as lengths of an image's smaller side, or an error."""
     several = isinstance(scales, Iterable) and not isinstance(scales, str)
@@ -229,7 +242,15 @@ def _size(pixels: Tensor) -> Pair:
 
 
 def each_image(images: Any) -> Iterable[Any]:
-    """One image after the other from a batch, any other iterable of images, or a single image."""
+    """One image after the other from a batch, any other iterable of images, or a single image.
+
+    A folder stands for the images in it, by name; a warning counts the other files.
+
+    Raises:
+        ImageError: if a folder has no images.
+    """
+    if isinstance(images, (str, os.PathLike)) and os.path.isdir(images):
+        return _images_in(Path(images))
     if hasattr(images, "shape") and hasattr(images, "dtype"):  # an array of any library
         kind = getattr(images.dtype, "kind", None)
         return images if len(images.shape) == 4 or kind in ("O", "U") else [images]

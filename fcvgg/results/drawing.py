@@ -210,7 +210,7 @@ def colour_bar(shown: Any, axes: Any, cax: Axes | None = None) -> Colorbar:
 
 def saved_by_figure(ax: Axes) -> Axes:
     """The axes with their figure's `savefig`, so that axes and figures are written alike."""
-    ax.savefig = ax.get_figure(root=True).savefig  # type: ignore[attr-defined, union-attr]
+    ax.savefig = ax.figure.figure.savefig  # type: ignore[attr-defined]  # also in subfigures
     return ax
 
 

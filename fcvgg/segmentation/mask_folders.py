@@ -24,6 +24,7 @@ from fcvgg.errors import ArgumentError, DatasetError, ImageError, one_line
 from fcvgg.geometry import Pair
 from fcvgg.images.datasets import parts_of
 from fcvgg.images.files import Unreadable, contents, image_files, left_out
+from fcvgg.images.lazy.source import pages_warned_of_once
 from fcvgg.images.pipelines import given_preprocess
 from fcvgg.images.preprocessing import Preprocess, PreprocessLike
 from fcvgg.images.reading import check_usable, image_size, prepare, read_image
@@ -290,6 +291,7 @@ def _read(place: _Place, preprocess: Preprocess) -> tuple[MaskFolder, Counter[in
     return MaskFolder(images, masks, (), (), tuple(skipped), sizes=sizes), values
 
 
+@pages_warned_of_once()
 def _read_parts(
     places: Sequence[_Place], names: tuple[str, ...], preprocess: PreprocessLike | None
 ) -> list[MaskFolder]:

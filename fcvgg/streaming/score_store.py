@@ -1,8 +1,9 @@
-"""Score maps on disk: a zarr array that is filled row by row and can be resumed.
+"""Score maps on disk: an OME-Zarr image that is filled row by row and can be resumed.
 
-The array's attributes hold, under ``"fcvgg"``, what the map is: its geometry, class names and the
-plan by which it is computed. A small file next to the array's metadata holds which rows are
-finished. It is replaced atomically, so that a killed process loses no finished row.
+The group's attributes hold, under ``"fcvgg"``, what the map is: its geometry, class names and the
+plan by which it is computed; and under ``"ome"`` where its cells lie, for viewers. A small file
+next to the group's metadata holds which rows are finished. It is replaced atomically, so that a
+killed process loses no finished row. Older stores are an array with the first of the attributes.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from numpy.typing import NDArray
 from fcvgg.errors import FcvggError, one_line
 from fcvgg.geometry import Pair
 from fcvgg.images.lazy.georeference import FIELDS
+from fcvgg.streaming.ome_image import ome_axes, ome_image
 from fcvgg.streaming.store_description import check_held, checked_description, checked_progress
 from fcvgg.support import untrusted
 from fcvgg.support.atomic import atomic_file, atomic_folder
@@ -30,8 +32,10 @@ if TYPE_CHECKING:
 ATTRIBUTE = "fcvgg"
 _METADATA = "zarr.json"
 _PROGRESS = "fcvgg-progress.json"
-_NORMALIZER = "normalizer"
-_MAY_DIFFER = ("blocks", "strip_bytes", "source", "pixel_size", "num_classes", *FIELDS)
+_SCORES, _NORMALIZER = "0", "normalizer"
+_MAY_DIFFER = (
+    *("blocks", "strip_bytes", "source", "pixel_size", "num_classes", "full_size", *FIELDS),
+)
 """Fields that a resumed stream may change, and those that older stores lack."""
 
 _CHECKSUMS = {
@@ -56,7 +60,7 @@ class ScoreStore:
         array: the zarr array: scores, or what ``classes=`` keeps of them.
         normalizer: for logits of some classes, the log-sum-exp ``(h, w)`` over all classes, in the
             folder of the first array; None for other maps, and those of older versions.
-        description: what the map is, from the array's attributes.
+        description: what the map is, from the attributes.
         finished: for every block of columns, how many of its rows are finished.
     """
 
@@ -216,37 +220,41 @@ def create_store(
         FcvggError: if it cannot be written.
     """
     zarr = imported("zarr", "stream")
-    # blocks of columns are written one after the other: a chunk that two of them shared would be
+    if normalized:
+        shape = (shape[0] - 1, *shape[1:])
+    # blocks of columns are written one after the other: a shard that two of them shared would be
     # read, changed and written again
     block = max(b - a for a, b in description["blocks"])
+    several = len(description["blocks"]) > 1
     chunks = (
         *(min(n, _CHUNK_CHANNELS) for n in shape[:-2]),
         min(chunk_rows, shape[-2]),
-        _aligned(block) if len(description["blocks"]) > 1 else min(shape[-1], _CHUNK_COLS),
+        _aligned(block) if several else min(shape[-1], _CHUNK_COLS),
     )
-    names = (*("output", "channel")[2 - len(shape[:-2]) :], "y", "x")
-    if normalized:
-        shape = (shape[0] - 1, *shape[1:])
-        chunks = (min(shape[0], _CHUNK_CHANNELS), *chunks[1:])
+    # one file for all that is written at a time, so that a thousand classes are no more files
+    written = (*shape[:-2], chunks[-2], block if several else shape[-1])
+    shards = tuple(-(-n // chunk) * chunk for n, chunk in zip(written, chunks))
+    axes = ome_axes(len(shape), description)
+    options: dict[str, Any] = {"dtype": dtype, "dimension_names": [axis["name"] for axis in axes]}
     with atomic_folder(path) as folder:
-        zarr.create_array(
-            store=str(folder),
+        attributes = {ATTRIBUTE: dict(description), "ome": ome_image(axes, _SCORES, description)}
+        group = zarr.create_group(store=str(folder), attributes=attributes, overwrite=True)
+        group.create_array(
+            _SCORES,
             shape=shape,
-            dtype=dtype,
             chunks=chunks,
-            dimension_names=names,
+            shards=shards,
             fill_value=-1 if description["kind"] == "argmax" else np.nan,  # no data yet
-            attributes={ATTRIBUTE: dict(description)},
-            overwrite=True,
+            **options,
         )
         if normalized:
-            zarr.create_array(
-                store=str(folder / _NORMALIZER),
+            group.create_array(
+                _NORMALIZER,
                 shape=shape[-2:],
-                dtype=dtype,
                 chunks=chunks[-2:],
-                dimension_names=("y", "x"),
+                shards=shards[-2:],
                 fill_value=np.nan,
+                **{**options, "dimension_names": options["dimension_names"][-2:]},
             )
     return open_store(path, writable=True)
 
@@ -268,10 +276,12 @@ def open_store(path: str | Path, writable: bool = False) -> ScoreStore:
     normalizer = None
     try:
         # zarr would read metadata of any size, and follow links out of the folder
-        untrusted.read_bytes(path / _METADATA, untrusted.CONFIG_BYTES, within=path)
-        array = zarr.open_array(str(path), mode=mode)
-        data = dict(array.attrs)[ATTRIBUTE]
-        if (path / _NORMALIZER).exists():
+        names = [name for name in ("", _SCORES, _NORMALIZER) if (path / name / _METADATA).exists()]
+        for name in names:
+            untrusted.read_bytes(path / name / _METADATA, untrusted.CONFIG_BYTES, within=path)
+        data = dict(zarr.open(str(path), mode=mode).attrs)[ATTRIBUTE]
+        array = zarr.open_array(str(path / _SCORES if _SCORES in names else path), mode=mode)
+        if _NORMALIZER in names:
             normalizer = zarr.open_array(str(path / _NORMALIZER), mode=mode)
     except Exception as error:
         raise FcvggError(f"{path} must be a score map that fcvgg.stream wrote") from error

@@ -373,7 +373,7 @@ def test_a_folder_without_images_is_refused(slide):
 def test_a_broken_nodata_of_a_store_is_refused(slide):
     fcvgg_command("stream", slide, "-o", "scores.zarr", "--model", "demo")
     for nodata in ("everything", ["mask"], 5):
-        array = zarr.open_array("scores.zarr", mode="r+")
-        array.attrs["fcvgg"] = {**array.attrs["fcvgg"], "nodata": nodata}
+        group = zarr.open_group("scores.zarr", mode="r+")
+        group.attrs["fcvgg"] = {**group.attrs["fcvgg"], "nodata": nodata}
         with pytest.raises(fcvgg.FcvggError, match="nodata must be null, 'mask' or a number"):
             open_store("scores.zarr")

@@ -136,8 +136,7 @@ class Georeference:
 
     def scaled(self, size: tuple[int, int], reduced: tuple[int, int]) -> Georeference:
         """For an image of another size ``(H, W)`` of the same extent."""
-        down, across = (n / m for n, m in zip(size, reduced))
-        return self.through((across, 0, 0, 0, down, 0))
+        return self.through(scaling(reduced, size))
 
     @property
     def tags(self) -> list[tuple[int, int, int, Any, bool]]:
@@ -158,6 +157,12 @@ class Georeference:
         return [(code, kind, len(value), value, True) for code, kind, value in found if value]
 
 
+def transform_of_cells(geometry: Geometry) -> Transform:
+    """From a map's cells to pixels: a cell is a box of the stride around its centre."""
+    (y, x), (down, across) = geometry.centre_of(0, 0), geometry.stride
+    return across, 0, x + 0.5 - across / 2, 0, down, y + 0.5 - down / 2
+
+
 def described(place: Georeference | None, geometry: Geometry) -> dict[str, Any]:
     """The fields of a store's description: the image's place, and that of the cells as pixels.
 
@@ -166,8 +171,7 @@ def described(place: Georeference | None, geometry: Geometry) -> dict[str, Any]:
     """
     place = place or Georeference(None, None, None)
     transform, keys = place.transform, place.keys
-    (y, x), (down, across) = geometry.centre_of(0, 0), geometry.stride
-    cells: Transform = (across, 0, x + 0.5 - across / 2, 0, down, y + 0.5 - down / 2)
+    cells = transform_of_cells(geometry)
     listed = keys and {**asdict(keys), "directory": [*keys.directory], "doubles": [*keys.doubles]}
     return {
         "crs": place.crs,
@@ -191,6 +195,12 @@ def are_keys(value: Any) -> bool:
         and isinstance(value["doubles"], list)
         and _checked_keys(value["directory"], value["doubles"], value["text"]) is not None
     )
+
+
+def scaling(size: tuple[int, int], other: tuple[int, int]) -> Transform:
+    """From pixels of an image of a size ``(H, W)`` to those of another size and the same extent."""
+    down, across = (m / n for n, m in zip(size, other))
+    return across, 0, 0, 0, down, 0
 
 
 def composed(outer: Transform, inner: Transform) -> Transform:

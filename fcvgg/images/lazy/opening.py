@@ -42,12 +42,13 @@ from fcvgg.images.lazy.source import (
     usable_pixel_size,
 )
 from fcvgg.images.lazy.tiff import TiffSource
+from fcvgg.images.pictures import in_bytes
 from fcvgg.support.extras import imported
 
 _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 """How TIFFs and BigTIFFs of both byte orders begin."""
 
-_ZARR = ("zarr.json", ".zarray", ".zgroup", ".zmetadata")
+_ZARR = ("zarr.json", ".zarray", ".zgroup", ".zmetadata", ".zattrs")
 """Files of which a folder of zarr has one, by version 3 or 2."""
 
 _PLAIN_TAGS = (258, 262, 277, 284)
@@ -66,6 +67,7 @@ class RasterSource(StripSource):
     def __init__(self, dataset: Any, level: int = 0, bands: Bands = None):
         super().__init__(bands)
         self.name = str(getattr(dataset, "name", "the dataset"))
+        self._full_size = (dataset.height, dataset.width)
         dataset = _overview(dataset, level, self.name)
         self._dataset = dataset
         self.level = level
@@ -80,9 +82,11 @@ class RasterSource(StripSource):
         self.nodata = getattr(dataset, "nodata", None)
         tags: Callable[..., Any] = getattr(dataset, "tags", lambda *_, **__: {})
         self._white_is_zero = tags(ns="IMAGE_STRUCTURE").get("MINISWHITE") == "YES"
-        bits = tags(1, ns="IMAGE_STRUCTURE").get("NBITS")
-        self._step = {"1": 255, "2": 85, "4": 17}.get(str(bits), 1)  # from a grey to the next
         self.dtype = np.dtype(np.result_type(*dataset.dtypes))
+        bits = str(tags(1, ns="IMAGE_STRUCTURE").get("NBITS"))
+        self._bits = int(bits) if bits.isdigit() and 0 < int(bits) < 8 else None
+        if self.dtype == np.uint16 and bits.isdigit() and 8 < int(bits) < 16:
+            self.white = float((1 << int(bits)) - 1)
         self._colours: NDArray[np.uint8] | None = None
         if meanings[:1] == ["palette"] and not self._white_is_zero:
             colours = dataset.colormap(1)
@@ -108,8 +112,10 @@ class RasterSource(StripSource):
     def _coloured(self, stored: NDArray[Any]) -> NDArray[Any]:
         if self._colours is not None:
             return self._colours[stored[..., 0]]
-        grey = stored * stored.dtype.type(self._step) if self._step > 1 else stored
-        return np.iinfo(grey.dtype).max - grey if self._white_is_zero else grey
+        grey = stored if self._bits is None else in_bytes(stored, self._bits)
+        if not self._white_is_zero:
+            return grey
+        return grey.dtype.type(self.white or np.iinfo(grey.dtype).max) - grey
 
 
 def _overview(dataset: Any, level: int, name: str) -> Any:
@@ -306,6 +312,7 @@ def _overview_file(file: Path, level: int, bands: Bands, missing: str) -> StripS
     source, whole = TiffSource(Path(f"{file}.ovr"), level, bands, missing), TiffSource(file)
     source.path = file
     source.nodata, source.georeferenced = whole.nodata, whole.georeferenced
+    source._full_size = whole.size
     if whole.georeference is not None:
         source.georeference = whole.georeference.scaled(whole.size, source.size)
     if whole.pixel_size is not None:
@@ -403,8 +410,13 @@ def _channels_first(shape: Sequence[int], channels: int | None, tensor: bool) ->
     return shape[0] in counts and (tensor or shape[2] not in (*counts, 2))
 
 
+def is_zarr(folder: Path) -> bool:
+    """Whether a folder is a zarr array or group rather than a folder of files."""
+    return any((folder / name).is_file() for name in _ZARR)
+
+
 def _zarr_source(path: Path, level: int, bands: Bands, missing: str) -> StripSource:
-    if not any((path / name).exists() for name in _ZARR):
+    if not is_zarr(path):
         raise ImageError(
             f"{path} must be an image file or a zarr image, got a folder; pass one of {path}/*"
         )
@@ -414,16 +426,20 @@ def _zarr_source(path: Path, level: int, bands: Bands, missing: str) -> StripSou
     except Exception as error:
         raise ImageError(f"{path} cannot be read as a zarr image: {one_line(error)}") from error
     axes: Sequence[str] | None = None
-    pixel_size = None
+    pixel_size = full_size = None
+    if "fcvgg" in node.attrs:
+        raise ImageError(f"{path} must be an image, got a score map that fcvgg.stream wrote")
     if isinstance(node, zarr.Group):
         node = _ome_image(node, path)
         image = _ome_attributes(node)["multiscales"]
         try:
             dataset = level_of(image[0]["datasets"], level, str(path))
-            node = node[dataset["path"]]
+            node, full = (node[one["path"]] for one in (dataset, image[0]["datasets"][0]))
             pixel_size = _pixel_size(dataset, image[0].get("axes", []))
             axes = [a["name"] if isinstance(a, dict) else a for a in image[0].get("axes", [])]
             letters = _axes_of(node.shape, axes, path)
+            sizes = dict(zip(letters, full.shape))
+            full_size = (sizes["Y"], sizes["X"])
         except (LookupError, TypeError, ValueError, AttributeError) as error:
             raise ImageError(
                 f"{path} must hold the OME-Zarr image that it describes, got another content "
@@ -433,8 +449,6 @@ def _zarr_source(path: Path, level: int, bands: Bands, missing: str) -> StripSou
         raise ImageError(f"level must be 0 for {path}, which is one zarr array, got {level}")
     else:
         letters = _axes_of(node.shape, None, path)
-    if "fcvgg" in node.attrs:
-        raise ImageError(f"{path} must be an image, got a score map that fcvgg.stream wrote")
     if missing == "error" and node.nchunks_initialized < node.nchunks:
         raise ImageError(
             f"{path} must store all of its {node.nchunks} chunks, got {node.nchunks_initialized}; "
@@ -442,7 +456,7 @@ def _zarr_source(path: Path, level: int, bands: Bands, missing: str) -> StripSou
         )
     source = ArraySource(node, letters, str(path), bands=bands)
     source.alpha = source.alpha and axes is None  # OME's channels are not colours
-    source.pixel_size = pixel_size
+    source.pixel_size, source._full_size = pixel_size, full_size
     return source
 
 
