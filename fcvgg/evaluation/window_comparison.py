@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fcvgg.categories import class_index, class_name
-from fcvgg.errors import ArgumentError, ImageError
+from fcvgg.conversion import convert
+from fcvgg.errors import ImageError
 from fcvgg.geometry import Pair
 from fcvgg.images.reading import ImageLike
 from fcvgg.network import FullyConvolutional
@@ -206,20 +207,17 @@ def compare_windows(
 
     Args:
         model: the source model.
-        net: what `fcvgg.convert` made of it.
+        net: what `fcvgg.convert` made of it. Where its cells are positions, the means over windows
+            are compared: the cells of ``head="window"``.
         image: as for ``net.score_map``.
         output: which output, by number or name, for a model with several.
         progress: show a progress bar on stderr.
 
     Raises:
-        ArgumentError: if the network's cells are positions, which stand for no window.
         ImageError: if the image has pixels that are not finite, with which nothing can be compared.
     """
     if net.head != "window":
-        raise ArgumentError(
-            f"net must have cells that are windows, got head={net.head!r}; convert the model with "
-            "head='window'"
-        )
+        net = _of_windows(model, net)
     dense, index = net.score_map(image, output=output), net.output_index(output)
     unknown = int((~dense.has_data).sum())
     if unknown:
@@ -252,6 +250,21 @@ def compare_windows(
         crops,
         sides=(first > 0).sum(2) + (last < size).sum(2),
         outside=np.asarray(((first < 0) | (last > size)).any(2)),
+    )
+
+
+def _of_windows(model: nn.Module, net: FullyConvolutional) -> FullyConvolutional:
+    """The network whose cells are the means over windows of one of positions."""
+    stride = net.geometry.stride
+    return convert(
+        model,
+        input_size=net.input_size,
+        output_stride=stride[0] if stride[0] == stride[1] else None,
+        preprocess=net.preprocess,
+        categories=net.categories,
+        # what a position's scores are says nothing of those after a softmax of their means
+        activation=None if any(net.program.finals) else net.activation,
+        verify=False,
     )
 
 

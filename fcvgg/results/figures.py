@@ -14,7 +14,7 @@ from PIL import Image
 
 from fcvgg.categories import class_name
 from fcvgg.errors import ArgumentError, ImageError
-from fcvgg.geometry import Pair
+from fcvgg.geometry import Geometry, Pair
 from fcvgg.results.colours import class_colours
 from fcvgg.results.drawing import (
     BAR,
@@ -41,6 +41,8 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from fcvgg.results.score_map import ScoreMap
+
+Extent = tuple[float, float, float, float]
 
 CELL_COLOUR_MAP = "viridis"
 """Not the heatmap's, since scores and probabilities are different quantities."""
@@ -181,18 +183,21 @@ def draw_cells(ax: Axes, score_map: ScoreMap, values: NDArray[Any], **options: A
     return shown
 
 
-def extent_of_cells(score_map: ScoreMap) -> tuple[float, float, float, float]:
+def extent_of_cells(score_map: ScoreMap) -> Extent:
     """Left, right, bottom and top edge of all cells, in pixels of the image."""
+    size, cells = score_map.image_size, score_map.scores.shape[1:]
+    return edges_of_cells(score_map.geometry, cells, score_map.input_size, size)
+
+
+def edges_of_cells(
+    geometry: Geometry, cells: Sequence[int], input_size: Pair, image_size: Pair
+) -> Extent:
+    """Left, right, bottom and top edge of cells ``(h, w)``, in pixels of the image."""
     edges = []
-    for axis, cells, pixels, size in zip(
-        score_map.geometry.axes,
-        score_map.scores.shape[1:],
-        score_map.input_size,
-        score_map.image_size,
-    ):
+    for axis, count, pixels, size in zip(geometry.axes, cells, input_size, image_size):
         scale = size / pixels
         first = axis.centre_of(0) - axis.stride / 2 + 0.5
-        edges.append((first * scale - 0.5, (first + cells * axis.stride) * scale - 0.5))
+        edges.append((first * scale - 0.5, (first + count * axis.stride) * scale - 0.5))
     (top, bottom), (left, right) = edges  # of pixels, not of their middles
     return left, right, bottom, top
 
@@ -300,7 +305,7 @@ class CellLabels:
     """
 
     labels: NDArray[Any]
-    extent: tuple[float, float, float, float]
+    extent: Extent
     image_size: Pair
     classes: int
     known: int
@@ -386,9 +391,7 @@ def label_figure(
     return saved_by_figure(ax)
 
 
-def _draw_borders(
-    ax: Axes, labels: NDArray[Any], extent: tuple[float, float, float, float]
-) -> None:
+def _draw_borders(ax: Axes, labels: NDArray[Any], extent: Extent) -> None:
     """Draw lines between cells of different classes, on axes that show them at `extent`."""
     from matplotlib.collections import LineCollection
 
