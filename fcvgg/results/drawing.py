@@ -65,15 +65,15 @@ class Panels:
     axes: NDArray[Any]
     ends: tuple[float, ...]
 
-    def bar(self, column: int = -1, row: int = 0) -> Axes:
-        """Axes for a colour bar to the right of a column, from the top of a row to the bottom."""
+    def bar(self, column: int = -1, row: int = 0, last: int = -1) -> Axes:
+        """Axes for a colour bar to the right of a column, from the top of a row down to another."""
         width, height = self.figure.get_size_inches()
         top = self.axes[row, column].get_position().y1 * height
-        bottom = self.axes[-1, column].get_position().y0 * height
+        bottom = self.axes[last, column].get_position().y0 * height
         bottom = min(bottom, top - _SHORTEST_BAR)
         # a title that is wider than its panel stands between the parts of a longer bar
-        last = self.axes[row:].shape[0] == 1
-        end = self.axes[row, column].get_position().x1 * width if last else self.ends[column]
+        one = row == last % len(self.axes)
+        end = self.axes[row, column].get_position().x1 * width if one else self.ends[column]
         place = (end + _GAP, bottom, _BAR_WIDTH, top - bottom)
         return self.figure.add_axes(tuple(np.divide(place, (width, height) * 2)))
 

@@ -89,8 +89,7 @@ def side_by_side(score_map: ScoreMap, target: int | str | None = None) -> Figure
     made = panels([width] * 3, [height], titles=titles, points=_SMALL, right=(BAR, BAR))
     photograph, cells, heatmap = made.axes[0]
     show_image(photograph, score_map, "RGB")
-    shown = draw_cells(cells, score_map, score_map.scores[index].float().cpu().numpy())
-    colour_bar(shown, cells, made.bar(1)).set_label(f"score of {name!r}")
+    _draw_scores(cells, score_map, index, made.bar(1))
     draw_heatmap(heatmap, score_map, index, contours=()).draw_bar(heatmap, (), cax=made.bar())
     for ax, title in zip(made.axes[0], titles):
         ax.set_title(title, fontsize=_SMALL, parse_math=False)
@@ -181,6 +180,13 @@ def draw_cells(ax: Axes, score_map: ScoreMap, values: NDArray[Any], **options: A
     shown = ax.imshow(values, extent=extent, **options)
     frame(ax, score_map.image_size)
     return shown
+
+
+def _draw_scores(ax: Axes, score_map: ScoreMap, index: int, cax: Axes) -> None:
+    """Draw the scores of a class, or the values of a regression's output, with a colour bar."""
+    shown = draw_cells(ax, score_map, score_map.scores[index].float().cpu().numpy())
+    kind = "value" if score_map.activation == "values" else "score"
+    colour_bar(shown, ax, cax).set_label(f"{kind} of {output_name(score_map, index)!r}")
 
 
 def extent_of_cells(score_map: ScoreMap) -> Extent:
@@ -280,6 +286,46 @@ def class_grid(
         draw_on(ax, heatmap, score_map.image_size, contours=contours, **options)
     heatmap.draw_bar(made.axes, contours, cax=made.bar(), **options)
     return made.figure
+
+
+def value_grid(score_map: ScoreMap, outputs: Sequence[int]) -> Figure:
+    """A regression's values, cell by cell, each output with a colour scale of its own.
+
+    The first panel shows the photograph, where it is known.
+
+    Args:
+        score_map: of one image.
+        outputs: their indices.
+
+    Raises:
+        ImageError: if no cell has data.
+    """
+    score_map.require_data()
+    image = score_map.image
+    titles = [] if image is None else [f"{image.height} x {image.width} pixels"]
+    means = score_map.average().tolist()
+    titles += [f"{output_name(score_map, i)}: {means[i]:.4g} on average" for i in outputs]
+    columns = min(len(titles), 3)
+    rows = ceil(len(titles) / columns)
+    width, height = panel_size(score_map.image_size, _CLASS_PANEL)
+    room = [BAR] * columns
+    made = panels([width] * columns, [height] * rows, titles=titles, points=_SMALL, right=room)
+    places = list(np.ndindex(rows, columns))
+    for place, title in zip(places, titles):
+        made.axes[place].set_title(title, fontsize=_SMALL, parse_math=False)
+    if image is not None:
+        show_image(made.axes[places.pop(0)], score_map, "RGB", _PANEL_PIXELS)
+    for (row, column), index in zip(places, outputs):
+        ax = made.axes[row, column]
+        _draw_scores(ax, score_map, index, made.bar(column, row, row))
+    return made.figure
+
+
+def output_name(score_map: ScoreMap, index: int) -> str:
+    """The name of a class, or of a regression's output, which is no class."""
+    if score_map.activation == "values" and score_map.categories is None:
+        return f"output {index}"
+    return class_name(index, score_map.categories)
 
 
 def _percent(probability: Any) -> str:

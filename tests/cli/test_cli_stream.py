@@ -52,6 +52,22 @@ def test_stream_writes_the_map_and_heatmap_shows_it(slide):
     np.testing.assert_allclose(values / max(values.max(), 1) * expected.max(), expected, atol=0.02)
 
 
+def test_only_a_region_is_streamed(slide):
+    mask = np.zeros((6, 7), np.uint8)
+    mask[2:4, 2:4] = 255
+    Image.fromarray(mask).save("mask.png")
+    command = ("stream", slide, "-o", "scores.zarr", "--model", "demo")
+    ran = fcvgg_command(*command, "--where", "mask.png")
+    assert ran.exit_code == 0, ran.output
+    cells = open_store(slide.parent / "scores.zarr").array[0]
+    share = np.isfinite(cells).mean()
+    assert 0 < share < 0.5
+    assert f", {share:.1%} of the cells computed" in " ".join(ran.output.split())
+    ran = fcvgg_command(*command, "--where", "missing.geojson")
+    assert ran.exit_code == 2
+    assert "'missing.geojson', which is no file" in " ".join(ran.output.split())
+
+
 def pyramid_of(slide, **options):
     """The pyramid that `fcvgg heatmap` writes for a TIFF of the packaged photograph."""
     pixels = np.tile(np.asarray(demo_photograph()), (1, 3, 1))[:500, :1030]

@@ -469,8 +469,8 @@ def test_what_a_file_does_not_store(net: Any, tmp_path: Path) -> None:
 
 def test_colours_that_are_not_rgb(net: Any, tmp_path: Path) -> None:
     path = tmp_path / "a.tif"
-    tifffile.imwrite(path, photograph(40, 40, 3), photometric="cielab")
-    with pytest.raises(FcvggError, match=r"must store RGB, grey, .*, got CIELAB; save it"):
+    tifffile.imwrite(path, photograph(40, 40, 3), photometric="icclab")
+    with pytest.raises(FcvggError, match=r"must store RGB, grey, .*, got ICCLAB of 8 bits"):
         fcvgg.stream(net, path)
 
 
