@@ -546,7 +546,7 @@ def test_a_label_map_is_drawn_and_saved(tmp_path: Path) -> None:
     assert np.array_equal(read_mask(label_map.save(tmp_path / "labels.png")), labels)
     assert label_map._repr_png_().startswith(b"\x89PNG")
     ax = label_map.plot()
-    texts = [t.get_text() for t in ax.figure.legends[0].get_texts()]
+    texts = [t.get_text() for t in ax.get_legend().get_texts()]
     assert texts == ["dark (40%)", "light (60%)"]
     with pytest.raises(fcvgg.ArgumentError, match=r"^alpha must be in \[0, 1\], got 2$"):
         label_map.overlay(2)
