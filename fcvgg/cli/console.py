@@ -8,6 +8,7 @@ import inspect
 import json
 import os
 import re
+import shutil
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -20,6 +21,7 @@ from rich.cells import cell_len
 from rich.console import Console, RenderableType
 from rich.markup import escape
 from rich.text import Text
+from typer.core import TyperCommand, TyperGroup
 
 from fcvgg.errors import DatasetError, FcvggError, FcvggWarning, ImageError
 from fcvgg.names import readable
@@ -41,6 +43,9 @@ _LISTED = 20
 
 _PIPED_WIDTH = 200
 """Columns of a table that no terminal limits."""
+
+_PANELS_WIDTH = 80
+"""Columns that the panels of a help take."""
 
 STDIN = Path("-")
 """The image that is read from standard input."""
@@ -127,6 +132,29 @@ def paragraphs(documentation: str | None) -> str:
     """A docstring for Typer, which would keep the line breaks within paragraphs."""
     parts = inspect.cleandoc(documentation or "").split("\n\n")
     return "\n\n".join(" ".join(part.split()) for part in parts)
+
+
+class _PlainWhereNarrow:
+    """A help without panels on a narrow terminal, where they would cut options off."""
+
+    def get_help(self, ctx: Any) -> str:
+        columns = shutil.get_terminal_size().columns
+        if columns >= _PANELS_WIDTH:
+            return super().get_help(ctx)  # type: ignore[misc, no-any-return]
+        self.rich_markup_mode = None
+        self.epilog = Text.from_markup(self.epilog).plain  # type: ignore[has-type]
+        formatter = ctx.make_formatter()
+        formatter.width = max(columns - 2, 50)
+        self.format_help(ctx, formatter)  # type: ignore[attr-defined]
+        return formatter.getvalue().rstrip()
+
+
+class Command(_PlainWhereNarrow, TyperCommand):
+    """A command whose help suits the terminal."""
+
+
+class Commands(_PlainWhereNarrow, TyperGroup):
+    """The commands, of which the same holds."""
 
 
 def reporting_errors(command: Callable[..., None]) -> Callable[..., None]:
