@@ -69,9 +69,8 @@ def stream(
         out: a folder for the map as an OME-Zarr 0.5 image, with class names and geometry in its
             attributes, and of a georeferenced image its coordinate reference system and transform
             (``crs``, ``transform``, and ``cell_transform`` of the map's cells). Rows are written
-            as they are finished; after an interruption the same call resumes. A map of another
-            network or image is refused; an image is known by its size and three of its rows. None
-            keeps the map in memory.
+            as they are finished; after an interruption the same call resumes. The map of another
+            network or image (by its size and three rows) is refused. None keeps it in memory.
         classes: class indices or names to keep, ``"argmax"`` for the best class of every cell, or
             ``"top5"``; None keeps all.
         rows: half-open range of the map's rows; only the image's rows that they need are read.
@@ -89,9 +88,8 @@ def stream(
             The cells have the bits of a call without `where`.
         fill: what the other cells hold, as scores or as the label of ``"argmax"``; None for NaN,
             or -1 for a class.
-        mpp: micrometres of a pixel, by which the level of a pyramid is chosen, as for
-            `fcvgg.open_image`. Without it a network that knows the pixel size it was trained at
-            (`fcvgg.Preprocess.mpp`) chooses, and a warning says so.
+        mpp: micrometres per pixel that choose a pyramid's level, as for `fcvgg.open_image`; without
+            it those of `fcvgg.Preprocess.mpp` do, and a warning says so.
 
     Returns:
         a `ScoreMap` with the scores ``(K, h, w)``, or ``(len(classes), h, w)``, whose probabilities
