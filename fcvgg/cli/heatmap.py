@@ -48,6 +48,9 @@ if TYPE_CHECKING:
     from fcvgg.results.heatmap import Heatmap
     from fcvgg.results.score_map import ScoreMap
 
+_LISTED = 5
+"""Classes of a map of labels that are named, the most frequent ones."""
+
 MANY_WINDOWS = 2.5
 """Windows along the smaller side above which the network sees an image in parts, not whole."""
 
@@ -235,14 +238,15 @@ def run(
     """Overlay one class's heatmap on every image.
 
     The heatmap shows where the network sees the class. For a score map that 'fcvgg stream' wrote,
-    the result is a thumbnail and a pyramidal OME-TIFF of the slide's size.
+    the result is a thumbnail and a pyramidal OME-TIFF of the slide's size; of the class of every
+    cell where the map holds those, or with --figure labels.
     """
     slides, others = split(images)
     found = images_in(others, recursive, own=ENDINGS)
     images = list(found)
     roots = {**{slide: slide.parent for slide in slides}, **found}
     overlays = OutputFiles(roots, output, "-heatmap.png")
-    shown = show_slides(slides, target, overlays, geojson)
+    shown = show_slides(slides, target, overlays, geojson, labels=figure == "labels")
     if not images:
         _note_unused(context)
         exit_if_any_failed(slides, shown)
@@ -535,7 +539,7 @@ def _note_unused(context: typer.Context) -> None:
     given = [
         parameter.opts[0]
         for parameter in context.command.params
-        if parameter.name not in ("images", "target", "output", "geojson")
+        if parameter.name not in ("images", "target", "output", "figure", "geojson")
         and getattr(context.get_parameter_source(str(parameter.name)), "name", "") == "COMMANDLINE"
     ]
     if given:
@@ -566,20 +570,26 @@ def show_slides(
     target: str | None,
     overlays: OutputFiles,
     geojson: dict[str, Any] | None = None,
+    labels: bool = False,
 ) -> list[Path]:
     """Write the pictures of streamed score maps; those that cannot be used are reported.
+
+    Args:
+        slides: the maps.
+        target: a class; None for the most probable one, or for all where the map holds labels.
+        overlays: the pictures' names.
+        labels: show the class of every cell.
 
     Returns:
         the maps that were shown.
     """
     from fcvgg.errors import FcvggError
 
-    pyramids = OutputFiles(slides, overlays.folder, "-heatmap.ome.tif")
     polygons = OutputFiles(slides, overlays.folder, "-heatmap.geojson")
     shown = []
     for path in slides:
         try:
-            _show_slide(path, target, overlays.path_for(path), pyramids.path_for(path))
+            _show_slide(path, target, overlays, labels)
             if geojson is not None:
                 _save_polygons(path, target, polygons.path_for(path), geojson)
             shown.append(path)
@@ -598,28 +608,43 @@ def _save_polygons(path: Path, target: str | None, file: Path, options: dict[str
     say_wrote(file)
 
 
-def _show_slide(path: Path, target: str | None, overlay: Path, pyramid: Path) -> None:
+def _show_slide(path: Path, target: str | None, overlays: OutputFiles, labels: bool) -> None:
     import numpy as np
+    from matplotlib.figure import Figure
 
     from fcvgg.categories import class_given
     from fcvgg.errors import ImageError
+    from fcvgg.results.drawing import share_text
+    from fcvgg.results.figures import save_figure
     from fcvgg.streaming.score_store import open_store
-    from fcvgg.streaming.slide_maps import SlideMap
+    from fcvgg.streaming.slide_maps import SlideLabels, SlideMap
 
     store = open_store(path)
-    given = None if target is None else class_given(target, store.description["categories"])
-    slide = SlideMap(store, given)
+    kind, names = store.description["kind"], store.description["categories"]
+    slide: SlideLabels | SlideMap
+    if labels or (target is None and kind != "scores"):
+        slide = SlideLabels(store)
+        best = [f"{name} {share_text(share)}" for name, share in slide.shares()]
+        found = ", ".join(best[:_LISTED]) + (", ..." if len(best) > _LISTED else "")
+    else:
+        slide = SlideMap(store, None if target is None else class_given(target, names))
+        found = f"highest probability {float(np.nanmax(slide.cells)):.3f}"
+        if kind == "argmax":
+            found = f"the best class of {float(np.nanmean(slide.cells)):.1%} of the cells"
+        found = f"{slide.label} ({slide.index}), {found}"
     try:
         source = slide.source()
     except ImageError as error:
         complain(f"{error}; the overlay is drawn without the image")
         source = None
-    heatmap = slide.heatmap(source)
     height, width = slide.image_size
-    found = f"highest probability {float(np.nanmax(slide.cells)):.3f}"
-    if store.description["kind"] == "argmax":
-        found = f"the best class of {float(np.nanmean(slide.cells)):.1%} of the cells"
-    say(f"{path}: {heatmap.label} ({slide.index}), {height}x{width} pixels, {found}")
+    say(f"{path}: {height}x{width} pixels, {found}")
+    overlay = overlays.path_for(path)
     folder(overlay.parent)
-    say_wrote(heatmap.save(overlay))
-    say_wrote(slide.save_pyramid(pyramid))
+    if isinstance(slide, SlideLabels):
+        overlay = overlay.with_name(overlay.name.replace("-heatmap.", "-labels."))
+        drawn: Any = slide.plot(source, make=Figure).figure
+        say_wrote(save_figure(drawn, overlay))
+    else:
+        say_wrote(slide.heatmap(source).save(overlay))
+    say_wrote(slide.save_pyramid(overlay.with_name(f"{overlay.stem}.ome.tif")))

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from fcvgg.categories import class_given
-from fcvgg.cli.console import INTERRUPTED, complain, note, say, say_wrote
+from fcvgg.cli.console import INTERRUPTED, complain, say, say_wrote
 from fcvgg.cli.options import (
     Bands,
     ImageOpener,
@@ -116,8 +116,6 @@ def run(
     if level is None and mpp is None and training_level(source, trained) is not None:
         source = at_training_scale(source, trained)
     kept = _classes(classes, net.categories)
-    if kept == "top5":
-        note("--classes top5 keeps no class's map: 'fcvgg heatmap' cannot show it")
     before = open_store(output).share if is_store(output) else 0.0
     with resumed_by_the_same_call(output):
         store = stream(

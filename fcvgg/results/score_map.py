@@ -139,10 +139,7 @@ class ScoreMap:
 
         For a network of one class: 0 where its probability is above one half, else -1.
         """
-        if len(self.scores) == 1:
-            return (self.probabilities()[0] > 0.5).long() - 1
-        require_classes(self.activation)
-        return best_classes(self.scores)
+        return labels_of(self.scores, self.activation)
 
     def resample(self, size: Iterable[int] | int | None = None) -> Tensor:
         """The scores at every pixel, ``(K, H, W)``, interpolated between the cells' centres.
@@ -252,9 +249,9 @@ class ScoreMap:
 
         The `most` frequent classes have colours of their own, the others share grey.
         """
-        from fcvgg.results.figures import label_figure
+        from fcvgg.results.figures import CellLabels, label_figure
 
-        return label_figure(self, ax, most)
+        return label_figure(CellLabels.of(self), ax, most)
 
     def save(
         self, path: str | os.PathLike[str], classes: Iterable[int | str] | None = None
@@ -379,6 +376,14 @@ ONE_CELL = (
 def warn_of_one_cell() -> None:
     """Warn once in a process: what holds for one image holds for all of its size."""
     warnings.warn(ONE_CELL, FcvggWarning, stacklevel=3)
+
+
+def labels_of(scores: Tensor, activation: str) -> Tensor:
+    """The most probable class of every cell of ``(K, h, w)``, as `ScoreMap.label_map`."""
+    if len(scores) > 1:
+        require_classes(activation)
+        return best_classes(scores)
+    return (to_probabilities(scores, activation)[0] > 0.5).long() - 1
 
 
 def best_classes(scores: Tensor) -> Tensor:

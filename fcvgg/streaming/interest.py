@@ -30,8 +30,7 @@ from fcvgg.images.lazy.source import StripSource
 from fcvgg.images.pictures import in_mode
 from fcvgg.images.regions import Polygon, Regions, read_regions, same_system, squares_touched
 from fcvgg.inference.schedule import Schedule
-from fcvgg.results.interpolation import pixel_points
-from fcvgg.streaming.slide_maps import _thumbnail
+from fcvgg.streaming.slide_maps import thumbnail
 
 TISSUE = "tissue"
 
@@ -297,8 +296,8 @@ def tissue(source: StripSource) -> NDArray[np.bool_]:
         ArgumentError: if its channels are not colours.
     """
     factor = max(max(source.size) / _THUMBNAIL, 1)
-    points = [pixel_points(max(round(n / factor), 1), n).numpy() for n in source.size]
-    picture = _thumbnail(source, *points)
+    height, width = (max(round(n / factor), 1) for n in source.size)
+    picture = thumbnail(source, (height, width))
     if picture is None:
         raise ArgumentError(
             f"where must be a mask or polygons for {source.name} of {source.channels} channels, "

@@ -33,6 +33,8 @@ from fcvgg.support.atomic import atomic_file, atomic_folder
 from fcvgg.support.extras import imported
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
     from fcvgg.results.heatmap import Heatmap
 
 ATTRIBUTE = "fcvgg"
@@ -106,6 +108,20 @@ class ScoreStore:
 
         shown = SlideMap(self, target)
         return shown.heatmap(shown.source() if image is None else strip_source(image))
+
+    def plot_labels(self, ax: Axes | None = None, most: int = 6) -> Axes:
+        """Every cell in the colour of its most probable class, on a thumbnail, with a legend.
+
+        The `most` frequent classes have colours of their own, the others share grey.
+
+        Raises:
+            CategoryError: if the map holds the scores of some classes only.
+            ImageError: if no cell has a class.
+        """
+        from fcvgg.streaming.slide_maps import SlideLabels
+
+        shown = SlideLabels(self)
+        return shown.plot(shown.source(), ax, most)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the map of a georeferenced image as a cloud-optimised GeoTIFF (``fcvgg[geo]``).

@@ -572,6 +572,7 @@ BOMBS = {
     "blosc": imagecodecs.blosc_encode(ZEROS, compressor="lz4"),
     # of a stream, whose size is not stated: blocks that repeat one byte 2**21 times
     "stream": b"\x28\xb5\x2f\xfd\0\x70" + ((1 << 24) - 5).to_bytes(3, "little") + b"\0",
+    "gzip": gzip.compress(np.random.default_rng(0).bytes(1 << 17) + ZEROS),
     "plain": ZEROS,
 }
 
@@ -594,10 +595,26 @@ def test_chunks_that_unpack_to_more_than_they_should(
     np.testing.assert_array_equal(source.read((16, 40), (0, 40)), whole[16:])
 
 
+def test_sides_that_nobody_can_read(tmp_path: Path) -> None:
+    path = tmp_path / "a.zarr"
+    zarr.create_array(str(path), shape=(1 << 40, 40), chunks=(40, 40), dtype="uint8")
+    with pytest.raises(
+        ImageError, match=r"a\.zarr must have sides of at most \d+ pixels, got the si"
+    ):
+        open_image(path)
+
+
+def test_a_tiff_of_too_many_pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fcvgg.images.lazy.tiff._MOST_PAGES", 2)
+    tifffile.imwrite(tmp_path / "a.tif", np.zeros((3, 9, 9), np.uint8), photometric="minisblack")
+    with pytest.raises(ImageError, match=r"a\.tif must have at most 2 pages, got 3; save the one"):
+        open_image(tmp_path / "a.tif")
+
+
 def test_the_size_of_a_gzip_chunk_is_counted() -> None:
     noise = np.random.default_rng(0).bytes(1 << 20)
-    assert unpacked_size(gzip.compress(noise + ZEROS * 20)) == (False, 81 << 20)
-    assert unpacked_size(zlib.compress(b"abc")) == (False, 11)
+    assert unpacked_size(gzip.compress(noise + ZEROS * 20)) == (True, 81 << 20)
+    assert unpacked_size(zlib.compress(b"abc")) == (True, 11)
 
 
 @pytest.mark.parametrize("version", [2, 3])

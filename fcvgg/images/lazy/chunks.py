@@ -19,6 +19,9 @@ _SPARE = 1 << 20
 _UNSTATED = 1 << 30
 """Bytes that a chunk may have at most where its file does not state them exactly."""
 
+_UNCOUNTED = 1 << 26
+"""Bytes that gzip may give without being unpacked twice: at most 1032 times its own."""
+
 _ZSTD, _GZIP, _BLOSC = b"\x28\xb5\x2f\xfd", b"\x1f\x8b", (b"\1", b"\2")
 """How files of compressors begin; of Blosc with the version of its format."""
 
@@ -65,7 +68,7 @@ class ZarrSource(ArraySource):
         limit = 2 * self._size_of_chunk + _SPARE
         stated, found = True, file.stat().st_size
         if found <= limit:
-            stated, found = unpacked_size(file.read_bytes())
+            stated, found = unpacked_size(file.read_bytes(), limit)
         if found > (limit if stated else max(limit, _UNSTATED)):
             raise ImageError(
                 f"{file} must hold a chunk of {self._size_of_chunk} bytes, got {found} or more; "
@@ -73,8 +76,10 @@ class ZarrSource(ArraySource):
             )
 
 
-def unpacked_size(data: bytes) -> tuple[bool, int]:
-    """Whether the file of a chunk states its size, and the bytes that it gives, or at most gives.
+def unpacked_size(data: bytes, limit: int = _UNSTATED) -> tuple[bool, int]:
+    """Whether the file of a chunk says its size, and the bytes that it gives, or at most gives.
+
+    What gzip and zlib give is counted, up to a limit.
 
     >>> unpacked_size(b"\\x28\\xb5\\x2f\\xfd\\xe0" + (1 << 40).to_bytes(8, "little"))
     (True, 1099511627776)
@@ -83,8 +88,8 @@ def unpacked_size(data: bytes) -> tuple[bool, int]:
         return _of_zstd(data)
     if data[:1] in _BLOSC and len(data) == int.from_bytes(data[12:16], "little"):
         return True, int.from_bytes(data[4:8], "little")
-    if data[:2] == _GZIP or (data[:1] == b"\x78" and int.from_bytes(data[:2]) % 31 == 0):
-        return False, _of_deflate(data)
+    if data[:2] == _GZIP or (data[:1] == b"\x78" and int.from_bytes(data[:2], "big") % 31 == 0):
+        return True, _of_deflate(data, limit)
     return True, len(data)
 
 
@@ -108,13 +113,13 @@ def _of_zstd(data: bytes) -> tuple[bool, int]:
     return False, total
 
 
-def _of_deflate(data: bytes) -> int:
-    """What gzip or zlib gives, counted no further than needed, and only where it can be much."""
-    if len(data) << 10 <= _UNSTATED:
+def _of_deflate(data: bytes, limit: int) -> int:
+    """What gzip or zlib gives, counted no further than the limit, and only where it can be much."""
+    if len(data) << 10 <= _UNCOUNTED:
         return len(data)
     unpack = zlib.decompressobj(wbits=47)  # either header
     total, rest = 0, data
-    while rest and total <= _UNSTATED:
+    while rest and total <= limit:
         part = unpack.decompress(rest, _SPARE)
         if not part:
             break
