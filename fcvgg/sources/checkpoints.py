@@ -242,7 +242,10 @@ def _complaint(error: Exception) -> str:
             "your own nn.Module or a function that makes it"
         )
     if "TorchScript" in str(error):
-        return "holds a scripted model; save model.state_dict() instead"
+        return (
+            "holds a scripted model; save torch.jit.load(path).state_dict() with torch.save, and "
+            "pass arch=, a torchvision name, your own nn.Module or a function that makes it"
+        )
     if isinstance(error, pickle.UnpicklingError):
         return "is broken, or a pickle that torch.save did not write; save model.state_dict() again"
     reason = one_line(error).split(". ")[0].strip(" .")[:_REASON]

@@ -145,6 +145,14 @@ def check_name(name: str) -> None:
         LoadError: listing the near ones.
     """
     known = names()
+    if name not in known and Path(name).is_file():
+        remedy = "save its parameters with torch.save(model.state_dict(), path)"
+        if name.endswith(".pt2"):
+            remedy = "save torch.export.load(path).state_dict with torch.save, or the model as ONNX"
+        raise LoadError(
+            f"{name} must be a file .onnx, .keras or .h5, or a checkpoint "
+            f"({', '.join(checkpoints.SUFFIXES)}) with arch=; {remedy}"
+        )
     if name not in known:
         near = difflib.get_close_matches(name, [*known, "demo"], 4, 0.5)
         raise LoadError(
