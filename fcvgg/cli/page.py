@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fcvgg.cli.completion import complete_model
 from fcvgg.cli.console import folder, say, say_next, say_wrote
 from fcvgg.cli.options import (
     MODEL_HELP,
@@ -35,7 +36,12 @@ EXAMPLES = (
 _LARGEST = 2 * 1024**3
 """Bytes that a browser holds in one piece."""
 
-Model = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP, show_default=False)]
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL", help=MODEL_HELP, autocompletion=complete_model, show_default=False
+    ),
+]
 Output = Annotated[
     Path,
     typer.Option(

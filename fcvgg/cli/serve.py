@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fcvgg.cli.completion import complete_model
 from fcvgg.cli.console import say
 from fcvgg.cli.options import (
     MODEL_HELP,
@@ -31,7 +32,12 @@ EXAMPLES = (
     "fcvgg serve flowers-fcn --no-open",
 )
 
-Model = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP, show_default=False)]
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL", help=MODEL_HELP, autocompletion=complete_model, show_default=False
+    ),
+]
 HostName = Annotated[
     str,
     typer.Option(

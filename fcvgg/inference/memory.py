@@ -72,10 +72,14 @@ def trimmer(used: int, memory: int) -> Callable[[int], None]:
         used: bytes that are in use at most.
         memory: bytes that the process may add.
     """
+    return trimmer_above(max(min(memory - used // 2, int(_MOST * used)), int(_LEAST * used)))
+
+
+def trimmer_above(allowed: int) -> Callable[[int], None]:
+    """As `trimmer`, where the process may hold `allowed` bytes more, freed ones included."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is None or not _STATM.exists():
         return lambda needed: None
-    allowed = max(min(memory - used // 2, int(_MOST * used)), int(_LEAST * used))
     learn_block_sizes()
     page = os.sysconf("SC_PAGE_SIZE")
     trim(0)  # what was freed before would raise the limit

@@ -31,7 +31,7 @@ from torch.utils.checkpoint import get_device_states, set_device_states
 from fcvgg.errors import ArgumentError, TrainingError
 from fcvgg.geometry import Pair
 from fcvgg.inference.line_buffers import BufferState, LineBuffers, MissingCells
-from fcvgg.inference.memory import trimmer
+from fcvgg.inference.memory import trimmer_above
 from fcvgg.inference.schedule import AxisRanges, Schedule
 from fcvgg.inference.stages import Stage, stages_of
 from fcvgg.inference.strip_input import StripInput
@@ -44,6 +44,10 @@ some, and the workspace of the largest layer."""
 
 _FIXED = 64 << 20
 """Bytes in addition: the libraries' own buffers, the allocator's gaps."""
+
+_STATES = 0.1
+"""Share of the graph that states of the buffers may take before strips are computed once more, so
+that memory does not grow with the number of strips."""
 
 _LARGEST_STRIP = 512
 """Rows of the image in a strip: more of them make it no faster."""
@@ -93,7 +97,8 @@ class StreamedMap:
         self._net, self._pixels, self._output = net, pixels, output
         self._size = net.output_size(pixels.source.size)  # (h, w) of the map
         self._plan = _plan(self._stages(), pixels, self._size, memory)
-        self._give_back = trimmer(self._plan.peak, memory)
+        # as late as the bound allows: trimming at most operations takes a quarter of the time
+        self._give_back = trimmer_above(memory - _FIXED // 2)
         self._autocast = _autocast_of(pixels.device)
         self._held: dict[tuple[int, int], BufferState] = {}  # by block and strip
         self._random: dict[tuple[int, int], Any] = {}
@@ -116,6 +121,7 @@ class StreamedMap:
                 result[:, :, rows[0] : rows[1], cols[0] : cols[1]] = cells
                 if masked is not None:
                     self._missing[:, :, rows[0] : rows[1], cols[0] : cols[1]] = masked
+        torch.clear_autocast_cache()  # torch 2.7 reuses weights that are cast without a graph
         assert result is not None  # an image of any size has at least one cell
         return result.masked_fill(self._missing, torch.nan) if self._missing.any() else result
 
@@ -250,7 +256,7 @@ class GraphPlan:
 
 
 def _plan(stages: list[Stage], pixels: StripInput, size: Pair, memory: int) -> GraphPlan:
-    """The widest blocks, then the highest strips, then the fewest strips computed once more."""
+    """The widest blocks, then the highest strips that fit."""
     block, least = size[1], 0.0
     while True:
         first = (size[1] - block) // 2
@@ -259,11 +265,12 @@ def _plan(stages: list[Stage], pixels: StripInput, size: Pair, memory: int) -> G
         while strip:
             schedule, width = _schedule(stages, pixels, size, cols, strip)
             graph, state = _graph_and_state(schedule, width, pixels.dtype.itemsize)
-            strips = len(schedule.ends)
-            for every in range(1, isqrt(strips) + 2):
-                least = _FIXED + _GRAPH * graph + state * (ceil(strips / every) + every)
-                if least <= memory:
-                    return GraphPlan(strip, every, block, int(least))
+            every, states = _states_kept(
+                len(schedule.ends), _STATES * _GRAPH * graph / max(state, 1)
+            )
+            least = _FIXED + _GRAPH * graph + state * states
+            if least <= memory:
+                return GraphPlan(strip, every, block, int(least))
             strip = strip // 2 if strip > 1 else 0
         if block == 1:
             break
@@ -272,6 +279,15 @@ def _plan(stages: list[Stage], pixels: StripInput, size: Pair, memory: int) -> G
         f"memory must be at least {size_text(rounded_up(int(least)))} for the graph of a strip, "
         f"got {size_text(memory)}"
     )
+
+
+def _states_kept(strips: int, most: float) -> Pair:
+    """After how many strips a state is kept, and the states at a time: `most`, or the fewest."""
+    # those that are kept, and those between two of them while strips are computed once more
+    counts = [ceil(strips / n) + (n - 1) for n in range(1, isqrt(strips) + 2)]
+    fitting = [count for count in counts if count <= most]
+    states = fitting[0] if fitting else min(counts)
+    return counts.index(states) + 1, states
 
 
 def _schedule(
