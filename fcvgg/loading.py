@@ -19,6 +19,7 @@ from fcvgg.errors import ArgumentError, GeometryError, LoadError, one_line
 from fcvgg.geometry import checked_size
 from fcvgg.images.pipelines import check_preprocess
 from fcvgg.images.preprocessing import PreprocessLike
+from fcvgg.names import web_address
 from fcvgg.network import FullyConvolutional
 from fcvgg.rewriting.capture import input_channels
 from fcvgg.serialization import hub
@@ -137,17 +138,17 @@ def load_with_source(
 
 def _refuse_address(name: str) -> None:
     """Say what to do with a web address, which a path may have lost a slash of."""
-    found = re.match(r"(?:https?|ftp|s3|gs):/+([^/]*)/*(.*)", name)
-    if found is None:
+    address = web_address(name)
+    if address is None:
         return
-    host, rest = found.groups()
+    host, _, rest = address.partition("://")[2].partition("/")
     on_hub = re.fullmatch(r"([\w.-]+/[\w.-]+?)(?:/|/tree/([\w.-]+)/?)?", rest)
     if host in ("huggingface.co", "hf.co") and on_hub is not None:
         revision = f"@{on_hub[2]}" if on_hub[2] else ""
         remedy = f"pass '{hub.PREFIX}{on_hub[1]}{revision}'"
     else:
         remedy = "download the file and pass its path"
-    raise LoadError(f"source must be a name or a path, got the address {name!r}; {remedy}")
+    raise LoadError(f"source must be a name or a path, got the address {address!r}; {remedy}")
 
 
 def _convert_within_budget(

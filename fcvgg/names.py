@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from collections.abc import Iterable
 
@@ -24,6 +25,16 @@ def readable(name: object) -> str:
     """
     text = str(name)
     return text if text.isprintable() else "".join(map(_escaped, text))
+
+
+def web_address(name: str) -> str | None:
+    """The web address that a name is, also where a path has lost a slash of it; None if it is none.
+
+    >>> web_address("https:/example.org/a.png"), web_address("a.png")
+    ('https://example.org/a.png', None)
+    """
+    found = re.fullmatch(r"(https?|ftp|s3|gs):/+(.*)", name)
+    return found and f"{found[1]}://{found[2]}"
 
 
 def counted(count: int, noun: str) -> str:

@@ -33,6 +33,7 @@ from fcvgg.rewriting.modules import WindowLinear
 from fcvgg.rewriting.outputs import flattened
 from fcvgg.rewriting.program import Program
 from fcvgg.serialization.bundle import write_bundle
+from fcvgg.serialization.deployment import Deployed, checked_preprocess, exported_activation
 from fcvgg.serialization.exporting import ExportedFile, export_network
 from fcvgg.serialization.hub import upload_bundle
 from fcvgg.serialization.model_card import UNKNOWN_LICENSE
@@ -202,7 +203,9 @@ class FullyConvolutional(ImagePrediction):
                 "image must not require a gradient in net.streamed, which gives those of the "
                 "parameters alone, got a tensor that does; pass image.detach()"
             )
-        pixels = StripInput.of(self, strip_source(image, self.in_channels, nodata))
+        trained = None if self.preprocess is None else self.preprocess.mpp
+        source = strip_source(image, self.in_channels, nodata, trained=trained)
+        pixels = StripInput.of(self, source)
         return streamed_map(self, pixels, self.output_index(output), parsed_memory(memory))
 
     def _in_form(self, maps: Any) -> Any:
@@ -392,7 +395,9 @@ class FullyConvolutional(ImagePrediction):
             bundle = self.save(Path(folder) / "bundle", license=license)
             return upload_bundle(bundle, name, private, message)
 
-    def export(self, path: str | Path) -> ExportedFile:
+    def export(
+        self, path: str | Path, *, preprocess: bool = False, probabilities: bool = False
+    ) -> ExportedFile:
         """Write the network for other runtimes: ``.onnx``, or ``.pt2`` (torch.export).
 
         The file takes preprocessed images ``(N, C, H, W)`` of any number and any size from the
@@ -400,11 +405,19 @@ class FullyConvolutional(ImagePrediction):
         (``fcvgg.stride`` and so on, in JSON). The file is run at several sizes and compared with
         the network where its engine is installed: onnxruntime for ``.onnx``, torch for ``.pt2``.
 
+        Args:
+            path: where to.
+            preprocess: whether the file takes pixels ``(N, H, W, C)``, uint8 in RGB, and
+                preprocesses them itself.
+            probabilities: whether it gives the probabilities of every cell in place of scores.
+
         Returns:
             the path; its `check` says what was compared, or why it was not.
 
         Raises:
-            FcvggError: if the ending is unknown, or the file cannot be written or run.
+            ArgumentError: if the scores have no probabilities.
+            FcvggError: if the ending is unknown, the preprocessing is unknown or resizes, or the
+                file cannot be written or run.
             EquivalenceError: if the file gives other scores than the network; it is not kept.
             MissingExtraError: if ONNX's packages are not installed.
         """
@@ -413,9 +426,16 @@ class FullyConvolutional(ImagePrediction):
             axis.window + 3 * axis.stride * (i + 1) for i, axis in enumerate(geometry.axes)
         )
         uneven = tuple(axis.window + axis.stride + 1 + i for i, axis in enumerate(geometry.axes))
+        network: nn.Module = self.network
+        activation, inside = self.activation, None
+        if preprocess or probabilities:
+            inside = checked_preprocess(self.preprocess) if preprocess else None
+            network = Deployed(network, inside, self._activations if probabilities else None)
+        if probabilities:
+            activation = exported_activation(activation, self.num_classes)
         return export_network(
             Path(path),
-            self.network,
+            network,
             (2, self.in_channels, height, width),
             {
                 "window": geometry.window,
@@ -424,8 +444,9 @@ class FullyConvolutional(ImagePrediction):
                 "receptive_field": geometry.receptive_field,
                 "geometry": geometry.to_dict(),
                 "input_size": self.input_size,
-                "activation": self.activation,
+                "activation": activation,
                 "preprocess": encoded_preprocess(self.preprocess),
+                "takes": "images" if inside is None else "pixels",
                 "categories": self.categories,
             },
             sizes=[geometry.window, (uneven[0], uneven[1])],

@@ -310,3 +310,41 @@ def test_the_activation_of_an_output_that_does_not_exist(
         fcvgg.ArgumentError, match=rf"^output must be 0, the only one, got {output!r}$"
     ):
         net.activation_of(output)
+
+
+def test_a_folder_stands_for_its_images_by_name(
+    net: fcvgg.FullyConvolutional, tmp_path: Path
+) -> None:
+    for seed, name in enumerate(("b.png", "a.PNG", "c.png")):
+        Image.fromarray(pixels(seed=seed)).save(tmp_path / name)
+    (tmp_path / "notes.txt").write_text("no image")
+    expected = net.classify([pixels(seed=seed) for seed in (1, 0, 2)])
+    with pytest.warns(fcvgg.errors.FcvggWarning, match=r"^1 of 4 files left out: 1 \.txt"):
+        torch.testing.assert_close(net.classify(tmp_path), expected)
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with pytest.raises(fcvgg.ImageError, match=r"^the folder .*empty has no images; pass one"):
+        net.classify(str(empty))
+
+
+def test_batch_size_bounds_what_runs_together(
+    net: fcvgg.FullyConvolutional, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = [pixels(seed=i) for i in range(5)]
+    expected, seen = net.classify(images), list[int]()
+    forward = type(net).forward
+
+    def counting(self: Any, batch: Tensor) -> Any:
+        seen.append(len(batch))
+        return forward(self, batch)
+
+    monkeypatch.setattr(type(net), "forward", counting)
+    torch.testing.assert_close(net.classify(images, batch_size=2, progress=True), expected)
+    assert seen == [2, 2, 1]
+    with pytest.raises(fcvgg.ArgumentError, match=r"^batch_size must be an integer of at least 1"):
+        net.classify(images, batch_size=0)
+
+
+def test_an_address_keeps_its_slashes(net: fcvgg.FullyConvolutional) -> None:
+    with pytest.raises(fcvgg.ImageError, match=r"got the address https://x\.org/a\.png; download"):
+        net.score_map("https://x.org/a.png")

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import tifffile
 from PIL import Image
 from test_architecture import MODULES, imports
 from typer.testing import CliRunner
@@ -38,6 +39,11 @@ def photographs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working folder with the images that the pages speak of."""
     monkeypatch.chdir(tmp_path)
     demo_photograph().resize((300, 280)).save("photo.jpg")
+    with tifffile.TiffWriter("slide.tif") as file:
+        for level, size in enumerate(((600, 560), (300, 280))):
+            pixels = np.asarray(demo_photograph().resize(size))
+            form = {"photometric": "rgb", "tile": (128, 128), "subfiletype": level}
+            file.write(pixels, **form, resolution=(20_000, 20_000), resolutionunit="CENTIMETER")
     Image.effect_noise((270, 300), 60).save("other.png")
     for kind in ("images", "masks"):
         (tmp_path / "labelled" / kind).mkdir(parents=True)
@@ -97,6 +103,12 @@ def check_slides(folder: Path, printed: str) -> None:
     assert all(len(row["classes"]) == 1 and not row["error"] for row in table)
 
 
+def check_deployment(folder: Path, printed: str) -> None:
+    """What AOTInductor compiled gives the probabilities of `score_map`."""
+    difference = float(printed.partition("compiled: differs by ")[2])
+    assert difference <= 1e-5
+
+
 def check_refusals(folder: Path, printed: str) -> None:
     assert "GroupNorm" in printed
     assert printed.count("\n") == 1
@@ -115,6 +127,7 @@ def check_training(folder: Path, printed: str) -> None:
 RESULTS: dict[str, Callable[[Path, str], None]] = {
     "CONTRIBUTING.md": check_contributing,
     "README.md": check_readme,
+    "deployment.md": check_deployment,
     "refusals.md": check_refusals,
     "slides.md": check_slides,
     "training.md": check_training,

@@ -699,8 +699,8 @@ def store(whole_store, tmp_path):
     return shutil.copytree(whole_store, tmp_path / "scores.zarr")
 
 
-def described(store, change):
-    file = store / "zarr.json"
+def described(store, change, name=""):
+    file = store / name / "zarr.json"
     metadata = json.loads(file.read_text())
     change(metadata)
     file.write_text(json.dumps(metadata))
@@ -728,7 +728,7 @@ def set_field(field, value, metadata):
 
 
 @pytest.mark.parametrize(
-    "field", [*NEEDED, "format", "pixel_size", "bands", "nodata", "num_classes"]
+    "field", [*NEEDED, "format", "pixel_size", "bands", "nodata", "num_classes", "full_size"]
 )
 def test_a_stored_map_is_described_by_values_of_their_kinds(whole_store, tmp_path, field):
     optional = field in ("source", "categories", "bands", "pixel_size", "nodata")
@@ -745,17 +745,32 @@ def test_a_stored_map_is_described_by_values_of_their_kinds(whole_store, tmp_pat
     ("change", "message"),
     [
         (lambda m: m.update(shape=[3, 10**6, 10**6]), "the array must be of 3 dimensions"),
-        (lambda m: m["attributes"]["fcvgg"].update(image_size=[10**9, 10**9]), "must"),
-        (
-            lambda m: m["chunk_grid"]["configuration"].update(chunk_shape=[3, 10**6, 10**6]),
-            "chunks must be of at most",
-        ),
+        (lambda m: chunked(m, [3, 10**6, 10**6]), "chunks must be of at most"),
+        (lambda m: chunked(m, [3, 10**6, 10**6], [1, 1, 1]), "shards must be of at most"),
         (lambda m: m.update(data_type="int64"), "broken|must be a score map"),
-        (lambda m: m.update(attributes=[1]), "must be a score map"),
         (lambda m: m.update(node_type="group"), "must be a score map"),
     ],
 )
 def test_the_array_of_a_stored_map_fits_its_description(store, change, message):
+    described(store, change, "0")
+    refused(lambda: open_store(store), message)
+    refused(lambda: fcvgg.stream(tiny_net(), pixels(), out=store), message)
+
+
+def chunked(metadata, shard, chunk=None):
+    metadata["chunk_grid"]["configuration"]["chunk_shape"] = shard
+    metadata["codecs"][0]["configuration"]["chunk_shape"] = chunk or shard
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: m["attributes"]["fcvgg"].update(image_size=[10**9, 10**9]), "must"),
+        (lambda m: m.update(attributes=[1]), "must be a score map"),
+        (lambda m: m.update(node_type="array"), "must be a score map"),
+    ],
+)
+def test_the_group_of_a_stored_map_describes_it(store, change, message):
     described(store, change)
     refused(lambda: open_store(store), message)
     refused(lambda: fcvgg.stream(tiny_net(), pixels(), out=store), message)
@@ -780,7 +795,7 @@ def test_finished_cells_are_those_that_the_files_hold(store, monkeypatch):
 
 
 def test_broken_chunks_are_one_line(store):
-    chunk = next(f for f in (store / "c").rglob("*") if f.is_file())
+    chunk = next(f for f in (store / "0" / "c").rglob("*") if f.is_file())
     chunk.write_bytes(chunk.read_bytes()[:20])
     refused(lambda: open_store(store).heatmap(), "must hold whole chunks of numbers")
 

@@ -27,11 +27,12 @@ from fcvgg.cli import (
     serve,
     stream,
 )
-from fcvgg.cli.console import examples, paragraphs, reporting_errors, say
+from fcvgg.cli.console import Command, Commands, examples, paragraphs, reporting_errors, say
 from fcvgg.cli.options import with_option_groups
 
 app = typer.Typer(
     name="fcvgg",
+    cls=Commands,
     help="Trained classifiers as fully convolutional networks: any input size, "
     "score maps, aligned heatmaps.",
     epilog=examples("fcvgg demo", "fcvgg heatmap photo.jpg --target 'tabby'", "fcvgg info vgg16"),
@@ -88,5 +89,8 @@ for _module in (
 ):
     _command = reporting_errors(with_option_groups(_module.run))
     app.command(
-        _module.NAME, help=paragraphs(_module.run.__doc__), epilog=examples(*_module.EXAMPLES)
+        _module.NAME,
+        cls=Command,
+        help=paragraphs(_module.run.__doc__),
+        epilog=examples(*_module.EXAMPLES),
     )(_command)

@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args
 import typer
 
 from fcvgg.choices import Clock, Timed
+from fcvgg.cli.completion import complete_model
 from fcvgg.cli.console import folder, note, say, say_json, say_wrote
 from fcvgg.cli.options import MODEL_HELP, Arch, InputSize, lengths, output_folder
-from fcvgg.cli.reports import by, table, titled
+from fcvgg.cli.reports import ReportTable, by, titled
 from fcvgg.errors import ArgumentError, FcvggError, check_choice
 from fcvgg.names import counted
 from fcvgg.support.atomic import atomic_file
 from fcvgg.support.progress import progress_bar
 
 if TYPE_CHECKING:
-    from rich.table import Table
     from torch import nn
 
     from fcvgg.network import FullyConvolutional
@@ -49,7 +49,12 @@ _USUAL = 512
 
 
 Model = Annotated[
-    str, typer.Argument(metavar="MODEL", help=f"{MODEL_HELP} Names get random weights.")
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help=f"{MODEL_HELP} Names get random weights.",
+        autocompletion=complete_model,
+    ),
 ]
 Sizes = Annotated[
     Any,
@@ -195,7 +200,7 @@ def _networks(
     return networks
 
 
-def _table(timings: list[Timing]) -> Table:
+def _table(timings: list[Timing]) -> ReportTable:
     """Medians, and windows per second relative to those of the classifier and plain network."""
     rates = {timing.network: timing.windows_per_second for timing in timings}
     rows = []
@@ -207,7 +212,7 @@ def _table(timings: list[Timing]) -> Table:
         )
         place = by(timing.size), f"{timing.windows:,}"
         rows.append((timing.network, *place, median, f"{low} - {high}", *ratios))
-    return table(
+    return ReportTable(
         ("network", "images", "windows", "median", "quartiles", "vs source", "vs plain"), rows
     )
 

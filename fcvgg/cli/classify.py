@@ -32,7 +32,7 @@ from fcvgg.cli.options import (
     Recursive,
     Scales,
 )
-from fcvgg.cli.reports import table, titled
+from fcvgg.cli.reports import ReportTable, titled
 from fcvgg.errors import ArgumentError, ImageError
 
 if TYPE_CHECKING:
@@ -148,4 +148,4 @@ def _report(result: dict[str, Any]) -> RenderableType:
         rows.append((Text(f"{prediction['probability']:.4f}", style="green"), label))
     sides = result["scales"]
     scale = "" if sides is None else f", its smaller side at {', '.join(map(str, sides))} pixels"
-    return titled(f"{result['image']}{scale}", table((), rows))
+    return titled(f"{result['image']}{scale}", ReportTable((), rows))

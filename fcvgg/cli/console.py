@@ -8,6 +8,7 @@ import inspect
 import json
 import os
 import re
+import shutil
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -20,6 +21,7 @@ from rich.cells import cell_len
 from rich.console import Console, RenderableType
 from rich.markup import escape
 from rich.text import Text
+from typer.core import TyperCommand, TyperGroup
 
 from fcvgg.errors import DatasetError, FcvggError, FcvggWarning, ImageError
 from fcvgg.names import readable
@@ -41,6 +43,9 @@ _LISTED = 20
 
 _PIPED_WIDTH = 200
 """Columns of a table that no terminal limits."""
+
+_PANELS_WIDTH = 80
+"""Columns that the panels of a help take."""
 
 STDIN = Path("-")
 """The image that is read from standard input."""
@@ -127,6 +132,29 @@ def paragraphs(documentation: str | None) -> str:
     """A docstring for Typer, which would keep the line breaks within paragraphs."""
     parts = inspect.cleandoc(documentation or "").split("\n\n")
     return "\n\n".join(" ".join(part.split()) for part in parts)
+
+
+class _PlainWhereNarrow:
+    """A help without panels on a narrow terminal, where they would cut options off."""
+
+    def get_help(self, ctx: Any) -> str:
+        columns = shutil.get_terminal_size().columns
+        if columns >= _PANELS_WIDTH:
+            return super().get_help(ctx)  # type: ignore[misc, no-any-return]
+        self.rich_markup_mode = None
+        self.epilog = Text.from_markup(self.epilog).plain  # type: ignore[has-type]
+        formatter = ctx.make_formatter()
+        formatter.width = max(columns - 2, 50)
+        self.format_help(ctx, formatter)  # type: ignore[attr-defined]
+        return formatter.getvalue().rstrip()
+
+
+class Command(_PlainWhereNarrow, TyperCommand):
+    """A command whose help suits the terminal."""
+
+
+class Commands(_PlainWhereNarrow, TyperGroup):
+    """The commands, of which the same holds."""
 
 
 def reporting_errors(command: Callable[..., None]) -> Callable[..., None]:
@@ -222,18 +250,10 @@ def check_any_exists(images: Sequence[Path]) -> None:
     Raises:
         ImageError: if no path exists.
     """
+    from fcvgg.images.lazy.source import absent
+
     if not any(image == STDIN or os.path.exists(image) for image in images):
-        raise ImageError(_absent(", ".join(map(str, images)) or "given"))
-
-
-def _absent(names: str) -> str:
-    address = re.match(r"(https?):/+(.*)", names)
-    if address is None:
-        return f"there is no image file {names}"
-    return (
-        f"the image must be a file, got the address {address[1]}://{address[2]}; download it, or "
-        "pipe it into this command with - as the image"
-    )
+        raise ImageError(absent(", ".join(map(str, images)) or "given"))
 
 
 def images_in(paths: Sequence[Path], recursive: bool, own: Sequence[str] = ()) -> dict[Path, Path]:
@@ -250,10 +270,11 @@ def images_in(paths: Sequence[Path], recursive: bool, own: Sequence[str] = ()) -
         ImageError: if a folder cannot be listed or has no images.
     """
     from fcvgg.images.files import contents, image_files
+    from fcvgg.images.lazy.opening import is_zarr
 
     found: dict[Path, Path] = {}
     for path in paths:
-        if not path.is_dir() or _is_zarr(path):
+        if not path.is_dir() or is_zarr(path):
             found.setdefault(path, path.parent)
             continue
         try:
@@ -267,11 +288,6 @@ def images_in(paths: Sequence[Path], recursive: bool, own: Sequence[str] = ()) -
         note_skipped(listed.skipped, len(inside))
         found.update({image: path for image in inside if image not in found})
     return found
-
-
-def _is_zarr(folder: Path) -> bool:
-    names = (".zarray", ".zgroup", ".zattrs", "zarr.json")
-    return any((folder / name).is_file() for name in names)
 
 
 def exit_if_any_failed(images: Sequence[Path], results: Sequence[object]) -> None:
@@ -405,6 +421,10 @@ _PHRASES = (
         "with fcvgg stream",
     ),
     ("choose a smaller lr", "choose a smaller --lr"),
+    (
+        "download it and pass its path",
+        "download it, or pipe it into this command with - as the image",
+    ),
     ("resume it, or", "pass --resume, or"),
 )
 """Phrases that only hold in Python, and what stands for them on the command line."""

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from fcvgg.cli.completion import complete_model
 from fcvgg.cli.console import folder, say, say_wrote
 from fcvgg.cli.options import (
     MODEL_HELP,
@@ -28,6 +29,7 @@ EXAMPLES = (
     "fcvgg convert vgg16 -o vgg16-fcn",
     "fcvgg convert flowers.pth --arch vgg11 --categories flowers.txt -o flowers-fcn",
     "fcvgg convert flowers-fcn -o flowers.onnx",
+    "fcvgg convert flowers-fcn -o flowers.onnx --pixels --probabilities",
     "fcvgg heatmap rose.jpg --model flowers-fcn",
 )
 
@@ -37,7 +39,12 @@ def _check_output(out: Path) -> None:
         checked_folder(out, "--output", remedy=", or a name in .onnx or .pt2 to export")
 
 
-Source = Annotated[str, typer.Argument(metavar="SOURCE", help=MODEL_HELP, show_default=False)]
+Source = Annotated[
+    str,
+    typer.Argument(
+        metavar="SOURCE", help=MODEL_HELP, autocompletion=complete_model, show_default=False
+    ),
+]
 Output = Annotated[
     Path,
     typer.Option(
@@ -51,6 +58,18 @@ Output = Annotated[
     ),
 ]
 
+Pixels = Annotated[
+    bool,
+    typer.Option(
+        "--pixels",
+        help="The exported file takes pixels (N, H, W, C), uint8 in RGB, and preprocesses them.",
+    ),
+]
+Probabilities = Annotated[
+    bool,
+    typer.Option("--probabilities", help="The exported file gives probabilities, not scores."),
+]
+
 
 def run(
     source: Source,
@@ -59,18 +78,25 @@ def run(
     arch: Arch = None,
     output_stride: OutputStride = None,
     head: MapHead = None,
+    pixels: Pixels = False,
+    probabilities: Probabilities = False,
     own: OwnModel = OwnModel(),
 ) -> None:
     """Convert a classifier, verify the result and save it."""
     exports = out.suffix.lower() in EXPORT_ENDINGS
     if exports and out.exists() and out.resolve() == Path(source).resolve():
         raise FcvggError(f"{out} is the source, which would be lost; choose another --output")
+    if not exports and (pixels or probabilities):
+        raise FcvggError(
+            f"--pixels and --probabilities are for exported files, got the bundle {out}; choose an "
+            "--output in .onnx or .pt2"
+        )
     names: dict[str, Any] = {"weights": weights, "arch": arch, **head_option(head)}
     net = load_network(source, own, output_stride=output_stride, **names)
     folder(out.parent)
     checked = None
     if exports:
-        checked = net.export(out).check
+        checked = net.export(out, preprocess=pixels, probabilities=probabilities).check
     else:
         net.save(out)
     say(equivalence_report(net))

@@ -9,7 +9,7 @@ from rich.console import RenderableType
 
 from fcvgg.cli.console import folder, note, say, say_wrote
 from fcvgg.cli.options import OutputFolder
-from fcvgg.cli.reports import by, equivalence_report, geometry_report, table, titled
+from fcvgg.cli.reports import ReportTable, by, equivalence_report, geometry_report, titled
 
 if TYPE_CHECKING:
     from fcvgg.results.heatmap import Heatmap
@@ -27,7 +27,7 @@ IMAGENET_FIGURE = "fcvgg-demo-imagenet.jpg"
 def run(output: OutputFolder = Path()) -> None:
     """Find the face in the packaged photograph; no download needed.
 
-    With the extra [demo], also a cat, a cup and a rocket, by a network trained on ImageNet.
+    With the extra 'demo', also a cat, a cup and a rocket, by a network trained on ImageNet.
     """
     from fcvgg.demo import SCALES, demo_photograph
     from fcvgg.loading import load
@@ -77,7 +77,11 @@ def _show_imagenet(output: Path) -> None:
         size, cells = by(score_map.image_size), by(score_map.scores.shape[1:])
         rows.append((name, size, cells, f"{_peak(heatmap):.3f}", f"{heatmap.peak}"))
     headings = ("class", "pixels", "positions", "peak", "at (y, x)")
-    say(titled("EfficientNet-Lite0's classes, in one pass each", table(headings, rows, left=1)))
+    say(
+        titled(
+            "EfficientNet-Lite0's classes, in one pass each", ReportTable(headings, rows, left=1)
+        )
+    )
     say_wrote(save_figure(gallery(maps, SHOWN), output / IMAGENET_FIGURE))
 
 
@@ -95,5 +99,5 @@ def _report(maps: dict[int, ScoreMap], heatmaps: dict[int, Heatmap], best: int) 
     marked = list(heatmaps).index(best)
     return titled(
         f"The whole photograph of {height}x{width} pixels, one pass per scale",
-        table(headings, rows, left=0, marked=marked),
+        ReportTable(headings, rows, left=0, marked=marked),
     )

@@ -18,7 +18,7 @@ from fcvgg.cli.options import (
     names,
     output_file,
 )
-from fcvgg.cli.reports import table
+from fcvgg.cli.reports import ReportTable
 from fcvgg.errors import FcvggError
 from fcvgg.names import readable
 from fcvgg.support.atomic import JSON_ENDINGS
@@ -101,13 +101,13 @@ def run(
     if network.weights != "DEFAULT":
         named += f" with {network.weights}"
     say(Text(readable(f"{named} on {data}"), style="bold"))
-    say(table(evaluation.headings, evaluation.cells(), left=4))
+    say(ReportTable(evaluation.headings, evaluation.cells(), left=4))
     for line in evaluation.about():  # stderr has what was left out
         say(line)
     if classes:
         for result in evaluation:
             say()
             say(Text(result.protocol, style="bold"))
-            say(table(evaluation.class_headings, evaluation.class_cells(result.protocol)))
+            say(ReportTable(evaluation.class_headings, evaluation.class_cells(result.protocol)))
     evaluation.to_json(output)
     say_wrote(output)

@@ -11,6 +11,7 @@ from rich.console import RenderableType
 from rich.text import Text
 
 from fcvgg.choices import Optimizer, Precision, Strategy
+from fcvgg.cli.completion import complete_model
 from fcvgg.cli.console import note_skipped, resumable, say, say_next, say_wrote
 from fcvgg.cli.options import (
     BatchSize,
@@ -22,7 +23,7 @@ from fcvgg.cli.options import (
     size,
     training_option,
 )
-from fcvgg.cli.reports import table, titled
+from fcvgg.cli.reports import ReportTable, titled
 
 if TYPE_CHECKING:
     from fcvgg.finetuning.result import FineTuned
@@ -68,6 +69,7 @@ Architecture = Annotated[
         "--arch",
         "-a",
         metavar="NAME",
+        autocompletion=complete_model,
         help="Network to start from: a torchvision name, timm:NAME, an .onnx or Keras file, or "
         "'demo'.",
     ),
@@ -301,4 +303,6 @@ def _class_table(result: FineTuned) -> RenderableType:
         (name, *map(str, result.counts[name]), f"{share:.1%}")
         for name, share in result.class_accuracy.items()
     ]
-    return titled("Held-out images", table(("class", "to train on", "held out", "right"), rows))
+    return titled(
+        "Held-out images", ReportTable(("class", "to train on", "held out", "right"), rows)
+    )

@@ -17,7 +17,7 @@ from fcvgg.cli.options import (
     output_name,
     side_or_size,
 )
-from fcvgg.cli.reports import table, titled
+from fcvgg.cli.reports import ReportTable, titled
 from fcvgg.names import counted
 from fcvgg.support.atomic import FIGURE_ENDINGS, checked_folder
 
@@ -128,9 +128,9 @@ def run(
     say(_report(result, folds))
     say(f"best: {result.best.layer}, {result.best.mean:.1%} of held-out images right")
     axes = result.plot()
-    say_wrote(save_figure(axes.get_figure(root=True), output))  # type: ignore[arg-type]
+    say_wrote(save_figure(axes.figure.figure, output))
 
 
 def _report(result: Probe, folds: int) -> RenderableType:
-    shown = table(result.headings, result.cells(), marked=result.rows.index(result.best))
+    shown = ReportTable(result.headings, result.cells(), marked=result.rows.index(result.best))
     return titled(f"A linear classifier on each layer's features, {folds} folds", shown)

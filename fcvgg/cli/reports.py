@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from rich.console import Group, RenderableType
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.table import Table
 from rich.text import Text
 
 from fcvgg.geometry import Pair
+from fcvgg.names import readable
 
 if TYPE_CHECKING:
     from fcvgg.network import FullyConvolutional
+
+_LEAST_NAME = 16
+"""Columns of a terminal that a table leaves its first column, of names, before it is broken up."""
 
 
 def equivalence_report(net: FullyConvolutional) -> RenderableType:
@@ -79,7 +85,7 @@ def titled(title: str, body: RenderableType, foot: str = "") -> RenderableType:
     return Group(Text(title, style="bold"), body, *lines)
 
 
-def facts(found: Mapping[str, str]) -> Table:
+def facts(found: Mapping[str, RenderableType]) -> Table:
     """A table of names and values."""
     shown = Table(box=None, show_header=False)
     shown.add_column(style="cyan", no_wrap=True)
@@ -89,16 +95,42 @@ def facts(found: Mapping[str, str]) -> Table:
     return shown
 
 
-def table(
-    headings: Sequence[str],
-    rows: Iterable[Sequence[RenderableType]],
-    left: int = 1,
-    marked: int | None = None,
-) -> Table:
-    """A table whose first `left` columns are flush left, and whose row `marked` stands out."""
-    shown = Table(box=None, header_style="cyan", show_header=bool(headings))
-    for i, heading in enumerate(headings):
-        shown.add_column(heading, justify="left" if i < left else "right", no_wrap=i > 0)
-    for i, row in enumerate(rows):
-        shown.add_row(*row, style="bold green" if i == marked else None)
-    return shown
+@dataclass(frozen=True)
+class ReportTable:
+    """A table whose first `left` columns are flush left, and whose row `marked` stands out.
+
+    On a terminal that is too narrow, headings are broken at spaces; where that is not
+    enough, every row becomes a list of facts, since a table would lose the ends of its values.
+    """
+
+    headings: Sequence[str]
+    rows: Sequence[Sequence[RenderableType]]
+    left: int = 1
+    marked: int | None = None
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        columns = [[readable(str(cell)) for cell in column] for column in zip(*self.rows)]
+        cells = [max(map(cell_len, column)) for column in columns]
+        words = [max(map(cell_len, name.split()), default=0) for name in self.headings]
+        wrapped = max(cells[0] - _LEAST_NAME, 0) if cells else 0  # only names are, not values
+        for headings in (map(cell_len, self.headings), words):
+            widths = [max(pair) for pair in zip(cells, headings)]
+            if sum(widths) + 2 * len(widths) - wrapped <= options.max_width:
+                yield self._drawn(widths)
+                return
+        for row in self.rows:
+            yield facts(dict(zip(self.headings, row)))
+            yield ""
+
+    def _drawn(self, widths: Sequence[int]) -> Table:
+        shown = Table(box=None, header_style="cyan", show_header=bool(self.headings))
+        for i, (heading, width) in enumerate(zip(self.headings, widths)):
+            shown.add_column(
+                heading,
+                justify="left" if i < self.left else "right",
+                vertical="bottom",
+                width=width if i else None,
+            )
+        for i, row in enumerate(self.rows):
+            shown.add_row(*row, style="bold green" if i == self.marked else None)
+        return shown

@@ -23,6 +23,7 @@ from fcvgg.evaluation.cropping import centre_crop, grid_crops, ten_crops
 from fcvgg.images.batching import run_in_batches
 from fcvgg.images.datasets import LabelledImages
 from fcvgg.images.files import Unreadable, left_out
+from fcvgg.images.lazy.source import pages_warned_of_once
 from fcvgg.images.preprocessing import NativeView
 from fcvgg.images.reading import (
     PreparedImage,
@@ -267,6 +268,7 @@ class Evaluation:
         }
 
 
+@pages_warned_of_once()
 def evaluate(
     net: FullyConvolutional,
     dataset: Any,

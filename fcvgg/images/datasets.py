@@ -21,6 +21,7 @@ from fcvgg.categories import class_index
 from fcvgg.errors import ArgumentError, CategoryError, DatasetError, ImageError, one_line
 from fcvgg.images.files import NO_IMAGE, Contents, Listing, among, contents, image_files, left_out
 from fcvgg.images.files import Unreadable as Unreadable  # its earlier place, still imported from
+from fcvgg.images.lazy.source import pages_warned_of_once
 from fcvgg.images.reading import image_size
 from fcvgg.names import readable
 
@@ -216,6 +217,7 @@ class ClassFolders:
         return {name: count[i] for i, name in enumerate(self.classes)}
 
 
+@pages_warned_of_once()
 def class_folders(folder: str | Path) -> ClassFolders:
     """The images of a folder with one folder per class; each is opened once.
 
@@ -522,6 +524,7 @@ class SplitFolders:
         return {name: (train[i], valid[i]) for i, name in enumerate(self.classes)}
 
 
+@pages_warned_of_once()
 def split_folders(folder: str | Path, fraction: float = 0.2, seed: int = 0) -> SplitFolders:
     """The images of a folder, to train on and held out.
 

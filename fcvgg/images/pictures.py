@@ -167,6 +167,14 @@ def pixels_of(image: Image.Image) -> NDArray[Any]:
     return pixels[..., None] if pixels.ndim == 2 else pixels
 
 
+def in_bytes(stored: NDArray[Any], bits: int) -> NDArray[np.uint8]:
+    """Values of fewer than 8 bits as bytes of the same brightness."""
+    top = (1 << bits) - 1
+    return ((np.arange(top + 1) * 255 + top // 2) // top).astype(np.uint8)[
+        np.minimum(stored, top).astype(np.uint8)
+    ]
+
+
 def _as_unsigned(pixels: NDArray[Any]) -> NDArray[Any]:
     """Whole numbers of 32 bits as ``uint8`` or ``uint16`` where they fit; the mode does not say."""
     low, high = (int(pixels.min()), int(pixels.max())) if pixels.size else (0, 0)

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from torchvision import tv_tensors
 
 from fcvgg.errors import PreprocessError, one_line
 from fcvgg.images.preprocessing import (
@@ -130,14 +131,16 @@ def _read(value: Any, channels: int | None) -> Preprocess:
     if isinstance(pipeline, Mapping):
         return _of_mapping(pipeline, channels)
     library = _library(pipeline)
-    if library == "transformers":
-        return _of_processor(pipeline, channels)
     if library is None or isinstance(pipeline, type):
         raise PreprocessError(
             "preprocess must be a fcvgg.Preprocess, such as fcvgg.Preprocess(mean, std), or one of "
             f"{', '.join(map(repr, PRESETS))}, or transforms of torchvision, timm or transformers, "
             f"got {_name(value)}"
         )
+    if library == "transformers":
+        return _of_processor(pipeline, channels)
+    if type(pipeline).__name__ == "PretrainedCfg":
+        return _of_mapping(pipeline.to_dict(), channels)
     if type(pipeline).__name__ in ("ImageClassification", "SemanticSegmentation"):
         return _of_preset(pipeline, channels)
     return _of_steps(pipeline, channels)
@@ -281,6 +284,8 @@ def _to_bytes(reading: _Reading, step: Any) -> None:
 
 def _to_dtype(reading: _Reading, step: Any) -> None:
     dtype = step.dtype
+    if isinstance(dtype, Mapping):  # by the types of inputs
+        dtype = dtype.get(tv_tensors.Image, dtype.get("others"))
     if not isinstance(dtype, torch.dtype):
         raise PreprocessError(
             f"preprocess must convert to one dtype, got {type(step).__name__} to {dtype!r}; pass "

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, Union
@@ -14,15 +15,17 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from fcvgg.errors import ArgumentError, ImageError
+from fcvgg.errors import ArgumentError, FcvggWarning, ImageError
 from fcvgg.geometry import Pair
+from fcvgg.images.files import contents, left_out
+from fcvgg.images.lazy.georeference import Georeference
 from fcvgg.images.lazy.input import (
     check_pixels,
     check_preprocessed,
     checked_preprocess,
     whole_picture,
 )
-from fcvgg.images.lazy.opening import as_file, is_file, strip_source
+from fcvgg.images.lazy.opening import as_file, is_file, is_zarr, strip_source
 from fcvgg.images.lazy.source import StripSource, is_folder, opened, upright
 from fcvgg.images.pictures import Picture, in_mode
 from fcvgg.images.preprocessing import Preprocess, size_of_side
@@ -52,6 +55,8 @@ class PreparedImage:
         pixels: the preprocessed tensor ``(1, C, H, W)``; None until then.
         rescaled: whether its size was chosen for this evaluation, so that preprocessing keeps it.
         interpolation: how it is rescaled; the preprocessing's.
+        full_size: ``(H, W)`` of level 0 of the slide of which it is a level, if it is one.
+        georeference: where its pixels lie on the earth, if it is known.
     """
 
     size: Pair
@@ -59,6 +64,8 @@ class PreparedImage:
     pixels: Tensor | None = None
     rescaled: bool = False
     interpolation: str = "bilinear"
+    full_size: Pair | None = None
+    georeference: Georeference | None = None
 
     @property
     def picture(self) -> Image.Image | None:
@@ -121,7 +128,13 @@ def prepare(
         pixels = torch.from_numpy(np.array(source.whole()))[None]
         return PreparedImage(_size(pixels), pixels=pixels, interpolation=how)
     values = whole_picture(source, checked_preprocess(preprocess, channels))
-    return PreparedImage(values.size, values, interpolation=how)
+    return PreparedImage(
+        values.size,
+        values,
+        interpolation=how,
+        full_size=source.full_size,
+        georeference=source.georeference,
+    )
 
 
 def read_picture(image: Any, preprocess: Preprocess) -> Picture:
@@ -167,6 +180,17 @@ def read_image(image: Any) -> Image.Image:
         raise ImageError(f"{path} must be an image file, got a folder")
     with opened(path, str(path)) as file:
         return upright(file, str(path))
+
+
+def _images_in(folder: Path) -> Sequence[Path]:
+    if is_zarr(folder):
+        return [folder]
+    found = contents(folder)
+    if not found.images:
+        raise ImageError(f"the folder {folder} has no images; pass one that holds image files")
+    if found.skipped:
+        warnings.warn(left_out(found.skipped, len(found.images)), FcvggWarning, stacklevel=2)
+    return found.images
 
 
 def smaller_sides(scales: Iterable[int] | int) -> tuple[int, ...]:
@@ -229,7 +253,15 @@ def _size(pixels: Tensor) -> Pair:
 
 
 def each_image(images: Any) -> Iterable[Any]:
-    """One image after the other from a batch, any other iterable of images, or a single image."""
+    """One image after the other from a batch, any other iterable of images, or a single image.
+
+    A folder stands for the images in it, by name; a warning counts the other files.
+
+    Raises:
+        ImageError: if a folder has no images.
+    """
+    if isinstance(images, (str, os.PathLike)) and os.path.isdir(images):
+        return _images_in(Path(images))
     if hasattr(images, "shape") and hasattr(images, "dtype"):  # an array of any library
         kind = getattr(images.dtype, "kind", None)
         return images if len(images.shape) == 4 or kind in ("O", "U") else [images]

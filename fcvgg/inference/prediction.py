@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from dataclasses import replace
 from typing import Any, get_args
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fcvgg.categories import one_per_class
 from fcvgg.choices import Average, Combine
-from fcvgg.errors import ArgumentError, ImageError, check_choice, one_line
+from fcvgg.errors import ArgumentError, ImageError, check_choice, check_integer, one_line
 from fcvgg.images.batching import run_in_batches
 from fcvgg.images.pipelines import TakesPreprocess
 from fcvgg.images.reading import (
@@ -36,6 +36,7 @@ from fcvgg.results.score_map import ScoreMap, pyramid_heatmap
 from fcvgg.rewriting.outputs import flattened
 from fcvgg.rewriting.program import Program
 from fcvgg.support.module_state import device_of, dtype_of, evaluating
+from fcvgg.support.progress import progress_bar
 
 
 class ImagePrediction(TakesPreprocess):
@@ -177,14 +178,16 @@ class ImagePrediction(TakesPreprocess):
         flip: bool = False,
         average: Average = "scores",
         output: int | str = 0,
+        batch_size: int | None = None,
+        progress: bool = False,
     ) -> Tensor:
         """Class probabilities by dense evaluation (VGG paper, section 3.2).
 
         Inputs of equal size are run together.
 
         Args:
-            images: one image or any iterable of them, each as for `score_map` and of any size; or
-                a preprocessed batch ``(N, C, H, W)``.
+            images: one image or any iterable of them, each as for `score_map` and of any size; a
+                folder, for the images in it by name; or a preprocessed batch ``(N, C, H, W)``.
             scales: lengths of the smaller side to which each image is rescaled, or one length. None
                 keeps it: an image many windows large is then seen in parts, and an object larger
                 than the window is recognised at a smaller scale only, such as ``net.usual_scale``.
@@ -193,6 +196,9 @@ class ImagePrediction(TakesPreprocess):
             average: what is averaged over the map's cells: ``"scores"`` (logits before the softmax;
                 scores that are probabilities or their logarithms are averaged as probabilities), or
                 ``"probabilities"``. Over scales and flips probabilities are averaged.
+            output: which output, by number or name, for a model with several.
+            batch_size: inputs run together; as many as come to about a million pixels when None.
+            progress: show a bar on stderr.
 
         Returns:
             float32 ``(N, K)`` on the CPU, each row summing to 1 unless the classes are independent.
@@ -204,27 +210,38 @@ class ImagePrediction(TakesPreprocess):
         """
         require_probabilities(self.activation_of(output))
         check_choice("average", average, get_args(Average))
+        if batch_size is not None:
+            check_integer("batch_size", batch_size, 1)
         flip, index = checked_flip(flip), self.output_index(output)
         lengths = None if scales is None else smaller_sides(scales)
         means: dict[int, MeanOfViews] = {}
-        for number, row in run_in_batches(
-            self._views(images, lengths, flip),
-            lambda _, batch: self._predicted(batch, average, index),
-        ):
-            means.setdefault(number, MeanOfViews()).add(row)
+        images = each_image(images)
+        total = len(images) if isinstance(images, Sized) else None
+        with progress_bar("classifying", total, shown=progress) as advance:
+            for number, row in run_in_batches(
+                self._views(images, lengths, flip, advance),
+                lambda _, batch: self._predicted(batch, average, index),
+                batch_size,
+            ):
+                means.setdefault(number, MeanOfViews()).add(row)
         if not means:
             raise ImageError("images must hold at least one, got none")
         return torch.stack([means[i].value() for i in sorted(means)])
 
     def _views(
-        self, images: Any, scales: Sequence[int] | None, flip: bool
+        self,
+        images: Iterable[Any],
+        scales: Sequence[int] | None,
+        flip: bool,
+        advance: Callable[[float], None],
     ) -> Iterator[tuple[int, None, Tensor]]:
         """Every image's input at every scale, and mirrored, with the image's index."""
-        for index, image in enumerate(each_image(images)):
+        for index, image in enumerate(images):
             prepared = self._prepared(image)
             for view in (with_smallest_side(prepared, n) for n in scales) if scales else [prepared]:
                 for pixels in (view, mirrored(view)) if flip else (view,):
                     yield index, None, pixels.tensor(self.preprocess)
+            advance(1)
 
     def _predicted(self, batch: Tensor, average: Average, output: int) -> Tensor:
         """Class probabilities ``(N, K)`` of inputs of one size, each averaged over its map."""
@@ -264,6 +281,8 @@ class ImagePrediction(TakesPreprocess):
             categories=self.categories if output == 0 else None,
             activation=activation,
             image=image.picture,
+            full_size=image.full_size,
+            georeference=image.georeference,
             could_have_positions=self.program.could_have_positions,
         )
 

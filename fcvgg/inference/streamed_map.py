@@ -121,6 +121,7 @@ class StreamedMap:
                 result[:, :, rows[0] : rows[1], cols[0] : cols[1]] = cells
                 if masked is not None:
                     self._missing[:, :, rows[0] : rows[1], cols[0] : cols[1]] = masked
+        torch.clear_autocast_cache()  # torch 2.7 reuses weights that are cast without a graph
         assert result is not None  # an image of any size has at least one cell
         return result.masked_fill(self._missing, torch.nan) if self._missing.any() else result
 

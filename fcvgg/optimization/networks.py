@@ -201,9 +201,9 @@ class OptimizedNetwork(FullyConvolutional):
         """Write the plain network's bundle; call `fcvgg.optimize` again after loading it."""
         return self.plain.save(path, **options)
 
-    def export(self, path: str | Path) -> ExportedFile:
+    def export(self, path: str | Path, **options: Any) -> ExportedFile:
         """Write the plain network for other runtimes."""
-        return self.plain.export(path)
+        return self.plain.export(path, **options)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {self.optimization}"

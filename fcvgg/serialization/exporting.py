@@ -1,7 +1,8 @@
 """Handing a converted network on to where it will run: ONNX and torch.export.
 
-The exported graph takes preprocessed images ``(N, C, H, W)`` with batch, height and width free, at
-any size from the window up; padding smaller images is left to the caller.
+The exported graph takes preprocessed images ``(N, C, H, W)``, or pixels ``(N, H, W, C)``, with
+batch, height and width free, at any size from the window up; padding smaller images is left to the
+caller.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from fcvgg.errors import EquivalenceError, FcvggError, MissingExtraError, one_li
 from fcvgg.geometry import KernelPair, Pair
 from fcvgg.rewriting.sliding import windows_of
 from fcvgg.rewriting.tracing import operation_name
+from fcvgg.serialization.deployment import Deployed
 from fcvgg.serialization.runtime import onnx_runner
 from fcvgg.support.atomic import EXPORT_ENDINGS, atomic_file, checked_file
 from fcvgg.support.module_state import device_of, dtype_of, evaluating
@@ -58,7 +60,8 @@ def export_network(
 
     Args:
         path: where to.
-        network: takes images and returns one map or a tuple of maps.
+        network: takes images and returns one map or a tuple of maps; a `Deployed` one may take
+            pixels.
         images: shape ``(N, C, H, W)`` to trace with: more than one image and more than one cell.
         metadata: kept in the file under ``fcvgg.NAME``, as JSON.
         sizes: ``(H, W)`` at which the file is compared with the network, besides the traced one.
@@ -94,12 +97,12 @@ def export_program(network: nn.Module, images: tuple[int, int, int, int]) -> Exp
     torch.export takes a traced size for larger than one and guards against the map of one cell,
     which the native size gives; backed sizes that are oblivious to 0 and 1 lift that guard.
     """
-    example = torch.zeros(images, device=device_of(network), dtype=dtype_of(network))
-    free = {0: Dim.DYNAMIC, 2: Dim.DYNAMIC, 3: Dim.DYNAMIC}
 
     def traced(module: nn.Module) -> ExportedProgram:
+        free = {0: Dim.DYNAMIC, **dict.fromkeys(_sides(module), Dim.DYNAMIC)}
         patched = shape_config.patch(backed_size_oblivious=True)  # type: ignore[attr-defined]
         with patched, torch.no_grad():
+            example = _noise(module, images)
             return torch.export.export(module, (example,), dynamic_shapes=(free,), strict=False)
 
     with evaluating(network):
@@ -107,12 +110,35 @@ def export_program(network: nn.Module, images: tuple[int, int, int, int]) -> Exp
             return traced(network)
         except Exception as error:
             place = "the network"
-            if isinstance(network, fx.GraphModule):
-                followed = _Followed(network)
+            graph = network.network if isinstance(network, Deployed) else network
+            if isinstance(graph, fx.GraphModule):
+                followed = _Followed(graph)
                 with suppress(Exception):
                     traced(followed)
                 place = followed.place
             raise FcvggError(f"torch.export cannot take {place}: {one_line(error)}") from error
+
+
+def _takes_pixels(network: nn.Module) -> bool:
+    return isinstance(network, Deployed) and network.preprocess is not None
+
+
+def _sides(network: nn.Module) -> Pair:
+    """The dimensions of height and width in what the network takes."""
+    return (1, 2) if _takes_pixels(network) else (2, 3)
+
+
+def _noise(network: nn.Module, shape: Sequence[int]) -> Tensor:
+    """Noise for the network: images ``(N, C, H, W)`` of this shape, or pixels ``(N, H, W, C)``."""
+    generator = torch.Generator().manual_seed(0)
+    if not _takes_pixels(network):
+        noise = torch.randn(*shape, generator=generator)
+        return noise.to(device_of(network), dtype_of(network))
+    n, channels, height, width = shape
+    pixels = torch.randint(
+        256, (n, height, width, channels), generator=generator, dtype=torch.uint8
+    )
+    return pixels.to(device_of(network))
 
 
 class _Followed(nn.Module):
@@ -151,10 +177,9 @@ _Run = Callable[[Tensor], "list[Tensor]"]
 def _compare(name: str, run: _Run, network: nn.Module, shapes: Sequence[tuple[int, ...]]) -> str:
     """Run the file and the network on noise of several shapes; say how far apart they are."""
     tolerance = _TOLERANCES.get(dtype_of(network), 1e-4)
-    generator = torch.Generator().manual_seed(0)
     worst = 0.0
     for shape in shapes:
-        images = torch.randn(shape, generator=generator).to(device_of(network), dtype_of(network))
+        images = _noise(network, shape)
         pixels = f"{shape[2]}x{shape[3]}"
         with torch.no_grad(), evaluating(network):
             expected = network(images)
@@ -406,8 +431,8 @@ def _write_onnx(
             result = torch.onnx.export(
                 program,
                 (),
-                input_names=["images"],
-                output_names=_output_names(program),
+                input_names=["pixels" if _takes_pixels(network) else "images"],
+                output_names=_output_names(program, network),
                 dynamo=True,
                 verbose=False,
             )
@@ -418,7 +443,7 @@ def _write_onnx(
             ) from error
     assert result is not None
     result.model.metadata_props.update(entries)
-    _name_dimensions(result.model.graph)
+    _name_dimensions(result.model.graph, _sides(network))
     if size < _LARGEST_PROTOBUF:
         onnx.save_model(result.model_proto, str(path))
     else:
@@ -445,10 +470,10 @@ def _untranslated(error: BaseException, program: ExportedProgram) -> str:
     return f"{name or 'the network'}: {reason}"
 
 
-def _name_dimensions(graph: Any) -> None:
+def _name_dimensions(graph: Any, sides: Pair) -> None:
     """Call the free dimensions what they are, where torch numbers its symbols."""
     shape = graph.inputs[0].shape
-    names = {str(shape[i]): name for i, name in ((0, "batch"), (2, "height"), (3, "width"))}
+    names = {str(shape[i]): name for i, name in zip((0, *sides), ("batch", "height", "width"))}
     values = [*graph.inputs, *graph.outputs, *(v for node in graph for v in node.outputs)]
     for value in values:
         if value.shape is None:
@@ -462,6 +487,8 @@ def _name_dimensions(graph: Any) -> None:
         value.shape = type(value.shape)(dimensions)  # the shape of a shared value is frozen
 
 
-def _output_names(program: ExportedProgram) -> list[str]:
+def _output_names(program: ExportedProgram, network: nn.Module) -> list[str]:
     count = len(program.graph_signature.user_outputs)
-    return ["scores"] if count == 1 else [f"scores_{i}" for i in range(count)]
+    probable = isinstance(network, Deployed) and network.activations is not None
+    name = "probabilities" if probable else "scores"
+    return [name] if count == 1 else [f"{name}_{i}" for i in range(count)]

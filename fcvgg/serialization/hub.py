@@ -30,6 +30,7 @@ def download_bundle(name: str) -> Path:
     api = imported("huggingface_hub", EXTRA).HfApi(library_name="fcvgg")
     repository, _, revision = name.partition("@")
     with explained(PREFIX + name, LoadError, "a bundle of fcvgg, which net.push_to_hub writes"):
+        check_reachable(name)
         config = api.hf_hub_download(repository, CONFIG, revision=revision or None)
         folder = Path(config).parent
         if is_bundle(folder):
@@ -74,6 +75,22 @@ def upload_bundle(folder: Path, name: str, private: bool | None, message: str | 
             allow_patterns=[CONFIG, TENSORS, CARD],
         )
     return str(address)
+
+
+def check_reachable(name: str) -> None:
+    """Ask for a repository that is not in the client's cache once, for 10 seconds.
+
+    The client itself would ask for each file six times in half a minute where there is no
+    connection, and log every time.
+
+    Args:
+        name: ``user/name`` or ``user/name@revision``.
+    """
+    client = imported("huggingface_hub", EXTRA)
+    repository, _, revision = name.partition("@")
+    revision = revision or None  # type: ignore[assignment]
+    if client.try_to_load_from_cache(repository, CONFIG, revision=revision) is None:
+        client.HfApi(library_name="fcvgg").model_info(repository, revision=revision, timeout=10)
 
 
 @contextmanager

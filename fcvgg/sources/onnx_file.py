@@ -44,6 +44,8 @@ CATEGORIES_KEY = "fcvgg.categories"
 """Metadata: JSON list of the class names."""
 INPUT_SIZE_KEY = "fcvgg.input_size"
 """Metadata: JSON list ``[h, w]``, the native size."""
+TAKES_KEY = "fcvgg.takes"
+"""Metadata: ``"images"``, or ``"pixels"`` where the file preprocesses."""
 ACTIVATION_KEY = "fcvgg.activation"
 """Metadata: JSON of what the scores are, as `fcvgg.convert` takes it."""
 
@@ -172,6 +174,11 @@ def _check_expansion(proto: Any, path: Path) -> None:
 def _settings(proto: Any, graph: Graph) -> dict[str, Any]:
     """What the file says: its own metadata where fcvgg wrote it, and the input's fixed size."""
     metadata = {entry.key: entry.value for entry in proto.metadata_props}
+    if metadata.get(TAKES_KEY) == '"pixels"':
+        raise LoadError(
+            f"{graph.path} must take preprocessed images, got one that preprocesses pixels itself; "
+            "export the network without preprocess=True to load it again"
+        )
     settings: dict[str, Any] = {}
     if graph.size is not None:
         settings["input_size"] = graph.size

@@ -45,6 +45,7 @@ def read(name: str, weights: str | Path | None) -> tuple[nn.Module, dict[str, An
     if name.startswith(HUB_PREFIXES):
         what = "a model of timm, which timm.models.push_to_hf_hub writes"
         with hub.explained(PREFIX + name, LoadError, what):
+            hub.check_reachable(name.partition(":")[2])
             return _read(name, weights, timm)
     _check_name(name, timm)
     return _read(name, weights, timm)

@@ -23,6 +23,9 @@ _CHUNK_BYTES = 8 << 20
 
 _CHUNK_ROWS = 32
 
+_COPIES = 4
+"""Of those rows: as they wait, joined, in zarr's hands, and encoded as one shard."""
+
 _CHECKED_COLS = 2048
 """Columns of the image that are read at a time for its checksum."""
 
@@ -36,8 +39,7 @@ def open_or_create_store(job: StreamJob, path: Path, memory: int) -> tuple[Score
         store = open_store(path, writable=True)
         check_same(store, description)
         return store, _resumed_plan(job, store, memory)
-    # three times: the rows that wait, the chunk that they are joined to, and its copy for zarr
-    plan = job.plan(memory, 3 * chunk_rows * job.row_bytes)
+    plan = job.plan(memory, _COPIES * chunk_rows * job.row_bytes)
     description.update(strip_bytes=plan.strip_bytes, blocks=[list(block) for block in plan.blocks])
     # zarr has no bfloat16
     dtype = job.dtype if job.dtype != torch.bfloat16 else torch.float32
@@ -49,7 +51,7 @@ def open_or_create_store(job: StreamJob, path: Path, memory: int) -> tuple[Score
 def _resumed_plan(job: StreamJob, store: ScoreStore, memory: int) -> StripPlan:
     """The plan by which the finished rows were computed: only it gives the same bits."""
     strip_bytes, blocks = int(store.description["strip_bytes"]), tuple(store.blocks)
-    waiting = 3 * store.chunk_rows * job.row_bytes
+    waiting = _COPIES * store.chunk_rows * job.row_bytes
     peak = job.peak(strip_bytes, max(b - a for a, b in blocks), waiting)
     if peak > memory and not store.complete:
         raise ArgumentError(
@@ -66,6 +68,7 @@ def _description(job: StreamJob) -> dict[str, Any]:
         "kind": job.selection.kind,
         "geometry": job.geometry.to_dict(),
         "image_size": list(job.source.size),
+        "full_size": list(job.source.full_size),
         "rows": list(job.workload.rows),
         "classes": list(job.selection.indices),
         "all_classes": job.selection.whole,
@@ -77,6 +80,7 @@ def _description(job: StreamJob) -> dict[str, Any]:
         "network": _network_checksum(job.net),
         "weights": _weights_checksum(job.net),
         "nodata": job.source.left_out,
+        "where": None if job.interest is None else job.interest.checksum,
         "image": _image_checksum(job),
         "source": None if job.source.path is None else str(job.source.path.resolve()),
         "level": job.source.level,

@@ -1,13 +1,15 @@
-"""Score maps on disk: a zarr array that is filled row by row and can be resumed.
+"""Score maps on disk: an OME-Zarr image that is filled row by row and can be resumed.
 
-The array's attributes hold, under ``"fcvgg"``, what the map is: its geometry, class names and the
-plan by which it is computed. A small file next to the array's metadata holds which rows are
-finished. It is replaced atomically, so that a killed process loses no finished row.
+The group's attributes hold, under ``"fcvgg"``, what the map is: its geometry, class names and the
+plan by which it is computed; and under ``"ome"`` where its cells lie, for viewers. A small file
+next to the group's metadata holds which rows are finished. It is replaced atomically, so that a
+killed process loses no finished row. Older stores are an array with the first of the attributes.
 """
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,25 +18,36 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fcvgg.categories import class_name
+from fcvgg.choices import PolygonKind
 from fcvgg.errors import FcvggError, one_line
 from fcvgg.geometry import Pair
 from fcvgg.images.lazy.georeference import FIELDS
+from fcvgg.images.lazy.opening import strip_source
+from fcvgg.results.geojson import ClassCells
+from fcvgg.results.geotiff import save_cells
+from fcvgg.streaming.ome_image import cells_on_slide, ome_axes, ome_image
 from fcvgg.streaming.store_description import check_held, checked_description, checked_progress
 from fcvgg.support import untrusted
 from fcvgg.support.atomic import atomic_file, atomic_folder
 from fcvgg.support.extras import imported
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
     from fcvgg.results.heatmap import Heatmap
 
 ATTRIBUTE = "fcvgg"
 _METADATA = "zarr.json"
 _PROGRESS = "fcvgg-progress.json"
-_NORMALIZER = "normalizer"
-_MAY_DIFFER = ("blocks", "strip_bytes", "source", "pixel_size", "num_classes", *FIELDS)
+_SCORES, _NORMALIZER = "0", "normalizer"
+_MAY_DIFFER = (
+    *("blocks", "strip_bytes", "source", "pixel_size", "num_classes", "full_size", *FIELDS),
+)
 """Fields that a resumed stream may change, and those that older stores lack."""
 
 _CHECKSUMS = {
+    "where": "where= or fill=",
     "network": "network",
     "weights": "weights",
     "image": "image, or the preprocessing or range of its values,",
@@ -43,6 +56,9 @@ _CHECKSUMS = {
 
 _LONGEST_VALUE = 60
 """Characters of a value that a message shows."""
+
+_OVERVIEWS = {"scores": "AVERAGE", "argmax": "MODE", "top5": "NEAREST"}
+"""How GDAL reduces what a map holds."""
 
 _CHUNK_CHANNELS = 64
 _CHUNK_COLS = 512
@@ -56,7 +72,7 @@ class ScoreStore:
         array: the zarr array: scores, or what ``classes=`` keeps of them.
         normalizer: for logits of some classes, the log-sum-exp ``(h, w)`` over all classes, in the
             folder of the first array; None for other maps, and those of older versions.
-        description: what the map is, from the array's attributes.
+        description: what the map is, from the attributes.
         finished: for every block of columns, how many of its rows are finished.
     """
 
@@ -75,21 +91,104 @@ class ScoreStore:
         shape = "x".join(map(str, self.array.shape))
         return f"ScoreStore({str(self.path)!r}: {shape} {self.description['kind']}{state})"
 
-    def heatmap(self, target: int | str | None = None) -> Heatmap:
+    def heatmap(self, target: int | str | None = None, *, image: Any = None) -> Heatmap:
         """A class's probability on a thumbnail of the image, as ``fcvgg heatmap`` shows it.
 
         Args:
             target: a class index or category name; None for the class with the highest average
                 score, or the only one.
+            image: what was streamed, to show the heatmap on, such as an open slide or what
+                `fcvgg.open_image` gave; None for its file, if that is still there.
 
         Raises:
             CategoryError: if the class is unknown or its probability cannot be known from the map.
-            ImageError: if no cell has data.
+            ImageError: if no cell has data, or the image has another size.
         """
         from fcvgg.streaming.slide_maps import SlideMap
 
         shown = SlideMap(self, target)
-        return shown.heatmap(shown.source())
+        return shown.heatmap(shown.source() if image is None else strip_source(image))
+
+    def plot_labels(self, ax: Axes | None = None, most: int = 6) -> Axes:
+        """Every cell in the colour of its most probable class, on a thumbnail, with a legend.
+
+        The `most` frequent classes have colours of their own, the others share grey.
+
+        Raises:
+            CategoryError: if the map holds the scores of some classes only.
+            ImageError: if no cell has a class.
+        """
+        from fcvgg.streaming.slide_maps import SlideLabels
+
+        shown = SlideLabels(self)
+        return shown.plot(shown.source(), ax, most)
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write the map of a georeferenced image as a cloud-optimised GeoTIFF (``fcvgg[geo]``).
+
+        Its pixels are the cells, with the image's coordinate reference system, and hold what the
+        map does: a band of scores for each class, the index of the best class, or the classes and
+        scores of the five best. Where there is no data they are NaN, or -1 for a class.
+
+        Args:
+            path: a name in ``.tif`` or ``.tiff``.
+
+        Raises:
+            ArgumentError: if the name ends otherwise.
+            ImageError: if the image was not georeferenced.
+            FcvggError: if the map is not finished, or the file cannot be written.
+        """
+        from fcvgg.streaming.slide_maps import row_ranges
+
+        if not self.complete:
+            raise FcvggError(f"{self.path} is not finished; repeat the call that began it")
+        kind, dtype = self.description["kind"], self.array.dtype
+        if kind == "argmax":  # the narrowest that geographic systems know, of those that hold -1
+            few = self.description.get("num_classes", 1 << 24) < 1 << 15
+            dtype = np.dtype(np.int16 if few else np.int32)
+        names = self._band_names()
+        height, width = self.array.shape[-2:]
+        place = self.description.get("cell_transform"), self.description.get("crs")
+        parts = (
+            self.array[..., rows, :].reshape(len(names), -1, width) for rows in row_ranges(self)
+        )
+        with self.reading():
+            return save_cells(
+                path, parts, (len(names), height, width), dtype, names, *place, _OVERVIEWS[kind]
+            )
+
+    def _band_names(self) -> list[str]:
+        """What every band of a GeoTIFF holds."""
+        kind, names = self.description["kind"], self.description["categories"]
+        if kind == "argmax":
+            return ["class"]
+        if kind == "top5":
+            ranks = range(1, self.array.shape[1] + 1)
+            return [f"{what} {rank}" for what in ("class", "score") for rank in ranks]
+        return names or [class_name(index, None) for index in self.description["classes"]]
+
+    def to_geojson(
+        self,
+        path: str | os.PathLike[str] | None = None,
+        *,
+        target: int | str | None = None,
+        threshold: float = 0.5,
+        kind: PolygonKind = "regions",
+        pixels: bool = False,
+    ) -> dict[str, Any]:
+        """As `ScoreMap.to_geojson`; the cells of a map of classes have probability 1 or 0.
+
+        Raises:
+            CategoryError: if the class is unknown or its probability cannot be known from the map.
+        """
+        from fcvgg.streaming.slide_maps import SlideMap
+
+        place = self.description.get("cell_transform"), self.description.get("crs")
+        slide = SlideMap(self, target)
+        cells = ClassCells(
+            slide.cells, slide.label, slide.index, cells_on_slide(self.description), *place
+        )
+        return cells.to_geojson(path, threshold, kind, pixels)
 
     @property
     def chunk_rows(self) -> int:
@@ -216,37 +315,41 @@ def create_store(
         FcvggError: if it cannot be written.
     """
     zarr = imported("zarr", "stream")
-    # blocks of columns are written one after the other: a chunk that two of them shared would be
+    if normalized:
+        shape = (shape[0] - 1, *shape[1:])
+    # blocks of columns are written one after the other: a shard that two of them shared would be
     # read, changed and written again
     block = max(b - a for a, b in description["blocks"])
+    several = len(description["blocks"]) > 1
     chunks = (
         *(min(n, _CHUNK_CHANNELS) for n in shape[:-2]),
         min(chunk_rows, shape[-2]),
-        _aligned(block) if len(description["blocks"]) > 1 else min(shape[-1], _CHUNK_COLS),
+        _aligned(block) if several else min(shape[-1], _CHUNK_COLS),
     )
-    names = (*("output", "channel")[2 - len(shape[:-2]) :], "y", "x")
-    if normalized:
-        shape = (shape[0] - 1, *shape[1:])
-        chunks = (min(shape[0], _CHUNK_CHANNELS), *chunks[1:])
+    # one file for all that is written at a time, so that a thousand classes are no more files
+    written = (*shape[:-2], chunks[-2], block if several else shape[-1])
+    shards = tuple(-(-n // chunk) * chunk for n, chunk in zip(written, chunks))
+    axes = ome_axes(len(shape), description)
+    options: dict[str, Any] = {"dtype": dtype, "dimension_names": [axis["name"] for axis in axes]}
     with atomic_folder(path) as folder:
-        zarr.create_array(
-            store=str(folder),
+        attributes = {ATTRIBUTE: dict(description), "ome": ome_image(axes, _SCORES, description)}
+        group = zarr.create_group(store=str(folder), attributes=attributes, overwrite=True)
+        group.create_array(
+            _SCORES,
             shape=shape,
-            dtype=dtype,
             chunks=chunks,
-            dimension_names=names,
+            shards=shards,
             fill_value=-1 if description["kind"] == "argmax" else np.nan,  # no data yet
-            attributes={ATTRIBUTE: dict(description)},
-            overwrite=True,
+            **options,
         )
         if normalized:
-            zarr.create_array(
-                store=str(folder / _NORMALIZER),
+            group.create_array(
+                _NORMALIZER,
                 shape=shape[-2:],
-                dtype=dtype,
                 chunks=chunks[-2:],
-                dimension_names=("y", "x"),
+                shards=shards[-2:],
                 fill_value=np.nan,
+                **{**options, "dimension_names": options["dimension_names"][-2:]},
             )
     return open_store(path, writable=True)
 
@@ -268,10 +371,12 @@ def open_store(path: str | Path, writable: bool = False) -> ScoreStore:
     normalizer = None
     try:
         # zarr would read metadata of any size, and follow links out of the folder
-        untrusted.read_bytes(path / _METADATA, untrusted.CONFIG_BYTES, within=path)
-        array = zarr.open_array(str(path), mode=mode)
-        data = dict(array.attrs)[ATTRIBUTE]
-        if (path / _NORMALIZER).exists():
+        names = [name for name in ("", _SCORES, _NORMALIZER) if (path / name / _METADATA).exists()]
+        for name in names:
+            untrusted.read_bytes(path / name / _METADATA, untrusted.CONFIG_BYTES, within=path)
+        data = dict(zarr.open(str(path), mode=mode).attrs)[ATTRIBUTE]
+        array = zarr.open_array(str(path / _SCORES if _SCORES in names else path), mode=mode)
+        if _NORMALIZER in names:
             normalizer = zarr.open_array(str(path / _NORMALIZER), mode=mode)
     except Exception as error:
         raise FcvggError(f"{path} must be a score map that fcvgg.stream wrote") from error

@@ -19,14 +19,15 @@ FORMAT = 2
 _LARGEST_SIDE = 1 << 31
 _MOST_CLASSES = 1 << 24
 _LARGEST_CHUNK = 64 << 20
+_MOST_CHUNKS = 1 << 16
 _LARGEST_STRIP = 1 << 40
 _BELIEVED_CELLS = 1 << 26
 _CELLS_PER_BYTE = 1 << 12
 """Finished cells per byte on disk at most: chunks without data are not stored."""
 
 _LATER = (
-    *("dtype", "output", "network", "weights", "image", "pixel_size", "bands", "nodata"),
-    *("num_classes", *FIELDS),
+    *("dtype", "output", "network", "weights", "image", "pixel_size", "bands", "nodata", "where"),
+    *("num_classes", "full_size", *FIELDS),
 )
 """Fields that older stores lack, or that only a resumed stream compares."""
 
@@ -67,6 +68,9 @@ def checked_description(data: Any, array: Any) -> dict[str, Any]:
     chunk = prod(array.chunks) * np.dtype(array.dtype).itemsize
     if chunk > _LARGEST_CHUNK:
         raise FcvggError(f"chunks must be of at most {_LARGEST_CHUNK:,} bytes, got {chunk:,}")
+    count = prod(array.shards or array.chunks) // prod(array.chunks)  # zarr reads all their places
+    if count > _MOST_CHUNKS:
+        raise FcvggError(f"shards must be of at most {_MOST_CHUNKS:,} chunks, got {count:,}")
     return dict(data)
 
 
@@ -167,6 +171,7 @@ _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "kind": (lambda v: v in tuple(_DIMENSIONS), f"one of {', '.join(_DIMENSIONS)}"),
     "geometry": (lambda v: isinstance(v, dict), "an object"),
     "image_size": (lambda v: _are_whole(v, 1, _LARGEST_SIDE, 2), "[height, width]"),
+    "full_size": (lambda v: _are_whole(v, 1, _LARGEST_SIDE, 2), "[height, width]"),
     "rows": (
         lambda v: _are_whole(v, 0, _LARGEST_SIDE, 2) and v[0] < v[1],
         "[first, end] of the rows of cells",
@@ -198,6 +203,7 @@ _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "cell_transform": (lambda v: v is None or is_transform(v), "null or six finite numbers"),
     "geo_keys": (lambda v: v is None or are_keys(v), "null or the keys of a GeoTIFF"),
     "nodata": (_is_nodata, "null, 'mask' or a number as text"),
+    "where": (lambda v: v is None or _is_text(v), "null or a checksum"),
     "num_classes": (lambda v: _is_whole(v, 1, _MOST_CLASSES), "a number of classes"),
     "strip_bytes": (lambda v: _is_whole(v, 1, _LARGEST_STRIP), "a number of bytes"),
     "blocks": (

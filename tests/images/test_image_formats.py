@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import struct
 import warnings
 import zlib
 from collections.abc import Callable
@@ -204,6 +205,10 @@ FLOATS = noise(3, top=9000, dtype=np.float32)
 BINARY = Image.fromarray(GREY).convert("1")
 PALETTE = Image.fromarray(COLOUR).quantize(64)
 CMYK = Image.fromarray(noise(4), "CMYK")
+YCBCR = Image.fromarray(noise(3), "YCbCr")
+LAB = Image.fromarray(noise(3), "LAB")
+TWELVE = noise(3, top=4095, dtype=np.uint16)
+SHADES = np.array([[1], [2], [3]], np.uint16)
 
 
 def _palette_with_transparency(folder: Path) -> Path:
@@ -271,6 +276,65 @@ def _sparse_truth() -> Pixels:
     return pixels
 
 
+def _png_of_4_bits(path: Path) -> Path:
+    pairs = (GREY[:, ::2] & 0xF0) | GREY[:, 1::2] >> 4
+    rows = b"".join(b"\0" + row.tobytes() for row in pairs)
+    header = struct.pack(">IIBBBBB", SIZE[1], SIZE[0], 4, 0, 0, 0, 0)
+    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b""))
+    return _bytes(path, b"\x89PNG\r\n\x1a\n" + b"".join(_chunk(*chunk) for chunk in chunks))
+
+
+def _chunk(kind: bytes, content: bytes) -> bytes:
+    length, check = len(content), zlib.crc32(kind + content)
+    return struct.pack(">I", length) + kind + content + struct.pack(">I", check)
+
+
+def _aperio(folder: Path) -> Path:
+    """YCbCr in JPEG 2000, as Aperio's scanners compress it."""
+    path = tiff(np.asarray(YCBCR), photometric="rgb", compression="jpeg2000", tile=(16, 32))(folder)
+    with tifffile.TiffFile(path, mode="r+") as file:
+        file.pages[0].tags[259].overwrite(33003)
+    return Path(path)
+
+
+BLOCK = 2, 4
+"""Rows and columns of pixels that have one colour."""
+
+
+def _blocks() -> Pixels:
+    """YCbCr of which every block of pixels has one colour."""
+    pixels = np.array(YCBCR)
+    for row, col in np.ndindex(BLOCK):
+        pixels[row :: BLOCK[0], col :: BLOCK[1], 1:] = pixels[:: BLOCK[0], :: BLOCK[1], 1:]
+    return pixels
+
+
+def _subsampled_truth() -> Pixels:
+    return np.asarray(Image.fromarray(_blocks(), "YCbCr").convert("RGB"))
+
+
+def _subsampled(path: Path, deflated: bool) -> Path:
+    """A TIFF of two strips, of which the second is shorter: 24 and 16 rows."""
+    (height, width), (tall, wide), data, strips = SIZE, BLOCK, b"", []
+    blocks = _blocks().reshape(height // tall, tall, width // wide, wide, 3).swapaxes(1, 2)
+    light = blocks[..., 0].reshape(height // tall, width // wide, -1)
+    units = np.concatenate([light, blocks[:, :, 0, 0, 1:]], 2)
+    for part in (units[:12], units[12:]):
+        strip = zlib.compress(part.tobytes()) if deflated else part.tobytes()
+        strips.append((200 + len(data), len(strip)))
+        data += strip
+    (first, count), (second, other) = strips
+    tags = [(256, 4, 1, width), (257, 4, 1, height), (258, 3, 3, 150), (262, 3, 1, 6)]
+    tags += [(259, 3, 1, 8 if deflated else 1), (273, 4, 2, 160), (277, 3, 1, 3), (278, 4, 1, 24)]
+    tags += [(279, 4, 2, 170), (530, 3, 2, wide | tall << 16)]
+    entries = b"".join(struct.pack("<HHII", *tag) for tag in sorted(tags))
+    held = b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4)
+    held = held.ljust(150) + struct.pack("<3H", 8, 8, 8)
+    held = held.ljust(160) + struct.pack("<2I", first, second)
+    held = held.ljust(170) + struct.pack("<2I", count, other)
+    return _bytes(path, held.ljust(200) + data)
+
+
 JPEG = io.BytesIO()
 Image.fromarray(COLOUR).save(JPEG, "JPEG", quality=95)
 
@@ -288,6 +352,10 @@ FORMATS: dict[str, Format] = {
     "png rgba of 16 bits": Format(png16(WIDE_ALPHA), on_white(WIDE_ALPHA / 257)),
     "png grey and alpha of 16 bits": Format(
         png16(WIDE_ALPHA[..., :2]), rgb(on_white(WIDE_ALPHA[..., :2] / 257))
+    ),
+    "png grey of 4 bits with a transparent value": Format(
+        lambda f: _with_transparency(_png_of_4_bits(f / "a.png"), [5]),
+        rgb(np.where(GREY >> 4 == 5, 255, (GREY >> 4) * 17)),
     ),
     "png grey of 16 bits with a transparent value": Format(
         lambda f: _with_transparency(png16(WIDE_GREY)(f), [WIDE_GREY[3, 4]]),
@@ -326,7 +394,49 @@ FORMATS: dict[str, Format] = {
         dataset(geotiff(GREY[None] >> 4, nbits=4)), rgb((GREY >> 4) * 17)
     ),
     "tiff palette": Format(_saved(PALETTE, "tif"), np.asarray(PALETTE.convert("RGB"))),
+    "tiff palette of 8 bits a colour": Format(
+        tiff(GREY, photometric="palette", colormap=np.arange(256, dtype=np.uint16)[None] // SHADES),
+        GREY[..., None] // SHADES[:, 0],
+    ),
     "tiff cmyk": Format(_saved(CMYK, "tif"), np.asarray(CMYK.convert("RGB"))),
+    "tiff cmyk of 16 bits": Format(
+        tiff(np.asarray(CMYK).astype(np.uint16) * 257, photometric="separated"),
+        np.round((255.0 - noise(4)[..., :3]) * (255.0 - noise(4)[..., 3:]) / 255 * 257) / 257,
+    ),
+    "tiff lab": Format(_saved(LAB, "tif"), np.asarray(LAB.convert("RGB"))),
+    "tiff ycbcr": Format(_saved(YCBCR, "tif"), np.asarray(YCBCR.convert("RGB"))),
+    "tiff ycbcr of a scanner": Format(_aperio, np.asarray(YCBCR.convert("RGB"))),
+    "tiff ycbcr, one colour for 8 pixels": Format(
+        lambda f: _subsampled(f / "a.tif", deflated=False), _subsampled_truth()
+    ),
+    "tiff ycbcr, one colour for 8 pixels, deflated": Format(
+        lambda f: _subsampled(f / "a.tif", deflated=True), _subsampled_truth()
+    ),
+    "tiff of 12 bits": Format(
+        tiff(TWELVE, photometric="rgb", bitspersample=12, rowsperstrip=SIZE[0]),
+        TWELVE / (4095 / 255),
+    ),
+    "tiff of 12 bits as it is": Format(
+        tiff(TWELVE, photometric="rgb", bitspersample=12, rowsperstrip=SIZE[0]), TWELVE, REFLECTANCE
+    ),
+    "dataset of 12 bits": Format(
+        dataset(geotiff(TWELVE.transpose(2, 0, 1), nbits=12)), TWELVE / (4095 / 255)
+    ),
+    "tiff of 12 bits, 0 is white": Format(
+        tiff(TWELVE[..., 0], photometric="miniswhite", bitspersample=12, rowsperstrip=SIZE[0]),
+        rgb((4095 - TWELVE[..., 0]) / (4095 / 255)),
+    ),
+    "tiff of floats with multiplied alpha": Format(
+        tiff(
+            np.concatenate(
+                [ALPHA[..., :3] / 255 * (ALPHA[..., 3:] / 255), ALPHA[..., 3:] / 255], 2
+            ).astype(np.float32),
+            photometric="rgb",
+            extrasamples=["assocalpha"],
+        ),
+        on_white(ALPHA),
+        fcvgg.Preprocess((0.4,) * 3, (0.2,) * 3, value_range=(0, 1)),
+    ),
     "tiff grey of 16 bits": Format(tiff(WIDE_GREY, photometric="minisblack"), rgb(WIDE_GREY / 257)),
     "tiff rgb of 16 bits": Format(tiff(WIDE, photometric="rgb"), WIDE / 257),
     "tiff, 0 is white": Format(tiff(GREY, photometric="miniswhite"), rgb(255 - GREY)),
@@ -445,9 +555,7 @@ def _bytes(path: Path, data: bytes) -> Path:
 def _with_transparency(path: Path, colour: Any) -> Path:
     """A PNG of which one colour is transparent, by the chunk after the header."""
     data, numbers = path.read_bytes(), b"".join(int(n).to_bytes(2, "big") for n in colour)
-    chunk = b"tRNS" + numbers
-    chunk = len(numbers).to_bytes(4, "big") + chunk + zlib.crc32(chunk).to_bytes(4, "big")
-    return _bytes(path, data[:33] + chunk + data[33:])
+    return _bytes(path, data[:33] + _chunk(b"tRNS", numbers) + data[33:])
 
 
 def _imagej(path: Path, planes: Pixels) -> Path:
@@ -940,7 +1048,7 @@ def test_a_range_on_the_command_line(
     ran = run("stream", "scene.tif", "-m", "net", "-o", "s.zarr", *options)
     assert ran.exit_code == 0, ran.output
     np.testing.assert_allclose(
-        zarr.open("s.zarr", mode="r")[:], net.score_map("scene.tif").scores, atol=1e-5
+        open_store("s.zarr").array[:], net.score_map("scene.tif").scores, atol=1e-5
     )
 
 
@@ -963,7 +1071,7 @@ def test_missing_data_on_the_command_line(tmp_path: Path, monkeypatch: pytest.Mo
     for value in ("file", "0"):
         ran = run("stream", "a.tif", "-m", "net", "-o", f"{value}.zarr", "--nodata", value)
         assert ran.exit_code == 0, ran.output
-        scores = zarr.open(f"{value}.zarr", mode="r")[:]
+        scores = open_store(f"{value}.zarr").array[:]
         assert 0 < np.isnan(scores).mean() < 0.5
     ran = run("stream", "a.tif", "-m", "net", "-o", "c.zarr", "--nodata", "black")
     assert ran.exit_code == 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
@@ -16,6 +17,7 @@ from PIL import Image
 from torch import nn
 
 import fcvgg
+from fcvgg.images.datasets import split_folders
 from fcvgg.images.lazy.input import warn_of_dark_values
 from fcvgg.images.pictures import in_mode
 from fcvgg.images.preprocessing import INTERPOLATIONS
@@ -302,6 +304,18 @@ def test_the_first_of_several_frames_is_taken_and_it_is_said(
     torch.testing.assert_close(found, net.score_map(frames[0]).scores)
 
 
+def test_a_folder_with_files_of_several_pages_warns_once(tmp_path: Path) -> None:
+    frames = [Image.new("L", (12, 9), value) for value in (40, 200)]
+    for name in ("a/1.gif", "a/2.gif", "b/1.gif", "b/2.gif"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:])
+    with pytest.warns(fcvgg.errors.FcvggWarning) as warned:
+        split_folders(tmp_path)
+    split_folders(tmp_path)  # which says it no more
+    (message,) = [str(one.message) for one in warned]
+    assert re.search(r"1\.gif and 3 other files have several pages or frames, of which", message)
+
+
 @pytest.mark.parametrize(
     ("images", "message"),
     [
@@ -361,6 +375,19 @@ def test_an_absent_file(tmp_path: Path, net: fcvgg.FullyConvolutional) -> None:
         net.score_map(tmp_path / "absent.png")
     with pytest.raises(fcvgg.ImageError, match=r"^there is no image file absent\.png$"):
         net.score_map("absent.png")
+
+
+def test_a_web_address(net: fcvgg.FullyConvolutional) -> None:
+    message = r"^the image must be a file, got the address https://example\.org/a\.png; download it"
+    for image in ("https://example.org/a.png", Path("https://example.org/a.png")):
+        with pytest.raises(fcvgg.ImageError, match=message):
+            net.score_map(image)
+
+
+def test_floats_that_numpy_does_not_have_are_preprocessed(net: fcvgg.FullyConvolutional) -> None:
+    image = torch.rand(3, 9, 12, generator=torch.Generator().manual_seed(0)).to(torch.float8_e5m2)
+    torch.testing.assert_close(net.score_map(image).scores, net.score_map(image.float()).scores)
+    torch.testing.assert_close(fcvgg.stream(net, image).scores, net.score_map(image).scores)
 
 
 def test_a_folder(tmp_path: Path, net: fcvgg.FullyConvolutional) -> None:

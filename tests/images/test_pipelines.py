@@ -15,6 +15,7 @@ import torchvision.models as zoo
 from PIL import Image
 from torch import Tensor, nn
 from torchvision import transforms as v1
+from torchvision import tv_tensors
 from torchvision.transforms import InterpolationMode, v2
 
 import fcvgg
@@ -79,6 +80,13 @@ PIPELINES: dict[str, Any] = {
             v2.PILToTensor(),
             v2.ToDtype(torch.float32),
             v2.Normalize([123.7, 116.3, 103.5], [58.0] * 3),
+        ]
+    ),
+    "floats of images alone": v2.Compose(
+        [
+            v2.ToImage(),
+            v2.ToDtype({tv_tensors.Image: torch.float32, "others": None}, scale=True),
+            v2.Normalize(MEAN, STD),
         ]
     ),
     "normalised twice": v2.Compose(
@@ -170,6 +178,13 @@ def test_timms_data_configuration(changes: dict[str, Any]) -> None:
     assert fcvgg.convert(classifier(), preprocess=config).preprocess == read
 
 
+def test_timms_own_configuration_of_a_model() -> None:
+    config = timm.models.get_pretrained_cfg("vgg16")
+    read = given_preprocess(config, 3)
+    assert read == given_preprocess(config.to_dict(), 3) == fcvgg.Preprocess(MEAN, STD)
+    assert read.view == NativeView(resize=256, crop=(224, 224))
+
+
 def test_timms_border_has_no_view() -> None:
     read = given_preprocess({**CONFIG, "crop_mode": "border"}, 3)
     assert read is not None
@@ -227,6 +242,12 @@ def test_a_processors_other_steps_are_refused() -> None:
         fcvgg.PreprocessError, match=r"got DonutImageProcessor\w* with do_pad, do_thumbnail; set it"
     ):
         given_preprocess(transformers.DonutImageProcessor(), 3)
+
+
+def test_a_class_of_processors_is_refused() -> None:
+    transformers = pytest.importorskip("transformers")
+    with pytest.raises(fcvgg.PreprocessError, match=r"got the class ViTImageProcessor$"):
+        given_preprocess(transformers.ViTImageProcessor, 3)
 
 
 def test_a_processors_configuration() -> None:

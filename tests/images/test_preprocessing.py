@@ -131,3 +131,8 @@ def test_an_image_of_other_channels_is_refused() -> None:
         match=r"the image must have the preprocessing's 3 channels, got mode L; convert it first",
     ):
         Preprocess.imagenet()(picture(mode="L"))
+
+
+def test_the_pipelines_own_view_is_of_a_pil_image() -> None:
+    with pytest.raises(fcvgg.PreprocessError, match=r"^the image must be a PIL image, got str"):
+        fcvgg.Preprocess.imagenet().at_native_size("photo.jpg")  # type: ignore[arg-type]

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 
 import huggingface_hub
 import huggingface_hub.constants
@@ -133,7 +134,10 @@ def test_without_a_connection(hub, monkeypatch):
     template = "http://127.0.0.1:9/{repo_id}/resolve/{revision}/{filename}"
     monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    began = time.monotonic()
     assert_refused("hf:owner/demo", r"the hub could not be reached \(.*refused")
+    assert_refused("timm:hf-hub:owner/demo", r"the hub could not be reached \(.*refused")
+    assert time.monotonic() - began < 10  # the client itself tries for half a minute
 
 
 @pytest.mark.parametrize("source", ["hf:owner/{}", "timm:hf-hub:owner/{}"])

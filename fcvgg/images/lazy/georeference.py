@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from math import hypot
 from typing import Any
 
 import numpy as np
@@ -128,6 +130,18 @@ class Georeference:
         transform = None if transform is None else checked_transform(transform)
         return _stated(transform, description.get("crs"), keys)
 
+    @property
+    def pixel_size(self) -> tuple[float, float] | None:
+        """Height and width of a pixel in micrometres, if coordinates are lengths of a known unit.
+
+        Codes of EPSG say so by rasterio; without it that of UTM is known.
+        """
+        unit = None if self.crs is None else _metres_of_unit(self.crs)
+        if unit is None or self.transform is None:
+            return None
+        a, b, _, d, e, _ = self.transform
+        return hypot(b, e) * unit * 1e6, hypot(a, d) * unit * 1e6
+
     def through(self, inner: Transform) -> Georeference:
         """The same place for other pixels, which `inner` takes to these."""
         if self.transform is None:
@@ -136,8 +150,7 @@ class Georeference:
 
     def scaled(self, size: tuple[int, int], reduced: tuple[int, int]) -> Georeference:
         """For an image of another size ``(H, W)`` of the same extent."""
-        down, across = (n / m for n, m in zip(size, reduced))
-        return self.through((across, 0, 0, 0, down, 0))
+        return self.through(scaling(reduced, size))
 
     @property
     def tags(self) -> list[tuple[int, int, int, Any, bool]]:
@@ -158,6 +171,12 @@ class Georeference:
         return [(code, kind, len(value), value, True) for code, kind, value in found if value]
 
 
+def transform_of_cells(geometry: Geometry) -> Transform:
+    """From a map's cells to pixels: a cell is a box of the stride around its centre."""
+    (y, x), (down, across) = geometry.centre_of(0, 0), geometry.stride
+    return across, 0, x + 0.5 - across / 2, 0, down, y + 0.5 - down / 2
+
+
 def described(place: Georeference | None, geometry: Geometry) -> dict[str, Any]:
     """The fields of a store's description: the image's place, and that of the cells as pixels.
 
@@ -166,8 +185,7 @@ def described(place: Georeference | None, geometry: Geometry) -> dict[str, Any]:
     """
     place = place or Georeference(None, None, None)
     transform, keys = place.transform, place.keys
-    (y, x), (down, across) = geometry.centre_of(0, 0), geometry.stride
-    cells: Transform = (across, 0, x + 0.5 - across / 2, 0, down, y + 0.5 - down / 2)
+    cells = transform_of_cells(geometry)
     listed = keys and {**asdict(keys), "directory": [*keys.directory], "doubles": [*keys.doubles]}
     return {
         "crs": place.crs,
@@ -191,6 +209,12 @@ def are_keys(value: Any) -> bool:
         and isinstance(value["doubles"], list)
         and _checked_keys(value["directory"], value["doubles"], value["text"]) is not None
     )
+
+
+def scaling(size: tuple[int, int], other: tuple[int, int]) -> Transform:
+    """From pixels of an image of a size ``(H, W)`` to those of another size and the same extent."""
+    down, across = (m / n for n, m in zip(size, other))
+    return across, 0, 0, 0, down, 0
 
 
 def composed(outer: Transform, inner: Transform) -> Transform:
@@ -292,6 +316,17 @@ def _system_of(keys: GeoKeys) -> str | None:
         with memory, memory.open() as dataset:
             return dataset.crs.to_string() if dataset.crs else None
     except Exception:  # rasterio is missing, or GDAL cannot read them: the keys stay as they are
+        return None
+
+
+def _metres_of_unit(crs: str) -> float | None:
+    """Metres of a projected system's unit; None for degrees, and where it is unknown."""
+    if re.fullmatch(r"EPSG:32[67]\d\d", crs):
+        return 1.0
+    try:
+        system = imported("rasterio.crs", "geo").CRS.from_user_input(crs)
+        return float(system.linear_units_factor[1]) if system.is_projected else None
+    except Exception:  # rasterio is missing, or does not know it
         return None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -69,6 +70,7 @@ def check_pixels(
 
     `ImageError` if they have other channels than the network, or an unknown range.
     """
+    preprocess = _with_declared_range(preprocess, source)
     convert = _converter(source, preprocess)
     _check_brightness(source.sample(), source, preprocess)
     return convert
@@ -76,6 +78,7 @@ def check_pixels(
 
 def whole_picture(source: StripSource, preprocess: Preprocess) -> Picture:
     """A whole image in the preprocessing's channels and units, or `ImageError` if it has none."""
+    preprocess = _with_declared_range(preprocess, source)
     convert = _converter(source, preprocess)
     values = source.whole()
     _check_brightness([values], source, preprocess)
@@ -83,6 +86,13 @@ def whole_picture(source: StripSource, preprocess: Preprocess) -> Picture:
         source.dtype == np.uint8 or preprocess.takes_bytes or preprocess.value_range is not None
     )
     return Picture(convert(values), in_bytes)
+
+
+def _with_declared_range(preprocess: Preprocess, source: StripSource) -> Preprocess:
+    """The preprocessing with the range of the bits that a file declares, where one is assumed."""
+    if source.white is None or not preprocess.assumes_range(source.dtype):
+        return preprocess
+    return replace(preprocess, value_range=(0, source.white))
 
 
 def _converter(

@@ -9,6 +9,7 @@ import stat
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from numbers import Real
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -23,6 +24,7 @@ from fcvgg.errors import FcvggError, FcvggWarning, ImageError, one_line
 from fcvgg.geometry import Pair
 from fcvgg.images.lazy.georeference import Georeference
 from fcvgg.images.pictures import pixels_of
+from fcvgg.names import counted, web_address
 
 _ORIENTATION = 0x0112
 _TURNED = 5
@@ -47,6 +49,12 @@ _MASK = "mask"
 FROM_FILE = "file"
 """The name of the nodata value that the file itself declares."""
 
+_LARGEST_SIDE = 1 << 27
+"""Pixels of a side: what files say without holding it would never end to be read."""
+
+_WITHOUT_NUMPY = (torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
+"""torch's floats that NumPy does not have."""
+
 _LARGEST_PIXEL = 1e9
 """Micrometres of a pixel at most, a kilometre: a file that says more is not believed."""
 
@@ -58,6 +66,7 @@ File = Path | BinaryIO
 
 
 _warned: set[str] = set()
+_of_pages: ContextVar[list[str] | None] = ContextVar("of_pages", default=None)
 
 
 def warn(text: str, once: str | None) -> None:
@@ -86,9 +95,12 @@ class StripSource:
         block_rows: rows that the file or array can only give together; they are held while needed.
         path: of the file, if it is one.
         level: of the pyramid in the file.
+        level_sizes: ``(H, W)`` of every level of the pyramid; empty where there is one.
         bands: the channels that were chosen, if some were.
         alpha: whether the last of two or four channels is said to be transparency.
         nodata: the value that the file declares for pixels without data, if it does.
+        white: the largest of integers that a file says to have, of less than the dtype's bits; None
+            for all of them.
         missing_value: the value whose pixels are read as NaN; None keeps every value.
         reduced: whether the file holds more than 8 bits, of which its reader gives 8.
         pixel_size: height and width of a pixel in micrometres, if the file says so.
@@ -98,6 +110,7 @@ class StripSource:
     name = "the image"
     path: Path | None = None
     level = 0
+    level_sizes: Sequence[Pair] = ()
     size: Pair
     channels: int
     dtype: np.dtype[Any]
@@ -106,12 +119,15 @@ class StripSource:
     block_rows = 1
     alpha = False
     nodata: float | None = None
+    white: float | None = None
     missing_value: float | None = None
     reduced = False
     pixel_size: tuple[float, float] | None = None
     georeference: Georeference | None = None
     reopened: Callable[[], StripSource] | None = None
     """Opens the same image once more, in another process too."""
+    at_level: Callable[[int], StripSource] | None = None
+    """Opens another level of the same pyramid."""
 
     def __init__(self, bands: Bands = None) -> None:
         if bands is not None and not isinstance(bands, Iterable):
@@ -135,6 +151,19 @@ class StripSource:
 
     def __reduce__(self) -> Any:
         return (self.reopened, ()) if self.reopened is not None else super().__reduce__()
+
+    @property
+    def full_size(self) -> Pair:
+        """``(H, W)`` of level 0, whose pixels viewers count in."""
+        return self.level_sizes[0] if self.level_sizes else self.size
+
+    @property
+    def mpp(self) -> float | None:
+        """Micrometres of a pixel, or of a georeferenced one by its metres; None if unknown."""
+        sizes = self.pixel_size
+        if sizes is None and self.georeference is not None:
+            sizes = self.georeference.pixel_size
+        return None if sizes is None else sum(sizes) / 2
 
     @property
     def itemsize(self) -> int:
@@ -314,6 +343,11 @@ class StripSource:
         """Refuse what is not an image; `size`, `channels` and `dtype` are known by now."""
         if 0 in self.size or self.channels == 0:
             raise ImageError(f"{self.name} must have pixels, got the size {self.size}")
+        if max(self.size) > _LARGEST_SIDE:
+            raise ImageError(
+                f"{self.name} must have sides of at most {_LARGEST_SIDE} pixels, got the size "
+                f"{self.size}; read a part of it"
+            )
         if self.preprocessed:
             return
         if self.dtype.kind not in "iuf":
@@ -365,7 +399,7 @@ class ArraySource(StripSource):
         part = self._array[tuple(ranges.get(axis, 0) for axis in self._axes)]
         if isinstance(part, Tensor):
             part = part.detach().cpu()
-            part = part.float() if part.dtype == torch.bfloat16 else part
+            part = part.float() if part.dtype in _WITHOUT_NUMPY else part
         pixels = np.asarray(part)
         pixels = pixels.astype(pixels.dtype.newbyteorder("="), copy=False)
         kept = [axis for axis in self._axes if axis in ranges]
@@ -454,7 +488,11 @@ class PillowSource(StripSource):
             pixels = _wide_png(image)
         if pixels is not None:
             return pixels
+        step = _step_of_greys(image)
         image = upright(image, self.name)
+        if step > 1 and isinstance(image.info.get("transparency"), int):
+            image = image.copy()
+            image.info["transparency"] *= step
         try:
             return pixels_of(image)
         except ValueError as error:
@@ -464,11 +502,38 @@ class PillowSource(StripSource):
 
 
 def warn_of_pages(source: StripSource) -> None:
-    """Warn of a file of several pages or frames, once for each file."""
+    """Warn of a file of several pages or frames, once for each file; see `pages_warned_of_once`."""
+    name, found = source.name, _of_pages.get()
+    if found is None or source.path is None:
+        _say_of_pages(f"{name} has", None if source.path is None else name)
+    elif name not in _warned:
+        _warned.add(name)
+        found.append(name)
+
+
+@contextmanager
+def pages_warned_of_once() -> Iterator[None]:
+    """Warn once, at the end, of all files of several pages that are opened within."""
+    if _of_pages.get() is not None:
+        yield
+        return
+    found: list[str] = []
+    outer = _of_pages.set(found)
+    try:
+        yield
+    finally:
+        _of_pages.reset(outer)
+    if len(found) > 1:
+        _say_of_pages(f"{found[0]} and {counted(len(found) - 1, 'other file')} have", None)
+    elif found:
+        _say_of_pages(f"{found[0]} has", None)
+
+
+def _say_of_pages(files: str, once: str | None) -> None:
     warn(
-        f"{source.name} has several pages or frames, of which the first is taken; save the others "
-        "as files of their own",
-        None if source.path is None else str(source.path),
+        f"{files} several pages or frames, of which the first is taken; save the others as files "
+        "of their own",
+        once,
     )
 
 
@@ -526,6 +591,14 @@ def _is_reduced(image: Image.Image) -> bool:
     start = header.find(b"\xff\x4f\xff\x51")
     depth = header[start + 42 : start + 43]
     return start >= 0 and bool(depth) and (depth[0] & 0x7F) + 1 > 8
+
+
+def _step_of_greys(image: Image.Image) -> int:
+    """From a grey to the next in a PNG of 2 or 4 bits: Pillow spreads them, but not their
+    transparent one.
+    """
+    tiles = getattr(image, "tile", None)
+    return {"L;2": 85, "L;4": 17}.get(str(tiles[0][3]), 1) if tiles and image.format == "PNG" else 1
 
 
 def _wide_rawmode(image: Image.Image) -> str | None:
@@ -590,7 +663,8 @@ def numpy_dtype(array: Any) -> Any:
     if not isinstance(array, Tensor):
         return np.dtype(array.dtype)
     if array.is_floating_point():
-        return np.dtype(np.float32 if array.dtype == torch.bfloat16 else f"f{array.element_size()}")
+        unknown = array.dtype in _WITHOUT_NUMPY
+        return np.dtype(np.float32 if unknown else f"f{array.element_size()}")
     try:
         return np.dtype(str(array.dtype).removeprefix("torch."))
     except TypeError as error:
@@ -613,10 +687,18 @@ def is_folder(path: Path) -> bool:
     try:
         return stat.S_ISDIR(os.stat(path).st_mode)
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise ImageError(f"there is no image file {path}") from error
+        raise ImageError(absent(str(path))) from error
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or one_line(error)
         raise ImageError(f"{path} cannot be read: {reason}") from error
+
+
+def absent(name: str) -> str:
+    """What to say of a path that leads nowhere."""
+    address = web_address(name)
+    if address is None:
+        return f"there is no image file {name}"
+    return f"the image must be a file, got the address {address}; download it and pass its path"
 
 
 @contextmanager

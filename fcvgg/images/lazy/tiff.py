@@ -34,10 +34,14 @@ from fcvgg.images.lazy.source import (
     usable_pixel_size,
     warn_of_pages,
 )
+from fcvgg.images.pictures import in_bytes
 from fcvgg.support.extras import imported
 
-_WHITE_IS_ZERO, _BLACK_IS_ZERO, _RGB, _PALETTE, _SEPARATED, _YCBCR = 0, 1, 2, 3, 5, 6
+_WHITE_IS_ZERO, _BLACK_IS_ZERO, _RGB, _PALETTE, _SEPARATED, _YCBCR, _CIELAB = 0, 1, 2, 3, 5, 6, 8
 """TIFF's photometric interpretations that can be read."""
+
+_SPACES = {_SEPARATED: "CMYK", _YCBCR: "YCbCr", _CIELAB: "LAB"}
+"""Pillow's modes of those that are not grey or RGB."""
 
 _MASK = 4
 """TIFF's photometric interpretation, and bit of the kind of page, of a mask: 1 where there is an
@@ -54,6 +58,9 @@ _GREYS = (_WHITE_IS_ZERO, _BLACK_IS_ZERO)
 _JPEG = (6, 7)
 """TIFF's compressions whose decoder turns YCbCr into RGB."""
 
+_APERIO_YCBCR = 33003
+"""The compression that stores YCbCr in JPEG 2000, whatever the photometric interpretation says."""
+
 _ALPHA = (1, 2)
 """TIFF's kinds of extra samples that are transparency; with the first, colours are multiplied by
 it."""
@@ -66,21 +73,32 @@ _SEPARATE = 2
 _CMYK = 1
 """TIFF's set of inks of four."""
 
-_CENTIMETRE = 3
-"""TIFF's unit of resolutions that describe the object rather than the print."""
+_INCH, _CENTIMETRE = 2, 3
+"""TIFF's units of resolutions."""
+
+_LARGEST_OF_INCHES = 10.0
+"""Micrometres of a pixel at most that are believed where they are stated by the inch: larger ones,
+of less than 2,540 pixels, are about printing."""
 
 _ORIENTATION, _X_RESOLUTION, _INK_SET, _SAMPLE_FORMAT = 274, 282, 332, 339
+_SUBSAMPLING, _REFERENCE_LEVELS = 530, 532
 _NODATA = 42113
 """GDAL's tag for the value of pixels without data, as text."""
 
 _GEOREFERENCE = (PIXEL_SCALE, TIE_POINTS, MATRIX, KEYS)
 """Tags of which a georeferenced file has one at least."""
 
+_MOST_PAGES = 1 << 13
+"""Pages of a TIFF; tifffile describes each, in half a millisecond or more."""
+
 _TURNED = 5
 """Orientations from this one on exchange height and width."""
 
 _ROWS_FLIPPED, _COLS_FLIPPED = (3, 4, 6, 7), (2, 3, 7, 8)
 """Orientations of which the rows, and columns, that are stored run from the far end."""
+
+_FULL_RANGE = (0, 255, 128, 255, 128, 255)
+"""Black and white of brightness and colours in YCbCr that uses all values of 8 bits."""
 
 _MICROMETRES = {"µm": 1.0, "um": 1.0, "nm": 1e-3, "mm": 1e3, "cm": 1e4}
 
@@ -125,6 +143,11 @@ class TiffSource(StripSource):
             file.seek(0)
         try:
             with quiet("tifffile"), tifffile.TiffFile(file) as tiff:
+                if len(tiff.pages) > _MOST_PAGES:
+                    raise ImageError(
+                        f"{self.name} must have at most {_MOST_PAGES} pages, got "
+                        f"{len(tiff.pages)}; save the one that is wanted as a file of its own"
+                    )
                 self._describe(tiff, level)
                 self.pixel_size = _pixel_size(tiff, self.stored_size)
                 found = tiff.filehandle.size
@@ -156,8 +179,8 @@ class TiffSource(StripSource):
         self._page = page = series.keyframe
         full = file.series[self._series].levels[0].keyframe
         first = full.tags  # which say what holds for all levels
-        pages = self._pages_of(file, series)
-        self._planes = [_Plane(p.dataoffsets, p.databytecounts, p.jpegtables) for p in pages]
+        planes = self._pages_of(file, series)
+        self._planes = [_Plane(p.dataoffsets, p.databytecounts, p.jpegtables) for p in planes]
         self._decode = page.decode
         self._byteorder = file.byteorder
         self._samples = page.samplesperpixel
@@ -165,18 +188,22 @@ class TiffSource(StripSource):
         self._orientation = int(orientation) if orientation in range(1, 9) else 1
         self.stored_size = (page.imagelength, page.imagewidth)
         self.size = self.stored_size[::-1] if self._turned else self.stored_size
-        self._describe_colours(page, self._samples * len(pages))
+        pages = [one.keyframe for one in file.series[self._series].levels]
+        sizes = [(one.imagelength, one.imagewidth) for one in pages]
+        self.level_sizes = [size[::-1] for size in sizes] if self._turned else sizes
+        self._describe_colours(page, self._samples * len(planes))
         self._mask_series = self._find_mask(file) if level == 0 else None
         self.georeferenced = any(code in first for code in _GEOREFERENCE)
         codes = (*_GEOREFERENCE, KEY_DOUBLES, KEY_TEXT)
         place = Georeference.of_tags({code: first.valueof(code) for code in codes if code in first})
         if place is not None:
-            place = place.scaled((full.imagelength, full.imagewidth), self.stored_size)
+            place = place.scaled(sizes[0], self.stored_size)
             self.georeference = place.through(self._upright)
         self.nodata = _number(page.tags.valueof(_NODATA, first.valueof(_NODATA)))
         # rows that follow each other in the file, unchanged, are read without tifffile
         layout = (page.compression, page.predictor, page.planarconfig, page.fillorder)
-        self._direct = page.is_contiguous and layout == (1, 1, 1, 1) and self._step == 1
+        plain = page.is_contiguous and layout == (1, 1, 1, 1)
+        self._direct = plain and self._bits is None and not self._subsampled
         if self._turned:
             rows = page.tilewidth if page.is_tiled else self.size[0]
         else:
@@ -218,27 +245,24 @@ class TiffSource(StripSource):
     def _describe_colours(self, page: Any, samples: int) -> None:
         """Read channels, dtype and transparency, and how they follow from what is stored."""
         kind = page.photometric
-        self._cmyk = (
-            kind == _SEPARATED
-            and samples == 4
-            and page.tags.valueof(_INK_SET, _CMYK) == _CMYK
-            and page.dtype == np.uint8
-        )
-        readable = {*_GREYS, _RGB, _PALETTE, *((_MASK,) if self._series else ())}
-        decoded = kind == _YCBCR and page.compression in _JPEG  # to RGB
-        if kind not in readable and not decoded and not self._cmyk:
-            raise ImageError(
-                f"{self.name} must store RGB, grey, a palette or CMYK of 8 bits, got "
-                f"{getattr(kind, 'name', '?')}; save it as one of them"
-            )
+        self._space = self._colour_space(page, samples)
+        self._subsampled = self._space == "YCbCr" and page.is_subsampled
         bits = page.bitspersample
-        few = kind in (*_GREYS, _MASK) and bits in (1, 2, 4)
-        if page.dtype is None or not (few or bits in (8, 16, 32, 64) or kind == _PALETTE):
+        known = {*_GREYS, _RGB, _PALETTE, *((_MASK,) if self._series else ())}
+        if kind not in known and self._space is None and not _decodes_to_rgb(page):
             raise ImageError(
-                f"{self.name} must have 8, 16, 32 or 64 bits per sample, got {bits}; save it so"
+                f"{self.name} must store RGB, grey, a palette, CMYK of 8 or 16 bits, or YCbCr or "
+                f"LAB of 8, got {getattr(kind, 'name', '?')} of {bits} bits; save it as one of them"
             )
-        self._step = 255 // ((1 << bits) - 1) if few else 1  # between two neighbouring greys
+        packed = bits in range(1, 16) and bits != 8
+        if page.dtype is None or not (packed or bits in (8, 16, 32, 64)):
+            raise ImageError(
+                f"{self.name} must have 1 to 16, 32 or 64 bits per sample, got {bits}; save it so"
+            )
         self.dtype = np.dtype(np.uint8 if page.dtype.kind == "b" else page.dtype)
+        self._bits = bits if packed and kind != _PALETTE else None
+        if self._bits is not None and bits > 8:
+            self.white = float((1 << bits) - 1)
         if kind == _WHITE_IS_ZERO and self.dtype.kind != "u":
             raise ImageError(
                 f"{self.name} must hold unsigned integers where 0 is white, got {self.dtype}; save "
@@ -246,17 +270,43 @@ class TiffSource(StripSource):
             )
         self._colours = None
         if kind == _PALETTE:
-            self._colours = (np.asarray(page.colormap) >> 8).astype(np.uint8).T  # (colours, 3)
+            table = np.asarray(page.colormap).T  # (colours, 3)
+            # old programs wrote colours of 8 bits, which would all be black
+            self._colours = (table >> 8 if table.max(initial=0) > 255 else table).astype(np.uint8)
             self.dtype = np.dtype(np.uint8)
-        self.channels = 3 if self._colours is not None or self._cmyk else samples
+        self.channels = samples if self._colours is None and self._space is None else 3
         extra = page.extrasamples
         with_alpha = (kind == _RGB and samples == 4) or (kind in _GREYS and samples == 2)
-        self.alpha = with_alpha and bool(extra) and extra[-1] in _ALPHA
+        self.alpha = with_alpha and self.white is None and bool(extra) and extra[-1] in _ALPHA
         self._associated = self.alpha and extra[-1] == _ASSOCIATED
         self._masks = self.alpha
         # by default GDAL tags the fourth band of bytes as alpha, whatever it is; unlike programs
         # for pictures it states a sample format and no resolution
         self._by_gdal = _SAMPLE_FORMAT in page.tags and _X_RESOLUTION not in page.tags
+
+    def _colour_space(self, page: Any, samples: int) -> str | None:
+        """Pillow's mode of what is stored, where it is converted to RGB here."""
+        space = _SPACES.get(page.photometric)
+        if page.compression == _APERIO_YCBCR and samples == 3:
+            space = "YCbCr"
+        if space == "CMYK":
+            inks = page.tags.valueof(_INK_SET, _CMYK)
+            usable = samples == 4 and inks == _CMYK and page.dtype in (np.uint8, np.uint16)
+            return space if usable else None
+        if _decodes_to_rgb(page) or samples != 3 or page.dtype != np.uint8:
+            return None
+        self._check_levels(page)
+        return space
+
+    def _check_levels(self, page: Any) -> None:
+        """Refuse YCbCr of which black and white are not the ends of 8 bits, as in video."""
+        levels = np.ravel(page.tags.valueof(_REFERENCE_LEVELS, ()))
+        found = tuple(a / b for a, b in zip(levels[::2], levels[1::2]))
+        if page.photometric == _YCBCR and found not in ((), _FULL_RANGE):
+            raise ImageError(
+                f"{self.name} must store YCbCr from 0 to 255, got the reference levels "
+                f"{', '.join(f'{n:g}' for n in found)}; save it as RGB"
+            )
 
     def _find_mask(self, file: Any) -> int | None:
         """The series that is a mask of this one."""
@@ -348,23 +398,14 @@ class TiffSource(StripSource):
         """Grey or colours of what is stored: palettes, inverted grey, CMYK, multiplied alpha."""
         if self._colours is not None:
             return self._colours[stored[..., 0]]
-        if self._cmyk:
-            inks = Image.fromarray(np.ascontiguousarray(stored), "CMYK")
-            return np.asarray(inks.convert("RGB"))
-        if self._step > 1:
-            stored = stored.astype(np.uint8) * np.uint8(self._step)
+        if self._space is not None:
+            return _in_rgb(stored, self._space)
+        if self._bits is not None and self._bits < 8:
+            stored = in_bytes(stored, self._bits)
         if self._page.photometric == _WHITE_IS_ZERO:
-            grey = np.iinfo(stored.dtype).max - stored[..., :1]
-            stored = np.concatenate([grey, stored[..., 1:]], 2)
-        if self._associated and stored.dtype.kind == "u":
-            # undo the multiplication, in float64 since float32 does not hold products of 16 bits
-            alpha = stored[..., -1:].astype(np.float64)
-            full = np.iinfo(stored.dtype).max
-            whole = stored * np.float64(full)
-            pure = np.divide(whole, alpha, out=np.zeros(stored.shape), where=alpha > 0)
-            pure[..., -1:] = alpha
-            return pure.round().clip(0, full).astype(stored.dtype)
-        return stored
+            top = stored.dtype.type(self.white or np.iinfo(stored.dtype).max)
+            stored = np.concatenate([top - stored[..., :1], stored[..., 1:]], 2)
+        return _unmultiplied(stored) if self._associated else stored
 
     def _bytes(self, file: BinaryIO, offset: int, count: int) -> bytes:
         file.seek(offset)
@@ -417,6 +458,8 @@ class TiffSource(StripSource):
         if not plane.counts[index]:
             return None
         data = self._bytes(file, plane.offsets[index], plane.counts[index])
+        if self._subsampled:
+            return self._of_subsampled(data, index)
         tables = {"jpegtables": plane.jpeg_tables} if plane.jpeg_tables is not None else {}
         try:
             segment, _, shape = self._decode(data, index, **tables)
@@ -428,6 +471,54 @@ class TiffSource(StripSource):
                 ) from error
             raise
         return None if segment is None else segment[0, : shape[1], : shape[2]]
+
+    def _of_subsampled(self, data: bytes, index: int) -> NDArray[Any]:
+        """A tile or strip of YCbCr in blocks, which hold the brightness of each pixel and a colour.
+
+        tifffile leaves them out, except in JPEG.
+        """
+        tifffile = imported("tifffile", "stream")
+        wide, tall = self._page.tags.valueof(_SUBSAMPLING, (2, 2))  # pixels of a block
+        height, width = self._tile
+        if not self._page.is_tiled:
+            height = min(height, self.stored_size[0] - index * height)
+        down, across = -(-height // tall), -(-width // wide)
+        expected = down * across * (tall * wide + 2)
+        if self._page.compression != 1:
+            data = tifffile.TIFF.DECOMPRESSORS[self._page.compression](data, out=expected)
+        blocks = np.frombuffer(data, np.uint8, expected).reshape(down, across, -1)
+        light = blocks[..., :-2].reshape(down, across, tall, wide).swapaxes(1, 2)
+        light = light.reshape(down * tall, across * wide, 1)
+        colour = blocks[..., -2:].repeat(tall, 0).repeat(wide, 1)  # (h, w, 2)
+        return np.concatenate([light, colour], 2)[:height, :width]
+
+
+def _decodes_to_rgb(page: Any) -> bool:
+    """Whether the decoder turns YCbCr into RGB."""
+    return page.photometric == _YCBCR and page.compression in _JPEG
+
+
+def _in_rgb(stored: NDArray[Any], space: str) -> NDArray[Any]:
+    """Pixels ``(h, w, C)`` of a colour space as RGB; of 16 bits by Pillow's formula for inks."""
+    if stored.dtype == np.uint8:
+        size, data = (stored.shape[1], stored.shape[0]), np.ascontiguousarray(stored).tobytes()
+        return np.asarray(Image.frombytes(space, size, data, "raw", space).convert("RGB"))
+    light = 65535 - stored.astype(np.float32)  # (h, w, CMYK)
+    return (light[..., :3] * light[..., 3:] / 65535).round().astype(np.uint16)
+
+
+def _unmultiplied(pixels: NDArray[Any]) -> NDArray[Any]:
+    """Pixels whose colours are multiplied by alpha, the last channel, without that."""
+    if pixels.dtype.kind == "i":
+        return pixels
+    full = np.iinfo(pixels.dtype).max if pixels.dtype.kind == "u" else 1
+    # in float64, since float32 does not hold products of 16 bits
+    alpha = pixels[..., -1:].astype(np.float64)
+    pure = np.divide(pixels * np.float64(full), alpha, out=np.zeros(pixels.shape), where=alpha > 0)
+    pure[..., -1:] = alpha
+    if pixels.dtype.kind == "u":
+        pure = pure.round().clip(0, full)
+    return pure.astype(pixels.dtype)
 
 
 def _has_other_images(file: Any, series: Any) -> bool:
@@ -452,9 +543,11 @@ def _pixel_size(file: Any, size: Pair) -> tuple[float, float] | None:
     scanned = re.search(r"\bMPP ?= ?(\d+(?:\.\d+)?)", first.description)
     if sizes is None and scanned is not None and float(scanned[1]) > 0:
         sizes = (float(scanned[1]), float(scanned[1]))
-    if sizes is None and first.resolutionunit == _CENTIMETRE:  # inches are about printing
+    if sizes is None and first.resolutionunit in (_INCH, _CENTIMETRE):
         across, down = first.get_resolution(_CENTIMETRE)
         sizes = (1e4 / down, 1e4 / across) if min(down, across) > 0 else None
+        if first.resolutionunit == _INCH and sizes is not None and max(sizes) > _LARGEST_OF_INCHES:
+            return None
     if sizes is None:
         return None
     down, across = sizes[0] * first.imagelength / size[0], sizes[1] * first.imagewidth / size[1]
