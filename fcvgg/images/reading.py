@@ -128,8 +128,13 @@ def prepare(
         pixels = torch.from_numpy(np.array(source.whole()))[None]
         return PreparedImage(_size(pixels), pixels=pixels, interpolation=how)
     values = whole_picture(source, checked_preprocess(preprocess, channels))
-    place = {"full_size": source.full_size, "georeference": source.georeference}
-    return PreparedImage(values.size, values, interpolation=how, **place)
+    return PreparedImage(
+        values.size,
+        values,
+        interpolation=how,
+        full_size=source.full_size,
+        georeference=source.georeference,
+    )
 
 
 def read_picture(image: Any, preprocess: Preprocess) -> Picture:

@@ -79,7 +79,9 @@ class ClassCells:
             for rings, rows, cols in (_regions(chosen) if kind == "regions" else _cells(chosen))
         ]
         collection: dict[str, Any] = {"type": "FeatureCollection", "features": features}
-        if on_earth is not None and self.crs is not None:
+        if self.on_earth is not None and pixels:
+            collection["crs"] = None  # GeoJSON's word for coordinates that are not on the earth
+        elif on_earth is not None and self.crs is not None:
             collection["crs"] = {"type": "name", "properties": {"name": _crs_name(self.crs)}}
         if file is not None:
             with atomic_file(file) as temporary:

@@ -18,7 +18,13 @@ from fcvgg.categories import class_index, class_name
 from fcvgg.choices import Average, Combine, PolygonKind
 from fcvgg.errors import ArgumentError, FcvggWarning, ImageError, check_choice
 from fcvgg.geometry import Geometry, Pair, checked_size
-from fcvgg.images.lazy.georeference import Georeference, composed, scaling, transform_of_cells
+from fcvgg.images.lazy.georeference import (
+    Georeference,
+    Transform,
+    composed,
+    scaling,
+    transform_of_cells,
+)
 from fcvgg.probability import (
     average_of_cells,
     average_over_space,
@@ -31,6 +37,8 @@ from fcvgg.probability import (
 from fcvgg.results.boxes import CellWindows, cell_windows
 from fcvgg.results.drawing import resized
 from fcvgg.results.geojson import ClassCells
+from fcvgg.results.geotiff import ENDINGS as GEOTIFF_ENDINGS
+from fcvgg.results.geotiff import save_cells
 from fcvgg.results.heatmap import Heatmap
 from fcvgg.results.interpolation import check_pixels, interpolated, pixel_points, shown, within
 from fcvgg.support.atomic import PAGE_ENDINGS, atomic_file, checked_file
@@ -250,25 +258,53 @@ class ScoreMap:
     ) -> Path:
         """Write a page on which the map is explored in a browser: one HTML file, without a network.
 
-        It holds the image and every cell's probabilities and boxes, and loads nothing.
+        It holds the image and every cell's probabilities and boxes, and loads nothing. The map of a
+        georeferenced image may be a cloud-optimised GeoTIFF instead, whose pixels are the cells and
+        whose bands are the scores of classes (``fcvgg[geo]``).
 
         Args:
-            path: a name in ``.html``.
+            path: a name in ``.html``, or ``.tif``.
             classes: indices or names of the classes it holds; as many of the most probable as keep
                 the file below 1 MB when None (all 1000 of ImageNet at 16x16 cells).
 
         Raises:
             ArgumentError: if the name ends otherwise, or the classes do not fit.
-            ImageError: if no cell has data.
+            ImageError: if no cell has data, or a GeoTIFF's image is not georeferenced.
             FcvggError: if the file cannot be written.
         """
         from fcvgg.results.web_page import page_of
 
-        path = checked_file(path, "path", PAGE_ENDINGS)
+        path = checked_file(path, "path", (*PAGE_ENDINGS, *GEOTIFF_ENDINGS))
+        if path.suffix.lower() in GEOTIFF_ENDINGS:
+            return self._save_geotiff(path, classes)
         text = page_of(self, classes)
         with atomic_file(path) as temporary:
             temporary.write_text(text, "utf-8")
         return path
+
+    def _save_geotiff(self, path: Path, classes: Iterable[int | str] | None) -> Path:
+        chosen = range(len(self.scores)) if classes is None else map(self.index_of, classes)
+        indices = list(chosen)
+        scores = upcast(self.scores[indices]).cpu().numpy()  # (classes, h, w)
+        names = [class_name(index, self.categories) for index in indices]
+        place = self._cells_on_earth, self._crs
+        return save_cells(path, [scores], scores.shape, scores.dtype, names, *place)
+
+    @property
+    def _crs(self) -> str | None:
+        return None if self.georeference is None else self.georeference.crs
+
+    @property
+    def _cells_on_image(self) -> Transform:
+        on_input = transform_of_cells(self.geometry)
+        return composed(scaling(self.input_size, self.image_size), on_input)
+
+    @property
+    def _cells_on_earth(self) -> Transform | None:
+        place = self.georeference
+        if place is None or place.transform is None:
+            return None
+        return composed(place.transform, self._cells_on_image)
 
     def to_geojson(
         self,
@@ -303,17 +339,14 @@ class ScoreMap:
             FcvggError: if the file cannot be written.
         """
         index = self.index_of(target)
-        on_image = composed(
-            scaling(self.input_size, self.image_size), transform_of_cells(self.geometry)
-        )
-        place = self.georeference
+        to_level_0 = scaling(self.image_size, self.full_size or self.image_size)
         return ClassCells(
             self.probabilities()[index].double().cpu().numpy(),
             class_name(index, self.categories),
             index,
-            composed(scaling(self.image_size, self.full_size or self.image_size), on_image),
-            place and place.transform and composed(place.transform, on_image),
-            place and place.crs,
+            composed(to_level_0, self._cells_on_image),
+            self._cells_on_earth,
+            self._crs,
         ).to_geojson(path, threshold, kind, pixels)
 
     def show(self, classes: Iterable[int | str] | None = None, height: int = 720) -> Page:

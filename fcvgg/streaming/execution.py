@@ -66,12 +66,12 @@ def stream(
             ``(H, W)``, which are preprocessed, or preprocessed floats ``(C, H, W)``, also as a
             tensor. Pixels are the same as for `FullyConvolutional.score_map`; those of more than
             8 bits are taken as `fcvgg.Preprocess` says.
-        out: a folder for the map as a zarr array, with class names and geometry in its attributes,
-            and of a georeferenced image its coordinate reference system and transform (``crs``,
-            ``transform``, and ``cell_transform`` of the map's cells). Rows are written as they are
-            finished; after an interruption the same call resumes. A map of another network or
-            image is refused; an image is known by its size and three of its rows. None keeps the
-            map in memory.
+        out: a folder for the map as an OME-Zarr 0.5 image, with class names and geometry in its
+            attributes, and of a georeferenced image its coordinate reference system and transform
+            (``crs``, ``transform``, and ``cell_transform`` of the map's cells). Rows are written
+            as they are finished; after an interruption the same call resumes. A map of another
+            network or image is refused; an image is known by its size and three of its rows. None
+            keeps the map in memory.
         classes: class indices or names to keep, ``"argmax"`` for the best class of every cell, or
             ``"top5"``; None keeps all.
         rows: half-open range of the map's rows; only the image's rows that they need are read.

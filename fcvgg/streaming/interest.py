@@ -26,7 +26,6 @@ from PIL import Image
 
 from fcvgg.errors import ArgumentError, one_line
 from fcvgg.geometry import Geometry, Pair
-from fcvgg.images.lazy.opening import open_image
 from fcvgg.images.lazy.source import StripSource
 from fcvgg.images.pictures import in_mode
 from fcvgg.images.regions import Polygon, Regions, read_regions, same_system, squares_touched
@@ -257,10 +256,8 @@ def _in_pixels(regions: Regions, source: StripSource) -> list[Polygon]:
                 f"where must be in pixels of {source.name}, which is not georeferenced, got "
                 f"coordinates of {regions.crs}"
             )
-        full = source.size
-        if source.level and source.path is not None:
-            full = open_image(source.path).size
-        scale, origin = np.diag([source.size[1] / full[1], source.size[0] / full[0]]), np.zeros(2)
+        across, down = (n / full for n, full in zip(source.size[::-1], source.full_size[::-1]))
+        scale, origin = np.diag([across, down]), np.zeros(2)
         system = "pixels"
     else:
         system = place.crs or "the image's coordinates"

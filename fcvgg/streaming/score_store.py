@@ -18,11 +18,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fcvgg.categories import class_name
 from fcvgg.choices import PolygonKind
 from fcvgg.errors import FcvggError, one_line
 from fcvgg.geometry import Pair
 from fcvgg.images.lazy.georeference import FIELDS
+from fcvgg.images.lazy.opening import strip_source
 from fcvgg.results.geojson import ClassCells
+from fcvgg.results.geotiff import save_cells
 from fcvgg.streaming.ome_image import cells_on_slide, ome_axes, ome_image
 from fcvgg.streaming.store_description import check_held, checked_description, checked_progress
 from fcvgg.support import untrusted
@@ -53,6 +56,9 @@ _CHECKSUMS = {
 
 _LONGEST_VALUE = 60
 """Characters of a value that a message shows."""
+
+_OVERVIEWS = {"scores": "AVERAGE", "argmax": "MODE", "top5": "NEAREST"}
+"""How GDAL reduces what a map holds."""
 
 _CHUNK_CHANNELS = 64
 _CHUNK_COLS = 512
@@ -85,21 +91,23 @@ class ScoreStore:
         shape = "x".join(map(str, self.array.shape))
         return f"ScoreStore({str(self.path)!r}: {shape} {self.description['kind']}{state})"
 
-    def heatmap(self, target: int | str | None = None) -> Heatmap:
+    def heatmap(self, target: int | str | None = None, *, image: Any = None) -> Heatmap:
         """A class's probability on a thumbnail of the image, as ``fcvgg heatmap`` shows it.
 
         Args:
             target: a class index or category name; None for the class with the highest average
                 score, or the only one.
+            image: what was streamed, to show the heatmap on, such as an open slide or what
+                `fcvgg.open_image` gave; None for its file, if that is still there.
 
         Raises:
             CategoryError: if the class is unknown or its probability cannot be known from the map.
-            ImageError: if no cell has data.
+            ImageError: if no cell has data, or the image has another size.
         """
         from fcvgg.streaming.slide_maps import SlideMap
 
         shown = SlideMap(self, target)
-        return shown.heatmap(shown.source())
+        return shown.heatmap(shown.source() if image is None else strip_source(image))
 
     def plot_labels(self, ax: Axes | None = None, most: int = 6) -> Axes:
         """Every cell in the colour of its most probable class, on a thumbnail, with a legend.
@@ -130,9 +138,34 @@ class ScoreStore:
             ImageError: if the image was not georeferenced.
             FcvggError: if the map is not finished, or the file cannot be written.
         """
-        from fcvgg.streaming.geotiff import save_geotiff
+        from fcvgg.streaming.slide_maps import row_ranges
 
-        return save_geotiff(self, Path(path))
+        if not self.complete:
+            raise FcvggError(f"{self.path} is not finished; repeat the call that began it")
+        kind, dtype = self.description["kind"], self.array.dtype
+        if kind == "argmax":  # the narrowest that geographic systems know, of those that hold -1
+            few = self.description.get("num_classes", 1 << 24) < 1 << 15
+            dtype = np.dtype(np.int16 if few else np.int32)
+        names = self._band_names()
+        height, width = self.array.shape[-2:]
+        place = self.description.get("cell_transform"), self.description.get("crs")
+        parts = (
+            self.array[..., rows, :].reshape(len(names), -1, width) for rows in row_ranges(self)
+        )
+        with self.reading():
+            return save_cells(
+                path, parts, (len(names), height, width), dtype, names, *place, _OVERVIEWS[kind]
+            )
+
+    def _band_names(self) -> list[str]:
+        """What every band of a GeoTIFF holds."""
+        kind, names = self.description["kind"], self.description["categories"]
+        if kind == "argmax":
+            return ["class"]
+        if kind == "top5":
+            ranks = range(1, self.array.shape[1] + 1)
+            return [f"{what} {rank}" for what in ("class", "score") for rank in ranks]
+        return names or [class_name(index, None) for index in self.description["classes"]]
 
     def to_geojson(
         self,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import pickle
 import re
 import warnings
 from pathlib import Path
@@ -140,6 +142,9 @@ def test_readers_of_slides_give_the_pixels_of_the_file(
             np.testing.assert_array_equal(image.whole(), pixels)
             assert image.pixel_size == pytest.approx((0.25 * 4**level,) * 2)
         assert fcvgg.open_image(slide, mpp=1).level == 1
+        again = pickle.loads(pickle.dumps(fcvgg.open_image(slide, 1)))  # as workers get it
+        np.testing.assert_array_equal(again.whole(), levels[1])
+        again._slide.close()
         store = fcvgg.stream(net, slide, out=tmp_path / "slide.zarr")
         expected = fcvgg.stream(net, path).scores
         np.testing.assert_array_equal(store.array[:], expected)
@@ -177,6 +182,17 @@ def test_what_was_not_scanned_is_background_or_missing(
     np.testing.assert_array_equal(np.isnan(missing).all(2), pixels[..., 0] < 128)
 
 
+def test_maps_of_slides_without_a_file_are_shown_on_them(net: Any, tmp_path: Path) -> None:
+    slide = Slide(pyramid())
+    store = fcvgg.stream(net, slide, out=tmp_path / "slide.zarr")
+    assert store.heatmap(0).image is None
+    shown = store.heatmap(0, image=slide).image
+    assert shown is not None
+    np.testing.assert_array_equal(np.asarray(shown), slide.levels[0])
+    with pytest.raises(fcvgg.ImageError, match=r"must have the size of the image of"):
+        store.heatmap(0, image=fcvgg.open_image(slide, 1))
+
+
 def test_slides_that_are_none() -> None:
     slide = Slide(pyramid())
     with pytest.raises(fcvgg.ImageError, match=r"^level must be from 0 to 1 for the Slide, got 2$"):
@@ -209,7 +225,7 @@ def test_a_scanners_format_needs_its_reader(tmp_path: Path, ending: str) -> None
     path.write_bytes(b"what only a vendor knows")
     with pytest.raises(fcvgg.ImageError) as caught:
         fcvgg.open_image(path)
-    assert "or pass openslide.OpenSlide(path) or tiffslide.TiffSlide(path)" in str(caught.value)
+    assert "or in Python pass openslide.OpenSlide(path) or tiffslide" in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
@@ -370,6 +386,13 @@ def test_the_command_line_chooses_levels(tmp_path: Path, monkeypatch: pytest.Mon
     ran = run("stream", "slide.tif", "-o", "b.zarr", "-m", "net")
     assert "level 1 with 1 is taken" in " ".join(ran.stderr.split())
     assert "slide.tif: 200x180 pixels gave" in ran.stdout
+    ran = run("info", "slide.tif")
+    assert [line.split() for line in ran.stdout.splitlines()[2:]] == [
+        ["0", "800x720", "0.25"],
+        ["1", "200x180", "1"],
+    ]
+    ran = run("info", "slide.tif", "--json")
+    assert json.loads(ran.stdout)["levels"][1] == {"size": [200, 180], "mpp": 1.0}
     ran = run("stream", "slide.tif", "-o", "c.zarr", "-m", "demo", "--mpp", "0.5")
     assert ran.exit_code == 2
     assert "0.25 (level 0), 1 (level 1), got 0.5" in " ".join(ran.stderr.split())

@@ -644,6 +644,44 @@ def test_images_and_masks_are_turned_as_their_exif_entry_says(tmp_path: Path) ->
         fcvgg.mask_folder(folder, CLASSES)
 
 
+@pytest.mark.parametrize(
+    ("place", "table", "categories"),
+    [
+        ("labelmap.txt", "# label:color_rgb:parts:actions\nDark:0,0,9::\nlight:9,0,0::\n", CLASSES),
+        ("masks/class_dict.csv", "name,r,g,b\nlight,9,0,0\ndark,0,0,9\nVoid,1,2,3\n", CLASSES),
+        ("labelmap.txt", "a:0,0,9::\nb:9,0,0::\n", 2),
+    ],
+)
+def test_masks_of_colours_are_read_by_their_table(
+    tmp_path: Path, place: str, table: str, categories: Any
+) -> None:
+    folder = write_masked(tmp_path / "data", 3)
+    masks = [folder / "masks" / f"{i}.png" for i in range(3)]
+    labels = [read_mask(mask) for mask in masks]
+    colours = np.array([(0, 0, 9), (9, 0, 0)], np.uint8)
+    for mask, indices in zip(masks[:2], labels):  # the last keeps its indices
+        Image.fromarray(colours[indices]).save(mask)
+    (folder / place).write_text(table)
+    found = fcvgg.mask_folder(folder, categories)
+    for i, expected in enumerate(labels):
+        assert np.array_equal(found.labels(i), expected)
+    if "Void" in table:
+        Image.fromarray(np.full((40, 40, 3), (1, 2, 3), np.uint8)).save(masks[0])
+        assert set(fcvgg.mask_folder(folder, categories).labels(0).ravel()) == {255}
+    Image.fromarray(np.full((40, 40, 3), (7, 7, 8), np.uint8)).save(masks[0])
+    with pytest.raises(fcvgg.DatasetError, match=r"0\.png has the colour \(7, 7, 8\), which the "):
+        fcvgg.mask_folder(folder, categories)
+
+
+def test_a_table_of_other_colours_is_refused(tmp_path: Path) -> None:
+    folder = write_masked(tmp_path / "data", 2)
+    (folder / "labelmap.txt").write_text("cat:1,2,3::\n")
+    with pytest.raises(
+        fcvgg.DatasetError, match=r"must list the colours of dark, light, got .*cat"
+    ):
+        fcvgg.mask_folder(folder, CLASSES)
+
+
 def test_what_training_cannot_read_is_skipped_beforehand(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

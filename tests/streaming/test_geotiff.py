@@ -10,7 +10,7 @@ import pytest
 from nets import SmallVGG, seeded
 
 import fcvgg
-from fcvgg.streaming import geotiff
+from fcvgg.results import geotiff
 
 rasterio = pytest.importorskip("rasterio")
 tifffile = pytest.importorskip("tifffile")
@@ -65,6 +65,20 @@ def test_the_pixels_are_the_cells(
             np.testing.assert_allclose(found, (x, y), rtol=0, atol=1e-9)
 
 
+def test_maps_in_memory(net: Any, tmp_path: Path) -> None:
+    affine = rasterio.Affine(*TURNED)
+    path = scene(tmp_path / "scene.tif", 130, 150, affine, "EPSG:3857")
+    stored = fcvgg.stream(net, path, out=tmp_path / "m.zarr").save(tmp_path / "stored.tif")
+    for score_map in (fcvgg.stream(net, path), net.score_map(path)):
+        score_map.save(tmp_path / "map.tif", classes=["sky", 0])
+        with rasterio.open(tmp_path / "map.tif") as file, rasterio.open(stored) as other:
+            assert (file.crs, file.transform) == (other.crs, other.transform)
+            assert file.descriptions == ("sky", "grass")
+            np.testing.assert_allclose(file.read(), other.read([3, 1]), rtol=1e-4, atol=1e-5)
+    with pytest.raises(fcvgg.ImageError, match=r"must be of a georeferenced image"):
+        net.score_map(np.zeros((60, 50, 3), np.uint8)).save(tmp_path / "other.tif")
+
+
 def test_large_maps_are_tiled_and_have_overviews(
     net: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -89,7 +103,7 @@ def test_large_maps_are_tiled_and_have_overviews(
 def test_what_is_no_scene_is_refused(net: Any, tmp_path: Path) -> None:
     image = np.random.default_rng(0).integers(0, 256, (60, 50, 3), np.uint8)
     store = fcvgg.stream(net, image, out=tmp_path / "m.zarr")
-    with pytest.raises(fcvgg.ImageError, match=r"must be the map of a georeferenced image"):
+    with pytest.raises(fcvgg.ImageError, match=r"must be of a georeferenced image"):
         store.save(tmp_path / "map.tif")
     with pytest.raises(fcvgg.ArgumentError, match=r"^path must be"):
         store.save(tmp_path / "map.png")

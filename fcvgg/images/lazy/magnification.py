@@ -10,7 +10,7 @@ TOLERANCE = 1.2
 by less, and neighbouring levels by 2 at least."""
 
 
-def level_sizes(source: StripSource) -> list[float]:
+def level_pixel_sizes(source: StripSource) -> list[float]:
     """Micrometres of a pixel of every level, or `ImageError` if the image does not state them."""
     if source.mpp is None:
         raise ImageError(
@@ -24,7 +24,7 @@ def level_sizes(source: StripSource) -> list[float]:
 
 def described_levels(source: StripSource) -> str:
     """The levels of an image with their pixel sizes, in words."""
-    return ", ".join(f"{size:.4g} (level {i})" for i, size in enumerate(level_sizes(source)))
+    return ", ".join(f"{size:.4g} (level {i})" for i, size in enumerate(level_pixel_sizes(source)))
 
 
 def fits(size: float, wanted: float) -> bool:
@@ -39,7 +39,7 @@ def fitting_level(source: StripSource, mpp: float) -> int:
         ImageError: if the image does not state its pixel size, or no level is near enough; the
             message lists the levels.
     """
-    sizes = level_sizes(source)
+    sizes = level_pixel_sizes(source)
     best = min(range(len(sizes)), key=lambda i: max(sizes[i] / mpp, mpp / sizes[i]))
     if not fits(sizes[best], mpp):
         raise ImageError(

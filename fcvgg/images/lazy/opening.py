@@ -27,9 +27,10 @@ from fcvgg.errors import (
     one_line,
 )
 from fcvgg.geometry import Pair
+from fcvgg.images.lazy.chunks import ZarrSource
 from fcvgg.images.lazy.georeference import Georeference
 from fcvgg.images.lazy.magnification import at_training_scale, checked_mpp, fitting_level
-from fcvgg.images.lazy.slide import VENDOR_ENDINGS, SlideSource, is_slide
+from fcvgg.images.lazy.slide import SlideSource, is_slide
 from fcvgg.images.lazy.source import (
     SAMPLES,
     ArraySource,
@@ -45,6 +46,7 @@ from fcvgg.images.lazy.source import (
 )
 from fcvgg.images.lazy.tiff import TiffSource
 from fcvgg.images.pictures import in_bytes
+from fcvgg.support.atomic import VENDOR_ENDINGS
 from fcvgg.support.extras import imported
 
 _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
@@ -201,9 +203,18 @@ def open_image(
         return source if chosen == level else open_image(path, chosen, **options)
     if isinstance(source, (RasterSource, SlideSource)):
         source.path = _path_of(source)
+        if isinstance(source, SlideSource) and source.file is not None:
+            source.reopened = partial(_reopened_slide, type(path), source.file, level, options)
     elif source.path is not None:
         source.reopened = partial(open_image, source.path, level, **options)
     return source
+
+
+def _reopened_slide(
+    kind: Callable[[str], Any], file: str, level: int, options: dict[str, Any]
+) -> StripSource:
+    """The slide of a file once more, in another process."""
+    return open_image(kind(file), level, **options)
 
 
 def _path_of(source: RasterSource | SlideSource) -> Path | None:
@@ -256,8 +267,8 @@ def _opened_source(path: Any, level: int, bands: Bands, missing: str) -> StripSo
         if path.suffix.lower() not in VENDOR_ENDINGS:
             raise
         raise ImageError(
-            f"{one_line(error)}; or pass openslide.OpenSlide(path) or tiffslide.TiffSlide(path), "
-            "which read scanners' formats, in place of the path"
+            f"{one_line(error)}; or in Python pass openslide.OpenSlide(path) or "
+            "tiffslide.TiffSlide(path), which read scanners' formats, in place of the path"
         ) from error
 
 
@@ -486,7 +497,7 @@ def _zarr_source(path: Path, level: int, bands: Bands, missing: str) -> StripSou
             axes = [a["name"] if isinstance(a, dict) else a for a in image[0].get("axes", [])]
             letters = _axes_of(node.shape, axes, path)
             y, x = letters.index("Y"), letters.index("X")
-            if all(levels):
+            if all(one is not None for one in levels):
                 sizes = [(one.shape[y], one.shape[x]) for one in levels]
         except (LookupError, TypeError, ValueError, AttributeError) as error:
             raise ImageError(
@@ -502,7 +513,7 @@ def _zarr_source(path: Path, level: int, bands: Bands, missing: str) -> StripSou
             f"{path} must store all of its {node.nchunks} chunks, got {node.nchunks_initialized}; "
             "missing='fill' gives the others the fill value"
         )
-    source = ArraySource(node, letters, str(path), bands=bands)
+    source = ZarrSource(node, letters, path, bands)
     source.alpha = source.alpha and axes is None  # OME's channels are not colours
     source.pixel_size, source.level_sizes = pixel_size, sizes
     return source

@@ -27,11 +27,6 @@ _COLS = 2048
 _BACKGROUND = "openslide.background-color"
 _WHITE = "ffffff"
 
-VENDOR_ENDINGS = (
-    *(".svs", ".ndpi", ".mrxs", ".scn", ".vms", ".vmu", ".bif", ".svslide", ".isyntax", ".czi"),
-)
-"""Endings of scanners' own formats."""
-
 
 def is_slide(source: Any) -> bool:
     """Whether an object is read as OpenSlide's are."""

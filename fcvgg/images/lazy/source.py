@@ -49,6 +49,9 @@ _MASK = "mask"
 FROM_FILE = "file"
 """The name of the nodata value that the file itself declares."""
 
+_LARGEST_SIDE = 1 << 27
+"""Pixels of a side: what files say without holding it would never end to be read."""
+
 _WITHOUT_NUMPY = (torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
 """torch's floats that NumPy does not have."""
 
@@ -340,6 +343,11 @@ class StripSource:
         """Refuse what is not an image; `size`, `channels` and `dtype` are known by now."""
         if 0 in self.size or self.channels == 0:
             raise ImageError(f"{self.name} must have pixels, got the size {self.size}")
+        if max(self.size) > _LARGEST_SIDE:
+            raise ImageError(
+                f"{self.name} must have sides of at most {_LARGEST_SIDE} pixels, got the size "
+                f"{self.size}; read a part of it"
+            )
         if self.preprocessed:
             return
         if self.dtype.kind not in "iuf":

@@ -88,6 +88,9 @@ _NODATA = 42113
 _GEOREFERENCE = (PIXEL_SCALE, TIE_POINTS, MATRIX, KEYS)
 """Tags of which a georeferenced file has one at least."""
 
+_MOST_PAGES = 1 << 13
+"""Pages of a TIFF; tifffile describes each, in half a millisecond or more."""
+
 _TURNED = 5
 """Orientations from this one on exchange height and width."""
 
@@ -140,6 +143,11 @@ class TiffSource(StripSource):
             file.seek(0)
         try:
             with quiet("tifffile"), tifffile.TiffFile(file) as tiff:
+                if len(tiff.pages) > _MOST_PAGES:
+                    raise ImageError(
+                        f"{self.name} must have at most {_MOST_PAGES} pages, got "
+                        f"{len(tiff.pages)}; save the one that is wanted as a file of its own"
+                    )
                 self._describe(tiff, level)
                 self.pixel_size = _pixel_size(tiff, self.stored_size)
                 found = tiff.filehandle.size
