@@ -6,13 +6,11 @@ import importlib
 import json
 import os
 import re
-import runpy
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
@@ -25,24 +23,6 @@ from fcvgg.demo import SHOWN, demo_photograph
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 Run = Callable[..., str]
-
-
-@pytest.fixture
-def run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Iterator[Run]:
-    """What an example prints, run in this process as the interpreter runs a file."""
-
-    def printed(name: str, *arguments: str) -> str:
-        monkeypatch.chdir(tmp_path)
-        monkeypatch.syspath_prepend(str((EXAMPLES / name).parent))
-        monkeypatch.setattr(sys, "argv", [name, *arguments])
-        runpy.run_path(str(EXAMPLES / name), run_name="__main__")
-        return capsys.readouterr().out
-
-    yield printed
-    plt.close("all")
-    torch.use_deterministic_algorithms(False)  # which one of them asks for
 
 
 def test_heatmap_finds_the_face_in_the_packaged_photograph(tmp_path: Path) -> None:
@@ -64,24 +44,24 @@ def test_heatmap_finds_the_face_in_the_packaged_photograph(tmp_path: Path) -> No
         assert overlay.size == (512, 512)
 
 
-def test_heatmap_of_a_photograph_and_a_checkpoint(tmp_path: Path, run: Run) -> None:
+def test_heatmap_of_a_photograph_and_a_checkpoint(tmp_path: Path, run_example: Run) -> None:
     torch.manual_seed(0)
     torch.save(squeezenet1_1(num_classes=3).state_dict(), tmp_path / "mine.pt")
     demo_photograph().resize((300, 260)).save(tmp_path / "photo.jpg")
     options = ["--model", "mine.pt", "--arch", "squeezenet1_1", "--output", "map.npy"]
-    printed = run("heatmap.py", "photo.jpg", *options)
+    printed = run_example("heatmap.py", "photo.jpg", *options)
     assert "SqueezeNet makes (260, 300) pixels to torch.Size([3, " in printed
     assert np.load(tmp_path / "map.npy").shape == (260, 300)
 
 
-def test_heatmap_says_in_one_line_what_is_wrong(tmp_path: Path, run: Run) -> None:
+def test_heatmap_says_in_one_line_what_is_wrong(tmp_path: Path, run_example: Run) -> None:
     with pytest.raises(SystemExit, match=r"^error: there is no image file absent\.jpg$"):
-        run("heatmap.py", "absent.jpg")
+        run_example("heatmap.py", "absent.jpg")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_imagenet_finds_the_cat_the_cup_and_the_rocket(tmp_path: Path, run: Run) -> None:
-    printed = run("imagenet.py")
+def test_imagenet_finds_the_cat_the_cup_and_the_rocket(tmp_path: Path, run_example: Run) -> None:
+    printed = run_example("imagenet.py")
     assert "equivalent at 224x224" in printed
     found = re.findall(r"Heatmap\('(.+)', \d+x\d+, peak (\S+) at \((\d+), (\d+)\)", printed)
     peaks = {name: (float(peak), int(y), int(x)) for name, peak, y, x in found}
@@ -98,8 +78,8 @@ def test_imagenet_finds_the_cat_the_cup_and_the_rocket(tmp_path: Path, run: Run)
     assert (tmp_path / "imagenet.jpg").stat().st_size < 300_000
 
 
-def test_any_size_makes_a_table_and_a_figure(tmp_path: Path, run: Run) -> None:
-    heading, *rows, last = run("any_size.py").splitlines()
+def test_any_size_makes_a_table_and_a_figure(tmp_path: Path, run_example: Run) -> None:
+    heading, *rows, last = run_example("any_size.py").splitlines()
     assert heading.split()[:2] == ["image", "map"]
     net = fcvgg.load("demo")
     sizes = [tuple(map(int, row.split()[0].split("x"))) for row in rows]
@@ -112,8 +92,8 @@ def test_any_size_makes_a_table_and_a_figure(tmp_path: Path, run: Run) -> None:
         assert figure.width > 1000
 
 
-def test_equivalence_of_all_eight_vggs(tmp_path: Path, run: Run) -> None:
-    _, *rows, last = run("equivalence.py", "--small", "--images", "1").splitlines()
+def test_equivalence_of_all_eight_vggs(tmp_path: Path, run_example: Run) -> None:
+    _, *rows, last = run_example("equivalence.py", "--small", "--images", "1").splitlines()
     names = [row.split()[0] for row in rows]
     assert names == [f"vgg{n}{bn}" for n in (11, 13, 16, 19) for bn in ("", "_bn")]
     for row in rows:
@@ -125,33 +105,35 @@ def test_equivalence_of_all_eight_vggs(tmp_path: Path, run: Run) -> None:
     assert last == "all 8 agree on 1 images"
 
 
-def test_gigapixel_streams_and_shows_what_it_found(tmp_path: Path, run: Run) -> None:
-    printed = run("gigapixel.py", "--side", "1024")
+def test_gigapixel_streams_and_shows_what_it_found(tmp_path: Path, run_example: Run) -> None:
+    printed = run_example("gigapixel.py", "--side", "1024")
     assert re.search(r"\(2, 125, 125\) scores, .* s per megapixel, \d+ MiB added", printed)
     assert printed.count("wrote ") == 3
     with Image.open(tmp_path / "gigapixel" / "detail-1024.png") as detail:
         assert detail.size == (1024, 1024)
 
 
-def test_the_streaming_benchmark_reports_what_was_measured(tmp_path: Path, run: Run) -> None:
+def test_the_streaming_benchmark_reports_what_was_measured(
+    tmp_path: Path, run_example: Run
+) -> None:
     figures = {"rows": 1024, "cols": 512, "memory": "1GiB", "threads": 1, "seconds": 2, "cpu": 2}
     for way, added, difference in (("whole", 300 << 20, 0), ("stream", 100 << 20, 3e-7)):
         kept = {**figures, "way": way, "added": added, "difference": difference}
         (tmp_path / f"{way}-1024.json").write_text(json.dumps(kept))
-    printed = run("benchmarks/streaming.py", "--folder", ".", "--report", ".")
+    printed = run_example("benchmarks/streaming.py", "--folder", ".", "--report", ".")
     assert printed == "wrote streaming.md\nwrote streaming.png\n"
     table = (tmp_path / "streaming.md").read_text()
     assert "| 1024 | fcvgg.stream | 2.0 s | 3.81 s | 100 MiB | 3e-07 |" in table
 
 
-def test_train_demo_trains(tmp_path: Path, run: Run) -> None:
-    run("train_demo.py", "--quick", "--output", "weights.safetensors")
+def test_train_demo_trains(tmp_path: Path, run_example: Run) -> None:
+    run_example("train_demo.py", "--quick", "--output", "weights.safetensors")
     assert 0 < (tmp_path / "weights.safetensors").stat().st_size < 2e6
 
 
-def test_textures_compares_all_methods(tmp_path: Path, run: Run) -> None:
+def test_textures_compares_all_methods(tmp_path: Path, run_example: Run) -> None:
     imagenet_example()  # skips without the package that holds the weights
-    printed = run("textures.py", "--quick")
+    printed = run_example("textures.py", "--quick")
     rows = [line.split(" | ") for line in printed.splitlines() if line.startswith("| ")][1:]
     assert [int(row[1]) for row in rows] == [32, 16, 8] * 3
     assert [row[0].split()[1] for row in rows[::3]] == ["crop", "crop", "FCN-32s,"]

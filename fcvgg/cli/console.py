@@ -146,7 +146,7 @@ class _PlainWhereNarrow:
         formatter = ctx.make_formatter()
         formatter.width = max(columns - 2, 50)
         self.format_help(ctx, formatter)  # type: ignore[attr-defined]
-        return formatter.getvalue().rstrip().replace("\\[", "[")  # which old versions escape
+        return formatter.getvalue().rstrip()
 
 
 class Command(_PlainWhereNarrow, TyperCommand):

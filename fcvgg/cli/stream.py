@@ -27,6 +27,7 @@ EXAMPLES = (
     "fcvgg stream slide.tif -o scores.zarr",
     "fcvgg stream slide.ome.tif -o tumour.zarr --level 1 --classes argmax --memory 2GiB",
     "fcvgg stream slide.tif -o scores.zarr --where tissue",
+    "fcvgg stream slide.svs -o tumour.zarr --mpp 0.5",
     "fcvgg heatmap scores.zarr --target tumour",
 )
 
@@ -72,7 +73,22 @@ Where = Annotated[
     ),
 ]
 Level = Annotated[
-    int, typer.Option(metavar="N", min=0, help="Level of a pyramid; 0 is the full resolution.")
+    int | None,
+    typer.Option(
+        metavar="N",
+        min=0,
+        help="Level of a pyramid; 0 is the full resolution.",
+        show_default="0, or that of the pixel size the model was trained at",
+    ),
+]
+PixelSize = Annotated[
+    float | None,
+    typer.Option(
+        "--mpp",
+        metavar="X",
+        help="Micrometres per pixel, by which the level of a pyramid is chosen.",
+        show_default=False,
+    ),
 ]
 
 
@@ -82,18 +98,23 @@ def run(
     network: NetworkOptions = NetworkOptions(),
     classes: Classes = None,
     memory: Memory = "1GiB",
-    level: Level = 0,
+    level: Level = None,
+    mpp: PixelSize = None,
     bands: Bands = None,
     nodata: Nodata = None,
     where: Where = None,
     output_stride: OutputStride = None,
 ) -> None:
     """Write the score map of an image larger than memory."""
+    from fcvgg.images.lazy.magnification import at_training_scale, training_level
     from fcvgg.streaming.execution import stream
     from fcvgg.streaming.score_store import is_store, open_store
 
-    source = ImageOpener(bands, nodata).open(slide, level)
+    source = ImageOpener(bands, nodata).open(slide, level or 0, mpp)
     net = network.load(output_stride=output_stride)
+    trained = None if net.preprocess is None else net.preprocess.mpp
+    if level is None and mpp is None and training_level(source, trained) is not None:
+        source = at_training_scale(source, trained)
     kept = _classes(classes, net.categories)
     if kept == "top5":
         note("--classes top5 keeps no class's map: 'fcvgg heatmap' cannot show it")

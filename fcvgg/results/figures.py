@@ -172,7 +172,8 @@ def _plot_cells(ax: Axes, score_map: ScoreMap, index: int) -> None:
     seen = f" at {score_map.input_size[0]} x {score_map.input_size[1]} pixels" if rescaled else ""
     ax.set_title(f"score map: {rows} x {cols} cells{seen}")
     bar = ax.figure.colorbar(shown, ax=ax, fraction=0.046, pad=0.03)
-    bar.set_label(f"score of {class_name(index, score_map.categories)!r}")
+    kind = "value" if score_map.activation == "values" else "score"
+    bar.set_label(f"{kind} of {output_name(score_map, index)!r}")
 
 
 def extent_of_cells(score_map: ScoreMap) -> tuple[float, float, float, float]:
@@ -249,14 +250,7 @@ def class_grid(
     layout = ConstrainedLayoutEngine(compress=True, w_pad=max((_CAPTION - shown) / 2, 0.04))
     figure = Figure(figsize=size, dpi=110, layout=layout)
     axes = figure.subplots(rows, columns, squeeze=False)
-    for ax in axes.flat:
-        ax.set_axis_off()
-    unused = list(axes.flat)
-    if score_map.image is not None:
-        ax = unused.pop(0)
-        show_image(ax, score_map, "RGB", _PANEL_PIXELS)
-        height, width = score_map.image.height, score_map.image.width
-        ax.set_title(f"{height} x {width} pixels", fontsize="medium")
+    unused = _after_photograph(axes, score_map)
     # independent classes do not compete for a cell, so their cells are counted one by one
     compared = score_map.activation not in ("independent_logits", "sigmoid")
     found_at = score_map.label_map() if compared else score_map.probabilities() > 0.5
@@ -275,6 +269,56 @@ def class_grid(
         )
     heatmap.draw_bar(axes, contours, **options)
     return figure
+
+
+def value_grid(score_map: ScoreMap, outputs: Sequence[int]) -> Figure:
+    """A regression's values, cell by cell, each output with a colour scale of its own.
+
+    The first panel shows the photograph, where it is known.
+
+    Args:
+        score_map: of one image.
+        outputs: their indices.
+
+    Raises:
+        ImageError: if no cell has data.
+    """
+    from matplotlib.figure import Figure
+
+    score_map.require_data()
+    panels = len(outputs) + (score_map.image is not None)
+    columns = min(panels, 3)
+    rows = ceil(panels / columns)
+    width, height = _class_panel(score_map.image_size)
+    size = (columns * (max(width, _CAPTION) + _CLASS_BAR), rows * (height + _CLASS_TITLE))
+    figure = Figure(figsize=size, dpi=110, layout="constrained")
+    axes = _after_photograph(figure.subplots(rows, columns, squeeze=False), score_map)
+    for index, ax in zip(outputs, axes):
+        _plot_cells(ax, score_map, index)
+        mean = float(score_map.average()[index])
+        title = f"{output_name(score_map, index)}: {mean:.4g} on average"
+        ax.set_title(title, fontsize="medium", parse_math=False)
+    return figure
+
+
+def output_name(score_map: ScoreMap, index: int) -> str:
+    """The name of a class, or of a regression's output, which is no class."""
+    if score_map.activation == "values" and score_map.categories is None:
+        return f"output {index}"
+    return class_name(index, score_map.categories)
+
+
+def _after_photograph(axes: NDArray[Any], score_map: ScoreMap) -> list[Axes]:
+    """The axes of a grid, blank, after the one that shows the photograph, if that is known."""
+    unused = list(axes.flat)
+    for ax in unused:
+        ax.set_axis_off()
+    if score_map.image is not None:
+        ax = unused.pop(0)
+        show_image(ax, score_map, "RGB", _PANEL_PIXELS)
+        height, width = score_map.image.height, score_map.image.width
+        ax.set_title(f"{height} x {width} pixels", fontsize="medium")
+    return unused
 
 
 def _percent(probability: Any) -> str:

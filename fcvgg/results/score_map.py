@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from fcvgg.categories import class_index, class_name
-from fcvgg.choices import Average, Combine
+from fcvgg.choices import Average, Combine, PolygonKind
 from fcvgg.errors import ArgumentError, FcvggWarning, ImageError, check_choice
 from fcvgg.geometry import Geometry, Pair, checked_size
+from fcvgg.images.lazy.georeference import Georeference, composed, scaling, transform_of_cells
 from fcvgg.probability import (
     average_of_cells,
     average_over_space,
@@ -29,6 +30,7 @@ from fcvgg.probability import (
 )
 from fcvgg.results.boxes import CellWindows, cell_windows
 from fcvgg.results.drawing import resized
+from fcvgg.results.geojson import ClassCells
 from fcvgg.results.heatmap import Heatmap
 from fcvgg.results.interpolation import check_pixels, interpolated, pixel_points, shown, within
 from fcvgg.support.atomic import PAGE_ENDINGS, atomic_file, checked_file
@@ -56,6 +58,9 @@ class ScoreMap:
         categories: the class names, or None.
         activation: what the scores are.
         image: the image itself, to lay results on; None for a tensor.
+        full_size: ``(H, W)`` of level 0 of the slide of which the image is a level; None for the
+            image's own.
+        georeference: where the image's pixels lie on the earth, if it is known.
         could_have_positions: whether ``head="position"`` would give the network a map of positions
             where this one has a cell for each window.
     """
@@ -67,6 +72,8 @@ class ScoreMap:
     categories: tuple[str, ...] | None = None
     activation: str = "logits"
     image: Image.Image | None = None
+    full_size: Pair | None = None
+    georeference: Georeference | None = None
     could_have_positions: bool = False
 
     def __repr__(self) -> str:
@@ -222,11 +229,14 @@ class ScoreMap:
     def plot(self, k: int = 5, **options: Any) -> Figure:
         """The k most probable classes as aligned heatmaps, with one absolute colour scale.
 
-        See `fcvgg.results.figures.class_grid` for the options; `fcvgg.results.figures.save_figure`
-        writes it.
+        Of a regression (activation ``"values"``), the first k values of every cell, without
+        options. See `fcvgg.results.figures.class_grid` for the options;
+        `fcvgg.results.figures.save_figure` writes it.
         """
-        from fcvgg.results.figures import class_grid
+        from fcvgg.results.figures import class_grid, value_grid
 
+        if self.activation == "values":
+            return value_grid(self, range(min(k, len(self.scores))), **options)
         return class_grid(self, k, **options)
 
     def plot_labels(self, ax: Axes | None = None, most: int = 6) -> Axes:
@@ -262,6 +272,52 @@ class ScoreMap:
         with atomic_file(path) as temporary:
             temporary.write_text(text, "utf-8")
         return path
+
+    def to_geojson(
+        self,
+        path: str | os.PathLike[str] | None = None,
+        *,
+        target: int | str | None = None,
+        threshold: float = 0.5,
+        kind: PolygonKind = "regions",
+        pixels: bool = False,
+    ) -> dict[str, Any]:
+        """Where a class is probable, as polygons for QuPath and geographic systems.
+
+        A cell is the box of the network's stride around its centre. Coordinates are those of a
+        georeferenced image, whose system the member ``crs`` names; else pixels of the image, of a
+        slide those of level 0, counted from the outer corner of the first one, as QuPath does.
+
+        Args:
+            path: a file to write, in ``.geojson`` or ``.json``; None writes none.
+            target: a class index or category name; None for the top class of the average.
+            threshold: probability, in [0, 1], that the cells have at least.
+            kind: ``"regions"`` of cells that are connected by their edges, with holes, or
+                ``"cells"``, a polygon each.
+            pixels: take pixels for a georeferenced image too.
+
+        Returns:
+            the FeatureCollection: annotations (or tiles) with the class, its colour and the
+            probability, of regions the mean and the highest.
+
+        Raises:
+            ArgumentError: if the name ends otherwise, or an option cannot be used.
+            ImageError: if no cell has data.
+            FcvggError: if the file cannot be written.
+        """
+        index = self.index_of(target)
+        on_image = composed(
+            scaling(self.input_size, self.image_size), transform_of_cells(self.geometry)
+        )
+        place = self.georeference or Georeference(None, None, None)
+        return ClassCells(
+            self.probabilities()[index].double().cpu().numpy(),
+            class_name(index, self.categories),
+            index,
+            composed(scaling(self.image_size, self.full_size or self.image_size), on_image),
+            None if place.transform is None else composed(place.transform, on_image),
+            place.crs,
+        ).to_geojson(path, threshold, kind, pixels)
 
     def show(self, classes: Iterable[int | str] | None = None, height: int = 720) -> Page:
         """The page of `save` in a notebook.

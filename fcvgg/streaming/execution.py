@@ -50,6 +50,7 @@ def stream(
     nodata: float | str | None = None,
     where: Any = None,
     fill: float | None = None,
+    mpp: float | None = None,
 ) -> Any:
     """The score map of an image of any size, equal to the network's on the whole image.
 
@@ -60,11 +61,11 @@ def stream(
         net: a converted network.
         source: a path (TIFF, BigTIFF, OME-TIFF, zarr, OME-Zarr; what else Pillow reads is decoded
             whole), what `fcvgg.open_image` gives (for a level of a pyramid, or some bands), an
-            open rasterio dataset, a PIL image, or an array that can be sliced (NumPy, memmap,
-            zarr, h5py, dask): pixels ``(H, W, C)`` or ``(H, W)``, which are preprocessed, or
-            preprocessed floats ``(C, H, W)``, also as a tensor. Pixels are the same as for
-            `FullyConvolutional.score_map`; those of more than 8 bits are taken as
-            `fcvgg.Preprocess` says.
+            open rasterio dataset or slide (OpenSlide, TiffSlide, cuCIM), a PIL image, or an array
+            that can be sliced (NumPy, memmap, zarr, h5py, dask): pixels ``(H, W, C)`` or
+            ``(H, W)``, which are preprocessed, or preprocessed floats ``(C, H, W)``, also as a
+            tensor. Pixels are the same as for `FullyConvolutional.score_map`; those of more than
+            8 bits are taken as `fcvgg.Preprocess` says.
         out: a folder for the map as a zarr array, with class names and geometry in its attributes,
             and of a georeferenced image its coordinate reference system and transform (``crs``,
             ``transform``, and ``cell_transform`` of the map's cells). Rows are written as they are
@@ -82,12 +83,13 @@ def stream(
         nodata: pixels of this value have no data, as for `fcvgg.open_image`: a number, or
             ``"file"`` for what the file declares. Not for preprocessed floats, which hold NaN
             there, nor for what is open already.
-        where: the part of the image that is of interest; other cells are neither computed nor the
-            pixels read that only they need. ``"tissue"``, a boolean array ``(h, w)`` of any
-            resolution, GeoJSON polygons, or the path of either; see `fcvgg.streaming.interest`.
-            The cells have the bits of a call without `where`.
-        fill: what the other cells hold, as scores or as the label of ``"argmax"``; None for NaN,
-            or -1 for a class.
+        where: the part of the image of interest, the rest is neither read nor computed:
+            ``"tissue"``, a boolean array ``(h, w)`` of any resolution, GeoJSON polygons, or the
+            path of either (`fcvgg.streaming.interest`). Cells keep the bits of the whole call.
+        fill: what other cells hold, as scores or labels; None for NaN, or -1 for a class.
+        mpp: micrometres of a pixel, by which the level of a pyramid is chosen, as for
+            `fcvgg.open_image`. Without it a network that knows the pixel size it was trained at
+            (`fcvgg.Preprocess.mpp`) chooses, and a warning says so.
 
     Returns:
         a `ScoreMap` with the scores ``(K, h, w)``, or ``(len(classes), h, w)``, whose probabilities
@@ -104,7 +106,7 @@ def stream(
             cannot be written.
     """
     folder = None if out is None else checked_folder(out, "out", STORE_ENDINGS)
-    job = StreamJob.prepared(net, source, classes, rows, output, nodata, where, fill)
+    job = StreamJob.prepared(net, source, classes, rows, output, nodata, where, fill, mpp)
     budget = parsed_memory(memory)
     if folder is None:
         return _in_memory(job, budget, progress)

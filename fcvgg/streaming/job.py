@@ -51,6 +51,7 @@ class StreamJob:
         nodata: Any = None,
         where: Any = None,
         fill: Any = None,
+        mpp: float | None = None,
         interest: Interest | None = None,
     ) -> StreamJob:
         """The job that the arguments of `stream` ask for; `interest` stands for where and fill.
@@ -65,7 +66,8 @@ class StreamJob:
                 f"net must be a converted network, got {type(net).__name__}; {remedy}"
             )
         output = net.output_index(output)
-        image = strip_source(source, net.in_channels, nodata)
+        trained = None if net.preprocess is None else net.preprocess.mpp
+        image = strip_source(source, net.in_channels, nodata, mpp, trained)
         selection = Selection.of(classes, net, output)
         strips = StripInput.of(net, image)
         height, width = net.output_size(image.size)
@@ -94,8 +96,7 @@ class StreamJob:
         if not sees_whole_field(self.workload.stages, geometry):
             return interest
         whole = interest or Interest(np.ones((bottom - top, self.shape[-1]), np.bool_))
-        found = whole.with_data(image, placed, (top, bottom))
-        return interest if found.cells.all() else found
+        return whole.with_data(image, placed, (top, bottom))
 
     @property
     def source(self) -> StripSource:
@@ -220,6 +221,8 @@ def as_result(job: StreamJob, result: Tensor) -> Any:
         "input_size": job.source.size,
         "categories": job.categories,
         "activation": job.selection.activation,
+        "full_size": job.source.full_size,
+        "georeference": job.source.georeference,
     }
     if job.selection.whole:
         return ScoreMap(scores=result, **known)

@@ -9,6 +9,7 @@ killed process loses no finished row. Older stores are an array with the first o
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,10 +18,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fcvgg.choices import PolygonKind
 from fcvgg.errors import FcvggError, one_line
 from fcvgg.geometry import Pair
 from fcvgg.images.lazy.georeference import FIELDS
-from fcvgg.streaming.ome_image import ome_axes, ome_image
+from fcvgg.results.geojson import ClassCells
+from fcvgg.streaming.ome_image import cells_on_slide, ome_axes, ome_image
 from fcvgg.streaming.store_description import check_held, checked_description, checked_progress
 from fcvgg.support import untrusted
 from fcvgg.support.atomic import atomic_file, atomic_folder
@@ -95,6 +98,48 @@ class ScoreStore:
 
         shown = SlideMap(self, target)
         return shown.heatmap(shown.source())
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write the map of a georeferenced image as a cloud-optimised GeoTIFF (``fcvgg[geo]``).
+
+        Its pixels are the cells, with the image's coordinate reference system, and hold what the
+        map does: a band of scores for each class, the index of the best class, or the classes and
+        scores of the five best. Where there is no data they are NaN, or -1 for a class.
+
+        Args:
+            path: a name in ``.tif`` or ``.tiff``.
+
+        Raises:
+            ArgumentError: if the name ends otherwise.
+            ImageError: if the image was not georeferenced.
+            FcvggError: if the map is not finished, or the file cannot be written.
+        """
+        from fcvgg.streaming.geotiff import save_geotiff
+
+        return save_geotiff(self, Path(path))
+
+    def to_geojson(
+        self,
+        path: str | os.PathLike[str] | None = None,
+        *,
+        target: int | str | None = None,
+        threshold: float = 0.5,
+        kind: PolygonKind = "regions",
+        pixels: bool = False,
+    ) -> dict[str, Any]:
+        """As `ScoreMap.to_geojson`; the cells of a map of classes have probability 1 or 0.
+
+        Raises:
+            CategoryError: if the class is unknown or its probability cannot be known from the map.
+        """
+        from fcvgg.streaming.slide_maps import SlideMap
+
+        place = self.description.get("cell_transform"), self.description.get("crs")
+        slide = SlideMap(self, target)
+        cells = ClassCells(
+            slide.cells, slide.label, slide.index, cells_on_slide(self.description), *place
+        )
+        return cells.to_geojson(path, threshold, kind, pixels)
 
     @property
     def chunk_rows(self) -> int:

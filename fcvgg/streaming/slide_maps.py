@@ -229,7 +229,7 @@ def _target(store: ScoreStore, target: int | str | None) -> int:
         return class_index(target, names, count)
     if kind == "argmax":
         counts = np.zeros(1, np.int64)  # cells without a class, -1, are not counted
-        for rows in _row_ranges(store):
+        for rows in row_ranges(store):
             best = store.array[rows]
             if best.min(initial=0) < -1 or best.max(initial=0) > _MOST_CLASSES:
                 raise ValueError(f"class indices must be from -1 to {_MOST_CLASSES}")
@@ -240,7 +240,7 @@ def _target(store: ScoreStore, target: int | str | None) -> int:
     if count == 1:
         return 0
     totals = np.zeros(count)  # average scores decide, in float64 for millions of cells
-    for rows in _row_ranges(store):
+    for rows in row_ranges(store):
         scores = torch.from_numpy(store.array[:, rows])  # (K, rows, w)
         scores = scores.masked_fill(~cells_with_data(scores), 0)
         totals += scores.sum((1, 2), dtype=torch.float64).numpy()
@@ -252,7 +252,7 @@ def _probabilities(store: ScoreStore, index: int) -> NDArray[np.float32]:
     description, array = store.description, store.array
     if description["kind"] == "argmax":
         cells = np.empty(array.shape, np.float32)
-        for rows in _row_ranges(store):
+        for rows in row_ranges(store):
             labels = array[rows]
             unknown = (
                 np.nan if description.get("num_classes", 1) > 1 else 0
@@ -273,12 +273,12 @@ def _probabilities(store: ScoreStore, index: int) -> NDArray[np.float32]:
     # a softmax needs all classes, so some rows at a time
     bands = [
         to_probabilities(torch.from_numpy(array[:, rows]), activation)[index].float()
-        for rows in _row_ranges(store)
+        for rows in row_ranges(store)
     ]
     return torch.cat(bands).numpy()
 
 
-def _row_ranges(store: ScoreStore) -> Iterator[slice]:
+def row_ranges(store: ScoreStore) -> Iterator[slice]:
     """Rows a few at a time, in whole chunks."""
     *lead, height, width = store.array.shape
     row = int(np.prod([*lead, width])) * store.array.dtype.itemsize

@@ -26,8 +26,8 @@ _CELLS_PER_BYTE = 1 << 12
 """Finished cells per byte on disk at most: chunks without data are not stored."""
 
 _LATER = (
-    *("dtype", "output", "network", "weights", "image", "pixel_size", "bands", "nodata"),
-    *("num_classes", "full_size", "where", *FIELDS),
+    *("dtype", "output", "network", "weights", "image", "pixel_size", "bands", "nodata", "where"),
+    *("num_classes", "full_size", *FIELDS),
 )
 """Fields that older stores lack, or that only a resumed stream compares."""
 

@@ -1,7 +1,6 @@
 """The command line, run in this process on tiny images, as a user would see it."""
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -125,22 +124,6 @@ def test_every_option_and_argument_says_what_it_is():
             text = getattr(parameter, "help", None)
             assert text, (name, parameter.name)
             assert re.match(r"[A-Z'-].*\.$", text), (name, text)
-
-
-def test_shells_complete_commands_and_options():
-    words = {
-        "COMP_WORDS": "fcvgg heatmap --ta",
-        "COMP_CWORD": "2",
-        "_FCVGG_COMPLETE": "complete_bash",
-    }
-    ran = subprocess.run(
-        [sys.executable, "-c", "import fcvgg.cli; fcvgg.cli.main()"],
-        capture_output=True,
-        text=True,
-        check=True,
-        env={**os.environ, **words},
-    )
-    assert ran.stdout.split() == ["--target"]
 
 
 def test_an_unknown_command_is_a_usage_error():

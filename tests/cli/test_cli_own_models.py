@@ -7,10 +7,12 @@ import re
 from math import log
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torchvision
 from command_line import run
+from PIL import Image
 
 import fcvgg
 from fcvgg import demo
@@ -259,3 +261,29 @@ def test_categories_in_a_list_of_json_and_behind_a_byte_order_mark(tmp_path: Pat
 )
 def test_messages_name_options(message: str, words: str) -> None:
     assert in_option_words(message) == words
+
+
+def test_a_regression_is_shown_as_values(own: list[str], checkpoint: Path) -> None:
+    given = [*own, "--activation", "values"]
+    ran = run("heatmap", "one.png", *given, "--target", "1", "--csv", "values.csv", "--scores")
+    assert (ran.exit_code, ran.stderr) == (0, "")
+    net = fcvgg.load(checkpoint, arch="squeezenet1_1", input_size=64, activation="values")
+    net.preprocess = fcvgg.Preprocess.imagenet()
+    score_map = net.score_map("one.png")
+    names, row = (line.split(",") for line in Path("values.csv").read_text().splitlines())
+    found = dict(zip(names, row))
+    assert list(found)[:6] == ["image", "index", "category", "value", "lowest", "highest"]
+    assert found["category"] == "output 1"
+    assert float(found["value"]) == pytest.approx(float(score_map.average()[1]), rel=1e-4)
+    assert float(found["highest"]) == pytest.approx(float(score_map.scores[1].max()), rel=1e-4)
+    written = np.load("one-scores.npz")["scores"]
+    torch.testing.assert_close(torch.from_numpy(written), score_map.scores)
+    with Image.open("one-heatmap.png") as picture:
+        assert picture.width > picture.height  # the photograph, the values and a colour bar
+    ran = run("heatmap", "one.png", *given)
+    assert "output 0 (0), value " in ran.stdout
+    assert "(2 more in the picture, or --target)" in ran.stdout
+    titles = [ax.get_title() for ax in score_map.plot().axes if ax.get_title()]
+    assert [title.partition(":")[0] for title in titles[1:]] == ["output 0", "output 1", "output 2"]
+    ran = run("heatmap", "one.png", *given, "--boxes", "0.5")
+    assert (ran.exit_code, "are for probabilities" in ran.stderr) == (2, True)

@@ -208,7 +208,7 @@ def test_a_broken_bundle_is_one_clear_line(bundle, damage, message):
 
 
 def tensors_in(bundle):
-    """The tensors of a bundle in memory: mapped ones would change with a file that is overwritten."""
+    """The tensors of a bundle, in memory: mapped ones change with a file that is overwritten."""
     return load((bundle / TENSORS).read_bytes())
 
 

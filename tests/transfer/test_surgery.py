@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-import os
 import re
-import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -441,19 +440,10 @@ def test_a_head_that_no_longer_fits_is_named() -> None:
     assert str(caught.value).endswith("or rebuild the head with fcvgg.for_input_size")
 
 
-def test_the_example_runs(tmp_path: Path) -> None:
-    example = Path(__file__).parents[2] / "examples" / "surgery.py"
-    done = subprocess.run(
-        [sys.executable, "-W", "error", str(example)],
-        cwd=tmp_path,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stderr
-    starts = dict(re.findall(r"(80 pixels, \w+): accuracy ([\d.]+)", done.stdout))
+def test_the_example_runs(tmp_path: Path, run_example: Callable[..., str]) -> None:
+    printed = run_example("surgery.py")
+    starts = dict(re.findall(r"(80 pixels, \w+): accuracy ([\d.]+)", printed))
     assert float(starts["80 pixels, resample"]) > 0.9
     assert float(starts["80 pixels, random"]) < 0.6
-    assert float(re.search(r"([\d.]+)% of the mosaic's pixels", done.stdout)[1]) > 85
+    assert float(re.search(r"([\d.]+)% of the mosaic's pixels", printed)[1]) > 85
     assert (tmp_path / "surgery.png").stat().st_size > 20_000

@@ -85,7 +85,8 @@ def test_the_map_has_the_colours_of_figures(
         "() => { const c = document.getElementById('overlay');"
         "return [...c.getContext('2d').getImageData(0, 0, c.width, c.height).data]; }"
     )
-    found = np.array(pixels, float).reshape(*score_map.image_size, 4)
+    height, width = score_map.image_size
+    found = np.array(pixels, float).reshape(7 * height, 7 * width, 4)[3::7, 3::7]
     heatmap = score_map.heatmap(name)
     levels = np.round(evidence(heatmap.values, 0.5) * 255).astype(int)
     opacity = opacity_table()[levels] * 255
@@ -110,7 +111,7 @@ def test_cells_can_be_drawn_as_squares(
     y, x = (int(n) for n in score_map.geometry.centre_of(1, 2))
     block = page.evaluate(
         "([y, x]) => [...document.getElementById('overlay').getContext('2d')"
-        ".getImageData(x - 2, y - 2, 5, 5).data]",
+        ".getImageData(7 * x - 20, 7 * y - 20, 41, 41).data]",  # seven to one pixel of the image
         [y, x],
     )
     assert len({*map(tuple, np.array(block).reshape(-1, 4).tolist())}) == 1

@@ -92,7 +92,7 @@ class StripSource:
         block_rows: rows that the file or array can only give together; they are held while needed.
         path: of the file, if it is one.
         level: of the pyramid in the file.
-        full_size: ``(H, W)`` of level 0, which viewers count pixels in.
+        level_sizes: ``(H, W)`` of every level of the pyramid; empty where there is one.
         bands: the channels that were chosen, if some were.
         alpha: whether the last of two or four channels is said to be transparency.
         nodata: the value that the file declares for pixels without data, if it does.
@@ -107,6 +107,7 @@ class StripSource:
     name = "the image"
     path: Path | None = None
     level = 0
+    level_sizes: Sequence[Pair] = ()
     size: Pair
     channels: int
     dtype: np.dtype[Any]
@@ -122,6 +123,8 @@ class StripSource:
     georeference: Georeference | None = None
     reopened: Callable[[], StripSource] | None = None
     """Opens the same image once more, in another process too."""
+    at_level: Callable[[int], StripSource] | None = None
+    """Opens another level of the same pyramid."""
 
     def __init__(self, bands: Bands = None) -> None:
         if bands is not None and not isinstance(bands, Iterable):
@@ -132,7 +135,6 @@ class StripSource:
         self._held: tuple[int, Pair, Any] | None = None
         self._stored = 0  # channels, before some are chosen
         self._by_mask = False
-        self._full_size: Pair | None = None  # of a pyramid
 
     def __repr__(self) -> str:
         height, width = self.size
@@ -149,7 +151,16 @@ class StripSource:
 
     @property
     def full_size(self) -> Pair:
-        return self._full_size or self.size
+        """``(H, W)`` of level 0, whose pixels viewers count in."""
+        return self.level_sizes[0] if self.level_sizes else self.size
+
+    @property
+    def mpp(self) -> float | None:
+        """Micrometres of a pixel, or of a georeferenced one by its metres; None if unknown."""
+        sizes = self.pixel_size
+        if sizes is None and self.georeference is not None:
+            sizes = self.georeference.pixel_size
+        return None if sizes is None else sum(sizes) / 2
 
     @property
     def itemsize(self) -> int:
