@@ -168,7 +168,7 @@ def _region(where: Any, source: StripSource) -> Regions | NDArray[np.bool_]:
         if not path.is_file():
             raise ArgumentError(
                 f"where must be '{TISSUE}', a mask, polygons or the path of either, got "
-                f"{str(where)!r}, which is no file"
+                f"{str(where)!r}, which is not a file"
             )
         return read_regions(path) if path.suffix.lower() in _GEOJSON else _read_mask(path)
     if hasattr(where, "__geo_interface__") or isinstance(where, (dict, list, tuple)):
