@@ -82,12 +82,10 @@ def stream(
         nodata: pixels of this value have no data, as for `fcvgg.open_image`: a number, or
             ``"file"`` for what the file declares. Not for preprocessed floats, which hold NaN
             there, nor for what is open already.
-        where: the part of the image that is of interest; other cells are neither computed nor the
-            pixels read that only they need. ``"tissue"``, a boolean array ``(h, w)`` of any
-            resolution, GeoJSON polygons, or the path of either; see `fcvgg.streaming.interest`.
-            The cells have the bits of a call without `where`.
-        fill: what the other cells hold, as scores or as the label of ``"argmax"``; None for NaN,
-            or -1 for a class.
+        where: the part of the image of interest, the rest is neither read nor computed:
+            ``"tissue"``, a boolean array ``(h, w)`` of any resolution, GeoJSON polygons, or the
+            path of either (`fcvgg.streaming.interest`). Cells keep the bits of the whole call.
+        fill: what other cells hold, as scores or labels; None for NaN, or -1 for a class.
         mpp: micrometres per pixel that choose a pyramid's level, as for `fcvgg.open_image`; without
             it those of `fcvgg.Preprocess.mpp` do, and a warning says so.
 
