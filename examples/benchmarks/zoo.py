@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import importlib.metadata
 import json
 import multiprocessing
@@ -167,7 +168,7 @@ def keras_entries() -> Iterator[Entry]:
     os.environ.setdefault("KERAS_BACKEND", "torch")
     for family, names in KERAS.items():
         for name in names.split():
-            yield Entry("keras", family, name, lambda name=name: from_keras(name))
+            yield Entry("keras", family, name, functools.partial(from_keras, name))
 
 
 def from_keras(name: str) -> nn.Module:
