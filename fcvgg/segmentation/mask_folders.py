@@ -199,7 +199,8 @@ def read_mask(path: Path, colours: Mapping[int, int] | None = None) -> NDArray[n
             coloured = next(c for c in held.tolist() if len(set(c)) > 1)
             raise DatasetError(
                 f"the mask {path} has mode {image.mode} and {len(held)} colours such as "
-                f"{tuple(coloured)}; {_EXPECTED}"
+                f"{tuple(coloured)}; {_EXPECTED}, or {_COLOUR_TABLES[0]} beside them with a line "
+                "name:r,g,b for each class"
             )
         values = values[..., 0]
     if values.dtype.kind == "f" and not np.array_equal(values, np.round(values)):
