@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import functools
 import importlib.metadata
 import json
 import multiprocessing
@@ -30,6 +29,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatch
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -168,7 +168,7 @@ def keras_entries() -> Iterator[Entry]:
     os.environ.setdefault("KERAS_BACKEND", "torch")
     for family, names in KERAS.items():
         for name in names.split():
-            yield Entry("keras", family, name, functools.partial(from_keras, name))
+            yield Entry("keras", family, name, partial(from_keras, name))
 
 
 def from_keras(name: str) -> nn.Module:
@@ -343,9 +343,9 @@ def write(rows: Iterable[Row], path: Path) -> None:
     lines = ",\n".join(f"  {json.dumps(asdict(row))}" for row in rows)
     text = f'{{\n "versions": {json.dumps(versions)},\n "rows": [\n{lines}\n ]\n}}\n'
     for target, content in ((path, text), (path.with_suffix(".md"), table(rows))):
-        partial = target.with_suffix(".partial")
-        partial.write_text(content)
-        os.replace(partial, target)
+        unfinished = target.with_suffix(".partial")
+        unfinished.write_text(content)
+        os.replace(unfinished, target)
 
 
 def counts(rows: Iterable[Row]) -> dict[str, int]:
