@@ -146,8 +146,8 @@ def test_textures_compares_all_methods(tmp_path: Path, run_example: Run) -> None
     assert again.predict(tmp_path / "textures-run" / "test" / "images" / "00.png").labels.any()
 
 
-def test_slide_labels_trains_and_shows_the_evidence(tmp_path: Path) -> None:
-    printed = run("slide_labels.py", "--quick", cwd=tmp_path)
+def test_slide_labels_trains_and_shows_the_evidence(tmp_path: Path, run_example: Run) -> None:
+    printed = run_example("slide_labels.py", "--quick")
     assert re.search(
         r"accuracy: \d+\.\d% of 2 mosaics\nevidence: AUC 0\.\d+ over \d+ cells", printed
     )
