@@ -222,9 +222,13 @@ def _own_model(
     Raises:
         LoadError: if the file cannot be read or does not fit, or `arch` makes no model.
     """
-    model = arch if isinstance(arch, nn.Module) else made_by(arch, checkpoints.read_state(path))
+    entries = checkpoints.read_entries(path)
+    if isinstance(arch, nn.Module):
+        model = arch
+    else:
+        model = made_by(arch, checkpoints.read_state(path, entries))
     layers = [n for n, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
-    place = checkpoints.state_of(path, model, layers[-1] if layers else "", weights)
+    place = checkpoints.state_of(path, model, layers[-1] if layers else "", weights, entries)
     checkpoints.load_into(model, place.state, str(path))
     return model.eval(), {"found": place.described()}
 

@@ -216,11 +216,17 @@ class Own(nn.Module):
 
 @pytest.mark.parametrize("classes", [3, 5])
 @pytest.mark.parametrize("arch", [Own, lambda num_classes: Own(num_classes), "a module"])
-def test_a_checkpoint_of_the_users_own_model(tmp_path: Path, classes: int, arch: Any) -> None:
+def test_a_checkpoint_of_the_users_own_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, classes: int, arch: Any
+) -> None:
     torch.manual_seed(1)
     source = Own(classes)
     torch.save({"state_dict": source.state_dict()}, tmp_path / "own.pth")
+    reads = []
+    load = torch.load
+    monkeypatch.setattr(torch, "load", lambda *a, **given: reads.append(a) or load(*a, **given))
     net = fcvgg.load(tmp_path / "own.pth", arch=Own(classes) if arch == "a module" else arch)
+    assert len(reads) == 1
     assert net.source == "Own (state_dict)"
     assert not net.training
     images = torch.randn(2, 3, *net.input_size)

@@ -280,8 +280,8 @@ def run(
     written = for_each_image(images, "heatmaps", show)
     if csv is not None:
         of_values = net.activation == "values"
-        columns = ["value", "lowest", "highest"] if of_values else ["probability", "peak"]
-        names = ["image", "index", "category", *columns, "y", "x"]
+        measured = ["value", "lowest", "highest"] if of_values else ["probability", "peak"]
+        names = ["image", "index", "category", *measured, "y", "x"]
         write_csv(csv, names, ([row[name] for name in names] for row in written))
     exit_if_any_failed([*slides, *images], [*shown, *written])
 

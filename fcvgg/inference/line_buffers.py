@@ -207,7 +207,7 @@ class LineBuffers:
         """
         fed = self._stages[i].inputs[0]
         height = self._height.reaches[i]
-        keep = int(height.kept_from(np.array(end), self._height.ranges[i][1]))
+        keep = int(self._schedule.kept[self.strip, i])
         x = self._take(i, 0, height.needs(first, end), min(keep, self._done[fed]))
         return _slid(sliding, x, height, (first, end), self._width, i, fed)
 

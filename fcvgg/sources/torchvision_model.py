@@ -79,11 +79,12 @@ def read_checkpoint(
         for name, module in bare.named_modules()
         if isinstance(module, (nn.Linear, nn.Conv2d))
     ][-1]
+    entries = checkpoints.read_entries(path)
     if headless:
-        state = checkpoints.read_state(path)
+        state = checkpoints.read_state(path, entries)
         if not any(name.endswith(f"{layer}.weight") for name in state for layer in _linear(bare)):
             return _with_random_head(state, arch, str(path))
-    place = checkpoints.state_of(path, bare, head, weights)
+    place = checkpoints.state_of(path, bare, head, weights, entries)
     classes = checkpoints.classes_in(place.state, head, layer.weight, arch)
     model = checkpoints.built_with(place.state, _built, str(path), name=arch, num_classes=classes)
     settings = _settings_of(_published_weights(arch))

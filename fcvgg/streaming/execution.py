@@ -69,9 +69,8 @@ def stream(
         out: a folder for the map as an OME-Zarr 0.5 image, with class names and geometry in its
             attributes, and of a georeferenced image its coordinate reference system and transform
             (``crs``, ``transform``, and ``cell_transform`` of the map's cells). Rows are written
-            as they are finished; after an interruption the same call resumes. A map of another
-            network or image is refused; an image is known by its size and three of its rows. None
-            keeps the map in memory.
+            as they are finished; after an interruption the same call resumes. The map of another
+            network or image (by its size and three rows) is refused. None keeps it in memory.
         classes: class indices or names to keep, ``"argmax"`` for the best class of every cell, or
             ``"top5"``; None keeps all.
         rows: half-open range of the map's rows; only the image's rows that they need are read.
@@ -83,15 +82,12 @@ def stream(
         nodata: pixels of this value have no data, as for `fcvgg.open_image`: a number, or
             ``"file"`` for what the file declares. Not for preprocessed floats, which hold NaN
             there, nor for what is open already.
-        where: the part of the image that is of interest; other cells are neither computed nor the
-            pixels read that only they need. ``"tissue"``, a boolean array ``(h, w)`` of any
-            resolution, GeoJSON polygons, or the path of either; see `fcvgg.streaming.interest`.
-            The cells have the bits of a call without `where`.
-        fill: what the other cells hold, as scores or as the label of ``"argmax"``; None for NaN,
-            or -1 for a class.
-        mpp: micrometres of a pixel, by which the level of a pyramid is chosen, as for
-            `fcvgg.open_image`. Without it a network that knows the pixel size it was trained at
-            (`fcvgg.Preprocess.mpp`) chooses, and a warning says so.
+        where: the part of the image of interest, the rest is neither read nor computed:
+            ``"tissue"``, a boolean array ``(h, w)`` of any resolution, GeoJSON polygons, or the
+            path of either (`fcvgg.streaming.interest`). Cells keep the bits of the whole call.
+        fill: what other cells hold, as scores or labels; None for NaN, or -1 for a class.
+        mpp: micrometres per pixel that choose a pyramid's level, as for `fcvgg.open_image`; without
+            it those of `fcvgg.Preprocess.mpp` do, and a warning says so.
 
     Returns:
         a `ScoreMap` with the scores ``(K, h, w)``, or ``(len(classes), h, w)``, whose probabilities

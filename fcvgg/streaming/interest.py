@@ -15,8 +15,7 @@ from __future__ import annotations
 import os
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +40,9 @@ _LEAST_COLS = 16
 
 _MOST_WIDTHS = 6
 """Numbers of columns at most: each has to be compared with whole rows."""
+
+_LOOKS = 4
+"""Rows of every receptive field that are looked at for pixels without data."""
 
 _GROUPS = 96
 """Rows and columns at most of the grid on which bands are chosen."""
@@ -71,6 +73,8 @@ class Interest:
 
     cells: NDArray[np.bool_]
     fill: float | None = None
+    checksum: str | None = None
+    """Of what `where` and `fill` ask for; None where they ask for nothing."""
     known: dict[Any, list[Band]] = field(default_factory=dict)
     """The bands of every block of columns and height of strips, once they were chosen."""
 
@@ -101,16 +105,36 @@ class Interest:
             raise ArgumentError(
                 f"where must select at least one of the {height}x{width} cells, got none{reason}"
             )
-        return cls(cells, fill)
+        checksum = zlib.crc32(np.packbits(cells).tobytes() + str(fill).encode())
+        return cls(cells, fill, f"{checksum:08x}")
 
     @property
     def share(self) -> float:
         """Of the cells."""
         return float(self.cells.mean())
 
-    @cached_property
-    def checksum(self) -> str:
-        return f"{zlib.crc32(np.packbits(self.cells).tobytes() + str(self.fill).encode()):08x}"
+    def with_data(self, source: StripSource, geometry: Geometry, rows: Pair) -> Interest:
+        """Without cells that see pixels without data, and so hold NaN in any case.
+
+        Some rows of the image are looked at, so that not all such cells are found. Cells see every
+        pixel of their receptive field.
+        """
+        (down, across), (height, width) = geometry.axes, source.size
+        (tall, wide) = self.cells.shape
+        step = max(down.receptive_field // _LOOKS, 1)
+        looks = np.arange(min(step // 2, height - 1), height, step)
+        missing = np.zeros((len(looks) + 1, width + 1), np.int64)
+        for i, y in enumerate(looks.tolist()):
+            pixels = source.read((y, y + 1), (0, width))  # (1, W, C)
+            missing[i + 1, 1:] = missing[i, 1:] + np.isnan(pixels[0]).any(-1).cumsum()
+        first, left = (
+            axis.span_of(0)[0] + axis.stride * (start + np.arange(count))
+            for axis, start, count in ((down, rows[0], tall), (across, 0, wide))
+        )
+        low, high = (np.searchsorted(looks, n) for n in (first, first + down.receptive_field))
+        left, right = (n.clip(0, width) for n in (left, left + across.receptive_field))
+        counts = missing[high] - missing[low]
+        return replace(self, cells=self.cells & (counts[:, left] == counts[:, right]))
 
     def bands(self, cols: Pair, lost: tuple[float, float], agree: Agree) -> list[Band]:
         """The rows and ranges of columns to compute of a block of columns, from top to bottom.
@@ -143,7 +167,7 @@ def _region(where: Any, source: StripSource) -> Regions | NDArray[np.bool_]:
         if not path.is_file():
             raise ArgumentError(
                 f"where must be '{TISSUE}', a mask, polygons or the path of either, got "
-                f"{str(where)!r}, which is no file"
+                f"{str(where)!r}, which is not a file"
             )
         return read_regions(path) if path.suffix.lower() in _GEOJSON else _read_mask(path)
     if hasattr(where, "__geo_interface__") or isinstance(where, (dict, list, tuple)):

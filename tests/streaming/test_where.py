@@ -19,7 +19,9 @@ from PIL import Image, ImageDraw
 import fcvgg
 from fcvgg.errors import FcvggError
 from fcvgg.images.regions import Regions, same_system, squares_touched
-from fcvgg.inference.line_buffers import same_bits
+from fcvgg.inference.line_buffers import LineBuffers, same_bits
+from fcvgg.inference.missing import sees_whole_field
+from fcvgg.inference.stages import stages_of
 from fcvgg.streaming import interest
 from fcvgg.streaming.interest import otsu, row_bands
 from fcvgg.streaming.job import StreamJob, plan_in_memory
@@ -521,3 +523,55 @@ def test_other_options_that_cannot_be_used(net: Any) -> None:
         fcvgg.stream(net, np.full((120, 160, 3), 250, np.uint8), where="tissue")
     with pytest.raises(FcvggError, match="must hold pixels to be shown, got preprocessed values"):
         fcvgg.stream(net, torch.rand(3, 120, 160), where="tissue")
+
+
+# -- pixels without data --------------------------------------------------------------------------
+
+
+def test_cells_without_data_are_not_computed(
+    net: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small_strips(monkeypatch)
+    tifffile = pytest.importorskip("tifffile")
+    image = photograph(320, 384).clip(1, 255)
+    tiles = [image[y : y + 64, x : x + 64] for y in range(0, 320, 64) for x in range(0, 384, 64)]
+    stored = [tile if i in (0, 7, 8, 13, 14) else None for i, tile in enumerate(tiles)]
+    shape = {"shape": image.shape, "dtype": np.uint8, "tile": (64, 64), "photometric": "rgb"}
+    path = tmp_path / "sparse.tif"
+    tag = (42113, 2, 2, "0", True)
+    tifffile.imwrite(path, iter(stored), extratags=[tag], metadata=None, **shape)
+    source = fcvgg.open_image(path, nodata="file")
+    pushed = []
+    push = LineBuffers.push
+    monkeypatch.setattr(
+        LineBuffers, "push", lambda self, x: [pushed.append(x.shape[3]), push(self, x)][1]
+    )
+    got = fcvgg.stream(net, source).scores
+    columns = sum(pushed)
+    monkeypatch.setattr("fcvgg.streaming.job.sees_whole_field", lambda *_: False)
+    everything = fcvgg.stream(net, source).scores
+    assert 0 < inside(got).double().mean() < 0.2
+    assert torch.equal(inside(got), inside(everything))
+    assert torch.equal(got[:, inside(got)], everything[:, inside(got)])
+    assert 0 < columns < 0.5 * (sum(pushed) - columns)
+    nothing = fcvgg.stream(net, source, where=geojson(box(300, 300, 310, 310))).scores
+    assert not inside(nothing).any()
+
+
+def test_cells_that_skip_pixels_are_known() -> None:
+    for dilation, expected in ((1, True), (3, False)):
+        model = torch.nn.Sequential(
+            torch.nn.Conv2d(3, 4, 3, dilation=dilation),
+            torch.nn.ReLU(),
+            torch.nn.Flatten(),
+            torch.nn.Linear(4 * (20 - 2 * dilation) ** 2, 2),
+        ).eval()
+        net = fcvgg.convert(model, input_size=20, verify=False)
+        stages = stages_of(net.layers, 3)
+        whole = sees_whole_field(stages, net.geometry)
+        assert whole or not expected
+    strided = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 4, 1, stride=2), torch.nn.Flatten(), torch.nn.Linear(400, 2)
+    ).eval()
+    net = fcvgg.convert(strided, input_size=20, verify=False)
+    assert not sees_whole_field(stages_of(net.layers, 3), net.geometry)
