@@ -17,6 +17,9 @@ Combine = Literal["max", "mean"]
 BoxKind = Literal["windows", "regions"]
 """What boxes of a heatmap surround: windows of cells, or connected pixels."""
 
+PolygonKind = Literal["regions", "cells"]
+"""What polygons of a score map show: cells that are connected by their edges, or a cell each."""
+
 Protocol = Literal["center-crop", "resize", "ten-crop", "dense", "multi-crop", "dense+multi-crop"]
 """How an image is shown to a network that is evaluated."""
 

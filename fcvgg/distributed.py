@@ -31,6 +31,7 @@ from fcvgg.images.files import SPECIAL, Unreadable, image_files, is_leftover, le
 from fcvgg.names import readable
 from fcvgg.network import FullyConvolutional
 from fcvgg.streaming.execution import as_array, bands, chunked
+from fcvgg.streaming.interest import Interest
 from fcvgg.streaming.job import StreamJob, as_result, plan_in_memory
 from fcvgg.streaming.resumption import open_or_create_store
 from fcvgg.streaming.strip_plan import StripPlan
@@ -39,6 +40,7 @@ from fcvgg.support.extras import imported
 from fcvgg.support.locking import locked
 from fcvgg.support.memory_text import parsed_memory
 from fcvgg.support.module_state import evaluating
+from fcvgg.support.progress import progress_bar
 
 Bundle = dict[str, bytes]
 """The files of a network that `FullyConvolutional.save` wrote."""
@@ -64,7 +66,11 @@ def stream(
     classes: Sequence[int | str] | str | None = None,
     rows: Pair | None = None,
     memory: int | str = "1GiB",
+    progress: bool = False,
+    output: int | str = 0,
     nodata: float | str | None = None,
+    where: Any = None,
+    fill: float | None = None,
     workers: int | None = None,
     threads: int = 1,
     address: str | None = None,
@@ -74,10 +80,11 @@ def stream(
     Each worker reads the image's rows that its band and the halo need. With as many threads the
     bits are those of one process. Rows are kept or written from top to bottom: rows of later bands
     that finish early wait in Ray's object store, and are computed again after an interruption.
+    Where Ray has GPUs, every worker takes one, or a part of one where there are fewer.
 
     Args:
-        net, source, out, classes, rows, nodata: as for `fcvgg.stream`; every worker must find
-            `source` if it is a path.
+        net, source, out, classes, rows, progress, output, nodata, where, fill: as for
+            `fcvgg.stream`; every worker must find `source` if it is a path.
         memory: bytes that each worker may add, or text such as ``"512MiB"``.
         workers: how many bands are computed at once; None takes what Ray has room for.
         threads: processor cores of each worker.
@@ -88,12 +95,14 @@ def stream(
     """
     folder = None if out is None else checked_folder(out, "out", STORE_ENDINGS)
     ray = _with_room(address, workers, threads)
-    job = StreamJob.prepared(net, source, classes, rows, nodata=nodata)
+    job = StreamJob.prepared(net, source, classes, rows, output, nodata, where, fill)
     budget = parsed_memory(memory)
-    workers = workers or max(int(ray.available_resources().get("CPU", 1)) // threads, 1)
-    shared = ray.put(pack(net)), _send(ray, source), classes, rows, nodata
+    found = ray.cluster_resources().get("GPU", 0), ray.available_resources().get("CPU", 1)
+    workers, gpus = _share(*found, workers, threads)
+    asked = classes, rows, job.output, nodata
+    shared = ray.put(pack(net)), _send(ray, source), asked
     work = ray.remote(_band).options(
-        num_cpus=threads, max_retries=_RETRIES, num_returns="streaming"
+        num_cpus=threads, num_gpus=gpus, max_retries=_RETRIES, num_returns="streaming"
     )
 
     def run(plan: StripPlan, finished: Sequence[int], chunk: int, write: Write) -> None:
@@ -102,16 +111,21 @@ def stream(
             for block in range(len(plan.blocks))
             for band in _split(finished[block], job.shape[-2], workers, chunk)
         )
+        if job.interest is not None and not gpus:  # chosen here once, since processors are alike
+            for cols in plan.blocks:
+                job.bands(cols, plan.strip_bytes)
+        interest = ray.put(job.interest)
 
         def begin(block: int, band: Pair) -> Running:
-            return block, band, work.remote(*shared, plan, block, band, chunk, threads)
+            return block, band, work.remote(*shared, interest, plan, block, band, chunk, threads)
 
         _run_in_order(ray, itertools.starmap(begin, pieces), workers, write)
 
     if folder is not None:
         with locked(folder):
             store, plan = open_or_create_store(job, folder, budget)
-            run(plan, store.finished, store.chunk_rows, store.write)
+            with _shown(store.write, progress, job, store.finished) as write:
+                run(plan, store.finished, store.chunk_rows, write)
         return store
     plan = plan_in_memory(job, budget)
     result = torch.empty(job.shape, dtype=job.dtype)
@@ -120,8 +134,31 @@ def stream(
         place = result[..., row : row + cells.shape[-2], slice(*plan.blocks[block])]
         place.copy_(torch.from_numpy(cells.copy()))  # a copy, since Ray's arrays are read-only
 
-    run(plan, [0] * len(plan.blocks), 1, keep)
+    finished = [0] * len(plan.blocks)
+    with _shown(keep, progress, job, finished) as write:
+        run(plan, finished, 1, write)
     return as_result(job, result)
+
+
+def _share(gpus: float, cores: float, workers: int | None, threads: int) -> tuple[int, float]:
+    """How many workers there are, and the GPUs of each: one, or a part if they are fewer."""
+    workers = workers or max(int(gpus) or int(cores) // threads, 1)
+    return workers, min(int(1e4 * gpus / workers) / 1e4, 1.0)  # as finely as Ray divides them
+
+
+@contextmanager
+def _shown(
+    write: Write, progress: bool, job: StreamJob, finished: Sequence[int]
+) -> Iterator[Write]:
+    """`write` with a bar of the rows that it has written, of all blocks of columns."""
+    total = len(finished) * job.shape[-2] - sum(finished)
+    with progress_bar("streaming", total, progress, rate="rows/s") as advance:
+
+        def write_and_show(block: int, row: int, cells: np.ndarray[Any, Any]) -> None:
+            write(block, row, cells)
+            advance(cells.shape[-2])
+
+        yield write_and_show
 
 
 def _run_in_order(ray: Any, bands: Iterator[Running], workers: int, write: Write) -> None:
@@ -202,9 +239,8 @@ def _split(first: int, end: int, parts: int, chunk: int) -> Iterator[Pair]:
 def _band(
     bundle: Bundle,
     source: Any,
-    classes: Any,
-    rows: Pair | None,
-    nodata: float | str | None,
+    asked: tuple[Any, ...],
+    interest: Interest | None,
     plan: StripPlan,
     block: int,
     band: Pair,
@@ -214,7 +250,10 @@ def _band(
     """A worker's part: the rows of one band in one block of columns, some at a time."""
     torch.set_num_threads(threads)
     net = _unpack(tuple(bundle.items()))
-    job = StreamJob.prepared(net, source, classes, rows, nodata=nodata)
+    if imported("ray", "ray").get_gpu_ids() and torch.cuda.is_available():
+        net = net.cuda()
+    classes, rows, output, nodata = asked
+    job = StreamJob.prepared(net, source, classes, rows, output, nodata, interest=interest)
     first, end = (job.workload.rows[0] + row for row in band)
     with evaluating(net):
         parts = bands(job, plan, plan.blocks[block], (first, end), lambda _: None)

@@ -203,7 +203,9 @@ class FullyConvolutional(ImagePrediction):
                 "image must not require a gradient in net.streamed, which gives those of the "
                 "parameters alone, got a tensor that does; pass image.detach()"
             )
-        pixels = StripInput.of(self, strip_source(image, self.in_channels, nodata))
+        trained = None if self.preprocess is None else self.preprocess.mpp
+        source = strip_source(image, self.in_channels, nodata, trained=trained)
+        pixels = StripInput.of(self, source)
         return streamed_map(self, pixels, self.output_index(output), parsed_memory(memory))
 
     def _in_form(self, maps: Any) -> Any:

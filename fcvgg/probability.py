@@ -60,8 +60,9 @@ def require_classes(activation: str) -> None:
     if activation == "values":
         raise ArgumentError(
             "the network's scores are values (activation='values'), which have no classes, "
-            "probabilities or heatmaps; 'fcvgg stream IMAGE -o values.zarr' writes the values, and "
-            "in Python net.score_map(image) has them as scores, average() and resample()"
+            "probabilities or heatmaps; 'fcvgg heatmap IMAGE' shows the values, 'fcvgg stream "
+            "IMAGE -o values.zarr' writes them, and in Python net.score_map(image) has them as "
+            "scores, average(), resample() and plot()"
         )
 
 

@@ -88,6 +88,53 @@ def test_nodata_reaches_the_workers(net: Any, tmp_path: Path) -> None:
         torch.testing.assert_close(got, expected, equal_nan=True)
 
 
+def test_a_region_on_two_workers(net: Any, tmp_path: Path) -> None:
+    image, mask = photograph(300, 120), np.zeros((10, 4), bool)
+    mask[2:4, 1] = mask[6:9, 2] = True
+    single = fcvgg.stream(net, image, where=mask).scores
+    got = distributed.stream(net, image, where=mask, workers=2, progress=True).scores
+    known = ~single.isnan().any(0)
+    assert 0 < known.double().mean() < 0.5
+    torch.testing.assert_close(got, single, equal_nan=True)
+    store = distributed.stream(net, image, where=mask, fill=0, out=tmp_path / "m.zarr", workers=2)
+    np.testing.assert_allclose(store.array[:], single.nan_to_num(0).numpy(), rtol=1e-5, atol=1e-6)
+    with pytest.raises(FcvggError, match="its where= or fill= is different"):
+        fcvgg.stream(net, image, out=tmp_path / "m.zarr")
+    with pytest.raises(FcvggError, match="aspect ratio"):
+        distributed.stream(net, image, where=mask.T)
+
+
+class TwoOutputs(SmallVGG):
+    """Scores, and their negatives."""
+
+    def forward(self, x: torch.Tensor) -> Any:
+        scores = super().forward(x)
+        return scores, -scores
+
+
+def test_another_output_on_two_workers() -> None:
+    net = fcvgg.convert(seeded(TwoOutputs), preprocess=fcvgg.Preprocess.imagenet())
+    image = photograph(100, 60)
+    got = distributed.stream(net, image, output=1, workers=2).scores
+    torch.testing.assert_close(got, fcvgg.stream(net, image, output=1).scores)
+    torch.testing.assert_close(got, -fcvgg.stream(net, image).scores)
+
+
+@pytest.mark.parametrize(
+    ("found", "workers", "share"),
+    [
+        ((0, 8, None, 2), 4, 0.0),
+        ((0, 1, None, 2), 1, 0.0),
+        ((2, 8, None, 1), 2, 1.0),
+        ((2, 8, 4, 1), 4, 0.5),
+        ((1, 8, 3, 1), 3, 0.3333),
+        ((4, 8, 2, 1), 2, 1.0),
+    ],
+)
+def test_every_worker_takes_its_share_of_gpus(found: Any, workers: int, share: float) -> None:
+    assert distributed._share(*found) == (workers, share)
+
+
 def test_a_source_that_cannot_be_sent(net: Any) -> None:
     class Bound:
         shape, dtype = (220, 60, 3), np.dtype(np.uint8)

@@ -146,6 +146,16 @@ def test_textures_compares_all_methods(tmp_path: Path, run_example: Run) -> None
     assert again.predict(tmp_path / "textures-run" / "test" / "images" / "00.png").labels.any()
 
 
+def test_slide_labels_trains_and_shows_the_evidence(tmp_path: Path, run_example: Run) -> None:
+    printed = run_example("slide_labels.py", "--quick")
+    assert re.search(
+        r"accuracy: \d+\.\d% of 2 mosaics\nevidence: AUC 0\.\d+ over \d+ cells", printed
+    )
+    assert printed.endswith("wrote slide_labels.png\n")
+    with Image.open(tmp_path / "slide_labels.png") as figure:
+        assert figure.width > 300
+
+
 def test_finetune_trains_converts_and_labels_a_mosaic(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

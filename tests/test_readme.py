@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import tifffile
 from PIL import Image
 from test_architecture import MODULES, imports
 from typer.testing import CliRunner
@@ -38,6 +39,11 @@ def photographs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working folder with the images that the pages speak of."""
     monkeypatch.chdir(tmp_path)
     demo_photograph().resize((300, 280)).save("photo.jpg")
+    with tifffile.TiffWriter("slide.tif") as file:
+        for level, size in enumerate(((600, 560), (300, 280))):
+            pixels = np.asarray(demo_photograph().resize(size))
+            form = {"photometric": "rgb", "tile": (128, 128), "subfiletype": level}
+            file.write(pixels, **form, resolution=(20_000, 20_000), resolutionunit="CENTIMETER")
     Image.effect_noise((270, 300), 60).save("other.png")
     for kind in ("images", "masks"):
         (tmp_path / "labelled" / kind).mkdir(parents=True)

@@ -27,7 +27,7 @@ Open = Callable[..., Page]
 """Opens a URL in a new window; keywords are options of playwright's ``new_page``."""
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="package")
 def browser() -> Iterator[Browser]:
     with sync_playwright() as playwright:
         found = next(filter(None, map(shutil.which, NAMES)), playwright.chromium.executable_path)
@@ -42,14 +42,15 @@ def browser() -> Iterator[Browser]:
 def open_page(browser: Browser) -> Iterator[Open]:
     pages, problems, hosts = [], [], set()
 
-    def opened(url: str | Path, **options: Any) -> Page:
+    def opened(url: str | Path, ready: bool = True, **options: Any) -> Page:
         page = browser.new_page(**options)
         pages.append(page)
         page.on("request", lambda request: hosts.add(urlsplit(request.url).netloc))
         page.on("pageerror", lambda error: problems.append(str(error)))
         page.on("console", lambda message: problems.append(message.text))
         page.goto(url.as_uri() if isinstance(url, Path) else url)
-        page.wait_for_selector("html[data-ready]")
+        if ready:
+            page.wait_for_selector("html[data-ready]")
         return page
 
     yield opened

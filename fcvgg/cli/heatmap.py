@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, cast, get_args
 
 import typer
 
-from fcvgg.choices import BoxKind, Combine
+from fcvgg.choices import BoxKind, Combine, PolygonKind
 from fcvgg.cli.console import (
     OutputFiles,
     check_any_exists,
@@ -48,11 +48,14 @@ if TYPE_CHECKING:
     from fcvgg.results.heatmap import Heatmap
     from fcvgg.results.score_map import ScoreMap
 
+_LISTED = 5
+"""Classes of a map of labels that are named, the most frequent ones."""
+
 MANY_WINDOWS = 2.5
 """Windows along the smaller side above which the network sees an image in parts, not whole."""
 
 NAME = "heatmap"
-ENDINGS = ("-heatmap.png", "-figure.png", "-scores.npz")
+ENDINGS = ("-heatmap.png", "-figure.png", "-scores.npz", "-heatmap.geojson")
 EXAMPLES = (
     "fcvgg heatmap dog.jpg",
     "fcvgg heatmap *.jpg --target 'golden retriever' --output heatmaps",
@@ -79,17 +82,29 @@ class _Boxes:
 
 def wanted_boxes(text: str) -> _Boxes:
     """Boxes from ``0.5``, ``regions``, or ``regions,0.8``."""
-    kind, _, threshold = text.partition(",") if text[:1].isalpha() else ("windows", "", text)
+    kind, share = _kind_and_share(text, get_args(BoxKind))
+    return _Boxes(cast(BoxKind, kind), share)
+
+
+def wanted_polygons(text: str) -> dict[str, Any]:
+    """Options of `ScoreMap.to_geojson` from ``0.5``, ``cells``, or ``regions,0.8``."""
+    kind, share = _kind_and_share(text, get_args(PolygonKind))
+    return {"kind": kind, "threshold": share}
+
+
+def _kind_and_share(text: str, kinds: Sequence[str]) -> tuple[str, float]:
+    """A kind, the first one if none is given, and a probability."""
+    kind, _, threshold = text.partition(",") if text[:1].isalpha() else (kinds[0], "", text)
     try:
         share = float(threshold or _Boxes.threshold)
     except ValueError:
         share = -1
-    if kind not in get_args(BoxKind) or not 0 <= share <= 1:
+    if kind not in kinds or not 0 <= share <= 1:
         raise typer.BadParameter(
-            f"{text!r} is not windows, regions or a probability in [0, 1]; expected such as "
+            f"{text!r} is not {', '.join(kinds)} or a probability in [0, 1]; expected such as "
             "regions,0.8"
         )
-    return _Boxes(cast(BoxKind, kind), share)
+    return kind, share
 
 
 Target = Annotated[
@@ -136,6 +151,18 @@ Boxes = Annotated[
         parser=wanted_boxes,
         help="Draw boxes where the class has at least probability P: windows (of cells) or regions "
         "(of connected pixels). P alone draws windows, and KIND alone takes 0.5.",
+        show_default=False,
+    ),
+]
+Geojson = Annotated[
+    Any,
+    typer.Option(
+        "--geojson",
+        metavar="KIND,P",
+        parser=wanted_polygons,
+        help="Also write NAME-heatmap.geojson for QuPath and geographic systems: regions or cells "
+        "where the class has at least probability P. P alone gives regions, and KIND alone takes "
+        "0.5.",
         show_default=False,
     ),
 ]
@@ -196,6 +223,7 @@ def run(
     scales: ManyScales = None,
     combine: CombineBy = "max",
     boxes: Boxes = None,
+    geojson: Geojson = None,
     iou_threshold: IouThreshold = None,
     legend: Legend = False,
     alpha: Alpha = None,
@@ -210,31 +238,34 @@ def run(
     """Overlay one class's heatmap on every image.
 
     The heatmap shows where the network sees the class. For a score map that 'fcvgg stream' wrote,
-    the result is a thumbnail and a pyramidal OME-TIFF of the slide's size.
+    the result is a thumbnail and a pyramidal OME-TIFF of the slide's size; of the class of every
+    cell where the map holds those, or with --figure labels.
     """
     slides, others = split(images)
     found = images_in(others, recursive, own=ENDINGS)
     images = list(found)
     roots = {**{slide: slide.parent for slide in slides}, **found}
     overlays = OutputFiles(roots, output, "-heatmap.png")
-    shown = show_slides(slides, target, overlays)
+    shown = show_slides(slides, target, overlays, geojson, labels=figure == "labels")
     if not images:
         _note_unused(context)
         exit_if_any_failed(slides, shown)
         return
-    _check_scales(scale, scales, figure != "none" or scores)
+    _check_scales(scale, scales, figure != "none" or scores or geojson is not None)
     check_any_exists(images)
     net = network.load(output_stride=output_stride)
+    if net.activation == "values" and (scales is not None or boxes is not None):
+        raise ArgumentError("--scales and --boxes are for probabilities; leave them out for values")
     maker = _Maker(net, _index(net, target), ImageOpener(bands, nodata), scale, scales, combine)
     look = {"cmap": cmap, "grey": not colour} | ({} if alpha is None else {"alpha": alpha})
     folder(output)
     further = [OutputFiles(roots, output, ending) for ending in ENDINGS[1:]]
-    pictures = _Pictures((overlays, *further), look, legend, figure, scores)
+    pictures = _Pictures((overlays, *further), look, legend, figure, scores, geojson)
 
     def show(image: Path) -> dict[str, Any]:
         folder(overlays.path_for(image).parent)
         made = maker.heatmap_of(image)
-        if boxes is not None:
+        if boxes is not None and isinstance(made, _Shown):
             made = replace(made, boxes=boxes.of(made.heatmap, iou_threshold))
         files = pictures.save(made)
         result = {**made.as_data(), "files": list(map(str, files))}
@@ -248,7 +279,9 @@ def run(
 
     written = for_each_image(images, "heatmaps", show)
     if csv is not None:
-        names = ("image", "index", "category", "probability", "peak", "y", "x")
+        of_values = net.activation == "values"
+        measured = ["value", "lowest", "highest"] if of_values else ["probability", "peak"]
+        names = ["image", "index", "category", *measured, "y", "x"]
         write_csv(csv, names, ([row[name] for name in names] for row in written))
     exit_if_any_failed([*slides, *images], [*shown, *written])
 
@@ -257,7 +290,9 @@ def _check_scales(scale: int | None, scales: Any, of_one_map: bool) -> None:
     if scale is not None and scales is not None:
         raise ArgumentError("--scale and --scales exclude each other; give one of the two")
     if scales is not None and of_one_map:
-        raise ArgumentError("--figure and --scores show one score map; use --scale, not --scales")
+        raise ArgumentError(
+            "--figure, --scores and --geojson show one score map; use --scale, not --scales"
+        )
 
 
 class _Maker:
@@ -276,7 +311,7 @@ class _Maker:
         self.scale, self.scales, self.combine = scale, scales, combine
         self.size_note = SizeNote(net)
 
-    def heatmap_of(self, image: Path) -> _Shown:
+    def heatmap_of(self, image: Path) -> _Shown | _Values:
         source = self.opener.open(image)
         if self.scales is not None:
             prediction = self.net.classify(source, scales=self.scales)[0]  # (K,)
@@ -288,6 +323,9 @@ class _Maker:
             self.size_note.print_once(image, score_map.input_size)
         self.size_note.print_if_flat(score_map)
         score_map = replace(score_map, could_have_positions=False)  # which has been said
+        if score_map.activation == "values":
+            score_map.require_data()
+            return _Values(image, score_map, self.index)
         return _shown(image, score_map, self.index)
 
 
@@ -334,6 +372,53 @@ class _Shown:
         )
 
 
+@dataclass(frozen=True)
+class _Values:
+    """What a regression gives for an image; `index` is of one output, None for the first few."""
+
+    image: Path
+    score_map: ScoreMap
+    index: int | None
+
+    def figure(self) -> Any:
+        from fcvgg.results.figures import value_grid
+
+        if self.index is None:
+            return self.score_map.plot()
+        return value_grid(self.score_map, [self.index])
+
+    def as_data(self) -> dict[str, Any]:
+        from fcvgg.results.figures import output_name
+
+        index = self.index or 0
+        known = self.score_map.has_data
+        cells = self.score_map.scores[index].float().cpu()  # (h, w)
+        place = int(cells.masked_fill(~known, float("-inf")).argmax())
+        row, col = divmod(place, cells.shape[1])
+        rows, cols = _centres(self.score_map)
+        return {
+            "image": str(self.image),
+            "index": index,
+            "category": output_name(self.score_map, index),
+            "value": float(self.score_map.average()[index]),
+            "lowest": float(cells[known].min()),
+            "highest": float(cells[known].max()),
+            "y": int(rows[row]),
+            "x": int(cols[col]),
+            "values": self.score_map.average().tolist(),
+        }
+
+    def in_words(self, _: _Boxes | None) -> str:
+        found = self.as_data()
+        more = len(found["values"]) - 1
+        others = f" ({more} more in the picture, or --target)" if more and not self.index else ""
+        return (
+            f"{self.image}: {found['category']} ({found['index']}), value {found['value']:.4g} "
+            f"averaged over the image, from {found['lowest']:.4g} to {found['highest']:.4g} at "
+            f"(y, x) = ({found['y']}, {found['x']}){others}"
+        )
+
+
 def _shown(image: Path, score_map: ScoreMap, index: int | None) -> _Shown:
     """The heatmap of a class, the top one if None, at a size that fits into memory."""
     from fcvgg.results.interpolation import MOST_PIXELS
@@ -356,6 +441,7 @@ class _Pictures:
         legend: write the overlay with its legend.
         figure: what the figure shows, or "none".
         scores: write the scores.
+        geojson: options of `ScoreMap.to_geojson`, to write polygons.
     """
 
     files: tuple[OutputFiles, ...]
@@ -363,15 +449,22 @@ class _Pictures:
     legend: bool
     figure: str
     scores: bool
+    geojson: dict[str, Any] | None
 
-    def save(self, made: _Shown) -> list[Path]:
+    def save(self, made: _Shown | _Values) -> list[Path]:
         from fcvgg.results.figures import save_figure
 
-        overlay, figure, scores = (each.path_for(made.image) for each in self.files)
+        overlay, figure, scores, polygons = (each.path_for(made.image) for each in self.files)
+        if isinstance(made, _Values):
+            written = [save_figure(made.figure(), overlay)]
+            return written + [_save_scores(made.score_map, scores)] * self.scores
         look = {**self.look, "boxes": made.boxes or ()}
         written = [made.heatmap.save(overlay, legend=self.legend, **look)]
         if self.scores and made.score_map is not None:
             written.append(_save_scores(made.score_map, scores))
+        if self.geojson is not None and made.score_map is not None:
+            made.score_map.to_geojson(polygons, target=made.index, **self.geojson)
+            written.append(polygons)
         if self.figure != "none":
             written.append(save_figure(self._drawn(made, look), figure))
         return written
@@ -388,18 +481,24 @@ def _save_scores(score_map: ScoreMap, path: Path) -> Path:
     """Write scores ``(K, h, w)``, the cells' centres in the image's pixels, and the class names."""
     import numpy as np
 
-    rows, cols = score_map.scores.shape[1:]
-    ends = zip(score_map.image_size, score_map.input_size)
-    down, across = (pixels / run for pixels, run in ends)
-    geometry = score_map.geometry
-    y = [(geometry.centre_of(i, 0)[0] + 0.5) * down - 0.5 for i in range(rows)]
-    x = [(geometry.centre_of(0, j)[1] + 0.5) * across - 0.5 for j in range(cols)]
+    y, x = _centres(score_map)
     named: dict[str, Any] = (
         {} if score_map.categories is None else {"categories": list(score_map.categories)}
     )
     with atomic_file(path) as temporary, open(temporary, "wb") as file:
         np.savez(file, scores=score_map.scores.float().cpu().numpy(), y=y, x=x, **named)
     return path
+
+
+def _centres(score_map: ScoreMap) -> tuple[list[float], list[float]]:
+    """The rows and columns of the cells' centres, in the image's pixels."""
+    rows, cols = score_map.scores.shape[1:]
+    ends = zip(score_map.image_size, score_map.input_size)
+    down, across = (pixels / run for pixels, run in ends)
+    geometry = score_map.geometry
+    y = [(geometry.centre_of(i, 0)[0] + 0.5) * down - 0.5 for i in range(rows)]
+    x = [(geometry.centre_of(0, j)[1] + 0.5) * across - 0.5 for j in range(cols)]
+    return y, x
 
 
 class SizeNote:
@@ -441,7 +540,7 @@ def _note_unused(context: typer.Context) -> None:
     given = [
         parameter.opts[0]
         for parameter in context.command.params
-        if parameter.name not in ("images", "target", "output")
+        if parameter.name not in ("images", "target", "output", "figure", "geojson")
         and getattr(context.get_parameter_source(str(parameter.name)), "name", "") == "COMMANDLINE"
     ]
     if given:
@@ -467,47 +566,86 @@ def split(paths: Sequence[Path]) -> tuple[list[Path], list[Path]]:
     return slides, [path for path in paths if path not in slides]
 
 
-def show_slides(slides: Sequence[Path], target: str | None, overlays: OutputFiles) -> list[Path]:
+def show_slides(
+    slides: Sequence[Path],
+    target: str | None,
+    overlays: OutputFiles,
+    geojson: dict[str, Any] | None = None,
+    labels: bool = False,
+) -> list[Path]:
     """Write the pictures of streamed score maps; those that cannot be used are reported.
+
+    Args:
+        slides: the maps.
+        target: a class; None for the most probable one, or for all where the map holds labels.
+        overlays: the pictures' names.
+        labels: show the class of every cell.
 
     Returns:
         the maps that were shown.
     """
     from fcvgg.errors import FcvggError
 
-    pyramids = OutputFiles(slides, overlays.folder, "-heatmap.ome.tif")
+    polygons = OutputFiles(slides, overlays.folder, "-heatmap.geojson")
     shown = []
     for path in slides:
         try:
-            _show_slide(path, target, overlays.path_for(path), pyramids.path_for(path))
+            _show_slide(path, target, overlays, labels)
+            if geojson is not None:
+                _save_polygons(path, target, polygons.path_for(path), geojson)
             shown.append(path)
         except FcvggError as error:
             complain(error)
     return shown
 
 
-def _show_slide(path: Path, target: str | None, overlay: Path, pyramid: Path) -> None:
-    import numpy as np
-
+def _save_polygons(path: Path, target: str | None, file: Path, options: dict[str, Any]) -> None:
     from fcvgg.categories import class_given
-    from fcvgg.errors import ImageError
     from fcvgg.streaming.score_store import open_store
-    from fcvgg.streaming.slide_maps import SlideMap
 
     store = open_store(path)
     given = None if target is None else class_given(target, store.description["categories"])
-    slide = SlideMap(store, given)
+    store.to_geojson(file, target=given, **options)
+    say_wrote(file)
+
+
+def _show_slide(path: Path, target: str | None, overlays: OutputFiles, labels: bool) -> None:
+    import numpy as np
+    from matplotlib.figure import Figure
+
+    from fcvgg.categories import class_given
+    from fcvgg.errors import ImageError
+    from fcvgg.results.drawing import share_text
+    from fcvgg.results.figures import save_figure
+    from fcvgg.streaming.score_store import open_store
+    from fcvgg.streaming.slide_maps import SlideLabels, SlideMap
+
+    store = open_store(path)
+    kind, names = store.description["kind"], store.description["categories"]
+    slide: SlideLabels | SlideMap
+    if labels or (target is None and kind != "scores"):
+        slide = SlideLabels(store)
+        best = [f"{name} {share_text(share)}" for name, share in slide.shares()]
+        found = ", ".join(best[:_LISTED]) + (", ..." if len(best) > _LISTED else "")
+    else:
+        slide = SlideMap(store, None if target is None else class_given(target, names))
+        found = f"highest probability {float(np.nanmax(slide.cells)):.3f}"
+        if kind == "argmax":
+            found = f"the best class of {float(np.nanmean(slide.cells)):.1%} of the cells"
+        found = f"{slide.label} ({slide.index}), {found}"
     try:
         source = slide.source()
     except ImageError as error:
         complain(f"{error}; the overlay is drawn without the image")
         source = None
-    heatmap = slide.heatmap(source)
     height, width = slide.image_size
-    found = f"highest probability {float(np.nanmax(slide.cells)):.3f}"
-    if store.description["kind"] == "argmax":
-        found = f"the best class of {float(np.nanmean(slide.cells)):.1%} of the cells"
-    say(f"{path}: {heatmap.label} ({slide.index}), {height}x{width} pixels, {found}")
+    say(f"{path}: {height}x{width} pixels, {found}")
+    overlay = overlays.path_for(path)
     folder(overlay.parent)
-    say_wrote(heatmap.save(overlay))
-    say_wrote(slide.save_pyramid(pyramid))
+    if isinstance(slide, SlideLabels):
+        overlay = overlay.with_name(overlay.name.replace("-heatmap.", "-labels."))
+        drawn: Any = slide.plot(source, make=Figure).figure
+        say_wrote(save_figure(drawn, overlay))
+    else:
+        say_wrote(slide.heatmap(source).save(overlay))
+    say_wrote(slide.save_pyramid(overlay.with_name(f"{overlay.stem}.ome.tif")))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -12,15 +13,23 @@ from rich.table import Table
 from fcvgg.cli.completion import complete_model
 from fcvgg.cli.console import output, say, say_json
 from fcvgg.cli.options import MODEL_HELP, Arch, InputSize, OwnModel, load_network, size
-from fcvgg.cli.reports import by, count, facts, geometry_report, titled
+from fcvgg.cli.reports import ReportTable, by, count, facts, geometry_report, titled
+from fcvgg.support.atomic import VENDOR_ENDINGS
 
 if TYPE_CHECKING:
     from fcvgg.evaluation.layer_table import LayerTable
     from fcvgg.network import FullyConvolutional
 
 NAME = "info"
-EXAMPLES = ("fcvgg info vgg16", "fcvgg info resnet18 --size 480x640", "fcvgg info vgg16 --json")
+EXAMPLES = (
+    "fcvgg info vgg16",
+    "fcvgg info resnet18 --size 480x640",
+    "fcvgg info vgg16 --json",
+    "fcvgg info slide.svs",
+)
 
+
+_SLIDES = (".tif", ".tiff", ".zarr", *VENDOR_ENDINGS)
 
 _LEAST_NAME = 12
 _UNLIMITED = 10_000
@@ -29,7 +38,10 @@ _UNLIMITED = 10_000
 ModelName = Annotated[
     str,
     typer.Argument(
-        metavar="MODEL", help=MODEL_HELP, autocompletion=complete_model, show_default=False
+        metavar="MODEL|SLIDE",
+        help=f"{MODEL_HELP} Or a TIFF or OME-Zarr image.",
+        autocompletion=complete_model,
+        show_default=False,
     ),
 ]
 ImageSize = Annotated[
@@ -55,7 +67,11 @@ def run(
     """Show every layer's receptive field and cost; no download.
 
     For each layer: kernel and stride, receptive field, output size, parameters and multiply-adds.
+    For each level of a TIFF or OME-Zarr image: its size and that of its pixels.
     """
+    if Path(model).suffix.lower() in _SLIDES and Path(model).exists():
+        _show_levels(Path(model), as_json)
+        return
     from fcvgg.evaluation.layer_table import receptive_fields
 
     own = OwnModel(input_size=input_size)
@@ -70,6 +86,26 @@ def run(
     say(_totals(layers, frozen))
     say()
     say(geometry_report(net, layers.input_size))
+
+
+def _show_levels(path: Path, as_json: bool) -> None:
+    """The levels of an image, with the micrometres of a pixel where they are known."""
+    from fcvgg.images.lazy.magnification import level_pixel_sizes
+    from fcvgg.images.lazy.opening import open_image
+
+    image = open_image(path)
+    sizes = image.level_sizes or [image.size]
+    pixels = [None] * len(sizes) if image.mpp is None else level_pixel_sizes(image)
+    if as_json:
+        levels = [{"size": size, "mpp": mpp} for size, mpp in zip(sizes, pixels)]
+        say_json({"image": str(path), "channels": image.channels, "levels": levels})
+        return
+    rows = [
+        (str(i), by(size), "not stated" if mpp is None else f"{mpp:.4g}")
+        for i, (size, mpp) in enumerate(zip(sizes, pixels))
+    ]
+    table = ReportTable(("level", "pixels", "micrometres per pixel"), rows)
+    say(titled(f"{path}, {image.channels} channels of {image.dtype}", table))
 
 
 def _as_data(

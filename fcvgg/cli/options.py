@@ -346,6 +346,16 @@ class OwnPreprocess:
             show_default="0 to 65535 for 16 bits",
         ),
     ] = None
+    trained_mpp: Annotated[
+        float | None,
+        _model_option(
+            "--trained-mpp",
+            metavar="X",
+            help="Micrometres per pixel of the images that the model was trained on; kept in "
+            "bundles, by which slides are streamed at that level.",
+            show_default="unknown",
+        ),
+    ] = None
 
     def preprocess_for(self, channels: int, known: Preprocess | None = None) -> Preprocess | None:
         """The preprocessing for a network of some channels; None if none was given.
@@ -361,9 +371,9 @@ class OwnPreprocess:
 
         checked_range(self.value_range)
         chosen = self._chosen(channels) or known
-        if chosen is None or self.value_range is None:
-            return chosen
-        return replace(chosen, value_range=self.value_range)
+        given = {"value_range": self.value_range, "mpp": self.trained_mpp}
+        given = {name: value for name, value in given.items() if value is not None}
+        return chosen and replace(chosen, **given)
 
     def _chosen(self, channels: int) -> Preprocess | None:
         from fcvgg.errors import PreprocessError
@@ -414,8 +424,8 @@ class OwnModel(OwnPreprocess):
         _model_option(
             metavar="KIND",
             help="Kind of the scores: logits (softmax), independent_logits (a sigmoid for each "
-            "class), probabilities, log_probabilities, sigmoid (after one) or values (regression, "
-            "for 'fcvgg convert' and 'fcvgg stream' only).",
+            "class), probabilities, log_probabilities, sigmoid (after one) or values (of a "
+            "regression, which 'fcvgg heatmap' shows).",
             show_default="read off the model",
         ),
     ] = None
@@ -539,6 +549,35 @@ def imported(name: str) -> Any:
         ) from error
 
 
+_PREFIXED = ("timm:", "hf:", "demo:")
+
+
+def own_classifier(arch: str, weights: str, scratch: bool) -> Any:
+    """The classifier of ``package.module:callable``, with a file's parameters; other names as is.
+
+    Args:
+        arch: as ``--arch`` gives it.
+        weights: as ``--weights`` gives it.
+        scratch: whether random weights are wanted.
+
+    Raises:
+        FcvggError: if there is no such callable, or the file cannot be read or does not fit.
+    """
+    from fcvgg.loading import DEFAULT_WEIGHTS, made_by, read_source
+
+    if ":" not in arch or arch.startswith(_PREFIXED) or os.path.exists(arch):
+        return arch
+    make = imported(arch)
+    if weights != DEFAULT_WEIGHTS:
+        return read_source(weights, make)[0]
+    if not scratch:
+        raise ArgumentError(
+            f"--weights must be a checkpoint of --arch {arch}, got none; pass its path, or "
+            "--strategy scratch for random weights"
+        )
+    return made_by(make, {})
+
+
 def checked_device(name: str) -> Any:
     """The torch device of a name.
 
@@ -572,8 +611,8 @@ class ImageOpener:
         self._bands, self._nodata = bands, nodata
         self._noted = False
 
-    def open(self, image: Path, level: int = 0) -> StripSource:
-        """An image at a level of its pyramid.
+    def open(self, image: Path, level: int = 0, mpp: float | None = None) -> StripSource:
+        """An image at a level of its pyramid, by its number or pixel size.
 
         Raises:
             ImageError: if it cannot be opened.
@@ -582,7 +621,7 @@ class ImageOpener:
         from fcvgg.images.lazy.opening import open_image
 
         given = io.BytesIO(sys.stdin.buffer.read()) if image == STDIN else image
-        source = open_image(given, level, bands=self._bands, nodata=self._nodata)
+        source = open_image(given, level, mpp=mpp, bands=self._bands, nodata=self._nodata)
         declared = source.nodata
         # NaN enters no score, whether it is declared or not
         unused = self._nodata is None and declared is not None and declared == declared

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -22,6 +22,9 @@ from fcvgg.cli.options import (
 )
 from fcvgg.cli.page_data import network_data
 from fcvgg.errors import FcvggError
+
+if TYPE_CHECKING:
+    from fcvgg.network import FullyConvolutional
 
 NAME = "page"
 EXAMPLES = (
@@ -67,28 +70,44 @@ def run(
     The network is exported to ONNX and run by onnxruntime-web, which npm fetches. Any web server
     can serve the folder, and images never leave the visitor's machine.
     """
-    from fcvgg.images.preprocessing import encoded_preprocess
-    from fcvgg.viewer.site import write_site
+    from fcvgg.viewer.site import RUNTIME, fetched_runtime, write_site
 
+    say(f"fetching {RUNTIME} with npm")
+    runtime = fetched_runtime()
+    say(f"loading {model}")
     names: dict[str, Any] = {"weights": weights, "arch": arch, **head_option(head)}
     net = load_network(model, own, output_stride=output_stride, **names)
-    network = network_data(net, f"fcvgg: {Path(model).name}")
-    size = sum(p.numel() * p.element_size() for p in net.parameters())
-    if size > _LARGEST:
-        raise FcvggError(
-            f"the network must have at most 2 GB of weights for a browser, got {size / 2**30:.1f} "
-            "GB; use 'fcvgg serve'"
-        )
-    network["preprocess"] = encoded_preprocess(net.preprocess)
-    network["activation"] = net.activation
-    network["names"] = net.categories
-    checks = []
+    network = _page_data(net, f"fcvgg: {Path(model).name}")
     folder(output.resolve().parent)
-    write_site(
-        output, network, lambda path: checks.append(net.export(path).check), network["title"]
-    )
+
+    def export(path: Path) -> None:
+        say("exporting to ONNX, then comparing the file with the network")
+        say(f"  model.onnx: {net.export(path).check}")
+
+    write_site(output, runtime, network, export, network["title"])
     say_wrote(output)
-    say(f"  model.onnx: {checks[0]}")
     for path in sorted(output.iterdir()):
         say(f"  {path.name}: {path.stat().st_size:,} bytes")
     say_next(f"python -m http.server --bind 127.0.0.1 --directory {output}")
+
+
+def _page_data(net: FullyConvolutional, title: str) -> dict[str, Any]:
+    """What the browser computes maps with, or `FcvggError` for a network too large for it."""
+    import PIL
+
+    from fcvgg.images.preprocessing import encoded_preprocess
+
+    size = sum(p.numel() * p.element_size() for p in net.parameters())
+    if size > _LARGEST:
+        raise FcvggError(
+            f"the network must have at most {_LARGEST / 2**30:g} GB of weights for a browser, got "
+            f"{size / 2**30:.1f} GB; use 'fcvgg serve'"
+        )
+    return {
+        **network_data(net, title),
+        "preprocess": encoded_preprocess(net.preprocess),
+        "activation": net.activation,
+        "names": net.categories,
+        "bytes": size,
+        "pillow": int(PIL.__version__.partition(".")[0]),  # releases resample differently
+    }

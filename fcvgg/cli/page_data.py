@@ -18,7 +18,7 @@ _BUDGET = 64 * 2**20
 """Bytes of packed probabilities in an answer; of a finer map the classes with high peaks."""
 
 _FINER = 3
-"""Halvings of the output stride that the page offers."""
+"""Smaller output strides that the page offers at most."""
 
 _LARGEST_SIDE = 4096
 
@@ -59,27 +59,21 @@ class Maps:
 
     Args:
         load: the network at an output stride, or at its own if None.
+        title: of the page.
+
+    Attributes:
+        network: what the page knows before an image is opened.
     """
 
-    def __init__(self, load: Callable[[int | None], FullyConvolutional]):
+    def __init__(self, load: Callable[[int | None], FullyConvolutional], title: str):
+        from fcvgg.conversion import output_strides
+
         self._load = load
-        self.net = load(None)
-        self.stride = max(self.net.geometry.stride)
-        self._fast = {self.stride: faster(self.net)}
-        self.strides = self._offered()
-
-    def _offered(self) -> list[int]:
-        """The output strides that the model has: the network's own, and halves of it if any."""
-        from fcvgg.errors import FcvggError
-
-        half = self.stride // 2
-        if self.stride % 2:
-            return [self.stride]
-        try:
-            self._fast[half] = self._load(half)
-        except FcvggError:  # a model whose strides cannot be replaced by dilation
-            return [self.stride]
-        return [self.stride >> i for i in range(_FINER + 1) if self.stride % (1 << i) == 0]
+        net = load(None)
+        self.network = network_data(net, title)
+        own = max(net.geometry.stride)
+        self.strides = [own, *[n for n in output_strides(net.program) if n < own][:_FINER]]
+        self._networks = {own: faster(net)}
 
     def answer(self, upload: bytes, side: int | None, stride: int | None) -> dict[str, Any]:
         """The map's data of an image file.
@@ -89,7 +83,7 @@ class Maps:
         """
         from fcvgg.results.web_page import map_data
 
-        net = self._network(stride or self.stride)
+        net = self._network(stride or self.strides[0])
         score_map, side = self._score_map(net, upload, side)
         found = map_data(score_map, layers=layers_of(net), budget=_BUDGET)
         largest = 2 * usual_side(net)
@@ -102,9 +96,9 @@ class Maps:
             raise ArgumentError(
                 f"stride must be one of {', '.join(map(str, self.strides))}, got {stride}"
             )
-        if stride not in self._fast:
-            self._fast[stride] = self._load(stride)
-        return self._fast[stride]
+        if stride not in self._networks:
+            self._networks[stride] = self._load(stride)
+        return self._networks[stride]
 
     def _score_map(
         self, net: FullyConvolutional, upload: bytes, side: int | None

@@ -20,7 +20,7 @@ from fcvgg.cli.options import (
     head_option,
     load_network,
 )
-from fcvgg.cli.page_data import Maps, network_data
+from fcvgg.cli.page_data import Maps
 
 if TYPE_CHECKING:
     from fcvgg.network import FullyConvolutional
@@ -76,10 +76,10 @@ def run(
     def load(stride: int | None = None) -> FullyConvolutional:
         return load_network(model, own, device, output_stride=stride, **names)
 
+    say(f"loading {model}")
     title = f"fcvgg: {Path(model).name}"
-    maps = Maps(load)
-    network = network_data(maps.net, title)
-    served = application(network, maps.answer, title, host, int(limit * 2**20))
+    maps = Maps(load, title)
+    served = application(maps.network, maps.answer, title, host, int(limit * 2**20))
     shown = f"[{host}]" if ":" in host else host
     url = f"http://{shown}:{listener.getsockname()[1]}/"
     say(f"serving {model} at {url} until Ctrl-C")

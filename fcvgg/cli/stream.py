@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from fcvgg.categories import class_given
-from fcvgg.cli.console import INTERRUPTED, complain, note, say, say_wrote
+from fcvgg.cli.console import INTERRUPTED, complain, say, say_wrote
 from fcvgg.cli.options import (
     Bands,
     ImageOpener,
@@ -26,6 +26,8 @@ NAME = "stream"
 EXAMPLES = (
     "fcvgg stream slide.tif -o scores.zarr",
     "fcvgg stream slide.ome.tif -o tumour.zarr --level 1 --classes argmax --memory 2GiB",
+    "fcvgg stream slide.tif -o scores.zarr --where tissue",
+    "fcvgg stream slide.svs -o tumour.zarr --mpp 0.5",
     "fcvgg heatmap scores.zarr --target tumour",
 )
 
@@ -61,8 +63,32 @@ Classes = Annotated[
 Memory = Annotated[
     str, typer.Option(metavar="SIZE", help="Upper limit of the memory used, such as 2GiB.")
 ]
+Where = Annotated[
+    str | None,
+    typer.Option(
+        metavar="tissue|MASK|GEOJSON",
+        help="Part of the image to score: 'tissue', a mask (.png, .npy) of any lower resolution, "
+        "or polygons (.geojson) in pixels, or in the coordinates of a georeferenced image.",
+        show_default="all",
+    ),
+]
 Level = Annotated[
-    int, typer.Option(metavar="N", min=0, help="Level of a pyramid; 0 is the full resolution.")
+    int | None,
+    typer.Option(
+        metavar="N",
+        min=0,
+        help="Level of a pyramid; 0 is the full resolution.",
+        show_default="0, or that of the pixel size the model was trained at",
+    ),
+]
+PixelSize = Annotated[
+    float | None,
+    typer.Option(
+        "--mpp",
+        metavar="X",
+        help="Micrometres per pixel, by which the level of a pyramid is chosen.",
+        show_default=False,
+    ),
 ]
 
 
@@ -72,29 +98,36 @@ def run(
     network: NetworkOptions = NetworkOptions(),
     classes: Classes = None,
     memory: Memory = "1GiB",
-    level: Level = 0,
+    level: Level = None,
+    mpp: PixelSize = None,
     bands: Bands = None,
     nodata: Nodata = None,
+    where: Where = None,
     output_stride: OutputStride = None,
 ) -> None:
     """Write the score map of an image larger than memory."""
+    from fcvgg.images.lazy.magnification import at_training_scale, training_level
     from fcvgg.streaming.execution import stream
     from fcvgg.streaming.score_store import is_store, open_store
 
-    source = ImageOpener(bands, nodata).open(slide, level)
+    source = ImageOpener(bands, nodata).open(slide, level or 0, mpp)
     net = network.load(output_stride=output_stride)
+    trained = None if net.preprocess is None else net.preprocess.mpp
+    if level is None and mpp is None and training_level(source, trained) is not None:
+        source = at_training_scale(source, trained)
     kept = _classes(classes, net.categories)
-    if kept == "top5":
-        note("--classes top5 keeps no class's map: 'fcvgg heatmap' cannot show it")
     before = open_store(output).share if is_store(output) else 0.0
     with resumed_by_the_same_call(output):
-        store = stream(net, source, out=output, classes=kept, memory=memory, progress=True)
+        store = stream(
+            net, source, out=output, classes=kept, memory=memory, progress=True, where=where
+        )
     height, width = source.size
     shape = "x".join(map(str, store.array.shape))
     bare = store.without_data
     say(
         f"{slide}: {height}x{width} pixels gave {shape} {store.description['kind']}"
-        + (f", {bare:.1%} of the cells without data" if bare else "")
+        + (f", {bare:.1%} of the cells without data" if bare and where is None else "")
+        + (f", {1 - bare:.1%} of the cells computed" if where is not None else "")
     )
     if before == 1:
         say(f"{output} was complete already")

@@ -151,6 +151,8 @@ class EffectiveReceptiveField:
         from matplotlib.colors import PowerNorm
         from matplotlib.patches import Rectangle
 
+        from fcvgg.results.drawing import colour_bar, saved_by_figure
+
         if ax is None:
             _, ax = plt.subplots(figsize=(6.4, 5.6), layout="constrained")
         height, width = self.influence.shape
@@ -177,9 +179,8 @@ class EffectiveReceptiveField:
             f"effective receptive field: {self.size:.0f} of {(height * width) ** 0.5:.0f} pixels"
         )
         ax.set_xlabel("pixel of the field")
-        bar = ax.figure.colorbar(shown, ax=ax, fraction=0.046, pad=0.03)
-        bar.set_label("influence, of the largest")
-        return ax
+        colour_bar(shown, ax).set_label("influence, of the largest")
+        return saved_by_figure(ax)
 
 
 def effective_receptive_field(

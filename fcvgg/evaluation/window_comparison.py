@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fcvgg.categories import class_index, class_name
-from fcvgg.errors import ArgumentError, ImageError
+from fcvgg.conversion import convert
+from fcvgg.errors import ImageError
 from fcvgg.geometry import Pair
 from fcvgg.images.reading import ImageLike
 from fcvgg.network import FullyConvolutional
@@ -38,6 +39,9 @@ _BATCH = 16
 """Crops that the source model is given at once."""
 
 _SIDES = range(5)
+
+_PANEL, _LABELS, _POINTS = 3.6, 0.6, 10.0
+"""Inches of a panel's longer side and of an axis's labels; the size of titles in points."""
 
 _HEADINGS = (
     *("sides inside", "cells", "max error", "mean error", "rank agreement", "top-1 agreement"),
@@ -131,7 +135,8 @@ class WindowComparison:
         Args:
             target: a class index or category name; None for the top class of the crops.
         """
-        from matplotlib.figure import Figure
+        from fcvgg.results.drawing import BAR, colour_bar, panel_size, panels
+        from fcvgg.results.figures import draw_cells, draw_heatmap
 
         index = (
             int(self.crops.predict().argmax())
@@ -139,39 +144,31 @@ class WindowComparison:
             else class_index(target, self.crops.categories, len(self.crops.scores))
         )
         name = class_name(index, self.crops.categories)
-        height, width = self.dense.image_size
-        figure = Figure(
-            figsize=(16.5, 3.6 * min(height / width, 1.6) + 0.8), dpi=110, layout="constrained"
+        width, height = panel_size(self.dense.image_size, _PANEL)
+        titles = [f"model on every window: {name}", f"dense map: {name}", "error of each cell"]
+        titles.append("every cell (bar: mean)")
+        made = panels(
+            [*[width] * 3, _PANEL],
+            [height],
+            titles=titles,
+            points=_POINTS,
+            right=(BAR, BAR + _LABELS, 0),
+            below=max(height, 2) + _LABELS,
         )
-        axes = figure.subplots(1, 4, width_ratios=(1, 1, 1, 0.8))
-        for ax, part, title in (
-            (axes[0], self.crops, "model on every window"),
-            (axes[1], self.dense, "dense map"),
-        ):
-            heatmap = part.heatmap(index)
-            heatmap.plot(ax, bar=False)
-            ax.set_title(f"{title}: {name}")
-        heatmap.draw_bar(axes[:2])
-        self._plot_error(axes[2])
-        self._plot_sides(axes[3])
-        return figure
-
-    def _plot_error(self, ax: Axes) -> None:
-        from fcvgg.results.figures import CELL_COLOUR_MAP, extent_of_cells
-
-        if self.dense.image is not None:
-            ax.imshow(self.dense.image.convert("L"), cmap="gray", alpha=0.35)
-        extent = extent_of_cells(self.dense)
-        shown = ax.imshow(self.error, cmap=CELL_COLOUR_MAP, extent=extent, vmin=0)
-        height, width = self.dense.image_size
-        ax.set_xlim(-0.5, width - 0.5)
-        ax.set_ylim(height - 0.5, -0.5)
-        ax.set_axis_off()
-        ax.set_title("error of each cell")
-        ax.figure.colorbar(shown, ax=ax, fraction=0.046, pad=0.03).set_label("of the largest score")
+        *maps, errors, sides = made.axes[0]
+        for ax, part in zip(maps, (self.crops, self.dense)):
+            heatmap = draw_heatmap(ax, part, index)
+        heatmap.draw_bar(maps, cax=made.bar(1))
+        shown = draw_cells(errors, self.dense, self.error, vmin=0)
+        colour_bar(shown, errors, made.bar(2)).set_label("of the largest score")
+        self._plot_sides(sides)
+        for ax, title in zip(made.axes[0], titles):
+            ax.set_title(title, fontsize=_POINTS, parse_math=False)
+        return made.figure
 
     def _plot_sides(self, ax: Axes) -> None:
         """Every cell's error above its number of sides, and their means."""
+        ax.set_axis_on()
         rows = self.by_sides()
         places = {row.label: place for place, row in enumerate(rows)}
         labels = np.where(self.outside, "outside", self.sides_inside.astype(str))
@@ -192,7 +189,6 @@ class WindowComparison:
         ax.set_ylim(bottom=0)
         ax.set_xlabel("sides of the window inside the image")
         ax.set_ylabel("error")
-        ax.set_title("every cell (bar: mean)")
         ax.spines[["top", "right"]].set_visible(False)
 
 
@@ -211,20 +207,17 @@ def compare_windows(
 
     Args:
         model: the source model.
-        net: what `fcvgg.convert` made of it.
+        net: what `fcvgg.convert` made of it. Where its cells are positions, the means over windows
+            are compared: the cells of ``head="window"``.
         image: as for ``net.score_map``.
         output: which output, by number or name, for a model with several.
         progress: show a progress bar on stderr.
 
     Raises:
-        ArgumentError: if the network's cells are positions, which stand for no window.
         ImageError: if the image has pixels that are not finite, with which nothing can be compared.
     """
     if net.head != "window":
-        raise ArgumentError(
-            f"net must have cells that are windows, got head={net.head!r}; convert the model with "
-            "head='window'"
-        )
+        net = _of_windows(model, net)
     dense, index = net.score_map(image, output=output), net.output_index(output)
     unknown = int((~dense.has_data).sum())
     if unknown:
@@ -257,6 +250,21 @@ def compare_windows(
         crops,
         sides=(first > 0).sum(2) + (last < size).sum(2),
         outside=np.asarray(((first < 0) | (last > size)).any(2)),
+    )
+
+
+def _of_windows(model: nn.Module, net: FullyConvolutional) -> FullyConvolutional:
+    """The network whose cells are the means over windows of one of positions."""
+    stride = net.geometry.stride
+    return convert(
+        model,
+        input_size=net.input_size,
+        output_stride=stride[0] if stride[0] == stride[1] else None,
+        preprocess=net.preprocess,
+        categories=net.categories,
+        # what a position's scores are says nothing of those after a softmax of their means
+        activation=None if any(net.program.finals) else net.activation,
+        verify=False,
     )
 
 

@@ -17,7 +17,8 @@ from fcvgg.images.preprocessing import size_of_side
 from fcvgg.images.reading import read_picture
 from fcvgg.names import readable
 from fcvgg.network import FullyConvolutional
-from fcvgg.results.figures import save_figure
+from fcvgg.results.drawing import BAR, colour_bar, panels
+from fcvgg.results.figures import draw_heatmap, save_figure
 from fcvgg.support.atomic import atomic_file
 
 if TYPE_CHECKING:
@@ -37,6 +38,9 @@ _LEAST, _MOST = 1.5, 3.0
 
 _LEFT_OUT = 1000
 """The most skipped files that are listed by name."""
+
+_PANEL = 2.6
+"""Inches of the width of a mistake's pictures."""
 
 _LABELLED = 20
 """The most classes for which a confusion matrix has numbers."""
@@ -118,21 +122,19 @@ def _confusion(result: FineTuned) -> Figure:
         for row, col in np.ndindex(*table.shape):
             dark = shares[row, col] > 0.5
             ax.text(col, row, table[row, col], ha="center", va="center", color="wk"[not dark])
-    figure.colorbar(shown, ax=ax, fraction=0.046, pad=0.03).set_label("share of the class")
+    colour_bar(shown, ax).set_label("share of the class")
     ax.set_title(f"{result.accuracy:.1%} of {len(result.valid)} held-out images right")
     return figure
 
 
 def _mistakes(result: FineTuned, places: list[int]) -> Figure:
     """Every image, with heatmaps of the predicted class and of the true one."""
-    from matplotlib.figure import Figure
-
     net = _dense(result)
-    figure = Figure(figsize=(9.4, 2.9 * len(places)), dpi=110, layout="constrained")
-    grid = figure.subplots(len(places), 3, squeeze=False)
-    for axes, place in zip(grid, places):
-        assert net.preprocess is not None
-        picture = read_picture(result.valid.paths[place], net.preprocess)
+    assert net.preprocess is not None
+    pictures = [read_picture(result.valid.paths[place], net.preprocess) for place in places]
+    heights = [_PANEL * min(h / w, 2) for h, w in (picture.size for picture in pictures)]
+    made = panels([_PANEL] * 3, heights, titles=["one line"], points=9, right=(BAR,))
+    for axes, place, picture in zip(made.axes, places, pictures):
         probabilities = result.probabilities[place]
         truth, predicted = result.valid.labels[place], int(probabilities.argmax())
         other = truth if predicted != truth else int(probabilities.argsort()[-2])
@@ -140,15 +142,12 @@ def _mistakes(result: FineTuned, places: list[int]) -> Figure:
         axes[0].imshow(picture.image, cmap="gray")
         axes[0].set_title(readable(result.valid.paths[place].name), fontsize=9, parse_math=False)
         for ax, index in zip(axes[1:], (predicted, other)):
-            heatmap = score_map.heatmap(index)
-            ax.imshow(heatmap.overlay())
+            heatmap = draw_heatmap(ax, score_map, index, contours=())
             role = "true" if index == truth else "predicted" if index == predicted else "second"
             title = f"{role}: {result.classes[index]}, {probabilities[index]:.2f}"
             ax.set_title(title, fontsize=9, parse_math=False)
-        for ax in axes:
-            ax.set_axis_off()
-    heatmap.draw_bar(grid[:, 2], ())
-    return figure
+    heatmap.draw_bar(made.axes, (), cax=made.bar())
+    return made.figure
 
 
 def _dense(result: FineTuned) -> FullyConvolutional:

@@ -47,7 +47,7 @@ PRESETS: dict[str, tuple[tuple[float, ...], tuple[float, ...], float, ChannelOrd
 _BYTE_SCALES = 1 / 256, 1 / 127
 """Scales in this range take values from 0 to 255: they map them to [0, 1] or [-1, 1]."""
 
-_LATER = ("value_range", "view")
+_LATER = ("value_range", "view", "mpp")
 """Fields that older versions do not know."""
 
 _BEYOND = 0.1
@@ -150,6 +150,8 @@ class Preprocess:
         view: how the pipeline that this was read from brings an image to the native size. Dense
             use leaves it out; `at_native_size` and the center crop of `fcvgg.evaluate` apply it.
             It does not count where two are compared.
+        mpp: micrometres of a pixel of the images that the network was trained on; None if unknown.
+            `fcvgg.stream` takes the level of a slide that has such pixels, or warns.
 
     >>> Preprocess.imagenet()
     Preprocess(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), ...)
@@ -163,6 +165,7 @@ class Preprocess:
     interpolation: Literal["bilinear", "bicubic", "nearest", "lanczos"] = "bilinear"
     value_range: tuple[float, float] | None = None
     view: NativeView | None = field(default=None, compare=False, repr=False)
+    mpp: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("mean", "std"):
@@ -187,6 +190,12 @@ class Preprocess:
         object.__setattr__(self, "resize", _checked_resize(self.resize))
         check_choice("interpolation", self.interpolation, INTERPOLATIONS, PreprocessError)
         object.__setattr__(self, "value_range", checked_range(self.value_range))
+        if self.mpp is not None:
+            object.__setattr__(self, "mpp", _number(self.mpp, "mpp"))
+            if not (isfinite(self.mpp) and self.mpp > 0):
+                raise PreprocessError(
+                    f"mpp must be a positive number of micrometres per pixel, got {self.mpp}"
+                )
 
     @classmethod
     def imagenet(cls, **changes: Any) -> Preprocess:

@@ -18,6 +18,7 @@ from torch import Tensor
 from fcvgg.errors import ArgumentError, FcvggWarning, ImageError
 from fcvgg.geometry import Pair
 from fcvgg.images.files import contents, left_out
+from fcvgg.images.lazy.georeference import Georeference
 from fcvgg.images.lazy.input import (
     check_pixels,
     check_preprocessed,
@@ -54,6 +55,8 @@ class PreparedImage:
         pixels: the preprocessed tensor ``(1, C, H, W)``; None until then.
         rescaled: whether its size was chosen for this evaluation, so that preprocessing keeps it.
         interpolation: how it is rescaled; the preprocessing's.
+        full_size: ``(H, W)`` of level 0 of the slide of which it is a level, if it is one.
+        georeference: where its pixels lie on the earth, if it is known.
     """
 
     size: Pair
@@ -61,6 +64,8 @@ class PreparedImage:
     pixels: Tensor | None = None
     rescaled: bool = False
     interpolation: str = "bilinear"
+    full_size: Pair | None = None
+    georeference: Georeference | None = None
 
     @property
     def picture(self) -> Image.Image | None:
@@ -123,7 +128,13 @@ def prepare(
         pixels = torch.from_numpy(np.array(source.whole()))[None]
         return PreparedImage(_size(pixels), pixels=pixels, interpolation=how)
     values = whole_picture(source, checked_preprocess(preprocess, channels))
-    return PreparedImage(values.size, values, interpolation=how)
+    return PreparedImage(
+        values.size,
+        values,
+        interpolation=how,
+        full_size=source.full_size,
+        georeference=source.georeference,
+    )
 
 
 def read_picture(image: Any, preprocess: Preprocess) -> Picture:

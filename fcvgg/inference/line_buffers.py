@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fcvgg.geometry import Pair
 from fcvgg.inference.missing import places_within, readers_of_stages
-from fcvgg.inference.schedule import AxisRanges, Schedule
+from fcvgg.inference.schedule import AxisRanges, Reach, Schedule
 from fcvgg.inference.stages import Stage
 from fcvgg.rewriting.modules import _GEMM_CELLS
 from fcvgg.rewriting.sliding import Part, Sliding
@@ -206,18 +206,101 @@ class LineBuffers:
         itself where it is given all columns, which saves a copy.
         """
         fed = self._stages[i].inputs[0]
-        height, width = self._height.reaches[i], self._width.reaches[i]
-        out_cols = self._width.ranges[i]
-        rows, cols = height.needs(first, end), width.needs(*out_cols)
-        keep = int(height.kept_from(np.array(end), self._height.ranges[i][1]))
-        x = self._take(i, 0, rows, min(keep, self._done[fed]))
-        x = _narrowed(x, self._width.ranges[fed], cols)  # (1, C, rows, cols)
-        whole = out_cols == (0, self._width.sizes[i]) and cols == (0, width.size)
-        pads_width = sliding.pads_width and whole
-        wanted_cols = cols if pads_width else width.window.reads(*out_cols)
-        x = _bordered(x, sliding, rows, height.window.reads(first, end), height.size, 2)
-        x = _bordered(x, sliding, cols, wanted_cols, width.size, 3)
-        return sliding.run(x, Part((first, end), out_cols, (height.size, width.size), pads_width))
+        height = self._height.reaches[i]
+        keep = int(self._schedule.kept[self.strip, i])
+        x = self._take(i, 0, height.needs(first, end), min(keep, self._done[fed]))
+        return _slid(sliding, x, height, (first, end), self._width, i, fed)
+
+
+def _slid(
+    sliding: Sliding,
+    x: Tensor,
+    height: Reach,
+    rows: Pair,
+    width: AxisRanges,
+    i: int,
+    fed: int,
+) -> Tensor:
+    """The rows of layer `i` for the columns of a width, from the rows that they need of `fed`."""
+    across, out_cols = width.reaches[i], width.ranges[i]
+    cols = across.needs(*out_cols)
+    x = _narrowed(x, width.ranges[fed], cols)  # (1, C, rows, cols)
+    whole = out_cols == (0, width.sizes[i]) and cols == (0, across.size)
+    pads_width = sliding.pads_width and whole
+    wanted_cols = cols if pads_width else across.window.reads(*out_cols)
+    x = _bordered(x, sliding, height.needs(*rows), height.window.reads(*rows), height.size, 2)
+    x = _bordered(x, sliding, cols, wanted_cols, across.size, 3)
+    return sliding.run(x, Part(rows, out_cols, (height.size, across.size), pads_width))
+
+
+def same_bits(
+    schedule: Schedule,
+    strips: Sequence[int],
+    whole: AxisRanges,
+    parts: Sequence[AxisRanges],
+    like: Tensor,
+) -> bool:
+    """Whether every operation gives the same bits for some columns as for all of them.
+
+    Libraries choose by the size of a map how they sum, and so the last bits. Every operation is run
+    on random numbers with the rows of these strips, once for all columns and once for each part.
+
+    Args:
+        whole: the sizes and ranges of all columns.
+        parts: of some of them.
+        like: a tensor of the network's dtype and device.
+    """
+    generator = torch.Generator().manual_seed(0)
+    last = like.device.type == "cpu" and like.element_size() <= 4  # as `StripInput` gives strips
+    order = torch.channels_last if last else torch.contiguous_format
+    computed = (schedule.ends - schedule.starts)[list(strips)]
+    for i, stage in enumerate(schedule.stages[1:], 1):
+        if stage.is_relu:
+            continue
+        for count in np.unique(computed[:, i][computed[:, i] > 0]):
+            chosen = np.flatnonzero(computed[:, i] == count)
+            strip = strips[chosen[len(chosen) // 2]]
+            rows = int(schedule.starts[strip, i]), int(schedule.ends[strip, i])
+            low, high = schedule.height.reaches[i].needs(*rows)
+            maps = []
+            for fed in stage.inputs:
+                shape = 1, schedule.stages[fed].channels, high - low, length(whole.ranges[fed])
+                values = torch.rand(shape, generator=generator, dtype=torch.float32)
+                maps.append(values.to(like).contiguous(memory_format=order))
+            expected = _operated(schedule, i, rows, whole, whole, maps)
+            for part in parts:
+                got = _operated(schedule, i, rows, whole, part, maps)
+                if not torch.equal(got, _narrowed(expected, whole.ranges[i], part.ranges[i])):
+                    return False
+    return True
+
+
+def _operated(
+    schedule: Schedule,
+    i: int,
+    rows: Pair,
+    whole: AxisRanges,
+    part: AxisRanges,
+    maps: Sequence[Tensor],
+) -> Tensor:
+    """The rows of an operation for the columns of a part, from maps of all columns."""
+    stage = schedule.stages[i]
+    given = [
+        _narrowed(x, whole.ranges[fed], part.ranges[fed]) for fed, x in zip(stage.inputs, maps)
+    ]
+    # line buffers hand on maps of their own, which an operation may change
+    owned = [x.clone() for x in given]
+    if stage.sliding is not None:
+        reach = schedule.height.reaches[i]
+        return _slid(stage.sliding, owned[0], reach, rows, part, i, stage.inputs[0])
+    assert stage.call is not None
+    cols = [_narrowed(x, part.ranges[fed], part.ranges[i]) for fed, x in zip(stage.inputs, owned)]
+    return stage.call(cols)
+
+
+def length(span: Pair) -> int:
+    """Of a half-open range."""
+    return span[1] - span[0]
 
 
 @dataclass(frozen=True)

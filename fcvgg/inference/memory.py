@@ -76,7 +76,7 @@ def trimmer(used: int, memory: int) -> Callable[[int], None]:
 
 
 def trimmer_above(allowed: int) -> Callable[[int], None]:
-    """As `trimmer`, where the process may hold `allowed` bytes more than now, freed ones included."""
+    """As `trimmer`, where the process may hold `allowed` bytes more, freed ones included."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is None or not _STATM.exists():
         return lambda needed: None

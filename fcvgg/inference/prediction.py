@@ -281,6 +281,8 @@ class ImagePrediction(TakesPreprocess):
             categories=self.categories if output == 0 else None,
             activation=activation,
             image=image.picture,
+            full_size=image.full_size,
+            georeference=image.georeference,
             could_have_positions=self.program.could_have_positions,
         )
 

@@ -105,15 +105,11 @@ def region_boxes(values: NDArray[np.float32], chosen: NDArray[np.bool_]) -> list
         values: ``(H, W)``, known where `chosen` is.
         chosen: bool ``(H, W)``.
     """
-    steps = np.diff(np.pad(chosen, ((0, 0), (1, 1))).astype(np.int8), axis=1)
-    rows, first = np.nonzero(steps == 1)  # runs of chosen pixels, in reading order
-    end = np.nonzero(steps == -1)[1]
-    if not len(rows):
+    starts, ends, region = connected_runs(chosen)
+    if not len(starts):
         return []
-    # a gap of one pixel keeps the runs of a row apart from those of the next
     width = chosen.shape[1] + 1
-    starts, ends = rows * width + first, rows * width + end
-    region = _joined(*_touching(starts, ends, width), len(rows))
+    (rows, first), end = np.divmod(starts, width), ends % width
     gapped = np.pad(values, ((0, 0), (0, 1))).ravel()
     highest = np.maximum.reduceat(gapped, np.stack([starts, ends], 1).ravel())[::2]
     order = np.argsort(region, kind="stable")
@@ -123,6 +119,23 @@ def region_boxes(values: NDArray[np.float32], chosen: NDArray[np.bool_]) -> list
     *edges, scores = (reduce.reduceat(each[order], begin) for reduce, each in found)
     best = np.argsort(-scores, kind="stable")
     return _scored(np.stack(edges, 1)[best], scores[best])
+
+
+def connected_runs(
+    chosen: NDArray[np.bool_],
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """Runs of chosen pixels in reading order, and the connected region of each.
+
+    Returns:
+        where runs start and end, and one number for all runs of a region. Places are counted
+        through rows that are one pixel longer than those of `chosen`: the gap keeps the runs of a
+        row apart from those of the next.
+    """
+    steps = np.diff(np.pad(chosen, ((0, 0), (1, 1))).astype(np.int8), axis=1)
+    rows, first = np.nonzero(steps == 1)
+    width = chosen.shape[1] + 1
+    starts, ends = rows * width + first, rows * width + np.nonzero(steps == -1)[1]
+    return starts, ends, _joined(*_touching(starts, ends, width), len(rows))
 
 
 def _touching(

@@ -64,12 +64,13 @@ def evidence(probability: ArrayLike, chance: float) -> NDArray[np.float32]:
     return (1 - np.log(above) / np.float32(np.log(chance))).clip(0, 1)
 
 
-def probability_ticks(chance: float) -> tuple[float, ...]:
-    """Probabilities that label a colour bar, from chance to 1, apart from each other on it."""
+def probability_ticks(chance: float, apart: float = _APART) -> tuple[float, ...]:
+    """Probabilities that label a colour bar, from chance to 1, at least `apart` on it."""
+    apart = max(apart, _APART)
     kept = [1.0]
     for tick in _TICKS:
         at = float(evidence(tick, chance))
-        if _APART <= at <= float(evidence(kept[-1], chance)) - _APART:
+        if apart <= at <= float(evidence(kept[-1], chance)) - apart:
             kept.append(tick)
     return (chance, *reversed(kept))
 

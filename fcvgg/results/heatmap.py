@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, get_args
 
@@ -34,14 +35,17 @@ from fcvgg.results.colours import (
     probability_ticks,
 )
 from fcvgg.results.drawing import (
+    BAR,
     MIDDLE_GREY,
-    bar_axes,
+    colour_bar,
     extent_of,
-    figure_options,
     frame,
     in_colours,
     in_grey,
+    lossless_dpi,
     on_middle_grey,
+    panel_size,
+    panels,
     picture_of,
     png_bytes,
     reduction,
@@ -60,6 +64,13 @@ _ROWS = 1 << 18
 
 _STRIPES = 80
 """Stripes that the smaller side is wide, where values are held."""
+
+
+_DRAWN_LEAST = 800
+"""Pixels of the longer side that a figure draws at least, of a small image."""
+
+_TICK = 0.19
+"""Inches between the labels of a colour bar at least."""
 
 
 class OverlayOptions(TypedDict, total=False):
@@ -229,15 +240,40 @@ class Heatmap:
         if ax is None:
             from matplotlib import pyplot as plt
 
-            ax = plt.figure(**figure_options(self.values.shape, dpi=110)).subplots()
+            return saved_by_figure(self._own_panel(plt.figure, 110, contours, bar, options))
+        self._draw_titled(ax, contours, options)
+        if bar:
+            self.draw_bar(ax, contours, **options)
+        return saved_by_figure(ax)
+
+    def _draw_titled(
+        self, ax: Axes, contours: Sequence[float] | None, options: OverlayOptions
+    ) -> None:
         # reduced before it is drawn, since matplotlib holds RGBA of the full size in memory
         step = reduction(self.values.shape)
         self._reduced(step).draw(ax, (step, step), contours=contours, **options)
         frame(ax, self.values.shape)
-        ax.set_title(f"{self.label}: {self._found(2)}".removeprefix(": "), parse_math=False)
+        ax.set_title(self._title(), parse_math=False)
+
+    def _own_panel(
+        self,
+        make: Any,
+        dpi: float,
+        contours: Sequence[float] | None,
+        bar: bool,
+        options: OverlayOptions,
+    ) -> Axes:
+        """The axes of a figure of its own, in the image's proportions."""
+        width, height = panel_size(self.values.shape)
+        room = (BAR if bar else 0,)
+        made = panels([width], [height], titles=[self._title()], right=room, dpi=dpi, make=make)
+        self._draw_titled(made.axes[0, 0], contours, options)
         if bar:
-            self.draw_bar(ax, contours, **options)
-        return saved_by_figure(ax)
+            self.draw_bar(made.axes, contours, cax=made.bar(), **options)
+        return made.axes[0, 0]  # type: ignore[no-any-return]
+
+    def _title(self) -> str:
+        return f"{self.label}: {self._found(2)}".removeprefix(": ")
 
     def figure(self, **options: Unpack[OverlayOptions]) -> Figure:
         """What `plot` draws, as a figure in the image's proportions; no pixel is lost up to 1600.
@@ -247,9 +283,8 @@ class Heatmap:
         """
         from matplotlib.figure import Figure
 
-        figure = Figure(**figure_options(self.values.shape))
-        self.plot(figure.subplots(), **options)
-        return figure
+        ax = self._own_panel(Figure, lossless_dpi(self.values.shape), None, True, options)
+        return ax.get_figure(root=True)  # type: ignore[return-value]
 
     def draw(
         self,
@@ -272,12 +307,15 @@ class Heatmap:
 
         down, across = pixel
         height, width = self.values.shape
+        finer = ceil(_DRAWN_LEAST / max(height, width))
         drawn = []
         for box in options.get("boxes", ()):
-            top, left, bottom, right = (round(n / p) for n, p in zip(box, (down, across) * 2))
+            edges = (n / p * finer for n, p in zip(box, (down, across) * 2))
+            top, left, bottom, right = map(round, edges)
             drawn.append(ScoredBox(top, left, bottom, right, box[4]))
         options["boxes"] = drawn
-        ax.imshow(self.overlay(**options), extent=extent_of((height * down, width * across)))
+        overlay = self._enlarged(finer).overlay(**options)
+        ax.imshow(overlay, extent=extent_of((height * down, width * across)))
         ax.set_axis_off()
         if not self.coverage.any():
             return
@@ -294,12 +332,21 @@ class Heatmap:
         y, x = ((n + 0.5) * p - 0.5 for n, p in zip(self.peak, pixel))
         outlined = [withStroke(linewidth=3, foreground="black")]
         # a ring, which does not cover what it marks
-        ax.plot(x, y, "o", mfc="none", color="white", ms=11, mew=1.5, path_effects=outlined)
+        look: dict[str, Any] = {
+            "mfc": "none",
+            "color": "white",
+            "ms": 11,
+            "mew": 1.5,
+            "clip_on": False,
+        }
+        ax.plot(x, y, "o", path_effects=outlined, **look)
 
     def draw_bar(
         self,
         axes: Any,
         contours: Sequence[float] | None = None,
+        *,
+        cax: Axes | None = None,
         **options: Unpack[OverlayOptions],
     ) -> None:
         """Draw the colours of probabilities from chance to 1 to the right of axes, as high as them.
@@ -307,6 +354,7 @@ class Heatmap:
         Args:
             axes: one, or several of one figure.
             contours: as for `plot`; marked on the bar.
+            cax: axes for the bar itself, instead of a part of `axes`.
             options: of `overlay`.
         """
         from matplotlib.cm import ScalarMappable
@@ -316,9 +364,10 @@ class Heatmap:
         colours = colour_table(cmap)
         if self.image is not None:
             colours = on_middle_grey(colours, opacity_table(alpha)[:, None])
-        ticks = probability_ticks(self.chance)
-        ax = bar_axes(axes)
-        bar = ax.figure.colorbar(ScalarMappable(cmap=ListedColormap(colours)), cax=ax)
+        bar = colour_bar(ScalarMappable(cmap=ListedColormap(colours)), axes, cax)
+        ax = bar.ax
+        inches = ax.get_position().height * ax.get_figure(root=True).get_figheight()  # type: ignore[union-attr]
+        ticks = probability_ticks(self.chance, _TICK / inches)
         places = evidence(ticks, self.chance).tolist()
         bar.set_ticks(places, labels=[f"≤ {ticks[0]:.2g}", *map("{:g}".format, ticks[1:])])
         bar.set_label("probability")
@@ -328,6 +377,16 @@ class Heatmap:
 
     def _contours(self, given: Sequence[float] | None) -> Sequence[float]:
         return probability_ticks(self.chance)[1:-1] if given is None else given
+
+    def _enlarged(self, factor: int) -> Heatmap:
+        """Every pixel as several, so that stripes and texts on it are finer than it is."""
+        if factor == 1:
+            return self
+        values = self.values.repeat(factor, 0).repeat(factor, 1)
+        coverage = self.coverage.repeat(factor, 0).repeat(factor, 1)
+        height, width = values.shape
+        image = self.image and self.image.resize((width, height), Image.Resampling.NEAREST)
+        return replace(self, values=values, coverage=coverage, image=image)
 
     def _reduced(self, step: int) -> Heatmap:
         """The highest value of every `step` by `step` pixels, on the image averaged over them."""

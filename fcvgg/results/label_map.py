@@ -16,16 +16,20 @@ from PIL import Image
 from fcvgg.errors import ImageError, check_share
 from fcvgg.results.colours import class_colours
 from fcvgg.results.drawing import (
-    DRAWN,
     draw_legend,
     extent_of,
     in_grey,
+    legend_size,
+    lossless_dpi,
     muted,
     on_middle_grey,
+    panel_size,
+    panels,
     png_bytes,
     reduction,
     resized,
     saved_by_figure,
+    share_text,
 )
 from fcvgg.support.atomic import atomic_file, checked_file
 
@@ -42,7 +46,7 @@ _LINE = (32, 32, 32)
 _BORDERS = 400
 """Lines between classes that the smaller side is wide."""
 
-_IMAGE_INCHES, _LEGEND_INCHES = 6.0, 2.0
+_LEGEND = "class (share of pixels)"
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,12 +121,11 @@ class LabelMap:
         Returns:
             the axes; their figure's `savefig` is theirs too.
         """
-        own_figure = ax is None
         if ax is None:
             from matplotlib import pyplot as plt
 
-            ax = plt.figure(layout="constrained").subplots()
-        return saved_by_figure(self._drawn(ax, alpha, grey, legend, own_figure))
+            return saved_by_figure(self._own_panel(plt.figure, alpha, grey, legend))
+        return saved_by_figure(self._drawn(ax, alpha, grey, legend))
 
     def figure(self, *, alpha: float = ALPHA, grey: bool = True) -> Figure:
         """The overlay with a legend of the classes that are there, in the image's proportions.
@@ -131,23 +134,25 @@ class LabelMap:
         """
         from matplotlib.figure import Figure
 
-        height, width = self.labels.shape
-        down = max(_IMAGE_INCHES * height / width, _LEGEND_INCHES)
-        figure = Figure(
-            figsize=(_IMAGE_INCHES + _LEGEND_INCHES, down),
-            dpi=max(110, min(width, DRAWN) / _IMAGE_INCHES),  # no pixel is lost up to there
-            layout="constrained",
-        )
-        self._drawn(figure.subplots(), alpha, grey, legend=True, own_figure=True)
-        return figure
+        figure = self._own_panel(Figure, alpha, grey, legend=True).get_figure(root=True)
+        return figure  # type: ignore[return-value]
 
-    def _drawn(self, ax: Axes, alpha: float, grey: bool, legend: bool, own_figure: bool) -> Axes:
+    def _own_panel(self, make: Any, alpha: float, grey: bool, legend: bool) -> Axes:
+        """The axes of a figure of its own."""
+        size = self.labels.shape
+        names = [patch.get_label() for patch in self._patches(alpha)]
+        right, below = legend_size(names, _LEGEND) if legend else (0.0, 0.0)
+        width, height = panel_size(size)
+        options: dict[str, Any] = {"right": [right], "below": below, "dpi": lossless_dpi(size)}
+        ax = panels([width], [height], make=make, **options).axes[0, 0]
+        return self._drawn(ax, alpha, grey, legend)
+
+    def _drawn(self, ax: Axes, alpha: float, grey: bool, legend: bool) -> Axes:
         shown = self._reduced().overlay(alpha, grey=grey)
         ax.imshow(shown, extent=extent_of(self.labels.shape))
         ax.set_axis_off()
         if legend:
-            patches = self._patches(1 if self.image is None else alpha)
-            draw_legend(ax, patches, "class (share of pixels)", own_figure)
+            draw_legend(ax, self._patches(1 if self.image is None else alpha), _LEGEND)
         return ax
 
     def _reduced(self) -> LabelMap:
@@ -171,7 +176,7 @@ class LabelMap:
 
         colours = on_middle_grey(class_colours(len(self.categories)) / 255, alpha)
         return [
-            Patch(color=colour, label=f"{name} ({share:.0%})")
+            Patch(color=colour, label=f"{name} ({share_text(share)})")
             for (name, share), colour in zip(self.shares.items(), colours)
             if share > 0
         ]

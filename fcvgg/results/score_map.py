@@ -15,9 +15,16 @@ import torch
 from torch import Tensor
 
 from fcvgg.categories import class_index, class_name
-from fcvgg.choices import Average, Combine
+from fcvgg.choices import Average, Combine, PolygonKind
 from fcvgg.errors import ArgumentError, FcvggWarning, ImageError, check_choice
 from fcvgg.geometry import Geometry, Pair, checked_size
+from fcvgg.images.lazy.georeference import (
+    Georeference,
+    Transform,
+    composed,
+    scaling,
+    transform_of_cells,
+)
 from fcvgg.probability import (
     average_of_cells,
     average_over_space,
@@ -29,6 +36,9 @@ from fcvgg.probability import (
 )
 from fcvgg.results.boxes import CellWindows, cell_windows
 from fcvgg.results.drawing import resized
+from fcvgg.results.geojson import ClassCells
+from fcvgg.results.geotiff import ENDINGS as GEOTIFF_ENDINGS
+from fcvgg.results.geotiff import save_cells
 from fcvgg.results.heatmap import Heatmap
 from fcvgg.results.interpolation import check_pixels, interpolated, pixel_points, shown, within
 from fcvgg.support.atomic import PAGE_ENDINGS, atomic_file, checked_file
@@ -56,6 +66,9 @@ class ScoreMap:
         categories: the class names, or None.
         activation: what the scores are.
         image: the image itself, to lay results on; None for a tensor.
+        full_size: ``(H, W)`` of level 0 of the slide of which the image is a level; None for the
+            image's own.
+        georeference: where the image's pixels lie on the earth, if it is known.
         could_have_positions: whether ``head="position"`` would give the network a map of positions
             where this one has a cell for each window.
     """
@@ -67,6 +80,8 @@ class ScoreMap:
     categories: tuple[str, ...] | None = None
     activation: str = "logits"
     image: Image.Image | None = None
+    full_size: Pair | None = None
+    georeference: Georeference | None = None
     could_have_positions: bool = False
 
     def __repr__(self) -> str:
@@ -124,10 +139,7 @@ class ScoreMap:
 
         For a network of one class: 0 where its probability is above one half, else -1.
         """
-        if len(self.scores) == 1:
-            return (self.probabilities()[0] > 0.5).long() - 1
-        require_classes(self.activation)
-        return best_classes(self.scores)
+        return labels_of(self.scores, self.activation)
 
     def resample(self, size: Iterable[int] | int | None = None) -> Tensor:
         """The scores at every pixel, ``(K, H, W)``, interpolated between the cells' centres.
@@ -222,11 +234,14 @@ class ScoreMap:
     def plot(self, k: int = 5, **options: Any) -> Figure:
         """The k most probable classes as aligned heatmaps, with one absolute colour scale.
 
-        See `fcvgg.results.figures.class_grid` for the options; `fcvgg.results.figures.save_figure`
-        writes it.
+        Of a regression (activation ``"values"``), the first k values of every cell, without
+        options. See `fcvgg.results.figures.class_grid` for the options;
+        `fcvgg.results.figures.save_figure` writes it.
         """
-        from fcvgg.results.figures import class_grid
+        from fcvgg.results.figures import class_grid, value_grid
 
+        if self.activation == "values":
+            return value_grid(self, range(min(k, len(self.scores))), **options)
         return class_grid(self, k, **options)
 
     def plot_labels(self, ax: Axes | None = None, most: int = 6) -> Axes:
@@ -234,34 +249,105 @@ class ScoreMap:
 
         The `most` frequent classes have colours of their own, the others share grey.
         """
-        from fcvgg.results.figures import label_figure
+        from fcvgg.results.figures import CellLabels, label_figure
 
-        return label_figure(self, ax, most)
+        return label_figure(CellLabels.of(self), ax, most)
 
     def save(
         self, path: str | os.PathLike[str], classes: Iterable[int | str] | None = None
     ) -> Path:
         """Write a page on which the map is explored in a browser: one HTML file, without a network.
 
-        It holds the image and every cell's probabilities and boxes, and loads nothing.
+        It holds the image and every cell's probabilities and boxes, and loads nothing. The map of a
+        georeferenced image may be a cloud-optimised GeoTIFF instead, whose pixels are the cells and
+        whose bands are the scores of classes (``fcvgg[geo]``).
 
         Args:
-            path: a name in ``.html``.
+            path: a name in ``.html``, or ``.tif``.
             classes: indices or names of the classes it holds; as many of the most probable as keep
                 the file below 1 MB when None (all 1000 of ImageNet at 16x16 cells).
 
         Raises:
             ArgumentError: if the name ends otherwise, or the classes do not fit.
-            ImageError: if no cell has data.
+            ImageError: if no cell has data, or a GeoTIFF's image is not georeferenced.
             FcvggError: if the file cannot be written.
         """
         from fcvgg.results.web_page import page_of
 
-        path = checked_file(path, "path", PAGE_ENDINGS)
+        path = checked_file(path, "path", (*PAGE_ENDINGS, *GEOTIFF_ENDINGS))
+        if path.suffix.lower() in GEOTIFF_ENDINGS:
+            return self._save_geotiff(path, classes)
         text = page_of(self, classes)
         with atomic_file(path) as temporary:
             temporary.write_text(text, "utf-8")
         return path
+
+    def _save_geotiff(self, path: Path, classes: Iterable[int | str] | None) -> Path:
+        chosen = range(len(self.scores)) if classes is None else map(self.index_of, classes)
+        indices = list(chosen)
+        scores = upcast(self.scores[indices]).cpu().numpy()  # (classes, h, w)
+        names = [class_name(index, self.categories) for index in indices]
+        place = self._cells_on_earth, self._crs
+        return save_cells(path, [scores], scores.shape, scores.dtype, names, *place)
+
+    @property
+    def _crs(self) -> str | None:
+        return None if self.georeference is None else self.georeference.crs
+
+    @property
+    def _cells_on_image(self) -> Transform:
+        on_input = transform_of_cells(self.geometry)
+        return composed(scaling(self.input_size, self.image_size), on_input)
+
+    @property
+    def _cells_on_earth(self) -> Transform | None:
+        place = self.georeference
+        if place is None or place.transform is None:
+            return None
+        return composed(place.transform, self._cells_on_image)
+
+    def to_geojson(
+        self,
+        path: str | os.PathLike[str] | None = None,
+        *,
+        target: int | str | None = None,
+        threshold: float = 0.5,
+        kind: PolygonKind = "regions",
+        pixels: bool = False,
+    ) -> dict[str, Any]:
+        """Where a class is probable, as polygons for QuPath and geographic systems.
+
+        A cell is the box of the network's stride around its centre. Coordinates are those of a
+        georeferenced image, whose system the member ``crs`` names; else pixels of the image, of a
+        slide those of level 0, counted from the outer corner of the first one, as QuPath does.
+
+        Args:
+            path: a file to write, in ``.geojson`` or ``.json``; None writes none.
+            target: a class index or category name; None for the top class of the average.
+            threshold: probability, in [0, 1], that the cells have at least.
+            kind: ``"regions"`` of cells that are connected by their edges, with holes, or
+                ``"cells"``, a polygon each.
+            pixels: take pixels for a georeferenced image too.
+
+        Returns:
+            the FeatureCollection: annotations (or tiles) with the class, its colour and the
+            probability, of regions the mean and the highest.
+
+        Raises:
+            ArgumentError: if the name ends otherwise, or an option cannot be used.
+            ImageError: if no cell has data.
+            FcvggError: if the file cannot be written.
+        """
+        index = self.index_of(target)
+        to_level_0 = scaling(self.image_size, self.full_size or self.image_size)
+        return ClassCells(
+            self.probabilities()[index].double().cpu().numpy(),
+            class_name(index, self.categories),
+            index,
+            composed(to_level_0, self._cells_on_image),
+            self._cells_on_earth,
+            self._crs,
+        ).to_geojson(path, threshold, kind, pixels)
 
     def show(self, classes: Iterable[int | str] | None = None, height: int = 720) -> Page:
         """The page of `save` in a notebook.
@@ -290,6 +376,14 @@ ONE_CELL = (
 def warn_of_one_cell() -> None:
     """Warn once in a process: what holds for one image holds for all of its size."""
     warnings.warn(ONE_CELL, FcvggWarning, stacklevel=3)
+
+
+def labels_of(scores: Tensor, activation: str) -> Tensor:
+    """The most probable class of every cell of ``(K, h, w)``, as `ScoreMap.label_map`."""
+    if len(scores) > 1:
+        require_classes(activation)
+        return best_classes(scores)
+    return (to_probabilities(scores, activation)[0] > 0.5).long() - 1
 
 
 def best_classes(scores: Tensor) -> Tensor:

@@ -26,6 +26,10 @@ BATCH = 2
 """Images in the traced batch. Two, so that a reshape that moves pixels into the batch shows."""
 
 
+_KEPT = "device meta"
+"""What torch says of a tensor that was not computed in this pass: only parameters have no data."""
+
+
 class Captured:
     """A traced model: its graph, with every node's value on the meta device, and its constants.
 
@@ -294,12 +298,19 @@ def _traced(
             f"{type(error).__name__}: {one_line(error)}; it must be a function of one image batch "
             "without control flow on values, computed by submodules of the model"
         ) from error
-    return Captured(
+    captured = Captured(
         *(recorder.graph, twin, size, channels),
         frozenset(questions.places),
         frozenset(recorder.training_only),
         recorder.outputs,
     )
+    node = captured.failure()
+    if node is not None and _KEPT in str(node.meta["error"]):
+        raise CaptureError(
+            f"{describe(node)} takes a tensor that the model kept from an earlier pass, as forward "
+            "hooks keep features; return the features from their layers instead"
+        )
+    return captured
 
 
 def input_channels(model: nn.Module) -> int:

@@ -184,11 +184,22 @@ class MapBuilder(Emitter):
 
         An enlarged map has further positions, whose values depend on where they lie between those
         of the coarser map, so that a crop's would differ.
+
+        Raises:
+            ConversionError: if the cells are positions, since the mean of those that are left would
+                not be the window's score.
         """
         stride, period = self.steps.stride_at(cells.step), self.steps.period_at(cells.step)
         if stride == period:
             return cells
-        return self._skipping(cells, (period[0] // stride[0], period[1] // stride[1]), "outputs")
+        if self.positions:
+            raise ConversionError(
+                f"head='position' must have features of which each moves with the image, got some "
+                f"every {stride[0]} x {stride[1]} pixels that were enlarged from every "
+                f"{period[0]} x {period[1]}; use head='window'"
+            )
+        skip = period[0] // stride[0], period[1] // stride[1]
+        return replace(self._skipping(cells, skip, "outputs"), average=None)
 
     def _skipping(self, cells: Cells, skip: Pair, place: str) -> Cells:
         node = self.graph.call_function(torch.max_pool2d, (cells.node, (1, 1)), {"stride": skip})

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 import warnings
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,6 +37,11 @@ IMAGES, MASKS = "images", "masks"
 _SUFFIX = re.compile("[-_.](mask|labels?|seg|segmentation|gt)$", re.IGNORECASE)
 """What may follow the image's name in the name of a mask."""
 
+_COLOUR_TABLES = ("labelmap.txt", "class_dict.csv")
+"""Files beside masks, as CVAT and CamVid have them, with lines of a class and its colour."""
+
+_COLOUR = re.compile(r"\s*([^,:;#]+)[,:;]\s*(\d{1,3})[,; ]\s*(\d{1,3})[,; ]\s*(\d{1,3})\b")
+
 _BINARY = frozenset({0, 255})
 
 _LOSSY = frozenset({"JPEG", "MPO", "JPEG2000", "WEBP", "AVIF"})
@@ -57,6 +62,7 @@ class MaskFolder:
         skipped: the files that were left out, and why.
         binary: whether 255 means class 1 in the masks.
         sizes: ``(H, W)`` of each image.
+        colours: the classes of the colours ``r << 16 | g << 8 | b`` that masks may have.
     """
 
     images: tuple[Path, ...]
@@ -66,13 +72,14 @@ class MaskFolder:
     skipped: tuple[Unreadable, ...] = ()
     binary: bool = False
     sizes: tuple[Pair, ...] = ()
+    colours: Mapping[int, int] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.images)
 
     def labels(self, index: int) -> NDArray[np.int64]:
         """The class index of every pixel of an image, int64 ``(H, W)``; 255 is ignored."""
-        labels = read_mask(self.masks[index])
+        labels = read_mask(self.masks[index], self.colours)
         return np.where(labels == IGNORE_INDEX, 1, labels) if self.binary else labels
 
     def part(self, indices: Sequence[int]) -> MaskFolder:
@@ -103,6 +110,9 @@ def mask_folder(
             or a grey GIF, or be called ``NAME_mask``, ``NAME_label``, ``NAME_seg`` or ``NAME_gt``.
             Where there are two classes and the masks of a data set hold only 0 and 255, 255 is
             class 1.
+            Masks of colours need a table of them, ``labelmap.txt`` (``name:r,g,b``) or
+            ``class_dict.csv`` (``name,r,g,b``), in the folder or with the masks; colours of other
+            names than the categories' are ignored like 255.
             Images are turned as their EXIF entry says, so masks label the upright image.
         categories: the names of the classes in the order of their indices, or how many there are.
         preprocess: the network's, which decides what images can be used; one for RGB of 8 bits if
@@ -160,8 +170,12 @@ def train_and_valid(
     return whole.part(sorted(order[held_out:])), valid
 
 
-def read_mask(path: Path) -> NDArray[np.int64]:
+def read_mask(path: Path, colours: Mapping[int, int] | None = None) -> NDArray[np.int64]:
     """The stored value of every pixel, int64 ``(H, W)``, turned as an EXIF entry says.
+
+    Args:
+        path: of the mask.
+        colours: the classes of colours ``r << 16 | g << 8 | b``, where it may have some.
 
     Raises:
         ImageError: if the file cannot be read.
@@ -177,18 +191,68 @@ def read_mask(path: Path) -> NDArray[np.int64]:
         if (values[..., -1] != 255).any():
             raise DatasetError(f"the mask {path} has transparent pixels; {_EXPECTED}")
         values = values[..., :-1]
+    if values.ndim == 3 and colours:
+        return _classes_of_colours(values, colours, path)
     if values.ndim == 3:
         if (values != values[..., :1]).any():
-            colours = np.unique(values.reshape(-1, values.shape[2]), axis=0)
-            coloured = next(c for c in colours.tolist() if len(set(c)) > 1)
+            held = np.unique(values.reshape(-1, values.shape[2]), axis=0)
+            coloured = next(c for c in held.tolist() if len(set(c)) > 1)
             raise DatasetError(
-                f"the mask {path} has mode {image.mode} and {len(colours)} colours such as "
-                f"{tuple(coloured)}; {_EXPECTED}"
+                f"the mask {path} has mode {image.mode} and {len(held)} colours such as "
+                f"{tuple(coloured)}; {_EXPECTED}, or {_COLOUR_TABLES[0]} beside them with a line "
+                "name:r,g,b for each class"
             )
         values = values[..., 0]
     if values.dtype.kind == "f" and not np.array_equal(values, np.round(values)):
         raise DatasetError(f"the mask {path} holds fractions; {_EXPECTED}")
     return values.astype(np.int64)
+
+
+def _classes_of_colours(
+    pixels: NDArray[Any], colours: Mapping[int, int], path: Path
+) -> NDArray[np.int64]:
+    """The classes of a mask of colours ``(H, W, 3)``, or `DatasetError` if one is not listed."""
+    numbers = pixels.astype(np.int64) @ np.array([1 << 16, 1 << 8, 1])  # (H, W)
+    held, places = np.unique(numbers, return_inverse=True)
+    unknown = [number for number in held.tolist() if number not in colours]
+    if unknown:
+        red, green, blue = unknown[0].to_bytes(3, "big")
+        raise DatasetError(
+            f"the mask {path} has the colour ({red}, {green}, {blue}), which the table of colours "
+            "does not list; add it"
+        )
+    return np.array([colours[number] for number in held.tolist()])[places].reshape(numbers.shape)
+
+
+def _colour_table(place: _Place, several: bool, names: Sequence[str]) -> dict[int, int]:
+    """The classes of colours by the table beside the masks; empty if there is none.
+
+    Classes are matched by name without case, or in order where the categories are numbers.
+
+    Args:
+        several: whether the place is one of several parts, which may share a table.
+    """
+    folders = [place.masks, place.masks.parent, place.folder.parent if several else place.folder]
+    files = (folder / name for folder in folders for name in _COLOUR_TABLES)
+    file = next((file for file in files if file.is_file()), None)
+    if file is None:
+        return {}
+    lines = filter(None, map(_COLOUR.match, file.read_text("utf-8", "replace").splitlines()))
+    listed = [
+        (name.strip().lower(), tuple(map(int, colour)))
+        for name, *colour in (line.groups() for line in lines)
+    ]
+    numbered = list(names) == [str(i) for i in range(len(names))]
+    known = [name for name, _ in listed] if numbered else [name.lower() for name in names]
+    if not numbered and not {name for name, _ in listed} & set(known):
+        raise DatasetError(
+            f"{file} must list the colours of {', '.join(names)}, got those of "
+            f"{', '.join(name for name, _ in listed[:5]) or 'no class'}"
+        )
+    table = {}
+    for name, (red, green, blue) in listed:
+        table[red << 16 | green << 8 | blue] = known.index(name) if name in known else IGNORE_INDEX
+    return table
 
 
 def _checked_kind(path: Path) -> str:
@@ -261,7 +325,9 @@ def _places(folder: Path) -> tuple[list[_Place], tuple[Unreadable, ...]]:
     return [_place(part) for part in found], parts.skipped
 
 
-def _read(place: _Place, preprocess: Preprocess) -> tuple[MaskFolder, Counter[int]]:
+def _read(
+    place: _Place, preprocess: Preprocess, colours: Mapping[int, int]
+) -> tuple[MaskFolder, Counter[int]]:
     """A place's pairs, without classes yet, and the pixels of each value in all masks."""
     pairs, skipped = _paired(place)
     read: list[tuple[Path, Path, Pair]] = []
@@ -270,7 +336,7 @@ def _read(place: _Place, preprocess: Preprocess) -> tuple[MaskFolder, Counter[in
         try:
             check_usable(image, preprocess)  # as training will
             size = image_size(image)
-            labels = read_mask(mask)
+            labels = read_mask(mask, colours)
         except ImageError as error:
             skipped.append(Unreadable(str(image), one_line(error)))
             continue
@@ -288,7 +354,8 @@ def _read(place: _Place, preprocess: Preprocess) -> tuple[MaskFolder, Counter[in
             f"first: {next((one for one in skipped if not one.passed_over), skipped[0])}"
         )
     images, masks, sizes = zip(*read)
-    return MaskFolder(images, masks, (), (), tuple(skipped), sizes=sizes), values
+    found = MaskFolder(images, masks, (), (), tuple(skipped), sizes=sizes, colours=colours)
+    return found, values
 
 
 @pages_warned_of_once()
@@ -298,7 +365,8 @@ def _read_parts(
     """The parts of a data set with valid labels; 255 has the same meaning in all."""
     classes = len(names)
     known = given_preprocess(preprocess, 3) or Preprocess.preset("unit")
-    parts = [_read(place, known) for place in places]
+    several = len(places) > 1
+    parts = [_read(place, known, _colour_table(place, several, names)) for place in places]
     held = set().union(*(values for _, values in parts))
     binary = held == _BINARY and classes == 2
     if held == _BINARY and not binary:
@@ -310,7 +378,7 @@ def _read_parts(
     for place, (part, values) in zip(places, parts):
         wrong = sorted(v for v in values if v != IGNORE_INDEX and not 0 <= v < classes)
         if wrong:
-            raise DatasetError(_wrong_label(part.masks, wrong, classes))
+            raise DatasetError(_wrong_label(part, wrong, classes))
         counts = tuple(values[IGNORE_INDEX if binary and i == 1 else i] for i in range(classes))
         if np.count_nonzero(counts) < 2:
             only = [name for name, n in zip(names, counts) if n]
@@ -395,9 +463,9 @@ def _stem(path: Path, folder: Path) -> str:
     return str(path.relative_to(folder).with_suffix(""))
 
 
-def _wrong_label(masks: Sequence[Path], wrong: Sequence[int], classes: int) -> str:
-    for mask in masks:
-        labels = read_mask(mask)
+def _wrong_label(part: MaskFolder, wrong: Sequence[int], classes: int) -> str:
+    for mask in part.masks:
+        labels = read_mask(mask, part.colours)
         places = np.argwhere(np.isin(labels, wrong))
         if len(places):
             break

@@ -19,6 +19,7 @@ from fcvgg.geometry import Pair
 from fcvgg.inference.line_buffers import LineBuffers, MissingCells
 from fcvgg.inference.memory import trimmer
 from fcvgg.network import FullyConvolutional
+from fcvgg.streaming.interest import image_rows
 from fcvgg.streaming.job import StreamJob, as_result, plan_in_memory
 from fcvgg.streaming.resumption import open_or_create_store
 from fcvgg.streaming.score_store import ScoreStore
@@ -30,6 +31,9 @@ from fcvgg.support.module_state import device_of, dtype_of, evaluating
 from fcvgg.support.progress import progress_bar
 
 _MEGA = 10**6
+
+_BLANK_BYTES = 8 << 20
+"""Bytes of the rows of cells that are given at once where none is computed."""
 
 
 @torch.no_grad()
@@ -44,6 +48,9 @@ def stream(
     progress: bool = False,
     output: int | str = 0,
     nodata: float | str | None = None,
+    where: Any = None,
+    fill: float | None = None,
+    mpp: float | None = None,
 ) -> Any:
     """The score map of an image of any size, equal to the network's on the whole image.
 
@@ -54,17 +61,16 @@ def stream(
         net: a converted network.
         source: a path (TIFF, BigTIFF, OME-TIFF, zarr, OME-Zarr; what else Pillow reads is decoded
             whole), what `fcvgg.open_image` gives (for a level of a pyramid, or some bands), an
-            open rasterio dataset, a PIL image, or an array that can be sliced (NumPy, memmap,
-            zarr, h5py, dask): pixels ``(H, W, C)`` or ``(H, W)``, which are preprocessed, or
-            preprocessed floats ``(C, H, W)``, also as a tensor. Pixels are the same as for
-            `FullyConvolutional.score_map`; those of more than 8 bits are taken as
-            `fcvgg.Preprocess` says.
-        out: a folder for the map as a zarr array, with class names and geometry in its attributes,
-            and of a georeferenced image its coordinate reference system and transform (``crs``,
-            ``transform``, and ``cell_transform`` of the map's cells). Rows are written as they are
-            finished; after an interruption the same call resumes. A map of another network or
-            image is refused; an image is known by its size and three of its rows. None keeps the
-            map in memory.
+            open rasterio dataset or slide (OpenSlide, TiffSlide, cuCIM), a PIL image, or an array
+            that can be sliced (NumPy, memmap, zarr, h5py, dask): pixels ``(H, W, C)`` or
+            ``(H, W)``, which are preprocessed, or preprocessed floats ``(C, H, W)``, also as a
+            tensor. Pixels are the same as for `FullyConvolutional.score_map`; those of more than
+            8 bits are taken as `fcvgg.Preprocess` says.
+        out: a folder for the map as an OME-Zarr 0.5 image, with class names and geometry in its
+            attributes, and of a georeferenced image its coordinate reference system and transform
+            (``crs``, ``transform``, and ``cell_transform`` of the map's cells). Rows are written
+            as they are finished; after an interruption the same call resumes. The map of another
+            network or image (by its size and three rows) is refused. None keeps it in memory.
         classes: class indices or names to keep, ``"argmax"`` for the best class of every cell, or
             ``"top5"``; None keeps all.
         rows: half-open range of the map's rows; only the image's rows that they need are read.
@@ -76,6 +82,12 @@ def stream(
         nodata: pixels of this value have no data, as for `fcvgg.open_image`: a number, or
             ``"file"`` for what the file declares. Not for preprocessed floats, which hold NaN
             there, nor for what is open already.
+        where: the part of the image of interest, the rest is neither read nor computed:
+            ``"tissue"``, a boolean array ``(h, w)`` of any resolution, GeoJSON polygons, or the
+            path of either (`fcvgg.streaming.interest`). Cells keep the bits of the whole call.
+        fill: what other cells hold, as scores or labels; None for NaN, or -1 for a class.
+        mpp: micrometres per pixel that choose a pyramid's level, as for `fcvgg.open_image`; without
+            it those of `fcvgg.Preprocess.mpp` do, and a warning says so.
 
     Returns:
         a `ScoreMap` with the scores ``(K, h, w)``, or ``(len(classes), h, w)``, whose probabilities
@@ -92,7 +104,7 @@ def stream(
             cannot be written.
     """
     folder = None if out is None else checked_folder(out, "out", STORE_ENDINGS)
-    job = StreamJob.prepared(net, source, classes, rows, output, nodata)
+    job = StreamJob.prepared(net, source, classes, rows, output, nodata, where, fill, mpp)
     budget = parsed_memory(memory)
     if folder is None:
         return _in_memory(job, budget, progress)
@@ -106,13 +118,48 @@ def stream(
 
 
 def bands(
-    job: StreamJob, plan: StripPlan, cols: Pair, rows: Pair, advance: Callable[[float], None]
+    job: StreamJob, plan: StripPlan, block: Pair, rows: Pair, advance: Callable[[float], None]
 ) -> Iterator[Tensor]:
-    """Rows of cells ``(..., rows, cols)`` for some columns, a few at a time, from top to bottom.
+    """Rows of cells ``(..., rows, cols)`` of a block of columns, a few at a time, downwards.
 
     The same plan gives the same bits wherever the range `rows` begins.
     """
-    schedule = job.workload.schedule(plan.strip_bytes, cols)
+    if job.interest is None:
+        yield from _computed(job, plan, block, block, rows, advance)
+        return
+    row, end = rows
+    top, (left, right) = job.workload.rows[0], block
+    blank = job.blank  # (..., 1, 1)
+    most = max(_BLANK_BYTES // job.row_bytes, 1)
+    for (first, last), ranges in [*job.bands(block, plan.strip_bytes), ((end, end), [])]:
+        while row < min(first, end):  # above the band
+            count = min(first, end, row + most) - row
+            yield blank.expand(*blank.shape[:-2], count, right - left)
+            row += count
+        band = row, min(last, end)
+        if band[0] >= band[1]:
+            continue
+        # the strips of all ranges give the same rows, since one schedule holds for all
+        for parts in zip(*(_computed(job, plan, block, n, band, advance) for n in ranges)):
+            count = parts[0].shape[-2]
+            cells = blank.repeat(*[1] * (blank.ndim - 2), count, right - left)
+            for (a, b), part in zip(ranges, parts):
+                cells[..., a - left : b - left] = part
+            wanted = job.interest.cells[row - top : row - top + count, left:right]
+            yield torch.where(torch.from_numpy(wanted).to(cells.device), cells, blank)
+            row += count
+
+
+def _computed(
+    job: StreamJob,
+    plan: StripPlan,
+    block: Pair,
+    cols: Pair,
+    rows: Pair,
+    advance: Callable[[float], None],
+) -> Iterator[Tensor]:
+    """Rows of cells of some columns ``(..., rows, cols)``, by the schedule of their block."""
+    schedule = job.workload.schedule(plan.strip_bytes, block)
     width = job.workload.width(cols)
     buffers = LineBuffers(schedule, width, rows[0], trimmer(plan.peak, plan.memory))
     missing = MissingCells(schedule, width, rows[0])
@@ -195,7 +242,11 @@ def _bar(
     progress: bool, job: StreamJob, plan: StripPlan
 ) -> AbstractContextManager[Callable[[float], None]]:
     """A function that takes how many megapixels are done, and shows them if `progress`."""
-    first, end = job.workload.height().ranges[0]
-    cols = [job.workload.width(block).ranges[0] for block in plan.blocks]
-    total = sum((end - first) * (b - a) for a, b in cols)
+    total = 0
+    for block in plan.blocks:
+        schedule = job.workload.schedule(plan.strip_bytes, block)
+        for rows, ranges in job.bands(block, plan.strip_bytes):
+            first, end = image_rows(schedule, rows)
+            widths = [job.workload.width(cols).ranges[0] for cols in ranges]
+            total += sum((end - first) * (b - a) for a, b in widths)
     return progress_bar("streaming", total / _MEGA, progress, rate="MP/s")

@@ -80,6 +80,7 @@ def _description(job: StreamJob) -> dict[str, Any]:
         "network": _network_checksum(job.net),
         "weights": _weights_checksum(job.net),
         "nodata": job.source.left_out,
+        "where": None if job.interest is None else job.interest.checksum,
         "image": _image_checksum(job),
         "source": None if job.source.path is None else str(job.source.path.resolve()),
         "level": job.source.level,

@@ -9,6 +9,7 @@ killed process loses no finished row. Older stores are an array with the first o
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,16 +18,23 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fcvgg.categories import class_name
+from fcvgg.choices import PolygonKind
 from fcvgg.errors import FcvggError, one_line
 from fcvgg.geometry import Pair
 from fcvgg.images.lazy.georeference import FIELDS
-from fcvgg.streaming.ome_image import ome_axes, ome_image
+from fcvgg.images.lazy.opening import strip_source
+from fcvgg.results.geojson import ClassCells
+from fcvgg.results.geotiff import save_cells
+from fcvgg.streaming.ome_image import cells_on_slide, ome_axes, ome_image
 from fcvgg.streaming.store_description import check_held, checked_description, checked_progress
 from fcvgg.support import untrusted
 from fcvgg.support.atomic import atomic_file, atomic_folder
 from fcvgg.support.extras import imported
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
     from fcvgg.results.heatmap import Heatmap
 
 ATTRIBUTE = "fcvgg"
@@ -39,6 +47,7 @@ _MAY_DIFFER = (
 """Fields that a resumed stream may change, and those that older stores lack."""
 
 _CHECKSUMS = {
+    "where": "where= or fill=",
     "network": "network",
     "weights": "weights",
     "image": "image, or the preprocessing or range of its values,",
@@ -47,6 +56,9 @@ _CHECKSUMS = {
 
 _LONGEST_VALUE = 60
 """Characters of a value that a message shows."""
+
+_OVERVIEWS = {"scores": "AVERAGE", "argmax": "MODE", "top5": "NEAREST"}
+"""How GDAL reduces what a map holds."""
 
 _CHUNK_CHANNELS = 64
 _CHUNK_COLS = 512
@@ -79,21 +91,104 @@ class ScoreStore:
         shape = "x".join(map(str, self.array.shape))
         return f"ScoreStore({str(self.path)!r}: {shape} {self.description['kind']}{state})"
 
-    def heatmap(self, target: int | str | None = None) -> Heatmap:
+    def heatmap(self, target: int | str | None = None, *, image: Any = None) -> Heatmap:
         """A class's probability on a thumbnail of the image, as ``fcvgg heatmap`` shows it.
 
         Args:
             target: a class index or category name; None for the class with the highest average
                 score, or the only one.
+            image: what was streamed, to show the heatmap on, such as an open slide or what
+                `fcvgg.open_image` gave; None for its file, if that is still there.
 
         Raises:
             CategoryError: if the class is unknown or its probability cannot be known from the map.
-            ImageError: if no cell has data.
+            ImageError: if no cell has data, or the image has another size.
         """
         from fcvgg.streaming.slide_maps import SlideMap
 
         shown = SlideMap(self, target)
-        return shown.heatmap(shown.source())
+        return shown.heatmap(shown.source() if image is None else strip_source(image))
+
+    def plot_labels(self, ax: Axes | None = None, most: int = 6) -> Axes:
+        """Every cell in the colour of its most probable class, on a thumbnail, with a legend.
+
+        The `most` frequent classes have colours of their own, the others share grey.
+
+        Raises:
+            CategoryError: if the map holds the scores of some classes only.
+            ImageError: if no cell has a class.
+        """
+        from fcvgg.streaming.slide_maps import SlideLabels
+
+        shown = SlideLabels(self)
+        return shown.plot(shown.source(), ax, most)
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write the map of a georeferenced image as a cloud-optimised GeoTIFF (``fcvgg[geo]``).
+
+        Its pixels are the cells, with the image's coordinate reference system, and hold what the
+        map does: a band of scores for each class, the index of the best class, or the classes and
+        scores of the five best. Where there is no data they are NaN, or -1 for a class.
+
+        Args:
+            path: a name in ``.tif`` or ``.tiff``.
+
+        Raises:
+            ArgumentError: if the name ends otherwise.
+            ImageError: if the image was not georeferenced.
+            FcvggError: if the map is not finished, or the file cannot be written.
+        """
+        from fcvgg.streaming.slide_maps import row_ranges
+
+        if not self.complete:
+            raise FcvggError(f"{self.path} is not finished; repeat the call that began it")
+        kind, dtype = self.description["kind"], self.array.dtype
+        if kind == "argmax":  # the narrowest that geographic systems know, of those that hold -1
+            few = self.description.get("num_classes", 1 << 24) < 1 << 15
+            dtype = np.dtype(np.int16 if few else np.int32)
+        names = self._band_names()
+        height, width = self.array.shape[-2:]
+        place = self.description.get("cell_transform"), self.description.get("crs")
+        parts = (
+            self.array[..., rows, :].reshape(len(names), -1, width) for rows in row_ranges(self)
+        )
+        with self.reading():
+            return save_cells(
+                path, parts, (len(names), height, width), dtype, names, *place, _OVERVIEWS[kind]
+            )
+
+    def _band_names(self) -> list[str]:
+        """What every band of a GeoTIFF holds."""
+        kind, names = self.description["kind"], self.description["categories"]
+        if kind == "argmax":
+            return ["class"]
+        if kind == "top5":
+            ranks = range(1, self.array.shape[1] + 1)
+            return [f"{what} {rank}" for what in ("class", "score") for rank in ranks]
+        return names or [class_name(index, None) for index in self.description["classes"]]
+
+    def to_geojson(
+        self,
+        path: str | os.PathLike[str] | None = None,
+        *,
+        target: int | str | None = None,
+        threshold: float = 0.5,
+        kind: PolygonKind = "regions",
+        pixels: bool = False,
+    ) -> dict[str, Any]:
+        """As `ScoreMap.to_geojson`; the cells of a map of classes have probability 1 or 0.
+
+        Raises:
+            CategoryError: if the class is unknown or its probability cannot be known from the map.
+        """
+        from fcvgg.streaming.slide_maps import SlideMap
+
+        place = self.description.get("cell_transform"), self.description.get("crs")
+        slide = SlideMap(self, target)
+        cells = ClassCells(
+            slide.cells, slide.label, slide.index, cells_on_slide(self.description), *place
+        )
+        return cells.to_geojson(path, threshold, kind, pixels)
 
     @property
     def chunk_rows(self) -> int:

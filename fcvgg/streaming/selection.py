@@ -19,9 +19,8 @@ from fcvgg.probability import (
     normalized,
     require_classes,
     require_probabilities,
-    to_probabilities,
 )
-from fcvgg.results.score_map import ScoreMap, best_classes
+from fcvgg.results.score_map import ScoreMap, labels_of
 
 _TOP = 5
 
@@ -99,9 +98,7 @@ class Selection:
     def __call__(self, scores: Tensor) -> Tensor:
         """What is kept of scores ``(K, h, w)``, of shape ``(*lead, h, w)``."""
         if self.kind == "argmax":
-            if self.count == 1:  # 0 where a cell is of the class, else -1
-                return (to_probabilities(scores, self.activation)[0] > 0.5).long() - 1
-            return best_classes(scores)  # (h, w)
+            return labels_of(scores, self.activation)  # (h, w)
         if self.kind == "top5":
             unknown = ~cells_with_data(scores)  # (h, w)
             best, indices = scores.to(self.dtype(scores.dtype)).topk(min(_TOP, self.count), 0)

@@ -1,4 +1,7 @@
-"""Pictures of a score map on disk: an overlay thumbnail, and a pyramid of the image's full size."""
+"""Pictures of a score map on disk: thumbnails, and pyramids of the image's full size.
+
+They show one class's probability, or the most probable class of every cell.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import itertools
 from collections.abc import Iterator
 from numbers import Integral
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -21,12 +24,17 @@ from fcvgg.images.lazy.opening import open_image
 from fcvgg.images.lazy.source import StripSource, nodata_of
 from fcvgg.images.pictures import Picture
 from fcvgg.probability import cells_with_data, chance_level, normalized, to_probabilities
+from fcvgg.results.colours import class_colours
+from fcvgg.results.figures import CellLabels, edges_of_cells, label_figure
 from fcvgg.results.heatmap import Heatmap
 from fcvgg.results.interpolation import interpolated, pixel_points, shown, within
+from fcvgg.results.score_map import labels_of
 from fcvgg.support.atomic import atomic_file, checked_file
 from fcvgg.support.extras import imported
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
     from fcvgg.streaming.score_store import ScoreStore
 
 THUMBNAIL = 1600
@@ -35,69 +43,60 @@ THUMBNAIL = 1600
 _TILE = 512
 _SMALLEST_LEVEL = 512
 _READ_BYTES = 64 << 20
-_THUMBNAIL_ROWS = 4
+_SAME_SHAPE = 0.02
+"""How far the ratio of sides of a pyramid's level may be from the image's, by its rounding."""
+
+_NAMED = 255
+"""Classes that a pyramid names."""
+
+_NODATA = 42113
+"""GDAL's tag of the value of pixels without data."""
+
 _LISTED = 8
 _MOST_CLASSES = 1 << 24
 
 
-class SlideMap:
-    """One class's probability over an image, from a score map on disk.
-
-    Args:
-        store: a finished score map.
-        target: a class index or category name; None for the class with the highest average score,
-            or the only one.
+class StoredMap:
+    """What pictures of a finished score map share: the image under it, and the file of a pyramid.
 
     Raises:
-        CategoryError: if the class is unknown or its probability cannot be known from the map.
-        ImageError: if no cell has data.
+        FcvggError: if the map is not finished.
     """
 
-    def __init__(self, store: ScoreStore, target: int | str | None = None):
+    _tiff: ClassVar[dict[str, Any]] = {"dtype": "uint8", "photometric": "minisblack"}
+    """How a pyramid's pixels are stored."""
+
+    _tags: ClassVar[tuple[Any, ...]] = ()
+    """Further tags of its first level."""
+
+    label: str
+    """What the map shows."""
+
+    def __init__(self, store: ScoreStore):
         if not store.complete:
             raise FcvggError(f"{store.path} is not finished; repeat the call that began it")
-        with store.reading():
-            place = _target(store, target)
-            self.cells = _probabilities(store, place)  # (h, w), NaN where there is no data
-        if np.isnan(self.cells).all():
-            raise ImageError(f"no cell of {store.path} has data, so there is nothing to show")
         self._description = store.description
         self.path = store.path
         self.geometry = Geometry.from_dict(store.description["geometry"])
         self.image_size: Pair = tuple(store.description["image_size"])
         sizes = store.description.get("pixel_size")
         self.pixel_size: tuple[float, float] | None = sizes and (sizes[0], sizes[1])
-        names = store.description["categories"]
-        kept = store.description["classes"] if store.description["kind"] == "scores" else None
-        self.index = place if kept is None else kept[place]
-        self.label = class_name(self.index, None) if names is None else names[place]
 
     @property
-    def chance(self) -> float:
-        """The probability of the class that says nothing."""
+    def classes(self) -> int:
+        """How many classes the network has, 0 if the map does not say."""
         kept = self._description["classes"] if self._description["all_classes"] else ()
-        count = self._description.get("num_classes", len(kept))
-        return chance_level(count, self._description["activation"])
+        return int(self._description.get("num_classes", len(kept)))
 
-    def shown(self, ys: NDArray[Any], xs: NDArray[Any], size: Pair) -> NDArray[np.float32]:
-        """The probability at points `ys`, `xs` of the image, for a picture of it of some size.
+    def _placed(self, cells: NDArray[Any], without: float) -> NDArray[Any]:
+        """The cells of the whole image, of which the map may be a band of rows."""
+        first, end = self._description["rows"]
+        after = self.geometry.output_size(self.image_size)[0] - end
+        return np.pad(cells, ((first, after), (0, 0)), constant_values=without)
 
-        Where a pixel of a reduced picture covers several cells, it shows the highest probability,
-        so that a few cells of a large slide stay visible. Without data it is NaN.
-        """
-        if size == self.image_size:
-            return self.sampled(ys, xs)
-        cells, points = torch.from_numpy(self.cells), (torch.from_numpy(ys), torch.from_numpy(xs))
-        extents = [pixels / n for pixels, n in zip(self.image_size, size)]
-        return shown(cells, self.geometry, points, extents).numpy()
-
-    def sampled(self, ys: NDArray[Any], xs: NDArray[Any]) -> NDArray[np.float32]:
-        """The probability at points of the image, ``(len(ys), len(xs))``.
-
-        It is interpolated between the cells' centres and held outside them.
-        """
-        points = torch.from_numpy(np.asarray(ys, float)), torch.from_numpy(np.asarray(xs, float))
-        return interpolated(torch.from_numpy(self.cells), self.geometry, points).numpy()
+    def _pixels(self, points: NDArray[Any], columns: NDArray[Any], size: Pair) -> NDArray[Any]:
+        """The values of a pyramid's pixels at points of the image."""
+        raise NotImplementedError
 
     def source(self) -> StripSource | None:
         """The image that was streamed, if it was a file and is still there."""
@@ -111,39 +110,34 @@ class SlideMap:
             nodata=nodata_of(self._description.get("nodata")),
         )
 
-    def heatmap(self, source: StripSource | None = None, side: int = THUMBNAIL) -> Heatmap:
-        """A heatmap of reduced size, on a thumbnail of the image if it is given.
+    def checked(self, source: StripSource | None) -> StripSource | None:
+        """The image, unless it has another size than the streamed one.
 
         Raises:
-            ImageError: if the image has another size than the streamed one.
+            ImageError: if it has.
         """
-        height, width = self.image_size
-        factor = max(max(height, width) / side, 1.0)
-        size = (max(round(height / factor), 1), max(round(width / factor), 1))
-        # the middle of every thumbnail pixel, in pixels of the image
-        ys, xs = (pixel_points(n, m) for n, m in zip(size, self.image_size))
-        rows, cols = (
-            within(axis, points, n)
-            for axis, points, n in zip(self.geometry.axes, (ys, xs), self.cells.shape)
-        )
         if source is not None and source.size != self.image_size:
             raise ImageError(
                 f"{source.name} must have the size of the image of {self.path}, {self.image_size}, "
                 f"got {source.size}"
             )
-        picture = None if source is None else _thumbnail(source, ys.numpy(), xs.numpy())
-        values = self.shown(ys.numpy(), xs.numpy(), size).clip(0, 1)  # (H, W)
-        coverage = (rows[:, None] & cols).numpy() & ~np.isnan(values)
-        return Heatmap(values, coverage, self.label, picture, chance=self.chance)
+        return source
+
+    def thumbnail_size(self, side: int) -> Pair:
+        """The size of a picture whose larger side has at most `side` pixels."""
+        height, width = self.image_size
+        factor = max(max(height, width) / side, 1.0)
+        return max(round(height / factor), 1), max(round(width / factor), 1)
 
     def save_pyramid(self, path: str | Path) -> Path:
-        """Write the probability at every pixel as a pyramidal OME-TIFF, 0 to 255 for 0 to 1.
+        """Write the map at every pixel as a pyramidal OME-TIFF.
 
-        Pixels without data are 0, like those without the class.
+        A class's probability is 0 to 255 for 0 to 1, and 0 without data too. Class labels are
+        their indices, with a table of their colours; 255 (65535 for more classes) is no data.
 
-        The file has the slide's size in pixels, its pixel size where the slide states one, and the
-        class as the name of its channel, as viewers of OME-TIFF (napari, QuPath) read them. For a
-        georeferenced image it is a GeoTIFF with its coordinate reference system and transform.
+        The file has the slide's size in pixels, its pixel size where the slide states one, and what
+        it shows as the name of its channel, as viewers of OME-TIFF (napari, QuPath) read them. For
+        a georeferenced image it is a GeoTIFF with its coordinate reference system and transform.
 
         Raises:
             FcvggError: if it cannot be written.
@@ -154,9 +148,8 @@ class SlideMap:
         place = Georeference.of_description(self._description)
         options: dict[str, Any] = {
             "tile": (_TILE, _TILE),
-            "dtype": "uint8",
             "compression": "zlib",
-            "photometric": "minisblack",
+            **self._tiff,
         }
         with (
             atomic_file(path) as temporary,
@@ -167,7 +160,7 @@ class SlideMap:
                 first = {
                     "metadata": self._metadata(),
                     "subifds": len(sizes) - 1,
-                    "extratags": place.tags if place is not None else (),
+                    "extratags": (*(() if place is None else place.tags), *self._tags),
                 }
                 # the reduced levels hang on the first as sub-images, as OME-TIFF demands
                 kind = first if level == 0 else {"metadata": None, "subfiletype": 1}
@@ -200,13 +193,191 @@ class SlideMap:
             sizes.append((-(-height // 2), -(-width // 2)))
         return sizes
 
-    def _tiles(self, size: Pair) -> Iterator[NDArray[np.uint8]]:
+    def _tiles(self, size: Pair) -> Iterator[NDArray[Any]]:
         # tile by tile, so that memory does not grow with the slide
         ys, xs = (pixel_points(n, m).numpy() for n, m in zip(size, self.image_size))
         for top in range(0, size[0], _TILE):
             for left in range(0, size[1], _TILE):
-                values = self.shown(ys[top : top + _TILE], xs[left : left + _TILE], size)
-                yield np.round(np.nan_to_num(values).clip(0, 1) * 255).astype(np.uint8)
+                yield self._pixels(ys[top : top + _TILE], xs[left : left + _TILE], size)
+
+
+class SlideMap(StoredMap):
+    """One class's probability over an image, from a score map on disk.
+
+    Args:
+        store: a finished score map.
+        target: a class index or category name; None for the class with the highest average score,
+            or the only one.
+
+    Raises:
+        CategoryError: if the class is unknown or its probability cannot be known from the map.
+        ImageError: if no cell has data.
+    """
+
+    def __init__(self, store: ScoreStore, target: int | str | None = None):
+        super().__init__(store)
+        with store.reading():
+            place = _target(store, target)
+            self.cells = self._placed(_probabilities(store, place), np.nan)  # (h, w)
+        if np.isnan(self.cells).all():
+            raise ImageError(f"no cell of {store.path} has data, so there is nothing to show")
+        names = store.description["categories"]
+        kept = store.description["classes"] if store.description["kind"] == "scores" else None
+        self.index = place if kept is None else kept[place]
+        self.label = class_name(self.index, None) if names is None else names[place]
+
+    @property
+    def chance(self) -> float:
+        """The probability of the class that says nothing."""
+        return chance_level(self.classes, self._description["activation"])
+
+    def shown(self, ys: NDArray[Any], xs: NDArray[Any], size: Pair) -> NDArray[np.float32]:
+        """The probability at points `ys`, `xs` of the image, for a picture of it of some size.
+
+        Where a pixel of a reduced picture covers several cells, it shows the highest probability,
+        so that a few cells of a large slide stay visible. Without data it is NaN.
+        """
+        if size == self.image_size:
+            return self.sampled(ys, xs)
+        cells, points = torch.from_numpy(self.cells), (torch.from_numpy(ys), torch.from_numpy(xs))
+        extents = [pixels / n for pixels, n in zip(self.image_size, size)]
+        return shown(cells, self.geometry, points, extents).numpy()
+
+    def sampled(self, ys: NDArray[Any], xs: NDArray[Any]) -> NDArray[np.float32]:
+        """The probability at points of the image, ``(len(ys), len(xs))``.
+
+        It is interpolated between the cells' centres and held outside them.
+        """
+        points = torch.from_numpy(np.asarray(ys, float)), torch.from_numpy(np.asarray(xs, float))
+        return interpolated(torch.from_numpy(self.cells), self.geometry, points).numpy()
+
+    def _pixels(self, points: NDArray[Any], columns: NDArray[Any], size: Pair) -> NDArray[Any]:
+        values = self.shown(points, columns, size)
+        return np.round(np.nan_to_num(values).clip(0, 1) * 255).astype(np.uint8)
+
+    def heatmap(self, source: StripSource | None = None, side: int = THUMBNAIL) -> Heatmap:
+        """A heatmap of reduced size, on a thumbnail of the image if it is given.
+
+        Raises:
+            ImageError: if the image has another size than the streamed one.
+        """
+        source, size = self.checked(source), self.thumbnail_size(side)
+        # the middle of every thumbnail pixel, in pixels of the image
+        ys, xs = (pixel_points(n, m) for n, m in zip(size, self.image_size))
+        rows, cols = (
+            within(axis, points, n)
+            for axis, points, n in zip(self.geometry.axes, (ys, xs), self.cells.shape)
+        )
+        values = self.shown(ys.numpy(), xs.numpy(), size).clip(0, 1)  # (H, W)
+        coverage = (rows[:, None] & cols).numpy() & ~np.isnan(values)
+        picture = None if source is None else thumbnail(source, size)
+        return Heatmap(values, coverage, self.label, picture, chance=self.chance)
+
+
+class SlideLabels(StoredMap):
+    """The most probable class of every cell of an image, from a score map on disk.
+
+    Args:
+        store: a finished score map: of labels, of the five best classes, or of all scores.
+
+    Raises:
+        CategoryError: if the map holds the scores of some classes only, or more than 65,535.
+        ImageError: if no cell has data.
+    """
+
+    def __init__(self, store: ScoreStore):
+        super().__init__(store)
+        with store.reading():
+            self.cells = self._placed(_labels(store), -1)  # (h, w)
+        if (self.cells < 0).all():
+            raise ImageError(f"no cell of {store.path} has a class, so there is nothing to show")
+        self.count = max(self.classes, int(self.cells.max()) + 1)
+        self.categories = store.description["categories"]
+        present = np.unique(self.cells[self.cells >= 0]).tolist()
+        names = (f"{i} {class_name(i, self.categories)}" for i in present[:_NAMED])
+        self.label = "classes: " + ", ".join(names)
+        kind = np.uint8 if self.count < 256 else np.uint16
+        self._none = np.iinfo(kind).max
+        if self.count > self._none:
+            raise CategoryError(f"{self.path} must have at most 65535 classes, got {self.count}")
+        colours = np.zeros((self._none + 1, 3), np.uint16)
+        colours[: self.count] = class_colours(self.count)
+        self._tiff = {  # type: ignore[misc]
+            "dtype": kind,
+            "photometric": "palette",
+            "colormap": colours.T * np.uint16(257),
+        }
+        text = str(self._none)
+        self._tags = ((_NODATA, 2, len(text) + 1, text, True),)  # type: ignore[misc]
+
+    def shares(self) -> list[tuple[str, float]]:
+        """The classes that are there, with their shares of the cells, the most frequent first."""
+        counts = np.bincount(self.cells[self.cells >= 0])
+        order = [i for i in np.argsort(-counts, kind="stable").tolist() if counts[i]]
+        return [(class_name(i, self.categories), counts[i] / counts.sum()) for i in order]
+
+    def plot(
+        self,
+        source: StripSource | None = None,
+        ax: Axes | None = None,
+        most: int = 6,
+        make: Any = None,
+    ) -> Axes:
+        """Draw every cell in the colour of its class on a thumbnail of the image, with a legend.
+
+        Args:
+            source: the image.
+            ax: where to draw; a new figure when None.
+            most: as for `ScoreMap.plot_labels`.
+            make: the class or function of a new figure; pyplot's when None.
+
+        Raises:
+            ImageError: if the image has another size than the streamed one.
+        """
+        source = self.checked(source)
+        size = self.thumbnail_size(THUMBNAIL)
+        picture = None if source is None else thumbnail(source, size)
+        extent = edges_of_cells(self.geometry, self.cells.shape, self.image_size, self.image_size)
+        known = int((self.cells >= 0).sum())
+        shown = CellLabels(
+            self.cells, extent, self.image_size, self.count, known, self.categories, picture
+        )
+        return label_figure(shown, ax, most, make)
+
+    def _pixels(self, points: NDArray[Any], columns: NDArray[Any], size: Pair) -> NDArray[Any]:
+        """The class of the cell whose square a pixel lies in; beyond the cells there is none."""
+        places = [
+            np.floor((at - axis.centre_of(0)) / axis.stride + 0.5).astype(int)
+            for axis, at in zip(self.geometry.axes, (points, columns))
+        ]
+        rows, cols = (at.clip(0, n - 1) for at, n in zip(places, self.cells.shape))
+        inside = [at == near for at, near in zip(places, (rows, cols))]
+        labels = self.cells[rows[:, None], cols]
+        known = inside[0][:, None] & inside[1] & (labels >= 0)
+        return np.where(known, labels, self._none).astype(self._tiff["dtype"])
+
+
+def _labels(store: ScoreStore) -> NDArray[np.int64]:
+    """The most probable class of every cell ``(h, w)``; -1 where there is none."""
+    description, kind = store.description, store.description["kind"]
+    if kind == "scores" and not description["all_classes"]:
+        raise CategoryError(
+            f"{store.path} must hold the scores of all classes, their labels or the five best to "
+            "show the best class, got some classes; stream with classes='argmax'"
+        )
+    bands = []
+    for rows in row_ranges(store):
+        if kind == "argmax":
+            bands.append(store.array[rows])
+        elif kind == "top5":
+            bands.append(np.nan_to_num(store.array[0, 0, rows], nan=-1).astype(np.int64))
+        else:
+            scores = torch.from_numpy(store.array[:, rows])  # (K, rows, w)
+            bands.append(labels_of(scores, description["activation"]).numpy())
+    labels = np.concatenate(bands)
+    if labels.min(initial=0) < -1 or labels.max(initial=0) > _MOST_CLASSES:
+        raise ValueError(f"class indices must be from -1 to {_MOST_CLASSES}")
+    return labels
 
 
 def _target(store: ScoreStore, target: int | str | None) -> int:
@@ -229,7 +400,7 @@ def _target(store: ScoreStore, target: int | str | None) -> int:
         return class_index(target, names, count)
     if kind == "argmax":
         counts = np.zeros(1, np.int64)  # cells without a class, -1, are not counted
-        for rows in _row_ranges(store):
+        for rows in row_ranges(store):
             best = store.array[rows]
             if best.min(initial=0) < -1 or best.max(initial=0) > _MOST_CLASSES:
                 raise ValueError(f"class indices must be from -1 to {_MOST_CLASSES}")
@@ -240,7 +411,7 @@ def _target(store: ScoreStore, target: int | str | None) -> int:
     if count == 1:
         return 0
     totals = np.zeros(count)  # average scores decide, in float64 for millions of cells
-    for rows in _row_ranges(store):
+    for rows in row_ranges(store):
         scores = torch.from_numpy(store.array[:, rows])  # (K, rows, w)
         scores = scores.masked_fill(~cells_with_data(scores), 0)
         totals += scores.sum((1, 2), dtype=torch.float64).numpy()
@@ -252,7 +423,7 @@ def _probabilities(store: ScoreStore, index: int) -> NDArray[np.float32]:
     description, array = store.description, store.array
     if description["kind"] == "argmax":
         cells = np.empty(array.shape, np.float32)
-        for rows in _row_ranges(store):
+        for rows in row_ranges(store):
             labels = array[rows]
             unknown = (
                 np.nan if description.get("num_classes", 1) > 1 else 0
@@ -273,12 +444,12 @@ def _probabilities(store: ScoreStore, index: int) -> NDArray[np.float32]:
     # a softmax needs all classes, so some rows at a time
     bands = [
         to_probabilities(torch.from_numpy(array[:, rows]), activation)[index].float()
-        for rows in _row_ranges(store)
+        for rows in row_ranges(store)
     ]
     return torch.cat(bands).numpy()
 
 
-def _row_ranges(store: ScoreStore) -> Iterator[slice]:
+def row_ranges(store: ScoreStore) -> Iterator[slice]:
     """Rows a few at a time, in whole chunks."""
     *lead, height, width = store.array.shape
     row = int(np.prod([*lead, width])) * store.array.dtype.itemsize
@@ -287,30 +458,62 @@ def _row_ranges(store: ScoreStore) -> Iterator[slice]:
         yield slice(first, min(first + step, height))
 
 
-def _thumbnail(source: StripSource, ys: NDArray[Any], xs: NDArray[Any]) -> Image.Image | None:
-    """The image's pixels, averaged; None where its channels are not colours.
+# -- the image ------------------------------------------------------------------------------------
 
-    A few of the rows that a pixel of the thumbnail covers are read. Pixels without data do not
-    count, and are black where there are no others.
+
+def thumbnail(source: StripSource, size: Pair) -> Image.Image | None:
+    """The image at a size ``(h, w)``: means of all pixels; None where its channels are not colours.
+
+    The smallest level of its pyramid that is not smaller is read, strip by strip. Pixels without
+    data do not count, and are black where there are no others.
+
+    Raises:
+        ImageError: if it holds preprocessed values.
     """
     if source.preprocessed:
         raise ImageError(f"{source.name} must hold pixels to be shown, got preprocessed values")
     if source.channels not in (1, 3, 4):
         return None
+    source = _reduced_level(source, size)
     (down, _), (across, width) = (
-        (np.linspace(0, n, len(points) + 1).round().astype(int), n)
-        for n, points in zip(source.size, (ys, xs))
+        (np.linspace(0, pixels, n + 1).round().astype(int), pixels)
+        for pixels, n in zip(source.size, size)
     )
+    # float64 sums of a strip take eight times its bytes
+    step = max(_READ_BYTES // (8 * width * source.channels * source.itemsize), 1)
     lines = []
-    for top, bottom in itertools.pairwise(down):
-        rows = np.linspace(top, bottom - 1, min(_THUMBNAIL_ROWS, bottom - top)).round().astype(int)
-        read = np.stack([source.read((int(y), int(y) + 1), (0, width))[0] for y in rows])
-        known = np.isfinite(read)
-        sums = np.where(known, read, 0).sum(0, dtype=np.float64)  # (W, C)
+    for top, bottom in itertools.pairwise(down.tolist()):
+        sums: Any = 0
+        counts: Any = 0
+        for first in range(top, bottom, step):
+            read = source.read((first, min(first + step, bottom)), (0, width))
+            known = np.isfinite(read)
+            sums = sums + np.where(known, read, 0).sum(0, dtype=np.float64)  # (W, C)
+            counts = counts + known.sum(0)
         # then over the columns of every pixel of the thumbnail
-        sums, counts = (np.add.reduceat(n, across[:-1], 0) for n in (sums, known.sum(0)))
+        sums, counts = (np.add.reduceat(n, across[:-1], 0) for n in (sums, counts))
         lines.append(np.where(counts, sums / np.maximum(counts, 1), np.nan).astype(np.float32))
     pixels = np.stack(lines)
     if source.channels == 4 and not source.transparent():
         pixels = pixels[..., :3]
     return Picture(pixels, source.dtype == np.uint8).image
+
+
+def _reduced_level(source: StripSource, size: Pair) -> StripSource:
+    """The smallest level of an image's pyramid that shows all of it and is not below a size."""
+    found = source
+    for level in itertools.count(source.level + 1):
+        if source.path is None:
+            break
+        try:
+            further = open_image(
+                source.path, level, bands=source.bands, nodata=nodata_of(source.left_out)
+            )
+        except FcvggError:  # there is none
+            break
+        down, across = (n / m for n, m in zip(source.size, further.size))
+        alike = abs(down / across - 1) < _SAME_SHAPE and further.channels == source.channels
+        if not alike or any(n < least for n, least in zip(further.size, size)):
+            break
+        found = further
+    return found

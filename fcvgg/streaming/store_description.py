@@ -26,7 +26,7 @@ _CELLS_PER_BYTE = 1 << 12
 """Finished cells per byte on disk at most: chunks without data are not stored."""
 
 _LATER = (
-    *("dtype", "output", "network", "weights", "image", "pixel_size", "bands", "nodata"),
+    *("dtype", "output", "network", "weights", "image", "pixel_size", "bands", "nodata", "where"),
     *("num_classes", "full_size", *FIELDS),
 )
 """Fields that older stores lack, or that only a resumed stream compares."""
@@ -203,6 +203,7 @@ _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "cell_transform": (lambda v: v is None or is_transform(v), "null or six finite numbers"),
     "geo_keys": (lambda v: v is None or are_keys(v), "null or the keys of a GeoTIFF"),
     "nodata": (_is_nodata, "null, 'mask' or a number as text"),
+    "where": (lambda v: v is None or _is_text(v), "null or a checksum"),
     "num_classes": (lambda v: _is_whole(v, 1, _MOST_CLASSES), "a number of classes"),
     "strip_bytes": (lambda v: _is_whole(v, 1, _LARGEST_STRIP), "a number of bytes"),
     "blocks": (

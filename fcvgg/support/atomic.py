@@ -45,6 +45,10 @@ PAGE_ENDINGS = (".html", ".htm")
 JSON_ENDINGS = (".json", ".txt")
 STORE_ENDINGS = (".zarr",)
 TABLE_ENDINGS = (".parquet",)
+VENDOR_ENDINGS = (
+    *(".svs", ".ndpi", ".mrxs", ".scn", ".vms", ".vmu", ".bif", ".svslide", ".isyntax", ".czi"),
+)
+"""What scanners of slides write."""
 
 
 def checked_folder(

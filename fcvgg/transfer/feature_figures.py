@@ -15,6 +15,7 @@ from fcvgg.images.pipelines import given_preprocess
 from fcvgg.images.preprocessing import Preprocess, PreprocessLike
 from fcvgg.images.reading import ImageLike, prepare
 from fcvgg.network import FullyConvolutional
+from fcvgg.results.drawing import BAR, colour_bar, panels
 from fcvgg.rewriting.capture import input_channels
 from fcvgg.support.module_state import device_of, dtype_of, evaluating
 from fcvgg.transfer.extraction import features_upto
@@ -22,8 +23,8 @@ from fcvgg.transfer.extraction import features_upto
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_PANEL, _MARGIN, _TITLE, _BAR = 1.35, 0.25, 0.6, 1.0
-"""Inches: a panel's width, the channel's number over it, the title's height, the bar's width."""
+_PANEL, _TITLE = 1.35, 0.35
+"""Inches: a panel's width, the height of the figure's title."""
 
 _BRIGHTEST = 0.999
 """The quantile of all values at which the colours end, so that one spike does not dim the rest."""
@@ -125,22 +126,12 @@ def _channels(values: Tensor, maps: int | Sequence[int]) -> list[int]:
 def _grid(
     values: Tensor, channels: Sequence[int], columns: int, pixels: Tensor, layer: str
 ) -> Figure:
-    from matplotlib.figure import Figure
-
     rows = ceil((len(channels) + 1) / columns)
-    ratio = pixels.shape[0] / pixels.shape[1]
-    figure = Figure(
-        figsize=(
-            columns * _PANEL + _BAR,
-            rows * (_PANEL * ratio + _MARGIN) + _TITLE,
-        ),
-        dpi=110,
-        layout="constrained",
+    height = _PANEL * pixels.shape[0] / pixels.shape[1]
+    made = panels(
+        [_PANEL] * columns, [height] * rows, titles=["image"], points=8, top=_TITLE, right=(BAR,)
     )
-    panels = figure.subplots(rows, columns, squeeze=False)
-    for ax in panels.flat:
-        ax.set_axis_off()
-    first, *rest = list(panels.flat)
+    first, *rest = list(made.axes.flat)
     first.imshow(pixels.numpy(), cmap="gray", vmin=0, vmax=1)
     first.set_title("image", fontsize=8)
     shown = values[list(channels)]
@@ -155,10 +146,9 @@ def _grid(
             interpolation="nearest",
         )
         ax.set_title(str(channel), fontsize=8)
-    bar = figure.colorbar(drawn, ax=panels, fraction=0.03, pad=0.02)
-    bar.set_label("activation")
-    figure.suptitle(
+    colour_bar(drawn, made.axes, made.bar()).set_label("activation")
+    made.figure.suptitle(
         f"{layer}: {len(channels)} of {len(values)} maps of {values.shape[1]} x {values.shape[2]}",
         fontsize=10,
     )
-    return figure
+    return made.figure

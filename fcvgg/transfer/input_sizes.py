@@ -124,8 +124,9 @@ def _check_features(model: nn.Module, size: Pair) -> None:
     least = geometry.window
     if any(n < m for n, m in zip(size, least)):
         raise InputSizeError(
-            f"the features vanish at input size {size}: {layer.name} needs at least {least} to "
-            f"give one position; the least size is {least[0] if least[0] == least[1] else least}"
+            f"size must be at least {least}, of which {layer.name} gives one position, got {size}, "
+            f"where the features vanish; pass {least[0] if least[0] == least[1] else least} or "
+            "more, to which images are enlarged"
         )
 
 

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 CLASSIFIERS = get_args(Classifier)
 _ITERATIONS = 5000
 
+_ABREAST = 60
+"""Letters of the names of all layers that fit below the axes side by side."""
+
 
 @dataclass(frozen=True)
 class LayerAccuracy:
@@ -80,10 +83,12 @@ class Probe:
 
     def plot(self, ax: Axes | None = None) -> Axes:
         """Accuracy by depth, with the folds' standard deviation and the line of chance."""
+        own = ax is None
+        crowded = max(len(row.layer) for row in self.rows) * len(self.rows) > _ABREAST
         if ax is None:
             from matplotlib.figure import Figure
 
-            ax = Figure(figsize=(6, 4), dpi=120, layout="constrained").subplots()
+            ax = Figure(figsize=(6, 5 if crowded else 4), dpi=120, layout="constrained").subplots()
         places = range(len(self.rows))
         ax.errorbar(
             places,
@@ -98,13 +103,20 @@ class Probe:
             label=f"mean and spread of {len(self.rows[0].folds)} folds",
         )
         ax.axhline(self.chance, color="grey", linestyle="--", label="most frequent class")
-        ax.set_xticks(places, [f"{row.layer}\n{row.features}" for row in self.rows])
+        between = ", " if crowded else "\n"
+        names = [f"{row.layer}{between}{row.features}" for row in self.rows]
+        turned: dict[str, Any] = {"rotation": 60, "ha": "right", "rotation_mode": "anchor"}
+        ax.set_xticks(places, names, **(turned if crowded else {}))
         ax.set_xlabel("layer, and its number of features")
         ax.set_ylabel("accuracy on held-out images")
         ax.set_ylim(0, 1.02)
         ax.grid(alpha=0.3)
-        # below the axes, where no accuracy is: they are often all at the top
-        ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.24), ncols=2, frameon=False)
+        # below the figure, where no accuracy is: they are often all at the top
+        figure: Any = ax.figure
+        if own:
+            figure.legend(loc="outside lower center", ncols=2, frameon=False)
+        else:
+            ax.legend(loc="lower center", frameon=False)
         ax.set_title(f"{self.images} images: best at {self.best.layer}, {self.best.mean:.1%}")
         return ax
 

@@ -62,7 +62,8 @@ def application(
     routing = imported("starlette.routing", "serve")
     concurrency = imported("starlette.concurrency", "serve")
     lock = imported("anyio", "serve").Lock()
-    page = document("serve", network, title)
+    refusal = f"the file must have at most {limit / 2**20:g} MB; raise --limit, or make it smaller"
+    page = document("serve", {**network, "limit": limit, "refusal": refusal}, title)
 
     def refused(message: str, status: int) -> Any:
         return responses.JSONResponse({"error": message}, status, _HEADERS)
@@ -77,11 +78,7 @@ def application(
         async for part in request.stream():
             upload += part
             if len(upload) > limit:
-                return refused(
-                    f"the file must have at most {limit / 2**20:g} MB; raise --limit, or make it "
-                    "smaller",
-                    413,
-                )
+                return refused(refusal, 413)
         try:
             side, stride = (_positive(request.query_params, name) for name in ("side", "stride"))
             async with lock:

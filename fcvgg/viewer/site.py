@@ -28,61 +28,71 @@ _PATIENCE = 300
 
 
 def write_site(
-    folder: Path, network: Mapping[str, Any], export: Callable[[Path], Any], title: str
+    folder: Path,
+    runtime: Mapping[str, bytes],
+    network: Mapping[str, Any],
+    export: Callable[[Path], Any],
+    title: str,
 ) -> None:
     """Write a site, whole or not at all; other files in the folder are kept.
 
     Args:
         folder: where to.
+        runtime: what `fetched_runtime` gives.
         network: what the page knows of the network before an image is opened.
         export: writes the network to an ``.onnx`` file.
         title: of the page.
 
     Raises:
-        FcvggError: if the runtime cannot be fetched, or the folder cannot be written.
+        FcvggError: if the folder cannot be written.
     """
     with atomic_folder(folder, FILES) as new:
-        _fetch_runtime(new)
         export(new / "model.onnx")
+        for name, content in runtime.items():
+            (new / name).write_bytes(content)
         for name in _SCRIPTS:
             (new / name).write_text(page_file(name), "utf-8")
         (new / "index.html").write_text(document("page", network, title), "utf-8")
 
 
-def _fetch_runtime(folder: Path) -> None:
-    """Take the runtime's files out of npm's package.
+def fetched_runtime() -> dict[str, bytes]:
+    """The runtime's files, by name, out of npm's package.
 
     Raises:
         FcvggError: if there is no npm, or it cannot fetch the package.
     """
     with tempfile.TemporaryDirectory() as place:
-        command = ["npm", "pack", RUNTIME, "--prefer-offline", "--pack-destination", place]
-        try:
-            subprocess.run(command, check=True, capture_output=True, text=True, timeout=_PATIENCE)
-        except FileNotFoundError as error:
-            raise FcvggError(
-                f"npm must be installed to fetch {RUNTIME}, got none; install Node.js, or use "
-                "'fcvgg serve', which needs none"
-            ) from error
-        except subprocess.TimeoutExpired as error:
-            raise FcvggError(
-                f"npm must fetch {RUNTIME} within {_PATIENCE} s; check the network"
-            ) from error
-        except subprocess.CalledProcessError as error:
-            reasons = [line for line in error.stderr.splitlines() if " error " in f" {line} "]
-            reason = reasons[0].removeprefix("npm").strip() if reasons else "it gave no reason"
-            raise FcvggError(
-                f"npm must fetch {RUNTIME}, got: {reason}; connect to the network, npm keeps the "
-                "package for the next time"
-            ) from error
+        _fetch(place)
         try:
             with tarfile.open(next(Path(place).glob("*.tgz"))) as package:
-                for name in _RUNTIME_FILES:
-                    part = package.extractfile(f"package/dist/{name}")
-                    assert part is not None
-                    (folder / name).write_bytes(part.read())
+                parts = {
+                    name: package.extractfile(f"package/dist/{name}") for name in _RUNTIME_FILES
+                }
+                return {name: part.read() for name, part in parts.items() if part is not None}
         except (StopIteration, KeyError, tarfile.TarError) as error:
             raise FcvggError(
                 f"{RUNTIME} must hold {' and '.join(_RUNTIME_FILES)}, got a broken package from "
                 "npm; run 'npm cache clean --force' and try again"
             ) from error
+
+
+def _fetch(place: str) -> None:
+    command = ["npm", "pack", RUNTIME, "--prefer-offline", "--pack-destination", place]
+    try:
+        subprocess.run(command, check=True, capture_output=True, text=True, timeout=_PATIENCE)
+    except FileNotFoundError as error:
+        raise FcvggError(
+            f"npm must be installed to fetch {RUNTIME}, got none; install Node.js, or use "
+            "'fcvgg serve', which needs none"
+        ) from error
+    except subprocess.TimeoutExpired as error:
+        raise FcvggError(
+            f"npm must fetch {RUNTIME} within {_PATIENCE} s; check the network"
+        ) from error
+    except subprocess.CalledProcessError as error:
+        reasons = [line for line in error.stderr.splitlines() if " error " in f" {line} "]
+        reason = reasons[0].removeprefix("npm").strip() if reasons else "it gave no reason"
+        raise FcvggError(
+            f"npm must fetch {RUNTIME}, got: {reason}; connect to the network, npm keeps the "
+            "package for the next time"
+        ) from error

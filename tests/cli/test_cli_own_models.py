@@ -7,10 +7,12 @@ import re
 from math import log
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torchvision
 from command_line import run
+from PIL import Image
 
 import fcvgg
 from fcvgg import demo
@@ -259,3 +261,56 @@ def test_categories_in_a_list_of_json_and_behind_a_byte_order_mark(tmp_path: Pat
 )
 def test_messages_name_options(message: str, words: str) -> None:
     assert in_option_words(message) == words
+
+
+def test_a_regression_is_shown_as_values(own: list[str], checkpoint: Path) -> None:
+    given = [*own, "--activation", "values"]
+    ran = run("heatmap", "one.png", *given, "--target", "1", "--csv", "values.csv", "--scores")
+    assert (ran.exit_code, ran.stderr) == (0, "")
+    net = fcvgg.load(checkpoint, arch="squeezenet1_1", input_size=64, activation="values")
+    net.preprocess = fcvgg.Preprocess.imagenet()
+    score_map = net.score_map("one.png")
+    names, row = (line.split(",") for line in Path("values.csv").read_text().splitlines())
+    found = dict(zip(names, row))
+    assert list(found)[:6] == ["image", "index", "category", "value", "lowest", "highest"]
+    assert found["category"] == "output 1"
+    assert float(found["value"]) == pytest.approx(float(score_map.average()[1]), rel=1e-4)
+    assert float(found["highest"]) == pytest.approx(float(score_map.scores[1].max()), rel=1e-4)
+    written = np.load("one-scores.npz")["scores"]
+    torch.testing.assert_close(torch.from_numpy(written), score_map.scores)
+    with Image.open("one-heatmap.png") as picture:
+        assert picture.width > picture.height  # the photograph, the values and a colour bar
+    ran = run("heatmap", "one.png", *given)
+    assert "output 0 (0), value " in ran.stdout
+    assert "(2 more in the picture, or --target)" in ran.stdout
+    titles = [ax.get_title() for ax in score_map.plot().axes if ax.get_title()]
+    assert [title.partition(":")[0] for title in titles[1:]] == ["output 0", "output 1", "output 2"]
+    ran = run("heatmap", "one.png", *given, "--boxes", "0.5")
+    assert (ran.exit_code, "are for probabilities" in ran.stderr) == (2, True)
+
+
+def test_a_model_of_ones_own_is_fine_tuned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("tinynet.py").write_text(
+        "from torch import nn\n\n\n"
+        "class Tiny(nn.Sequential):\n"
+        "    def __init__(self, num_classes=4):\n"
+        "        trunk = nn.Conv2d(3, 4, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten()\n"
+        "        super().__init__(*trunk, nn.Linear(4 * 49, num_classes))\n"
+    )
+    for i, name in enumerate(("a", "b")):
+        Path("photos", name).mkdir(parents=True)
+        for j in range(5):
+            noise = np.random.default_rng((i, j)).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+            Image.fromarray(noise).save(Path("photos", name, f"{j}.png"))
+    options = ["--arch", "tinynet:Tiny", "--preprocess", "unit", "--size", "16", "--epochs", "1"]
+    ran = run("finetune", "photos", *options)
+    assert ran.exit_code == 2
+    assert "--weights must be a checkpoint of --arch tinynet:Tiny, got none" in ran.stderr
+    from tinynet import Tiny  # type: ignore[import-not-found]
+
+    torch.save(Tiny().state_dict(), "tiny.pth")
+    ran = run("finetune", "photos", *options, "-w", "tiny.pth", "-s", "linear", "-o", "run")
+    assert ran.exit_code == 0, ran.stderr
+    ran = run("heatmap", "photos/a/0.png", "-m", "run/model", "-t", "a", "-o", "maps")
+    assert (ran.exit_code, Path("maps/0-heatmap.png").is_file()) == (0, True)

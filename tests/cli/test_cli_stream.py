@@ -10,7 +10,9 @@ import pytest
 import tifffile
 import torch
 import zarr
+from matplotlib import pyplot as plt
 from nets import SmallVGG, images, seeded
+from PIL import Image
 from torch import nn
 from typer.testing import CliRunner
 
@@ -18,8 +20,10 @@ import fcvgg
 from fcvgg.cli import app
 from fcvgg.demo import demo_photograph
 from fcvgg.images.lazy.opening import open_image, strip_source
+from fcvgg.results.colours import class_colours
+from fcvgg.results.drawing import share_text
 from fcvgg.streaming.score_store import ScoreStore, open_store
-from fcvgg.streaming.slide_maps import SlideMap, _thumbnail
+from fcvgg.streaming.slide_maps import SlideMap, thumbnail
 
 
 @pytest.fixture
@@ -48,6 +52,22 @@ def test_stream_writes_the_map_and_heatmap_shows_it(slide):
     np.testing.assert_allclose(values / max(values.max(), 1) * expected.max(), expected, atol=0.02)
 
 
+def test_only_a_region_is_streamed(slide):
+    mask = np.zeros((6, 7), np.uint8)
+    mask[2:4, 2:4] = 255
+    Image.fromarray(mask).save("mask.png")
+    command = ("stream", slide, "-o", "scores.zarr", "--model", "demo")
+    ran = fcvgg_command(*command, "--where", "mask.png")
+    assert ran.exit_code == 0, ran.output
+    cells = open_store(slide.parent / "scores.zarr").array[0]
+    share = np.isfinite(cells).mean()
+    assert 0 < share < 0.5
+    assert f", {share:.1%} of the cells computed" in " ".join(ran.output.split())
+    ran = fcvgg_command(*command, "--where", "missing.geojson")
+    assert ran.exit_code == 2
+    assert "'missing.geojson', which is not a file" in " ".join(ran.output.split())
+
+
 def pyramid_of(slide, **options):
     """The pyramid that `fcvgg heatmap` writes for a TIFF of the packaged photograph."""
     pixels = np.tile(np.asarray(demo_photograph()), (1, 3, 1))[:500, :1030]
@@ -60,6 +80,8 @@ def pyramid_of(slide, **options):
         assert ran.exit_code == 0, ran.output
     return slide.parent / "pictures" / "large-heatmap.ome.tif"
 
+
+HALVED = fcvgg.Preprocess((0.5,) * 3, (0.2,) * 3)
 
 OME_SIZE = {"PhysicalSizeY": 250, "PhysicalSizeYUnit": "nm", "PhysicalSizeX": 0.5}
 
@@ -210,13 +232,6 @@ def test_half_precision_keeps_the_denominator_exact():
     torch.testing.assert_close(some.probabilities(), expected, rtol=1e-5, atol=0)
 
 
-def test_what_cannot_be_shown_is_said_before_the_first_row(slide):
-    options = ("--model", "demo", "--classes", "top5")
-    ran = fcvgg_command("stream", slide, "-o", "five.zarr", *options)
-    assert ran.exit_code == 0
-    assert "--classes top5 keeps no class's map: 'fcvgg heatmap' cannot show it" in ran.stderr
-
-
 def test_the_most_frequent_class_of_a_map_of_classes(slide, tmp_path):
     options = ("--model", "demo", "--classes", "argmax")
     ran = fcvgg_command("stream", slide, "-o", "best.zarr", *options)
@@ -228,9 +243,69 @@ def test_the_most_frequent_class_of_a_map_of_classes(slide, tmp_path):
     found = SlideMap(store)
     assert found.index == 0
     assert np.nansum(found.cells) == 3
-    ran = fcvgg_command("heatmap", "best.zarr")
+    ran = fcvgg_command("heatmap", "best.zarr", "--target", "background")
     share = "the best class of 60.0% of the cells"
     assert share in " ".join(ran.output.split())
+
+
+@pytest.mark.parametrize("kept", ["argmax", "top5", None])
+def test_a_map_of_labels_is_shown_in_one_colour_per_class(slide, kept):
+    """As a thumbnail with a legend, and as a pyramid with a table of colours."""
+    model = seeded(SmallVGG)
+    net = fcvgg.convert(model, categories=list("abcde"), preprocess=HALVED)
+    last = [layer for layer in model.modules() if isinstance(layer, nn.Linear)][-1]
+    last.bias.data -= net.score_map(slide).average()  # every class wins cells
+    store = fcvgg.stream(net, slide, out="best.zarr", classes=kept)
+    ran = fcvgg_command("heatmap", "best.zarr", *(("--figure", "labels") if kept is None else ()))
+    assert ran.exit_code == 0, ran.output
+    written = slide.parent / "best-labels.ome.tif"
+    with Image.open(slide.parent / "best-labels.png") as picture:
+        assert picture.width > picture.height / 2
+    scores = net.score_map(slide)
+    labels = scores.label_map().numpy()
+    assert len(np.unique(labels)) > 2
+    most = int(np.bincount(labels.ravel()).argmax())
+    share = share_text((labels == most).mean())
+    assert f"best.zarr: 168x200 pixels, {'abcde'[most]} {share}" in " ".join(ran.output.split())
+    colours = class_colours(5)
+    with tifffile.TiffFile(written) as file:
+        (series,) = file.series
+        assert [level.shape for level in series.levels] == [(168, 200)]
+        table = file.pages[0].colormap
+        np.testing.assert_array_equal(table.T[:5], colours.astype(np.uint16) * 257)
+        assert file.pages[0].tags["GDAL_NODATA"].value == "255"
+        names = ", ".join(f"{i} {'abcde'[i]}" for i in np.unique(labels))
+        assert f"classes: {names}" in file.ome_metadata
+        pixels = series.levels[0].asarray()
+    centres = [
+        [round(scores.geometry.centre_of(i, i)[axis]) for i in range(n)]
+        for axis, n in enumerate(labels.shape)
+    ]
+    np.testing.assert_array_equal(pixels[np.ix_(*centres)], labels)
+    half = scores.geometry.stride[0] // 2
+    assert (pixels[: centres[0][0] - half] == 255).all()  # no cell in the margin
+    ax = store.plot_labels()
+    drawn = np.asarray(ax.images[-1].get_array())
+    np.testing.assert_allclose(drawn[labels == most][0, :3], colours[most] / 255)
+    assert len(ax.images) == 2  # the slide lies under it
+    plt.close("all")
+
+
+def test_a_band_of_rows_is_shown_where_it_lies(slide):
+    net = fcvgg.convert(seeded(SmallVGG), preprocess=HALVED)
+    whole = fcvgg.stream(net, slide, out="whole.zarr")
+    band = fcvgg.stream(net, slide, out="band.zarr", rows=(4, 9))
+    expected, found = (SlideMap(store, 1).cells for store in (whole, band))
+    np.testing.assert_allclose(found[4:9], expected[4:9], atol=1e-6)
+    assert found.shape == expected.shape
+    assert np.isnan(np.delete(found, range(4, 9), 0)).all()
+
+
+def test_labels_that_cannot_be_known_are_refused(slide):
+    net = fcvgg.convert(seeded(SmallVGG), preprocess=HALVED)
+    store = fcvgg.stream(net, slide, out="some.zarr", classes=[1, 2])
+    with pytest.raises(fcvgg.errors.CategoryError, match=r"got some classes; stream with classes="):
+        store.plot_labels()
 
 
 def test_a_store_shows_itself(slide):
@@ -256,13 +331,24 @@ def test_a_thumbnail_is_averaged() -> None:
     """The nearest pixels of a fine pattern would show it coarser than it is, and as strongly."""
     pixels = np.random.default_rng(0).integers(0, 256, (1200, 900, 3), np.uint8)
     source = strip_source(pixels)
-    points = [(np.arange(n // 10) + 0.5) * 10 - 0.5 for n in (1200, 900)]
-    small = np.asarray(_thumbnail(source, *points), float)
-    assert small.shape == (120, 90, 3)
-    assert small.std() < 0.2 * pixels.std()  # of 40 of 100 pixels each
-    assert small.mean() == pytest.approx(pixels.mean(), abs=1)
-    whole = [np.arange(n, dtype=float) for n in (1200, 900)]
-    assert np.array_equal(_thumbnail(source, *whole), pixels)
+    small = np.asarray(thumbnail(source, (120, 90)), float)
+    exact = pixels.reshape(120, 10, 90, 10, 3).mean((1, 3))  # of all pixels, not of some
+    np.testing.assert_allclose(small, exact, atol=0.51)
+    assert np.array_equal(thumbnail(source, (1200, 900)), pixels)
+
+
+def test_a_thumbnail_is_read_from_the_smallest_level_that_holds_it(slide) -> None:
+    """Each level has its own brightness, which tells them apart; one of another shape is left."""
+    levels = [np.full((640 // n, 480 // n, 3), 40 * n, np.uint8) for n in (1, 2, 4)]
+    levels.append(np.full((80, 80, 3), 7, np.uint8))
+    with tifffile.TiffWriter("levels.tif") as file:
+        for i, pixels in enumerate(levels):
+            kind = {"subifds": 3} if i == 0 else {"subfiletype": 1}
+            file.write(pixels, photometric="rgb", tile=(64, 64), **kind)
+    for size, value in (((640, 480), 40), ((321, 241), 40), ((320, 240), 80), ((40, 30), 160)):
+        small = np.asarray(thumbnail(open_image("levels.tif"), size))
+        assert small.shape == (*size, 3)
+        assert (small == value).all()
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.float32])
@@ -291,8 +377,7 @@ def test_bands_that_are_no_colours_have_no_thumbnail(slide):
     pixels = np.zeros((40, 50, 5), np.uint8)
     tifffile.imwrite("five.tif", pixels, photometric="minisblack", planarconfig="contig")
     source = open_image("five.tif", bands=[0, 1, 2, 3, 4])
-    places = np.arange(0, 40, 4)
-    assert _thumbnail(source, places, places) is None
+    assert thumbnail(source, (10, 10)) is None
 
 
 def test_an_interrupted_stream_says_how_far_it_is_and_the_same_call_resumes(slide, monkeypatch):

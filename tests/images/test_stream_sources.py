@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import warnings
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,11 +19,13 @@ from PIL import Image
 
 import fcvgg
 from fcvgg.errors import FcvggError, ImageError
+from fcvgg.images.lazy.chunks import unpacked_size
 from fcvgg.images.lazy.input import normalizer
 from fcvgg.images.lazy.opening import open_image, strip_source
 
 tifffile = pytest.importorskip("tifffile")
 zarr = pytest.importorskip("zarr")
+imagecodecs = pytest.importorskip("imagecodecs")
 
 Pixels = NDArray[Any]
 
@@ -469,8 +473,8 @@ def test_what_a_file_does_not_store(net: Any, tmp_path: Path) -> None:
 
 def test_colours_that_are_not_rgb(net: Any, tmp_path: Path) -> None:
     path = tmp_path / "a.tif"
-    tifffile.imwrite(path, photograph(40, 40, 3), photometric="cielab")
-    with pytest.raises(FcvggError, match=r"must store RGB, grey, .*, got CIELAB; save it"):
+    tifffile.imwrite(path, photograph(40, 40, 3), photometric="icclab")
+    with pytest.raises(FcvggError, match=r"must store RGB, grey, .*, got ICCLAB of 8 bits; save"):
         fcvgg.stream(net, path)
 
 
@@ -559,6 +563,58 @@ def test_a_pixel_size_that_is_none_is_left_out(net: Any, tmp_path: Path, size: A
         for _ in range(2):
             store = fcvgg.stream(net, tmp_path / name, out=tmp_path / f"{name}-map")
         assert store.description["pixel_size"] == (expected and list(expected))
+
+
+ZEROS = bytes(1 << 22)
+BOMBS = {
+    "zstd": imagecodecs.zstd_encode(ZEROS),
+    "a size that is not true": b"\x28\xb5\x2f\xfd\xe0" + (1 << 40).to_bytes(8, "little") + bytes(3),
+    "blosc": imagecodecs.blosc_encode(ZEROS, compressor="lz4"),
+    # of a stream, whose size is not stated: blocks that repeat one byte 2**21 times
+    "stream": b"\x28\xb5\x2f\xfd\0\x70" + ((1 << 24) - 5).to_bytes(3, "little") + b"\0",
+    "gzip": gzip.compress(np.random.default_rng(0).bytes(1 << 17) + ZEROS),
+    "plain": ZEROS,
+}
+
+
+@pytest.mark.parametrize("name", BOMBS)
+@pytest.mark.parametrize("version", [2, 3])
+def test_chunks_that_unpack_to_more_than_they_should(
+    tmp_path: Path, name: str, version: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fcvgg.images.lazy.chunks._UNSTATED", 1 << 20)
+    options = {"chunks": (16, 16, 3), "zarr_format": version}
+    zarr.create_array(str(tmp_path / "a.zarr"), data=photograph(40, 40, 3), **options)
+    chunk = next(tmp_path.rglob("0/0/0") if version == 3 else tmp_path.rglob("0.0.0"))
+    source = open_image(tmp_path / "a.zarr")
+    whole = source.whole()
+    np.testing.assert_array_equal(whole, photograph(40, 40, 3))
+    chunk.write_bytes(BOMBS[name])
+    with pytest.raises(FcvggError, match=r"must hold a chunk of 768 bytes, got \d{7,} or more; wr"):
+        source.read((0, 9), (0, 9))
+    np.testing.assert_array_equal(source.read((16, 40), (0, 40)), whole[16:])
+
+
+def test_sides_that_nobody_can_read(tmp_path: Path) -> None:
+    path = tmp_path / "a.zarr"
+    zarr.create_array(str(path), shape=(1 << 40, 40), chunks=(40, 40), dtype="uint8")
+    with pytest.raises(
+        ImageError, match=r"a\.zarr must have sides of at most \d+ pixels, got the si"
+    ):
+        open_image(path)
+
+
+def test_a_tiff_of_too_many_pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fcvgg.images.lazy.tiff._MOST_PAGES", 2)
+    tifffile.imwrite(tmp_path / "a.tif", np.zeros((3, 9, 9), np.uint8), photometric="minisblack")
+    with pytest.raises(ImageError, match=r"a\.tif must have at most 2 pages, got 3; save the one"):
+        open_image(tmp_path / "a.tif")
+
+
+def test_the_size_of_a_gzip_chunk_is_counted() -> None:
+    noise = np.random.default_rng(0).bytes(1 << 20)
+    assert unpacked_size(gzip.compress(noise + ZEROS * 20)) == (True, 81 << 20)
+    assert unpacked_size(zlib.compress(b"abc")) == (True, 11)
 
 
 @pytest.mark.parametrize("version", [2, 3])

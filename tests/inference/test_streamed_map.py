@@ -44,6 +44,8 @@ MODELS: dict[str, tuple[Any, dict[str, Any]]] = {
     "padded": (SmallVGG, {}),
     "batch norm": (lambda: SmallVGG(bn=True), {}),
     "dense": (SmallVGG, {"output_stride": 1}),
+    "half as dense": (lambda: SmallVGG(bn=True), {"output_stride": 2}),
+    "dense residual": (Residual, {"input_size": 24, "output_stride": 1}),
     "same": (SmallVGG, {"padding": "same"}),
     "unpadded": (Unpadded, {}),
     "functions": (Functional, {"input_size": 28}),
@@ -239,6 +241,14 @@ def test_the_plan_follows_the_memory() -> None:
         net.streamed(image, memory="64MiB")
 
 
+def test_states_do_not_add_up_with_the_height() -> None:
+    """One state for each strip where they are few, else one for every some strips."""
+    assert streamed_map._states_kept(8, 14) == (1, 8)
+    assert streamed_map._states_kept(20, 14) == (2, 11)
+    assert streamed_map._states_kept(64, 14) == (8, 15)  # no fewer are possible
+    assert streamed_map._states_kept(1, 0) == (1, 1)
+
+
 # -- errors ---------------------------------------------------------------------------------------
 
 
@@ -269,3 +279,48 @@ def test_parameters_that_change_before_the_backward_pass_are_noticed() -> None:
         next(net.parameters()).add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+# -- trainers -------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore")  # Lightning's own
+def test_lightning_trains_on_streamed_images(tmp_path) -> None:
+    """The Trainer's own loop and optimiser end where whole images end."""
+    pl = pytest.importorskip("pytorch_lightning")
+
+    class Task(pl.LightningModule):
+        def __init__(self, streams: bool):
+            super().__init__()
+            self.net, self.streams = converted("padded").float(), streams
+
+        def training_step(self, batch, _):
+            image, label = batch
+            scores = self.net.streamed(image[0]) if self.streams else self.net(image)
+            return nn.functional.cross_entropy(scores.mean((2, 3)), label)
+
+        def on_train_epoch_start(self):
+            self.net.eval()  # the same without dropout
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), 0.1)
+
+    data = [(images(3, 60, 50, seed=i, dtype=torch.float32), i) for i in range(2)]
+    trained = []
+    for streams in (True, False):
+        task = Task(streams)
+        trainer = pl.Trainer(
+            max_epochs=1,
+            accelerator="cpu",
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            default_root_dir=tmp_path,
+        )
+        trainer.fit(task, torch.utils.data.DataLoader(data, batch_size=1))
+        trained.append(dict(task.net.named_parameters()))
+    start = dict(converted("padded").float().named_parameters())
+    for name, parameter in trained[0].items():
+        assert not torch.equal(parameter, start[name]), name
+        torch.testing.assert_close(parameter, trained[1][name], rtol=1e-4, atol=1e-6)

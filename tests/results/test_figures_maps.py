@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import tracemalloc
 from dataclasses import replace
 
@@ -61,8 +62,19 @@ def test_the_grid_shows_the_top_classes_in_order_and_one_absolute_scale(score_ma
     assert len(bars) == 1
     assert bars[0].get_ylim() == (0, 1)
     for ax, (name, _) in zip(figure.axes[1:4], top, strict=True):
-        expected = np.asarray(score_map.heatmap(name).overlay())
-        np.testing.assert_array_equal(np.asarray(ax.images[0].get_array()), expected)
+        assert_shows(ax, score_map.heatmap(name))
+
+
+def assert_shows(ax, heatmap, **options) -> None:
+    """A small heatmap is drawn with several pixels for each, which are equal where it measures."""
+    shown = np.asarray(ax.images[0].get_array())
+    times = shown.shape[0] // heatmap.values.shape[0]
+    assert times > 8
+    covered = heatmap.coverage.repeat(times, 0).repeat(times, 1)
+    expected = np.asarray(heatmap.overlay(**options)).repeat(times, 0).repeat(times, 1)
+    np.testing.assert_array_equal(shown[covered], expected[covered])
+    stripes = shown[~covered].reshape(-1, 3)
+    assert (stripes != expected[~covered].reshape(-1, 3)).any()  # which are finer than its pixels
 
 
 @pytest.mark.parametrize("size", [(480, 320), (320, 480), (900, 160), (160, 900), (300, 300)])
@@ -119,7 +131,7 @@ def test_the_label_map_colours_every_cell_by_its_class(score_map) -> None:
     for index in order:
         colours = np.unique(shown[labels == index][:, :3], axis=0)
         np.testing.assert_allclose(colours, class_colours(index + 1)[-1:] / 255)
-    (legend,) = figure.legends
+    legend = ax.get_legend()
     expected = [f"{CLASSES[i]} ({(labels == i).mean():.0%})" for i in order]
     assert [t.get_text() for t in legend.get_texts()] == expected
     box = legend.get_window_extent()
@@ -210,12 +222,42 @@ def test_contours_stay_within_the_hull_and_off_flat_maps() -> None:
 
 def test_a_plot_without_a_bar_and_with_boxes(score_map) -> None:
     heatmap = score_map.heatmap(0)
-    boxes = heatmap.boxes(0)
     _, ax = plt.subplots()
-    heatmap.plot(ax, bar=False, boxes=boxes)
+    heatmap.plot(ax, bar=False)
     assert len(ax.figure.axes) == 1
-    expected = np.asarray(heatmap.overlay(boxes=boxes))
-    np.testing.assert_array_equal(np.asarray(ax.images[0].get_array()), expected)
+    assert_shows(ax, heatmap)
+    top, left, bottom, right, _ = box = heatmap.boxes(0)[0]
+    shown = np.asarray(heatmap.plot(boxes=[box]).images[0].get_array())
+    times = shown.shape[0] // 60
+    outer = shown[top * times : bottom * times, left * times : right * times]
+    assert all((edge == 255).all() for edge in (outer[0], outer[-1], outer[:, 0], outer[:, -1]))
+
+
+def bars(figure) -> list:
+    return [ax for ax in figure.axes if ax.get_ylabel() in ("probability", "score of 'elm'")]
+
+
+@pytest.mark.parametrize("size", [(300, 300), (900, 160), (160, 900)])
+def test_colour_bars_are_as_high_as_the_image_and_their_labels_apart(score_map, size) -> None:
+    image = Image.new("RGB", size)
+    shown = replace(score_map, image=image, image_size=size[::-1], input_size=size[::-1])
+    own, axes = plt.subplots(1, 2, layout="constrained")
+    shown.heatmap(4).plot(axes[0])
+    for figure in (shown.heatmap(4).figure(), side_by_side(shown, 4), own):
+        figure.draw_without_rendering()
+        ax = next(ax for ax in figure.axes if ax.images)
+        ax.apply_aspect()
+        panel = ax.get_window_extent()
+        for bar in bars(figure):
+            box = bar.get_window_extent()
+            if figure is own or panel.height >= 1.1 * figure.dpi:
+                np.testing.assert_allclose((box.y0, box.y1), (panel.y0, panel.y1), atol=1)
+            labels = [t.get_window_extent() for t in bar.get_yticklabels() if t.get_text()]
+            if figure is not own:
+                assert not any(a.overlaps(b) for a, b in itertools.pairwise(labels))
+                outer = bar.get_tightbbox()
+                assert outer.x1 <= figure.bbox.x1
+                assert outer.y0 >= 0
 
 
 def test_colour_maps_are_perceptually_uniform() -> None:

@@ -201,7 +201,7 @@ def test_labels_are_drawn_and_shared_without_them(whole) -> None:
     shown = np.asarray(axes.images[-1].get_array())
     assert (shown[~made.has_data.numpy()][:, 3] == 0).all()
     labels = made.label_map().numpy()
-    texts = [t.get_text() for t in axes.figure.legends[0].get_texts()]
+    texts = [t.get_text() for t in axes.get_legend().get_texts()]
     for i in np.unique(labels[labels >= 0]):
         share = (labels == i).sum() / (labels >= 0).sum()
         assert f"{'abcde'[i]} ({share:.0%})" in texts

@@ -337,6 +337,14 @@ def wrong_key(model: nn.Module) -> None:
     model.forward = lambda x: x + {}["missing"]
 
 
+def kept_by_a_hook(model: nn.Module) -> None:
+    """The head takes what the last pass left, as a model whose features a hook keeps."""
+    kept: list[torch.Tensor] = []
+    model.pool.register_forward_hook(lambda _module, _inputs, output: kept.append(output))
+    model(torch.zeros(1, 3, 12, 12, dtype=torch.float64))
+    model.forward = lambda x: model.fc(kept[-1].flatten(1))
+
+
 @pytest.mark.parametrize(
     ("patch", "message"),
     [
@@ -353,6 +361,10 @@ def wrong_key(model: nn.Module) -> None:
         (
             without_data,
             r"^forward makes a tensor on the meta device, without data; make it on the ",
+        ),
+        (
+            kept_by_a_hook,
+            r"^fc \(Linear\) takes a tensor that the model kept from an earlier pass, as for",
         ),
         (wrong_key, r"cannot be traced: KeyError: 'missing'; it must be a function"),
     ],

@@ -396,12 +396,43 @@ def test_exported_files_hold_the_map_of_positions(ending: str, tmp_path: Path) -
     assert "max error" in net.export(tmp_path / f"net{ending}").check
 
 
-def test_windows_of_positions_are_not_compared_with_crops() -> None:
+@pytest.mark.parametrize("last", [None, nn.Softmax(1)])
+def test_means_over_windows_of_positions_are_compared_with_crops(last: nn.Module | None) -> None:
     from fcvgg.evaluation.window_comparison import compare_windows
 
     model = seeded(GlobalPooled)
-    with pytest.raises(ArgumentError, match="cells that are windows, got head='position'"):
-        compare_windows(model, positions_of(model, 32), images(1, 3, 64, 64))
+    model = model if last is None else nn.Sequential(model, last)
+    x = images(1, 3, 64, 72)
+    found = compare_windows(model, positions_of(model, 32), x)
+    expected = compare_windows(model, fcvgg.convert(model, input_size=32), x)
+    torch.testing.assert_close(found.dense.scores, expected.dense.scores, rtol=EIGHT, atol=EIGHT)
+    assert found.dense.activation == ("logits" if last is None else "probabilities")
+    assert str(found) == str(expected)
+    if last is None:
+        means = window_means(positions_of(model, 32), x)[0]
+        torch.testing.assert_close(found.dense.scores, means, rtol=EIGHT, atol=EIGHT)
+
+
+@pytest.mark.parametrize("mode", ["nearest", "bilinear"])
+def test_positions_of_enlarged_features_are_refused(mode: str) -> None:
+    """Every second one lies between the coarser ones, and would have another value in a crop."""
+    model = seeded(
+        lambda: nn.Sequential(
+            nn.Conv2d(3, 4, 3, padding=1),
+            nn.MaxPool2d(4),
+            nn.Upsample(scale_factor=2, mode=mode),
+            nn.Conv2d(4, 6, 3, padding=1),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+            nn.Linear(6, 5),
+        )
+    )
+    message = r"got some every 2 x 2 pixels that were enlarged from every 4 x 4; use head='window'"
+    with pytest.raises(ConversionError, match=message):
+        fcvgg.convert(model, input_size=32, head="position")
+    net = fcvgg.convert(model, input_size=32)
+    assert net.geometry.stride == (4, 4)
+    assert not net.program.could_have_positions  # so that nothing offers them
 
 
 # -- the offer ------------------------------------------------------------------------------------

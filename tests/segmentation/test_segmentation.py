@@ -546,7 +546,7 @@ def test_a_label_map_is_drawn_and_saved(tmp_path: Path) -> None:
     assert np.array_equal(read_mask(label_map.save(tmp_path / "labels.png")), labels)
     assert label_map._repr_png_().startswith(b"\x89PNG")
     ax = label_map.plot()
-    texts = [t.get_text() for t in ax.figure.legends[0].get_texts()]
+    texts = [t.get_text() for t in ax.get_legend().get_texts()]
     assert texts == ["dark (40%)", "light (60%)"]
     with pytest.raises(fcvgg.ArgumentError, match=r"^alpha must be in \[0, 1\], got 2$"):
         label_map.overlay(2)
@@ -644,6 +644,44 @@ def test_images_and_masks_are_turned_as_their_exif_entry_says(tmp_path: Path) ->
         fcvgg.mask_folder(folder, CLASSES)
 
 
+@pytest.mark.parametrize(
+    ("place", "table", "categories"),
+    [
+        ("labelmap.txt", "# label:color_rgb:parts:actions\nDark:0,0,9::\nlight:9,0,0::\n", CLASSES),
+        ("masks/class_dict.csv", "name,r,g,b\nlight,9,0,0\ndark,0,0,9\nVoid,1,2,3\n", CLASSES),
+        ("labelmap.txt", "a:0,0,9::\nb:9,0,0::\n", 2),
+    ],
+)
+def test_masks_of_colours_are_read_by_their_table(
+    tmp_path: Path, place: str, table: str, categories: Any
+) -> None:
+    folder = write_masked(tmp_path / "data", 3)
+    masks = [folder / "masks" / f"{i}.png" for i in range(3)]
+    labels = [read_mask(mask) for mask in masks]
+    colours = np.array([(0, 0, 9), (9, 0, 0)], np.uint8)
+    for mask, indices in zip(masks[:2], labels):  # the last keeps its indices
+        Image.fromarray(colours[indices]).save(mask)
+    (folder / place).write_text(table)
+    found = fcvgg.mask_folder(folder, categories)
+    for i, expected in enumerate(labels):
+        assert np.array_equal(found.labels(i), expected)
+    if "Void" in table:
+        Image.fromarray(np.full((40, 40, 3), (1, 2, 3), np.uint8)).save(masks[0])
+        assert set(fcvgg.mask_folder(folder, categories).labels(0).ravel()) == {255}
+    Image.fromarray(np.full((40, 40, 3), (7, 7, 8), np.uint8)).save(masks[0])
+    with pytest.raises(fcvgg.DatasetError, match=r"0\.png has the colour \(7, 7, 8\), which the "):
+        fcvgg.mask_folder(folder, categories)
+
+
+def test_a_table_of_other_colours_is_refused(tmp_path: Path) -> None:
+    folder = write_masked(tmp_path / "data", 2)
+    (folder / "labelmap.txt").write_text("cat:1,2,3::\n")
+    with pytest.raises(
+        fcvgg.DatasetError, match=r"must list the colours of dark, light, got .*cat"
+    ):
+        fcvgg.mask_folder(folder, CLASSES)
+
+
 def test_what_training_cannot_read_is_skipped_beforehand(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -694,7 +732,7 @@ def test_bad_folders_are_refused_in_one_line(tmp_path: Path) -> None:
     coloured[0, 0] = (255, 0, 9)
     Image.fromarray(coloured).save(mask)
     kinds = "expected class indices, grey or with a palette, as PNG, TIFF or BMP"
-    refused(rf"3.png has mode RGB and 3 colours such as \(255, 0, 9\); {kinds}$")
+    refused(rf"3.png has mode RGB and 3 colours such as \(255, 0, 9\); {kinds}, or labelmap.txt")
     good.convert("LA").save(mask)
     assert len(fcvgg.mask_folder(folder, CLASSES)) == 6
     clear = np.stack([np.array(good), np.full(good.size[::-1], 254, np.uint8)], 2)

@@ -207,8 +207,8 @@ def test_imagenet_textures_at_96_pixels_start_far_better_resampled() -> None:
 def test_vanishing_features_name_the_least_size(size: int | tuple[int, int]) -> None:
     pair = (size, size) if isinstance(size, int) else size
     message = (
-        f"the features vanish at input size {pair}: pool5 needs at least (32, 32) to give one "
-        "position; the least size is 32"
+        f"size must be at least (32, 32), of which pool5 gives one position, got {pair}, where the "
+        "features vanish; pass 32 or more, to which images are enlarged"
     )
     with pytest.raises(fcvgg.InputSizeError, match=f"^{re.escape(message)}$"):
         fcvgg.for_input_size(seeded(narrow_vgg, "vgg11"), size)

@@ -17,7 +17,7 @@ from web_browser import Open, check_cell, hover, numbers, rows, shown, text
 
 import fcvgg
 from fcvgg.cli import page_data
-from fcvgg.cli.page_data import Maps, faster, network_data
+from fcvgg.cli.page_data import Maps, faster
 from fcvgg.demo import demo_photograph
 from fcvgg.errors import ArgumentError, ImageError
 from fcvgg.viewer import server
@@ -39,13 +39,12 @@ def photograph() -> Image.Image:
 
 @pytest.fixture(scope="module")
 def maps() -> Maps:
-    return Maps(lambda stride: fcvgg.load("demo", output_stride=stride))
+    return Maps(lambda stride: fcvgg.load("demo", output_stride=stride), "demo")
 
 
 @pytest.fixture(scope="module")
 def served(maps: Maps) -> Any:
-    network = network_data(maps.net, "demo")
-    return application(network, maps.answer, "demo", "127.0.0.1", limit=200_000)
+    return application(maps.network, maps.answer, "demo", "127.0.0.1", limit=200_000)
 
 
 @pytest.fixture(scope="module")
@@ -133,14 +132,16 @@ def test_other_names_of_the_loopback_are_not_answered(served: Any) -> None:
     assert TestClient(served, base_url="http://elsewhere.example").get("/").status_code == 400
 
 
-def test_a_model_without_other_strides_keeps_its_own(photograph: Image.Image) -> None:
+def test_a_stride_that_the_model_cannot_have_is_one_error(photograph: Image.Image) -> None:
     def load(stride: int | None) -> Any:
         if stride is not None:
             raise ArgumentError("no other stride")
         return fcvgg.load("demo")
 
-    maps = Maps(load)
-    assert maps.strides == [8]
+    maps = Maps(load, "demo")
+    assert maps.strides == [8, 4, 2, 1]
+    with pytest.raises(ArgumentError, match="no other stride"):
+        maps.answer(png(photograph), None, 4)
     assert maps.answer(png(photograph), None, None)["side"] == 121
     with pytest.raises(ImageError):
         maps.answer(b"nothing", None, None)

@@ -9,13 +9,14 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
 from typing import Any
 
 import numpy as np
+import PIL
 import pytest
 import torch
 from command_line import run
@@ -28,6 +29,8 @@ from web_browser import Open, check_cell, hover, rows, shown, text
 import fcvgg
 from fcvgg.demo import demo_photograph
 from fcvgg.images.preprocessing import INTERPOLATIONS, Preprocess
+from fcvgg.viewer import site as viewer_site
+from fcvgg.viewer.site import fetched_runtime
 
 
 class Quiet(SimpleHTTPRequestHandler):
@@ -46,16 +49,30 @@ def serving(folder: Path) -> Iterator[str]:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def npm() -> None:
+def npm() -> Iterator[None]:
+    """The runtime is fetched once."""
     if shutil.which("npm") is None:  # a skip would hide that the site is not tested
         pytest.fail("the site's runtime comes from npm: apt-get install npm")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(viewer_site, "fetched_runtime", cache(fetched_runtime))
+        yield
 
 
 @pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    folder = tmp_path_factory.mktemp("demo") / "site"
-    result = run("page", "demo", "-o", folder)
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The site of an exported file, in a folder that held another file."""
+    place = tmp_path_factory.mktemp("demo")
+    fcvgg.load("demo").export(place / "demo.onnx")
+    (place / "site").mkdir()
+    (place / "site" / "CNAME").write_text("kept")
+    result = run("page", place / "demo.onnx", "-o", place / "site")
     assert result.exit_code == 0, result.output
+    assert "model.onnx: checked at" in result.output
+    return place / "site"
+
+
+@pytest.fixture(scope="module")
+def site(folder: Path) -> Iterator[str]:
     with serving(folder) as url:
         yield url
 
@@ -73,12 +90,12 @@ def open_image(page: Page, data: bytes, name: str = "photo.png") -> None:
 COMPUTE = """async ([data, side]) => {
   const file = new Blob([Uint8Array.from(atob(data), (c) => c.charCodeAt(0))]);
   const network = JSON.parse(document.getElementById("data").textContent);
-  const worker = new Worker("worker.js", { type: "module" });
+  const worker = (window.worker ??= new Worker("worker.js", { type: "module" }));
+  const { port1, port2 } = new MessageChannel();
   const found = await new Promise((resolve) => {
-    worker.onmessage = ({ data }) => data.progress || resolve(data);
-    worker.postMessage({ file, side, network });
+    port1.onmessage = ({ data }) => data.progress || resolve(data);
+    worker.postMessage({ file, side, network }, [port2]);
   });
-  worker.terminate();
   return { ...found, scores: found.scores && [...found.scores] };
 }"""
 
@@ -101,13 +118,21 @@ def photograph() -> Image.Image:
     return demo_photograph().crop((150, 40, 310, 161))
 
 
-@pytest.mark.parametrize("side", [20, 32, 77, 121, 200])
 def test_logits_are_those_of_python_at_every_scale(
-    side: int, photograph: Image.Image, site: str, open_page: Open
+    photograph: Image.Image, site: str, open_page: Open
 ) -> None:
-    found = computed(open_page(site), file_of(photograph), side)
-    expected = fcvgg.load("demo").score_map(photograph, scale=side).scores
-    torch.testing.assert_close(scores_of(found), expected, rtol=1e-5, atol=1e-5)
+    page = open_page(site)
+    net = fcvgg.load("demo")
+    tall = photograph.crop((40, 0, 75, 121))
+    for image, sides in (
+        (photograph, (20, 32, 77, 121, 200)),
+        (tall, (32, 40)),
+        (tall.rotate(90), (33,)),
+    ):
+        for side in sides:
+            found = computed(page, file_of(image), side)
+            expected = net.score_map(image, scale=side).scores
+            torch.testing.assert_close(scores_of(found), expected, rtol=1e-5, atol=1e-5)
 
 
 KINDS = {
@@ -136,19 +161,23 @@ def _turned() -> Image.Exif:
     return exif
 
 
-@pytest.mark.parametrize("kind", KINDS)
 def test_files_of_every_kind_are_read_as_in_python(
-    kind: str, photograph: Image.Image, site: str, open_page: Open, tmp_path: Path
+    photograph: Image.Image, site: str, open_page: Open, tmp_path: Path
 ) -> None:
-    data = KINDS[kind](photograph)
-    found = computed(open_page(site), data, 64)
-    (tmp_path / "image").write_bytes(data)
-    expected = fcvgg.load("demo").score_map(tmp_path / "image", scale=64)
-    assert tuple(found["image_size"]) == expected.image_size
-    # partly transparent pixels are rounded otherwise, and decoders of JPEG differ by one level
-    exact = kind in ("grey", "palette", "one bit", "lying on its side", "webp")
-    tolerance = 1e-5 if exact else 0.1
-    torch.testing.assert_close(scores_of(found), expected.scores, rtol=tolerance, atol=tolerance)
+    page = open_page(site)
+    net = fcvgg.load("demo")
+    for kind, write in KINDS.items():
+        data = write(photograph)
+        found = computed(page, data, 64)
+        (tmp_path / "image").write_bytes(data)
+        expected = net.score_map(tmp_path / "image", scale=64)
+        assert tuple(found["image_size"]) == expected.image_size, kind
+        # partly transparent pixels are rounded otherwise, and decoders of JPEG differ by one level
+        exact = kind in ("grey", "palette", "one bit", "lying on its side", "webp")
+        tolerance = 1e-5 if exact else 0.1
+        torch.testing.assert_close(
+            scores_of(found), expected.scores, rtol=tolerance, atol=tolerance, msg=kind
+        )
 
 
 def grey_classifier() -> nn.Module:
@@ -197,29 +226,42 @@ def test_other_channels_and_preprocessing(
         assert rows(page, "classes") == averages
 
 
-@pytest.mark.parametrize("interpolation", INTERPOLATIONS)
-def test_resampling_is_pillows_to_the_last_bit(
-    interpolation: str, site: str, open_page: Open
-) -> None:
-    # no tall images, whose columns Pillow 13 may take first
-    page = open_page(site)
-    page.goto(f"{site}resampling.js")  # a document without the page's policy
+SIZES = (
+    ((37, 53), (16, 23)),
+    ((37, 53), (37, 20)),
+    ((20, 30), (61, 91)),
+    ((97, 101), (96, 100)),
+    ((90, 31), (40, 14)),  # Pillow 13 takes the columns of tall images first
+    ((155, 31), (155, 20)),
+    ((155, 31), (60, 40)),
+    ((300, 11), (27, 1)),
+    ((40, 300), (3, 25)),
+)
+
+
+RESAMPLE = """async (cases) => {
+  const { resized } = await import("./resampling.js");
+  return cases.map(([pixels, ...rest]) => {
+    const found = resized(Uint8ClampedArray.from(atob(pixels), (c) => c.charCodeAt(0)), ...rest);
+    return btoa(Array.from(found, (value) => String.fromCharCode(value)).join(""));
+  });
+}"""
+
+
+def test_resampling_is_pillows_to_the_last_bit(site: str, open_page: Open) -> None:
+    page = open_page(f"{site}resampling.js", ready=False)  # without the page's policy
     generator = np.random.default_rng(0)
-    for (height, width), (h, w) in (
-        ((37, 53), (16, 23)),
-        ((37, 53), (37, 20)),
-        ((20, 30), (61, 91)),
-        ((97, 101), (96, 100)),
-    ):
-        pixels = generator.integers(0, 256, (height, width, 3), dtype=np.uint8)
-        pixels[: height // 2] = np.where(pixels[: height // 2] > 127, 255, 0)  # overshoots
-        found = page.evaluate(
-            "async ([pixels, from, to, how]) => [...(await import('./resampling.js'))"
-            ".resized(Uint8ClampedArray.from(pixels), from, to, 3, how)]",
-            [pixels.reshape(-1).tolist(), [height, width], [h, w], interpolation],
-        )
-        expected = Image.fromarray(pixels).resize((w, h), INTERPOLATIONS[interpolation])
-        np.testing.assert_array_equal(np.array(found).reshape(h, w, 3), np.asarray(expected))
+    release = int(PIL.__version__.split(".")[0])
+    cases, expected = [], []
+    for interpolation, filtered in INTERPOLATIONS.items():
+        for (height, width), (h, w) in SIZES:
+            pixels = generator.integers(0, 256, (height, width, 3), dtype=np.uint8)
+            pixels[: height // 2] = np.where(pixels[: height // 2] > 127, 255, 0)  # overshoots
+            data = base64.b64encode(pixels.tobytes()).decode()
+            cases.append([data, [height, width], [h, w], 3, interpolation, release])
+            expected.append(Image.fromarray(pixels).resize((w, h), filtered).tobytes())
+    for case, found, wanted in zip(cases, page.evaluate(RESAMPLE, cases), expected):
+        assert base64.b64decode(found) == wanted, case[1:]
 
 
 # -- the page -------------------------------------------------------------------------------------
@@ -249,8 +291,9 @@ def test_another_scale_is_computed(photograph: Image.Image, site: str, open_page
     page = open_page(site)
     open_image(page, file_of(photograph))
     shown(page)
-    page.locator("#side").fill("64")
-    page.locator("#side").dispatch_event("change")
+    for side in ("90", "64"):  # the second is asked for while the first is computed
+        page.locator("#side").fill(side)
+        page.locator("#side").dispatch_event("change")
     expected = fcvgg.load("demo").score_map(photograph, scale=64)
     h, w = expected.scores.shape[1:]
     page.get_by_text(f"{h} by {w} cells on").wait_for()
@@ -263,24 +306,33 @@ def test_a_broken_file_is_one_clear_line(
     page = open_page(site)
     open_image(page, file_of(photograph)[:300], "broken.png")
     page.wait_for_selector("#error:not([hidden])")
-    assert text(page, "error") == "broken.png is not an image that this browser can read"
+    assert (
+        text(page, "error")
+        == "broken.png is not an image that this browser can read; convert it to PNG or JPEG"
+    )
     open_image(page, file_of(photograph))  # and the page goes on
     shown(page)
     assert not page.locator("#error").is_visible()
 
 
+def test_a_network_that_the_browser_cannot_run_is_one_clear_line(
+    photograph: Image.Image, site: str, open_page: Open
+) -> None:
+    page = open_page(site)
+    page.context.route("**/model.onnx", lambda route: route.fulfill(body=b"no network"))
+    open_image(page, file_of(photograph))
+    page.wait_for_selector("#error:not([hidden])")
+    assert text(page, "error").startswith("the browser cannot run this network of 1 MB, perhaps")
+    assert "use fcvgg serve" in text(page, "error")
+
+
 # -- the command ----------------------------------------------------------------------------------
 
 
-def test_an_exported_file_becomes_a_site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fcvgg.load("demo").export(tmp_path / "demo.onnx")
-    (tmp_path / "site").mkdir()
-    (tmp_path / "site" / "CNAME").write_text("kept")
-    result = run("page", tmp_path / "demo.onnx", "-o", tmp_path / "site")
-    assert result.exit_code == 0, result.output
-    assert "model.onnx: checked at" in result.output
-    assert (tmp_path / "site" / "CNAME").read_text() == "kept"
-    page = (tmp_path / "site" / "index.html").read_text()
+def test_a_folder_becomes_a_site_and_keeps_its_other_files(folder: Path) -> None:
+    assert (folder / "CNAME").read_text() == "kept"
+    assert {path.name for path in folder.iterdir()} == {"CNAME", *viewer_site.FILES}
+    page = (folder / "index.html").read_text()
     data = json.loads(page.split('type="application/json">')[1].split("</script>")[0])
     assert data["names"] == ["background", "face"]
 
@@ -288,6 +340,7 @@ def test_an_exported_file_becomes_a_site(tmp_path: Path, monkeypatch: pytest.Mon
 def test_without_npm_or_network_one_line_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(viewer_site, "fetched_runtime", fetched_runtime)
     monkeypatch.setenv("PATH", str(tmp_path))
     result = run("page", "demo", "-o", tmp_path / "site")
     assert result.exit_code == 2

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from math import hypot
 from typing import Any
 
 import numpy as np
@@ -127,6 +129,18 @@ class Georeference:
             keys = GeoKeys(tuple(keys["directory"]), tuple(keys["doubles"]), keys["text"])
         transform = None if transform is None else checked_transform(transform)
         return _stated(transform, description.get("crs"), keys)
+
+    @property
+    def pixel_size(self) -> tuple[float, float] | None:
+        """Height and width of a pixel in micrometres, if coordinates are lengths of a known unit.
+
+        Codes of EPSG say so by rasterio; without it that of UTM is known.
+        """
+        unit = None if self.crs is None else _metres_of_unit(self.crs)
+        if unit is None or self.transform is None:
+            return None
+        a, b, _, d, e, _ = self.transform
+        return hypot(b, e) * unit * 1e6, hypot(a, d) * unit * 1e6
 
     def through(self, inner: Transform) -> Georeference:
         """The same place for other pixels, which `inner` takes to these."""
@@ -302,6 +316,17 @@ def _system_of(keys: GeoKeys) -> str | None:
         with memory, memory.open() as dataset:
             return dataset.crs.to_string() if dataset.crs else None
     except Exception:  # rasterio is missing, or GDAL cannot read them: the keys stay as they are
+        return None
+
+
+def _metres_of_unit(crs: str) -> float | None:
+    """Metres of a projected system's unit; None for degrees, and where it is unknown."""
+    if re.fullmatch(r"EPSG:32[67]\d\d", crs):
+        return 1.0
+    try:
+        system = imported("rasterio.crs", "geo").CRS.from_user_input(crs)
+        return float(system.linear_units_factor[1]) if system.is_projected else None
+    except Exception:  # rasterio is missing, or does not know it
         return None
 
 

@@ -27,7 +27,10 @@ from fcvgg.errors import (
     one_line,
 )
 from fcvgg.geometry import Pair
+from fcvgg.images.lazy.chunks import ZarrSource
 from fcvgg.images.lazy.georeference import Georeference
+from fcvgg.images.lazy.magnification import at_training_scale, checked_mpp, fitting_level
+from fcvgg.images.lazy.slide import SlideSource, is_slide
 from fcvgg.images.lazy.source import (
     SAMPLES,
     ArraySource,
@@ -43,6 +46,7 @@ from fcvgg.images.lazy.source import (
 )
 from fcvgg.images.lazy.tiff import TiffSource
 from fcvgg.images.pictures import in_bytes
+from fcvgg.support.atomic import VENDOR_ENDINGS
 from fcvgg.support.extras import imported
 
 _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
@@ -58,6 +62,10 @@ _PLAIN_TIFF = ([[8], [1], [1], [1]], [[8, 8, 8], [2], [3], [1]])
 """Their values in the TIFFs, grey or RGB, that Pillow reads as every other reader does."""
 
 
+_MICROMETRES = {"nanometer": 1e-3, "micrometer": 1.0, "millimeter": 1e3, "meter": 1e6}
+"""Units of OME-Zarr."""
+
+
 class RasterSource(StripSource):
     """An open rasterio dataset, or one of its overviews.
 
@@ -67,7 +75,9 @@ class RasterSource(StripSource):
     def __init__(self, dataset: Any, level: int = 0, bands: Bands = None):
         super().__init__(bands)
         self.name = str(getattr(dataset, "name", "the dataset"))
-        self._full_size = (dataset.height, dataset.width)
+        whole = (dataset.height, dataset.width)
+        factors = dataset.overviews(1) if hasattr(dataset, "overviews") else []
+        self.level_sizes = [whole, *((-(-whole[0] // n), -(-whole[1] // n)) for n in factors)]
         dataset = _overview(dataset, level, self.name)
         self._dataset = dataset
         self.level = level
@@ -138,6 +148,7 @@ def open_image(
     path: Any,
     level: int = 0,
     *,
+    mpp: float | None = None,
     bands: Sequence[int] | None = None,
     missing: Literal["fill", "error"] = "fill",
     nodata: float | str | None = None,
@@ -149,9 +160,14 @@ def open_image(
             reads; of these Pillow's formats are decoded whole, and count towards the memory; of an
             animation the first frame is taken, and a TIFF of several equal pages is refused unless
             they are channels. Also a file in memory (`io.BytesIO`), and an open rasterio dataset,
-            which brings the formats of GDAL.
+            which brings the formats of GDAL, or slide of OpenSlide, TiffSlide or cuCIM (anything
+            with ``level_dimensions`` and ``read_region``), which bring those of scanners.
         level: of a pyramid; 0 is the full resolution. Overviews in a file next to a TIFF (``.ovr``)
             count after its own.
+        mpp: micrometres of a pixel, by which the level is chosen instead: the nearest one, which
+            may differ by 20%. The size is what OME-XML, Aperio's description, TIFF's resolution,
+            OME-Zarr's scale or the properties of an open slide state, and of georeferenced files
+            whose coordinates are metres what the transform does.
         bands: the channels to take, counted from 0 and in the network's order, such as ``(3, 2,
             1)`` of a satellite scene; None takes all.
         missing: how to read tiles or chunks that the file does not store. ``"fill"`` gives them the
@@ -163,10 +179,14 @@ def open_image(
             others one. None takes every value as it is, also one that the file declares.
 
     Raises:
-        ImageError: if it is not an image, is broken, or has no such level, band or nodata value.
+        ArgumentError: if `mpp` is not a size, or a level is given as well.
+        ImageError: if it is not an image, is broken, or has no such level, band or nodata value;
+            or if it states no pixel size for `mpp`, or no level has it, which are listed.
         MissingExtraError: if reading it needs the packages of ``fcvgg[stream]``.
     """
     check_choice("missing", missing, ("fill", "error"))
+    mpp = checked_mpp(mpp, level)
+    options: dict[str, Any] = {"bands": bands, "missing": missing, "nodata": nodata}
     try:
         source = _opened_source(path, level, bands, missing)
         source.treat_as_missing(nodata)
@@ -176,23 +196,37 @@ def open_image(
         raise ImageError(
             f"{path} cannot be read: {type(error).__name__}: {one_line(error)}"
         ) from error
-    if isinstance(source, RasterSource):
+    source.level = level
+    source.at_level = partial(open_image, path, **options)
+    if mpp is not None:
+        chosen = fitting_level(source, mpp)
+        return source if chosen == level else open_image(path, chosen, **options)
+    if isinstance(source, (RasterSource, SlideSource)):
         source.path = _path_of(source)
+        if isinstance(source, SlideSource) and source.file is not None:
+            source.reopened = partial(_reopened_slide, type(path), source.file, level, options)
     elif source.path is not None:
-        source.level = level
-        source.reopened = partial(
-            open_image, source.path, level, bands=bands, missing=missing, nodata=nodata
-        )
+        source.reopened = partial(open_image, source.path, level, **options)
     return source
 
 
-def _path_of(source: RasterSource) -> Path | None:
-    """The dataset's file, if its path gives an image of the same pixels.
+def _reopened_slide(
+    kind: Callable[[str], Any], file: str, level: int, options: dict[str, Any]
+) -> StripSource:
+    """The slide of a file once more, in another process."""
+    return open_image(kind(file), level, **options)
 
-    Formats that GDAL alone reads, warped datasets and overviews opened as such have none.
+
+def _path_of(source: RasterSource | SlideSource) -> Path | None:
+    """The file of what is open, if its path gives an image of the same size.
+
+    Formats that only GDAL or scanners know, warped datasets and overviews opened as such have none.
     """
+    name = source.file if isinstance(source, SlideSource) else source.name
+    if name is None:
+        return None
     try:
-        same = open_image(source.name, source.level, bands=source.bands)
+        same = open_image(name, source.level, bands=source.bands)
     except FcvggError:
         return None
     alike = (same.size, same.channels, same.dtype) == (source.size, source.channels, source.dtype)
@@ -205,16 +239,16 @@ def _opened_source(path: Any, level: int, bands: Bands, missing: str) -> StripSo
         path.seek(0)
         return _file_source(path, "the image", path.read(4), level, bands, missing)
     if not isinstance(path, (str, os.PathLike)):
-        if not _is_dataset(path):
+        if not _is_dataset(path) and not is_slide(path):
             raise ImageError(
-                "the image must be a path, a file or its bytes, or an open rasterio dataset, got "
-                f"{type(path).__name__}"
+                "the image must be a path, a file or its bytes, or an open rasterio dataset or "
+                f"slide, got {type(path).__name__}"
             )
         if missing == "error":
             raise ArgumentError(
                 "missing must be 'fill' for an open dataset, got 'error'; pass its path instead"
             )
-        return RasterSource(path, level, bands)
+        return (SlideSource if is_slide(path) else RasterSource)(path, level, bands)
     path = Path(path)
     if is_folder(path):
         source = _zarr_source(path, level, bands, missing)
@@ -225,7 +259,17 @@ def _opened_source(path: Any, level: int, bands: Bands, missing: str) -> StripSo
             magic = file.read(4)
     except OSError as error:
         raise ImageError(f"{path} cannot be read: {error.strerror}") from error
-    return _file_source(path, str(path), magic, level, bands, missing)
+    try:
+        return _file_source(path, str(path), magic, level, bands, missing)
+    except MissingExtraError:
+        raise
+    except ImageError as error:
+        if path.suffix.lower() not in VENDOR_ENDINGS:
+            raise
+        raise ImageError(
+            f"{one_line(error)}; or in Python pass openslide.OpenSlide(path) or "
+            "tiffslide.TiffSlide(path), which read scanners' formats, in place of the path"
+        ) from error
 
 
 def as_file(source: Any) -> Any:
@@ -282,11 +326,17 @@ def _file_source(
 
 def _tiff_source(file: File, name: str, level: int, bands: Bands, missing: str) -> StripSource:
     try:
-        if isinstance(file, Path) and level and Path(f"{file}.ovr").is_file():
-            own = _levels(file)
-            if level >= own:
-                return _overview_file(file, level - own, bands, missing)
-        return TiffSource(file, level, bands, missing)
+        if not isinstance(file, Path) or not Path(f"{file}.ovr").is_file():
+            return TiffSource(file, level, bands, missing)
+        whole = TiffSource(file, 0, bands, missing)
+        own, further = whole.level_sizes, TiffSource(Path(f"{file}.ovr")).level_sizes
+        source = whole if level == 0 else None
+        if source is None and level < len(own):
+            source = TiffSource(file, level, bands, missing)
+        if source is None:
+            source = _overview_file(whole, level - len(own), missing)
+        source.level_sizes = [*own, *further]
+        return source
     except MissingExtraError as error:
         if level == 0 and missing == "fill" and _is_plain_tiff(file, name):
             return PillowSource(file, bands)
@@ -298,21 +348,11 @@ def _tiff_source(file: File, name: str, level: int, bands: Bands, missing: str) 
         ) from error
 
 
-def _levels(file: Path) -> int:
-    tifffile = imported("tifffile", "stream")
-    try:
-        with tifffile.TiffFile(file) as tiff:
-            return len(tiff.series[0].levels)
-    except Exception as error:
-        raise ImageError(f"{file} cannot be read as a TIFF: {one_line(error)}") from error
-
-
-def _overview_file(file: Path, level: int, bands: Bands, missing: str) -> StripSource:
+def _overview_file(whole: TiffSource, level: int, missing: str) -> TiffSource:
     """A level in the ``.ovr`` next to a TIFF, which alone says where it lies and what is nodata."""
-    source, whole = TiffSource(Path(f"{file}.ovr"), level, bands, missing), TiffSource(file)
-    source.path = file
+    source = TiffSource(Path(f"{whole.path}.ovr"), level, whole.bands, missing)
+    source.path = whole.path
     source.nodata, source.georeferenced = whole.nodata, whole.georeferenced
-    source._full_size = whole.size
     if whole.georeference is not None:
         source.georeference = whole.georeference.scaled(whole.size, source.size)
     if whole.pixel_size is not None:
@@ -332,7 +372,11 @@ def _is_plain_tiff(file: File, name: str) -> bool:
 
 
 def strip_source(
-    source: Any, channels: int | None = None, nodata: float | str | None = None
+    source: Any,
+    channels: int | None = None,
+    nodata: float | str | None = None,
+    mpp: float | None = None,
+    trained: float | None = None,
 ) -> StripSource:
     """What `fcvgg.stream` and `score_map` accept, as a `StripSource`.
 
@@ -340,11 +384,13 @@ def strip_source(
         source: an image of any kind.
         channels: of the network, by which pixels of floats ``(H, W, C)`` are distinguished from
             preprocessed floats ``(C, H, W)``.
-        nodata: as for `open_image`.
+        nodata, mpp: as for `open_image`.
+        trained: micrometres of the pixels that a network was trained on; of a pyramid whose level
+            was left open the one that has them is taken, and other images are warned of.
 
     Raises:
         ImageError: if it cannot be used as an image.
-        ArgumentError: if `nodata` is given for what is open already, or preprocessed.
+        ArgumentError: if `nodata` or `mpp` is given for what is open already, or preprocessed.
     """
     if isinstance(source, StripSource):
         if nodata is not None:
@@ -352,10 +398,21 @@ def strip_source(
                 f"nodata must be None for an image that is open already, got {nodata!r}; pass it "
                 "where the image is opened: fcvgg.open_image(path, nodata=...)"
             )
-        return source
+        if mpp is not None:
+            raise ArgumentError(
+                f"mpp must be None for an image that is open already, got {mpp!r}; pass it where "
+                "the image is opened: fcvgg.open_image(path, mpp=...)"
+            )
+        return at_training_scale(source, trained, may_choose=False)
     source = as_file(source)
-    if isinstance(source, (str, os.PathLike)) or is_file(source) or _is_dataset(source):
-        return open_image(source, nodata=nodata)
+    is_open = is_file(source) or _is_dataset(source) or is_slide(source)
+    if isinstance(source, (str, os.PathLike)) or is_open:
+        source = open_image(source, nodata=nodata, mpp=mpp)
+        return at_training_scale(source, trained, may_choose=mpp is None)
+    if checked_mpp(mpp) is not None:
+        raise ArgumentError(
+            f"mpp must be None for pixels in memory, which state no size, got {mpp!r}; pass a path"
+        )
     if isinstance(source, Image.Image):
         image: StripSource = PillowSource(source)
     elif hasattr(source, "shape") and hasattr(source, "dtype") and hasattr(source, "__getitem__"):
@@ -426,7 +483,7 @@ def _zarr_source(path: Path, level: int, bands: Bands, missing: str) -> StripSou
     except Exception as error:
         raise ImageError(f"{path} cannot be read as a zarr image: {one_line(error)}") from error
     axes: Sequence[str] | None = None
-    pixel_size = full_size = None
+    pixel_size, sizes = None, []
     if "fcvgg" in node.attrs:
         raise ImageError(f"{path} must be an image, got a score map that fcvgg.stream wrote")
     if isinstance(node, zarr.Group):
@@ -434,12 +491,14 @@ def _zarr_source(path: Path, level: int, bands: Bands, missing: str) -> StripSou
         image = _ome_attributes(node)["multiscales"]
         try:
             dataset = level_of(image[0]["datasets"], level, str(path))
-            node, full = (node[one["path"]] for one in (dataset, image[0]["datasets"][0]))
+            group, node = node, node[dataset["path"]]
+            levels = [group.get(one["path"]) for one in image[0]["datasets"]]
             pixel_size = _pixel_size(dataset, image[0].get("axes", []))
             axes = [a["name"] if isinstance(a, dict) else a for a in image[0].get("axes", [])]
             letters = _axes_of(node.shape, axes, path)
-            sizes = dict(zip(letters, full.shape))
-            full_size = (sizes["Y"], sizes["X"])
+            y, x = letters.index("Y"), letters.index("X")
+            if all(one is not None for one in levels):
+                sizes = [(one.shape[y], one.shape[x]) for one in levels]
         except (LookupError, TypeError, ValueError, AttributeError) as error:
             raise ImageError(
                 f"{path} must hold the OME-Zarr image that it describes, got another content "
@@ -454,9 +513,9 @@ def _zarr_source(path: Path, level: int, bands: Bands, missing: str) -> StripSou
             f"{path} must store all of its {node.nchunks} chunks, got {node.nchunks_initialized}; "
             "missing='fill' gives the others the fill value"
         )
-    source = ArraySource(node, letters, str(path), bands=bands)
+    source = ZarrSource(node, letters, path, bands)
     source.alpha = source.alpha and axes is None  # OME's channels are not colours
-    source.pixel_size, source._full_size = pixel_size, full_size
+    source.pixel_size, source.level_sizes = pixel_size, sizes
     return source
 
 
@@ -499,9 +558,9 @@ def _pixel_size(dataset: Any, axes: Sequence[Any]) -> tuple[float, float] | None
         scale = transformation.get("scale")
         if transformation.get("type") == "scale" and isinstance(scale, list):
             sizes = {
-                axis["name"]: float(factor)
+                axis["name"]: float(factor) * _MICROMETRES[axis["unit"]]
                 for axis, factor in zip(axes, scale)
-                if isinstance(axis, dict) and axis.get("unit") == "micrometer"
+                if isinstance(axis, dict) and axis.get("unit") in _MICROMETRES
             }
             known = {"y", "x"} <= sizes.keys()
             return usable_pixel_size((sizes["y"], sizes["x"])) if known else None

@@ -49,6 +49,9 @@ _MASK = "mask"
 FROM_FILE = "file"
 """The name of the nodata value that the file itself declares."""
 
+_LARGEST_SIDE = 1 << 27
+"""Pixels of a side: what files say without holding it would never end to be read."""
+
 _WITHOUT_NUMPY = (torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
 """torch's floats that NumPy does not have."""
 
@@ -92,7 +95,7 @@ class StripSource:
         block_rows: rows that the file or array can only give together; they are held while needed.
         path: of the file, if it is one.
         level: of the pyramid in the file.
-        full_size: ``(H, W)`` of level 0, which viewers count pixels in.
+        level_sizes: ``(H, W)`` of every level of the pyramid; empty where there is one.
         bands: the channels that were chosen, if some were.
         alpha: whether the last of two or four channels is said to be transparency.
         nodata: the value that the file declares for pixels without data, if it does.
@@ -107,6 +110,7 @@ class StripSource:
     name = "the image"
     path: Path | None = None
     level = 0
+    level_sizes: Sequence[Pair] = ()
     size: Pair
     channels: int
     dtype: np.dtype[Any]
@@ -122,6 +126,8 @@ class StripSource:
     georeference: Georeference | None = None
     reopened: Callable[[], StripSource] | None = None
     """Opens the same image once more, in another process too."""
+    at_level: Callable[[int], StripSource] | None = None
+    """Opens another level of the same pyramid."""
 
     def __init__(self, bands: Bands = None) -> None:
         if bands is not None and not isinstance(bands, Iterable):
@@ -132,7 +138,6 @@ class StripSource:
         self._held: tuple[int, Pair, Any] | None = None
         self._stored = 0  # channels, before some are chosen
         self._by_mask = False
-        self._full_size: Pair | None = None  # of a pyramid
 
     def __repr__(self) -> str:
         height, width = self.size
@@ -149,7 +154,16 @@ class StripSource:
 
     @property
     def full_size(self) -> Pair:
-        return self._full_size or self.size
+        """``(H, W)`` of level 0, whose pixels viewers count in."""
+        return self.level_sizes[0] if self.level_sizes else self.size
+
+    @property
+    def mpp(self) -> float | None:
+        """Micrometres of a pixel, or of a georeferenced one by its metres; None if unknown."""
+        sizes = self.pixel_size
+        if sizes is None and self.georeference is not None:
+            sizes = self.georeference.pixel_size
+        return None if sizes is None else sum(sizes) / 2
 
     @property
     def itemsize(self) -> int:
@@ -329,6 +343,11 @@ class StripSource:
         """Refuse what is not an image; `size`, `channels` and `dtype` are known by now."""
         if 0 in self.size or self.channels == 0:
             raise ImageError(f"{self.name} must have pixels, got the size {self.size}")
+        if max(self.size) > _LARGEST_SIDE:
+            raise ImageError(
+                f"{self.name} must have sides of at most {_LARGEST_SIDE} pixels, got the size "
+                f"{self.size}; read a part of it"
+            )
         if self.preprocessed:
             return
         if self.dtype.kind not in "iuf":
@@ -666,12 +685,17 @@ def _chunk(array: Any, axis: int) -> int:
 def is_folder(path: Path) -> bool:
     """Whether a path is a folder rather than a file; `ImageError` if it is neither."""
     try:
-        return stat.S_ISDIR(os.stat(path).st_mode)
+        mode = os.stat(path).st_mode
     except (FileNotFoundError, NotADirectoryError) as error:
         raise ImageError(absent(str(path))) from error
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or one_line(error)
         raise ImageError(f"{path} cannot be read: {reason}") from error
+    if not (stat.S_ISDIR(mode) or stat.S_ISREG(mode)):  # of which reading twice loses the start
+        raise ImageError(
+            f"{path} must be a file, got a pipe, socket or device; pass what it gives as bytes"
+        )
+    return stat.S_ISDIR(mode)
 
 
 def absent(name: str) -> str:

@@ -73,8 +73,12 @@ _SEPARATE = 2
 _CMYK = 1
 """TIFF's set of inks of four."""
 
-_CENTIMETRE = 3
-"""TIFF's unit of resolutions that describe the object rather than the print."""
+_INCH, _CENTIMETRE = 2, 3
+"""TIFF's units of resolutions."""
+
+_LARGEST_OF_INCHES = 10.0
+"""Micrometres of a pixel at most that are believed where they are stated by the inch: larger ones,
+of less than 2,540 pixels, are about printing."""
 
 _ORIENTATION, _X_RESOLUTION, _INK_SET, _SAMPLE_FORMAT = 274, 282, 332, 339
 _SUBSAMPLING, _REFERENCE_LEVELS = 530, 532
@@ -83,6 +87,9 @@ _NODATA = 42113
 
 _GEOREFERENCE = (PIXEL_SCALE, TIE_POINTS, MATRIX, KEYS)
 """Tags of which a georeferenced file has one at least."""
+
+_MOST_PAGES = 1 << 13
+"""Pages of a TIFF; tifffile describes each, in half a millisecond or more."""
 
 _TURNED = 5
 """Orientations from this one on exchange height and width."""
@@ -136,6 +143,11 @@ class TiffSource(StripSource):
             file.seek(0)
         try:
             with quiet("tifffile"), tifffile.TiffFile(file) as tiff:
+                if len(tiff.pages) > _MOST_PAGES:
+                    raise ImageError(
+                        f"{self.name} must have at most {_MOST_PAGES} pages, got "
+                        f"{len(tiff.pages)}; save the one that is wanted as a file of its own"
+                    )
                 self._describe(tiff, level)
                 self.pixel_size = _pixel_size(tiff, self.stored_size)
                 found = tiff.filehandle.size
@@ -167,8 +179,8 @@ class TiffSource(StripSource):
         self._page = page = series.keyframe
         full = file.series[self._series].levels[0].keyframe
         first = full.tags  # which say what holds for all levels
-        pages = self._pages_of(file, series)
-        self._planes = [_Plane(p.dataoffsets, p.databytecounts, p.jpegtables) for p in pages]
+        planes = self._pages_of(file, series)
+        self._planes = [_Plane(p.dataoffsets, p.databytecounts, p.jpegtables) for p in planes]
         self._decode = page.decode
         self._byteorder = file.byteorder
         self._samples = page.samplesperpixel
@@ -176,15 +188,16 @@ class TiffSource(StripSource):
         self._orientation = int(orientation) if orientation in range(1, 9) else 1
         self.stored_size = (page.imagelength, page.imagewidth)
         self.size = self.stored_size[::-1] if self._turned else self.stored_size
-        whole = (full.imagelength, full.imagewidth)
-        self._full_size = whole[::-1] if self._turned else whole
-        self._describe_colours(page, self._samples * len(pages))
+        pages = [one.keyframe for one in file.series[self._series].levels]
+        sizes = [(one.imagelength, one.imagewidth) for one in pages]
+        self.level_sizes = [size[::-1] for size in sizes] if self._turned else sizes
+        self._describe_colours(page, self._samples * len(planes))
         self._mask_series = self._find_mask(file) if level == 0 else None
         self.georeferenced = any(code in first for code in _GEOREFERENCE)
         codes = (*_GEOREFERENCE, KEY_DOUBLES, KEY_TEXT)
         place = Georeference.of_tags({code: first.valueof(code) for code in codes if code in first})
         if place is not None:
-            place = place.scaled(whole, self.stored_size)
+            place = place.scaled(sizes[0], self.stored_size)
             self.georeference = place.through(self._upright)
         self.nodata = _number(page.tags.valueof(_NODATA, first.valueof(_NODATA)))
         # rows that follow each other in the file, unchanged, are read without tifffile
@@ -530,9 +543,11 @@ def _pixel_size(file: Any, size: Pair) -> tuple[float, float] | None:
     scanned = re.search(r"\bMPP ?= ?(\d+(?:\.\d+)?)", first.description)
     if sizes is None and scanned is not None and float(scanned[1]) > 0:
         sizes = (float(scanned[1]), float(scanned[1]))
-    if sizes is None and first.resolutionunit == _CENTIMETRE:  # inches are about printing
+    if sizes is None and first.resolutionunit in (_INCH, _CENTIMETRE):
         across, down = first.get_resolution(_CENTIMETRE)
         sizes = (1e4 / down, 1e4 / across) if min(down, across) > 0 else None
+        if first.resolutionunit == _INCH and sizes is not None and max(sizes) > _LARGEST_OF_INCHES:
+            return None
     if sizes is None:
         return None
     down, across = sizes[0] * first.imagelength / size[0], sizes[1] * first.imagewidth / size[1]

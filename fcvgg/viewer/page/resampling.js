@@ -60,26 +60,38 @@ function nearest(pixels, [height, width], [h, w], channels) {
   return result;
 }
 
-/** Pixels `(height, width, channels)` at the size `[h, w]`. */
-export function resized(pixels, [height, width], [h, w], channels, interpolation) {
+/** Rows of pixels `(height, width, channels)` at another width. */
+function widened(pixels, kernel, [height, width], w, channels) {
+  if (width === w) return pixels;
+  const result = new Uint8ClampedArray(height * w * channels);
+  const from = [height, width * channels, channels];
+  return along(pixels, weightsOf(kernel, width, w), channels, from, result, [w * channels, channels]);
+}
+
+/** Columns of pixels `(height, width, channels)` at another height. */
+function heightened(pixels, kernel, [height, width], h, channels) {
+  if (height === h) return pixels;
+  const row = width * channels; // a column is a line, and its channels are one
+  const result = new Uint8ClampedArray(h * row);
+  return along(pixels, weightsOf(kernel, height, h), row, [1, 0, row], result, [0, row]);
+}
+
+/**
+ * Pixels `(height, width, channels)` at the size `[h, w]`, as the given release of Pillow makes them.
+ * Each pass rounds to bytes. From 13 on, columns come first where the height shrinks by more than
+ * twice the pixels that the width does.
+ */
+export function resized(pixels, [height, width], [h, w], channels, interpolation, pillow) {
   if (interpolation === "nearest") {
     return height === h && width === w ? pixels : nearest(pixels, [height, width], [h, w], channels);
   }
   const kernel = KERNELS[interpolation];
-  // rows first, rounded to bytes, then columns; Pillow 13 takes the columns of some tall images
-  // first, which rounds some of their pixels otherwise
-  if (width !== w) {
-    const result = new Uint8ClampedArray(height * w * channels);
-    const from = [height, width * channels, channels];
-    pixels = along(pixels, weightsOf(kernel, width, w), channels, from, result, [w * channels, channels]);
+  if (pillow >= 13 && h < height && height - h > 2 * (width - w)) {
+    const flat = heightened(pixels, kernel, [height, width], h, channels);
+    return widened(flat, kernel, [h, width], w, channels);
   }
-  if (height !== h) {
-    const result = new Uint8ClampedArray(h * w * channels);
-    const row = w * channels;
-    // a column is a line, and its channels are one
-    pixels = along(pixels, weightsOf(kernel, height, h), row, [1, 0, row], result, [0, row]);
-  }
-  return pixels;
+  const narrow = widened(pixels, kernel, [height, width], w, channels);
+  return heightened(narrow, kernel, [height, w], h, channels);
 }
 
 /** RGBA of a canvas in a network's channels: grey, RGB or RGBA. */

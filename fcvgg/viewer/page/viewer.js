@@ -17,6 +17,8 @@ class Axis {
   }
   span(cell) { return [this.offset + cell * this.stride, this.offset + cell * this.stride + this.field]; }
   windowOf(cell) { return [this.start + cell * this.stride, this.start + cell * this.stride + this.crop]; }
+  /** The pixels that are nearest to a cell's centre. */
+  around(cell) { const middle = this.centre(cell) + 0.5; return [middle - this.stride / 2, middle + this.stride / 2]; }
   centre(cell) { return this.offset + (this.field - 1) / 2 + cell * this.stride; }
   place(point) { return (point - this.centre(0)) / this.stride; }
   touchesPadding(cell) { const [first, end] = this.span(cell); return first < 0 || end > this.size; }
@@ -105,11 +107,15 @@ const hosts = {
   file: { first: () => viewOf(start) },
   serve: {
     async compute(file, { side, stride }) {
+      if (file.size > start.limit) throw new Error(start.refusal); // before it is sent
+      this.last?.abort(); // what is no longer waited for
+      this.last = new AbortController();
       const query = new URLSearchParams();
       if (side) query.set("side", side);
       if (stride) query.set("stride", stride);
       const headers = { "Content-Type": "application/octet-stream" };
-      const answer = await fetch(`map?${query}`, { method: "POST", body: file, headers }).catch(() => {
+      const request = { method: "POST", body: file, headers, signal: this.last.signal };
+      const answer = await fetch(`map?${query}`, request).catch(() => {
         throw new Error("the server does not answer; start fcvgg serve again");
       });
       const found = await answer.json();
@@ -120,17 +126,18 @@ const hosts = {
   page: {
     compute(file, { side }, progress) {
       this.worker ??= new Worker("worker.js", { type: "module" });
+      const { port1, port2 } = new MessageChannel(); // one for each request keeps answers apart
       return new Promise((resolve, reject) => {
         this.worker.onerror = (event) => {
           this.worker = undefined;
           reject(new Error(event.message || "worker.js cannot be loaded; open the page over http"));
         };
-        this.worker.onmessage = async ({ data }) => {
+        port1.onmessage = ({ data }) => {
           if (data.error) reject(new Error(data.error));
           else if (data.progress) progress(data);
-          else resolve(await this.view(file, data).catch(reject));
+          else resolve(this.view(file, data));
         };
-        this.worker.postMessage({ file, side, network: start });
+        this.worker.postMessage({ file, side, network: start }, [port2]);
       });
     },
     async view(file, { scores, classes, cells, input_size, image_size, side }) {
@@ -175,11 +182,8 @@ function show(next) {
   cell = null;
   pinned = false;
   $("explorer").hidden = false;
-  $("title").textContent = view.title ?? start.title;
-  const [h, w] = view.cells;
-  $("subtitle").textContent =
-    `${h} by ${w} cells on ${view.image_size.join(" by ")} pixels (height by width), ` +
-    `window ${view.axes[0].crop}, stride ${view.axes[0].stride}, receptive field ${view.axes[0].field}`;
+  $("subtitle").textContent = summary(view);
+  $("search").hidden = view.names.length <= FEW;
   $("layer").max = view.layers.length;
   $("layer").value = view.layers.length;
   if (host !== "file") offerSizes();
@@ -190,7 +194,20 @@ function show(next) {
   choose(chosen);
 }
 
+/** A number for height and width, or both where they differ. */
+const both = (axes, name) => (axes[0][name] === axes[1][name] ? `${axes[0][name]}` : `${axes[0][name]}×${axes[1][name]}`);
+
+function summary({ cells, image_size, input_size, axes }) {
+  const rescaled = image_size.some((n, i) => n !== input_size[i]);
+  return (
+    `${cells.join(" by ")} cells on ${image_size.join(" by ")} pixels (height by width)` +
+    (rescaled ? `, rescaled to ${input_size.join(" by ")}` : "") +
+    `; window ${both(axes, "crop")}, stride ${both(axes, "stride")}, receptive field ${both(axes, "field")}`
+  );
+}
+
 function offerSizes() {
+  $("side").min = Math.min(32, view.side);
   $("side").max = Math.max(Math.min(...view.image_size), view.largest_side);
   $("side").value = view.side;
   $("side-value").textContent = `${view.side} px`;
@@ -207,7 +224,7 @@ function fitStage() {
   const [height, width] = view.image_size;
   const stage = $("stage");
   stage.style.aspectRatio = `${width} / ${height}`;
-  stage.style.width = `min(100%, ${(66 * width) / height}vh)`; // controls stay on the screen
+  stage.style.setProperty("--ratio", width / height);
   $("boxes").setAttribute("viewBox", `0 0 ${width} ${height}`);
 }
 
@@ -237,10 +254,16 @@ function between(axis, pixels, smooth) {
   });
 }
 
+/** Small images are enlarged by odd numbers, which keep a pixel at the middle of the image's own. */
+function overlayScale(longest) {
+  const whole = Math.floor(640 / longest);
+  return whole < 1 ? 640 / longest : whole - 1 + (whole % 2);
+}
+
 function drawOverlay() {
   const smooth = $("drawn").value === "smooth";
   const canvas = $("overlay");
-  const factor = Math.min(640 / Math.max(...view.image_size), 1);
+  const factor = overlayScale(Math.max(...view.image_size));
   canvas.height = Math.max(Math.round(view.image_size[0] * factor), 1);
   canvas.width = Math.max(Math.round(view.image_size[1] * factor), 1);
   canvas.style.imageRendering = smooth ? "auto" : "pixelated";
@@ -251,7 +274,7 @@ function drawOverlay() {
   const map = view.probabilities.subarray(chosen * cellsCount(), (chosen + 1) * cellsCount());
   const opacity = $("opacity").value / 100;
   const width = view.cells[1];
-  const wide = Math.max(Math.floor(Math.min(canvas.width, canvas.height) / 80), 1);
+  const wide = Math.max(Math.floor(Math.max(canvas.width, canvas.height) / 120), 1);
   let at = 0, row = 0;
   for (const [above, below, down, heldRow] of rows) {
     let col = 0;
@@ -308,6 +331,7 @@ function drawBoxes() {
   const rects = [];
   const layer = +$("layer").value;
   for (let i = 0; i < layer && layer < view.layers.length; i++) rects.push(unitOf(i, "earlier"));
+  rects.push(rectangle("own", y.around(cell[0]), x.around(cell[1])));
   for (const kind of ["halo", "field"]) rects.push(rectangle(kind, y.span(cell[0]), x.span(cell[1])));
   for (const kind of ["halo", "window"]) rects.push(rectangle(kind, y.windowOf(cell[0]), x.windowOf(cell[1])));
   if (layer < view.layers.length) rects.push(unitOf(layer, "layer"));
@@ -323,11 +347,15 @@ function unitOf(layer, kind) {
 // -- classes ----------------------------------------------------------------------------------
 
 const LISTED = 60;
+const FEW = 10; // classes that are seen at once need no search
 
 function classRow(tag, name, p) {
   const row = document.createElement(tag);
   row.className = "class";
-  row.style.setProperty("--part", Number.isNaN(p) ? 0 : evidence(p, view.chance));
+  const share = Number.isNaN(p) ? 0 : evidence(p, view.chance);
+  const level = Math.round(share * 255) * 4;
+  row.style.setProperty("--part", share);
+  row.style.setProperty("--colour", `rgb(${view.colours.subarray(level, level + 3).join(" ")})`);
   const label = document.createElement("span");
   label.textContent = name;
   const value = document.createElement("b");
@@ -351,7 +379,7 @@ function listClasses() {
   const absent = view.total - view.classes.length;
   $("more").textContent = [
     found.length === 0 ? "No class has such a name." : hidden > 0 ? `${hidden} more; search to find them.` : "",
-    absent > 0 ? `The file holds ${view.classes.length} of ${view.total} classes.` : "",
+    absent > 0 ? `The page holds ${view.classes.length} of ${view.total} classes.` : "",
   ].join(" ").trim();
 }
 
@@ -380,7 +408,7 @@ function look(next, aloud) {
   cell = next;
   drawBoxes();
   layerText();
-  $("cell-facts").hidden = $("cell-detail").hidden = !cell;
+  $("cell-facts").hidden = $("cell-order").hidden = $("cell-detail").hidden = !cell;
   $("cell-hint").hidden = !!cell;
   $("crop").hidden = !(cell && pinned && view.image);
   $("cell-name").textContent = cell ? `Cell (${cell.join(", ")})${pinned ? ", pinned" : ""}` : "Cell";
@@ -408,11 +436,10 @@ function topClasses() {
 
 function layerText() {
   const layer = view.layers[+$("layer").value];
-  const size = (axes, i) => (axes[0][i] === axes[1][i] ? `${axes[0][i]}` : `${axes[0][i]}×${axes[1][i]}`);
   const text = layer
-    ? `${layer.name}: field ${size(layer.axes, 2)}, stride ${size(layer.axes, 0)}`
-    : `the whole network: field ${view.axes[0].field}`;
-  $("layer-value").textContent = layer ? `field ${size(layer.axes, 2)}` : "all";
+    ? `${layer.name}: field ${both(layer.axes, 2)}, stride ${both(layer.axes, 0)}`
+    : `the whole network: field ${both(view.axes, "field")}`;
+  $("layer-value").textContent = layer ? `field ${both(layer.axes, 2)}` : "all";
   $("layer").setAttribute("aria-valuetext", text);
   $("cell-layer").textContent = text;
   $("cell-layer").hidden = $("layer-term").hidden = !layer;
@@ -454,6 +481,8 @@ const KEYS = {
   End: ([r]) => [r, Infinity],
 };
 
+const middleCell = () => view.cells.map((n) => Math.floor((n - 1) / 2));
+
 function pin(next) {
   pinned = !(pinned && cell && next[0] === cell[0] && next[1] === cell[1]);
   look(next, true);
@@ -470,11 +499,10 @@ function listenToStage() {
   stage.addEventListener("click", (event) => pin(cellAt(event)));
   stage.addEventListener("keydown", (event) => {
     if (event.ctrlKey || event.metaKey || event.altKey) return;
-    const middle = view.cells.map((n) => Math.floor((n - 1) / 2));
     if (event.key in KEYS) {
-      const next = cell ? KEYS[event.key](cell) : middle;
+      const next = cell ? KEYS[event.key](cell) : middleCell();
       look(next.map((n, i) => Math.min(Math.max(n, 0), view.cells[i] - 1)), true);
-    } else if (event.key === "Enter" || event.key === " ") pin(cell ?? middle);
+    } else if (event.key === "Enter" || event.key === " ") pin(cell ?? middleCell());
     else if (event.key === "Escape") { pinned = false; look(null); }
     else return;
     event.preventDefault();
@@ -492,10 +520,7 @@ function listenToControls() {
   $("drawn").addEventListener("change", drawOverlay);
   $("grey").addEventListener("change", () => $("photograph").classList.toggle("grey", $("grey").checked));
   $("photograph").classList.add("grey");
-  $("layer").addEventListener("input", () => {
-    const middle = view.cells.map((n) => Math.floor((n - 1) / 2));
-    look(cell ?? middle, false);
-  });
+  $("layer").addEventListener("input", () => look(cell ?? middleCell(), false));
   $("search").addEventListener("input", listClasses);
   $("side").addEventListener("input", () => ($("side-value").textContent = `${$("side").value} px`));
   $("side").addEventListener("change", () => recompute({ side: +$("side").value }));
@@ -515,26 +540,33 @@ async function recompute(change) {
   const turn = ++computing; // an answer that came too late is dropped
   complain("");
   const since = performance.now();
-  const wait = setInterval(() => say((performance.now() - since) / 1000), 200);
-  let said = "computing";
-  const say = (seconds) => ($("waiting").textContent = `${said}, ${seconds.toFixed(0)} s`);
+  const count = () => ($("seconds").textContent = `${((performance.now() - since) / 1000).toFixed(0)} s`);
+  const wait = setInterval(count, 200);
   const progress = (data) => {
-    said = data.progress;
+    if ($("waiting").textContent !== data.progress) $("waiting").textContent = data.progress;
     if (data.share === undefined) $("progress").removeAttribute("value");
     else $("progress").value = data.share;
   };
-  $("progress").removeAttribute("value");
-  say(0);
+  progress({ progress: "computing" });
+  count();
   $("busy").hidden = false;
   try {
     const next = await hosts[host].compute(source, wished, progress);
     if (turn === computing) show(next);
   } catch (error) {
-    if (turn === computing) complain(error.message.split("\n")[0]);
+    if (turn === computing) { complain(error.message.split("\n")[0]); takeBack(); }
   } finally {
     clearInterval(wait);
     if (turn === computing) $("busy").hidden = true;
   }
+}
+
+/** After an error, what is shown is what the controls say and what they change. */
+function takeBack() {
+  source = view?.source;
+  if (!view) return;
+  wished = { side: view.side, stride: view.axes[0].stride };
+  offerSizes();
 }
 
 function open(file) {
@@ -558,6 +590,12 @@ function listenToFiles() {
   }
 }
 
+function introduce() {
+  const size = Math.ceil(start.bytes / 2 ** 20);
+  $("about").textContent =
+    `The network of ${size} MB is loaded with the first image and runs in this browser; images stay on this machine.`;
+}
+
 listenToStage();
 listenToControls();
 $("title").textContent = start.title;
@@ -566,6 +604,7 @@ if (host === "file") {
   hosts.file.first().then(show, (error) => complain(`the map in this file cannot be read: ${error.message}`));
 } else {
   for (const part of document.querySelectorAll(".needs-host")) part.hidden = false;
+  if (host === "page") introduce();
   listenToFiles();
 }
 document.documentElement.dataset.ready = "yes";

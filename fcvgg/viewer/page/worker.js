@@ -11,8 +11,8 @@ const LARGEST = 4096 * 4096; // pixels of an input, which takes 200 MB
 
 let session;
 
-/** The network, of which the page is told how much has come. */
-async function load() {
+/** The network; `progress` hears how much of it has come. */
+async function load(progress) {
   const answer = await fetch("model.onnx");
   if (!answer.ok) throw new Error("model.onnx is missing next to the page; write the page again");
   const total = +answer.headers.get("Content-Length");
@@ -23,17 +23,20 @@ async function load() {
     if (done) break;
     parts.push(value);
     size += value.length;
-    postMessage({ progress: "loading the network", share: total ? Math.min(size / total, 1) : undefined });
+    progress("loading the network", total ? Math.min(size / total, 1) : undefined);
   }
   const bytes = new Uint8Array(await new Blob(parts).arrayBuffer());
-  return ort.InferenceSession.create(bytes, { executionProviders: ["wasm"] });
+  progress("starting the network");
+  return ort.InferenceSession.create(bytes, { executionProviders: ["wasm"] }).catch((error) => {
+    throw new Error(`the browser cannot run this network of ${Math.ceil(size / 2 ** 20)} MB, perhaps for want of memory; use fcvgg serve (${error.message ?? error})`);
+  });
 }
 
 /** The pixels of a file, upright and without its colour profile; transparent ones on white. */
 async function decoded(file, channels) {
   const plain = { colorSpaceConversion: "none", imageOrientation: "from-image" };
   const image = await createImageBitmap(file, plain).catch(() => {
-    throw new Error(`${file.name || "the file"} is not an image that this browser can read`);
+    throw new Error(`${file.name || "the file"} is not an image that this browser can read; convert it to PNG or JPEG`);
   });
   const canvas = new OffscreenCanvas(image.width, image.height);
   const context = canvas.getContext("2d", { willReadFrequently: true });
@@ -47,16 +50,16 @@ async function decoded(file, channels) {
   return { pixels: inChannels(data, channels), size: [image.height, image.width] };
 }
 
-async function computed({ file, side, network }) {
-  const { preprocess, axes, usual_side } = network;
+async function computed({ file, side, network }, progress) {
+  const { preprocess, axes, usual_side, pillow } = network;
   const channels = preprocess.mean.length;
   const image = await decoded(file, channels);
   side ??= Math.min(usual_side, ...image.size);
   const wanted = sizeOfSide(image.size, side);
   if (wanted[0] * wanted[1] > LARGEST) throw new Error(`an input of ${wanted.join("x")} pixels is too large for a browser; choose a smaller side`);
-  session ??= await load();
-  postMessage({ progress: "computing" });
-  const pixels = resized(image.pixels, image.size, wanted, channels, preprocess.interpolation);
+  session ??= await load(progress);
+  progress("computing");
+  const pixels = resized(image.pixels, image.size, wanted, channels, preprocess.interpolation, pillow);
   const { values, size } = inputOf(pixels, wanted, preprocess, axes.map((axis) => axis.window));
   const input = new ort.Tensor("float32", values, [1, channels, ...size]);
   const outputs = await session.run({ [session.inputNames[0]]: input });
@@ -65,11 +68,16 @@ async function computed({ file, side, network }) {
   return { scores: map.data, classes, cells, input_size: wanted, image_size: image.size, side };
 }
 
-onmessage = async ({ data }) => {
+async function answer(request, port) {
+  const progress = (progress, share) => port.postMessage({ progress, share });
   try {
-    const found = await computed(data);
-    postMessage(found, [found.scores.buffer]);
+    const found = await computed(request, progress);
+    port.postMessage(found, [found.scores.buffer]);
   } catch (error) {
-    postMessage({ error: String(error?.message ?? error) });
+    port.postMessage({ error: String(error?.message ?? error) });
   }
-};
+}
+
+let last = Promise.resolve(); // the network is loaded once and takes one image at a time
+
+onmessage = ({ data, ports: [port] }) => { last = last.then(() => answer(data, port)); };
