@@ -137,11 +137,7 @@ def paragraphs(documentation: str | None) -> str:
 class _PlainWhereNarrow:
     """A help without panels on a narrow terminal, where they would cut options off."""
 
-<<<<<<< HEAD
-    epilog: str | None
-=======
     epilog: Any
->>>>>>> main
     rich_markup_mode: Any
 
     def get_help(self, ctx: Any) -> str:
@@ -149,11 +145,7 @@ class _PlainWhereNarrow:
         if columns >= _PANELS_WIDTH:
             return super().get_help(ctx)  # type: ignore[misc, no-any-return]
         self.rich_markup_mode = None
-<<<<<<< HEAD
-        self.epilog = Text.from_markup(self.epilog or "").plain
-=======
         self.epilog = Text.from_markup(self.epilog).plain
->>>>>>> main
         formatter = ctx.make_formatter()
         formatter.width = max(columns - 2, 50)
         self.format_help(ctx, formatter)  # type: ignore[attr-defined]
