@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import os
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -19,7 +20,7 @@ from fcvgg.geometry import Pair
 from fcvgg.inference.line_buffers import LineBuffers, MissingCells
 from fcvgg.inference.memory import trimmer
 from fcvgg.network import FullyConvolutional
-from fcvgg.streaming.interest import image_rows
+from fcvgg.streaming.interest import chains, image_rows
 from fcvgg.streaming.job import StreamJob, as_result, plan_in_memory
 from fcvgg.streaming.resumption import open_or_create_store
 from fcvgg.streaming.score_store import ScoreStore
@@ -125,13 +126,16 @@ def bands(
     The same plan gives the same bits wherever the range `rows` begins.
     """
     if job.interest is None:
-        yield from _computed(job, plan, block, block, rows, advance)
+        for _, cells in _computed(job, plan, block, [(rows[0], block)], rows, advance):
+            yield cells
         return
     row, end = rows
     top, (left, right) = job.workload.rows[0], block
     blank = job.blank  # (..., 1, 1)
     most = max(_BLANK_BYTES // job.row_bytes, 1)
-    for (first, last), ranges in [*job.bands(block, plan.strip_bytes), ((end, end), [])]:
+    chained = chains(job.bands(block, plan.strip_bytes))
+    for chain in [*chained, [((end, end), [])]]:
+        first, last = chain[0][0][0], chain[-1][0][1]
         while row < min(first, end):  # above the band
             count = min(first, end, row + most) - row
             yield blank.expand(*blank.shape[:-2], count, right - left)
@@ -140,10 +144,11 @@ def bands(
         if band[0] >= band[1]:
             continue
         # the strips of all ranges give the same rows, since one schedule holds for all
-        for parts in zip(*(_computed(job, plan, block, n, band, advance) for n in ranges)):
-            count = parts[0].shape[-2]
+        columns = zip(*([(rows[0], cols) for cols in ranges] for rows, ranges in chain))
+        for parts in zip(*(_computed(job, plan, block, n, band, advance) for n in columns)):
+            count = parts[0][1].shape[-2]
             cells = blank.repeat(*[1] * (blank.ndim - 2), count, right - left)
-            for (a, b), part in zip(ranges, parts):
+            for (a, b), part in parts:
                 cells[..., a - left : b - left] = part
             wanted = job.interest.cells[row - top : row - top + count, left:right]
             yield torch.where(torch.from_numpy(wanted).to(cells.device), cells, blank)
@@ -154,18 +159,29 @@ def _computed(
     job: StreamJob,
     plan: StripPlan,
     block: Pair,
-    cols: Pair,
+    columns: Sequence[tuple[int, Pair]],
     rows: Pair,
     advance: Callable[[float], None],
-) -> Iterator[Tensor]:
-    """Rows of cells of some columns ``(..., rows, cols)``, by the schedule of their block."""
+) -> Iterator[tuple[Pair, Tensor]]:
+    """Columns, and rows of their cells ``(..., rows, cols)``, by the schedule of their block.
+
+    Args:
+        columns: by the row from which on they are computed; later ones lie within earlier ones.
+    """
     schedule = job.workload.schedule(plan.strip_bytes, block)
+    *_, cols = (each for row, each in columns if row <= rows[0])
+    narrower = deque((row, each) for row, each in columns if row > rows[0])
     width = job.workload.width(cols)
     buffers = LineBuffers(schedule, width, rows[0], trimmer(plan.peak, plan.memory))
     missing = MissingCells(schedule, width, rows[0])
     left = rows[1] - rows[0]
     # the last strips may give more rows than are asked for: a band ends within a run's schedule
     while left:
+        while narrower and narrower[0][0] <= rows[1] - left:
+            _, cols = narrower.popleft()
+            width = job.workload.width(cols)
+            buffers.narrow(width)
+            missing.narrow(width)
         first, end = buffers.image_rows
         left_col, right_col = buffers.image_cols
         *strip, pixels = job.input.strip((first, end), (left_col, right_col))
@@ -177,7 +193,7 @@ def _computed(
             kept = job.selection(cells[0, :, :left].to(dtype_of(job.net)))  # (..., rows, cols)
             del cells  # before the caller copies what is kept
             left -= kept.shape[-2]
-            yield kept
+            yield cols, kept
 
 
 def _in_memory(job: StreamJob, memory: int, progress: bool) -> Any:
@@ -245,8 +261,10 @@ def _bar(
     total = 0
     for block in plan.blocks:
         schedule = job.workload.schedule(plan.strip_bytes, block)
-        for rows, ranges in job.bands(block, plan.strip_bytes):
-            first, end = image_rows(schedule, rows)
-            widths = [job.workload.width(cols).ranges[0] for cols in ranges]
-            total += sum((end - first) * (b - a) for a, b in widths)
+        for chain in chains(job.bands(block, plan.strip_bytes)):
+            read = image_rows(schedule, chain[0][0])[0]
+            for rows, ranges in chain:
+                first, read = read, image_rows(schedule, rows)[1]
+                widths = [job.workload.width(cols).ranges[0] for cols in ranges]
+                total += sum((read - first) * (b - a) for a, b in widths)
     return progress_bar("streaming", total / _MEGA, progress, rate="MP/s")

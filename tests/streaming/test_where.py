@@ -23,7 +23,7 @@ from fcvgg.inference.line_buffers import LineBuffers, same_bits
 from fcvgg.inference.missing import sees_whole_field
 from fcvgg.inference.stages import stages_of
 from fcvgg.streaming import interest
-from fcvgg.streaming.interest import otsu, row_bands
+from fcvgg.streaming.interest import chains, otsu, row_bands
 from fcvgg.streaming.job import StreamJob, plan_in_memory
 from fcvgg.streaming.score_store import open_store
 from fcvgg.streaming.strip_plan import StripPlan
@@ -242,6 +242,26 @@ def test_blocks_of_columns_and_rows(net: Any, monkeypatch: pytest.MonkeyPatch) -
         fcvgg.stream(net, image, where=mask, rows=(0, 2))
 
 
+def test_a_band_gets_narrower_as_the_region_does(net: Any, monkeypatch: Any) -> None:
+    small_strips(monkeypatch)
+    image, mask = photograph(260, 400), np.tri(130, 200, dtype=bool)[::-1]
+    image[120:124, 50] = image[200, 20:24] = 0  # seen before and after columns are dropped
+    job = StreamJob.prepared(net, image, None, None, 0, 0, where=mask)
+    (chain,) = chains(job.bands((0, job.shape[-1]), plan_in_memory(job, 1 << 30).strip_bytes))
+    assert len(chain) > 1
+    whole = fcvgg.stream(net, image, nodata=0).scores
+    got = fcvgg.stream(net, image, nodata=0, where=mask).scores
+    cells = torch.from_numpy(job.interest.cells)
+    assert 0.2 < cells.double().mean() < 0.7
+    assert 0 < whole.isnan()[:, cells].double().mean() < 0.5
+    exactly = {"rtol": 0, "atol": 0, "equal_nan": True}
+    torch.testing.assert_close(got[:, cells], whole[:, cells], **exactly)
+    assert got[:, ~cells].isnan().all()
+    row = chain[1][0][0] + 1  # begins where the band is narrower already
+    band = fcvgg.stream(net, image, nodata=0, where=mask, rows=(row, len(cells))).scores
+    torch.testing.assert_close(band, got[:, row:], **exactly)
+
+
 def _plan(blocks: list[tuple[int, int]], strip_bytes: int) -> Any:
     return StripPlan(strip_bytes, tuple(blocks), 1 << 20, 1 << 30)
 
@@ -286,7 +306,9 @@ def test_bands_follow_the_region() -> None:
     assert row_bands(cells, (4, 3), 1)[0] == ((10, 20), [(30, 60), (200, 220)])
     assert row_bands(cells, (4, 300), 1)[0] == ((10, 20), [(30, 220)])
     cells[30:40, 30:60] = True
-    assert row_bands(cells, (40, 300), 1)[0] == ((10, 40), [(30, 220)])
+    whole = ((10, 40), [(30, 220)])
+    assert row_bands(cells, (40, 300), 1, narrows=False)[0] == whole
+    assert row_bands(cells, (40, 300), 1)[:2] == [((10, 20), [(30, 220)]), ((20, 40), [(30, 60)])]
 
 
 # -- polygons -------------------------------------------------------------------------------------
