@@ -20,7 +20,7 @@ from fcvgg.geometry import Pair
 from fcvgg.inference.line_buffers import LineBuffers, MissingCells
 from fcvgg.inference.memory import trimmer
 from fcvgg.network import FullyConvolutional
-from fcvgg.streaming.interest import chains, image_rows
+from fcvgg.streaming.interest import Band, chains, image_rows
 from fcvgg.streaming.job import StreamJob, as_result, plan_in_memory
 from fcvgg.streaming.resumption import open_or_create_store
 from fcvgg.streaming.score_store import ScoreStore
@@ -133,8 +133,8 @@ def bands(
     top, (left, right) = job.workload.rows[0], block
     blank = job.blank  # (..., 1, 1)
     most = max(_BLANK_BYTES // job.row_bytes, 1)
-    chained = chains(job.bands(block, plan.strip_bytes))
-    for chain in [*chained, [((end, end), [])]]:
+    below: list[Band] = [((end, end), [])]
+    for chain in [*chains(job.bands(block, plan.strip_bytes)), below]:
         first, last = chain[0][0][0], chain[-1][0][1]
         while row < min(first, end):  # above the band
             count = min(first, end, row + most) - row

@@ -474,8 +474,8 @@ def _ranges(marked: NDArray[np.bool_], lost: float, step: int) -> list[Pair]:
     width = len(marked)
     joined = np.diff(_without_gaps(marked[None], lost)[0], prepend=False, append=False)
     ranges: list[Pair] = []
-    for span in np.flatnonzero(joined).reshape(-1, 2).tolist():
-        first, end = _widened(span, (0, width), step)
+    for first, end in np.flatnonzero(joined).reshape(-1, 2).tolist():
+        first, end = _widened((first, end), (0, width), step)
         if ranges and first <= ranges[-1][1] + lost:
             first = ranges.pop()[0]
         ranges.append((first, end))
