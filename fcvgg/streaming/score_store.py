@@ -185,8 +185,9 @@ class ScoreStore:
 
         place = self.description.get("cell_transform"), self.description.get("crs")
         slide = SlideMap(self, target)
+        band = slide.cells[slice(*self.description["rows"])]  # where both transforms begin
         cells = ClassCells(
-            slide.cells, slide.label, slide.index, cells_on_slide(self.description), *place
+            band, slide.label, slide.index, cells_on_slide(self.description), *place
         )
         return cells.to_geojson(path, threshold, kind, pixels)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from dataclasses import replace
 from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -77,7 +78,11 @@ class StoredMap:
             raise FcvggError(f"{store.path} is not finished; repeat the call that began it")
         self._description = store.description
         self.path = store.path
-        self.geometry = Geometry.from_dict(store.description["geometry"])
+        stored = Geometry.from_dict(store.description["geometry"])
+        # the stored row 0 is the first of the band, that of the pictures the first of the image
+        above = store.description["rows"][0] * stored.height.stride
+        height = replace(stored.height, origin=stored.height.origin - above)
+        self.geometry = Geometry(height, stored.width)
         self.image_size: Pair = tuple(store.description["image_size"])
         sizes = store.description.get("pixel_size")
         self.pixel_size: tuple[float, float] | None = sizes and (sizes[0], sizes[1])
