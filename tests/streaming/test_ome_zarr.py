@@ -120,6 +120,16 @@ def test_coordinates_are_those_of_the_slide(net: Any, tmp_path: Path, level: int
     np.testing.assert_allclose(centres(store.path, 4, 6), (y * 0.5, x * 0.25), rtol=0, atol=1e-10)
 
 
+def test_without_a_pixel_size_coordinates_are_pixels_of_level_0(net: Any, tmp_path: Path) -> None:
+    with tifffile.TiffWriter(tmp_path / "slide.tif") as file:
+        options: dict[str, Any] = {"photometric": "rgb", "tile": (32, 32), "metadata": None}
+        file.write(pixels(240, 200), **options)
+        file.write(pixels(120, 100), subfiletype=1, **options)
+    store = fcvgg.stream(net, fcvgg.open_image(tmp_path / "slide.tif", 1), out=tmp_path / "m.zarr")
+    expected = [(point + 0.5) * 2 - 0.5 for point in net.geometry.centre_of(4, 6)]
+    assert centres(store.path, 4, 6) == expected
+
+
 def test_a_thousand_classes_are_few_files(
     net: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
