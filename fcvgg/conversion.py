@@ -368,7 +368,8 @@ def unwrapped(model: Any) -> nn.Module:
         )
     if not isinstance(model, nn.Module):
         what = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
-        raise ConversionError(
-            f"model must be a torch.nn.Module, got {what}; load names and files with fcvgg.load"
-        )
+        remedy = "load names and files with fcvgg.load"
+        if isinstance(model, torch.export.ExportedProgram):
+            remedy = "pass the nn.Module it was exported from"
+        raise ConversionError(f"model must be a torch.nn.Module, got {what}; {remedy}")
     return model

@@ -15,7 +15,6 @@ import tempfile
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import lru_cache
 from inspect import signature
 from pathlib import Path, PurePosixPath
@@ -253,7 +252,8 @@ def _band(
     net = _unpack(tuple(bundle.items()))
     if imported("ray", "ray").get_gpu_ids() and torch.cuda.is_available():
         net = net.cuda()
-    job = replace(StreamJob.prepared(net, source, *asked), interest=interest)
+    classes, rows, output, nodata = asked
+    job = StreamJob.prepared(net, source, classes, rows, output, nodata, interest=interest)
     first, end = (job.workload.rows[0] + row for row in band)
     with evaluating(net):
         parts = bands(job, plan, plan.blocks[block], (first, end), lambda _: None)

@@ -222,14 +222,18 @@ def _own_model(
     Raises:
         LoadError: if the file cannot be read or does not fit, or `arch` makes no model.
     """
-    model = arch if isinstance(arch, nn.Module) else _made_by(arch, checkpoints.read_state(path))
+    entries = checkpoints.read_entries(path)
+    if isinstance(arch, nn.Module):
+        model = arch
+    else:
+        model = made_by(arch, checkpoints.read_state(path, entries))
     layers = [n for n, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
-    place = checkpoints.state_of(path, model, layers[-1] if layers else "", weights)
+    place = checkpoints.state_of(path, model, layers[-1] if layers else "", weights, entries)
     checkpoints.load_into(model, place.state, str(path))
     return model.eval(), {"found": place.described()}
 
 
-def _made_by(make: Callable[..., nn.Module], state: Mapping[str, Tensor]) -> nn.Module:
+def made_by(make: Callable[..., nn.Module], state: Mapping[str, Tensor]) -> nn.Module:
     """The model that a class or function makes, of as many classes as the state where it can be."""
     name = _name_of(make)
     if not callable(make):

@@ -216,11 +216,17 @@ class Own(nn.Module):
 
 @pytest.mark.parametrize("classes", [3, 5])
 @pytest.mark.parametrize("arch", [Own, lambda num_classes: Own(num_classes), "a module"])
-def test_a_checkpoint_of_the_users_own_model(tmp_path: Path, classes: int, arch: Any) -> None:
+def test_a_checkpoint_of_the_users_own_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, classes: int, arch: Any
+) -> None:
     torch.manual_seed(1)
     source = Own(classes)
     torch.save({"state_dict": source.state_dict()}, tmp_path / "own.pth")
+    reads = []
+    load = torch.load
+    monkeypatch.setattr(torch, "load", lambda *a, **given: reads.append(a) or load(*a, **given))
     net = fcvgg.load(tmp_path / "own.pth", arch=Own(classes) if arch == "a module" else arch)
+    assert len(reads) == 1
     assert net.source == "Own (state_dict)"
     assert not net.training
     images = torch.randn(2, 3, *net.input_size)
@@ -564,3 +570,18 @@ def test_what_can_be_converted_is_downloaded(
     images = torch.rand(1, 3, 224, 224)
     with torch.no_grad():
         torch.testing.assert_close(net(images).flatten(1), model(images), atol=1e-5, rtol=1e-5)
+
+
+def test_files_of_scripted_and_exported_models_say_how_to_go_on(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4 * 36, 2)).eval()
+    program = torch.export.export(model, (torch.zeros(1, 3, 8, 8),))
+    torch.export.save(program, tmp_path / "net.pt2")
+    with pytest.raises(fcvgg.LoadError, match=r"torch\.export\.load\(path\)\.state_dict with torc"):
+        fcvgg.load(tmp_path / "net.pt2")
+    torch.save(dict(program.state_dict), tmp_path / "net.pt")
+    assert fcvgg.load(tmp_path / "net.pt", arch=model, input_size=8).num_classes == 2
+    with pytest.raises(fcvgg.ConversionError, match=r"pass the nn\.Module it was exported"):
+        fcvgg.convert(program)
+    (tmp_path / "net.foo").write_bytes(b"")
+    with pytest.raises(fcvgg.LoadError, match=r"net\.foo must be a file \.onnx, \.keras or \.h5"):
+        fcvgg.load(tmp_path / "net.foo")

@@ -1,4 +1,4 @@
-"""Which image classifiers convert: the architectures of torchvision, timm and transformers.
+"""Which image classifiers convert: of torchvision, timm, transformers, ultralytics, Keras, ONNX.
 
 Each architecture gets random weights and is converted. It is *exact* if, in float64, the network
 gives the model's scores at the native size and a shifted crop gives the shifted cell, both to
@@ -19,14 +19,17 @@ import importlib.metadata
 import json
 import multiprocessing
 import os
+import re
 import resource
 import signal
+import tempfile
 import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatch
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -37,12 +40,23 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import fcvgg
-from zoo_models import TIMM, TRANSFORMERS_CHANGES, TRANSFORMERS_LEFT_OUT
+from fcvgg.loading import read_source
+from zoo_models import (
+    KERAS,
+    ONNX_LEFT_OUT,
+    TIMM,
+    TRANSFORMERS_CHANGES,
+    TRANSFORMERS_LEFT_OUT,
+    ULTRALYTICS,
+)
 
 LIMIT = 60
 """Seconds of processor time for one model."""
 
 TOLERANCE = 1e-10
+KERAS_TOLERANCE = 1e-5
+"""Of the scores that Keras itself gives, in float32."""
+
 CLASSES = 10
 SMALL_SIZES = (64, 128)
 """Native sizes tried for a model that takes any, which save time."""
@@ -136,10 +150,69 @@ def transformers_entries() -> Iterator[Entry]:
         yield Entry("transformers", family, family, build, size if isinstance(size, int) else 224)
 
 
+def ultralytics_entries() -> Iterator[Entry]:
+    """Its classifiers of version 8 and later, from their configurations."""
+    for family, names in ULTRALYTICS.items():
+        for name in names.split():
+
+            def build(name: str = name) -> nn.Module:
+                from ultralytics.nn.tasks import ClassificationModel
+
+                return ClassificationModel(f"{name}.yaml", nc=CLASSES, verbose=False)
+
+            yield Entry("ultralytics", family, name, build)
+
+
+def keras_entries() -> Iterator[Entry]:
+    """Small members of every family of keras.applications, from files that Keras writes."""
+    os.environ.setdefault("KERAS_BACKEND", "torch")
+    for family, names in KERAS.items():
+        for name in names.split():
+            yield Entry("keras", family, name, partial(from_keras, name))
+
+
+def from_keras(name: str) -> nn.Module:
+    """One of keras.applications as it is read from a file, whose scores are Keras's own."""
+    from keras import applications
+
+    with torch.device("cpu"), tempfile.TemporaryDirectory() as folder:
+        theirs = getattr(applications, name)(weights=None, classes=CLASSES)
+        path = Path(folder) / f"{name}.keras"
+        theirs.save(path)
+        model = read_source(str(path))[0].eval()
+        height, width = theirs.input_shape[1:3]
+        images = 255 * torch.rand(1, 3, height, width)
+        expected = torch.as_tensor(theirs.predict(images.permute(0, 2, 3, 1).numpy(), verbose=0))
+        with torch.no_grad():
+            error = (model(images).flatten(1) - expected).abs().max() / expected.abs().max()
+    assert error <= KERAS_TOLERANCE, f"{error:.2g} off Keras's scores"
+    return model
+
+
+def onnx_entries() -> Iterator[Entry]:
+    """The light models that the package onnx ships, files of 2015 to 2017 without weights."""
+    import onnx
+
+    folder = Path(onnx.__file__).parent / "backend" / "test" / "data" / "light"
+    for path in sorted(folder.glob("light_*.onnx")):
+        name = path.stem.removeprefix("light_")
+        if name in ONNX_LEFT_OUT:
+            continue
+
+        def build(path: Path = path) -> nn.Module:
+            with torch.device("cpu"):
+                return read_source(str(path), verify=False)[0].eval()
+
+        yield Entry("onnx", "light models", name, build)
+
+
 LIBRARIES = {
     "torchvision": torchvision_entries,
     "timm": timm_entries,
     "transformers": transformers_entries,
+    "ultralytics": ultralytics_entries,
+    "keras": keras_entries,
+    "onnx": onnx_entries,
 }
 
 
@@ -164,7 +237,7 @@ def outcome(entry: Entry) -> tuple[str, str, dict[str, Any]]:
     try:
         size = converting_size(entry)
     except fcvgg.FcvggError as refusal:
-        return "refused", str(refusal), {}
+        return "refused", re.sub(r"/\S*/(?=\S+: )", "", str(refusal)), {}  # without a file's folder
     model = with_weights(entry, size)
     net = fcvgg.convert(model, input_size=size, verify=False)
     report = fcvgg.verify(model, net, tolerance=TOLERANCE)
@@ -270,9 +343,9 @@ def write(rows: Iterable[Row], path: Path) -> None:
     lines = ",\n".join(f"  {json.dumps(asdict(row))}" for row in rows)
     text = f'{{\n "versions": {json.dumps(versions)},\n "rows": [\n{lines}\n ]\n}}\n'
     for target, content in ((path, text), (path.with_suffix(".md"), table(rows))):
-        partial = target.with_suffix(".partial")
-        partial.write_text(content)
-        os.replace(partial, target)
+        unfinished = target.with_suffix(".partial")
+        unfinished.write_text(content)
+        os.replace(unfinished, target)
 
 
 def counts(rows: Iterable[Row]) -> dict[str, int]:
@@ -288,6 +361,7 @@ REASONS = {
     "statistics": "statistics of the whole map",
     "resizing": "resizing",
     "mixes positions": "layers that mix positions",
+    "without counting the padding": "an average pool that does not count its uneven padding",
 }
 """From a word of a refusal to what the table says; the first that is found counts."""
 

@@ -1,4 +1,4 @@
-"""The architectures that zoo.py takes from timm and transformers.
+"""The architectures that zoo.py takes from timm, transformers, ultralytics and Keras.
 
 torchvision's are all taken. Of timm's 1,500 names, which are mostly one architecture at several
 widths, depths and input sizes, each family (a module of timm's) has a small member of every kind
@@ -139,3 +139,30 @@ TRANSFORMERS_LEFT_OUT = {
     "siglip2": "takes patches, not images",
 }
 """Model types that are no classifiers of images ``(N, C, H, W)``, or cannot be built here."""
+
+ULTRALYTICS = {
+    "v8": "yolov8n-cls yolov8s-cls yolov8m-cls yolov8l-cls yolov8x-cls yolov8-cls-resnet50",
+    "11": "yolo11n-cls yolo11s-cls yolo11m-cls",
+}
+"""From a version of ultralytics' classifiers to their names."""
+
+KERAS = {
+    "mobilenet": "MobileNet",
+    "mobilenet_v2": "MobileNetV2",
+    "efficientnet": "EfficientNetB0",
+    "resnet": "ResNet50",
+    "densenet": "DenseNet121",
+    "vgg": "VGG16",
+    "xception": "Xception",
+    "inception_v3": "InceptionV3",
+    "mobilenet_v3": "MobileNetV3Small",
+    "resnet_v2": "ResNet50V2",
+    "convnext": "ConvNeXtTiny",
+    "inception_resnet_v2": "InceptionResNetV2",
+    "efficientnet_v2": "EfficientNetV2B0",
+    "nasnet": "NASNetMobile",
+}
+"""From a module of keras.applications to the names of the models taken from it."""
+
+ONNX_LEFT_OUT = ("vgg19", "zfnet512")
+"""Light models whose fully connected layers take longer in float64 than a model may."""

@@ -20,7 +20,7 @@ from nbclient import NotebookClient
 from PIL import Image
 
 HERE = Path(__file__).parent
-QUALITY = 85
+QUALITY = 78
 """Pictures are stored as JPEG, which takes a tenth of the bytes of PNG for photographs."""
 
 

@@ -137,12 +137,15 @@ def paragraphs(documentation: str | None) -> str:
 class _PlainWhereNarrow:
     """A help without panels on a narrow terminal, where they would cut options off."""
 
+    epilog: Any
+    rich_markup_mode: Any
+
     def get_help(self, ctx: Any) -> str:
         columns = shutil.get_terminal_size().columns
         if columns >= _PANELS_WIDTH:
             return super().get_help(ctx)  # type: ignore[misc, no-any-return]
         self.rich_markup_mode = None
-        self.epilog = Text.from_markup(self.epilog).plain  # type: ignore[has-type]
+        self.epilog = Text.from_markup(self.epilog).plain
         formatter = ctx.make_formatter()
         formatter.width = max(columns - 2, 50)
         self.format_help(ctx, formatter)  # type: ignore[attr-defined]

@@ -20,6 +20,7 @@ from fcvgg.cli.options import (
     RunFolder,
     Weighting,
     Weights,
+    own_classifier,
     size,
     training_option,
 )
@@ -33,6 +34,7 @@ EXAMPLES = (
     "fcvgg finetune photos",
     "fcvgg finetune photos --strategy partial --freeze-upto pool3 --epochs 20 -o birds",
     "fcvgg finetune photos --weights vgg16.pth --size 160 --head linear --resume -o birds",
+    "fcvgg finetune photos --arch mymodel:MyNet --weights my.pth --preprocess imagenet",
     "fcvgg heatmap photo.jpg --model birds/model",
 )
 
@@ -70,8 +72,8 @@ Architecture = Annotated[
         "-a",
         metavar="NAME",
         autocompletion=complete_model,
-        help="Network to start from: a torchvision name, timm:NAME, an .onnx or Keras file, or "
-        "'demo'.",
+        help="Network to start from: a torchvision name, timm:NAME, an .onnx or Keras file, "
+        "'demo', or your own class or function, such as mymodel:MyNet (with --weights).",
     ),
 ]
 StrategyName = Annotated[
@@ -272,7 +274,7 @@ def run(
     with resumable(output):
         result = finetune(
             data,
-            arch,
+            own_classifier(arch, weights, strategy == "scratch"),
             output,
             weights=weights,
             preprocess=own.preprocess_for,

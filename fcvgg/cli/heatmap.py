@@ -279,9 +279,9 @@ def run(
 
     written = for_each_image(images, "heatmaps", show)
     if csv is not None:
-        found = ("value", "lowest", "highest")
-        found = found if net.activation == "values" else ("probability", "peak")
-        names = ("image", "index", "category", *found, "y", "x")
+        of_values = net.activation == "values"
+        measured = ["value", "lowest", "highest"] if of_values else ["probability", "peak"]
+        names = ["image", "index", "category", *measured, "y", "x"]
         write_csv(csv, names, ([row[name] for name in names] for row in written))
     exit_if_any_failed([*slides, *images], [*shown, *written])
 
@@ -383,8 +383,9 @@ class _Values:
     def figure(self) -> Any:
         from fcvgg.results.figures import value_grid
 
-        one = self.index is not None
-        return value_grid(self.score_map, [self.index]) if one else self.score_map.plot()
+        if self.index is None:
+            return self.score_map.plot()
+        return value_grid(self.score_map, [self.index])
 
     def as_data(self) -> dict[str, Any]:
         from fcvgg.results.figures import output_name

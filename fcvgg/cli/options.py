@@ -549,6 +549,35 @@ def imported(name: str) -> Any:
         ) from error
 
 
+_PREFIXED = ("timm:", "hf:", "demo:")
+
+
+def own_classifier(arch: str, weights: str, scratch: bool) -> Any:
+    """The classifier of ``package.module:callable``, with a file's parameters; other names as is.
+
+    Args:
+        arch: as ``--arch`` gives it.
+        weights: as ``--weights`` gives it.
+        scratch: whether random weights are wanted.
+
+    Raises:
+        FcvggError: if there is no such callable, or the file cannot be read or does not fit.
+    """
+    from fcvgg.loading import DEFAULT_WEIGHTS, made_by, read_source
+
+    if ":" not in arch or arch.startswith(_PREFIXED) or os.path.exists(arch):
+        return arch
+    make = imported(arch)
+    if weights != DEFAULT_WEIGHTS:
+        return read_source(weights, make)[0]
+    if not scratch:
+        raise ArgumentError(
+            f"--weights must be a checkpoint of --arch {arch}, got none; pass its path, or "
+            "--strategy scratch for random weights"
+        )
+    return made_by(make, {})
+
+
 def checked_device(name: str) -> Any:
     """The torch device of a name.
 

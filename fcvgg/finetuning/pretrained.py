@@ -26,6 +26,7 @@ from fcvgg.rewriting.rules import is_known
 from fcvgg.serialization import hub
 from fcvgg.sources import torchvision_model
 from fcvgg.support.module_state import dtype_of
+from fcvgg.transfer.naming import layer_names
 from fcvgg.transfer.sources import source_of
 
 
@@ -110,13 +111,20 @@ _USUAL_SIZE = 224
 def _with_head(
     model: nn.Module, known: int | Pair | None, size: int | Pair | None
 ) -> tuple[nn.Module, Pair]:
-    """A classifier and its native size; features that end in a map get a linear layer on them."""
+    """A classifier and its native size; features without a head get a linear layer on them.
+
+    Such end in a map, or in a vector without a fully connected layer (a Keras file that was saved
+    with ``include_top=False``, with and without its pool).
+    """
     at = checked_size(size or known or _USUAL_SIZE)
     with suppress(ConversionError):  # what cannot be traced is reported in its own words
         captured = capture(model, at, is_known)
         results = next(n for n in captured.graph.nodes if n.op == "output").all_input_nodes
         value = results[0].meta.get("value") if captured.outputs.is_tensor else None
-        if isinstance(value, Tensor) and value.ndim == 4 and value[0, 0].numel() > 1:
+        ends_in_map = isinstance(value, Tensor) and value.ndim == 4 and value[0, 0].numel() > 1
+        if isinstance(value, Tensor) and (
+            ends_in_map or not any(x.role == "fc" for x in layer_names(model))
+        ):
             head = nn.Linear(value[0].numel(), 1)
             parts = {"features": model, "flatten": nn.Flatten(), "classifier": nn.Sequential(head)}
             return nn.Sequential(OrderedDict(parts)).eval(), at

@@ -104,6 +104,13 @@ class LineBuffers:
         self.strip += 1
         return cells
 
+    def narrow(self, width: AxisRanges) -> None:
+        """Go on with fewer columns of every map, within those so far."""
+        for stage, inputs in zip(self._stages, self._waiting):
+            for fed, waiting in zip(stage.inputs, inputs):
+                waiting.narrow(self._width.ranges[fed], width.ranges[fed])
+        self._width = width
+
     def state(self) -> BufferState:
         """All that the next strips need of the earlier ones."""
         held = [
@@ -207,7 +214,7 @@ class LineBuffers:
         """
         fed = self._stages[i].inputs[0]
         height = self._height.reaches[i]
-        keep = int(height.kept_from(np.array(end), self._height.ranges[i][1]))
+        keep = int(self._schedule.kept[self.strip, i])
         x = self._take(i, 0, height.needs(first, end), min(keep, self._done[fed]))
         return _slid(sliding, x, height, (first, end), self._width, i, fed)
 
@@ -332,6 +339,12 @@ class WaitingRows:
     def append(self, rows: Tensor) -> None:
         self.pieces.append(rows)
 
+    def narrow(self, held: Pair, wanted: Pair) -> None:
+        """Keep the columns `wanted` of the columns `held`, as a copy that frees the others."""
+        if wanted != held:
+            cols = {3: length(wanted)}
+            self.pieces = [_empty(p, cols).copy_(_narrowed(p, held, wanted)) for p in self.pieces]
+
     def joined(self) -> Tensor | None:
         """All rows that wait, if any."""
         if len(self.pieces) > 1:
@@ -414,6 +427,12 @@ class MissingCells:
         if pixels is None:
             pixels = self._all_finite(self._buffers, self._device)
         return self._buffers.push(pixels)
+
+    def narrow(self, width: AxisRanges) -> None:
+        """Go on with fewer columns, within those so far."""
+        self._width = width
+        if self._buffers is not None:
+            self._buffers.narrow(width)
 
     def _all_finite(self, buffers: LineBuffers, device: torch.device) -> Tensor:
         """A strip without such pixels."""

@@ -13,11 +13,13 @@ from dataclasses import dataclass
 from math import isfinite
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
 from fcvgg.errors import UnsupportedLayerError
 from fcvgg.geometry import Geometry, KernelGeometry, KernelPair
+from fcvgg.inference.schedule import AxisRanges
 from fcvgg.inference.stages import Stage, stages_of
 from fcvgg.rewriting.modules import cut_to
 from fcvgg.rewriting.sliding import Part, Sliding
@@ -117,6 +119,33 @@ def cells_that_see(pixels: Tensor, readers: Sequence[Reader]) -> Tensor:
     for reader in readers:
         masks.append(reader.seen([masks[i] for i in reader.inputs]))
     return masks[-1]
+
+
+def sees_whole_field(stages: Sequence[Stage], geometry: Geometry) -> bool:
+    """Whether a cell sees every pixel of its receptive field, as it mostly does."""
+    places = [axis.interior(axis.window) for axis in geometry.axes]  # sizes, and cells in them
+    rows, cols = (
+        AxisRanges(stages, axis, size, (cell, cell + 1)).sizes
+        for axis, (size, cell) in enumerate(places)
+    )
+    seen = [np.zeros(size, np.bool_) for size in zip(rows, cols)]
+    (_, row), (_, col) = places
+    seen[-1][row, col] = True
+    readers = readers_of_stages(stages)
+    for i in range(len(readers), 0, -1):
+        read = [
+            [(at * w.stride - w.before + tap * w.dilation) // w.repeats for tap in range(w.kernel)]
+            for at, w in zip(np.nonzero(seen[i]), readers[i - 1].windows)
+        ]
+        for fed in readers[i - 1].inputs:
+            height, width = seen[fed].shape
+            for y in read[0]:
+                for x in read[1]:
+                    inside = (y >= 0) & (y < height) & (x >= 0) & (x < width)
+                    seen[fed][y[inside], x[inside]] = True
+    top, bottom = geometry.height.span_of(row)
+    left, right = geometry.width.span_of(col)
+    return bool(seen[0][top:bottom, left:right].all())
 
 
 def missing_pixels(images: Tensor) -> Tensor | None:

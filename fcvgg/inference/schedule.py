@@ -161,6 +161,16 @@ class Schedule:
         first = np.array([[low for low, _ in self.height.ranges]])
         return np.concatenate([first, self.ends[:-1]])
 
+    @cached_property
+    def kept(self) -> NDArray[np.int64]:
+        """The first row of its input that an operation needs after each strip, as `ends`."""
+        axis, ends = self.height, self.ends.T
+        kept = [
+            reach.kept_from(done, end)
+            for reach, done, (_, end) in zip(axis.reaches, ends, axis.ranges)
+        ]
+        return np.stack(kept, 1)
+
     def waiting_rows(
         self, stage: int, done: NDArray[np.int64], arrived: NDArray[np.int64]
     ) -> list[tuple[int, NDArray[np.int64]]]:

@@ -223,8 +223,10 @@ class Rewriter:
             if cells.positions > 1:
                 why = "" if name else "the model has no fully connected or global-pool head: "
                 whose = "the model's" if name else "its"
+                remedy = "" if name else "; fcvgg.finetune gives features alone a new head"
                 raise ConversionError(
                     f"{why}{whose} output{place} is {cells.shape}, a map; expected scores (N, K)"
+                    f"{remedy}"
                 )
             cells = self.build.whole_periods(cells)
             vectors.append(

@@ -195,11 +195,12 @@ def read_mask(path: Path, colours: Mapping[int, int] | None = None) -> NDArray[n
         return _classes_of_colours(values, colours, path)
     if values.ndim == 3:
         if (values != values[..., :1]).any():
-            colours = np.unique(values.reshape(-1, values.shape[2]), axis=0)
-            coloured = next(c for c in colours.tolist() if len(set(c)) > 1)
+            held = np.unique(values.reshape(-1, values.shape[2]), axis=0)
+            coloured = next(c for c in held.tolist() if len(set(c)) > 1)
             raise DatasetError(
-                f"the mask {path} has mode {image.mode} and {len(colours)} colours such as "
-                f"{tuple(coloured)}; {_EXPECTED}"
+                f"the mask {path} has mode {image.mode} and {len(held)} colours such as "
+                f"{tuple(coloured)}; {_EXPECTED}, or {_COLOUR_TABLES[0]} beside them with a line "
+                "name:r,g,b for each class"
             )
         values = values[..., 0]
     if values.dtype.kind == "f" and not np.array_equal(values, np.round(values)):

@@ -23,28 +23,39 @@ _log = logging.getLogger(__name__)
 
 SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".pth.tar", ".safetensors")
 
+Entries = dict[str, dict[str, Tensor]]
+"""What a file holds: tensors by name, under the name of their entry."""
+
 _REASON = 200
 
 _FORBIDDEN = re.compile(r"GLOBAL ([\w.]+)")
 """How torch's safe unpickler names an object other than a tensor."""
 
 
-def read_state(path: str | Path) -> dict[str, Tensor]:
+def read_state(path: str | Path, entries: Entries | None = None) -> dict[str, Tensor]:
     """The tensors of a file of torch.save or safetensors, by the names that it gives them.
 
     They are those of the largest entry that holds tensors. Pickled code is never run.
+
+    Args:
+        path: the file.
+        entries: what `read_entries` gave of it, where it is read already.
 
     Raises:
         LoadError: if the file is absent, broken, holds code, or holds no tensors.
     """
     path = Path(path)
-    state = max(_entries(path).values(), key=len)
+    state = max((entries or read_entries(path)).values(), key=len)
     _check_tensors(state, path)
     return state
 
 
 def state_of(
-    path: str | Path, bare: nn.Module, head: str, weights: str | Path | None = states.DEFAULT
+    path: str | Path,
+    bare: nn.Module,
+    head: str,
+    weights: str | Path | None = states.DEFAULT,
+    entries: Entries | None = None,
 ) -> states.Place:
     """The state in a file that is an architecture's, without prefix; where it was found is said.
 
@@ -53,6 +64,7 @@ def state_of(
         bare: the architecture, which may be without values.
         head: its last layer, of which any number of classes fits.
         weights: ``"ema"`` for averaged weights, or the name of one of several states.
+        entries: as for `read_state`.
 
     Raises:
         LoadError: as `read_state`, or if several states fit, or none that was asked for. A state
@@ -60,14 +72,17 @@ def state_of(
     """
     path = Path(path)
     choice = states.DEFAULT if weights is None else str(weights)
-    place = states.find_state(_entries(path), bare.state_dict(), head, choice, str(path))
+    held = entries or read_entries(path)
+    place = states.find_state(held, bare.state_dict(), head, choice, str(path))
     _check_tensors(place.state, path)
     if place.described():
         _log.info("%s: the state is %s", path, place.described())
     return place
 
 
-def _entries(path: Path) -> dict[str, dict[str, Tensor]]:
+def read_entries(path: str | Path) -> Entries:
+    """The entries of a file that hold tensors by name, or `LoadError` if it has none."""
+    path = Path(path)
     if not path.is_file():
         raise LoadError(f"there is no checkpoint {path}; expected a file in {', '.join(SUFFIXES)}")
     content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
@@ -242,7 +257,10 @@ def _complaint(error: Exception) -> str:
             "your own nn.Module or a function that makes it"
         )
     if "TorchScript" in str(error):
-        return "holds a scripted model; save model.state_dict() instead"
+        return (
+            "holds a scripted model; save torch.jit.load(path).state_dict() with torch.save, and "
+            "pass arch=, a torchvision name, your own nn.Module or a function that makes it"
+        )
     if isinstance(error, pickle.UnpicklingError):
         return "is broken, or a pickle that torch.save did not write; save model.state_dict() again"
     reason = one_line(error).split(". ")[0].strip(" .")[:_REASON]

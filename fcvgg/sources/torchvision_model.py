@@ -79,11 +79,12 @@ def read_checkpoint(
         for name, module in bare.named_modules()
         if isinstance(module, (nn.Linear, nn.Conv2d))
     ][-1]
+    entries = checkpoints.read_entries(path)
     if headless:
-        state = checkpoints.read_state(path)
+        state = checkpoints.read_state(path, entries)
         if not any(name.endswith(f"{layer}.weight") for name in state for layer in _linear(bare)):
             return _with_random_head(state, arch, str(path))
-    place = checkpoints.state_of(path, bare, head, weights)
+    place = checkpoints.state_of(path, bare, head, weights, entries)
     classes = checkpoints.classes_in(place.state, head, layer.weight, arch)
     model = checkpoints.built_with(place.state, _built, str(path), name=arch, num_classes=classes)
     settings = _settings_of(_published_weights(arch))
@@ -145,6 +146,14 @@ def check_name(name: str) -> None:
         LoadError: listing the near ones.
     """
     known = names()
+    if name not in known and Path(name).is_file():
+        remedy = "save its parameters with torch.save(model.state_dict(), path)"
+        if name.endswith(".pt2"):
+            remedy = "save torch.export.load(path).state_dict with torch.save, or the model as ONNX"
+        raise LoadError(
+            f"{name} must be a file .onnx, .keras or .h5, or a checkpoint "
+            f"({', '.join(checkpoints.SUFFIXES)}) with arch=; {remedy}"
+        )
     if name not in known:
         near = difflib.get_close_matches(name, [*known, "demo"], 4, 0.5)
         raise LoadError(

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import os
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -19,7 +20,7 @@ from fcvgg.geometry import Pair
 from fcvgg.inference.line_buffers import LineBuffers, MissingCells
 from fcvgg.inference.memory import trimmer
 from fcvgg.network import FullyConvolutional
-from fcvgg.streaming.interest import image_rows
+from fcvgg.streaming.interest import Band, chains, image_rows
 from fcvgg.streaming.job import StreamJob, as_result, plan_in_memory
 from fcvgg.streaming.resumption import open_or_create_store
 from fcvgg.streaming.score_store import ScoreStore
@@ -69,9 +70,8 @@ def stream(
         out: a folder for the map as an OME-Zarr 0.5 image, with class names and geometry in its
             attributes, and of a georeferenced image its coordinate reference system and transform
             (``crs``, ``transform``, and ``cell_transform`` of the map's cells). Rows are written
-            as they are finished; after an interruption the same call resumes. A map of another
-            network or image is refused; an image is known by its size and three of its rows. None
-            keeps the map in memory.
+            as they are finished; after an interruption the same call resumes. The map of another
+            network or image (by its size and three rows) is refused. None keeps it in memory.
         classes: class indices or names to keep, ``"argmax"`` for the best class of every cell, or
             ``"top5"``; None keeps all.
         rows: half-open range of the map's rows; only the image's rows that they need are read.
@@ -83,15 +83,12 @@ def stream(
         nodata: pixels of this value have no data, as for `fcvgg.open_image`: a number, or
             ``"file"`` for what the file declares. Not for preprocessed floats, which hold NaN
             there, nor for what is open already.
-        where: the part of the image that is of interest; other cells are neither computed nor the
-            pixels read that only they need. ``"tissue"``, a boolean array ``(h, w)`` of any
-            resolution, GeoJSON polygons, or the path of either; see `fcvgg.streaming.interest`.
-            The cells have the bits of a call without `where`.
-        fill: what the other cells hold, as scores or as the label of ``"argmax"``; None for NaN,
-            or -1 for a class.
-        mpp: micrometres of a pixel, by which the level of a pyramid is chosen, as for
-            `fcvgg.open_image`. Without it a network that knows the pixel size it was trained at
-            (`fcvgg.Preprocess.mpp`) chooses, and a warning says so.
+        where: the part of the image of interest, the rest is neither read nor computed:
+            ``"tissue"``, a boolean array ``(h, w)`` of any resolution, GeoJSON polygons, or the
+            path of either (`fcvgg.streaming.interest`). Cells keep the bits of the whole call.
+        fill: what other cells hold, as scores or labels; None for NaN, or -1 for a class.
+        mpp: micrometres per pixel that choose a pyramid's level, as for `fcvgg.open_image`; without
+            it those of `fcvgg.Preprocess.mpp` do, and a warning says so.
 
     Returns:
         a `ScoreMap` with the scores ``(K, h, w)``, or ``(len(classes), h, w)``, whose probabilities
@@ -129,13 +126,16 @@ def bands(
     The same plan gives the same bits wherever the range `rows` begins.
     """
     if job.interest is None:
-        yield from _computed(job, plan, block, block, rows, advance)
+        for _, cells in _computed(job, plan, block, [(rows[0], block)], rows, advance):
+            yield cells
         return
     row, end = rows
     top, (left, right) = job.workload.rows[0], block
     blank = job.blank  # (..., 1, 1)
     most = max(_BLANK_BYTES // job.row_bytes, 1)
-    for (first, last), ranges in [*job.bands(block, plan.strip_bytes), ((end, end), [])]:
+    below: list[Band] = [((end, end), [])]
+    for chain in [*chains(job.bands(block, plan.strip_bytes)), below]:
+        first, last = chain[0][0][0], chain[-1][0][1]
         while row < min(first, end):  # above the band
             count = min(first, end, row + most) - row
             yield blank.expand(*blank.shape[:-2], count, right - left)
@@ -144,10 +144,11 @@ def bands(
         if band[0] >= band[1]:
             continue
         # the strips of all ranges give the same rows, since one schedule holds for all
-        for parts in zip(*(_computed(job, plan, block, n, band, advance) for n in ranges)):
-            count = parts[0].shape[-2]
+        columns = zip(*([(rows[0], cols) for cols in ranges] for rows, ranges in chain))
+        for parts in zip(*(_computed(job, plan, block, n, band, advance) for n in columns)):
+            count = parts[0][1].shape[-2]
             cells = blank.repeat(*[1] * (blank.ndim - 2), count, right - left)
-            for (a, b), part in zip(ranges, parts):
+            for (a, b), part in parts:
                 cells[..., a - left : b - left] = part
             wanted = job.interest.cells[row - top : row - top + count, left:right]
             yield torch.where(torch.from_numpy(wanted).to(cells.device), cells, blank)
@@ -158,18 +159,29 @@ def _computed(
     job: StreamJob,
     plan: StripPlan,
     block: Pair,
-    cols: Pair,
+    columns: Sequence[tuple[int, Pair]],
     rows: Pair,
     advance: Callable[[float], None],
-) -> Iterator[Tensor]:
-    """Rows of cells of some columns ``(..., rows, cols)``, by the schedule of their block."""
+) -> Iterator[tuple[Pair, Tensor]]:
+    """Columns, and rows of their cells ``(..., rows, cols)``, by the schedule of their block.
+
+    Args:
+        columns: by the row from which on they are computed; later ones lie within earlier ones.
+    """
     schedule = job.workload.schedule(plan.strip_bytes, block)
+    *_, cols = (each for row, each in columns if row <= rows[0])
+    narrower = deque((row, each) for row, each in columns if row > rows[0])
     width = job.workload.width(cols)
     buffers = LineBuffers(schedule, width, rows[0], trimmer(plan.peak, plan.memory))
     missing = MissingCells(schedule, width, rows[0])
     left = rows[1] - rows[0]
     # the last strips may give more rows than are asked for: a band ends within a run's schedule
     while left:
+        while narrower and narrower[0][0] <= rows[1] - left:
+            _, cols = narrower.popleft()
+            width = job.workload.width(cols)
+            buffers.narrow(width)
+            missing.narrow(width)
         first, end = buffers.image_rows
         left_col, right_col = buffers.image_cols
         *strip, pixels = job.input.strip((first, end), (left_col, right_col))
@@ -181,7 +193,7 @@ def _computed(
             kept = job.selection(cells[0, :, :left].to(dtype_of(job.net)))  # (..., rows, cols)
             del cells  # before the caller copies what is kept
             left -= kept.shape[-2]
-            yield kept
+            yield cols, kept
 
 
 def _in_memory(job: StreamJob, memory: int, progress: bool) -> Any:
@@ -249,8 +261,10 @@ def _bar(
     total = 0
     for block in plan.blocks:
         schedule = job.workload.schedule(plan.strip_bytes, block)
-        for rows, ranges in job.bands(block, plan.strip_bytes):
-            first, end = image_rows(schedule, rows)
-            widths = [job.workload.width(cols).ranges[0] for cols in ranges]
-            total += sum((end - first) * (b - a) for a, b in widths)
+        for chain in chains(job.bands(block, plan.strip_bytes)):
+            read = image_rows(schedule, chain[0][0])[0]
+            for rows, ranges in chain:
+                first, read = read, image_rows(schedule, rows)[1]
+                widths = [job.workload.width(cols).ranges[0] for cols in ranges]
+                total += sum((read - first) * (b - a) for a, b in widths)
     return progress_bar("streaming", total / _MEGA, progress, rate="MP/s")

@@ -15,8 +15,7 @@ from __future__ import annotations
 import os
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +41,12 @@ _LEAST_COLS = 16
 _MOST_WIDTHS = 6
 """Numbers of columns at most: each has to be compared with whole rows."""
 
+_LOOKS = 4
+"""Rows of every receptive field that are looked at for pixels without data."""
+
+_NARROWER = 1 / 40
+"""Share of a band's cells that fewer columns from some row on must save."""
+
 _GROUPS = 96
 """Rows and columns at most of the grid on which bands are chosen."""
 
@@ -55,7 +60,11 @@ _LEAST_GLASS = 0.05
 """Share of the pixels that are not dark from which on bright ones are the glass of a slide."""
 
 Band = tuple[Pair, list[Pair]]
-"""Rows of cells, and the ranges of columns that are computed of them."""
+"""Rows of cells, and the ranges of columns that are computed of them.
+
+A band that begins where another ends, with as many ranges that lie within the other's, goes on
+with what was computed for that one.
+"""
 
 Agree = Callable[[list[Band]], bool]
 
@@ -71,6 +80,8 @@ class Interest:
 
     cells: NDArray[np.bool_]
     fill: float | None = None
+    checksum: str | None = None
+    """Of what `where` and `fill` ask for; None where they ask for nothing."""
     known: dict[Any, list[Band]] = field(default_factory=dict)
     """The bands of every block of columns and height of strips, once they were chosen."""
 
@@ -101,16 +112,36 @@ class Interest:
             raise ArgumentError(
                 f"where must select at least one of the {height}x{width} cells, got none{reason}"
             )
-        return cls(cells, fill)
+        checksum = zlib.crc32(np.packbits(cells).tobytes() + str(fill).encode())
+        return cls(cells, fill, f"{checksum:08x}")
 
     @property
     def share(self) -> float:
         """Of the cells."""
         return float(self.cells.mean())
 
-    @cached_property
-    def checksum(self) -> str:
-        return f"{zlib.crc32(np.packbits(self.cells).tobytes() + str(self.fill).encode()):08x}"
+    def with_data(self, source: StripSource, geometry: Geometry, rows: Pair) -> Interest:
+        """Without cells that see pixels without data, and so hold NaN in any case.
+
+        Some rows of the image are looked at, so that not all such cells are found. Cells see every
+        pixel of their receptive field.
+        """
+        (down, across), (height, width) = geometry.axes, source.size
+        (tall, wide) = self.cells.shape
+        step = max(down.receptive_field // _LOOKS, 1)
+        looks = np.arange(min(step // 2, height - 1), height, step)
+        missing = np.zeros((len(looks) + 1, width + 1), np.int64)
+        for i, y in enumerate(looks.tolist()):
+            pixels = source.read((y, y + 1), (0, width))  # (1, W, C)
+            missing[i + 1, 1:] = missing[i, 1:] + np.isnan(pixels[0]).any(-1).cumsum()
+        first, left = (
+            axis.span_of(0)[0] + axis.stride * (start + np.arange(count))
+            for axis, start, count in ((down, rows[0], tall), (across, 0, wide))
+        )
+        low, high = (np.searchsorted(looks, n) for n in (first, first + down.receptive_field))
+        left, right = (n.clip(0, width) for n in (left, left + across.receptive_field))
+        counts = missing[high] - missing[low]
+        return replace(self, cells=self.cells & (counts[:, left] == counts[:, right]))
 
     def bands(self, cols: Pair, lost: tuple[float, float], agree: Agree) -> list[Band]:
         """The rows and ranges of columns to compute of a block of columns, from top to bottom.
@@ -123,12 +154,13 @@ class Interest:
         cells, width = self.cells[:, slice(*cols)], cols[1] - cols[0]
         step = 1
         while step < width:
-            bands = row_bands(cells, lost, step)
-            widths = {end - first for _, ranges in bands for first, end in ranges}
-            if len(widths) <= _MOST_WIDTHS and agree(bands):
-                return bands
+            for narrows in (True, False):
+                bands = row_bands(cells, lost, step, narrows)
+                widths = {end - first for _, ranges in bands for first, end in ranges}
+                if len(widths) <= _MOST_WIDTHS and agree(bands):
+                    return bands
             step = max(2 * step, _LEAST_COLS)
-        return row_bands(cells, lost, width)
+        return row_bands(cells, lost, width, narrows=False)
 
 
 # -- what is asked for ----------------------------------------------------------------------------
@@ -143,7 +175,7 @@ def _region(where: Any, source: StripSource) -> Regions | NDArray[np.bool_]:
         if not path.is_file():
             raise ArgumentError(
                 f"where must be '{TISSUE}', a mask, polygons or the path of either, got "
-                f"{str(where)!r}, which is no file"
+                f"{str(where)!r}, which is not a file"
             )
         return read_regions(path) if path.suffix.lower() in _GEOJSON else _read_mask(path)
     if hasattr(where, "__geo_interface__") or isinstance(where, (dict, list, tuple)):
@@ -332,13 +364,33 @@ def otsu(values: NDArray[Any]) -> int:
 # -- bands of rows --------------------------------------------------------------------------------
 
 
-def row_bands(cells: NDArray[np.bool_], lost: tuple[float, float], step: int) -> list[Band]:
+def chains(bands: Sequence[Band]) -> list[list[Band]]:
+    """Bands that go on with what was computed for the one before, together."""
+    chained: list[list[Band]] = []
+    for band in bands:
+        if chained and _goes_on(chained[-1][-1], band):
+            chained[-1].append(band)
+        else:
+            chained.append([band])
+    return chained
+
+
+def _goes_on(band: Band, following: Band) -> bool:
+    ((_, end), ranges), ((first, _), others) = band, following
+    nested = all(low <= a and b <= high for (low, high), (a, b) in zip(ranges, others))
+    return first == end and len(ranges) == len(others) and nested
+
+
+def row_bands(
+    cells: NDArray[np.bool_], lost: tuple[float, float], step: int, narrows: bool = True
+) -> list[Band]:
     """Bands of rows with ranges of columns that hold all cells of interest, at the least cost.
 
     Args:
         cells: bool ``(h, w)``.
         lost: rows of cells that beginning a band costs, and columns that a range costs.
         step: a number of columns of which ranges begin and end at a multiple.
+        narrows: whether bands may be followed by narrower ones that go on with them.
     """
     height, width = cells.shape
     down, across = (-(-n // _GROUPS) for n in cells.shape)
@@ -346,13 +398,14 @@ def row_bands(cells: NDArray[np.bool_], lost: tuple[float, float], step: int) ->
     groups = np.logical_or.reduceat(groups, range(0, width, across), 1)
     count = len(groups)
     # the least cost of the groups before each, by the band that ends there
-    best, begins = np.array([0.0] + [np.inf] * count), np.zeros(count + 1, int)
-    for first in range(count):
-        held = np.logical_or.accumulate(groups[first:], 0)  # by bands of growing height
-        costs = _columns(held, lost[1] / across) * (np.arange(1, len(held) + 1) + lost[0] / down)
-        better = best[first] + costs < best[first + 1 :]
-        best[first + 1 :][better] = best[first] + costs[better]
-        begins[first + 1 :][better] = first
+    best, begins = np.zeros(count + 1), np.zeros(count + 1, int)
+    for end in range(1, count + 1):
+        held = np.logical_or.accumulate(groups[end - 1 :: -1], 0)  # by bands of growing height
+        cols = _columns(held, lost[1] / across)
+        rows = cols.cumsum() if narrows else cols * np.arange(1, end + 1)
+        costs = best[:end] + (rows + cols * lost[0] / down)[::-1]
+        begins[end] = costs.argmin()
+        best[end] = costs.min()
     bands: list[Band] = []
     end = count
     while end:
@@ -361,7 +414,8 @@ def row_bands(cells: NDArray[np.bool_], lost: tuple[float, float], step: int) ->
         if len(rows):
             top, bottom = first * down + int(rows[0]), first * down + int(rows[-1]) + 1
             held = np.logical_or.reduce(cells[top:bottom], 0)
-            bands.append(((top, bottom), _ranges(held, lost[1], step)))
+            band = (top, bottom), _ranges(held, lost[1], step)
+            bands += _narrowing(cells, band, step)[::-1] if narrows else [band]
         end = first
     return bands[::-1]
 
@@ -382,15 +436,46 @@ def _without_gaps(held: NDArray[np.bool_], lost: float) -> NDArray[np.bool_]:
     return joined
 
 
+def _narrowing(cells: NDArray[np.bool_], band: Band, step: int) -> list[Band]:
+    """A band, followed by narrower ones where the rows below need clearly fewer columns."""
+    (top, bottom), ranges = band
+    least = _NARROWER * (bottom - top) * _width(ranges)
+    below = np.logical_or.accumulate(cells[top:bottom][::-1], 0)[::-1]  # by every row on
+    bands: list[Band] = []
+    for row in range(top + 1, bottom):
+        needed = [_hull(below[row - top], cols, step) for cols in ranges]
+        if (_width(ranges) - _width(needed)) * (bottom - row) >= least:
+            bands.append(((top, row), ranges))
+            top, ranges, below = row, needed, below[row - top :]
+    return [*bands, ((top, bottom), ranges)]
+
+
+def _width(ranges: Sequence[Pair]) -> int:
+    return sum(end - first for first, end in ranges)
+
+
+def _hull(marked: NDArray[np.bool_], cols: Pair, step: int) -> Pair:
+    """The range within some columns that holds all marked ones of them."""
+    places = np.flatnonzero(marked[slice(*cols)]) + cols[0]
+    span = (int(places[0]), int(places[-1]) + 1) if len(places) else (cols[0], cols[0])
+    return _widened(span, cols, step)
+
+
+def _widened(span: Pair, within: Pair, step: int) -> Pair:
+    """A range of columns with ends at multiples of `step`, and wide enough for equal bits."""
+    low, high = within
+    first, end = max(span[0] // step * step, low), min(-(-span[1] // step) * step, high)
+    first = max(min(first, end - max(step, _LEAST_COLS)), low)
+    return first, max(end, min(first + _LEAST_COLS, high))
+
+
 def _ranges(marked: NDArray[np.bool_], lost: float, step: int) -> list[Pair]:
     """The ranges of columns that hold all that are marked."""
     width = len(marked)
     joined = np.diff(_without_gaps(marked[None], lost)[0], prepend=False, append=False)
     ranges: list[Pair] = []
     for first, end in np.flatnonzero(joined).reshape(-1, 2).tolist():
-        first, end = first // step * step, min(-(-end // step) * step, width)
-        first = max(min(first, end - max(step, _LEAST_COLS)), 0)
-        end = max(end, min(first + _LEAST_COLS, width))
+        first, end = _widened((first, end), (0, width), step)
         if ranges and first <= ranges[-1][1] + lost:
             first = ranges.pop()[0]
         ranges.append((first, end))

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from math import log, nan, prod
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,6 +16,7 @@ from fcvgg.geometry import Geometry, Pair
 from fcvgg.images.lazy.opening import strip_source
 from fcvgg.images.lazy.source import StripSource
 from fcvgg.inference.line_buffers import length, same_bits
+from fcvgg.inference.missing import sees_whole_field
 from fcvgg.inference.schedule import Schedule
 from fcvgg.inference.stages import stages_of
 from fcvgg.inference.strip_input import StripInput
@@ -50,8 +52,9 @@ class StreamJob:
         where: Any = None,
         fill: Any = None,
         mpp: float | None = None,
+        interest: Interest | None = None,
     ) -> StreamJob:
-        """The job that the arguments of `stream` ask for.
+        """The job that the arguments of `stream` ask for; `interest` stands for where and fill.
 
         Raises:
             ArgumentError: if one of them cannot be used.
@@ -76,12 +79,24 @@ class StreamJob:
             net.compute_dtype.itemsize,
         )
         _check_fill(fill, where, selection)
+        job = cls(net, strips, selection, workload, output, interest)
+        return job if interest is not None else replace(job, interest=job._interest(where, fill))
+
+    def _interest(self, where: Any, fill: Any) -> Interest | None:
+        """The cells to compute; None for all."""
+        geometry, (top, bottom) = self.net.geometry, self.workload.rows
+        image, placed = self.source, geometry.placed(self.source.size)
         interest = None
         if where is not None:
-            placed = net.geometry.placed(image.size)
-            shape, asked = (height, width), workload.rows
-            interest = Interest.of(where, fill, image, placed, shape, asked)
-        return cls(net, strips, selection, workload, output, interest)
+            size = self.net.output_size(image.size)
+            interest = Interest.of(where, fill, image, placed, size, (top, bottom))
+        # cells without data hold NaN as those outside do, unless these are filled
+        if image.left_out is None or fill is not None:
+            return interest
+        if not sees_whole_field(self.workload.stages, geometry):
+            return interest
+        whole = interest or Interest(np.ones((bottom - top, self.shape[-1]), np.bool_))
+        return whole.with_data(image, placed, (top, bottom))
 
     @property
     def source(self) -> StripSource:

@@ -53,9 +53,10 @@ def replace_head(
     last = layers[-1]
     parent, _, key = last.path.rpartition(".")
     holder = model.get_submodule(parent) if parent else model
-    if hidden is None:
-        old = names.root.get_submodule(last.path)
-        setattr(holder, key, new_linear(_inputs(old), num_classes, names.root))
+    if hidden is None or (len(layers) == 1 and not isinstance(holder, nn.Sequential)):
+        inputs = _inputs(names.root.get_submodule(last.path))
+        new = _head(inputs, hidden or (), num_classes, dropout, names.root)
+        setattr(holder, key, new if hidden else new[0])
         _end(holder, key, log_softmax, last)
         return model
     if not isinstance(holder, nn.Sequential) or any(
@@ -148,7 +149,7 @@ def _head(
     for features in hidden:
         layers += [new_linear(inputs, features, like), nn.ReLU(inplace=True), nn.Dropout(dropout)]
         inputs = features
-    return nn.Sequential(*layers, new_linear(inputs, num_classes, like))
+    return nn.Sequential(*layers, new_linear(inputs, num_classes, like)).train(like.training)
 
 
 def _end(holder: nn.Module, key: str, log_softmax: bool, last: NamedLayer) -> None:

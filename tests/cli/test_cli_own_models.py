@@ -287,3 +287,30 @@ def test_a_regression_is_shown_as_values(own: list[str], checkpoint: Path) -> No
     assert [title.partition(":")[0] for title in titles[1:]] == ["output 0", "output 1", "output 2"]
     ran = run("heatmap", "one.png", *given, "--boxes", "0.5")
     assert (ran.exit_code, "are for probabilities" in ran.stderr) == (2, True)
+
+
+def test_a_model_of_ones_own_is_fine_tuned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("tinynet.py").write_text(
+        "from torch import nn\n\n\n"
+        "class Tiny(nn.Sequential):\n"
+        "    def __init__(self, num_classes=4):\n"
+        "        trunk = nn.Conv2d(3, 4, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten()\n"
+        "        super().__init__(*trunk, nn.Linear(4 * 49, num_classes))\n"
+    )
+    for i, name in enumerate(("a", "b")):
+        Path("photos", name).mkdir(parents=True)
+        for j in range(5):
+            noise = np.random.default_rng((i, j)).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+            Image.fromarray(noise).save(Path("photos", name, f"{j}.png"))
+    options = ["--arch", "tinynet:Tiny", "--preprocess", "unit", "--size", "16", "--epochs", "1"]
+    ran = run("finetune", "photos", *options)
+    assert ran.exit_code == 2
+    assert "--weights must be a checkpoint of --arch tinynet:Tiny, got none" in ran.stderr
+    from tinynet import Tiny  # type: ignore[import-not-found]
+
+    torch.save(Tiny().state_dict(), "tiny.pth")
+    ran = run("finetune", "photos", *options, "-w", "tiny.pth", "-s", "linear", "-o", "run")
+    assert ran.exit_code == 0, ran.stderr
+    ran = run("heatmap", "photos/a/0.png", "-m", "run/model", "-t", "a", "-o", "maps")
+    assert (ran.exit_code, Path("maps/0-heatmap.png").is_file()) == (0, True)

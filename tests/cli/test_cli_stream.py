@@ -65,7 +65,7 @@ def test_only_a_region_is_streamed(slide):
     assert f", {share:.1%} of the cells computed" in " ".join(ran.output.split())
     ran = fcvgg_command(*command, "--where", "missing.geojson")
     assert ran.exit_code == 2
-    assert "'missing.geojson', which is no file" in " ".join(ran.output.split())
+    assert "'missing.geojson', which is not a file" in " ".join(ran.output.split())
 
 
 def pyramid_of(slide, **options):

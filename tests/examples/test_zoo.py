@@ -115,6 +115,18 @@ def test_every_row_is_exact_or_refused() -> None:
     assert all(row["error"] <= 1e-10 for row in rows() if row["result"] == "exact")
 
 
+@pytest.mark.parametrize(
+    ("library", "name", "package"),
+    [("onnx", "squeezenet", "onnx"), ("ultralytics", "yolov8n-cls", "ultralytics")],
+)
+def test_light_rows_are_found_again(zoo: ModuleType, library: str, name: str, package: str) -> None:
+    pytest.importorskip(package)
+    entry = next(entry for entry in zoo.LIBRARIES[library]() if entry.name == name)
+    found, kept = zoo.examine(entry), next(row for row in rows() if row["name"] == name)
+    assert (found.result, found.input_size) == (kept["result"], kept["input_size"])
+    assert found.parameters == kept["parameters"]
+
+
 def test_the_guide_counts_as_the_rows_do(zoo: ModuleType) -> None:
     guide = (EXAMPLES / "guides" / "architectures.md").read_text()
     assert guide.endswith(zoo.table(zoo.read(EXAMPLES / "benchmarks" / "zoo.json")))

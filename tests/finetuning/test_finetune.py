@@ -42,7 +42,7 @@ from fcvgg.finetuning.classification import Classification
 from fcvgg.finetuning.frozen_trunk import find_trunk
 from fcvgg.finetuning.images import ImageRows
 from fcvgg.finetuning.outputs import InputOf, stored_outputs
-from fcvgg.finetuning.pretrained import Pretrained
+from fcvgg.finetuning.pretrained import Pretrained, load_pretrained
 from fcvgg.finetuning.strategies import (
     Choice,
     Recipe,
@@ -989,6 +989,28 @@ def test_a_checkpoint_without_its_classifier_gets_a_new_head(
     torch.save(state, tmp_path / "no-top.pth")
     with pytest.raises(LoadError, match=r"1 missing: features.0.weight"):
         tuned(textures, tmp_path / "broken", model="vgg11", **options)
+
+
+def test_pooled_features_get_a_linear_head() -> None:
+    pooled = torch.nn.Sequential(demo_model().features, torch.nn.AdaptiveAvgPool2d(1))
+    for model in (pooled, torch.nn.Sequential(pooled, torch.nn.Flatten())):
+        source = load_pretrained(model, None, PREPROCESS, 48)
+        assert source.headless
+        assert source.model.classifier[0].in_features == 64
+        new = fcvgg.replace_head(source.model, 3, ())
+        assert new(torch.rand(2, 3, 48, 48)).shape == (2, 3)
+
+
+def test_a_resnet_without_its_last_layer_gets_one(tmp_path: Path) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        state = torchvision.models.resnet18(num_classes=1).state_dict()
+    torch.save({k: v for k, v in state.items() if k[:3] != "fc."}, tmp_path / "no-top.pth")
+    source = load_pretrained("resnet18", tmp_path / "no-top.pth", None, 32)
+    assert source.headless
+    new = fcvgg.replace_head(source.model, 3, ())
+    assert torch.equal(new.conv1.weight, state["conv1.weight"])
+    assert new.fc.weight.shape == (3, 512)
 
 
 def test_features_alone_get_a_head_for_the_size(textures: Path, tmp_path: Path) -> None:

@@ -17,9 +17,11 @@ from PIL import Image
 
 import fcvgg
 from fcvgg import FcvggError, open_image
+from fcvgg.geometry import Geometry
 from fcvgg.images.lazy.georeference import FIELDS, Georeference
+from fcvgg.results.colours import class_colours
 from fcvgg.streaming.score_store import ScoreStore, open_store
-from fcvgg.streaming.slide_maps import SlideMap
+from fcvgg.streaming.slide_maps import SlideLabels, SlideMap
 
 rasterio = pytest.importorskip("rasterio")
 tifffile = pytest.importorskip("tifffile")
@@ -135,6 +137,24 @@ def test_heatmaps_lie_where_the_image_lies(
     assert description["source"] == str(path.resolve())
     with tifffile.TiffFile(heatmap) as file:
         assert file.is_ome
+
+
+def test_class_labels_are_a_raster_with_colours_and_nodata(net: Any, tmp_path: Path) -> None:
+    path = scene(tmp_path / "scene.tif", rasterio.CRS.from_epsg(32633), UTM)
+    store = store_of(net, path, tmp_path, classes="argmax")
+    labels = SlideLabels(store).save_pyramid(tmp_path / "labels.ome.tif")
+    found, expected = place_of(labels), place_of(path)
+    assert found[0] == expected[0]
+    np.testing.assert_allclose(found[1], expected[1], rtol=1e-12, atol=1e-9)
+    with rasterio.open(labels) as file:
+        assert (file.nodata, file.dtypes) == (255, ("uint8",))
+        colours = file.colormap(1)
+        shown = [colours[i][:3] for i in range(5)]
+        values = file.read(1, masked=True)
+    np.testing.assert_array_equal(shown, class_colours(5))
+    y, x = (round(n) for n in Geometry.from_dict(store.description["geometry"]).centre_of(1, 2))
+    assert values[y, x] == store.array[1, 2]
+    assert values.mask[0, 0]  # beyond the cells
 
 
 KEYS = 34735

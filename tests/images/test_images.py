@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import re
 from collections.abc import Callable
 from contextlib import suppress
@@ -375,6 +376,15 @@ def test_an_absent_file(tmp_path: Path, net: fcvgg.FullyConvolutional) -> None:
         net.score_map(tmp_path / "absent.png")
     with pytest.raises(fcvgg.ImageError, match=r"^there is no image file absent\.png$"):
         net.score_map("absent.png")
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path, net: fcvgg.FullyConvolutional) -> None:
+    os.mkfifo(tmp_path / "a.png")
+    for path in (tmp_path / "a.png", "/dev/zero"):
+        with pytest.raises(
+            fcvgg.ImageError, match=r"^\S+ must be a file, got a pipe, socket or device; "
+        ):
+            net.score_map(path)
 
 
 def test_a_web_address(net: fcvgg.FullyConvolutional) -> None:

@@ -289,7 +289,7 @@ def test_a_forward_that_takes_more_than_images() -> None:
 def test_a_model_without_a_head() -> None:
     refused(
         seeded(lambda: SmallVGG().features),
-        r"no fully connected or global-pool head: its output is \(N, 12, 8, 8\), a map; expected",
+        r"its output is \(N, 12, 8, 8\), a map; expected scores \(N, K\); fcvgg\.finetune gives",
         input_size=32,
     )
     refused(

@@ -732,7 +732,7 @@ def test_bad_folders_are_refused_in_one_line(tmp_path: Path) -> None:
     coloured[0, 0] = (255, 0, 9)
     Image.fromarray(coloured).save(mask)
     kinds = "expected class indices, grey or with a palette, as PNG, TIFF or BMP"
-    refused(rf"3.png has mode RGB and 3 colours such as \(255, 0, 9\); {kinds}$")
+    refused(rf"3.png has mode RGB and 3 colours such as \(255, 0, 9\); {kinds}, or labelmap.txt")
     good.convert("LA").save(mask)
     assert len(fcvgg.mask_folder(folder, CLASSES)) == 6
     clear = np.stack([np.array(good), np.full(good.size[::-1], 254, np.uint8)], 2)

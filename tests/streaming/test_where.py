@@ -19,9 +19,11 @@ from PIL import Image, ImageDraw
 import fcvgg
 from fcvgg.errors import FcvggError
 from fcvgg.images.regions import Regions, same_system, squares_touched
-from fcvgg.inference.line_buffers import same_bits
+from fcvgg.inference.line_buffers import LineBuffers, same_bits
+from fcvgg.inference.missing import sees_whole_field
+from fcvgg.inference.stages import stages_of
 from fcvgg.streaming import interest
-from fcvgg.streaming.interest import otsu, row_bands
+from fcvgg.streaming.interest import chains, otsu, row_bands
 from fcvgg.streaming.job import StreamJob, plan_in_memory
 from fcvgg.streaming.score_store import open_store
 from fcvgg.streaming.strip_plan import StripPlan
@@ -240,6 +242,26 @@ def test_blocks_of_columns_and_rows(net: Any, monkeypatch: pytest.MonkeyPatch) -
         fcvgg.stream(net, image, where=mask, rows=(0, 2))
 
 
+def test_a_band_gets_narrower_as_the_region_does(net: Any, monkeypatch: Any) -> None:
+    small_strips(monkeypatch)
+    image, mask = photograph(260, 400), np.tri(130, 200, dtype=bool)[::-1]
+    image[120:124, 50] = image[200, 20:24] = 0  # seen before and after columns are dropped
+    job = StreamJob.prepared(net, image, None, None, 0, 0, where=mask)
+    (chain,) = chains(job.bands((0, job.shape[-1]), plan_in_memory(job, 1 << 30).strip_bytes))
+    assert len(chain) > 1
+    whole = fcvgg.stream(net, image, nodata=0).scores
+    got = fcvgg.stream(net, image, nodata=0, where=mask).scores
+    cells = torch.from_numpy(job.interest.cells)
+    assert 0.2 < cells.double().mean() < 0.7
+    assert 0 < whole.isnan()[:, cells].double().mean() < 0.5
+    exactly = {"rtol": 0, "atol": 0, "equal_nan": True}
+    torch.testing.assert_close(got[:, cells], whole[:, cells], **exactly)
+    assert got[:, ~cells].isnan().all()
+    row = chain[1][0][0] + 1  # begins where the band is narrower already
+    band = fcvgg.stream(net, image, nodata=0, where=mask, rows=(row, len(cells))).scores
+    torch.testing.assert_close(band, got[:, row:], **exactly)
+
+
 def _plan(blocks: list[tuple[int, int]], strip_bytes: int) -> Any:
     return StripPlan(strip_bytes, tuple(blocks), 1 << 20, 1 << 30)
 
@@ -284,7 +306,9 @@ def test_bands_follow_the_region() -> None:
     assert row_bands(cells, (4, 3), 1)[0] == ((10, 20), [(30, 60), (200, 220)])
     assert row_bands(cells, (4, 300), 1)[0] == ((10, 20), [(30, 220)])
     cells[30:40, 30:60] = True
-    assert row_bands(cells, (40, 300), 1)[0] == ((10, 40), [(30, 220)])
+    whole = ((10, 40), [(30, 220)])
+    assert row_bands(cells, (40, 300), 1, narrows=False)[0] == whole
+    assert row_bands(cells, (40, 300), 1)[:2] == [((10, 20), [(30, 220)]), ((20, 40), [(30, 60)])]
 
 
 # -- polygons -------------------------------------------------------------------------------------
@@ -521,3 +545,55 @@ def test_other_options_that_cannot_be_used(net: Any) -> None:
         fcvgg.stream(net, np.full((120, 160, 3), 250, np.uint8), where="tissue")
     with pytest.raises(FcvggError, match="must hold pixels to be shown, got preprocessed values"):
         fcvgg.stream(net, torch.rand(3, 120, 160), where="tissue")
+
+
+# -- pixels without data --------------------------------------------------------------------------
+
+
+def test_cells_without_data_are_not_computed(
+    net: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small_strips(monkeypatch)
+    tifffile = pytest.importorskip("tifffile")
+    image = photograph(320, 384).clip(1, 255)
+    tiles = [image[y : y + 64, x : x + 64] for y in range(0, 320, 64) for x in range(0, 384, 64)]
+    stored = [tile if i in (0, 7, 8, 13, 14) else None for i, tile in enumerate(tiles)]
+    shape = {"shape": image.shape, "dtype": np.uint8, "tile": (64, 64), "photometric": "rgb"}
+    path = tmp_path / "sparse.tif"
+    tag = (42113, 2, 2, "0", True)
+    tifffile.imwrite(path, iter(stored), extratags=[tag], metadata=None, **shape)
+    source = fcvgg.open_image(path, nodata="file")
+    pushed = []
+    push = LineBuffers.push
+    monkeypatch.setattr(
+        LineBuffers, "push", lambda self, x: [pushed.append(x.shape[3]), push(self, x)][1]
+    )
+    got = fcvgg.stream(net, source).scores
+    columns = sum(pushed)
+    monkeypatch.setattr("fcvgg.streaming.job.sees_whole_field", lambda *_: False)
+    everything = fcvgg.stream(net, source).scores
+    assert 0 < inside(got).double().mean() < 0.2
+    assert torch.equal(inside(got), inside(everything))
+    assert torch.equal(got[:, inside(got)], everything[:, inside(got)])
+    assert 0 < columns < 0.5 * (sum(pushed) - columns)
+    nothing = fcvgg.stream(net, source, where=geojson(box(300, 300, 310, 310))).scores
+    assert not inside(nothing).any()
+
+
+def test_cells_that_skip_pixels_are_known() -> None:
+    for dilation, expected in ((1, True), (3, False)):
+        model = torch.nn.Sequential(
+            torch.nn.Conv2d(3, 4, 3, dilation=dilation),
+            torch.nn.ReLU(),
+            torch.nn.Flatten(),
+            torch.nn.Linear(4 * (20 - 2 * dilation) ** 2, 2),
+        ).eval()
+        net = fcvgg.convert(model, input_size=20, verify=False)
+        stages = stages_of(net.layers, 3)
+        whole = sees_whole_field(stages, net.geometry)
+        assert whole or not expected
+    strided = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 4, 1, stride=2), torch.nn.Flatten(), torch.nn.Linear(400, 2)
+    ).eval()
+    net = fcvgg.convert(strided, input_size=20, verify=False)
+    assert not sees_whole_field(stages_of(net.layers, 3), net.geometry)

@@ -102,6 +102,27 @@ def test_an_ending_after_the_last_layer_goes(ending: nn.Module, log: bool) -> No
     assert kinds(new.classifier)[6:] == ["Linear", *["LogSoftmax"] * log]
 
 
+class Apart(nn.Module):
+    """Two fully connected layers as attributes of a module whose forward calls them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.hidden, self.fc = nn.Conv2d(3, 4, 3), nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(self.hidden(self.conv(x).mean((2, 3))))
+
+
+@pytest.mark.parametrize("hidden", [(), (8,)])
+def test_the_only_layer_of_a_module_of_ones_own(hidden: tuple[int, ...]) -> None:
+    model = seeded(GlobalPooled)
+    new = fcvgg.replace_head(model, 5, hidden)
+    layers = [x for x in fcvgg.layer_names(new) if x.role == "fc"]
+    assert len(layers) == len(hidden) + 1
+    assert new(images(1, 3, 32, 32)).shape == (1, 5)
+    assert isinstance(new.fc, nn.Sequential if hidden else nn.Linear)
+
+
 def test_probabilities_have_no_loss() -> None:
     model = seeded(SmallVGG)
     model.classifier.append(nn.Softmax(1))
@@ -120,9 +141,9 @@ def test_probabilities_have_no_loss() -> None:
         (SmallVGG, {"dropout": 1}, "dropout must be at least 0 and below 1, got 1"),
         (Functional, {}, "fc6 is linear; only nn.Linear layers can be replaced"),
         (
-            GlobalPooled,
+            Apart,
             {},
-            "the fully connected layers of GlobalPooled (fc) do not stand in one nn.Sequential; "
+            "the fully connected layers of Apart (hidden, fc) do not stand in one nn.Sequential; "
             "pass hidden=None to replace the last one only",
         ),
         (

@@ -291,8 +291,9 @@ def test_another_scale_is_computed(photograph: Image.Image, site: str, open_page
     page = open_page(site)
     open_image(page, file_of(photograph))
     shown(page)
-    page.locator("#side").fill("64")
-    page.locator("#side").dispatch_event("change")
+    for side in ("90", "64"):  # the second is asked for while the first is computed
+        page.locator("#side").fill(side)
+        page.locator("#side").dispatch_event("change")
     expected = fcvgg.load("demo").score_map(photograph, scale=64)
     h, w = expected.scores.shape[1:]
     page.get_by_text(f"{h} by {w} cells on").wait_for()
@@ -305,10 +306,24 @@ def test_a_broken_file_is_one_clear_line(
     page = open_page(site)
     open_image(page, file_of(photograph)[:300], "broken.png")
     page.wait_for_selector("#error:not([hidden])")
-    assert text(page, "error") == "broken.png is not an image that this browser can read"
+    assert (
+        text(page, "error")
+        == "broken.png is not an image that this browser can read; convert it to PNG or JPEG"
+    )
     open_image(page, file_of(photograph))  # and the page goes on
     shown(page)
     assert not page.locator("#error").is_visible()
+
+
+def test_a_network_that_the_browser_cannot_run_is_one_clear_line(
+    photograph: Image.Image, site: str, open_page: Open
+) -> None:
+    page = open_page(site)
+    page.context.route("**/model.onnx", lambda route: route.fulfill(body=b"no network"))
+    open_image(page, file_of(photograph))
+    page.wait_for_selector("#error:not([hidden])")
+    assert text(page, "error").startswith("the browser cannot run this network of 1 MB, perhaps")
+    assert "use fcvgg serve" in text(page, "error")
 
 
 # -- the command ----------------------------------------------------------------------------------

@@ -685,12 +685,17 @@ def _chunk(array: Any, axis: int) -> int:
 def is_folder(path: Path) -> bool:
     """Whether a path is a folder rather than a file; `ImageError` if it is neither."""
     try:
-        return stat.S_ISDIR(os.stat(path).st_mode)
+        mode = os.stat(path).st_mode
     except (FileNotFoundError, NotADirectoryError) as error:
         raise ImageError(absent(str(path))) from error
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or one_line(error)
         raise ImageError(f"{path} cannot be read: {reason}") from error
+    if not (stat.S_ISDIR(mode) or stat.S_ISREG(mode)):  # of which reading twice loses the start
+        raise ImageError(
+            f"{path} must be a file, got a pipe, socket or device; pass what it gives as bytes"
+        )
+    return stat.S_ISDIR(mode)
 
 
 def absent(name: str) -> str:

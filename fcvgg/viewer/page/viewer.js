@@ -183,6 +183,7 @@ function show(next) {
   pinned = false;
   $("explorer").hidden = false;
   $("subtitle").textContent = summary(view);
+  $("search").hidden = view.names.length <= FEW;
   $("layer").max = view.layers.length;
   $("layer").value = view.layers.length;
   if (host !== "file") offerSizes();
@@ -206,6 +207,7 @@ function summary({ cells, image_size, input_size, axes }) {
 }
 
 function offerSizes() {
+  $("side").min = Math.min(32, view.side);
   $("side").max = Math.max(Math.min(...view.image_size), view.largest_side);
   $("side").value = view.side;
   $("side-value").textContent = `${view.side} px`;
@@ -345,6 +347,7 @@ function unitOf(layer, kind) {
 // -- classes ----------------------------------------------------------------------------------
 
 const LISTED = 60;
+const FEW = 10; // classes that are seen at once need no search
 
 function classRow(tag, name, p) {
   const row = document.createElement(tag);
@@ -478,6 +481,8 @@ const KEYS = {
   End: ([r]) => [r, Infinity],
 };
 
+const middleCell = () => view.cells.map((n) => Math.floor((n - 1) / 2));
+
 function pin(next) {
   pinned = !(pinned && cell && next[0] === cell[0] && next[1] === cell[1]);
   look(next, true);
@@ -494,11 +499,10 @@ function listenToStage() {
   stage.addEventListener("click", (event) => pin(cellAt(event)));
   stage.addEventListener("keydown", (event) => {
     if (event.ctrlKey || event.metaKey || event.altKey) return;
-    const middle = view.cells.map((n) => Math.floor((n - 1) / 2));
     if (event.key in KEYS) {
-      const next = cell ? KEYS[event.key](cell) : middle;
+      const next = cell ? KEYS[event.key](cell) : middleCell();
       look(next.map((n, i) => Math.min(Math.max(n, 0), view.cells[i] - 1)), true);
-    } else if (event.key === "Enter" || event.key === " ") pin(cell ?? middle);
+    } else if (event.key === "Enter" || event.key === " ") pin(cell ?? middleCell());
     else if (event.key === "Escape") { pinned = false; look(null); }
     else return;
     event.preventDefault();
@@ -516,10 +520,7 @@ function listenToControls() {
   $("drawn").addEventListener("change", drawOverlay);
   $("grey").addEventListener("change", () => $("photograph").classList.toggle("grey", $("grey").checked));
   $("photograph").classList.add("grey");
-  $("layer").addEventListener("input", () => {
-    const middle = view.cells.map((n) => Math.floor((n - 1) / 2));
-    look(cell ?? middle, false);
-  });
+  $("layer").addEventListener("input", () => look(cell ?? middleCell(), false));
   $("search").addEventListener("input", listClasses);
   $("side").addEventListener("input", () => ($("side-value").textContent = `${$("side").value} px`));
   $("side").addEventListener("change", () => recompute({ side: +$("side").value }));
@@ -539,16 +540,15 @@ async function recompute(change) {
   const turn = ++computing; // an answer that came too late is dropped
   complain("");
   const since = performance.now();
-  const wait = setInterval(() => say((performance.now() - since) / 1000), 200);
-  let said = "computing";
-  const say = (seconds) => ($("waiting").textContent = `${said}, ${seconds.toFixed(0)} s`);
+  const count = () => ($("seconds").textContent = `${((performance.now() - since) / 1000).toFixed(0)} s`);
+  const wait = setInterval(count, 200);
   const progress = (data) => {
-    said = data.progress;
+    if ($("waiting").textContent !== data.progress) $("waiting").textContent = data.progress;
     if (data.share === undefined) $("progress").removeAttribute("value");
     else $("progress").value = data.share;
   };
-  $("progress").removeAttribute("value");
-  say(0);
+  progress({ progress: "computing" });
+  count();
   $("busy").hidden = false;
   try {
     const next = await hosts[host].compute(source, wished, progress);
@@ -590,6 +590,12 @@ function listenToFiles() {
   }
 }
 
+function introduce() {
+  const size = Math.ceil(start.bytes / 2 ** 20);
+  $("about").textContent =
+    `The network of ${size} MB is loaded with the first image and runs in this browser; images stay on this machine.`;
+}
+
 listenToStage();
 listenToControls();
 $("title").textContent = start.title;
@@ -598,8 +604,7 @@ if (host === "file") {
   hosts.file.first().then(show, (error) => complain(`the map in this file cannot be read: ${error.message}`));
 } else {
   for (const part of document.querySelectorAll(".needs-host")) part.hidden = false;
-  if (host === "page") $("about").textContent =
-    `The network of ${Math.ceil(start.bytes / 2 ** 20)} MB is loaded with the first image and runs in this browser; images stay on this machine.`;
+  if (host === "page") introduce();
   listenToFiles();
 }
 document.documentElement.dataset.ready = "yes";

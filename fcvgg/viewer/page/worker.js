@@ -36,7 +36,7 @@ async function load(progress) {
 async function decoded(file, channels) {
   const plain = { colorSpaceConversion: "none", imageOrientation: "from-image" };
   const image = await createImageBitmap(file, plain).catch(() => {
-    throw new Error(`${file.name || "the file"} is not an image that this browser can read`);
+    throw new Error(`${file.name || "the file"} is not an image that this browser can read; convert it to PNG or JPEG`);
   });
   const canvas = new OffscreenCanvas(image.width, image.height);
   const context = canvas.getContext("2d", { willReadFrequently: true });
