@@ -291,8 +291,10 @@ class StripSource:
     def _pixels(self, rows: Pair, cols: Pair) -> NDArray[Any]:
         """The chosen bands of pixels, NaN where there is no data."""
         stored = self._read(rows, cols)
-        if self.preprocessed:
+        if self.preprocessed and not self._by_mask:
             return stored
+        if self.preprocessed:  # (C, rows, cols)
+            return np.where(self._masked(stored, rows, cols), stored.dtype.type(np.nan), stored)
         pixels = self._coloured(stored)
         chosen: Any = slice(None) if self.bands is None else list(self.bands)
         if self._by_mask:
@@ -409,7 +411,7 @@ class ArraySource(StripSource):
 
     def _masked(self, stored: NDArray[Any], rows: Pair, cols: Pair) -> NDArray[np.bool_]:
         hidden = ArraySource(np.ma.getmaskarray(self._array), self._axes, self.name, True)
-        return np.asarray(hidden._read(rows, cols).any(2))
+        return np.asarray(hidden._read(rows, cols).any(0 if "S" in self._axes else 2))
 
     def _check_file(self) -> None:
         """A memory map of a file that has shrunk would end the process."""
