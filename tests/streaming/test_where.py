@@ -23,6 +23,7 @@ from fcvgg.inference.line_buffers import LineBuffers, same_bits
 from fcvgg.inference.missing import sees_whole_field
 from fcvgg.inference.stages import stages_of
 from fcvgg.streaming import interest
+from fcvgg.streaming.execution import bands
 from fcvgg.streaming.interest import chains, otsu, row_bands
 from fcvgg.streaming.job import StreamJob, plan_in_memory
 from fcvgg.streaming.score_store import open_store
@@ -127,6 +128,21 @@ def test_only_the_rows_and_columns_of_the_region_are_read_and_computed(
     assert 0.02 < read.mean() < 0.2
     assert not read[180:220].any()
     assert not read[:, 250:350].any()
+
+
+@torch.no_grad()
+def test_ranges_of_columns_decode_no_chunks_twice(net: Any, monkeypatch: Any) -> None:
+    small_strips(monkeypatch)
+    mask = np.zeros((4, 6), bool)
+    mask[:, 0] = mask[:, 5] = True
+    image = Counting(photograph(400, 600))
+    image.chunks = (64, 64, 3)  # type: ignore[attr-defined]
+    job = StreamJob.prepared(net, image, None, None, where=mask)
+    image.read[:] = 0  # of rows that are judged by
+    plan = plan_in_memory(job, 1 << 30)
+    assert len(list(bands(job, plan, plan.blocks[0], job.workload.rows, lambda _: None))) > 7
+    assert image.read[:, :80].min() == image.read.max() == 1
+    assert not image.read[:, 250:350].any()
 
 
 def test_kernels_that_depend_on_the_width_leave_out_rows_only(
