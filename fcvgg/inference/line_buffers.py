@@ -257,6 +257,8 @@ def same_bits(
         parts: of some of them.
         like: a tensor of the network's dtype and device.
     """
+    if not parts:
+        return True
     generator = torch.Generator().manual_seed(0)
     last = like.device.type == "cpu" and like.element_size() <= 4  # as `StripInput` gives strips
     order = torch.channels_last if last else torch.contiguous_format

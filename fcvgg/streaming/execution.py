@@ -125,6 +125,7 @@ def bands(
 
     The same plan gives the same bits wherever the range `rows` begins.
     """
+    job.source.release()  # what the block of columns before held
     if job.interest is None:
         for _, cells in _computed(job, plan, block, [(rows[0], block)], rows, advance):
             yield cells
@@ -143,6 +144,7 @@ def bands(
         band = row, min(last, end)
         if band[0] >= band[1]:
             continue
+        job.source.release()
         # the strips of all ranges give the same rows, since one schedule holds for all
         columns = zip(*([(rows[0], cols) for cols in ranges] for rows, ranges in chain))
         for parts in zip(*(_computed(job, plan, block, n, band, advance) for n in columns)):

@@ -127,21 +127,22 @@ class Interest:
         pixel of their receptive field.
         """
         (down, across), (height, width) = geometry.axes, source.size
-        (tall, wide) = self.cells.shape
-        step = max(down.receptive_field // _LOOKS, 1)
-        looks = np.arange(min(step // 2, height - 1), height, step)
-        missing = np.zeros((len(looks) + 1, width + 1), np.int64)
-        for i, y in enumerate(looks.tolist()):
-            pixels = source.read((y, y + 1), (0, width))  # (1, W, C)
-            missing[i + 1, 1:] = missing[i, 1:] + np.isnan(pixels[0]).any(-1).cumsum()
-        first, left = (
+        cells = self.cells.copy()
+        top, left = (
             axis.span_of(0)[0] + axis.stride * (start + np.arange(count))
-            for axis, start, count in ((down, rows[0], tall), (across, 0, wide))
+            for axis, start, count in zip(geometry.axes, (rows[0], 0), cells.shape)
         )
-        low, high = (np.searchsorted(looks, n) for n in (first, first + down.receptive_field))
         left, right = (n.clip(0, width) for n in (left, left + across.receptive_field))
-        counts = missing[high] - missing[low]
-        return replace(self, cells=self.cells & (counts[:, left] == counts[:, right]))
+        step = max(down.receptive_field // _LOOKS, 1)
+        for y in range(min(step // 2, height - 1), height, step):
+            first, end = np.searchsorted(top, (y - down.receptive_field, y), "right")
+            if not cells[first:end].any():  # no cell of interest sees this row
+                continue
+            pixels = source.read((y, y + 1), (0, width))
+            missing = np.isnan(pixels).any(0 if source.preprocessed else 2)
+            before = np.r_[0, missing.ravel().cumsum()]  # how many lie left of every column
+            cells[first:end] &= before[left] == before[right]
+        return replace(self, cells=cells)
 
     def bands(self, cols: Pair, lost: tuple[float, float], agree: Agree) -> list[Band]:
         """The rows and ranges of columns to compute of a block of columns, from top to bottom.

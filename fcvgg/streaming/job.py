@@ -26,7 +26,7 @@ from fcvgg.streaming.interest import Band, Interest, rows_lost, strips_of
 from fcvgg.streaming.selection import ScoreMapOfSomeClasses, Selection
 from fcvgg.streaming.strip_plan import StripPlan, Workload, estimated_peak, plan_strips
 from fcvgg.support.memory_text import size_text
-from fcvgg.support.module_state import device_of, dtype_of
+from fcvgg.support.module_state import device_of, dtype_of, evaluating
 
 
 @dataclass(frozen=True)
@@ -180,7 +180,8 @@ class StreamJob:
         widths = {tuple(map(length, w.ranges)): w for w in map(self.workload.width, ranges)}
         like = torch.empty(0, dtype=self.net.compute_dtype, device=device_of(self.net))
         whole = self.workload.width(block)
-        return same_bits(schedule, strips, whole, list(widths.values()), like)
+        with evaluating(self.net), torch.no_grad():
+            return same_bits(schedule, strips, whole, list(widths.values()), like)
 
     def plan(self, memory: int, taken: int) -> StripPlan:
         """How to stream within `memory` bytes, of which `taken` are in use already."""
@@ -235,12 +236,15 @@ def _check_fill(fill: Any, where: Any, selection: Selection) -> None:
     if fill is None:
         return
     if where is None or selection.kind == "top5":
-        given = "classes='top5'" if where is not None else "no where="
-        raise ArgumentError(f"fill must be None for {given}, got {fill!r}")
-    whole = selection.kind == "argmax"
-    if isinstance(fill, bool) or not isinstance(fill, (int, float)) or (whole and fill % 1 != 0):
-        kind = "a whole number for classes='argmax'" if whole else "a number"
-        raise ArgumentError(f"fill must be {kind}, got {fill!r}")
+        given = "for classes='top5'" if where is not None else "without where="
+        raise ArgumentError(f"fill must be None {given}, got {fill!r}")
+    if isinstance(fill, bool) or not isinstance(fill, (int, float)):
+        raise ArgumentError(f"fill must be a number, got {fill!r}")
+    if selection.kind == "argmax" and fill not in range(-1, selection.count):
+        raise ArgumentError(
+            f"fill must be a class from 0 to {selection.count - 1} or -1 for classes='argmax', got "
+            f"{fill!r}"
+        )
 
 
 def _checked_rows(rows: Any, height: int) -> Pair:

@@ -23,6 +23,7 @@ from fcvgg.inference.line_buffers import LineBuffers, same_bits
 from fcvgg.inference.missing import sees_whole_field
 from fcvgg.inference.stages import stages_of
 from fcvgg.streaming import interest
+from fcvgg.streaming.execution import bands
 from fcvgg.streaming.interest import chains, otsu, row_bands
 from fcvgg.streaming.job import StreamJob, plan_in_memory
 from fcvgg.streaming.score_store import open_store
@@ -129,6 +130,21 @@ def test_only_the_rows_and_columns_of_the_region_are_read_and_computed(
     assert not read[:, 250:350].any()
 
 
+@torch.no_grad()
+def test_ranges_of_columns_decode_no_chunks_twice(net: Any, monkeypatch: Any) -> None:
+    small_strips(monkeypatch)
+    mask = np.zeros((4, 6), bool)
+    mask[:, 0] = mask[:, 5] = True
+    image = Counting(photograph(400, 600))
+    image.chunks = (64, 64, 3)  # type: ignore[attr-defined]
+    job = StreamJob.prepared(net, image, None, None, where=mask)
+    image.read[:] = 0  # of rows that are judged by
+    plan = plan_in_memory(job, 1 << 30)
+    assert len(list(bands(job, plan, plan.blocks[0], job.workload.rows, lambda _: None))) > 7
+    assert image.read[:, :80].min() == image.read.max() == 1
+    assert not image.read[:, 250:350].any()
+
+
 def test_kernels_that_depend_on_the_width_leave_out_rows_only(
     net: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -159,6 +175,18 @@ def test_operations_that_sum_by_the_width_are_noticed(net: Any) -> None:
     uneven = replace(stages[first].sliding, run=lambda x, p: run(x, p) * (1 + x.shape[3] * 1e-6))
     stages[first] = replace(stages[first], sliding=uneven)
     assert not same_bits(schedule.with_stages(stages), strips, whole, [part], like)
+
+
+def test_choosing_columns_leaves_a_network_in_training_as_it_is() -> None:
+    net = fcvgg.convert(seeded(SmallVGG, bn=True).float()).train()
+    before = {name: buffer.clone() for name, buffer in net.named_buffers()}
+    mask = np.zeros((10, 13), bool)
+    mask[3, 4] = True
+    job = StreamJob.prepared(net, torch.rand(3, 200, 260), None, None, where=mask)
+    job.bands((0, job.shape[-1]), plan_in_memory(job, 1 << 30).strip_bytes)
+    assert any("running_mean" in name for name in before)
+    torch.testing.assert_close(dict(net.named_buffers()), before, rtol=0, atol=0)
+    assert net.training
 
 
 @pytest.mark.parametrize("classes", [None, ["b", "d"], "argmax", "top5"])
@@ -535,12 +563,13 @@ def test_files_that_cannot_be_used(net: Any, tmp_path: Path) -> None:
 
 def test_other_options_that_cannot_be_used(net: Any) -> None:
     image, mask = photograph(120, 160), np.ones((3, 4), bool)
-    with pytest.raises(FcvggError, match=r"fill must be None for no where=, got 0"):
+    with pytest.raises(FcvggError, match=r"fill must be None without where=, got 0"):
         fcvgg.stream(net, image, fill=0)
     with pytest.raises(FcvggError, match=r"fill must be a number, got 'x'"):
         fcvgg.stream(net, image, fill="x", where=mask)  # type: ignore[arg-type]
-    with pytest.raises(FcvggError, match="fill must be a whole number for classes='argmax'"):
-        fcvgg.stream(net, image, fill=0.5, where=mask, classes="argmax")
+    for fill in (0.5, 5, -2, float("nan")):
+        with pytest.raises(FcvggError, match=r"a class from 0 to 4 or -1 for classes='argmax', g"):
+            fcvgg.stream(net, image, fill=fill, where=mask, classes="argmax")
     with pytest.raises(FcvggError, match="no tissue was found"):
         fcvgg.stream(net, np.full((120, 160, 3), 250, np.uint8), where="tissue")
     with pytest.raises(FcvggError, match="must hold pixels to be shown, got preprocessed values"):
@@ -578,6 +607,35 @@ def test_cells_without_data_are_not_computed(
     assert 0 < columns < 0.5 * (sum(pushed) - columns)
     nothing = fcvgg.stream(net, source, where=geojson(box(300, 300, 310, 310))).scores
     assert not inside(nothing).any()
+
+
+def test_only_rows_that_cells_see_are_looked_at(net: Any) -> None:
+    image = Counting(photograph(200, 160).clip(1, 255))
+    job = StreamJob.prepared(net, image, None, (0, 1), nodata=0)
+    assert job.interest is not None
+    seen = net.geometry.placed((200, 160)).height.span_of(0)[1]
+    looked_at = np.flatnonzero((image.read > 0).any(1))
+    sampled = np.linspace(0, 199, 16).round().astype(int)
+    assert np.setdiff1d(looked_at, sampled).max() < seen
+
+
+@pytest.mark.parametrize("hidden", [float("nan"), -999.0])
+def test_masked_floats_are_left_out_as_nan_is(net: Any, hidden: float) -> None:
+    values = torch.randn(3, 120, 160).numpy()
+    values[:, 40:60, 70:90] = np.nan
+    masked = np.ma.array(np.nan_to_num(values, nan=hidden), mask=np.isnan(values))
+    expected = fcvgg.stream(net, values).scores
+    assert 0 < expected.isnan().double().mean() < 1
+    got = fcvgg.stream(net, masked).scores
+    torch.testing.assert_close(got, expected, rtol=0, atol=0, equal_nan=True)
+
+
+def test_masked_pixels_are_left_out_as_a_value_is(net: Any) -> None:
+    image = photograph(120, 160).clip(1, 255)
+    image[40:60, 70:90] = 0
+    expected = fcvgg.stream(net, image, nodata=0).scores
+    got = fcvgg.stream(net, np.ma.masked_equal(image, 0)).scores
+    torch.testing.assert_close(got, expected, rtol=0, atol=0, equal_nan=True)
 
 
 def test_cells_that_skip_pixels_are_known() -> None:

@@ -135,7 +135,7 @@ class StripSource:
                 f"bands must be channels counted from 0, such as (0, 1, 2), got {bands!r}"
             )
         self.bands = None if bands is None else tuple(bands)
-        self._held: tuple[int, Pair, Any] | None = None
+        self._held: dict[Pair, tuple[int, Any]] = {}  # by columns, the last block of rows
         self._stored = 0  # channels, before some are chosen
         self._by_mask = False
 
@@ -191,17 +191,19 @@ class StripSource:
         if step <= 1:
             with self._reading(rows):
                 return self._pixels(rows, cols)
-        # strips overlap by a halo: the last block is held, so that its tiles are not decoded again
+        # strips overlap by a halo: the last block of every range of columns is held, so that its
+        # tiles are not decoded again
         parts = []
         for block in range(rows[0] // step, -(-rows[1] // step)):
             first = block * step
-            if self._held is None or self._held[:2] != (block, cols):
-                self._held = None
+            if cols not in self._held or self._held[cols][0] != block:
+                held = self._held.items()
+                self._held = {c: last for c, last in held if c[1] <= cols[0] or cols[1] <= c[0]}
                 with self._reading((first, min(first + step, height))):
                     pixels = self._pixels((first, min(first + step, height)), cols)
-                self._held = (block, cols, pixels)
+                self._held[cols] = block, pixels
             low, high = max(rows[0] - first, 0), min(rows[1] - first, step)
-            parts.append(self._held[2].take(range(low, high), axis=axis))
+            parts.append(self._held[cols][1].take(range(low, high), axis=axis))
         return np.concatenate(parts, axis) if len(parts) > 1 else parts[0]
 
     def whole(self) -> NDArray[Any]:
@@ -219,8 +221,12 @@ class StripSource:
                 "PIL.Image.MAX_IMAGE_PIXELS if you trust the file"
             )
         pixels = self.read((0, height), (0, width))
-        self._held = None
+        self.release()
         return pixels
+
+    def release(self) -> None:
+        """Free the rows that are held for the next strips."""
+        self._held = {}
 
     def sample(self) -> Iterator[NDArray[Any]]:
         """Some rows, evenly spread from the first to the last, as `read` gives them."""
@@ -291,8 +297,10 @@ class StripSource:
     def _pixels(self, rows: Pair, cols: Pair) -> NDArray[Any]:
         """The chosen bands of pixels, NaN where there is no data."""
         stored = self._read(rows, cols)
-        if self.preprocessed:
+        if self.preprocessed and not self._by_mask:
             return stored
+        if self.preprocessed:  # (C, rows, cols)
+            return np.where(self._masked(stored, rows, cols), stored.dtype.type(np.nan), stored)
         pixels = self._coloured(stored)
         chosen: Any = slice(None) if self.bands is None else list(self.bands)
         if self._by_mask:
@@ -410,7 +418,7 @@ class ArraySource(StripSource):
 
     def _masked(self, stored: NDArray[Any], rows: Pair, cols: Pair) -> NDArray[np.bool_]:
         hidden = ArraySource(np.ma.getmaskarray(self._array), self._axes, self.name, True)
-        return np.asarray(hidden._read(rows, cols).any(2))
+        return np.asarray(hidden._read(rows, cols).any(0 if "S" in self._axes else 2))
 
     def _check_file(self) -> None:
         """A memory map of a file that has shrunk would end the process."""
