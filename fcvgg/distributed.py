@@ -67,13 +67,10 @@ def stream(
     rows: Pair | None = None,
     memory: int | str = "1GiB",
     progress: bool = False,
-    output: int | str = 0,
-    nodata: float | str | None = None,
-    where: Any = None,
-    fill: float | None = None,
     workers: int | None = None,
     threads: int = 1,
     address: str | None = None,
+    **options: Any,
 ) -> Any:
     """`fcvgg.stream` with bands of rows given to workers; the result is the same.
 
@@ -83,22 +80,26 @@ def stream(
     Where Ray has GPUs, every worker takes one, or a part of one where there are fewer.
 
     Args:
-        net, source, out, classes, rows, progress, output, nodata, where, fill: as for
-            `fcvgg.stream`; every worker must find `source` if it is a path.
+        net, source, out, classes, rows, progress: as for `fcvgg.stream`; every worker must find
+            the file of `source`, if it is one or an open slide.
         memory: bytes that each worker may add, or text such as ``"512MiB"``.
         workers: how many bands are computed at once; None takes what Ray has room for.
         threads: processor cores of each worker.
         address: of a Ray cluster, or None for this machine.
+        options: `output`, `nodata`, `where`, `fill` and `mpp` of `fcvgg.stream`.
 
     Returns:
         the same as `fcvgg.stream`.
     """
     folder = None if out is None else checked_folder(out, "out", STORE_ENDINGS)
     ray = _with_room(address, workers, threads)
-    job = StreamJob.prepared(net, source, classes, rows, output, nodata, where, fill)
+    job = StreamJob.prepared(net, source, classes, rows, **options)
     budget = parsed_memory(memory)
     found = ray.cluster_resources().get("GPU", 0), ray.available_resources().get("CPU", 1)
     workers, gpus = _share(*found, workers, threads)
+    nodata = options.get("nodata")
+    if job.source.reopened is not None:  # with the level and nodata value that were chosen
+        source, nodata = job.source, None
     asked = classes, rows, job.output, nodata
     shared = ray.put(pack(net)), _send(ray, source), asked
     work = ray.remote(_band).options(

@@ -76,6 +76,20 @@ def test_levels_and_bands_reach_the_workers(net: Any, tmp_path: Path) -> None:
     torch.testing.assert_close(distributed.stream(net, source, workers=2).scores, expected.scores)
 
 
+def test_the_level_of_an_open_slide_reaches_the_workers(net: Any, tmp_path: Path) -> None:
+    openslide, tifffile = (pytest.importorskip(name) for name in ("openslide", "tifffile"))
+    with tifffile.TiffWriter(tmp_path / "slide.tif") as file:
+        options: dict[str, Any] = {"photometric": "rgb", "tile": (64, 64), "metadata": None}
+        size = {"resolution": (20_000, 20_000), "resolutionunit": "CENTIMETER"}
+        file.write(photograph(440, 128), **options, **size)
+        file.write(photograph(220, 64), subfiletype=1, **options)
+    expected = fcvgg.stream(net, photograph(220, 64)).scores
+    with openslide.OpenSlide(tmp_path / "slide.tif") as slide:
+        for source in (slide, tmp_path / "slide.tif"):
+            got = distributed.stream(net, source, mpp=1, workers=2).scores
+            torch.testing.assert_close(got, expected)
+
+
 def test_nodata_reaches_the_workers(net: Any, tmp_path: Path) -> None:
     image = photograph(220, 60)
     image[100:120, :20] = 0

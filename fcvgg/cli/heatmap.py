@@ -56,6 +56,7 @@ MANY_WINDOWS = 2.5
 
 NAME = "heatmap"
 ENDINGS = ("-heatmap.png", "-figure.png", "-scores.npz", "-heatmap.geojson")
+_ENDINGS_OF_MAPS = ("-heatmap.ome.tif", "-labels.png", "-labels.ome.tif")
 EXAMPLES = (
     "fcvgg heatmap dog.jpg",
     "fcvgg heatmap *.jpg --target 'golden retriever' --output heatmaps",
@@ -242,7 +243,7 @@ def run(
     cell where the map holds those, or with --figure labels.
     """
     slides, others = split(images)
-    found = images_in(others, recursive, own=ENDINGS)
+    found = images_in(others, recursive, own=(*ENDINGS, *_ENDINGS_OF_MAPS))
     images = list(found)
     roots = {**{slide: slide.parent for slide in slides}, **found}
     overlays = OutputFiles(roots, output, "-heatmap.png")

@@ -80,6 +80,6 @@ def save_cells(
                     file.write(part.astype(dtype, copy=False), window=window)
                     row += part.shape[1]
             shutil.copy(plain, temporary, driver="COG", OVERVIEW_RESAMPLING=overviews, **options)
-    except rasterio.errors.RasterioError as error:
+    except (rasterio.errors.RasterioError, rasterio.errors.CRSError) as error:
         raise FcvggError(f"{path} cannot be written: {one_line(error)}") from error
     return path

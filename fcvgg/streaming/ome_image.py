@@ -47,8 +47,8 @@ def ome_image(axes: list[Axis], path: str, description: Mapping[str, Any]) -> di
     across, _, left, _, down, top = cells_on_slide(description)
     size = _pair(description["image_size"])
     full = _pair(description.get("full_size", size))
-    sizes = description.get("pixel_size") or (1.0, 1.0)
-    pixel = [one * n / m for one, n, m in zip(sizes, size, full)]
+    sizes = description.get("pixel_size")  # of the level
+    pixel = [one * n / m for one, n, m in zip(sizes, size, full)] if sizes else [1.0, 1.0]
     before = len(axes) - 2
     scale = [1.0] * before + [down * pixel[0], across * pixel[1]]
     first = [(start + step / 2 - 0.5) for start, step in ((top, down), (left, across))]

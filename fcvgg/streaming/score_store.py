@@ -142,20 +142,22 @@ class ScoreStore:
 
         if not self.complete:
             raise FcvggError(f"{self.path} is not finished; repeat the call that began it")
-        kind, dtype = self.description["kind"], self.array.dtype
+        kind = self.description["kind"]
+        dtype = np.result_type(self.array.dtype, np.float32)  # GDAL's readers know no float16
         if kind == "argmax":  # the narrowest that geographic systems know, of those that hold -1
             few = self.description.get("num_classes", 1 << 24) < 1 << 15
             dtype = np.dtype(np.int16 if few else np.int32)
         names = self._band_names()
         height, width = self.array.shape[-2:]
         place = self.description.get("cell_transform"), self.description.get("crs")
-        parts = (
-            self.array[..., rows, :].reshape(len(names), -1, width) for rows in row_ranges(self)
-        )
-        with self.reading():
-            return save_cells(
-                path, parts, (len(names), height, width), dtype, names, *place, _OVERVIEWS[kind]
-            )
+
+        def parts() -> Iterator[NDArray[Any]]:
+            with self.reading():
+                for rows in row_ranges(self):
+                    yield self.array[..., rows, :].reshape(len(names), -1, width)
+
+        shape = (len(names), height, width)
+        return save_cells(path, parts(), shape, dtype, names, *place, _OVERVIEWS[kind])
 
     def _band_names(self) -> list[str]:
         """What every band of a GeoTIFF holds."""
@@ -185,9 +187,8 @@ class ScoreStore:
 
         place = self.description.get("cell_transform"), self.description.get("crs")
         slide = SlideMap(self, target)
-        cells = ClassCells(
-            slide.cells, slide.label, slide.index, cells_on_slide(self.description), *place
-        )
+        band = slide.cells[slice(*self.description["rows"])]  # where both transforms begin
+        cells = ClassCells(band, slide.label, slide.index, cells_on_slide(self.description), *place)
         return cells.to_geojson(path, threshold, kind, pixels)
 
     @property

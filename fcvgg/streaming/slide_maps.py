@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from dataclasses import replace
 from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -77,7 +78,11 @@ class StoredMap:
             raise FcvggError(f"{store.path} is not finished; repeat the call that began it")
         self._description = store.description
         self.path = store.path
-        self.geometry = Geometry.from_dict(store.description["geometry"])
+        stored = Geometry.from_dict(store.description["geometry"])
+        # the stored row 0 is the first of the band, that of the pictures the first of the image
+        above = store.description["rows"][0] * stored.height.stride
+        height = replace(stored.height, origin=stored.height.origin - above)
+        self.geometry = Geometry(height, stored.width)
         self.image_size: Pair = tuple(store.description["image_size"])
         sizes = store.description.get("pixel_size")
         self.pixel_size: tuple[float, float] | None = sizes and (sizes[0], sizes[1])
@@ -111,17 +116,20 @@ class StoredMap:
         )
 
     def checked(self, source: StripSource | None) -> StripSource | None:
-        """The image, unless it has another size than the streamed one.
+        """The image, at the level of its pyramid that has the size of the streamed one.
 
         Raises:
-            ImageError: if it has.
+            ImageError: if none has.
         """
-        if source is not None and source.size != self.image_size:
-            raise ImageError(
-                f"{source.name} must have the size of the image of {self.path}, {self.image_size}, "
-                f"got {source.size}"
-            )
-        return source
+        if source is None or source.size == self.image_size:
+            return source
+        sizes = list(source.level_sizes)
+        if source.at_level is not None and self.image_size in sizes:
+            return source.at_level(sizes.index(self.image_size))
+        raise ImageError(
+            f"{source.name} must have the size of the image of {self.path}, {self.image_size}, "
+            f"got {source.size}; pass the image that was streamed"
+        )
 
     def thumbnail_size(self, side: int) -> Pair:
         """The size of a picture whose larger side has at most `side` pixels."""
@@ -502,14 +510,12 @@ def thumbnail(source: StripSource, size: Pair) -> Image.Image | None:
 def _reduced_level(source: StripSource, size: Pair) -> StripSource:
     """The smallest level of an image's pyramid that shows all of it and is not below a size."""
     found = source
-    for level in itertools.count(source.level + 1):
-        if source.path is None:
+    for level in range(source.level + 1, len(source.level_sizes)):
+        if source.at_level is None:
             break
         try:
-            further = open_image(
-                source.path, level, bands=source.bands, nodata=nodata_of(source.left_out)
-            )
-        except FcvggError:  # there is none
+            further = source.at_level(level)
+        except FcvggError:  # an open dataset need not give its overviews
             break
         down, across = (n / m for n, m in zip(source.size, further.size))
         alike = abs(down / across - 1) < _SAME_SHAPE and further.channels == source.channels

@@ -76,6 +76,8 @@ def test_broken_files_are_named_and_the_rest_is_written(photos: Path) -> None:
 
 
 def test_results_lie_in_folders_as_the_images_do(photos: Path) -> None:
+    for ending in ("-heatmap.ome.tif", "-labels.png", "-labels.ome.tif"):  # of a score map
+        (photos / f"slide{ending}").write_bytes((photos / "b.png").read_bytes())
     for _ in range(2):  # what the first run wrote is no image of the second
         ran = run("heatmap", photos, *DEMO, "-r", "-o", "photos")
         assert ran.exit_code == 0, ran.stderr

@@ -19,6 +19,8 @@ from PIL import Image
 import fcvgg
 from fcvgg.errors import FcvggWarning
 from fcvgg.images.lazy.slide import SlideSource
+from fcvgg.streaming import interest
+from fcvgg.streaming.slide_maps import thumbnail
 
 tifffile = pytest.importorskip("tifffile")
 zarr = pytest.importorskip("zarr")
@@ -189,8 +191,45 @@ def test_maps_of_slides_without_a_file_are_shown_on_them(net: Any, tmp_path: Pat
     shown = store.heatmap(0, image=slide).image
     assert shown is not None
     np.testing.assert_array_equal(np.asarray(shown), slide.levels[0])
-    with pytest.raises(fcvgg.ImageError, match=r"must have the size of the image of"):
-        store.heatmap(0, image=fcvgg.open_image(slide, 1))
+    with pytest.raises(
+        fcvgg.ImageError, match=r"must have the size .*; pass the image that was streamed$"
+    ):
+        store.heatmap(0, image=Slide(pyramid(304, 220)))
+
+
+def test_the_level_that_was_streamed_is_shown(net: Any, tmp_path: Path) -> None:
+    slide = Slide(pyramid(), mpp_x="0.25", mpp_y="0.25")
+    store = fcvgg.stream(net, slide, mpp=1, out=tmp_path / "slide.zarr")
+    for image in (slide, fcvgg.open_image(slide, 1)):
+        shown = store.heatmap(0, image=image).image
+        assert shown is not None
+        np.testing.assert_array_equal(np.asarray(shown), slide.levels[1])
+
+
+def test_thumbnails_and_tissue_are_of_the_small_level(monkeypatch: pytest.MonkeyPatch) -> None:
+    read = set()
+
+    class Watched(Slide):
+        def read_region(self, location: Any, level: int, size: Any) -> Any:
+            if size != (1, 1):  # which tells the channels
+                read.add(level)
+            return super().read_region(location, level, size)
+
+    image = fcvgg.open_image(Watched(pyramid()))
+    shown = thumbnail(image, (75, 55))
+    np.testing.assert_array_equal(np.asarray(shown), image._slide.levels[1])
+    monkeypatch.setattr(interest, "_THUMBNAIL", 75)
+    assert interest.tissue(image).shape == (75, 55)
+    assert read == {1}
+
+
+def test_a_value_without_data_is_that_of_the_colours(net: Any) -> None:
+    (pixels,) = pyramid(90, 80, (1,))
+    pixels[20:30, 40:60] = 0
+    values = fcvgg.open_image(Slide([pixels]), nodata=0).whole()
+    np.testing.assert_array_equal(np.isnan(values).all(2), (pixels == 0).all(2))
+    values = fcvgg.open_image(Slide([pixels]), nodata=0, bands=(2, 0)).whole()
+    np.testing.assert_array_equal(np.isnan(values).all(2), (pixels[..., ::2] == 0).all(2))
 
 
 def test_slides_that_are_none() -> None:
@@ -289,6 +328,9 @@ def test_the_level_is_chosen_by_the_size_of_pixels(tmp_path: Path, kind: str) ->
     for mpp, level in ((0.25, 0), (0.22, 0), (0.29, 0), (1, 1), (1.15, 1)):
         image = fcvgg.open_image(source, mpp=mpp)
         assert image.level == level
+        if kind != "slide":  # which is not a file
+            again = pickle.loads(pickle.dumps(image))  # as workers get it
+            assert (again.level, again.size) == (level, image.size)
         assert image.size == (300 // 4**level, 220 // 4**level)
         assert image.mpp == pytest.approx(0.25 * 4**level)
     listed = re.escape(", 0.25 (level 0), 1 (level 1), got 0.5; ")
@@ -300,7 +342,7 @@ def test_the_level_is_chosen_by_the_size_of_pixels(tmp_path: Path, kind: str) ->
 def test_scenes_state_the_metres_of_a_pixel(tmp_path: Path) -> None:
     rasterio = pytest.importorskip("rasterio")
     path = tmp_path / "scene.tif"
-    for crs, unit in (("EPSG:32633", 1), ("EPSG:2263", 1200 / 3937), ("EPSG:4326", None)):
+    for crs, unit in (("EPSG:32633", 1), ("EPSG:32664", 1200 / 3937), ("EPSG:4326", None)):
         profile = {"driver": "GTiff", "height": 60, "width": 50, "count": 3, "dtype": "uint8"}
         transform = rasterio.Affine(10, 0, 500_000, 0, -10, 5_000_000)
         with rasterio.open(path, "w", crs=crs, transform=transform, **profile):

@@ -14,6 +14,7 @@ from fcvgg.results import geotiff
 
 rasterio = pytest.importorskip("rasterio")
 tifffile = pytest.importorskip("tifffile")
+zarr = pytest.importorskip("zarr")
 
 PREPROCESS = fcvgg.Preprocess((0.5,) * 3, (0.5,) * 3)
 
@@ -98,6 +99,21 @@ def test_large_maps_are_tiled_and_have_overviews(
         assert all(page.is_reduced for page in others)
         assert all(page.offset < min(first.dataoffsets) for page in file.pages)
         assert max(others[0].dataoffsets) < min(first.dataoffsets)
+
+
+def test_scores_of_half_precision_and_systems_that_gdal_does_not_know(
+    net: Any, tmp_path: Path
+) -> None:
+    path = scene(tmp_path / "scene.tif", 60, 50, rasterio.Affine(*UTM), "EPSG:32633")
+    store = fcvgg.stream(net, path, out=tmp_path / "m.zarr")
+    store.array = zarr.array(store.array[:].astype(np.float16))
+    with rasterio.open(store.save(tmp_path / "map.tif")) as file:
+        assert file.dtypes[0] == "float32"
+        np.testing.assert_array_equal(file.read(), store.array[:])
+    store.description = {**store.description, "crs": "nowhere"}
+    with pytest.raises(fcvgg.FcvggError, match=r"map\.tif cannot be written: ") as caught:
+        store.save(tmp_path / "map.tif")
+    assert "\n" not in str(caught.value)
 
 
 def test_what_is_no_scene_is_refused(net: Any, tmp_path: Path) -> None:

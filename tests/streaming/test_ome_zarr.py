@@ -77,6 +77,29 @@ def test_rows_of_an_image_below_the_window_too(net: Any, tmp_path: Path) -> None
     assert centres(small.path, 0, 3) == list(net.geometry.placed((20, 50)).centre_of(0, 3))
 
 
+def test_pictures_of_a_band_show_its_place_in_the_whole_map(net: Any, tmp_path: Path) -> None:
+    image = pixels(120, 100)
+    whole = fcvgg.stream(net, image, out=tmp_path / "whole.zarr")
+    band = fcvgg.stream(net, image, out=tmp_path / "band.zarr", rows=(10, 14))
+    shown, expected = band.heatmap("c"), whole.heatmap("c")
+    first, last = (net.geometry.centre_of(row, 0)[0] for row in (10, 13))
+    rows = np.arange(120)
+    inside = expected.coverage & ((rows >= first) & (rows <= last))[:, None]
+    assert inside.any()
+    np.testing.assert_array_equal(shown.coverage, inside)
+    np.testing.assert_allclose(shown.values[inside], expected.values[inside], rtol=0, atol=1e-6)
+    extents = [one.plot_labels().images[-1].get_extent() for one in (band, whole)]
+    assert extents[0] == extents[1]
+
+    def squares(score_map: Any) -> list[Any]:
+        found = score_map.to_geojson(target="c", threshold=0, kind="cells")["features"]
+        return [one["geometry"]["coordinates"] for one in found]
+
+    cols = band.array.shape[-1]
+    assert squares(band) == squares(whole)[10 * cols : 14 * cols]
+    assert squares(band) == squares(fcvgg.stream(net, image, rows=(10, 14)))
+
+
 @pytest.mark.parametrize("level", [0, 1])
 def test_coordinates_are_those_of_the_slide(net: Any, tmp_path: Path, level: int) -> None:
     """In micrometres where the slide states them; of every level the same as of level 0."""
@@ -95,6 +118,16 @@ def test_coordinates_are_those_of_the_slide(net: Any, tmp_path: Path, level: int
     factor = 2**level
     y, x = ((point + 0.5) * factor - 0.5 for point in net.geometry.centre_of(4, 6))
     np.testing.assert_allclose(centres(store.path, 4, 6), (y * 0.5, x * 0.25), rtol=0, atol=1e-10)
+
+
+def test_without_a_pixel_size_coordinates_are_pixels_of_level_0(net: Any, tmp_path: Path) -> None:
+    with tifffile.TiffWriter(tmp_path / "slide.tif") as file:
+        options: dict[str, Any] = {"photometric": "rgb", "tile": (32, 32), "metadata": None}
+        file.write(pixels(240, 200), **options)
+        file.write(pixels(120, 100), subfiletype=1, **options)
+    store = fcvgg.stream(net, fcvgg.open_image(tmp_path / "slide.tif", 1), out=tmp_path / "m.zarr")
+    expected = [(point + 0.5) * 2 - 0.5 for point in net.geometry.centre_of(4, 6)]
+    assert centres(store.path, 4, 6) == expected
 
 
 def test_a_thousand_classes_are_few_files(

@@ -321,7 +321,7 @@ def _system_of(keys: GeoKeys) -> str | None:
 
 def _metres_of_unit(crs: str) -> float | None:
     """Metres of a projected system's unit; None for degrees, and where it is unknown."""
-    if re.fullmatch(r"EPSG:32[67]\d\d", crs):
+    if re.fullmatch(r"EPSG:32[67](0[1-9]|[1-5]\d|60)", crs):
         return 1.0
     try:
         system = imported("rasterio.crs", "geo").CRS.from_user_input(crs)

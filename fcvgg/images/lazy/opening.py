@@ -200,7 +200,8 @@ def open_image(
     source.at_level = partial(open_image, path, **options)
     if mpp is not None:
         chosen = fitting_level(source, mpp)
-        return source if chosen == level else open_image(path, chosen, **options)
+        if chosen != level:
+            return open_image(path, chosen, **options)
     if isinstance(source, (RasterSource, SlideSource)):
         source.path = _path_of(source)
         if isinstance(source, SlideSource) and source.file is not None:

@@ -306,9 +306,10 @@ class StripSource:
         if self._by_mask:
             absent = self._masked(stored, rows, cols)
         elif self.missing_value is not None:
-            # the channels of a palette's colours are stored as one index
-            indexed = stored.shape[2] != pixels.shape[2]
-            absent = self._equal(stored if indexed else stored[..., chosen], self.missing_value)
+            # the channels of a palette's colours are stored as one index, slides' with their alpha
+            colours = stored[..., : pixels.shape[2]]
+            indexed = colours.shape[2] < pixels.shape[2]
+            absent = self._equal(colours if indexed else colours[..., chosen], self.missing_value)
         else:
             return pixels[..., chosen]
         pixels = pixels[..., chosen]
