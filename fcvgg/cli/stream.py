@@ -127,7 +127,8 @@ def run(
     say(
         f"{slide}: {height}x{width} pixels gave {shape} {store.description['kind']}"
         + (f", {bare:.1%} of the cells without data" if bare and where is None else "")
-        + (f", {1 - bare:.1%} of the cells computed" if where is not None else "")
+        # labels of one class do not tell how many were
+        + (f", {1 - bare:.1%} of the cells computed" if bare and where is not None else "")
     )
     if before == 1:
         say(f"{output} was complete already")

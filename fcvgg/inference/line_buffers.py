@@ -18,7 +18,7 @@ from fcvgg.geometry import Pair
 from fcvgg.inference.missing import places_within, readers_of_stages
 from fcvgg.inference.schedule import AxisRanges, Reach, Schedule
 from fcvgg.inference.stages import Stage
-from fcvgg.rewriting.modules import _GEMM_CELLS
+from fcvgg.rewriting.modules import GEMM_CELLS
 from fcvgg.rewriting.sliding import Part, Sliding
 
 
@@ -140,7 +140,7 @@ class LineBuffers:
         if sliding is None or not sliding.gathers:
             return 0
         first, last = self._width.ranges[i]
-        cells = min((end - self._done[i]) * (last - first), _GEMM_CELLS)
+        cells = min((end - self._done[i]) * (last - first), GEMM_CELLS)
         return cells * sliding.columns * self._waiting[i][0].pieces[0].element_size()
 
     def _hand_on(self, i: int, rows: Tensor, end: int) -> Tensor | None:
@@ -308,7 +308,7 @@ def _operated(
 
 
 def length(span: Pair) -> int:
-    """Of a half-open range."""
+    """The number of positions in a half-open range."""
     return span[1] - span[0]
 
 

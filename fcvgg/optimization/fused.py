@@ -26,7 +26,7 @@ from fcvgg.optimization.winograd import (
     window_tiling,
     winograd_convolution,
 )
-from fcvgg.rewriting.modules import _GEMM_CELLS, by_windows, window_linear
+from fcvgg.rewriting.modules import GEMM_CELLS, by_windows, window_linear
 from fcvgg.rewriting.rules.registry import register
 from fcvgg.rewriting.sliding import Sliding, windows_of
 
@@ -322,7 +322,7 @@ class PackedWindowLinear(Packed, FusedWindowLinear):
         scores = self._by_winograd(x, (0, 0))
         if scores is not None:
             return scores
-        cells = self.gathered * _GEMM_CELLS
+        cells = self.gathered * GEMM_CELLS
         return by_windows(
             *(x, self.kernel, self.dilation, self._linear), channels_last=True, cells=cells
         )

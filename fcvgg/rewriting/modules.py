@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fcvgg.geometry import Pair
 
-_GEMM_CELLS = 400
+GEMM_CELLS = 400
 """Cells whose windows are gathered at a time for one matrix product.
 
 A convolution with a 7x7 kernel reorders all its weights at every call: 411 MB for a VGG, and more
@@ -102,10 +102,10 @@ def window_linear(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: Pair
         return F.linear(row, weight.flatten(1), bias)[..., None, None]
     cells = len(x) * height * width
     keeps_windows = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    if min(height, width) < 1 or (cells > _GEMM_CELLS and (keeps_windows or x.is_cuda)):
+    if min(height, width) < 1 or (cells > GEMM_CELLS and (keeps_windows or x.is_cuda)):
         return F.conv2d(x, weight, bias, dilation=dilation)
     columns = weight.flatten(1)  # (O, C*kh*kw)
-    twice = 2 * _GEMM_CELLS  # MKL is a twentieth faster, and maps of so many cells are large too
+    twice = 2 * GEMM_CELLS  # MKL is a twentieth faster, and maps of so many cells are large too
     return by_windows(x, kernel, dilation, lambda rows: F.linear(rows, columns, bias), cells=twice)
 
 
@@ -119,10 +119,10 @@ def by_windows(
 ) -> Tensor:
     """A function of rows ``(n, C*kh*kw) -> (n, O)`` at every window of a map.
 
-    The windows are gathered for `cells` at a time, None for `_GEMM_CELLS`; with `channels_last`
+    The windows are gathered for `cells` at a time, None for `GEMM_CELLS`; with `channels_last`
     their elements come in the order ``(kh, kw, C)``.
     """
-    most = _GEMM_CELLS if cells is None else cells
+    most = GEMM_CELLS if cells is None else cells
     spans = [(k - 1) * d + 1 for k, d in zip(kernel, dilation)]
     windows = x.unfold(2, spans[0], 1).unfold(3, spans[1], 1)  # (N, C, h, w, span, span)
     windows = windows[..., :: dilation[0], :: dilation[1]]

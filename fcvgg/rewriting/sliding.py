@@ -85,7 +85,7 @@ class Sliding:
         pads_height: whether it can pad both ends of the height, too.
         columns: elements per output position that an explicit gathering of windows takes.
         weights: elements of the weights.
-        gathers: whether the windows of at most `_GEMM_CELLS` outputs are gathered at a time.
+        gathers: whether the windows of at most `GEMM_CELLS` outputs are gathered at a time.
         indexes: whether the layer also makes an int64 index for every output.
         into: writes the outputs into a map ``(N, C, h, w)`` and may overwrite its input; of a layer
             that pads nothing and keeps channels and dtype. None where there is only `run`.

@@ -125,10 +125,10 @@ def bands(
 
     The same plan gives the same bits wherever the range `rows` begins.
     """
-    job.source.release()  # what the block of columns before held
     if job.interest is None:
         for _, cells in _computed(job, plan, block, [(rows[0], block)], rows, advance):
             yield cells
+        job.source.release()  # other columns follow
         return
     row, end = rows
     top, (left, right) = job.workload.rows[0], block
@@ -144,7 +144,6 @@ def bands(
         band = row, min(last, end)
         if band[0] >= band[1]:
             continue
-        job.source.release()
         # the strips of all ranges give the same rows, since one schedule holds for all
         columns = zip(*([(rows[0], cols) for cols in ranges] for rows, ranges in chain))
         for parts in zip(*(_computed(job, plan, block, n, band, advance) for n in columns)):
@@ -155,6 +154,7 @@ def bands(
             wanted = job.interest.cells[row - top : row - top + count, left:right]
             yield torch.where(torch.from_numpy(wanted).to(cells.device), cells, blank)
             row += count
+        job.source.release()
 
 
 def _computed(
@@ -168,7 +168,7 @@ def _computed(
     """Columns, and rows of their cells ``(..., rows, cols)``, by the schedule of their block.
 
     Args:
-        columns: by the row from which on they are computed; later ones lie within earlier ones.
+        columns: each with the first row that is computed of it; later ones lie within earlier ones.
     """
     schedule = job.workload.schedule(plan.strip_bytes, block)
     *_, cols = (each for row, each in columns if row <= rows[0])

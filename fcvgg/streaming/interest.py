@@ -36,19 +36,19 @@ TISSUE = "tissue"
 _GEOJSON = (".geojson", ".json")
 
 _LEAST_COLS = 16
-"""Columns of cells that are computed at least: of fewer, libraries sum in another order."""
+"""Columns of cells that are computed at least: libraries sum fewer in another order."""
 
 _MOST_WIDTHS = 6
-"""Numbers of columns at most: each has to be compared with whole rows."""
+"""Most widths of ranges in a block: each has to be compared with whole rows."""
 
 _LOOKS = 4
 """Rows of every receptive field that are looked at for pixels without data."""
 
 _NARROWER = 1 / 40
-"""Share of a band's cells that fewer columns from some row on must save."""
+"""Share of a band's cells that its rows from some row downwards must save to be narrower."""
 
 _GROUPS = 96
-"""Rows and columns at most of the grid on which bands are chosen."""
+"""Most rows and columns of the grid on which bands are chosen: all pairs of rows are tried."""
 
 _THUMBNAIL = 1024
 """Pixels of the larger side of the thumbnail on which tissue is looked for."""
@@ -57,7 +57,7 @@ _DARK, _BRIGHT, _LEAST_CONTRAST = 20, 200, 10
 """Of 255: borders that scanners leave are darker, the glass is brighter, tissue differs by more."""
 
 _LEAST_GLASS = 0.05
-"""Share of the pixels that are not dark from which on bright ones are the glass of a slide."""
+"""Least share of bright pixels, among those that are not dark, for them to be a slide's glass."""
 
 Band = tuple[Pair, list[Pair]]
 """Rows of cells, and the ranges of columns that are computed of them.
@@ -108,17 +108,14 @@ class Interest:
         cells = _cells(_region(where, source), source, geometry, shape)[slice(*rows)]
         if not cells.any():
             height, width = cells.shape
-            reason = "; no tissue was found" if isinstance(where, str) and where == TISSUE else ""
+            remedy = f"pass a region that overlaps rows {rows[0]} to {rows[1]} of the map"
+            if isinstance(where, str) and where == TISSUE:
+                remedy = "no tissue was found, so pass a mask or polygons"
             raise ArgumentError(
-                f"where must select at least one of the {height}x{width} cells, got none{reason}"
+                f"where must select at least one of the {height}x{width} cells, got none; {remedy}"
             )
         checksum = zlib.crc32(np.packbits(cells).tobytes() + str(fill).encode())
         return cls(cells, fill, f"{checksum:08x}")
-
-    @property
-    def share(self) -> float:
-        """Of the cells."""
-        return float(self.cells.mean())
 
     def with_data(self, source: StripSource, geometry: Geometry, rows: Pair) -> Interest:
         """Without cells that see pixels without data, and so hold NaN in any case.

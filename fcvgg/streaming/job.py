@@ -104,7 +104,7 @@ class StreamJob:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the result."""
+        """The shape ``(..., h, w)`` of the result."""
         (top, bottom), (left, right) = self.workload.rows, self.workload.cols
         return (*self.selection.lead, bottom - top, right - left)
 

@@ -17,7 +17,7 @@ from fcvgg.errors import ArgumentError
 from fcvgg.geometry import Pair
 from fcvgg.inference.schedule import AxisRanges, Schedule
 from fcvgg.inference.stages import Stage
-from fcvgg.rewriting.modules import _GEMM_CELLS
+from fcvgg.rewriting.modules import GEMM_CELLS
 from fcvgg.support.memory_text import rounded_up, size_text
 
 _SAFETY = 1.1
@@ -94,7 +94,7 @@ class Workload:
             strips = min(max(strips, 1), _MOST_STRIPS)
             periods[i] = 1 << strips.bit_length() - 1  # so that layers wait together
             come = periods[i] * strip * height.sizes[i] // self.size[0]  # rows, in these strips
-            product = _GEMM_CELLS // widths[i] if stage.sliding.gathers else 1
+            product = GEMM_CELLS // widths[i] if stage.sliding.gathers else 1
             # a product of fewer rows than it has room for would fetch all weights as well
             multiples[i] = max(min(product, come), 1)
         return Schedule(self.stages, height, strip, periods, multiples)
@@ -234,7 +234,7 @@ def _workspace(stage: Stage, workload: Workload, given: Any, output: Any, at_bor
     positions = output / (stage.channels * item)
     work = 0 * output
     if sliding.gathers:
-        work = work + np.minimum(positions, _GEMM_CELLS) * sliding.columns * item
+        work = work + np.minimum(positions, GEMM_CELLS) * sliding.columns * item
     elif sliding.weights and item <= 4:  # oneDNN reorders input, output and weights
         work = work + given + output + sliding.weights * item
     elif sliding.columns:

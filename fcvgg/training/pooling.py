@@ -16,7 +16,7 @@ from fcvgg.errors import ArgumentError, check_integer
 
 
 class _Pool(nn.Module):
-    """Divides the cells of maps into values and whether they are there."""
+    """Pools the cells with data; an image without any gets NaN."""
 
     def forward(self, maps: Tensor) -> Tensor:
         """Scores ``(N, K)`` of maps ``(N, K, h, w)``.
@@ -24,16 +24,21 @@ class _Pool(nn.Module):
         Raises:
             ArgumentError: if the maps have another shape.
         """
-        if maps.ndim != 4:
-            raise ArgumentError(
-                f"maps must be (N, K, h, w), got {tuple(maps.shape)}; add the batch with maps[None]"
-            )
-        missing = maps.isnan().any(1).flatten(1)  # (N, h w)
-        values = maps.flatten(2).masked_fill(missing[:, None], 0)  # (N, K, h w)
-        return self._pooled(values, ~missing).masked_fill(missing.all(1)[:, None], torch.nan)
+        values, present = _divided(maps)
+        return self._pooled(values, present).masked_fill(~present.any(1)[:, None], torch.nan)
 
     def _pooled(self, values: Tensor, present: Tensor) -> Tensor:
         raise NotImplementedError
+
+
+def _divided(maps: Tensor) -> tuple[Tensor, Tensor]:
+    """Values ``(N, K, h w)`` of cells, 0 without data, and whether they have data ``(N, h w)``."""
+    if maps.ndim != 4:
+        raise ArgumentError(
+            f"maps must be (N, K, h, w), got {tuple(maps.shape)}; add the batch with maps[None]"
+        )
+    missing = maps.isnan().any(1).flatten(1)  # (N, h w)
+    return maps.flatten(2).masked_fill(missing[:, None], 0), ~missing
 
 
 class MeanPool(_Pool):
@@ -119,10 +124,12 @@ class AttentionPool(_Pool):
         self.attention = nn.Linear(hidden, 1, bias=False)
 
     def weights(self, maps: Tensor) -> Tensor:
-        """What each cell counts for, ``(N, 1, h, w)``; 0 for cells that hold NaN."""
-        missing = maps.isnan().any(1).flatten(1)
-        values = maps.flatten(2).masked_fill(missing[:, None], 0)
-        return self._weights(values, ~missing).view(len(maps), 1, *maps.shape[2:])
+        """What each cell counts for, ``(N, 1, h, w)``; 0 for cells that hold NaN.
+
+        Raises:
+            ArgumentError: if the maps are not ``(N, K, h, w)``.
+        """
+        return self._weights(*_divided(maps)).view(len(maps), 1, *maps.shape[2:])
 
     def _pooled(self, values: Tensor, present: Tensor) -> Tensor:
         return (values * self._weights(values, present)[:, None]).sum(2)
@@ -131,5 +138,5 @@ class AttentionPool(_Pool):
         cells = values.transpose(1, 2)  # (N, h w, K)
         hidden = self.content(cells).tanh() * self.gate(cells).sigmoid()
         logits = self.attention(hidden)[..., 0].masked_fill(~present, -torch.inf)  # (N, h w)
-        weights: Tensor = logits.softmax(1)
+        weights: Tensor = logits.softmax(1).masked_fill(~present, 0)  # not NaN without any cell
         return weights

@@ -429,6 +429,21 @@ def test_the_share_of_cells_without_data_is_said(slide, classes):
     assert f", {share:.1%} of the cells without data\nwrote bare.zarr\n" in ran.stdout
 
 
+def test_the_share_of_cells_computed_is_said_where_it_is_known(slide, monkeypatch):
+    np.save("mask.npy", np.arange(21)[:, None].repeat(25, 1) < 10)
+    tifffile.imwrite("small.tif", np.asarray(demo_photograph().resize((200, 168))))
+    where = ("--model", "demo", "--classes", "argmax", "--where", "mask.npy")
+    ran = fcvgg_command("stream", "small.tif", "-o", "some.zarr", *where)
+    assert ran.exit_code == 0, ran.output
+    share = 1 - open_store("some.zarr").without_data
+    assert 0.3 < share < 0.7
+    assert f", {share:.1%} of the cells computed\nwrote some.zarr\n" in ran.stdout
+    monkeypatch.setattr(ScoreStore, "without_data", 0.0)  # as of labels of one class
+    ran = fcvgg_command("stream", "small.tif", "-o", "some.zarr", *where)
+    assert ran.exit_code == 0, ran.output
+    assert "computed" not in ran.stdout
+
+
 def test_a_stream_interrupted_before_it_began_says_no_more(slide, monkeypatch):
     def interrupt(*args, **options):
         raise KeyboardInterrupt

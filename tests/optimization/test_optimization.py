@@ -101,7 +101,7 @@ def error_at(net, fast, *shape):
 @pytest.mark.parametrize(("dilation", "size"), [((1, 1), (7, 6)), ((2, 3), (12, 15))])
 @pytest.mark.parametrize("cells", [1, 4, 7, 1000])
 def test_gathered_windows_equal_a_convolution(monkeypatch, cells, dilation, size, count):
-    monkeypatch.setattr(modules, "_GEMM_CELLS", cells)
+    monkeypatch.setattr(modules, "GEMM_CELLS", cells)
     x = images(count, 3, *size)
     weight, bias = images(5, 3, 4, 3, seed=2), images(1, 5, 1, 1, seed=3).flatten()
     expected = F.conv2d(x, weight, bias, dilation=dilation)
@@ -123,7 +123,7 @@ def test_gathered_windows_in_channels_last_order():
 
 
 def test_many_cells_with_gradients_are_a_convolution(monkeypatch):
-    monkeypatch.setattr(modules, "_GEMM_CELLS", 2)
+    monkeypatch.setattr(modules, "GEMM_CELLS", 2)
     monkeypatch.setattr(modules, "by_windows", None)  # would keep every window
     with torch.enable_grad():
         x = images(1, 3, 6, 6, requires_grad=True)

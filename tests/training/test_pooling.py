@@ -84,6 +84,11 @@ def test_attention_tells_what_cells_count_for() -> None:
     torch.testing.assert_close(weights.sum((1, 2, 3)), torch.ones(2, dtype=torch.float64))
     assert torch.equal(weights[:, 0] == 0, maps.isnan().any(1))
     torch.testing.assert_close((maps.nan_to_num() * weights).sum((2, 3)), pool(maps))
+    maps[1] = torch.nan
+    weights = pool.weights(maps)
+    assert torch.equal(weights[:, 0] == 0, maps.isnan().any(1))
+    with pytest.raises(fcvgg.ArgumentError, match=r"^maps must be \(N, K, h, w\), got \(4, 5\)"):
+        pool.weights(torch.zeros(4, 5))
 
 
 def test_large_scores_do_not_overflow() -> None:

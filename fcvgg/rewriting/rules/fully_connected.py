@@ -20,7 +20,7 @@ from fcvgg.rewriting.channel_view import channel_view, is_flattened
 from fcvgg.rewriting.emission import Call, WindowWeight
 from fcvgg.rewriting.layouts import Cells, Constant, with_channels
 from fcvgg.rewriting.map_builder import MapBuilder
-from fcvgg.rewriting.modules import _GEMM_CELLS, WindowLinear, window_linear
+from fcvgg.rewriting.modules import GEMM_CELLS, WindowLinear, window_linear
 from fcvgg.rewriting.rules.convolution import values_of
 from fcvgg.rewriting.rules.registry import attributes, calling, of_one_value, register, rule
 from fcvgg.rewriting.sliding import Part, Sliding, windows_of
@@ -176,8 +176,8 @@ def _slide_window_linear(weight: Tensor, bias: Tensor | None, dilation: Any) -> 
     def run(x: Tensor, part: Part) -> Tensor:
         """Some cells at a time: gathered windows stay small, and no weights are reordered."""
         rows, cols = x.shape[2] - height.span + 1, x.shape[3] - width.span + 1
-        across = min(cols, _GEMM_CELLS)
-        down = max(_GEMM_CELLS // across, 1)
+        across = min(cols, GEMM_CELLS)
+        down = max(GEMM_CELLS // across, 1)
         if pointwise or (rows <= down and cols <= across):
             return window_linear(x, weight, bias, spread)
         scores = x.new_empty(x.shape[0], rows, cols, weight.shape[0]).movedim(-1, 1)  # (N, O, h, w)
