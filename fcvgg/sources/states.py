@@ -27,10 +27,10 @@ _DEPTH = 8
 _MOST_ENTRIES = 1000
 _LISTED = 4
 
-_OTHER_ENTRIES = re.compile(r"optim|sched|scaler|loops|callbacks")
+_OTHER_ENTRIES = re.compile(r"optim|sched|scaler|loops")
 """Names of entries that hold tensors by name which are not those of a model."""
 
-_AVERAGED = re.compile(r"(?:^|[/._])(?:ema|swa|averag)|_(?:ema|swa)(?:$|[/._])")
+_AVERAGED = re.compile(r"(?:^|[/._])(?:ema|swa|averag)|_(?:ema|swa)(?:$|[/._])", re.I)
 _LIGHTNING_PLAIN = "current_model_state"
 """What Lightning's weight averaging calls the weights in training; ``state_dict`` has the mean."""
 
@@ -71,8 +71,16 @@ class Place:
 
 
 def entries_of(content: Any) -> dict[str, dict[str, Tensor]]:
-    """Every dictionary of a checkpoint that holds tensors by name, by the entries around it."""
-    return dict(_walked(content, "", 0, set(), [0]))
+    """Every dictionary of a checkpoint that holds tensors by name, by the entries around it.
+
+    Of what Lightning's callbacks keep, only averages count; the rest describes the training.
+    """
+    entries = dict(_walked(content, "", 0, set(), [0]))
+    return {
+        name: tensors
+        for name, tensors in entries.items()
+        if not name.startswith("callbacks/") or _AVERAGED.search(name)
+    }
 
 
 def _walked(

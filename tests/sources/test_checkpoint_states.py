@@ -124,6 +124,13 @@ def ema_entries(state: dict[str, Any]) -> dict[str, Any]:
             "state_dict": prefixed(mean, "model."),
             "current_model_state": prefixed(state, "model."),
         },
+        "state of a callback": {
+            "state_dict": prefixed(state, "model._orig_mod."),
+            "callbacks": {
+                "EMACallback{'decay': 0.9}": {"weights": prefixed(mean, "model._orig_mod.")},
+                "BestWeights": {"best": {name: tensor + 1 for name, tensor in state.items()}},
+            },
+        },
         "nested": {"model": {"ema": mean, "online": state}},
     }
 
