@@ -131,6 +131,27 @@ def test_the_pixels_of_a_slide_are_read(net: Any, kind: Any, level: int) -> None
         assert image.pixel_size == (0.25 * 4**level,) * 2
 
 
+def test_training_reads_levels_as_it_reads_arrays(net: Any, tmp_path: Path) -> None:
+    """Scores and gradients of `net.streamed` from paths, slides and opened images."""
+    levels = pyramid()
+    path = tiff(tmp_path / "slide.tif", levels)
+    sources = [
+        [levels[0], path, str(path), Slide(levels), fcvgg.open_image(path)],
+        [levels[1], fcvgg.open_image(path, 1), fcvgg.open_image(Slide(levels), 1)],
+    ]
+    for array, *others in sources:
+        expected = trained_on(net, array)
+        for source in others:
+            torch.testing.assert_close(trained_on(net, source), expected, rtol=0, atol=0)
+
+
+def trained_on(net: Any, image: Any) -> tuple[torch.Tensor, ...]:
+    """Scores, and gradients of all parameters."""
+    scores = net.streamed(image, memory="100MiB")
+    gradients = torch.autograd.grad(scores.square().mean(), list(net.parameters()))
+    return scores.detach(), *gradients
+
+
 @pytest.mark.parametrize("library", ["openslide.OpenSlide", "tiffslide.TiffSlide"])
 def test_readers_of_slides_give_the_pixels_of_the_file(
     net: Any, tmp_path: Path, library: str
