@@ -56,6 +56,9 @@ ImageSize = Annotated[
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print a JSON object instead of tables.")]
 
+_SCENE = 1e4
+"""Micrometres of a pixel from which an image is a scene, measured in metres."""
+
 
 def run(
     model: ModelName,
@@ -101,11 +104,18 @@ def _show_levels(path: Path, as_json: bool) -> None:
         say_json({"image": str(path), "channels": image.channels, "levels": levels})
         return
     rows = [
-        (str(i), by(size), "not stated" if mpp is None else f"{mpp:.4g}")
+        (str(i), by(size), "not stated" if mpp is None else _length(mpp))
         for i, (size, mpp) in enumerate(zip(sizes, pixels))
     ]
-    table = ReportTable(("level", "pixels", "micrometres per pixel"), rows)
+    table = ReportTable(("level", "pixels", "size of a pixel"), rows)
     say(titled(f"{path}, {image.channels} channels of {image.dtype}", table))
+
+
+def _length(micrometres: float) -> str:
+    """The size of a pixel: micrometres on a slide, metres in a scene."""
+    if micrometres >= _SCENE:
+        return f"{micrometres / 1e6:.4g} m"
+    return f"{micrometres:.4g} µm"
 
 
 def _as_data(

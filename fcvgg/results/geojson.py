@@ -38,6 +38,7 @@ class ClassCells:
         on_slide: from cells to the pixels of level 0.
         on_earth: from cells to coordinates; None where they are unknown.
         crs: of those coordinates, ``"EPSG:n"`` or WKT, if it is known.
+        measured: whether these are probabilities; else they say only which cells are of the class.
     """
 
     probabilities: NDArray[Any]
@@ -46,6 +47,7 @@ class ClassCells:
     on_slide: Transform
     on_earth: Transform | None = None
     crs: str | None = None
+    measured: bool = True
 
     def to_geojson(
         self,
@@ -92,15 +94,18 @@ class ClassCells:
         self, values: NDArray[Any], kind: PolygonKind, colour: list[int]
     ) -> dict[str, Any]:
         """What QuPath reads of a polygon whose cells have these probabilities."""
-        measurements = {"probability": float(values.mean(dtype=np.float64))}
+        mean = {"probability": float(values.mean(dtype=np.float64))} if self.measured else {}
+        measurements = dict(mean)
         if kind == "regions":
-            measurements |= {"highest probability": float(values.max()), "cells": len(values)}
+            if self.measured:
+                measurements["highest probability"] = float(values.max())
+            measurements["cells"] = len(values)
         return {
             "objectType": "annotation" if kind == "regions" else "tile",
             "classification": {"name": self.label, "color": colour},
             "measurements": measurements,
             "class": self.label,  # for tables, which do not look into objects
-            "probability": measurements["probability"],
+            **mean,
         }
 
 

@@ -178,7 +178,7 @@ class ScoreStore:
         kind: PolygonKind = "regions",
         pixels: bool = False,
     ) -> dict[str, Any]:
-        """As `ScoreMap.to_geojson`; the cells of a map of classes have probability 1 or 0.
+        """As `ScoreMap.to_geojson`; polygons of a map of classes state no probability.
 
         Raises:
             CategoryError: if the class is unknown or its probability cannot be known from the map.
@@ -188,7 +188,9 @@ class ScoreStore:
         place = self.description.get("cell_transform"), self.description.get("crs")
         slide = SlideMap(self, target)
         band = slide.cells[slice(*self.description["rows"])]  # where both transforms begin
-        cells = ClassCells(band, slide.label, slide.index, cells_on_slide(self.description), *place)
+        measured = self.description["kind"] != "argmax"
+        on_slide = cells_on_slide(self.description)
+        cells = ClassCells(band, slide.label, slide.index, on_slide, *place, measured=measured)
         return cells.to_geojson(path, threshold, kind, pixels)
 
     @property
@@ -208,6 +210,15 @@ class ScoreStore:
     def share(self) -> float:
         """The share of the cells that is finished."""
         return self.finished_cells / (self.array.shape[-2] * self.array.shape[-1])
+
+    @property
+    def has_data(self) -> NDArray[np.bool_]:
+        """Where cells have data, bool ``(h, w)``; unlike a score map's, an array."""
+        channel = {"scores": (0,), "top5": (1, 0)}.get(self.description["kind"], ())
+        with self.reading():
+            cells = self.array[channel] if channel else self.array[:]
+        labels = self.description["kind"] == "argmax"
+        return cells >= 0 if labels else cells < np.inf
 
     @property
     def without_data(self) -> float:

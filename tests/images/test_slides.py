@@ -451,8 +451,8 @@ def test_the_command_line_chooses_levels(tmp_path: Path, monkeypatch: pytest.Mon
     assert "slide.tif: 200x180 pixels gave" in ran.stdout
     ran = run("info", "slide.tif")
     assert [line.split() for line in ran.stdout.splitlines()[2:]] == [
-        ["0", "800x720", "0.25"],
-        ["1", "200x180", "1"],
+        ["0", "800x720", "0.25", "µm"],
+        ["1", "200x180", "1", "µm"],
     ]
     ran = run("info", "slide.tif", "--json")
     assert json.loads(ran.stdout)["levels"][1] == {"size": [200, 180], "mpp": 1.0}

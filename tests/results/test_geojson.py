@@ -176,7 +176,12 @@ def test_a_level_of_a_slide_is_shown_on_level_0(net: Any, tmp_path: Path) -> Non
         again.has_data, fcvgg.stream(net, slide).probabilities()[1] >= 0.21
     )
     classes = fcvgg.stream(net, slide, out=tmp_path / "classes.zarr", classes="argmax")
-    chosen = polygons(classes.to_geojson(target=1))
+    labels = classes.to_geojson(target=1)
+    chosen = polygons(labels)
+    assert all(set(one["properties"]["measurements"]) == {"cells"} for one in labels["features"])
+    assert all("probability" not in one["properties"] for one in labels["features"])
+    assert store.has_data.all()
+    assert classes.has_data.all()
     best = np.argwhere(classes.array[:] == 1)
     assert sum(polygon.area for polygon in chosen) == len(best) * 4 * np.prod(net.geometry.stride)
     one = fcvgg.stream(net, slide, out=tmp_path / "one.zarr", classes=["brick"])
