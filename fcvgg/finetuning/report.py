@@ -33,7 +33,7 @@ SHOWN = 6
 _FINER = 4
 """How much finer than the network's own stride the heatmaps are."""
 
-_LEAST, _MOST = 1.5, 3.0
+_LEAST, _MOST = 2.5, 3.0
 """Limits of an image's smaller side for heatmaps, in windows; one window gives one cell."""
 
 _LEFT_OUT = 1000

@@ -37,7 +37,7 @@ from fcvgg.errors import (
     PreprocessError,
     TrainingError,
 )
-from fcvgg.finetuning import strategies
+from fcvgg.finetuning import report, strategies
 from fcvgg.finetuning.classification import Classification
 from fcvgg.finetuning.frozen_trunk import find_trunk
 from fcvgg.finetuning.images import ImageRows
@@ -54,6 +54,7 @@ from fcvgg.finetuning.strategies import (
 from fcvgg.finetuning.svm import fit_svm
 from fcvgg.images.datasets import LabelledFiles, split_folders
 from fcvgg.images.pictures import Picture
+from fcvgg.images.reading import read_picture
 from fcvgg.training import Settings
 from fcvgg.training.normalization import check_batches
 from fcvgg.training.sampling import SeededItems
@@ -695,6 +696,13 @@ def test_the_report(linear: fcvgg.FineTuned) -> None:
     assert "| brick | 12 | 4 | " in text
     assert "| optimizer | adamw |" in text
     assert "| freeze_upto | None |" in text
+
+
+def test_heatmaps_of_images_of_one_window_cover_more_than_their_middle() -> None:
+    net = fcvgg.load("demo")
+    picture = read_picture(np.zeros((32, 48, 3), np.uint8), net.preprocess)
+    heatmap = net.score_map(report._scaled(picture, net)).heatmap("face")
+    assert min(heatmap.coverage.any(axis).mean() for axis in (0, 1)) > 0.55
 
 
 @pytest.mark.usefixtures("with_report")
