@@ -139,6 +139,8 @@ class ScoreMap:
 
         For a network of one class: 0 where its probability is above one half, else -1.
         """
+        if len(self.scores) == 1:
+            return _labels_of_one(self.probabilities())  # among all classes, if it is one of several
         return labels_of(self.scores, self.activation)
 
     def resample(self, size: Iterable[int] | int | None = None) -> Tensor:
@@ -383,7 +385,12 @@ def labels_of(scores: Tensor, activation: str) -> Tensor:
     if len(scores) > 1:
         require_classes(activation)
         return best_classes(scores)
-    return (to_probabilities(scores, activation)[0] > 0.5).long() - 1
+    return _labels_of_one(to_probabilities(scores, activation))
+
+
+def _labels_of_one(probabilities: Tensor) -> Tensor:
+    """0 where the only class ``(1, h, w)`` is more probable than not, else -1."""
+    return (probabilities[0] > 0.5).long() - 1
 
 
 def best_classes(scores: Tensor) -> Tensor:
