@@ -140,7 +140,9 @@ class ScoreMap:
         For a network of one class: 0 where its probability is above one half, else -1.
         """
         if len(self.scores) == 1:
-            return _labels_of_one(self.probabilities())  # among all classes, if it is one of several
+            return _labels_of_one(
+                self.probabilities()
+            )  # among all classes, if it is one of several
         return labels_of(self.scores, self.activation)
 
     def resample(self, size: Iterable[int] | int | None = None) -> Tensor:
