@@ -228,7 +228,7 @@ def draw_legend(ax: Axes, patches: Sequence[Any], title: str) -> None:
     """Draw a legend to the right of an image, from its top on."""
     from matplotlib.transforms import ScaledTranslation
 
-    gap = ScaledTranslation(_GAP, 0, ax.get_figure(root=True).dpi_scale_trans)  # type: ignore[union-attr]
+    gap = ScaledTranslation(_GAP, 0, ax.figure.dpi_scale_trans)  # type: ignore[union-attr]
     ax.legend(
         handles=patches,
         title=title,

@@ -284,7 +284,7 @@ class Heatmap:
         from matplotlib.figure import Figure
 
         ax = self._own_panel(Figure, lossless_dpi(self.values.shape), None, True, options)
-        return ax.get_figure(root=True)  # type: ignore[return-value]
+        return ax.figure  # type: ignore[return-value]
 
     def draw(
         self,
@@ -366,7 +366,7 @@ class Heatmap:
             colours = on_middle_grey(colours, opacity_table(alpha)[:, None])
         bar = colour_bar(ScalarMappable(cmap=ListedColormap(colours)), axes, cax)
         ax = bar.ax
-        inches = ax.get_position().height * ax.get_figure(root=True).get_figheight()  # type: ignore[union-attr]
+        inches = ax.get_position().height * ax.figure.bbox.height / ax.figure.dpi  # type: ignore[union-attr]
         ticks = probability_ticks(self.chance, _TICK / inches)
         places = evidence(ticks, self.chance).tolist()
         bar.set_ticks(places, labels=[f"≤ {ticks[0]:.2g}", *map("{:g}".format, ticks[1:])])

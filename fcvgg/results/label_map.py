@@ -134,7 +134,7 @@ class LabelMap:
         """
         from matplotlib.figure import Figure
 
-        figure = self._own_panel(Figure, alpha, grey, legend=True).get_figure(root=True)
+        figure = self._own_panel(Figure, alpha, grey, legend=True).figure
         return figure  # type: ignore[return-value]
 
     def _own_panel(self, make: Any, alpha: float, grey: bool, legend: bool) -> Axes:

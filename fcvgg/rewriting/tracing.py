@@ -124,7 +124,7 @@ class Recorder(TorchFunctionMode):
 
     def place(self) -> str:
         """Where recording stopped, as the beginning of a message."""
-        last = next(reversed(self.graph.nodes), None)
+        last = next(iter(reversed(self.graph.nodes)), None)
         within = f"in {self._failed}" if self._failed else ""
         after = f"after {describe(last)}" if last is not None and last.op[:4] == "call" else ""
         return f"{within}{', ' if within and after else ''}{after}: " if within or after else ""
