@@ -106,7 +106,7 @@ def test_a_scale_below_the_window_pads(net) -> None:
 
 def test_equal_sizes_run_together_and_memory_stays_bounded(monkeypatch) -> None:
     monkeypatch.setattr("fcvgg.images.batching.BATCH_PIXELS", 40)
-    monkeypatch.setattr("fcvgg.images.batching._HELD_PIXELS", 90)
+    monkeypatch.setattr("fcvgg.images.batching._HELD_BATCHES", 2)
     sizes = [(4, 4), (4, 5), (4, 4), (4, 5), (9, 9), (4, 4), (2, 3), (4, 4), (1, 1)]
     inputs = [(i, i == 6, torch.full((1, 1, *s), float(i))) for i, s in enumerate(sizes)]
     taken: list[int] = []
@@ -117,7 +117,7 @@ def test_equal_sizes_run_together_and_memory_stays_bounded(monkeypatch) -> None:
         for key, group, image in inputs:
             taken.append(key)
             held = [i for i in taken if i not in run]
-            assert sum(sizes[i][0] * sizes[i][1] for i in held) <= 90 + 81
+            assert sum(sizes[i][0] * sizes[i][1] for i in held) <= 2 * 40 + 81
             yield key, group, image
 
     def mean(group: bool, batch: Tensor) -> Tensor:
