@@ -20,7 +20,7 @@ from fcvgg.geometry import Pair
 from fcvgg.inference.line_buffers import LineBuffers, MissingCells
 from fcvgg.inference.memory import trimmer
 from fcvgg.network import FullyConvolutional
-from fcvgg.streaming.interest import Band, chains, image_rows
+from fcvgg.streaming.bands import Band, chains, image_rows
 from fcvgg.streaming.job import StreamJob, as_result, plan_in_memory
 from fcvgg.streaming.resumption import open_or_create_store
 from fcvgg.streaming.score_store import ScoreStore

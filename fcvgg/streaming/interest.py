@@ -1,10 +1,10 @@
 """Which cells a stream computes: those that overlap a mask, polygons or tissue.
 
 The region is a boolean array ``(h, w)`` of the image's aspect ratio, tissue that is found on a
-thumbnail (`tissue`), or polygons: GeoJSON as an object, a list of geometries, or an object of
-shapely or geopandas. Polygons are in pixels of the full resolution, or of a georeferenced image in
-its coordinates, unless they state ``"crs": null``. A path leads to a mask (``.png``, ``.npy``) or
-to polygons (``.geojson``, ``.json``).
+thumbnail (`fcvgg.streaming.tissue`), or polygons: GeoJSON as an object, a list of geometries, or an
+object of shapely or geopandas. Polygons are in pixels of the full resolution, or of a georeferenced
+image in its coordinates, unless they state ``"crs": null``. A path leads to a mask (``.png``,
+``.npy``) or to polygons (``.geojson``, ``.json``).
 
 A cell stands for the square of one stride around its centre; the squares of the outermost cells
 reach to the image's border. A cell is of interest if the region covers some of its square.
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import os
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -26,47 +26,14 @@ from PIL import Image
 from fcvgg.errors import ArgumentError, one_line
 from fcvgg.geometry import Geometry, Pair
 from fcvgg.images.lazy.source import StripSource
-from fcvgg.images.pictures import in_mode
 from fcvgg.images.regions import Polygon, Regions, read_regions, same_system, squares_touched
-from fcvgg.inference.schedule import Schedule
-from fcvgg.streaming.slide_maps import thumbnail
-
-TISSUE = "tissue"
+from fcvgg.streaming.bands import Agree, Band, chosen_bands
+from fcvgg.streaming.tissue import TISSUE, tissue
 
 _GEOJSON = (".geojson", ".json")
 
-_LEAST_COLS = 16
-"""Columns of cells that are computed at least: libraries sum fewer in another order."""
-
-_MOST_WIDTHS = 6
-"""Most widths of ranges in a block: each has to be compared with whole rows."""
-
 _LOOKS = 4
 """Rows of every receptive field that are looked at for pixels without data."""
-
-_NARROWER = 1 / 40
-"""Share of a band's cells that its rows from some row downwards must save to be narrower."""
-
-_GROUPS = 96
-"""Most rows and columns of the grid on which bands are chosen: all pairs of rows are tried."""
-
-_THUMBNAIL = 1024
-"""Pixels of the larger side of the thumbnail on which tissue is looked for."""
-
-_DARK, _BRIGHT, _LEAST_CONTRAST = 20, 200, 10
-"""Of 255: borders that scanners leave are darker, the glass is brighter, tissue differs by more."""
-
-_LEAST_GLASS = 0.05
-"""Least share of bright pixels, among those that are not dark, for them to be a slide's glass."""
-
-Band = tuple[Pair, list[Pair]]
-"""Rows of cells, and the ranges of columns that are computed of them.
-
-A band that begins where another ends, with as many ranges that lie within the other's, goes on
-with what was computed for that one.
-"""
-
-Agree = Callable[[list[Band]], bool]
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,26 +109,8 @@ class Interest:
         return replace(self, cells=cells)
 
     def bands(self, cols: Pair, lost: tuple[float, float], agree: Agree) -> list[Band]:
-        """The rows and ranges of columns to compute of a block of columns, from top to bottom.
-
-        Args:
-            cols: of the block.
-            lost: rows of cells that beginning a band costs, and columns that a range costs.
-            agree: whether the cells of all ranges of some bands have the bits of whole rows.
-        """
-        cells, width = self.cells[:, slice(*cols)], cols[1] - cols[0]
-        step = 1
-        while step < width:
-            for narrows in (True, False):
-                bands = row_bands(cells, lost, step, narrows)
-                widths = {end - first for _, ranges in bands for first, end in ranges}
-                if len(widths) <= _MOST_WIDTHS and agree(bands):
-                    return bands
-            step = max(2 * step, _LEAST_COLS)
-        return row_bands(cells, lost, width, narrows=False)
-
-
-# -- what is asked for ----------------------------------------------------------------------------
+        """`chosen_bands` of the cells in a block of columns."""
+        return chosen_bands(self.cells[:, slice(*cols)], lost, agree)
 
 
 def _region(where: Any, source: StripSource) -> Regions | NDArray[np.bool_]:
@@ -308,194 +257,3 @@ def _in_pixels(regions: Regions, source: StripSource) -> list[Polygon]:
             f"polygons from x={left:g}, y={top:g} to x={right:g}, y={bottom:g} in {system}{remedy}"
         )
     return polygons
-
-
-# -- tissue ---------------------------------------------------------------------------------------
-
-
-def tissue(source: StripSource) -> NDArray[np.bool_]:
-    """Where a slide shows tissue, on a thumbnail ``(h, w)``.
-
-    The distance of every pixel's colour from the background's is split by Otsu's threshold ("A
-    threshold selection method from gray-level histograms", 1979). The background is the most
-    frequent colour of the bright glass, and of images without glass the most frequent one of all.
-    Black borders next to glass count as neither.
-
-    Raises:
-        ImageError: if the image holds preprocessed values.
-        ArgumentError: if its channels are not colours.
-    """
-    factor = max(max(source.size) / _THUMBNAIL, 1)
-    height, width = (max(round(n / factor), 1) for n in source.size)
-    picture = thumbnail(source, (height, width))
-    if picture is None:
-        raise ArgumentError(
-            f"where must be a mask or polygons for {source.name} of {source.channels} channels, "
-            f"got {TISSUE!r}, which is found by its colours"
-        )
-    pixels = np.asarray(in_mode(picture, 3)).astype(np.int16)  # (h, w, 3)
-    usable = pixels.max(2) >= _DARK
-    glass = usable & (pixels.min(2) >= _BRIGHT)
-    if glass.sum() <= _LEAST_GLASS * usable.sum():
-        usable = glass = np.ones_like(usable)
-    background = [np.bincount(plane[glass]).argmax() for plane in np.moveaxis(pixels, 2, 0)]
-    distance = np.abs(pixels - background).max(2)
-    threshold = max(otsu(distance[usable]), _LEAST_CONTRAST)
-    found: NDArray[np.bool_] = usable & (distance > threshold)
-    return found
-
-
-def otsu(values: NDArray[Any]) -> int:
-    """The threshold of whole numbers from 0 to 255 above which they are of the higher class.
-
-    It makes the variance between the two classes largest.
-    """
-    counts = np.bincount(values.ravel(), minlength=256).astype(np.float64)
-    below = counts.cumsum()  # how many are at or below each value
-    sums = (counts * np.arange(256)).cumsum()
-    above = below[-1] - below
-    with np.errstate(divide="ignore", invalid="ignore"):
-        between = below * above * (sums / below - (sums[-1] - sums) / above) ** 2
-    return int(np.nan_to_num(between).argmax())
-
-
-# -- bands of rows --------------------------------------------------------------------------------
-
-
-def chains(bands: Sequence[Band]) -> list[list[Band]]:
-    """Bands that go on with what was computed for the one before, together."""
-    chained: list[list[Band]] = []
-    for band in bands:
-        if chained and _goes_on(chained[-1][-1], band):
-            chained[-1].append(band)
-        else:
-            chained.append([band])
-    return chained
-
-
-def _goes_on(band: Band, following: Band) -> bool:
-    ((_, end), ranges), ((first, _), others) = band, following
-    nested = all(low <= a and b <= high for (low, high), (a, b) in zip(ranges, others))
-    return first == end and len(ranges) == len(others) and nested
-
-
-def row_bands(
-    cells: NDArray[np.bool_], lost: tuple[float, float], step: int, narrows: bool = True
-) -> list[Band]:
-    """Bands of rows with ranges of columns that hold all cells of interest, at the least cost.
-
-    Args:
-        cells: bool ``(h, w)``.
-        lost: rows of cells that beginning a band costs, and columns that a range costs.
-        step: a number of columns of which ranges begin and end at a multiple.
-        narrows: whether bands may be followed by narrower ones that go on with them.
-    """
-    height, width = cells.shape
-    down, across = (-(-n // _GROUPS) for n in cells.shape)
-    groups = np.logical_or.reduceat(cells, range(0, height, down), 0)
-    groups = np.logical_or.reduceat(groups, range(0, width, across), 1)
-    count = len(groups)
-    # the least cost of the groups before each, by the band that ends there
-    best, begins = np.zeros(count + 1), np.zeros(count + 1, int)
-    for end in range(1, count + 1):
-        held = np.logical_or.accumulate(groups[end - 1 :: -1], 0)  # by bands of growing height
-        cols = _columns(held, lost[1] / across)
-        rows = cols.cumsum() if narrows else cols * np.arange(1, end + 1)
-        costs = best[:end] + (rows + cols * lost[0] / down)[::-1]
-        begins[end] = costs.argmin()
-        best[end] = costs.min()
-    bands: list[Band] = []
-    end = count
-    while end:
-        first = int(begins[end])
-        rows = np.flatnonzero(cells[first * down : end * down].any(1))
-        if len(rows):
-            top, bottom = first * down + int(rows[0]), first * down + int(rows[-1]) + 1
-            held = np.logical_or.reduce(cells[top:bottom], 0)
-            band = (top, bottom), _ranges(held, lost[1], step)
-            bands += _narrowing(cells, band, step)[::-1] if narrows else [band]
-        end = first
-    return bands[::-1]
-
-
-def _columns(held: NDArray[np.bool_], lost: float) -> NDArray[np.float64]:
-    """How many columns are computed for every row of marked columns ``(n, w)``, with those lost."""
-    joined = _without_gaps(held, lost)
-    ranges = joined[:, 0] + np.count_nonzero(joined[:, 1:] & ~joined[:, :-1], axis=1)
-    return np.minimum(joined.sum(1) + ranges * lost, held.shape[1] + lost) * held.any(1)
-
-
-def _without_gaps(held: NDArray[np.bool_], lost: float) -> NDArray[np.bool_]:
-    """Marked columns with the gaps between them that cost less than another range."""
-    places = np.arange(held.shape[1])
-    left = np.maximum.accumulate(np.where(held, places, -np.inf), 1)
-    right = np.minimum.accumulate(np.where(held, places, np.inf)[:, ::-1], 1)[:, ::-1]
-    joined: NDArray[np.bool_] = right - left - 1 <= lost
-    return joined
-
-
-def _narrowing(cells: NDArray[np.bool_], band: Band, step: int) -> list[Band]:
-    """A band, followed by narrower ones where the rows below need clearly fewer columns."""
-    (top, bottom), ranges = band
-    least = _NARROWER * (bottom - top) * _width(ranges)
-    below = np.logical_or.accumulate(cells[top:bottom][::-1], 0)[::-1]  # by every row on
-    bands: list[Band] = []
-    for row in range(top + 1, bottom):
-        needed = [_hull(below[row - top], cols, step) for cols in ranges]
-        if (_width(ranges) - _width(needed)) * (bottom - row) >= least:
-            bands.append(((top, row), ranges))
-            top, ranges, below = row, needed, below[row - top :]
-    return [*bands, ((top, bottom), ranges)]
-
-
-def _width(ranges: Sequence[Pair]) -> int:
-    return sum(end - first for first, end in ranges)
-
-
-def _hull(marked: NDArray[np.bool_], cols: Pair, step: int) -> Pair:
-    """The range within some columns that holds all marked ones of them."""
-    places = np.flatnonzero(marked[slice(*cols)]) + cols[0]
-    span = (int(places[0]), int(places[-1]) + 1) if len(places) else (cols[0], cols[0])
-    return _widened(span, cols, step)
-
-
-def _widened(span: Pair, within: Pair, step: int) -> Pair:
-    """A range of columns with ends at multiples of `step`, and wide enough for equal bits."""
-    low, high = within
-    first, end = max(span[0] // step * step, low), min(-(-span[1] // step) * step, high)
-    first = max(min(first, end - max(step, _LEAST_COLS)), low)
-    return first, max(end, min(first + _LEAST_COLS, high))
-
-
-def _ranges(marked: NDArray[np.bool_], lost: float, step: int) -> list[Pair]:
-    """The ranges of columns that hold all that are marked."""
-    width = len(marked)
-    joined = np.diff(_without_gaps(marked[None], lost)[0], prepend=False, append=False)
-    ranges: list[Pair] = []
-    for first, end in np.flatnonzero(joined).reshape(-1, 2).tolist():
-        first, end = _widened((first, end), (0, width), step)
-        if ranges and first <= ranges[-1][1] + lost:
-            first = ranges.pop()[0]
-        ranges.append((first, end))
-    whole = sum(end - first + lost for first, end in ranges) >= width + lost
-    return [(0, width)] if whole else ranges
-
-
-def rows_lost(schedule: Schedule, stride: int) -> float:
-    """Rows of cells that beginning a band costs on average: its halo, and layers that wait."""
-    first, end = schedule.height.ranges[-1]
-    rows = np.unique(np.linspace(first, end - 1, 8).astype(int)).tolist()
-    read = [image_rows(schedule, (row, row + 1)) for row in rows]
-    return max(float(np.mean([b - a for a, b in read])) / stride - 1, 0.0)
-
-
-def strips_of(schedule: Schedule, rows: Pair) -> range:
-    """The strips that computing some rows of cells takes."""
-    first, _ = schedule.restart_at(rows[0])
-    return range(first, int(np.searchsorted(schedule.ends[:, -1], rows[1])) + 1)
-
-
-def image_rows(schedule: Schedule, rows: Pair) -> Pair:
-    """The rows of the image that computing some rows of cells reads."""
-    _, done = schedule.restart_at(rows[0])
-    return done[0], int(schedule.ends[strips_of(schedule, rows)[-1], 0])

@@ -22,7 +22,8 @@ from fcvgg.inference.stages import stages_of
 from fcvgg.inference.strip_input import StripInput
 from fcvgg.network import FullyConvolutional
 from fcvgg.results.score_map import ScoreMap
-from fcvgg.streaming.interest import Band, Interest, rows_lost, strips_of
+from fcvgg.streaming.bands import Band, rows_lost, strips_of
+from fcvgg.streaming.interest import Interest
 from fcvgg.streaming.selection import ScoreMapOfSomeClasses, Selection
 from fcvgg.streaming.strip_plan import StripPlan, Workload, estimated_peak, plan_strips
 from fcvgg.support.memory_text import size_text

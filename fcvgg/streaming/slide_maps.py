@@ -5,7 +5,6 @@ They show one class's probability, or the most probable class of every cell.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 from dataclasses import replace
 from numbers import Integral
@@ -15,7 +14,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 
 from fcvgg.categories import class_index, class_name
 from fcvgg.errors import CategoryError, FcvggError, ImageError
@@ -23,7 +21,7 @@ from fcvgg.geometry import Geometry, Pair
 from fcvgg.images.lazy.georeference import Georeference
 from fcvgg.images.lazy.opening import open_image
 from fcvgg.images.lazy.source import StripSource, nodata_of
-from fcvgg.images.pictures import Picture
+from fcvgg.images.lazy.thumbnail import thumbnail
 from fcvgg.probability import cells_with_data, chance_level, normalized, to_probabilities
 from fcvgg.results.colours import class_colours
 from fcvgg.results.figures import CellLabels, edges_of_cells, label_figure
@@ -44,9 +42,6 @@ THUMBNAIL = 1600
 _TILE = 512
 _SMALLEST_LEVEL = 512
 _READ_BYTES = 64 << 20
-_SAME_SHAPE = 0.02
-"""How far the ratio of sides of a pyramid's level may be from the image's, by its rounding."""
-
 _NAMED = 255
 """Classes that a pyramid names."""
 
@@ -433,9 +428,8 @@ def _probabilities(store: ScoreStore, index: int) -> NDArray[np.float32]:
         cells = np.empty(array.shape, np.float32)
         for rows in row_ranges(store):
             labels = array[rows]
-            unknown = (
-                np.nan if description.get("num_classes", 1) > 1 else 0
-            )  # -1 of one class: not it
+            one = description.get("num_classes", 1) == 1  # whose -1 says that it is not the class
+            unknown = 0 if one else np.nan
             cells[rows] = np.where(labels < 0, unknown, labels == index)
         return cells
     activation = description["activation"]
@@ -464,62 +458,3 @@ def row_ranges(store: ScoreStore) -> Iterator[slice]:
     step = max(_READ_BYTES // row // store.chunk_rows, 1) * store.chunk_rows
     for first in range(0, height, step):
         yield slice(first, min(first + step, height))
-
-
-# -- the image ------------------------------------------------------------------------------------
-
-
-def thumbnail(source: StripSource, size: Pair) -> Image.Image | None:
-    """The image at a size ``(h, w)``: means of all pixels; None where its channels are not colours.
-
-    The smallest level of its pyramid that is not smaller is read, strip by strip. Pixels without
-    data do not count, and are black where there are no others.
-
-    Raises:
-        ImageError: if it holds preprocessed values.
-    """
-    if source.preprocessed:
-        raise ImageError(f"{source.name} must hold pixels to be shown, got preprocessed values")
-    if source.channels not in (1, 3, 4):
-        return None
-    source = _reduced_level(source, size)
-    (down, _), (across, width) = (
-        (np.linspace(0, pixels, n + 1).round().astype(int), pixels)
-        for pixels, n in zip(source.size, size)
-    )
-    # float64 sums of a strip take eight times its bytes
-    step = max(_READ_BYTES // (8 * width * source.channels * source.itemsize), 1)
-    lines = []
-    for top, bottom in itertools.pairwise(down.tolist()):
-        sums: Any = 0
-        counts: Any = 0
-        for first in range(top, bottom, step):
-            read = source.read((first, min(first + step, bottom)), (0, width))
-            known = np.isfinite(read)
-            sums = sums + np.where(known, read, 0).sum(0, dtype=np.float64)  # (W, C)
-            counts = counts + known.sum(0)
-        # then over the columns of every pixel of the thumbnail
-        sums, counts = (np.add.reduceat(n, across[:-1], 0) for n in (sums, counts))
-        lines.append(np.where(counts, sums / np.maximum(counts, 1), np.nan).astype(np.float32))
-    pixels = np.stack(lines)
-    if source.channels == 4 and not source.transparent():
-        pixels = pixels[..., :3]
-    return Picture(pixels, source.dtype == np.uint8).image
-
-
-def _reduced_level(source: StripSource, size: Pair) -> StripSource:
-    """The smallest level of an image's pyramid that shows all of it and is not below a size."""
-    found = source
-    for level in range(source.level + 1, len(source.level_sizes)):
-        if source.at_level is None:
-            break
-        try:
-            further = source.at_level(level)
-        except FcvggError:  # an open dataset need not give its overviews
-            break
-        down, across = (n / m for n, m in zip(source.size, further.size))
-        alike = abs(down / across - 1) < _SAME_SHAPE and further.channels == source.channels
-        if not alike or any(n < least for n, least in zip(further.size, size)):
-            break
-        found = further
-    return found

@@ -20,10 +20,11 @@ import fcvgg
 from fcvgg.cli import app
 from fcvgg.demo import demo_photograph
 from fcvgg.images.lazy.opening import open_image, strip_source
+from fcvgg.images.lazy.thumbnail import thumbnail
 from fcvgg.results.colours import class_colours
 from fcvgg.results.drawing import share_text
 from fcvgg.streaming.score_store import ScoreStore, open_store
-from fcvgg.streaming.slide_maps import SlideMap, thumbnail
+from fcvgg.streaming.slide_maps import SlideMap
 
 
 @pytest.fixture

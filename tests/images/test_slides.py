@@ -19,8 +19,8 @@ from PIL import Image
 import fcvgg
 from fcvgg.errors import FcvggWarning
 from fcvgg.images.lazy.slide import SlideSource
-from fcvgg.streaming import interest
-from fcvgg.streaming.slide_maps import thumbnail
+from fcvgg.images.lazy.thumbnail import thumbnail
+from fcvgg.streaming.tissue import tissue
 
 tifffile = pytest.importorskip("tifffile")
 zarr = pytest.importorskip("zarr")
@@ -239,8 +239,8 @@ def test_thumbnails_and_tissue_are_of_the_small_level(monkeypatch: pytest.Monkey
     image = fcvgg.open_image(Watched(pyramid()))
     shown = thumbnail(image, (75, 55))
     np.testing.assert_array_equal(np.asarray(shown), image._slide.levels[1])
-    monkeypatch.setattr(interest, "_THUMBNAIL", 75)
-    assert interest.tissue(image).shape == (75, 55)
+    monkeypatch.setattr("fcvgg.streaming.tissue._THUMBNAIL", 75)
+    assert tissue(image).shape == (75, 55)
     assert read == {1}
 
 

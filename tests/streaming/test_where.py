@@ -22,12 +22,12 @@ from fcvgg.images.regions import Regions, same_system, squares_touched
 from fcvgg.inference.line_buffers import LineBuffers, same_bits
 from fcvgg.inference.missing import sees_whole_field
 from fcvgg.inference.stages import stages_of
-from fcvgg.streaming import interest
+from fcvgg.streaming.bands import chains, row_bands
 from fcvgg.streaming.execution import bands
-from fcvgg.streaming.interest import chains, otsu, row_bands
 from fcvgg.streaming.job import StreamJob, plan_in_memory
 from fcvgg.streaming.score_store import open_store
 from fcvgg.streaming.strip_plan import StripPlan
+from fcvgg.streaming.tissue import otsu, tissue
 
 pytest.importorskip("zarr")
 
@@ -488,14 +488,14 @@ def test_tissue_on_slides_of_several_kinds(net: Any, kind: str) -> None:
     ImageDraw.Draw(canvas).ellipse((100, 50, 200, 150), fill=255)
     blob = np.asarray(canvas) > 0
     colours = {"grey": ((240,) * 3, (150,) * 3), "dark": ((3,) * 3, (90, 40, 120))}
-    glass, tissue = colours.get(kind, ((243, 241, 244), (190, 120, 170)))
+    glass, stained = colours.get(kind, ((243, 241, 244), (190, 120, 170)))
     noise = generator.normal(0, 6, (*blob.shape, 3))
-    image = np.where(blob[..., None], tissue, glass) + noise
+    image = np.where(blob[..., None], stained, glass) + noise
     if kind == "with black borders":
         image[:, :30] = image[190:] = 0
         image[:, :30] += noise[:, :30]
     image = image.clip(0, 255).astype(np.uint8)
-    found = interest.tissue(fcvgg.open_image(_png(image)))
+    found = tissue(fcvgg.open_image(_png(image)))
     assert (found != blob).mean() < 0.02
     cells = inside(fcvgg.stream(net, image, where="tissue").scores)
     touched = inside(fcvgg.stream(net, image, where=blob).scores)
