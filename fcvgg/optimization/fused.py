@@ -9,9 +9,10 @@ ordered for a convolution over rows.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from math import prod
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +20,9 @@ from torch import Tensor, nn
 
 from fcvgg.geometry import Pair
 from fcvgg.inference.memory import on_huge_pages
+from fcvgg.optimization.measuring import faster_kernels, gains, least_gaining
 from fcvgg.optimization.onednn import RowConvolution, gains_by_halves, halves, joined_halves
+from fcvgg.optimization.products import Kernels
 from fcvgg.optimization.winograd import (
     CONVOLUTION,
     Tiling,
@@ -36,14 +39,11 @@ _USUAL_ROWS = 100
 _USUAL_SIZE = 56
 """Rows and columns of the map for which convolution weights are packed before one was seen."""
 
-_LEAST_CHANNELS = 128
-"""Channels from which Winograd's transforms cost less than the products they save."""
+_LEAST_CHANNELS = 64
+"""Channels from which Winograd's algorithm is tried; with fewer its transforms cost too much."""
 
-_LEAST_TILES = 32
-"""Tiles of a convolution below which reading the larger transformed weights takes longer."""
-
-_LEAST_WINDOW_TILES = 16
-"""The same for a fully connected layer at every window."""
+_LEAST_WINDOW_CHANNELS = 128
+"""The same for fully connected layers at every window."""
 
 _BFLOAT16_ROUNDING = 2**-6
 """Of the largest score: numbers have 8 bits, and the order of sums differs."""
@@ -125,15 +125,18 @@ class Packed(FusedLayer):
 
     _packed: Any
     _bias: Tensor
-    _kernels: Tensor | None
+    _kernels: Kernels | None = None
+    _least_tiles: float = math.inf
     _tiling: Tiling
+    _sides: ClassVar[Sequence[int]]
+    """Sides of square maps, in tiles, on which Winograd's algorithm is tried."""
 
     def _pack(self, weight: Tensor) -> Any:
         """Weights in oneDNN's order."""
         raise NotImplementedError
 
-    def _winograd_pays(self, x: Tensor, padding: Pair) -> bool:
-        """Whether Winograd's algorithm is faster than oneDNN for maps of this size."""
+    def _directly(self, x: Tensor, padding: Pair) -> Tensor:
+        """The layer by oneDNN."""
         raise NotImplementedError
 
     @property
@@ -153,13 +156,39 @@ class Packed(FusedLayer):
         else:
             self._kernels = None
 
-    def _by_winograd(self, x: Tensor, padding: Pair) -> Tensor | None:
-        """The layer by Winograd's algorithm; None where oneDNN is faster."""
-        if self._kernels is None:
-            return None
-        if self._packed is not None and not self._winograd_pays(x, padding):
-            return None
+    def _hold_kernels(self, weight: Tensor) -> None:
+        """Transform the weights for Winograd's algorithm, if it is faster for any map."""
+        self._kernels = self._tiling.kernels(weight, faster_kernels(weight.dtype))
+        kind = self._tiling, self.in_channels, self.out_channels, type(self._kernels)
+        self._least_tiles = least_gaining(kind, self._sides, self._gains_by_winograd) ** 2
+        if math.isinf(self._least_tiles):
+            self._kernels = None
+
+    def _gains_by_winograd(self, side: int) -> bool:
+        """Whether Winograd's algorithm is faster for a map of ``side**2`` tiles."""
+        assert self._kernels is not None
+        outputs, padding = side * self._tiling.outputs, self.padding
+        height, width = (outputs + k - 1 - 2 * p for k, p in zip(self.kernel, padding))
+        x = torch.rand(1, self.in_channels, height, width)
+        x = x.contiguous(memory_format=torch.channels_last)
+        ways = (lambda: self._by_winograd(x, padding)), (lambda: self._directly(x, padding))
+        return gains(*ways, self._kernels.nbytes - self.weight_count * self._bias.element_size())
+
+    def _winograd_pays(self, x: Tensor, padding: Pair) -> bool:
+        """Whether Winograd's algorithm is faster than oneDNN for maps of this size."""
+        if self._kernels is None or self._packed is None:
+            return self._packed is None
+        whole = (n // self._tiling.outputs for n in self._outputs(x, padding))  # tiles
+        return len(x) * prod(whole) >= self._least_tiles
+
+    def _by_winograd(self, x: Tensor, padding: Pair) -> Tensor:
+        assert self._kernels is not None
         return winograd_convolution(self._tiling, x, self._kernels, self._bias, padding, self.relu)
+
+    def _faster(self, x: Tensor, padding: Pair) -> Tensor:
+        """The layer by the algorithm that is faster for the size of `x`."""
+        pays = self._winograd_pays(x, padding)
+        return self._by_winograd(x, padding) if pays else self._directly(x, padding)
 
     def _outputs(self, x: Tensor, padding: Pair) -> Pair:
         """Rows and columns of the layer's output for stride 1 and no dilation."""
@@ -198,6 +227,7 @@ class PackedConv2d(Packed, FusedConv2d):
     """A convolution on a CPU through oneDNN, and by Winograd's algorithm where that is faster."""
 
     _tiling = CONVOLUTION
+    _sides = (4, 5, 6, 8, 11, 16)
 
     def __init__(
         self, conv: nn.Conv2d, weight: Tensor, bias: Tensor, relu: bool, winograd: bool = False
@@ -211,7 +241,8 @@ class PackedConv2d(Packed, FusedConv2d):
         self._packed = self._pack(weight)
         wide = min(weight.shape[:2]) >= _LEAST_CHANNELS and weight.dtype == torch.float32
         fits = self._tries_winograd and wide and self._is_plain_3x3
-        self._kernels = on_huge_pages(self._tiling.kernels(weight)) if fits else None
+        if fits:
+            self._hold_kernels(weight)
 
     @property
     def _is_plain_3x3(self) -> bool:
@@ -228,14 +259,10 @@ class PackedConv2d(Packed, FusedConv2d):
         reorder: Any = torch._C._nn.mkldnn_reorder_conv2d_weight
         return reorder(weight, self.padding, self.stride, self.dilation, self.groups, shape)
 
-    def _winograd_pays(self, x: Tensor, padding: Pair) -> bool:
-        return len(x) * self._tiling.tiles(*self._outputs(x, padding)) >= _LEAST_TILES
-
     def convolved(self, x: Tensor, padding: Pair) -> Tensor:
-        """The layer by the fastest of three ways for the shape of `x`."""
-        scores = self._by_winograd(x, padding)
-        if scores is not None:
-            return scores
+        return self._faster(x, padding)
+
+    def _directly(self, x: Tensor, padding: Pair) -> Tensor:
         if self._is_plain_3x3 and padding == (1, 1) and gains_by_halves(x, self.out_channels):
             return joined_halves(self._by_onednn(halves(x), (0, 1), halved=True), x.shape[2])
         return self._by_onednn(x, padding)
@@ -261,6 +288,7 @@ class PackedWindowLinear(Packed, FusedWindowLinear):
     """
 
     _rows: RowConvolution | None = None
+    _sides = (2, 3, 4, 5, 8)
 
     def __init__(
         self, weight: Tensor, bias: Tensor, dilation: Pair, relu: bool, winograd: bool = False
@@ -272,8 +300,9 @@ class PackedWindowLinear(Packed, FusedWindowLinear):
         self._bias = bias
         self._tiling = window_tiling(self.kernel[0])
         fits = self._tries_winograd and self._is_wide and weight.dtype == torch.float32
-        self._kernels = on_huge_pages(self._tiling.kernels(weight)) if fits else None
         self._packed = self._pack(weight.permute(0, 2, 3, 1).reshape(len(weight), -1))
+        if fits:
+            self._hold_kernels(weight)
 
     def _pack(self, weight: Tensor) -> Any:  # (O, kh*kw*C)
         return on_huge_pages(torch.ops.mkldnn._reorder_linear_weight(weight, _USUAL_ROWS))
@@ -282,14 +311,8 @@ class PackedWindowLinear(Packed, FusedWindowLinear):
     def _is_wide(self) -> bool:
         """Whether the layer is one of those for which other forms than products were measured."""
         square = self.kernel[0] == self.kernel[1] and self.kernel[0] in _WINDOW_KERNELS
-        wide = min(self.out_channels, self.in_channels) >= _LEAST_CHANNELS
+        wide = min(self.out_channels, self.in_channels) >= _LEAST_WINDOW_CHANNELS
         return square and wide and self.dilation == (1, 1)
-
-    def _winograd_pays(self, x: Tensor, padding: Pair) -> bool:
-        outputs = self._outputs(x, padding)
-        tiles = self._tiling.tiles(*outputs)
-        saves = tiles * self._tiling.inputs**2 < prod((*outputs, *self.kernel))
-        return saves and tiles >= _LEAST_WINDOW_TILES
 
     def specialise(self, x: Tensor) -> None:
         super().specialise(x)
@@ -319,9 +342,9 @@ class PackedWindowLinear(Packed, FusedWindowLinear):
             return self._linear(x.movedim(1, -1)).movedim(-1, 1)  # (N, H, W, C) and back
         if self._rows is not None and self._rows.takes(x):
             return self._rows(x)
-        scores = self._by_winograd(x, (0, 0))
-        if scores is not None:
-            return scores
+        return self._faster(x, (0, 0))
+
+    def _directly(self, x: Tensor, padding: Pair) -> Tensor:
         cells = self.gathered * GEMM_CELLS
         return by_windows(
             *(x, self.kernel, self.dilation, self._linear), channels_last=True, cells=cells
@@ -374,16 +397,6 @@ def _pairs(x: Tensor, axis: int) -> tuple[Tensor, Tensor]:
     if axis == 2:
         return x[:, :, 0:end:2], x[:, :, 1:end:2]
     return x[..., 0:end:2], x[..., 1:end:2]
-
-
-def has_packing() -> bool:
-    """Whether this torch has oneDNN with the operations that packed layers call."""
-    operations = ("_convolution_pointwise", "_linear_pointwise", "_reorder_linear_weight")
-    return (
-        torch.backends.mkldnn.is_available()
-        and hasattr(torch._C._nn, "mkldnn_reorder_conv2d_weight")
-        and all(hasattr(torch.ops.mkldnn, name) for name in operations)
-    )
 
 
 def _slide_conv(conv: FusedConv2d) -> Sliding:

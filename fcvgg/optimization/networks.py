@@ -24,10 +24,9 @@ from fcvgg.optimization.fused import (
     Packed,
     PackedConv2d,
     PackedWindowLinear,
-    has_packing,
 )
 from fcvgg.optimization.fusion import fused
-from fcvgg.optimization.onednn import has_bfloat16
+from fcvgg.optimization.onednn import has_bfloat16, has_packing
 from fcvgg.rewriting.outputs import flattened
 from fcvgg.serialization.exporting import ExportedFile
 from fcvgg.support.module_state import device_of, dtype_of

@@ -1,4 +1,4 @@
-"""Shapes in which oneDNN computes the same layers faster, and arithmetic of the processor."""
+"""Shapes in which oneDNN computes the same layers faster, and what it and the processor have."""
 
 from __future__ import annotations
 
@@ -98,17 +98,24 @@ class RowConvolution:
 
 
 def _piece(grid: Pair) -> Pair:
-    """Rows and columns of cells of a piece: as few equal pieces as there can be."""
-    rows, cols = (-(-n // -(-n // _MOST_CELLS_ACROSS)) for n in grid)
-    return rows, cols
+    """Rows and columns of cells of a piece."""
+    return part_size(grid[0], _MOST_CELLS_ACROSS), part_size(grid[1], _MOST_CELLS_ACROSS)
 
 
 def _starts(grid: Pair) -> tuple[list[int], list[int]]:
-    """First cells of the pieces along both axes; the last one ends with the map."""
-    rows, cols = (
-        [min(start, n - size) for start in range(0, n, size)] for n, size in zip(grid, _piece(grid))
-    )
+    """First cells of the pieces along both axes."""
+    rows, cols = (part_starts(n, size) for n, size in zip(grid, _piece(grid)))
     return rows, cols
+
+
+def part_size(total: int, most: int) -> int:
+    """The size of as few equal parts as there can be, of at most `most` each."""
+    return -(-total // -(-total // most))
+
+
+def part_starts(total: int, size: int) -> list[int]:
+    """Where the parts begin; the last one ends with the whole, over the one before if need be."""
+    return [min(start, total - size) for start in range(0, total, size)]
 
 
 # -- a 3x3 convolution of a small map as that of its two halves -----------------------------------
@@ -162,7 +169,17 @@ def joined_halves(scores: Tensor, height: int) -> Tensor:
     return rows[None, :height].permute(0, 3, 1, 2)
 
 
-# -- arithmetic of the processor ------------------------------------------------------------------
+# -- what oneDNN and the processor have ------------------------------------------------------------
+
+
+def has_packing() -> bool:
+    """Whether this torch has oneDNN with the operations that packed layers call."""
+    operations = ("_convolution_pointwise", "_linear_pointwise", "_reorder_linear_weight")
+    return (
+        torch.backends.mkldnn.is_available()
+        and hasattr(torch._C._nn, "mkldnn_reorder_conv2d_weight")
+        and all(hasattr(torch.ops.mkldnn, name) for name in operations)
+    )
 
 
 def has_bfloat16() -> bool:

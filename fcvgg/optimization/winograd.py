@@ -18,11 +18,11 @@ from math import prod
 import torch
 from torch import Tensor
 
+from fcvgg.optimization.onednn import part_size, part_starts
+from fcvgg.optimization.products import Kernels
+
 _POINTS = (0, 1, -1, 2, -2, Fraction(1, 2), Fraction(-1, 2))
 """Where the polynomials are evaluated, and at infinity as well. More points cost accuracy."""
-
-_TILES_PER_THREAD = 64
-"""Tiles of a block: its transformed inputs (4.7 MB at 512 channels) fit a core's share of cache."""
 
 _MOST_TILES = 512
 
@@ -56,19 +56,18 @@ class Tiling:
         """The tiles that outputs ``(height, width)`` take."""
         return -(-height // self.outputs) * -(-width // self.outputs)
 
-    def kernels(self, weight: Tensor) -> Tensor:
-        """Weights ``(O, C, k, k)`` as ``(O/F, inputs**2, C, F)`` for blocks of F features.
+    def kernels(self, weight: Tensor, form: type[Kernels]) -> Kernels:
+        """Weights ``(O, C, k, k)``, transformed: ``inputs**2 / k**2`` times the memory."""
+        features = len(weight) if self.resident else _FEATURES
+        features = min(features, form.most_features or features)
+        return form(self._transformed(part) for part in weight.detach().split(features))
 
-        They take ``inputs**2 / k**2`` times the weights' memory.
-        """
-        features, channels = weight.shape[:2]
-        block = features if self.resident or features % _FEATURES else _FEATURES
+    def _transformed(self, weight: Tensor) -> Tensor:
+        """``(inputs**2, C, F)`` of weights ``(F, C, k, k)``."""
         square = torch.kron(self._kernel_transform, self._kernel_transform)
-        kernels = weight.new_empty(features // block, len(square), channels, block)
-        for part, target in zip(weight.detach().split(block), kernels):
-            columns = part.double().permute(2, 3, 1, 0).flatten(2).flatten(0, 1)  # (k*k, C*F)
-            target.copy_((square @ columns).view(target.shape))  # (inputs**2, C, F)
-        return kernels
+        columns = weight.double().permute(2, 3, 1, 0)  # (k, k, C, F)
+        kernels = (square @ columns.flatten(2).flatten(0, 1)).to(weight.dtype)
+        return kernels.unflatten(1, columns.shape[2:])
 
     def input_transform(self, dtype: torch.dtype) -> Tensor:
         """``(inputs**2, inputs**2)``."""
@@ -78,10 +77,16 @@ class Tiling:
         """``(outputs**2, inputs**2)``."""
         return torch.kron(self._output_transform, self._output_transform).to(dtype)
 
-    def tiles_at_a_time(self, channels: int, itemsize: int) -> int:
-        """Tiles of a block, so that its transformed inputs stay in the cache."""
+    def tiles_at_a_time(self, channels: int, itemsize: int, usual: int) -> int:
+        """Tiles of a block, so that its transformed inputs stay in the cache.
+
+        Args:
+            channels: of the inputs.
+            itemsize: bytes of one value.
+            usual: tiles where the kernels stay in the cache as well.
+        """
         if self.resident:
-            return min(_TILES_PER_THREAD * torch.get_num_threads(), _MOST_TILES)
+            return min(usual, _MOST_TILES)
         return min(_MOST_BYTES // (self.inputs**2 * channels * itemsize), _MOST_TILES)
 
     # A convolution of one axis is a product of polynomials. Each factor is evaluated at the points,
@@ -130,7 +135,7 @@ def window_tiling(kernel: int) -> Tiling:
 def winograd_convolution(
     tiling: Tiling,
     x: Tensor,
-    kernels: Tensor,
+    kernels: Kernels,
     bias: Tensor,
     padding: tuple[int, int] = (0, 0),
     relu: bool = False,
@@ -152,44 +157,34 @@ def winograd_convolution(
     output_transform = tiling.output_transform(x.dtype)
     step, extent = tiling.outputs, tiling.inputs
     count, channels, height, width = x.shape
-    features = kernels.shape[3]  # F, of one block of kernels
     rows, cols = (n + 2 * p - tiling.kernel + 1 for n, p in zip((height, width), padding))
     down, across = -(-rows // step), -(-cols // step)  # tiles
-    most = tiling.tiles_at_a_time(channels, x.element_size())
-    block = max(min(most // across, down), 1)  # rows of tiles
-    images = max(min(most // (down * across), count), 1) if block == down else 1
+    usual = kernels.tiles_per_thread * torch.get_num_threads()
+    most = tiling.tiles_at_a_time(channels, x.element_size(), usual)
+    block = part_size(down, max(min(most // across, down), 1))  # rows of tiles
+    images = part_size(count, max(min(most // (down * across), count), 1)) if block == down else 1
 
     result = torch.empty(
         (count, len(bias), rows, cols), dtype=x.dtype, memory_format=torch.channels_last
     )
     places, source = result.permute(0, 2, 3, 1), x.permute(0, 2, 3, 1)  # (N, H, W, O or C)
     halo = extent - step
-    # All blocks use the same five buffers, so that they stay in the cache and are mapped once.
+    # All blocks use the same buffers, so that they stay in the cache and are mapped once. They are
+    # of one size, the last one overlapping the one before: oneDNN may want its weights in another
+    # order for fewer tiles, and would reorder them at every call.
     strip = x.new_zeros(images, block * step + halo, across * step + halo, channels)
-    most = images * block * across
-    tile_buffer = x.new_empty(extent**2 * most * channels)
-    transformed_buffer = x.new_empty(extent**2 * most * channels)
-    product_buffer = x.new_empty(extent**2 * most * features)
-    output_buffer = x.new_empty(step**2 * most * features)
-    for image, first in itertools.product(range(0, count, images), range(0, down, block)):
-        some = min(images, count - image)
-        lines = min(block, down - first)
-        grid = (some, lines, across)
-        tiles = prod(grid)
-        padded = strip[:some, : lines * step + halo]  # (n, H, W, C)
-        _fill(padded, source[image : image + some], first * step - padding[0], padding[1])
-        given = tile_buffer[: extent**2 * tiles * channels].view(extent**2, -1)
-        given.view(extent, extent, *grid, channels).copy_(_tiled(padded, tiling, lines, across))
-        transformed = transformed_buffer[: given.numel()].view(extent**2, -1)
-        torch.mm(input_transform, given, out=transformed)  # (inputs**2, tiles*C)
-        products = product_buffer[: extent**2 * tiles * features].view(extent**2, tiles, features)
-        outputs = output_buffer[: step**2 * tiles * features].view(step**2, -1)
-        target = places[image : image + some, first * step : (first + lines) * step]
-        for i, kernel in enumerate(kernels):  # (inputs**2, C, F)
-            torch.bmm(transformed.view(extent**2, tiles, channels), kernel, out=products)
-            torch.mm(output_transform, products.view(extent**2, -1), out=outputs)
-            squares = outputs.view(step, step, *grid, features).permute(2, 3, 0, 4, 1, 5)
-            part = slice(i * features, (i + 1) * features)
+    given = x.new_empty(images * block * across, extent**2, channels)
+    transformed = torch.empty_like(given)
+    grid = (images, block, across)
+    for image, first in itertools.product(part_starts(count, images), part_starts(down, block)):
+        _fill(strip, source[image : image + images], first * step - padding[0], padding[1])
+        given.view(*grid, extent, extent, channels).copy_(_tiled(strip, tiling, block, across))
+        torch.matmul(input_transform, given, out=transformed)  # (tiles, inputs**2, C)
+        target = places[image : image + images, first * step : (first + block) * step]
+        feature = 0
+        for outputs in kernels.outputs(transformed, output_transform):  # (tiles, outputs**2, F)
+            part = slice(feature, feature := feature + outputs.shape[2])
+            squares = outputs.unflatten(1, (step, step)).unflatten(0, grid).transpose(2, 3)
             _place(squares, bias[part], relu, target[..., part])
     return result
 
@@ -218,11 +213,12 @@ def _fill(strip: Tensor, source: Tensor, top: int, left: int) -> None:
 
 
 def _tiled(strip: Tensor, tiling: Tiling, lines: int, across: int) -> Tensor:
-    """The overlapping tiles of ``(N, H, W, C)``: a view ``(inputs, inputs, N, h, w, C)``."""
+    """The overlapping tiles of ``(N, H, W, C)``: a view ``(N, h, w, inputs, inputs, C)``."""
     image, row, col, channel = strip.stride()
+    step, extent = tiling.outputs, tiling.inputs
     return strip.as_strided(
-        (tiling.inputs, tiling.inputs, len(strip), lines, across, strip.shape[3]),
-        (row, col, image, tiling.outputs * row, tiling.outputs * col, channel),
+        (len(strip), lines, across, extent, extent, strip.shape[3]),
+        (image, step * row, step * col, row, col, channel),
     )
 
 

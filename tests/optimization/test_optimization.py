@@ -36,7 +36,7 @@ from fcvgg.errors import (
     MissingExtraError,
 )
 from fcvgg.inference import blocks, memory
-from fcvgg.optimization import fused, fusion, onednn, winograd
+from fcvgg.optimization import fused, fusion, measuring, onednn, products, winograd
 from fcvgg.optimization import networks as optimization
 from fcvgg.rewriting import modules
 
@@ -44,7 +44,7 @@ REORDERED = 1e-5
 WINOGRAD = 1e-4
 BFLOAT16 = 5e-2
 
-needs_packing = pytest.mark.skipif(not fused.has_packing(), reason="torch has no oneDNN here")
+needs_packing = pytest.mark.skipif(not onednn.has_packing(), reason="torch has no oneDNN here")
 needs_bfloat16 = pytest.mark.skipif(
     not optimization.has_bfloat16(), reason="the processor has no bfloat16"
 )
@@ -264,20 +264,38 @@ def test_training_runs_the_graph_as_it_is(in_strips, monkeypatch, small):
 
 
 TILINGS = {k: winograd.window_tiling(k) for k in (5, 6, 7)} | {3: winograd.CONVOLUTION}
+FORMS = [
+    products.StackedKernels,
+    pytest.param(products.GroupedKernels, marks=needs_packing),
+]
 
 
+@pytest.fixture
+def winograd_from(monkeypatch):
+    """Sets the tiles from which Winograd's algorithm is taken, which the machine decides else."""
+
+    def set_sides(conv=4, window=4):
+        sides = {3: conv}
+        monkeypatch.setattr(
+            fused, "least_gaining", lambda kind, tried, gains: sides.get(kind[0].kernel, window)
+        )
+
+    return set_sides
+
+
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("at_a_time", [3, 1000])
 @pytest.mark.parametrize("padding", [(0, 0), (0, 2), (2, 1)])
 @pytest.mark.parametrize("size", [(7, 7), (9, 14), (16, 16), (8, 30)])
 @pytest.mark.parametrize("kernel", TILINGS)
-def test_winograd_equals_the_convolution(monkeypatch, kernel, size, padding, at_a_time):
+def test_winograd_equals_the_convolution(monkeypatch, kernel, size, padding, at_a_time, form):
     monkeypatch.setattr(winograd.Tiling, "tiles_at_a_time", lambda self, *_: at_a_time)
     monkeypatch.setattr(winograd, "_FEATURES", 2)
     x = images(3, 7, *size, dtype=torch.float32)
     weight = images(6, 7, kernel, kernel, seed=2, dtype=torch.float32)
     bias = images(1, 6, 1, 1, seed=3, dtype=torch.float32).flatten()
     tiling = TILINGS[kernel]
-    kernels = tiling.kernels(weight)
+    kernels = tiling.kernels(weight, form)
     for relu in (False, True):
         exact = F.conv2d(x.double(), weight.double(), bias.double(), padding=padding)
         got = winograd.winograd_convolution(tiling, x, kernels, bias, padding, relu)
@@ -289,12 +307,15 @@ def test_winograd_is_exact_up_to_rounding_in_float64(kernel):
     x, weight = images(1, 3, 9, 9), images(4, 3, kernel, kernel, seed=2)
     tiling = TILINGS[kernel]
     bias = torch.zeros(4, dtype=x.dtype)
-    got = winograd.winograd_convolution(tiling, x, tiling.kernels(weight), bias, (1, 1))
+    got = winograd.winograd_convolution(
+        tiling, x, tiling.kernels(weight, products.StackedKernels), bias, (1, 1)
+    )
     assert relative_error(F.conv2d(x, weight, padding=1), got) < 1e-12
 
 
 @needs_packing
-def test_winograd_at_every_window_of_fc6():
+def test_winograd_at_every_window_of_fc6(winograd_from):
+    winograd_from(window=4)
     layers = [nn.Conv2d(3, 128, 3, stride=4), nn.ReLU(), nn.AdaptiveAvgPool2d(7), nn.Flatten()]
     model = nn.Sequential(*layers, nn.Linear(128 * 49, 128), nn.ReLU(), nn.Linear(128, 5))
     net = fcvgg.convert(seeded(lambda: model, dtype=torch.float32), input_size=28)
@@ -311,14 +332,18 @@ def test_winograd_at_every_window_of_fc6():
 
 
 @needs_packing
-def test_winograd_in_a_network(wide):
+@pytest.mark.parametrize("form", FORMS)
+def test_winograd_in_a_network(monkeypatch, winograd_from, form, wide):
+    winograd_from(conv=4)
+    monkeypatch.setattr(fused, "faster_kernels", lambda dtype: form)
     fast = fcvgg.optimize(wide)
     assert fast.optimization.winograd == 1
     assert error_at(wide, fast, 2, 3, 75, 60) < WINOGRAD
 
 
 @needs_packing
-def test_a_size_keeps_the_faster_form_of_the_weights_only(wide):
+def test_a_size_keeps_the_faster_form_of_the_weights_only(winograd_from, wide):
+    winograd_from(conv=5)
     both, large, tiny = (fcvgg.optimize(wide, size=size) for size in (None, 64, 32))
     assert (both.optimization.winograd, large.optimization.winograd) == (1, 1)
     assert tiny.optimization.winograd == 0
@@ -329,13 +354,74 @@ def test_a_size_keeps_the_faster_form_of_the_weights_only(wide):
         assert error_at(wide, fast, 1, 3, 90, 70) < WINOGRAD
 
 
-def test_winograd_is_given_up_where_its_error_is_too_large(monkeypatch, wide):
+def test_winograd_is_given_up_where_its_error_is_too_large(monkeypatch, winograd_from, wide):
+    winograd_from(conv=1)
     real = winograd.Tiling.kernels
-    monkeypatch.setattr(winograd.Tiling, "kernels", lambda self, weight: real(self, weight) * 1.01)
-    monkeypatch.setattr(fused, "_LEAST_TILES", 1)
+    monkeypatch.setattr(
+        winograd.Tiling, "kernels", lambda self, w, form: real(self, w * 1.01, form)
+    )
     fast = fcvgg.optimize(wide)
     assert fast.optimization.winograd == 0
     assert fast.equivalence.passed
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_pickle_of_kernels_multiplies_alike(form):
+    tiling = winograd.CONVOLUTION
+    x = images(2, 5, 9, 14, dtype=torch.float32)
+    weight, bias = images(130, 5, 3, 3, seed=2, dtype=torch.float32), torch.zeros(130)
+    kernels = tiling.kernels(weight, form)
+    assert kernels.nbytes == 36 * 5 * 130 * 4
+    restored = pickle.loads(pickle.dumps(kernels))
+    first, second = (
+        winograd.winograd_convolution(tiling, x, k, bias, (1, 1)) for k in (kernels, restored)
+    )
+    torch.testing.assert_close(first, second, rtol=0, atol=1e-6 * first.abs().max().item())
+
+
+# -- what the machine decides ---------------------------------------------------------------------
+
+
+@pytest.fixture
+def nothing_known(monkeypatch):
+    monkeypatch.setattr(measuring, "_KNOWN", {})
+
+
+def test_the_least_size_is_measured_once_for_a_kind(nothing_known):
+    asked = []
+
+    def gains_at(size):
+        asked.append(size)
+        return size >= 5
+
+    for _ in range(2):
+        assert measuring.least_gaining("kind", (3, 4, 6, 8), gains_at) == 6
+    assert asked == [3, 4, 6]
+    assert measuring.least_gaining("other", (3, 4), gains_at) == float("inf")
+
+
+def test_the_way_that_takes_less_of_the_threads_time_gains():
+    small, large = torch.ones(10, 10), torch.ones(600, 600)
+    threads = torch.get_num_threads()
+    assert measuring.gains(lambda: small @ small, lambda: large @ large)
+    assert not measuring.gains(lambda: large @ large, lambda: small @ small)
+    # reading the weights that the cache holds here counts: 10 GB take longer than any product
+    assert not measuring.gains(lambda: small @ small, lambda: large @ large, 10 * 1024**3)
+    assert torch.get_num_threads() == threads
+
+
+def test_the_faster_products_are_found_once(monkeypatch, nothing_known):
+    forms = [measuring.faster_kernels(torch.float32) for _ in range(2)]
+    assert forms[0] is forms[1]
+    assert forms[0] in (products.StackedKernels, products.GroupedKernels)
+    assert measuring.faster_kernels(torch.float64) is products.StackedKernels
+
+
+def test_a_layer_for_which_winograd_never_gains_holds_no_kernels(monkeypatch, wide):
+    monkeypatch.setattr(fused, "least_gaining", lambda *_: float("inf"))
+    fast = fcvgg.optimize(wide)
+    assert fast.optimization.winograd == 0
+    assert error_at(wide, fast, 1, 3, 90, 70) < REORDERED
 
 
 @needs_packing
