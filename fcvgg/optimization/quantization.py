@@ -75,6 +75,8 @@ def quantized(
     images = calibration_images(net, calibrate)
     with torch.no_grad(), evaluating(net):
         expected = [flattened(net(image))[0] for image in images]
+    if not any(scores.isfinite().all(1).any() for maps in expected for scores in maps):
+        raise ImageError("calibrate must hold images with cells that have data, got none")
     images = [torch.nan_to_num(image, 0, 0, 0) for image in images]
     with tempfile.TemporaryDirectory(prefix="fcvgg-") as folder:
         path = net.export(Path(folder) / "network.onnx")

@@ -64,6 +64,8 @@ class OneLoudChannel(nn.Module):
         with torch.no_grad():
             self.first.weight[0] *= 500
             self.second.weight[:, 0] = 0
+            for layer in (self.second, self.third, self.fc):
+                layer.bias.zero_()  # or they would name the class
 
     def forward(self, x):
         x = self.first(x).relu()
@@ -137,7 +139,7 @@ def test_pixels_that_are_not_finite_show_where_they_are_seen(plain, fast, value)
 
 def test_calibration_without_data_in_some_pixels(plain):
     needs_engine()
-    image = noise(1, 3, 60, 60)
+    image = noise(1, 3, 60, 120)
     image[..., 20:30, 20:30] = torch.nan
     fast = fcvgg.optimize(plain, dtype=torch.int8, calibrate=image, least_agreement=None)
     cells = plain(image)[:, 0].isfinite().sum().item()
@@ -184,7 +186,7 @@ def test_the_layer_that_suffers_stays_in_float32():
     batch = noise(2, 3, 64, 64)
     options = {"dtype": torch.int8, "calibrate": batch}
     all8 = fcvgg.optimize(net, **options, least_agreement=None).agreement
-    assert all8.top1 < 0.9
+    assert all8.top1 < 0.5
     fast = fcvgg.optimize(net, **options, least_agreement=0.9)
     assert fast.agreement.in_float == ("second",)
     assert fast.agreement.top1 >= 0.9
@@ -238,6 +240,9 @@ def test_no_image_at_all(plain):
     needs_engine()
     with pytest.raises(ImageError, match="calibrate must hold at least one image, got none"):
         fcvgg.optimize(plain, dtype=torch.int8, calibrate=[])
+    empty = torch.full((1, 3, 40, 40), torch.nan)
+    with pytest.raises(ImageError, match="calibrate must hold images with cells that have"):
+        fcvgg.optimize(plain, dtype=torch.int8, calibrate=empty)
 
 
 @pytest.mark.parametrize("package", ["nncf", "openvino"])
