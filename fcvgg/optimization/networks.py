@@ -275,8 +275,8 @@ def optimize(
     Raises:
         ArgumentError: if an option is unknown, or the processor cannot compute in `dtype`.
         EquivalenceError: if the copy differs from `net` by more than its tolerance: 1e-4 of the
-            largest score in float32, 5e-2 in bfloat16; in int8, if fewer cells keep their top
-            class with half of the layers in float32.
+            largest score in float32, 5e-2 in bfloat16; in int8, if too few cells keep their top
+            class with up to half of the layers in float32.
         ImageError: if an image of `calibrate` cannot be used.
         MissingExtraError: if the engine is not installed.
     """

@@ -65,7 +65,7 @@ def quantized(
         least_agreement: the share of cells that must keep their top class, or None.
 
     Raises:
-        EquivalenceError: if fewer do, with half of the layers in float32.
+        EquivalenceError: if fewer do, with up to half of the layers in float32.
         ImageError: if there is no image, or one cannot be used.
         MissingExtraError: if OpenVINO, NNCF or what exports to ONNX is not installed.
     """
