@@ -43,7 +43,6 @@ from .network import FullyConvolutional as FullyConvolutional
 from .optimization.networks import OptimizedNetwork as OptimizedNetwork
 from .optimization.networks import optimize as optimize
 from .results.boxes import ScoredBox as ScoredBox
-from .results.agreement import Agreement as Agreement
 from .results.equivalence import Equivalence as Equivalence
 from .results.heatmap import Heatmap as Heatmap
 from .results.label_map import LabelMap as LabelMap

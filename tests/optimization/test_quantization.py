@@ -276,6 +276,8 @@ def test_of_many_images_some_and_of_large_ones_the_middle(monkeypatch):
     assert len(values) == 3
     steps = [b - a for a, b in pairwise(values)]
     assert steps[0] == pytest.approx(steps[1], rel=1e-3)
+    batch = noise(9, 3, 40, 40)
+    assert torch.equal(torch.cat(quantization.calibration_images(net, batch)), batch[::3])
     monkeypatch.setattr(quantization, "_MOST_PIXELS", 48 * 48)
     image = noise(1, 3, 100, 200)
     (cut,) = quantization.calibration_images(net, image)
