@@ -49,6 +49,7 @@ Timed = Literal[
     "plain",
     "optimized",
     "optimized-bf16",
+    "optimized-int8",
     "onnxruntime",
     "openvino",
     "openvino-bf16",

@@ -6,8 +6,10 @@ is the score map ``(N, K, h, w)``, or None where its result is of another kind.
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -67,6 +69,39 @@ def _optimised(**options: Any) -> Make:
         return net
 
     return make
+
+
+def _int8(model: nn.Module, native: int, size: int) -> Run:
+    """Every layer in int8: what random weights lose does not say what trained ones do."""
+    net = optimize(
+        _converted(model, native),
+        dtype=torch.int8,
+        calibrate=_noise(size),
+        least_agreement=None,
+    )
+    net.release()
+    return net
+
+
+def _openvino_int8(model: nn.Module, native: int, size: int) -> Run:
+    """The exported file, quantised by NNCF as it comes and run by OpenVINO."""
+    imported("onnxscript", "onnx")
+    nncf, openvino = (imported(name, "quantize") for name in ("nncf", "openvino"))
+    with tempfile.TemporaryDirectory() as folder:
+        path = _converted(model, native).export(Path(folder) / "network.onnx")
+        exported = openvino.Core().read_model(str(path))
+        network = nncf.quantize(exported, nncf.Dataset([_noise(size).numpy()]))
+        options = {
+            "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+            "PERFORMANCE_HINT": "LATENCY",
+        }
+        compiled = openvino.Core().compile_model(network, "CPU", options)
+    return lambda images: torch.from_numpy(compiled(images.numpy())[compiled.outputs[0]].copy())
+
+
+def _noise(size: int) -> Tensor:
+    """An image to calibrate on, of the kind that is timed."""
+    return torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(1))
 
 
 def _converted(model: nn.Module, native: int) -> FullyConvolutional:
@@ -163,9 +198,11 @@ CONTENDERS: dict[str, Contender] = {
         Contender(PLAIN, _plain),
         Contender("fcvgg optimised", _optimised()),
         Contender("fcvgg optimised bf16", _optimised(dtype=torch.bfloat16)),
+        Contender("fcvgg optimised int8", _int8),
         Contender("onnxruntime", _optimised(engine="onnxruntime")),
         Contender("OpenVINO f32", _optimised(engine="openvino")),
         Contender("OpenVINO bf16", _optimised(engine="openvino", dtype=torch.bfloat16)),
+        Contender("OpenVINO int8", _openvino_int8),
         Contender("usual recipe", _usual_recipe),
         Contender("timm", _timm),
         Contender("FC model", _classifier, native_only=True),

@@ -46,11 +46,16 @@ def engine_network(net: FullyConvolutional, engine: str, dtype: torch.dtype) -> 
         return EngineNetwork(open_engine(path, dtype), len(net.program.classes))
 
 
-def _openvino(path: Path, dtype: torch.dtype) -> Run:
+def openvino_runner(model: Any, dtype: torch.dtype) -> Run:
+    """What runs an ONNX file, or a model of OpenVINO, on the CPU, computing floats in `dtype`.
+
+    Raises:
+        MissingExtraError: if OpenVINO is not installed.
+    """
     runtime = imported("openvino", _EXTRAS["openvino"])
     precision = {torch.bfloat16: "bf16"}.get(dtype, "f32")
     compiled = runtime.Core().compile_model(
-        str(path),
+        str(model) if isinstance(model, Path) else model,
         "CPU",
         {
             "INFERENCE_PRECISION_HINT": precision,
@@ -69,5 +74,5 @@ def _openvino(path: Path, dtype: torch.dtype) -> Run:
 
 ENGINES: dict[str, Callable[[Path, torch.dtype], Run]] = {
     "onnxruntime": lambda path, dtype: onnx_runner(path),
-    "openvino": _openvino,
+    "openvino": openvino_runner,
 }

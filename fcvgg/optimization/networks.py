@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fcvgg.errors import ArgumentError, EquivalenceError, FcvggError, check_choice
+from fcvgg.errors import ArgumentError, EquivalenceError, FcvggError, check_choice, check_share
 from fcvgg.geometry import Pair, checked_size
 from fcvgg.inference.blocks import CHANNELS_LAST, BlockwiseGraph, run
 from fcvgg.inference.memory import keep_freed_maps
@@ -27,6 +27,9 @@ from fcvgg.optimization.fused import (
 )
 from fcvgg.optimization.fusion import fused
 from fcvgg.optimization.onednn import has_bfloat16, has_packing
+from fcvgg.optimization.quantization import quantized
+from fcvgg.probability import require_probabilities
+from fcvgg.results.agreement import Agreement
 from fcvgg.rewriting.outputs import flattened
 from fcvgg.serialization.exporting import ExportedFile
 from fcvgg.support.module_state import device_of, dtype_of
@@ -42,6 +45,9 @@ TOLERANCES = {
 
 _PACKED = (torch.float32, torch.bfloat16)
 
+LEAST_AGREEMENT = 0.97
+"""The share of cells that must keep their top class in int8."""
+
 
 @dataclass(frozen=True)
 class Optimization:
@@ -50,9 +56,10 @@ class Optimization:
     Attributes:
         engine: ``"torch"``, or the runtime that was asked for.
         dtype: of the arithmetic.
-        layers: convolutions and fully connected layers with bias and ReLU in one call.
+        layers: convolutions and fully connected layers with bias and ReLU in one call; in int8 all.
         winograd: how many of them may run by Winograd's algorithm.
         packed_bytes: bytes that the optimised network holds in addition to the plain one.
+        in_float: names of the layers that int8 leaves in float32.
     """
 
     engine: str
@@ -60,9 +67,13 @@ class Optimization:
     layers: int = 0
     winograd: int = 0
     packed_bytes: int = 0
+    in_float: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         name = str(self.dtype).removeprefix("torch.")
+        if self.dtype == torch.int8:
+            left = f"{len(self.in_float)} of {self.layers} layers in float32"
+            return f"{self.engine}, {name}, {left}"
         if self.engine != "torch":
             return f"{self.engine}, {name}"
         return (
@@ -79,7 +90,11 @@ class OptimizedNetwork(FullyConvolutional):
 
     Attributes:
         optimization: what was done, and what memory it takes.
+        agreement: in int8, how far it is from the plain network on the images of the calibration;
+            `equivalence` is then None, since the two are not equivalent.
     """
+
+    agreement: Agreement | None = None
 
     def __init__(self, plain: FullyConvolutional, network: Any, optimization: Optimization):
         super().__init__(
@@ -217,6 +232,8 @@ def optimize(
     dtype: torch.dtype | None = None,
     size: int | Iterable[int] | None = None,
     engine: str | None = None,
+    calibrate: Any = None,
+    least_agreement: float | None = LEAST_AGREEMENT,
 ) -> OptimizedNetwork:
     """A copy of a converted network for evaluation, as fast as the machine allows.
 
@@ -236,30 +253,44 @@ def optimize(
     Args:
         net: what `fcvgg.convert` gave. It is left as it is.
         dtype: of the arithmetic: ``torch.float32``, ``torch.bfloat16`` on a processor that has it,
-            ``torch.float16`` on a GPU, or ``torch.float64`` of a network in it. The net's own when
-            None.
+            ``torch.float16`` on a GPU, or ``torch.float64`` of a network in it; or ``torch.int8``,
+            which OpenVINO computes (``pip install 'fcvgg[quantize]'``), fast on processors with
+            VNNI or AMX. The net's own when None.
         size: the images' usual size, an int or ``(h, w)``. In float32, of the two forms of a wide
             layer's weights only the one that is faster at that size is kept; None keeps both, for
             all sizes. In bfloat16 on a processor with AMX, a wide fc6 gets a second form for images
             of that size with 32 cells and more, a tenth to a quarter faster for one image, or for
             several of 256 cells and more. Any size runs in either case.
-        engine: ``"onnxruntime"`` or ``"openvino"`` to run there, by `net.export`; None is torch.
+        engine: ``"onnxruntime"`` or ``"openvino"`` to run there, by `net.export`; None is torch,
+            and in int8 OpenVINO.
+        calibrate: for int8, images as for ``net.classify``, such as the network will see: the
+            ranges of all maps are learnt from them. At most 64 are used, evenly spread over more,
+            of each at most half a million pixels in the middle. The layers that suffer most stay
+            in float32 where `least_agreement` needs it.
+        least_agreement: for int8, the share of the cells of `calibrate` that must keep their top
+            class (`OptimizedNetwork.agreement`), of the worst output; None takes any, and leaves no
+            layer in float32.
 
     Raises:
         ArgumentError: if an option is unknown, or the processor cannot compute in `dtype`.
         EquivalenceError: if the copy differs from `net` by more than its tolerance: 1e-4 of the
-            largest score in float32, 5e-2 in bfloat16.
+            largest score in float32, 5e-2 in bfloat16; in int8, if too few cells keep their top
+            class with up to half of the layers in float32.
+        ImageError: if an image of `calibrate` cannot be used.
         MissingExtraError: if the engine is not installed.
     """
     _check_network(net)
     size = None if size is None else checked_size(size)
     dtype = dtype_of(net) if dtype is None else dtype
     _check_options(dtype, device_of(net), engine)
+    _check_calibration(net, dtype, calibrate, least_agreement)
     if dtype == torch.float64 and dtype_of(net) != dtype:
         raise ArgumentError(
             f"dtype must not be wider than the network's {dtype_of(net)}, got {dtype}; leave it "
             "out, or convert the model in float64"
         )
+    if dtype == torch.int8:
+        return _quantised(net, calibrate, least_agreement)
     if engine is not None and engine != "torch":
         fast = OptimizedNetwork(
             net, engine_network(net, engine, dtype), Optimization(engine, dtype)
@@ -274,6 +305,18 @@ def optimize(
         if not fast.optimization.winograd:
             raise
         return _checked(net, _fused(net, dtype, size, winograd=False))
+
+
+def _quantised(
+    net: FullyConvolutional, calibrate: Any, least_agreement: float | None
+) -> OptimizedNetwork:
+    network, agreement = quantized(net, calibrate, least_agreement)
+    optimization = Optimization(
+        "openvino", torch.int8, layers=agreement.layers, in_float=agreement.in_float
+    )
+    fast = OptimizedNetwork(net, network, optimization)
+    fast.agreement = agreement
+    return fast
 
 
 def _fused(
@@ -366,7 +409,11 @@ def _check_network(net: Any) -> None:
 
 def _check_options(dtype: Any, device: torch.device, engine: str | None) -> None:
     check_choice("engine", engine, (None, "torch", *ENGINES))
-    check_choice("dtype", dtype, TOLERANCES)
+    check_choice("dtype", dtype, (*TOLERANCES, torch.int8))
+    if dtype == torch.int8 and engine not in (None, "openvino"):
+        raise ArgumentError(
+            f"engine must be 'openvino' or None with dtype=torch.int8, got {engine!r}; leave it out"
+        )
     if engine in ENGINES and (device.type != "cpu" or dtype == torch.float64):
         raise ArgumentError(
             f"engine={engine!r} runs float32 networks on the CPU, got {dtype} on {device}; move "
@@ -388,3 +435,29 @@ def _check_options(dtype: Any, device: torch.device, engine: str | None) -> None
         raise ArgumentError(
             f"dtype must be torch.float32 or None with engine='onnxruntime', got {dtype}"
         )
+
+
+def _check_calibration(
+    net: FullyConvolutional, dtype: torch.dtype, calibrate: Any, least_agreement: float | None
+) -> None:
+    if dtype != torch.int8:
+        if calibrate is not None:
+            raise ArgumentError(
+                f"calibrate must be None with dtype={dtype}, got {type(calibrate).__name__}; it is "
+                "for dtype=torch.int8"
+            )
+        return
+    if calibrate is None:
+        raise ArgumentError(
+            "calibrate must be images with dtype=torch.int8, got None; pass some such as the "
+            "network will see, a folder of them for example"
+        )
+    if least_agreement is not None:
+        check_share("least_agreement", least_agreement)
+    if device_of(net).type != "cpu" or dtype_of(net) != torch.float32:
+        raise ArgumentError(
+            "net must be in float32 on the CPU with dtype=torch.int8, got one in "
+            f"{dtype_of(net)} on {device_of(net)}; move it with net.cpu().float()"
+        )
+    for activation in net._activations:
+        require_probabilities(activation)

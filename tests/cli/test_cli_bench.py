@@ -12,6 +12,7 @@ import torch
 from command_line import run
 
 import fcvgg
+from fcvgg.cli import bench
 from fcvgg.demo import demo_model
 from fcvgg.errors import FcvggError
 from fcvgg.optimization import timing
@@ -162,3 +163,16 @@ def test_short_calls_are_made_several_times_in_a_turn(monkeypatch: pytest.Monkey
     times = iter([0.1, 0.9, 0.2, 0.3, 0.4, 0.5, 0.6])
     monkeypatch.setattr(timer, "call", lambda: next(times))
     assert timer.turn() == [0.2, 0.3, 0.4, 0.5, 0.6]  # after one that tells how many, and one more
+
+
+def test_int8_is_timed_where_it_is_named() -> None:
+    for package in ("nncf", "openvino", "onnxscript"):
+        pytest.importorskip(package)
+    options = ["--size", "64", "--repeat", "1", "--json"]
+    ran = run("bench", "demo", *options, "--only", "plain", "--only", "optimized-int8")
+    data = json.loads(ran.stdout)
+    assert [t["network"] for t in data["timings"]] == ["plain", "optimized-int8"]
+    assert data["left_out"] == {}
+    assert "optimized-int8" not in bench._checked_names(None)
+    net = network_for("optimized-int8", None, fcvgg.load("demo"), 64)
+    assert str(net.optimization) == "openvino, int8, 0 of 9 layers in float32"

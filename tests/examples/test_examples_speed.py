@@ -58,6 +58,17 @@ def test_contenders_give_the_same_score_map(narrow, name):
         assert relative_error(expected, contenders.made(name, narrow, 224, 256)(image)) < 1e-4
 
 
+@pytest.mark.parametrize("name", ["fcvgg optimised int8", "OpenVINO int8"])
+def test_contenders_in_int8_give_about_the_same_score_map(narrow, name):
+    for package in ("nncf", "openvino", "onnxscript"):
+        pytest.importorskip(package)
+    image = images(1, 3, 256, 256, dtype=torch.float32)
+    with torch.no_grad():
+        expected = fcvgg.convert(narrow, input_size=224)(image)
+        found = contenders.made(name, narrow, 224, 256)(image)
+    assert 1e-4 < relative_error(expected, found) < 0.2
+
+
 def test_sliding_windows_give_the_map_of_an_unpadded_image(narrow):
     image = images(2, 3, 224, 256, dtype=torch.float32)
     with torch.no_grad():

