@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -14,14 +15,17 @@ import torch.nn.functional as F
 
 
 def machine() -> str:
-    """The processor's name and the versions that matter."""
+    """The processor's name, the instructions that torch uses, and the versions that matter."""
     name = "unknown processor"
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.is_file():
         found = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
         name = found[0].partition(":")[2].strip() if found else name
+    name += f" with {torch.backends.cpu.get_cpu_capability()}"
+    if "as_avx2" in os.environ.get("LD_PRELOAD", ""):
+        name += ", which all libraries took for an AMD Zen 3 (as_avx2.c)"
     versions = [f"torch {torch.__version__}"]
-    for package in ("onnxruntime", "openvino", "timm", "monai", "grad-cam", "torchcam"):
+    for package in ("onnxruntime", "openvino", "nncf", "timm", "monai", "grad-cam", "torchcam"):
         try:
             versions.append(f"{package} {version(package)}")
         except PackageNotFoundError:
