@@ -2,9 +2,14 @@
 
 import json
 import os
+import platform
+import shutil
 import signal
+import subprocess
+import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -409,3 +414,21 @@ def test_the_script_writes_a_table_and_a_plot(narrow, tmp_path, monkeypatch, cap
 def fcvgg_benchmark(model="vgg16", **options):
     settings = {"sizes": [224], "repeats": 2, "contenders": NARROW, "threads": 1}
     return benchmarking.benchmark(model, **{**settings, **options})
+
+
+def test_as_avx2_hides_what_goes_beyond_it(tmp_path):
+    compiler, source = shutil.which("gcc"), Path(speed.__file__).with_name("as_avx2.c")
+    if compiler is None or platform.machine() != "x86_64":
+        pytest.skip("there is no gcc for x86-64 here")
+    library = tmp_path / "as_avx2.so"
+    command = [compiler, "-Wall", "-Werror", "-O1", "-shared", "-fPIC", "-o", library, source]
+    subprocess.run(command, check=True)
+    result = subprocess.run(
+        [sys.executable, "-c", "import torch; print(torch.backends.cpu.get_cpu_capability())"],
+        env={**os.environ, "LD_PRELOAD": str(library)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    refused = "as_avx2: this system cannot let CPUID fault\n"
+    assert (result.returncode, result.stdout) == (0, "AVX2\n") or result.stderr == refused
