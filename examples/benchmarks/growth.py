@@ -4,12 +4,12 @@
     python examples/benchmarks/growth.py --folder results --report examples/benchmarks
 
 The network is VGG-16 with random weights and 1000 classes, the images are square noise. Every case
-runs in a process of its own: an image of 256 pixels first, then as many calls as fill ten seconds,
-three at least up to 2048 pixels; the median counts. The memory is what the operating system says
-that the first call added at most, its result included; of streaming the bound is ``--memory``. The
-work itself grows per pixel, since fc6 has no cell in a border of three positions; the last column
-says by how much. Figures are kept in ``--folder``, so that a long table can be measured in pieces;
-``--report`` writes them as ``growth.md``.
+runs in a process of its own: an image of 256 pixels first, then a call whose memory counts, then as many as
+fill ten seconds, three at least up to 2048 pixels, whose median counts; beyond 4096 pixels none.
+The memory is what the operating system says that a call added at most, its result included; of
+streaming the bound is ``--memory``. The work itself grows per pixel, since fc6 has no cell in a
+border of three positions; the last column says by how much. Figures are kept in ``--folder``, so
+that a long table can be measured in pieces; ``--report`` writes them as ``growth.md``.
 """
 
 from __future__ import annotations
@@ -45,7 +45,10 @@ SECONDS = 10
 """That the calls of a case fill."""
 
 MANY = 2048
-"""Side up to which three calls are made at least."""
+"""Side up to which three calls are timed at least."""
+
+LARGEST = 4096
+"""Side up to which calls are timed."""
 
 Figures = dict[str, Any]
 
@@ -66,7 +69,7 @@ def main() -> None:
             for way in arguments.ways:
                 figures = in_a_process(way, size, arguments)
                 (arguments.folder / f"{way}-{size}.json").write_text(json.dumps(figures))
-                print(way, size, f"{per_megapixel(figures):.2f} s per megapixel", flush=True)
+                print(way, size, per_megapixel(figures), "s per megapixel", flush=True)
 
 
 def in_a_process(way: str, size: int, arguments: argparse.Namespace) -> Figures:
@@ -93,16 +96,18 @@ def measured(way: str, size: int, arguments: argparse.Namespace) -> Figures:
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     before = status("VmRSS")
-    seconds = [timed(call, image)]
+    timed(call, image)
     added = status("VmHWM") - before
-    while sum(seconds) < SECONDS or (size <= MANY and len(seconds) < 3):
+    seconds: list[float] = []
+    while size <= LARGEST and (sum(seconds) < SECONDS or size <= MANY and len(seconds) < 3):
         seconds.append(timed(call, image))
     return {
+        "machine": machine(),
         "way": way,
         "size": size,
         "threads": arguments.threads,
         "memory": arguments.memory,
-        "seconds": statistics.median(seconds),
+        "seconds": statistics.median(seconds) if seconds else None,
         "calls": len(seconds),
         "added": added,
         "operations": work,
@@ -134,7 +139,10 @@ def timed(call: Callable[[Tensor], Any], image: Tensor) -> float:
 
 def kept(folder: Path) -> list[Figures]:
     """The figures in a folder."""
-    return [json.loads(path.read_text()) for path in sorted(folder.glob("*-*.json"))]
+    found = [json.loads(path.read_text()) for path in sorted(folder.glob("*-*.json"))]
+    if not found:
+        raise SystemExit(f"there are no figures in {folder}; run growth.py --folder {folder} first")
+    return found
 
 
 def report(cases: list[Figures]) -> str:
@@ -143,6 +151,9 @@ def report(cases: list[Figures]) -> str:
     sizes = sorted({size for _, size in by_case})
     ways = [way for way in WAYS if any((way, size) in by_case for size in sizes)]
     first = cases[0]
+    shared = ("machine", "threads", "memory")
+    if any(figures[name] != first[name] for figures in cases for name in shared):
+        raise SystemExit("the figures are of several machines or settings; keep those of one")
     work = {figures["size"]: figures["operations"] / figures["size"] ** 2 for figures in cases}
 
     def table(text: Callable[[Figures], str], last: list[str]) -> str:
@@ -161,12 +172,12 @@ def report(cases: list[Figures]) -> str:
         [
             "# VGG-16: time and memory as the image grows",
             "",
-            f"{machine()}; {first['threads']} threads; streams with memory={first['memory']!r}; "
+            f"{first['machine']}; {first['threads']} threads; streams with memory={first['memory']!r}; "
             "medians, each case in a process of its own ([growth.py](growth.py)).",
             "",
             "Seconds per megapixel:",
             "",
-            table(lambda figures: f"{per_megapixel(figures):.2f}", growth),
+            table(per_megapixel, growth),
             "",
             "Memory that a call added at most, MiB:",
             "",
@@ -176,15 +187,17 @@ def report(cases: list[Figures]) -> str:
     )
 
 
-def per_megapixel(figures: Figures) -> float:
-    """Seconds per million pixels."""
-    return float(figures["seconds"] / figures["size"] ** 2 * 1e6)
+def per_megapixel(figures: Figures) -> str:
+    """Seconds per million pixels; empty where no call was timed."""
+    if figures["seconds"] is None:
+        return ""
+    return f"{figures['seconds'] / figures['size'] ** 2 * 1e6:.2f}"
 
 
 def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description="Time and memory as the image grows.")
-    parser.add_argument("--sizes", type=int, nargs="+", default=[512, 1024, 2048, 4096])
+    parser.add_argument("--sizes", type=int, nargs="+", default=[512, 1024, 2048, 4096, 8192])
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--memory", default="512MiB", help="for fcvgg.stream (%(default)s)")
     parser.add_argument("--threads", type=int, default=2, help="(%(default)s)")

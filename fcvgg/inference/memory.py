@@ -128,3 +128,17 @@ def _madvise() -> Any:
     if sys.platform != "linux":
         return None
     return getattr(ctypes.CDLL(None), "madvise", None)
+
+
+# -- the processor's caches -----------------------------------------------------------------------
+
+_CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
+_USUAL_CACHE = 32 << 20
+
+
+@lru_cache(maxsize=1)
+def last_cache_bytes() -> int:
+    """Bytes of the last cache before memory, as Linux reports it; 32 MB where nothing does."""
+    texts = [path.read_text().strip() for path in _CACHES.glob("index*/size")]
+    sizes = [int(text[:-1]) << 10 for text in texts if text.endswith("K")]
+    return max(sizes, default=_USUAL_CACHE)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from math import prod
 from typing import Any, ClassVar
 
@@ -44,6 +45,9 @@ _LEAST_CHANNELS = 64
 
 _LEAST_WINDOW_CHANNELS = 128
 """The same for fully connected layers at every window."""
+
+_TRIED_FEATURES = 1024
+"""Features of a layer with which Winograd's algorithm is tried: a quarter of a VGG's fc6."""
 
 _BFLOAT16_ROUNDING = 2**-6
 """Of the largest score: numbers have 8 bits, and the order of sums differs."""
@@ -120,13 +124,15 @@ class FusedWindowLinear(FusedLayer):
 class Packed(FusedLayer):
     """Weights in an order that only oneDNN can read, and perhaps Winograd's kernels.
 
-    Copies of the layer share both. A pickle holds plain weights, which are packed when it is read.
+    Copies of the layer share both. A pickle holds plain weights, which are packed when it is read,
+    and the sizes that were measured where it was made.
     """
 
     _packed: Any
     _bias: Tensor
     _kernels: Kernels | None = None
     _least_tiles: float = math.inf
+    _tries_winograd: bool
     _tiling: Tiling
     _sides: ClassVar[Sequence[int]]
     """Sides of square maps, in tiles, on which Winograd's algorithm is tried."""
@@ -134,6 +140,21 @@ class Packed(FusedLayer):
     def _pack(self, weight: Tensor) -> Any:
         """Weights in oneDNN's order."""
         raise NotImplementedError
+
+    def _for_packing(self, weight: Tensor) -> Tensor:
+        """Weights ``(O, C, kh, kw)`` as `_pack` takes them."""
+        return weight
+
+    @property
+    def _suits_winograd(self) -> bool:
+        """Whether Winograd's algorithm can compute the layer, and is worth trying."""
+        raise NotImplementedError
+
+    def _hold(self, weight: Tensor, bias: Tensor) -> None:
+        self._bias = bias
+        self._packed = self._pack(self._for_packing(weight))
+        if self._tries_winograd and self._suits_winograd and weight.dtype == torch.float32:
+            self._hold_kernels(weight)
 
     def _directly(self, x: Tensor, padding: Pair) -> Tensor:
         """The layer by oneDNN."""
@@ -158,21 +179,37 @@ class Packed(FusedLayer):
 
     def _hold_kernels(self, weight: Tensor) -> None:
         """Transform the weights for Winograd's algorithm, if it is faster for any map."""
-        self._kernels = self._tiling.kernels(weight, faster_kernels(weight.dtype))
-        kind = self._tiling, self.in_channels, self.out_channels, type(self._kernels)
-        self._least_tiles = least_gaining(kind, self._sides, self._gains_by_winograd) ** 2
-        if math.isinf(self._least_tiles):
-            self._kernels = None
+        form = faster_kernels(weight.dtype)
+        kind = self._tiling, self.in_channels, self.out_channels, form
+        trial = lru_cache(lambda: self._trial(weight[:_TRIED_FEATURES], form))
+        sides = least_gaining(kind, self._sides, lambda side: trial()._gains_by_winograd(side))
+        self._least_tiles = sides**2
+        if sides < math.inf:
+            self._kernels = self._tiling.kernels(weight, form)
+
+    def _trial(self, weight: Tensor, form: type[Kernels]) -> Packed:
+        """The layer with some of its features, in both forms."""
+        trial = type(self).__new__(type(self))
+        trial.__dict__.update(self.__dict__)
+        trial.out_channels, trial._tries_winograd = len(weight), False
+        trial._hold(weight, self._bias[: len(weight)])
+        trial._kernels = self._tiling.kernels(weight, form)
+        return trial
 
     def _gains_by_winograd(self, side: int) -> bool:
         """Whether Winograd's algorithm is faster for a map of ``side**2`` tiles."""
         assert self._kernels is not None
-        outputs, padding = side * self._tiling.outputs, self.padding
-        height, width = (outputs + k - 1 - 2 * p for k, p in zip(self.kernel, padding))
-        x = torch.ones(1, self.in_channels, height, width)
+        outputs = side * self._tiling.outputs
+        padding = [min(p, k // 2) for k, p in zip(self.kernel, self.padding)]
+        size = [outputs + k - 1 - 2 * p for k, p in zip(self.kernel, padding)]
+        x = self._bias.new_ones(1, self.in_channels, *size)
         x = x.contiguous(memory_format=torch.channels_last)
-        ways = (lambda: self._by_winograd(x, padding)), (lambda: self._directly(x, padding))
-        return gains(*ways, self._kernels.nbytes - self.weight_count * self._bias.element_size())
+        rows, cols = padding
+        return gains(
+            lambda: self._by_winograd(x, (rows, cols)),
+            lambda: self._directly(x, (rows, cols)),
+            self._kernels.nbytes - self.weight_count * self._bias.element_size(),
+        )
 
     def _winograd_pays(self, x: Tensor, padding: Pair) -> bool:
         """Whether Winograd's algorithm is faster than oneDNN for maps of this size."""
@@ -228,6 +265,7 @@ class PackedConv2d(Packed, FusedConv2d):
 
     _tiling = CONVOLUTION
     _sides = (4, 5, 6, 8, 11, 16)
+    _order: tuple[int, bool] | None = None
 
     def __init__(
         self, conv: nn.Conv2d, weight: Tensor, bias: Tensor, relu: bool, winograd: bool = False
@@ -235,14 +273,9 @@ class PackedConv2d(Packed, FusedConv2d):
         self._tries_winograd = winograd
         super().__init__(conv, weight, bias, relu)
 
-    def _hold(self, weight: Tensor, bias: Tensor) -> None:
-        self._bias = bias
-        self._order: tuple[int, bool] | None = None
-        self._packed = self._pack(weight)
-        wide = min(weight.shape[:2]) >= _LEAST_CHANNELS and weight.dtype == torch.float32
-        fits = self._tries_winograd and wide and self._is_plain_3x3
-        if fits:
-            self._hold_kernels(weight)
+    @property
+    def _suits_winograd(self) -> bool:
+        return min(self.out_channels, self.in_channels) >= _LEAST_CHANNELS and self._is_plain_3x3
 
     @property
     def _is_plain_3x3(self) -> bool:
@@ -296,13 +329,16 @@ class PackedWindowLinear(Packed, FusedWindowLinear):
         self._tries_winograd = winograd
         super().__init__(weight, bias, dilation, relu)
 
-    def _hold(self, weight: Tensor, bias: Tensor) -> None:
-        self._bias = bias
-        self._tiling = window_tiling(self.kernel[0])
-        fits = self._tries_winograd and self._is_wide and weight.dtype == torch.float32
-        self._packed = self._pack(weight.permute(0, 2, 3, 1).reshape(len(weight), -1))
-        if fits:
-            self._hold_kernels(weight)
+    def _for_packing(self, weight: Tensor) -> Tensor:
+        return weight.permute(0, 2, 3, 1).reshape(len(weight), -1)
+
+    @property
+    def _tiling(self) -> Tiling:  # type: ignore[override]
+        return window_tiling(self.kernel[0])
+
+    @property
+    def _suits_winograd(self) -> bool:
+        return self._is_wide
 
     def _pack(self, weight: Tensor) -> Any:  # (O, kh*kw*C)
         return on_huge_pages(torch.ops.mkldnn._reorder_linear_weight(weight, _USUAL_ROWS))

@@ -4,11 +4,13 @@ Winograd's algorithm saves arithmetic and reads more weights: from which size on
 the processor, its caches and the libraries below torch. So no such size is written down here. It is
 measured when a network with such a layer is optimised, once in a process for each kind of layer, in
 one thread and by that thread's own time, which other work on the machine hardly disturbs.
+torch has one number of threads for a process, so others that start meanwhile get one as well.
 """
 
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,11 +25,14 @@ from fcvgg.optimization.products import GroupedKernels, Kernels, StackedKernels
 _CALLS = 3
 """Of each way, in turns; the least time counts, since what else happens only adds to it."""
 
-_READ_BYTES = 64 * 1024**2
+_READ_BYTES = 256 * 1024**2
 """Of the tensor whose reading is timed: more than most caches hold."""
 
-_KNOWN: dict[Any, Any] = {}
-"""What was found, by what was asked."""
+_CLOCK = time.perf_counter if sys.platform == "win32" else time.thread_time
+"""Windows counts a thread's time in steps of 16 ms, longer than most of the calls."""
+
+_KNOWN: dict[Any, float] = {}
+"""The least sizes that were found, by the kind of layer."""
 
 
 def least_gaining(kind: Any, sizes: Sequence[int], gains_at: Callable[[int], bool]) -> float:
@@ -40,54 +45,53 @@ def least_gaining(kind: Any, sizes: Sequence[int], gains_at: Callable[[int], boo
     """
     if kind not in _KNOWN:
         _KNOWN[kind] = next(filter(gains_at, sizes), math.inf)
-    least: float = _KNOWN[kind]
-    return least
+    return _KNOWN[kind]
 
 
 def faster_kernels(dtype: torch.dtype) -> type[Kernels]:
     """The form of Winograd's kernels whose products are faster."""
     if dtype != torch.float32 or not has_packing():
         return StackedKernels  # oneDNN has no other arithmetic that the algorithm bears
-    if Kernels not in _KNOWN:
-        _KNOWN[Kernels] = _faster_kernels()
-    form: type[Kernels] = _KNOWN[Kernels]
-    return form
+    return _faster_kernels()
 
 
-def _faster_kernels(tiles: int = 64, positions: int = 36, channels: int = 256) -> type[Kernels]:
-    """By products like those of a VGG's third block."""
-    generator = torch.Generator().manual_seed(0)
-    transformed = torch.rand(tiles, positions, channels, generator=generator)
-    transform = torch.rand(16, positions, generator=generator)
-    blocks = torch.rand(positions, channels, channels, generator=generator)
+@lru_cache
+def _faster_kernels() -> type[Kernels]:
+    """By products like those of a VGG's third block, of 64 tiles."""
+    positions, channels = 36, 256
+    values = {"dtype": torch.float32, "device": "cpu"}
+    tiles = torch.ones(64, positions, channels, **values)  # type: ignore[call-overload]
+    transform = torch.ones(16, positions, **values)  # type: ignore[call-overload]
+    block = torch.ones(positions, channels, channels, **values)  # type: ignore[call-overload]
+    stacked, grouped = (form.of([block]) for form in (StackedKernels, GroupedKernels))
+    gained = gains(
+        lambda: list(grouped.outputs(tiles, transform)),
+        lambda: list(stacked.outputs(tiles, transform)),
+    )
+    return GroupedKernels if gained else StackedKernels
 
-    def products(form: type[Kernels]) -> Callable[[], object]:
-        kernels = form(blocks.split(form.most_features or channels, dim=2))
-        return lambda: list(kernels.outputs(transformed, transform))
 
-    grouped = gains(products(GroupedKernels), products(StackedKernels))
-    return GroupedKernels if grouped else StackedKernels
-
-
-def gains(way: Callable[[], object], other: Callable[[], object], more_bytes: int = 0) -> bool:
-    """Whether a way takes less time than another.
+@torch.no_grad()
+@torch.autocast("cpu", enabled=False)
+def gains(new: Callable[[], object], usual: Callable[[], object], more_bytes: int = 0) -> bool:
+    """Whether a new way to compute something takes less time than the usual one.
 
     Args:
-        way: is called several times, in turns with the other.
-        other: the same.
-        more_bytes: of weights that it reads. Repeated calls find them in the cache, those of a
-            network do not, so the time to read them is added.
+        new: is called several times, in turns with the other.
+        usual: the same.
+        more_bytes: of weights that the new way reads. Repeated calls find them in the cache, those
+            of a network do not, so the time to read them is added.
     """
-    with _one_thread(), torch.no_grad():
-        way(), other()  # the first calls allocate memory and choose oneDNN's kernels
-        times = [(_seconds(way), _seconds(other)) for _ in range(_CALLS)]
+    with _one_thread():
+        new(), usual()  # the first calls allocate memory and choose oneDNN's kernels
+        times = [(_seconds(new), _seconds(usual)) for _ in range(_CALLS)]
     first, second = map(min, zip(*times))
     return first + more_bytes * _seconds_per_byte() < second
 
 
 @lru_cache
 def _seconds_per_byte() -> float:
-    read = torch.zeros(_READ_BYTES, dtype=torch.uint8).view(torch.float32)
+    read = torch.ones(_READ_BYTES // 4, dtype=torch.float32, device="cpu")
     with _one_thread():
         return min(_seconds(read.sum) for _ in range(_CALLS)) / _READ_BYTES
 
@@ -103,6 +107,6 @@ def _one_thread() -> Iterator[None]:
 
 
 def _seconds(call: Callable[[], object]) -> float:
-    start = time.thread_time()
+    start = _CLOCK()
     call()
-    return time.thread_time() - start
+    return _CLOCK() - start

@@ -32,7 +32,16 @@ class Kernels:
     tiles_per_thread: ClassVar[int]
 
     def __init__(self, blocks: Iterable[Tensor]):
-        self._blocks: list[Any] = [on_huge_pages(self._held(block)) for block in blocks]
+        self._blocks: list[Any] = [on_huge_pages(self._packed(block)) for block in blocks]
+
+    @classmethod
+    def of(cls, blocks: Iterable[Tensor]) -> Kernels:
+        """Of blocks of any number of features."""
+        return cls(
+            part
+            for block in blocks
+            for part in block.split(cls.most_features or block.shape[2], dim=2)
+        )
 
     def outputs(self, tiles: Tensor, transform: Tensor) -> Iterator[Tensor]:
         """The outputs of tiles, for one block of features after the other.
@@ -51,16 +60,16 @@ class Kernels:
         """Bytes of the kernels."""
         return sum(block.numel() * block.element_size() for block in self._blocks)
 
-    def _held(self, block: Tensor) -> Any:
+    def _packed(self, block: Tensor) -> Any:
         """A block as the products read it."""
         raise NotImplementedError
 
-    def _given(self, held: Any) -> Tensor:
-        """The block ``(P, C, F)`` of what `_held` gave."""
+    def _unpacked(self, packed: Any) -> Tensor:
+        """The block ``(P, C, F)`` that `_packed` was given."""
         raise NotImplementedError
 
     def __reduce__(self) -> Any:
-        return type(self), (list(map(self._given, self._blocks)),)
+        return type(self), (list(map(self._unpacked, self._blocks)),)
 
 
 class StackedKernels(Kernels):
@@ -78,11 +87,11 @@ class StackedKernels(Kernels):
             outputs = transform @ products.flatten(1)  # (S, T*F)
             yield outputs.unflatten(1, products.shape[1:]).movedim(1, 0)
 
-    def _held(self, block: Tensor) -> Tensor:
+    def _packed(self, block: Tensor) -> Tensor:
         return block.contiguous()
 
-    def _given(self, held: Tensor) -> Tensor:
-        return held
+    def _unpacked(self, packed: Tensor) -> Tensor:
+        return packed
 
 
 class GroupedKernels(Kernels):
@@ -102,13 +111,13 @@ class GroupedKernels(Kernels):
             )  # (1, P*F, T, 1)
             yield transform @ products[0, :, :, 0].T.unflatten(1, (groups, -1))
 
-    def _held(self, block: Tensor) -> Any:
+    def _packed(self, block: Tensor) -> Any:
         self._positions, channels, _ = block.shape
         dense = block.transpose(1, 2).reshape(-1, channels, 1, 1)
         reorder: Any = torch._C._nn.mkldnn_reorder_conv2d_weight
         shape = (1, self._positions * channels, self.tiles_per_thread, 1)
         return reorder(dense.to_mkldnn(), (0, 0), (1, 1), (1, 1), self._positions, shape)
 
-    def _given(self, held: Any) -> Tensor:
-        dense: Tensor = held.to_dense()
+    def _unpacked(self, packed: Any) -> Tensor:
+        dense: Tensor = packed.to_dense()
         return dense.flatten(1).unflatten(0, (self._positions, -1)).transpose(1, 2)

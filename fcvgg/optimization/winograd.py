@@ -12,12 +12,13 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import cached_property
+from functools import cached_property, lru_cache
 from math import prod
 
 import torch
 from torch import Tensor
 
+from fcvgg.inference.memory import last_cache_bytes
 from fcvgg.optimization.onednn import part_size, part_starts
 from fcvgg.optimization.products import Kernels
 
@@ -27,7 +28,9 @@ _POINTS = (0, 1, -1, 2, -2, Fraction(1, 2), Fraction(-1, 2))
 _MOST_TILES = 512
 
 _MOST_BYTES = 28 * 1024**2
-"""Of a block's transformed inputs: above 32 MB glibc maps new memory for every allocation."""
+"""Of a block's transformed inputs where kernels do not stay in the cache, if the last cache holds
+twice as much: above 32 MB glibc maps new memory for every allocation.
+"""
 
 _FEATURES = 256
 """Features of a block where the kernels do not fit the cache in any case."""
@@ -59,8 +62,7 @@ class Tiling:
     def kernels(self, weight: Tensor, form: type[Kernels]) -> Kernels:
         """Weights ``(O, C, k, k)``, transformed: ``inputs**2 / k**2`` times the memory."""
         features = len(weight) if self.resident else _FEATURES
-        features = min(features, form.most_features or features)
-        return form(self._transformed(part) for part in weight.detach().split(features))
+        return form.of(self._transformed(part) for part in weight.detach().split(features))
 
     def _transformed(self, weight: Tensor) -> Tensor:
         """``(inputs**2, C, F)`` of weights ``(F, C, k, k)``."""
@@ -87,7 +89,8 @@ class Tiling:
         """
         if self.resident:
             return min(usual, _MOST_TILES)
-        return min(_MOST_BYTES // (self.inputs**2 * channels * itemsize), _MOST_TILES)
+        most = min(_MOST_BYTES, last_cache_bytes() // 2)
+        return min(most // (self.inputs**2 * channels * itemsize), _MOST_TILES)
 
     # A convolution of one axis is a product of polynomials. Each factor is evaluated at the points,
     # the values are multiplied, and the product is interpolated from them (Toom and Cook).
@@ -127,11 +130,13 @@ CONVOLUTION = Tiling(kernel=3, outputs=4)
 """For 3x3 convolutions: a quarter of the multiplications."""
 
 
+@lru_cache
 def window_tiling(kernel: int) -> Tiling:
     """For fully connected layers at every window: a third of the multiplications for 7x7."""
     return Tiling(kernel=kernel, outputs=2, resident=False)
 
 
+@torch.autocast("cpu", enabled=False)  # the transforms need float32's precision
 def winograd_convolution(
     tiling: Tiling,
     x: Tensor,

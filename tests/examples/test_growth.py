@@ -42,7 +42,7 @@ def test_the_report_has_a_row_for_every_size(tmp_path, monkeypatch, capsys):
     for way, size, seconds in cases:
         work = size**2 * (100 if size == 512 else 110)
         figures = {"way": way, "size": size, "seconds": seconds, "added": 100 * 2**20}
-        figures |= {"threads": 2, "memory": "512MiB", "operations": work}
+        figures |= {"machine": "a machine", "threads": 2, "memory": "512MiB", "operations": work}
         (folder / f"{way}-{size}.json").write_text(json.dumps(figures))
     monkeypatch.setattr(
         sys, "argv", ["growth.py", "--folder", str(folder), "--report", str(tmp_path)]
@@ -52,3 +52,18 @@ def test_the_report_has_a_row_for_every_size(tmp_path, monkeypatch, capsys):
     assert "| 512 x 512 | 1.91 |  | +0% |\n| 1024 x 1024 | 2.10 | 2.19 | +10% |" in text
     assert "| 512 x 512 | 100 |  |\n| 1024 x 1024 | 100 | 100 |" in text
     assert capsys.readouterr().out == f"wrote {tmp_path / 'growth.md'}\n"
+
+
+def test_figures_of_two_machines_and_none_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        sys, "argv", ["growth.py", "--folder", str(tmp_path), "--report", str(tmp_path)]
+    )
+    with pytest.raises(SystemExit, match=r"^there are no figures in .*; run growth.py"):
+        growth.main()
+    for i in range(2):
+        figures = {"machine": f"machine {i}", "threads": 2, "memory": "512MiB"}
+        (tmp_path / f"plain-{i}.json").write_text(
+            json.dumps({**figures, "way": "plain", "size": i})
+        )
+    with pytest.raises(SystemExit, match=r"^the figures are of several machines or settings"):
+        growth.main()

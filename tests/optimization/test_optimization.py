@@ -410,11 +410,62 @@ def test_the_way_that_takes_less_of_the_threads_time_gains():
     assert torch.get_num_threads() == threads
 
 
-def test_the_faster_products_are_found_once(monkeypatch, nothing_known):
-    forms = [measuring.faster_kernels(torch.float32) for _ in range(2)]
-    assert forms[0] is forms[1]
-    assert forms[0] in (products.StackedKernels, products.GroupedKernels)
+@needs_packing
+@pytest.mark.parametrize("grouped", [False, True])
+def test_the_faster_products_are_found_once(monkeypatch, grouped):
+    asked = []
+    monkeypatch.setattr(measuring, "gains", lambda *ways: asked.append(ways) or grouped)
+    measuring._faster_kernels.cache_clear()
+    expected = products.GroupedKernels if grouped else products.StackedKernels
+    for _ in range(2):
+        assert measuring.faster_kernels(torch.float32) is expected
+    measuring._faster_kernels.cache_clear()
+    ((first, second),) = asked
+    for ours, theirs in zip(torch.cat(first(), 2).unbind(), torch.cat(second(), 2).unbind()):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=0)
     assert measuring.faster_kernels(torch.float64) is products.StackedKernels
+
+
+def test_the_number_of_threads_comes_back_after_an_error():
+    threads = torch.get_num_threads()
+    with pytest.raises(ZeroDivisionError):
+        measuring.gains(lambda: 1 / 0, lambda: None)
+    assert torch.get_num_threads() == threads
+
+
+@needs_packing
+@pytest.mark.parametrize("form", FORMS)
+def test_autocast_leaves_winograd_in_float32(monkeypatch, winograd_from, form, wide):
+    winograd_from(conv=4)
+    monkeypatch.setattr(fused, "faster_kernels", lambda dtype: form)
+    fast = fcvgg.optimize(wide)
+    batch = images(1, 3, 75, 60, dtype=torch.float32)
+    with torch.autocast("cpu"):
+        cast = fast(batch)
+    assert relative_error(wide(batch), cast) < WINOGRAD
+
+
+@needs_packing
+def test_another_default_dtype_changes_nothing(nothing_known, wide):
+    batch = images(1, 3, 90, 70, dtype=torch.float32)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        measuring._faster_kernels.cache_clear()
+        fast = fcvgg.optimize(wide)
+    finally:
+        torch.set_default_dtype(before)
+    assert relative_error(wide(batch), fast(batch)) < WINOGRAD
+
+
+@needs_packing
+def test_measuring_leaves_random_numbers_alone(nothing_known, wide):
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    measuring._faster_kernels.cache_clear()
+    fcvgg.optimize(wide)
+    torch.testing.assert_close(torch.rand(3), expected, rtol=0, atol=0)
 
 
 def test_a_layer_for_which_winograd_never_gains_holds_no_kernels(monkeypatch, wide):
