@@ -4,8 +4,9 @@
     python examples/benchmarks/growth.py --folder results --report examples/benchmarks
 
 The network is VGG-16 with random weights and 1000 classes, the images are square noise. Every case
-runs in a process of its own: an image of 256 pixels first, then a call whose memory counts, then as many as
-fill ten seconds, three at least up to 2048 pixels, whose median counts; beyond 4096 pixels none.
+runs in a process of its own: an image of 256 pixels first, then a call whose memory counts, then as
+many as fill ten seconds, three at least up to 2048 pixels, whose median counts. Beyond 4096 pixels
+no call is timed.
 The memory is what the operating system says that a call added at most, its result included; of
 streaming the bound is ``--memory``. The work itself grows per pixel, since fc6 has no cell in a
 border of three positions; the last column says by how much. Figures are kept in ``--folder``, so
@@ -99,7 +100,7 @@ def measured(way: str, size: int, arguments: argparse.Namespace) -> Figures:
     timed(call, image)
     added = status("VmHWM") - before
     seconds: list[float] = []
-    while size <= LARGEST and (sum(seconds) < SECONDS or size <= MANY and len(seconds) < 3):
+    while size <= LARGEST and (sum(seconds) < SECONDS or (size <= MANY and len(seconds) < 3)):
         seconds.append(timed(call, image))
     return {
         "machine": machine(),
@@ -172,8 +173,8 @@ def report(cases: list[Figures]) -> str:
         [
             "# VGG-16: time and memory as the image grows",
             "",
-            f"{first['machine']}; {first['threads']} threads; streams with memory={first['memory']!r}; "
-            "medians, each case in a process of its own ([growth.py](growth.py)).",
+            f"{first['machine']}; {first['threads']} threads; "
+            f"streams with memory={first['memory']!r}; medians, each case in a process of its own ([growth.py](growth.py)).",
             "",
             "Seconds per megapixel:",
             "",
