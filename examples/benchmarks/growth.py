@@ -100,7 +100,8 @@ def measured(way: str, size: int, arguments: argparse.Namespace) -> Figures:
     timed(call, image)
     added = status("VmHWM") - before
     seconds: list[float] = []
-    while size <= LARGEST and (sum(seconds) < SECONDS or (size <= MANY and len(seconds) < 3)):
+    least = 3 if size <= MANY else 1
+    while size <= LARGEST and (sum(seconds) < SECONDS or len(seconds) < least):
         seconds.append(timed(call, image))
     return {
         "machine": machine(),
