@@ -175,7 +175,8 @@ def report(cases: list[Figures]) -> str:
             "# VGG-16: time and memory as the image grows",
             "",
             f"{first['machine']}; {first['threads']} threads; "
-            f"streams with memory={first['memory']!r}; medians, each case in a process of its own ([growth.py](growth.py)).",
+            f"streams with memory={first['memory']!r}; medians, each case in a process "
+            "of its own ([growth.py](growth.py)).",
             "",
             "Seconds per megapixel:",
             "",
