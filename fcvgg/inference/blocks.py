@@ -36,7 +36,10 @@ _STRIP_BYTES = 4 * 1024**2
 """The largest map of a strip, per thread."""
 
 _LEAST_ROWS = 16
-"""Output rows of a strip at least, or the halo costs too much."""
+"""Output rows of a strip at least, or the halo costs too much, as far as `_MOST_BYTES` allows."""
+
+_MOST_BYTES = 26 * 1024**2
+"""Of a strip's largest map without its halo, which must stay below `_WHOLE_BYTES` with it."""
 
 _MOST_SHAPES = 64
 """Shapes of images for which a network keeps its blocks' strips."""
@@ -281,8 +284,9 @@ def _strips(layers: Sequence[ChainLayer], maps: Sequence[Map], images: Tensor) -
     if elements < _WHOLE_ELEMENTS and elements * itemsize < _WHOLE_BYTES:
         return ()
     height = maps[-1][1]
-    fitting = int(_STRIP_BYTES * torch.get_num_threads() * height / (largest * itemsize))
-    rows = max(fitting, _LEAST_ROWS)
+    per_row = largest * itemsize / height
+    fitting = int(_STRIP_BYTES * torch.get_num_threads() / per_row)
+    rows = max(fitting, min(_LEAST_ROWS, int(_MOST_BYTES / per_row)), 1)
     firsts = range(0, height, rows)
     return tuple(_strip(layers, maps, (first, min(first + rows, height))) for first in firsts)
 
