@@ -65,8 +65,8 @@ def engine_network(net: FullyConvolutional, engine: str, dtype: torch.dtype) -> 
 def openvino_runner(model: Any, dtype: torch.dtype) -> Run:
     """What runs an ONNX file, or a model of OpenVINO, on the CPU, computing floats in `dtype`.
 
-    Threads that call it take turns: a compiled model refuses a call while it is busy, and one call
-    takes all of its processor threads anyway.
+    Threads that call it take turns: they would share a compiled model's one request, which refuses
+    a call while it is busy, or gives one thread the other's scores.
 
     Raises:
         MissingExtraError: if OpenVINO is not installed.

@@ -415,15 +415,19 @@ def test_a_package_that_is_absent_is_named(monkeypatch, plain, package):
 # -- the images -----------------------------------------------------------------------------------
 
 
+def sampled(net, images):
+    return quantization.sample_images(net, images, "calibrate")
+
+
 def test_images_of_every_kind(tmp_path):
     net = fcvgg.load("demo")
     photo = demo_photograph().crop((0, 0, 90, 70))
     for name in "ab":
         photo.save(tmp_path / f"{name}.png")
-    (one,) = quantization.calibration_images(net, photo)
+    (one,) = sampled(net, photo)
     assert one.shape == (1, 3, 70, 90)
     for several in (tmp_path, [photo, tmp_path / "b.png"], (p for p in [photo, photo])):
-        first, second = quantization.calibration_images(net, several)
+        first, second = sampled(net, several)
         assert torch.equal(first, one)
         assert torch.equal(second, one)
 
@@ -432,17 +436,17 @@ def test_of_many_images_some_and_of_large_ones_the_middle(monkeypatch):
     net = fcvgg.load("demo")
     monkeypatch.setattr(quantization, "_MOST_IMAGES", 3)
     greys = [Image.new("L", (40, 40), 10 * i) for i in range(9)]
-    values = [float(x.mean()) for x in quantization.calibration_images(net, greys)]
+    values = [float(x.mean()) for x in sampled(net, greys)]
     assert len(values) == 3
     steps = [b - a for a, b in pairwise(values)]
     assert steps[0] == pytest.approx(steps[1], rel=1e-3)
     batch = noise(9, 3, 40, 40)
-    assert torch.equal(torch.cat(quantization.calibration_images(net, batch)), batch[::3])
+    assert torch.equal(torch.cat(sampled(net, batch)), batch[::3])
     monkeypatch.setattr(quantization, "_MOST_PIXELS", 48 * 48)
     image = noise(1, 3, 100, 200)
-    (cut,) = quantization.calibration_images(net, image)
+    (cut,) = sampled(net, image)
     assert torch.equal(cut, image[:, :, 26:74, 76:124])
-    (thin,) = quantization.calibration_images(net, noise(1, 3, 32, 100))
+    (thin,) = sampled(net, noise(1, 3, 32, 100))
     assert thin.shape == (1, 3, 32, 72)
 
 
