@@ -17,6 +17,7 @@ __docformat__ = "google"  # for pdoc
 __getattr__ = lazy_loader.attach_stub(__name__, __file__)[0]
 
 __all__ = [
+    "Agreement",
     "Equivalence",
     "FcvggError",
     "FineTuned",

@@ -42,6 +42,7 @@ from .loading import load as load
 from .network import FullyConvolutional as FullyConvolutional
 from .optimization.networks import OptimizedNetwork as OptimizedNetwork
 from .optimization.networks import optimize as optimize
+from .results.agreement import Agreement as Agreement
 from .results.boxes import ScoredBox as ScoredBox
 from .results.equivalence import Equivalence as Equivalence
 from .results.heatmap import Heatmap as Heatmap

@@ -11,14 +11,15 @@ from __future__ import annotations
 
 import logging
 import os
+import platform
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
-from io import StringIO
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from math import isqrt
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -41,6 +42,9 @@ _EXTRA = "quantize"
 
 _MOST_IMAGES = 64
 """Images that are used; of more, as many evenly spread over all."""
+
+_MOST_PASSES = 64
+"""Passes in which ranges are learnt: every image as it is, then more of `_VIEWS` of all."""
 
 _MOST_PIXELS = 1 << 19
 """Of one image; of a larger one the middle is used. The quantiser keeps all maps of an image."""
@@ -69,6 +73,9 @@ that keep their class rises from 0.69 to 0.86, and from 0.91 to 0.97 the other w
 _LAYERS = ("Convolution", "GroupConvolution", "MatMul")
 """OpenVINO's types of operations with weights that are quantised."""
 
+_QUIET = Lock()
+"""Held while NNCF's settings are changed, or two threads would restore what the other has set."""
+
 
 def quantized(
     net: FullyConvolutional, calibrate: Any, least_agreement: float | None
@@ -81,24 +88,20 @@ def quantized(
         least_agreement: the share of cells that must keep their top class, or None.
 
     Raises:
-        EquivalenceError: if fewer do, with up to half of the layers in float32.
+        EquivalenceError: if fewer do, with up to half of the layers, or the only one, in float32.
         ImageError: if there is no image, or one cannot be used.
         MissingExtraError: if OpenVINO, NNCF or what exports to ONNX is not installed.
     """
-    for package in ("openvino", "nncf", "onnx", "onnxscript"):
-        with _quiet():
-            imported(package, _EXTRA)
-    images = calibration_images(net, calibrate)
-    with torch.no_grad(), evaluating(net):
-        expected = [flattened(net(image))[0] for image in images]
-    if not any(scores.isfinite().all(1).any() for maps in expected for scores in maps):
-        raise ImageError("calibrate must hold images with cells that have data, got none")
+    _import_packages()
+    images = sample_images(net, calibrate, "calibrate")
+    expected = expected_maps(net, images, "calibrate")
     images = [torch.nan_to_num(image, 0, 0, 0) for image in images]
     with tempfile.TemporaryDirectory(prefix="fcvgg-") as folder:
         path = net.export(Path(folder) / "network.onnx")
         exact = imported("openvino", _EXTRA).Core().read_model(str(path))
-        views = [(image, view) for image in images for view in _VIEWS]
-        rounded = _rounded(exact, views, lambda of: net._padded(of[1](of[0])).contiguous().numpy())
+        rounded = _rounded(
+            exact, _views(images), lambda of: net._padded(of[1](of[0])).contiguous().numpy()
+        )
         layers = {layer.get_friendly_name(): _weights_of(layer) for layer in _layers_of(exact)}
 
         def attempt(kept: Sequence[str]) -> tuple[EngineNetwork, Agreement]:
@@ -106,31 +109,47 @@ def quantized(
             network = EngineNetwork(run, len(net.program.classes))
             got = [list(_maps(network(image))) for image in images]
             names = tuple(layers[name] for name in kept)
-            return network, agreement_of(expected, got, net._activations, len(layers), names)
+            agreement = agreement_of(
+                expected, got, net._activations, len(layers), names, of_calibration=True
+            )
+            return network, agreement
 
-        def passes(found: Agreement) -> bool:
-            return least_agreement is None or found.top1 >= least_agreement
-
-        made, agreement = attempt(())
-        if passes(agreement):
-            return made, agreement
-        parts = [net._padded(_middle(x, _RANKING_PIXELS)).numpy() for x in _spread(images)]
-        ranked = _ranked(exact, rounded, list(layers), parts)
-        count = 1
-        while count <= len(layers) // 2:
+        ranked: list[str] = []
+        best: Agreement | None = None
+        for count in _tries(len(layers)):
+            if count == 1:
+                parts = [net._padded(_middle(x, _RANKING_PIXELS)).numpy() for x in _spread(images)]
+                ranked = _ranked(exact, rounded, list(layers), parts)
             made, agreement = attempt(ranked[:count])
-            if passes(agreement):
+            if least_agreement is None or agreement.top1 >= least_agreement:
                 return made, agreement
-            count += max(count // 2, 1)
+            if best is None or agreement.top1 > best.top1:
+                best = agreement
     raise EquivalenceError(
         f"the int8 network must give least_agreement={least_agreement:g} of the cells the plain "
-        f"network's top class, got {agreement}; calibrate on more images such as it will see, "
+        f"network's top class, got {best}; calibrate on more images such as it will see, "
         "lower least_agreement (None takes any), or use torch.bfloat16 or torch.float32"
     )
 
 
-def calibration_images(net: FullyConvolutional, images: Any) -> list[Tensor]:
-    """Preprocessed images ``(1, C, H, W)`` in float32, from the window up.
+def _tries(layers: int) -> list[int]:
+    """How many layers are left in float32 at each try: none, 1, 2, 3, 4, 6, ... and half at last.
+
+    Of one layer that is the only one.
+    """
+    counts, most = [0], max(layers // 2, 1)
+    while counts[-1] < most:
+        counts.append(min(most, counts[-1] + max(counts[-1] // 2, 1)))
+    return counts
+
+
+def sample_images(net: FullyConvolutional, images: Any, name: str) -> list[Tensor]:
+    """Preprocessed images ``(1, C, H, W)`` in float32 on the CPU, from the window up.
+
+    Args:
+        net: that will see them.
+        images: as for ``net.classify``.
+        name: of the argument, for messages.
 
     Raises:
         ImageError: if there is none.
@@ -143,8 +162,28 @@ def calibration_images(net: FullyConvolutional, images: Any) -> list[Tensor]:
         pixels = prepare(image, net.preprocess, net.in_channels).tensor(net.preprocess)
         found.append(net._padded(_middle(pixels.detach().cpu().float(), _MOST_PIXELS)))
     if not found:
-        raise ImageError("calibrate must hold at least one image, got none")
+        raise ImageError(f"{name} must hold at least one image, got none")
     return found
+
+
+def expected_maps(
+    net: FullyConvolutional, images: Sequence[Tensor], name: str
+) -> list[list[Tensor]]:
+    """For every image ``(1, C, H, W)`` the maps ``(1, K, h, w)`` of all outputs of a plain network.
+
+    Raises:
+        ImageError: if no cell has data.
+    """
+    with torch.no_grad(), evaluating(net):
+        expected = [flattened(net(image))[0] for image in images]
+    if not any(scores.isfinite().all(1).any() for maps in expected for scores in maps):
+        raise ImageError(f"{name} must hold images with cells that have data, got none")
+    return expected
+
+
+def _views(images: Sequence[Tensor]) -> list[tuple[Tensor, Callable[[Tensor], Tensor]]]:
+    """What ranges are learnt from, and how it is made of an image; view by view."""
+    return list(islice(((image, view) for view in _VIEWS for image in images), _MOST_PASSES))
 
 
 def _middle(image: Tensor, most: int) -> Tensor:
@@ -173,8 +212,8 @@ def _rounded(model: Any, images: Sequence[Any], read: Callable[[Any], Any]) -> A
     `read` makes the array of each image, one at a time.
 
     Symmetric ranges ("performance") alone: with zero points OpenVINO 2026.4 crashes when images of
-    another size come. Bias correction changes nothing here. Products of 8 bits overflow in
-    processors without VNNI, for which NNCF takes 7.
+    another size come. Bias correction changes nothing here. Where sums of products of 8 bits
+    overflow, NNCF rounds weights to 7.
     """
     nncf = imported("nncf", _EXTRA)
     ranges = imported("nncf.quantization.range_estimator", _EXTRA).RangeEstimatorParametersSet
@@ -185,7 +224,7 @@ def _rounded(model: Any, images: Sequence[Any], read: Callable[[Any], Any]) -> A
             preset=nncf.QuantizationPreset.PERFORMANCE,
             subset_size=len(images),
             advanced_parameters=nncf.AdvancedQuantizationParameters(
-                overflow_fix="disable" if _has_vnni() else "enable",
+                overflow_fix="disable" if _sums_have_32_bits() else "enable",
                 disable_bias_correction=True,
                 activations_range_estimator_params=ranges.MINMAX,
                 backend_params={"compress_weights": False},
@@ -267,29 +306,66 @@ def _rounders_above(layer: Any) -> list[tuple[Any, Any]]:
     return found
 
 
-def _has_vnni() -> bool:
-    """Whether the processor adds up products of 8 bits in 32; where torch does not know, not."""
-    check = getattr(torch.cpu, "_is_vnni_supported", None)
-    return has_amx() or (check is not None and bool(check()))
+def _sums_have_32_bits() -> bool:
+    """Whether the processor adds up products of 8 bits in 32, so that no sum overflows.
+
+    x86 does with VNNI or AMX alone: without, it adds pairs of products in 16 bits, which saturate.
+    Where torch does not know the processor, the answer is no.
+    """
+    known: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # none in torch 2.7
+    machine = str(known.get("architecture") or platform.machine()).lower()
+    if machine not in ("x86_64", "amd64", "x86", "i386", "i686", "unknown", ""):
+        return True
+    if not known:
+        return has_amx() or bool(getattr(torch.cpu, "_is_vnni_supported", bool)())
+    return any(known.get(name) for name in ("avx_vnni", "avx512_vnni", "amx_int8"))
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """NNCF without its bars, warnings, and reports of its use to its makers."""
-    loggers = [logging.getLogger(name) for name in ("nncf", "torch.utils.cpp_extension")]
-    levels = [logger.level for logger in loggers]
+def _import_packages() -> None:
+    """Import what is needed, NNCF without reports of its use to its makers.
+
+    Raises:
+        MissingExtraError: if one is not installed.
+    """
     before = os.environ.get("NNCF_CI")
     os.environ["NNCF_CI"] = "1"  # read once, where it is imported
     try:
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        with warnings.catch_warnings(), redirect_stdout(StringIO()):
-            warnings.simplefilter("ignore")
-            yield
+        with _errors_alone("torch.utils.cpp_extension"):
+            for package in ("openvino", "nncf", "onnx", "onnxscript"):
+                imported(package, _EXTRA)
     finally:
-        for logger, level in zip(loggers, levels):
-            logger.setLevel(level)
         if before is None:
             del os.environ["NNCF_CI"]
         else:
             os.environ["NNCF_CI"] = before
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """NNCF without messages, warnings and progress bars, for one thread at a time.
+
+    It has no switch for the bars, which are therefore made as rich makes disabled ones.
+    """
+    bars = imported("nncf.common.logging.track_progress", _EXTRA)
+    with _QUIET, _errors_alone("nncf", "torch.utils.cpp_extension"):
+        shown = bars.Progress
+        bars.Progress = lambda *of, **options: shown(*of, **{**options, "disable": True})
+        try:
+            yield
+        finally:
+            bars.Progress = shown
+
+
+@contextmanager
+def _errors_alone(*loggers: str) -> Iterator[None]:
+    """No Python warnings, and nothing below errors of these loggers."""
+    levels = {logger: logger.level for logger in map(logging.getLogger, loggers)}
+    try:
+        for logger in levels:
+            logger.setLevel(logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in levels.items():
+            logger.setLevel(level)

@@ -1,4 +1,4 @@
-"""`Agreement`: the report of how far an int8 network is from the network it was made from."""
+"""`Agreement`: the report of how far an optimised network's classes are from the plain one's."""
 
 from __future__ import annotations
 
@@ -14,18 +14,19 @@ from fcvgg.probability import to_probabilities
 
 @dataclass(frozen=True)
 class Agreement:
-    """How far the probabilities of a quantised network are from the plain one's, on images.
+    """How far the probabilities of an optimised network are from the plain one's, on images.
 
     Attributes:
-        images: how many images were compared: those that the network was calibrated on. On others
-            the two may differ more.
+        images: how many images were compared.
         cells: how many cells of their maps, in all outputs; cells without data do not count.
         top1: the share of the cells on which both name the same class; of one class, whether it is
             at 0.5 or above. Of several outputs, that of the lowest.
         max_difference: the largest difference of a probability.
         mean_difference: the mean over the cells of the largest difference in each.
-        layers: convolutions and fully connected layers of the network.
+        layers: in int8, convolutions and fully connected layers of the network; otherwise 0.
         in_float: names of those that were left in float32.
+        of_calibration: whether the images are those that the network was calibrated on. On others
+            the two may differ more, see `fcvgg.OptimizedNetwork.agreement_on`.
     """
 
     images: int
@@ -35,13 +36,17 @@ class Agreement:
     mean_difference: float
     layers: int
     in_float: tuple[str, ...] = ()
+    of_calibration: bool = False
 
     def __str__(self) -> str:
+        images = counted(self.images, "image")
+        if self.of_calibration:
+            images = f"the {images} of the calibration"
+        layers = f", {len(self.in_float)} of {counted(self.layers, 'layer')} in float32"
         return (
-            f"the same top class in {self.top1:.1%} of {counted(self.cells, 'cell')} of the "
-            f"{counted(self.images, 'image')} of the calibration, probabilities within "
-            f"{self.max_difference:.2g} (mean {self.mean_difference:.1e}), {len(self.in_float)} of "
-            f"{counted(self.layers, 'layer')} in float32"
+            f"the same top class in {self.top1:.1%} of {counted(self.cells, 'cell')} of {images}, "
+            f"probabilities within {self.max_difference:.2g} (mean {self.mean_difference:.1e})"
+            + (layers if self.layers else "")
         )
 
 
@@ -57,17 +62,19 @@ def agreement_of(
     expected: Sequence[Sequence[Tensor]],
     got: Sequence[Sequence[Tensor]],
     activations: Sequence[str],
-    layers: int,
-    in_float: tuple[str, ...],
+    layers: int = 0,
+    in_float: tuple[str, ...] = (),
+    of_calibration: bool = False,
 ) -> Agreement:
     """The report on score maps of the same images by both networks.
 
     Args:
         expected: for every image, the maps ``(1, K, h, w)`` of all outputs; NaN has no data.
-        got: those of the quantised network.
+        got: those of the optimised network.
         activations: what the scores of each output are.
         layers: as in `Agreement`.
         in_float: as in `Agreement`.
+        of_calibration: as in `Agreement`.
     """
     found = [
         _joined([_differences(a[i], b[i], kind) for a, b in zip(expected, got)])
@@ -82,6 +89,7 @@ def agreement_of(
         mean_difference=float(largest.double().mean()) if len(largest) else 0.0,
         layers=layers,
         in_float=in_float,
+        of_calibration=of_calibration,
     )
 
 
