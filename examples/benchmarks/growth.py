@@ -158,18 +158,17 @@ def report(cases: list[Figures]) -> str:
         raise SystemExit("the figures are of several machines or settings; keep those of one")
     work = {figures["size"]: figures["operations"] / figures["size"] ** 2 for figures in cases}
 
-    def table(text: Callable[[Figures], str], last: list[str]) -> str:
-        rows = [
-            [f"{size} x {size}"]
-            + [text(by_case[way, size]) if (way, size) in by_case else "" for way in ways]
-            for size in sizes
-        ]
-        rows = [[*row, *([cell] if last else [])] for row, cell in zip(rows, last or rows)]
+    def table(text: Callable[[Figures], str], last: dict[int, str]) -> str:
         heads = ["image", *(WAYS[way] for way in ways), *(["the work itself"] if last else [])]
         lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
-        return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
+        for size in sizes:
+            found = [by_case.get((way, size)) for way in ways]
+            cells = ["" if figures is None else text(figures) for figures in found]
+            cells += [last[size]] if last else []
+            lines.append(f"| {' | '.join([f'{size} x {size}', *cells])} |")
+        return "\n".join(lines)
 
-    growth = [f"{work[size] / work[sizes[0]] - 1:+.0%}" for size in sizes]
+    growth = {size: f"{work[size] / work[sizes[0]] - 1:+.0%}" for size in sizes}
     return "\n".join(
         [
             "# VGG-16: time and memory as the image grows",
@@ -184,7 +183,7 @@ def report(cases: list[Figures]) -> str:
             "",
             "Memory that a call added at most, MiB:",
             "",
-            table(lambda figures: f"{figures['added'] / 2**20:,.0f}", []),
+            table(lambda figures: f"{figures['added'] / 2**20:,.0f}", {}),
             "",
         ]
     )

@@ -59,10 +59,9 @@ def faster_kernels(dtype: torch.dtype) -> type[Kernels]:
 def _faster_kernels() -> type[Kernels]:
     """By products like those of a VGG's third block, of 64 tiles."""
     positions, channels = 36, 256
-    values = {"dtype": torch.float32, "device": "cpu"}
-    tiles = torch.ones(64, positions, channels, **values)  # type: ignore[call-overload]
-    transform = torch.ones(16, positions, **values)  # type: ignore[call-overload]
-    block = torch.ones(positions, channels, channels, **values)  # type: ignore[call-overload]
+    like = torch.ones((), dtype=torch.float32, device="cpu")
+    tiles, transform = like.new_ones(64, positions, channels), like.new_ones(16, positions)
+    block = like.new_ones(positions, channels, channels)
     stacked, grouped = (form.of([block]) for form in (StackedKernels, GroupedKernels))
     gained = gains(
         lambda: list(grouped.outputs(tiles, transform)),
@@ -72,7 +71,7 @@ def _faster_kernels() -> type[Kernels]:
 
 
 @torch.no_grad()
-@torch.autocast("cpu", enabled=False)
+@torch.autocast("cpu", enabled=False)  # type: ignore[untyped-decorator]
 def gains(new: Callable[[], object], usual: Callable[[], object], more_bytes: int = 0) -> bool:
     """Whether a new way to compute something takes less time than the usual one.
 

@@ -136,7 +136,8 @@ def window_tiling(kernel: int) -> Tiling:
     return Tiling(kernel=kernel, outputs=2, resident=False)
 
 
-@torch.autocast("cpu", enabled=False)  # the transforms need float32's precision
+# The transforms need float32's precision.
+@torch.autocast("cpu", enabled=False)  # type: ignore[untyped-decorator]
 def winograd_convolution(
     tiling: Tiling,
     x: Tensor,
