@@ -2,8 +2,8 @@
 
 At every position of a tile (36 of them for 3x3 kernels) the tiles are multiplied by another matrix.
 Two libraries can do that. torch's products of stacked matrices are MKL's, which reach the peak of
-an Intel processor and about 0.6 of it on others with AVX2; oneDNN's convolutions in groups reach
-0.85 on both.
+an Intel processor, and 0.6 of it where MKL takes it for AMD's; oneDNN's convolutions in groups
+reach 0.85 in both cases (`examples/benchmarks/NOTES.md`).
 """
 
 from __future__ import annotations
