@@ -9,6 +9,7 @@ import copy
 import pickle
 import sys
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -147,6 +148,20 @@ def test_strips_equal_the_whole_map(in_strips, name):
     model, size = MODELS[name]
     net = fcvgg.convert(seeded(model), input_size=size)
     batch = images(2, 3, net.geometry.window[0] + 37, net.geometry.window[1] + 10)
+    assert relative_error(net.network(batch), net(batch)) < 1e-12
+
+
+def test_strips_of_wide_maps_have_fewer_rows(monkeypatch):
+    net = fcvgg.convert(seeded(SmallVGG), input_size=32)
+    batch = images(1, 3, 90, 50)
+    first = blocks.BlockwiseGraph(net.network)._blocks[0]
+    largest = max(np.prod(size) for size in blocks._maps(first, batch.shape)[1:])
+    per_row = largest * batch.element_size() / 45  # of the pool's 45 rows
+    monkeypatch.setattr(blocks, "_WHOLE_BYTES", 0)
+    monkeypatch.setattr(blocks, "_STRIP_BYTES", 1)
+    monkeypatch.setattr(blocks, "_MOST_BYTES", 3.5 * per_row)
+    strips = blocks.BlockwiseGraph(net.network).sized_blocks(batch)[0].strips
+    assert [last - first for first, last in (strip.outputs for strip in strips)] == [3] * 15
     assert relative_error(net.network(batch), net(batch)) < 1e-12
 
 
