@@ -26,10 +26,12 @@ class Kernels:
     Attributes:
         most_features: F of a block at most; None where any number is as fast.
         tiles_per_thread: tiles that are transformed at a time, for every thread.
+        least_tiles: T at least; fewer are filled up with others, whose outputs are dropped.
     """
 
     most_features: ClassVar[int | None]
     tiles_per_thread: ClassVar[int]
+    least_tiles = 1
 
     def __init__(self, blocks: Iterable[Tensor]):
         self._blocks: list[Any] = [on_huge_pages(self._packed(block)) for block in blocks]
@@ -97,10 +99,12 @@ class StackedKernels(Kernels):
 class GroupedKernels(Kernels):
     """Kernels ``(P*F, C, 1, 1)`` in oneDNN's order, for a convolution in P groups."""
 
-    # With up to so many features oneDNN orders the kernels alike for any number of tiles. With more
-    # it may reorder them at every call, which takes 20 times as long as the products.
+    # oneDNN reorders kernels at every call where it wants another order for the number of tiles,
+    # which takes 20 times as long as the products. With up to so many features it wants one order
+    # for all numbers, but for AVX-512, for which the order changes at 64.
     most_features = 128
     tiles_per_thread = 128
+    least_tiles = 64 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 1
 
     def outputs(self, tiles: Tensor, transform: Tensor) -> Iterator[Tensor]:
         groups = self._positions

@@ -176,22 +176,24 @@ def winograd_convolution(
     places, source = result.permute(0, 2, 3, 1), x.permute(0, 2, 3, 1)  # (N, H, W, O or C)
     halo = extent - step
     # All blocks use the same buffers, so that they stay in the cache and are mapped once. They are
-    # of one size, the last one overlapping the one before: oneDNN may want its weights in another
-    # order for fewer tiles, and would reorder them at every call.
+    # of one size, the last one overlapping the one before.
     strip = x.new_zeros(images, block * step + halo, across * step + halo, channels)
-    given = x.new_empty(images * block * across, extent**2, channels)
-    transformed = torch.empty_like(given)
     grid = (images, block, across)
+    tiles = prod(grid)
+    given = x.new_empty(max(tiles, kernels.least_tiles), extent**2, channels)
+    given[tiles:] = 0
+    tiles_of_strip = given[:tiles].view(*grid, extent, extent, channels)
+    transformed = torch.empty_like(given)
     for image, first in itertools.product(part_starts(count, images), part_starts(down, block)):
         _fill(strip, source[image : image + images], first * step - padding[0], padding[1])
-        given.view(*grid, extent, extent, channels).copy_(_tiled(strip, tiling, block, across))
+        tiles_of_strip.copy_(_tiled(strip, tiling, block, across))
         torch.matmul(input_transform, given, out=transformed)  # (tiles, inputs**2, C)
         target = places[image : image + images, first * step : (first + block) * step]
         feature = 0
         for outputs in kernels.outputs(transformed, output_transform):  # (tiles, outputs**2, F)
             part = slice(feature, feature := feature + outputs.shape[2])
-            squares = outputs.unflatten(1, (step, step)).unflatten(0, grid).transpose(2, 3)
-            _place(squares, bias[part], relu, target[..., part])
+            squares = outputs[:tiles].unflatten(1, (step, step)).unflatten(0, grid)
+            _place(squares.transpose(2, 3), bias[part], relu, target[..., part])
     return result
 
 

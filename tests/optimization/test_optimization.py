@@ -317,6 +317,18 @@ def test_winograd_equals_the_convolution(monkeypatch, kernel, size, padding, at_
         assert relative_error(exact.relu() if relu else exact, got.double()) < WINOGRAD
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_tiles_that_fill_up_change_nothing(monkeypatch, form):
+    monkeypatch.setattr(form, "least_tiles", 40)
+    x, weight = images(2, 5, 9, 14, dtype=torch.float32), images(6, 5, 3, 3, dtype=torch.float32)
+    kernels = winograd.CONVOLUTION.kernels(weight, form)
+    got = winograd.winograd_convolution(
+        winograd.CONVOLUTION, x, kernels, torch.zeros(6), padding=(1, 1)
+    )
+    expected = F.conv2d(x.double(), weight.double(), padding=1)
+    assert relative_error(expected, got.double()) < WINOGRAD
+
+
 @pytest.mark.parametrize("kernel", TILINGS)
 def test_winograd_is_exact_up_to_rounding_in_float64(kernel):
     x, weight = images(1, 3, 9, 9), images(4, 3, kernel, kernel, seed=2)
