@@ -266,8 +266,9 @@ def optimize(
     3x3 convolutions and fc6 run by Winograd's algorithm (https://arxiv.org/abs/1509.09308) for maps
     for which that is faster, and the first layers run in strips that stay in the cache. From which
     size on it is faster is measured for each kind of layer, once in a process: 1 to 2 s for a
-    VGG-16, in which torch's number of threads is 1 for all. The process then keeps up to 256 MB of freed memory for the next maps, unless
-    ``MALLOC_*`` variables say otherwise. On a GPU the channels come last in memory. The copy keeps
+    VGG-16, in which torch's number of threads is 1 for all. The process then keeps up to 256 MB of
+    freed memory for the next maps, unless ``MALLOC_*`` variables say otherwise. On a GPU the
+    channels come last in memory. The copy keeps
     the methods, geometry and preprocessing of `net`; its `equivalence` compares it with `net`.
 
     The copy takes memory of its own: for a VGG-16 in float32 553 MB of weights in oneDNN's order
