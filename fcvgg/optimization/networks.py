@@ -240,7 +240,16 @@ class OptimizedNetwork(FullyConvolutional):
         return self.plain.save(path, **options)
 
     def export(self, path: str | Path, **options: Any) -> ExportedFile:
-        """Write the plain network for other runtimes."""
+        """Write the plain network for other runtimes.
+
+        Raises:
+            FcvggError: in int8, since the file would be in float32.
+        """
+        if self.optimization.dtype == torch.int8:
+            raise FcvggError(
+                "an int8 network cannot be exported, the file would be in float32; export the "
+                "plain network (net.plain.export) if that is meant"
+            )
         return self.plain.export(path, **options)
 
     def extra_repr(self) -> str:

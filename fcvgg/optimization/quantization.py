@@ -36,6 +36,7 @@ from fcvgg.support.extras import imported
 from fcvgg.support.module_state import evaluating
 
 if TYPE_CHECKING:
+    from fcvgg.images.preprocessing import Preprocess
     from fcvgg.network import FullyConvolutional
 
 _EXTRA = "quantize"
@@ -48,6 +49,9 @@ _MOST_PASSES = 64
 
 _MOST_PIXELS = 1 << 19
 """Of one image; of a larger one the middle is used. The quantiser keeps all maps of an image."""
+
+_FAR = 10
+"""Times the largest preprocessed pixel that the values of an image may reach."""
 
 _RANKING_IMAGES = 4
 """Images on which layers are quantised alone."""
@@ -152,7 +156,7 @@ def sample_images(net: FullyConvolutional, images: Any, name: str) -> list[Tenso
         name: of the argument, for messages.
 
     Raises:
-        ImageError: if there is none.
+        ImageError: if there is none, or a tensor's values are far from preprocessed ones.
     """
     several: Any = each_image(images)
     if isinstance(several, (Sequence, Tensor, np.ndarray)) and len(several) > _MOST_IMAGES:
@@ -160,10 +164,33 @@ def sample_images(net: FullyConvolutional, images: Any, name: str) -> list[Tenso
     found = []
     for image in islice(several, _MOST_IMAGES):
         pixels = prepare(image, net.preprocess, net.in_channels).tensor(net.preprocess)
-        found.append(net._padded(_middle(pixels.detach().cpu().float(), _MOST_PIXELS)))
+        values = _middle(pixels.detach().cpu().float(), _MOST_PIXELS)
+        _check_range(values, net.preprocess, name)
+        found.append(net._padded(values))
     if not found:
         raise ImageError(f"{name} must hold at least one image, got none")
     return found
+
+
+def _check_range(image: Tensor, preprocess: Preprocess | None, name: str) -> None:
+    """Refuse pixels of 0 to 255 in a tensor of floats, which counts as preprocessed.
+
+    Ranges learnt from them would be wrong, and the agreement on them perfect.
+    """
+    if preprocess is None or not preprocess.takes_bytes:
+        return
+    ends = (
+        abs(value * preprocess.scale - mean) / std
+        for value in (0, 255)
+        for mean, std in zip(preprocess.mean, preprocess.std)
+    )
+    usual, largest = max(ends), float(torch.nan_to_num(image, 0, 0, 0).abs().max())
+    if largest > _FAR * usual:
+        raise ImageError(
+            f"{name} must hold pixels, or tensors of preprocessed images, whose values are up "
+            f"to {usual:.3g} here, got one with {largest:.4g}; pass uint8 pixels (H, W, C), PIL images "
+            "or paths"
+        )
 
 
 def expected_maps(

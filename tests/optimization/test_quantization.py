@@ -191,6 +191,27 @@ def test_pixels_that_are_not_finite_show_where_they_are_seen(plain, fast, value)
     torch.testing.assert_close(got[~got.isnan()], zeroed[~got.isnan()], rtol=0, atol=FINITE)
 
 
+def test_pixels_in_a_tensor_of_floats_are_refused(plain):
+    needs_engine()
+    net = copy.deepcopy(plain)
+    net.preprocess = fcvgg.Preprocess.imagenet(resize=None)
+    pixels = torch.full((3, 40, 40), 255.0)
+    with pytest.raises(
+        ImageError,
+        match=r"^calibrate must hold pixels, or tensors of preprocessed images, whose values are "
+        r"up to 2\.64 here, got one with 255; pass uint8 pixels \(H, W, C\), PIL images or paths$",
+    ):
+        fcvgg.optimize(net, dtype=torch.int8, calibrate=pixels)
+
+
+def test_int8_is_not_exported_as_float32(fast, tmp_path):
+    with pytest.raises(
+        FcvggError, match=r"^an int8 network cannot be exported, .*net\.plain\.export"
+    ):
+        fast.export(tmp_path / "net.onnx")
+    assert not list(tmp_path.iterdir())
+
+
 def test_calibration_without_data_in_some_pixels(plain):
     needs_engine()
     image = noise(1, 3, 60, 120)
