@@ -188,8 +188,8 @@ def _check_range(image: Tensor, preprocess: Preprocess | None, name: str) -> Non
     if largest > _FAR * usual:
         raise ImageError(
             f"{name} must hold pixels, or tensors of preprocessed images, whose values are up "
-            f"to {usual:.3g} here, got one with {largest:.4g}; pass uint8 pixels (H, W, C), PIL images "
-            "or paths"
+            f"to {usual:.3g} here, got one with {largest:.4g}; pass uint8 pixels (H, W, C), "
+            "PIL images or paths"
         )
 
 
