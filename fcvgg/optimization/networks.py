@@ -27,7 +27,8 @@ from fcvgg.optimization.fused import (
 )
 from fcvgg.optimization.fusion import fused
 from fcvgg.optimization.onednn import has_bfloat16, has_packing
-from fcvgg.optimization.quantization import expected_maps, quantized, sample_images
+from fcvgg.optimization.quantization import quantized
+from fcvgg.optimization.samples import expected_maps, sample_images
 from fcvgg.probability import require_probabilities
 from fcvgg.results.agreement import Agreement, agreement_of
 from fcvgg.rewriting.outputs import flattened
@@ -277,8 +278,8 @@ def optimize(
     size on it is faster is measured for each kind of layer, once in a process: 1 to 2 s for a
     VGG-16, in which torch's number of threads is 1 for all. The process then keeps up to 256 MB of
     freed memory for the next maps, unless ``MALLOC_*`` variables say otherwise. On a GPU the
-    channels come last in memory. The copy keeps
-    the methods, geometry and preprocessing of `net`; its `equivalence` compares it with `net`.
+    channels come last in memory. The copy keeps the methods, geometry and preprocessing of `net`;
+    its `equivalence` compares it with `net`.
 
     The copy takes memory of its own: for a VGG-16 in float32 553 MB of weights in oneDNN's order
     and 767 MB of Winograd's, 537 of them for fc6; in bfloat16 277 MB, and 205 more where fc6 gets a

@@ -28,7 +28,7 @@ from fcvgg.errors import (
     ImageError,
     MissingExtraError,
 )
-from fcvgg.optimization import quantization
+from fcvgg.optimization import quantization, samples
 from fcvgg.results.agreement import agreement_of
 
 INT8 = 0.1
@@ -437,7 +437,7 @@ def test_a_package_that_is_absent_is_named(monkeypatch, plain, package):
 
 
 def sampled(net, images):
-    return quantization.sample_images(net, images, "calibrate")
+    return samples.sample_images(net, images, "calibrate")
 
 
 def test_images_of_every_kind(tmp_path):
@@ -455,7 +455,7 @@ def test_images_of_every_kind(tmp_path):
 
 def test_of_many_images_some_and_of_large_ones_the_middle(monkeypatch):
     net = fcvgg.load("demo")
-    monkeypatch.setattr(quantization, "_MOST_IMAGES", 3)
+    monkeypatch.setattr(samples, "_MOST_IMAGES", 3)
     greys = [Image.new("L", (40, 40), 10 * i) for i in range(9)]
     values = [float(x.mean()) for x in sampled(net, greys)]
     assert len(values) == 3
@@ -463,7 +463,7 @@ def test_of_many_images_some_and_of_large_ones_the_middle(monkeypatch):
     assert steps[0] == pytest.approx(steps[1], rel=1e-3)
     batch = noise(9, 3, 40, 40)
     assert torch.equal(torch.cat(sampled(net, batch)), batch[::3])
-    monkeypatch.setattr(quantization, "_MOST_PIXELS", 48 * 48)
+    monkeypatch.setattr(samples, "_MOST_PIXELS", 48 * 48)
     image = noise(1, 3, 100, 200)
     (cut,) = sampled(net, image)
     assert torch.equal(cut, image[:, :, 26:74, 76:124])
