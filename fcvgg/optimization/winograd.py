@@ -55,10 +55,6 @@ class Tiling:
         """Inputs of a tile along one axis."""
         return self.outputs + self.kernel - 1
 
-    def tiles(self, height: int, width: int) -> int:
-        """The tiles that outputs ``(height, width)`` take."""
-        return -(-height // self.outputs) * -(-width // self.outputs)
-
     def kernels(self, weight: Tensor, form: type[Kernels]) -> Kernels:
         """Weights ``(O, C, k, k)``, transformed: ``inputs**2 / k**2`` times the memory."""
         features = len(weight) if self.resident else _FEATURES
