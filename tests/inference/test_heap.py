@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+from fcvgg.inference import memory
+
 PAGES = """
 import resource, torch
 from fcvgg.inference.memory import keep_freed_maps
@@ -45,3 +47,13 @@ def faults(first, **variables):
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment
     )
     return int(ran.stdout)
+
+
+def test_the_last_cache_is_the_largest_that_linux_reports(monkeypatch, tmp_path):
+    monkeypatch.setattr(memory, "_CACHES", tmp_path)
+    for i, size in enumerate(("48K", "2048K", "65536K", "odd")):
+        (tmp_path / f"index{i}").mkdir()
+        (tmp_path / f"index{i}" / "size").write_text(f"{size}\n")
+    assert memory.last_cache_bytes.__wrapped__() == 64 * 1024**2
+    monkeypatch.setattr(memory, "_CACHES", tmp_path / "absent")
+    assert memory.last_cache_bytes.__wrapped__() == memory._USUAL_CACHE
